@@ -1,0 +1,263 @@
+"""analyze: from a model to the width geometry of its parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from mupass._capture import Capture, capture
+from mupass._errors import InferenceError
+from mupass._geometry import Analysis, Geometry, Use
+from mupass._infer import Inference, infer
+from mupass._inputs import as_call, find_inputs
+from mupass._names import DimNames, name_dims
+from mupass._roles import main_use, readout_uses, role_of
+
+Base = int | float | Mapping[str, float] | nn.Module
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    base: Base = 256,
+    dims: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> Analysis:
+    """Infer which dimensions of a model are widths.
+
+    Args:
+        model: Any module, on any device (meta included), in train or eval mode; it is not changed.
+        example_inputs: A batch: a tensor, a tuple of positional inputs, a dict of keyword inputs, or
+            ``(args, kwargs)``. May be left out where the model tells its input (see `mupass.find_inputs`).
+        base: The reference width, at which the plan equals standard parameterization. A number is the base
+            size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
+            by dimension name; a second instance of the architecture at another width (meta device
+            suffices) gives them all and settles every verdict.
+        dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
+            dimension name, or a regular expression that must match all of ``parameter:axis``.
+        strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
+
+    Returns:
+        The geometry of every parameter.
+
+    Raises:
+        CaptureError: The model has no parameters, or fails on the example inputs.
+        InferenceError: No dimension grows, an operator is unknown, or ``base`` or ``dims`` fit nothing.
+    """
+    _check_base(base)
+    args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
+    captured = capture(model, args, kwargs)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    truth = _truth(shapes, base) if isinstance(base, nn.Module) else {}
+    first = infer(captured, truth, strict)
+    names = name_dims(model, first)
+    overrides = truth | _overrides(dims or {}, shapes, first, names)
+    solved = infer(captured, overrides, strict) if overrides != truth else first
+    notes = _disagreements(captured, truth, strict) if truth else ()
+    return _assemble(model, captured, solved, names, base, notes)
+
+
+def _check_base(base: Base) -> None:
+    sizes = base.values() if isinstance(base, Mapping) else [] if isinstance(base, nn.Module) else [base]
+    for size in sizes:
+        if (
+            isinstance(size, bool)
+            or not isinstance(size, (int, float))
+            or not math.isfinite(size)
+            or size <= 0
+        ):
+            raise InferenceError(f"base sizes must be positive numbers, not {size!r}")
+
+
+def _truth(shapes: Mapping[str, tuple[int, ...]], base: nn.Module) -> dict[tuple[str, int], tuple[bool, str]]:
+    """Read verdicts off a second instance: what differs in size is infinite."""
+    other = {n: tuple(p.shape) for n, p in base.named_parameters()}
+    if list(other) != list(shapes) or any(len(other[n]) != len(s) for n, s in shapes.items()):
+        odd = sorted(set(other) ^ set(shapes)) or [n for n, s in shapes.items() if len(other[n]) != len(s)]
+        raise InferenceError(
+            f"the base model is not the same architecture: parameters differ at {odd[:3] or 'order'}"
+        )
+    table = {}
+    for name, shape in shapes.items():
+        for axis, (size, base_size) in enumerate(zip(shape, other[name], strict=True)):
+            why = f"the base model has size {base_size}, this one {size}"
+            table[name, axis] = (size != base_size, why)
+    if not any(infinite for infinite, _ in table.values()):
+        raise InferenceError(
+            "the base model has the same width as this one; give a narrower or wider instance"
+        )
+    return table
+
+
+def _overrides(
+    dims: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], first: Inference, names: DimNames
+) -> dict[tuple[str, int], tuple[bool, str]]:
+    table: dict[tuple[str, int], tuple[bool, str]] = {}
+    for pattern, verdict in dims.items():
+        if verdict not in ("finite", "infinite"):
+            raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
+        hits = [
+            (name, axis)
+            for name, shape in shapes.items()
+            for axis in range(len(shape))
+            if names.of(first.dims[name][axis]) == pattern or re.fullmatch(pattern, f"{name}:{axis}")
+        ]
+        if not hits:
+            raise InferenceError(f"dims[{pattern!r}] matches no dimension and no parameter:axis")
+        table.update({hit: (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}") for hit in hits})
+    return table
+
+
+def _disagreements(
+    captured: Capture, truth: Mapping[tuple[str, int], tuple[bool, str]], strict: bool
+) -> tuple[str, ...]:
+    """Say where inference from one model alone would have decided otherwise than the base model."""
+    alone = infer(captured, {}, strict)
+    return tuple(
+        f"{name}:{axis} {why}, but inference from one model says "
+        f"{'infinite' if alone.verdict(name, axis).infinite else 'finite'} ({alone.verdict(name, axis).why})"
+        for (name, axis), (infinite, why) in truth.items()
+        if alone.verdict(name, axis).infinite != infinite
+    )
+
+
+def _assemble(
+    model: nn.Module,
+    captured: Capture,
+    solved: Inference,
+    names: DimNames,
+    base: Base,
+    notes: tuple[str, ...],
+) -> Analysis:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    infinite = {n: tuple(solved.verdict(n, i).infinite for i in range(len(s))) for n, s in shapes.items()}
+    if not any(any(row) for row in infinite.values()):
+        raise InferenceError(
+            f"no dimension of {type(model).__name__} grows: every axis is data, classes, a kernel or a table. "
+            "If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
+        )
+    width = _width(solved, shapes, infinite)
+    sizes = _BaseSizes(solved, names, base, width)
+    geometries = []
+    for name, shape in shapes.items():
+        if isinstance(base, nn.Module):
+            base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
+        else:
+            base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
+        geometries.append(_geometry(name, shape, base_shape, infinite[name], captured, solved, names))
+    warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
+    warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    warnings += _attention_notes(solved)
+    ratios = [
+        w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
+    ]
+    base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings)
+
+
+def _width(
+    solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
+) -> int:
+    """The width of a model is the growing dimension that most parameter axes carry (ties: the widest)."""
+    carried: Counter[int] = Counter()
+    space = solved.engine.space
+    for name, dims in solved.dims.items():
+        carried.update({space.find(d): 1 for d, f in zip(dims, infinite[name], strict=True) if f})
+    return max((count, space.size(dim)) for dim, count in carried.items())[1]
+
+
+class _BaseSizes:
+    """Sizes at the base width: growing dimensions shrink by one common factor, terms follow their members."""
+
+    def __init__(self, solved: Inference, names: DimNames, base: Base, width: int):
+        self.solved, self.space = solved, solved.engine.space
+        self.given: dict[int, float] = {}
+        self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
+        if isinstance(base, Mapping):
+            for name, size in base.items():
+                found = names.find(name)
+                if not found:
+                    raise InferenceError(f"base names no dimension {name!r}; known are {sorted(names.all())}")
+                self.given.update(dict.fromkeys(found, float(size)))
+            factors = {s / self.space.size(d) for d, s in self.given.items()}
+            self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
+        self.factor = self.base_width / width
+
+    def of(self, dim: int, infinite: bool) -> float:
+        root, size = self.space.find(dim), self.space.size(dim)
+        if root in self.given:
+            return self.given[root]
+        if not infinite or (self.factor == 1 and not self.given):
+            return size
+        for kind, combine in (("product", prod), ("sum", sum)):
+            for members in self.space.terms_of(root, kind):
+                parts = [self.of(m, self._grows(m)) for m in members]
+                if any(self._grows(m) for m in members):
+                    return float(combine(parts))
+        return size * self.factor
+
+    def _grows(self, dim: int) -> bool:
+        verdict = self.solved.verdicts.get(dim)
+        return verdict is not None and verdict.infinite
+
+
+def _geometry(
+    name: str,
+    shape: tuple[int, ...],
+    base_shape: tuple[float, ...],
+    infinite: tuple[bool, ...],
+    captured: Capture,
+    solved: Inference,
+    names: DimNames,
+) -> Geometry:
+    uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
+    use = main_use(uses, infinite)
+    role = role_of(use, infinite)
+    if use is not None:
+        fans = use.fan_in, use.fan_out
+    else:
+        fans = (), tuple(i for i, f in enumerate(infinite) if f) or tuple(range(len(shape)))
+    verdicts = [solved.verdict(name, i) for i in range(len(shape))]
+    terms = tuple(names.term(d) for d in solved.dims[name])
+    evidence = tuple(
+        f"axis {i} ({term}) {'grows' if v.infinite else 'is fixed'}: {v.why}"
+        for i, (term, v) in enumerate(zip(terms, verdicts, strict=True))
+    )
+    return Geometry(
+        name=name,
+        shape=shape,
+        base_shape=base_shape,
+        infinite=infinite,
+        dims=terms,
+        role=role,
+        fan_in_axes=fans[0],
+        fan_out_axes=fans[1],
+        readout_uses=_all_readouts(solved.uses.get(name, ()), role, infinite),
+        uses=uses,
+        evidence=evidence,
+        ambiguous=tuple(v.policy for v in verdicts),
+        aliases=tuple(captured.aliases.get(name, ())),
+    )
+
+
+def _all_readouts(uses: tuple[Use, ...], role: Any, infinite: tuple[bool, ...]) -> tuple[Use, ...]:
+    return tuple(dict.fromkeys(readout_uses(uses, role, infinite)))
+
+
+def _attention_notes(solved: Inference) -> tuple[str, ...]:
+    """Attention whose head_dim grows needs logits scaled by 1/d, which no parameter can give."""
+    notes = {}
+    for dim, _, where in solved.engine.facts.attention:
+        verdict = solved.verdicts.get(dim)
+        if verdict and verdict.infinite:
+            notes[where] = (
+                f"{where}: head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)"
+            )
+    return tuple(notes.values())

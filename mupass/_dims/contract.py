@@ -1,0 +1,313 @@
+"""Rules for operators that sum products: matrix products, einsum, convolutions, attention."""
+
+from collections.abc import Sequence
+
+from mupass._dims.engine import NOWHERE, Axis, Bilinear, Call, Result, Value, rule
+from mupass._dims.shape import merge_axes, split_axis
+
+Labels = Sequence[str]
+
+
+def contract(
+    call: Call, kind: str, operands: Sequence[Value], labels: Sequence[Labels], out: Labels
+) -> Value:
+    """Treat any sum of products as einsum: equal labels are one axis, missing ones are summed.
+
+    This is also where parameters are recognized as weights: an axis that a parameter shares with an
+    activation and that is summed is fan_in, one that only the parameter has is fan_out, and one that both
+    have and the output keeps is a batch of separate weights.
+    """
+    table: dict[str, Axis] = {}
+    for value, names in zip(operands, labels, strict=True):
+        for axis, name in zip(value.axes, names, strict=True):
+            known = table.setdefault(name, axis)
+            if known.size == 1 != axis.size:
+                table[name] = axis
+            call.unify(known, axis)
+    weights = [i for i, v in enumerate(operands) if v.parametric]
+    if len(weights) == len(operands) > 1:
+        weights = weights[-1:]  # both are parameters: the second acts on the first
+    for i in weights:
+        others = {n for j, names in enumerate(labels) if j != i for n in names}
+        own = dict(zip(labels[i], operands[i].axes, strict=True))
+        summed = [a for n, a in own.items() if n in others and n not in out]
+        made = [a for n, a in own.items() if n not in others and n in out]
+        if summed or made:
+            call.use(kind, summed, made, operands[i])
+        else:
+            call.pointwise_use("pointwise", operands[i])
+    if not weights and len(operands) == 2:
+        _bilinear(call, table, labels, out)
+    origins = {
+        n: NOWHERE.union(
+            *(
+                dict(zip(names, v.axes, strict=True))[n].origin
+                for v, names in zip(operands, labels, strict=True)
+                if n in names
+            )
+        )
+        for n in out
+    }
+    return call.value([Axis(table[n].dim, table[n].size, origins[n]) for n in out])
+
+
+def _bilinear(call: Call, table: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
+    shared = set(labels[0]) & set(labels[1]) & set(out)
+    batch = tuple(table[n].dim for n in table if n in shared and table[n].size > 1)
+    inner = tuple(table[n].dim for n in table if n not in shared and table[n].size > 1)
+    call.facts.bilinear.append(Bilinear(batch, inner, call.where))
+
+
+def letters(count: int, start: int = 0) -> list[str]:
+    """Return that many distinct labels."""
+    return [f"b{start + i}" for i in range(count)]
+
+
+@rule("aten.linear", "aten.addmm", "aten._linear")
+def linear(call: Call) -> Result:
+    """x W^T + b."""
+    if call.operator == "aten.addmm":
+        result = contract(call, "matmul", [call["mat1"], call["mat2"]], ["ik", "kj"], "ij")
+        return add_bias(call, result, call["self"], -1)
+    source, weight = call["input"], call["weight"]
+    batch = letters(len(source.axes) - 1)
+    out = ["o"] if len(weight.axes) == 2 else []
+    result = contract(call, "linear", [source, weight], [[*batch, "i"], [*out, "i"]], [*batch, *out])
+    return add_bias(call, result, call.get("bias"), -1)
+
+
+def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
+    """Add a bias along one axis."""
+    if isinstance(bias, Value):
+        if bias.axes and result.axes:
+            call.unify(bias.axes[-1], result.axes[axis])
+        if bias.parametric:
+            call.pointwise_use("bias", bias)
+    return result
+
+
+@rule(
+    "aten.matmul",
+    "aten.mm",
+    "aten.bmm",
+    "aten.mv",
+    "aten.dot",
+    "aten.linalg_matmul",
+    "aten.__matmul__",
+    "aten.inner",
+    "aten.vdot",
+    "aten.baddbmm",
+    "aten.addbmm",
+)
+def matmul(call: Call) -> Result:
+    """Matrix product with broadcast batch axes."""
+    a, b = (
+        (call["batch1"], call["batch2"])
+        if call.operator.endswith("bmm") and "batch1" in call.arguments
+        else call.values[:2]
+    )
+    ra, rb = len(a.axes), len(b.axes)
+    batch = max(ra, rb, 2) - 2
+    left = letters(max(ra - 2, 0), batch - max(ra - 2, 0)) + (["i"] if ra > 1 else []) + ["k"]
+    right = letters(max(rb - 2, 0), batch - max(rb - 2, 0)) + (["k", "j"] if rb > 1 else ["k"])
+    out = letters(batch if max(ra, rb) > 2 else 0) + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
+    result = contract(call, "matmul", [a, b], [left, right], out)
+    if call.operator == "aten.baddbmm":
+        for axis, other in zip(result.axes[::-1], call["self"].axes[::-1], strict=False):
+            call.unify(axis, other)
+        if call["self"].parametric:
+            call.pointwise_use("bias", call["self"])
+    return result
+
+
+@rule("aten.outer", "aten.ger", "aten.kron")
+def outer(call: Call) -> Result:
+    """Outer product."""
+    a, b = call.values[:2]
+    if call.operator == "aten.kron":
+        return call.value([merge_axes(call, pair) for pair in zip(a.axes, b.axes, strict=True)])
+    return call.value([*a.axes, *b.axes])
+
+
+@rule("aten.einsum")
+def einsum(call: Call) -> Result:
+    """Einstein summation, ellipsis included."""
+    operands: list[Value] = list(call["tensors"])
+    equation = call["equation"].replace(" ", "")
+    inputs, _, output = equation.partition("->")
+    terms = inputs.split(",")
+    labels = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
+    if not output and "->" not in equation:
+        flat = [n for names in labels for n in names]
+        output_labels = [n for n in sorted(set(flat)) if n.startswith("...")] + sorted(
+            n for n in set(flat) if flat.count(n) == 1 and not n.startswith("...")
+        )
+    else:
+        output_labels = _spell(output, len(call.shape))
+    for names, value in zip(labels, operands, strict=True):  # a repeated label is a diagonal
+        for i, name in enumerate(names):
+            call.unify(value.axes[names.index(name)], value.axes[i])
+    return contract(call, "einsum", operands, labels, output_labels)
+
+
+def _spell(term: str, rank: int) -> list[str]:
+    if "..." not in term:
+        return list(term)
+    before, after = term.split("...")
+    extra = rank - len(before) - len(after)
+    return [*before, *(f"...{extra - i}" for i in range(extra)), *after]
+
+
+@rule("aten.bilinear")
+def bilinear(call: Call) -> Result:
+    """x1 W x2 + b."""
+    batch = letters(len(call["input1"].axes) - 1)
+    result = contract(
+        call,
+        "bilinear",
+        [call["input1"], call["input2"], call["weight"]],
+        [[*batch, "i"], [*batch, "j"], ["o", "i", "j"]],
+        [*batch, "o"],
+    )
+    return add_bias(call, result, call.get("bias"), -1)
+
+
+@rule(
+    "aten.conv1d",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.convolution",
+    "aten._convolution",
+    "aten.conv_transpose1d",
+    "aten.conv_transpose2d",
+    "aten.conv_transpose3d",
+    "aten._convolution_mode",
+)
+def convolution(call: Call) -> Result:
+    """Convolution: channels are contracted, kernel axes never grow, positions derive from positions."""
+    source: Value = call["input"]
+    weight: Value = call["weight"]
+    rank = len(weight.axes) - 2
+    transposed = bool(call.get("transposed", "transpose" in call.operator))
+    channels = source.axes[-rank - 1]
+    groups = call.get("groups", 1)
+    for axis in weight.axes[2:]:
+        call.finite(axis, "a kernel axis")
+    first, second = weight.axes[:2]
+    into, made = (first, second) if transposed else (second, first)
+    result_channels = _group(call, channels, into, made, transposed, groups)
+    own = [made] if groups == 1 or transposed else [made]
+    if groups == channels.size and into.size == 1 or transposed and groups == channels.size:
+        call.facts.fan_out.setdefault(channels.dim, call.where)
+    call.use("conv_transpose" if transposed else "conv", [into, *weight.axes[2:]], own, weight)
+    spatial = [
+        call.derive(a, s) if a.size != s else a
+        for a, s in zip(
+            source.axes[len(source.axes) - rank :], call.shape[len(call.shape) - rank :], strict=True
+        )
+    ]
+    axes = [*source.axes[: -rank - 1], result_channels, *spatial]
+    return add_bias(call, call.value(axes), call.get("bias"), -rank - 1)
+
+
+def _group(call: Call, channels: Axis, into: Axis, made: Axis, transposed: bool, groups: int) -> Axis:
+    """Tie channels to weight axes and return the output channels."""
+    if groups == 1:
+        call.unify(channels, into)
+        return made
+    if channels.size == groups:  # depthwise: the group is the channel
+        group = channels
+    else:
+        group = call.new(groups)
+        call.facts.groups.setdefault(group.dim, call.where)
+    split = made if not transposed else into
+    per_group = call.new(split.size // groups)
+    call.space.product(split.dim, (group.dim, per_group.dim))
+    if not transposed:
+        call.space.product(channels.dim, (group.dim, into.dim))
+        return made
+    call.unify(channels, into)
+    return merge_axes(call, [group, made])
+
+
+@rule(
+    "aten.scaled_dot_product_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_attention_math",
+    "aten._scaled_dot_product_cudnn_attention",
+)
+def attention(call: Call) -> Result:
+    """softmax(q k^T / sqrt(E)) v, with grouped key/value heads."""
+    q, k, v = call["query"], call["key"], call["value"]
+    if call.get("enable_gqa", False) and q.axes[-3].size != k.axes[-3].size:
+        share = call.new(q.axes[-3].size // k.axes[-3].size)
+        call.literal(share, "query heads for each key/value head")
+        k, v = (
+            Value((*x.axes[:-3], merge_axes(call, [x.axes[-3], share]), *x.axes[-2:]), x.static)
+            for x in (k, v)
+        )
+    batch = letters(len(q.axes) - 2)
+    call.facts.attention.append((q.axes[-1].dim, call.get("scale"), call.where))
+    scores = contract(call, "attention", [q, k], [[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"])
+    mask = call.get("attn_mask", call.get("attn_bias"))
+    if isinstance(mask, Value):
+        for a, b in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
+            call.unify(a, b)
+        if mask.parametric:
+            call.pointwise_use("pointwise", mask)
+    result = contract(
+        call, "attention", [scores, v], [[*batch, "l", "s"], [*batch, "s", "e"]], [*batch, "l", "e"]
+    )
+    if len(call.shapes) == 1:
+        return result
+    return (result, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
+
+
+@rule("aten.multi_head_attention_forward", "aten._native_multi_head_attention")
+def packed_attention(call: Call) -> Result:
+    """The fused inference kernel of nn.MultiheadAttention: packed qkv, heads, output projection."""
+    query, key, value = call["query"], call["key"], call["value"]
+    batch = letters(2)
+    qkv_weight, out_weight = call["qkv_weight"], call["proj_weight"]
+    call.unify(query.axes[-1], key.axes[-1])
+    call.unify(key.axes[-1], value.axes[-1])
+    qkv = contract(call, "linear", [query, qkv_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
+    add_bias(call, qkv, call["qkv_bias"], -1)
+    third = split_axis(call, qkv.axes[-1], [3, qkv.axes[-1].size // 3])
+    call.finite(third[0], "query, key and value")
+    heads, inner = split_axis(call, third[1], [call["num_head"], third[1].size // call["num_head"]])
+    call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
+    call.facts.attention.append((inner.dim, None, call.where))
+    mixed = Value((*query.axes[:-1], third[1]))
+    result = contract(call, "linear", [mixed, out_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
+    add_bias(call, result, call["proj_bias"], -1)
+    outputs: list[Value | None] = [call.value(result.axes)]
+    outputs += [call.value([call.new(n) for n in s]) for s in call.shapes[1:]]
+    return tuple(outputs)
+
+
+@rule("aten._grouped_mm", "aten._scaled_grouped_mm")
+def grouped_matmul(call: Call) -> Result:
+    """Rows sorted by expert times one matrix an expert."""
+    a, b = call.values[:2]
+    if len(a.axes) == 2 and len(b.axes) == 3:
+        call.finite(b.axes[0], "experts")
+        return contract(call, "matmul", [a, b], ["ik", "gkj"], "ij")
+    batch = letters(len(call.shape) - 2)
+    return contract(
+        call,
+        "matmul",
+        [a, b],
+        [[*batch, "i", "k"][-len(a.axes) :], [*batch, "k", "j"][-len(b.axes) :]],
+        [*batch, "i", "j"],
+    )
+
+
+@rule("aten.cdist", "aten._cdist_forward")
+def cdist(call: Call) -> Result:
+    """Distances between rows: like a product of two activations."""
+    a, b = call.values[:2]
+    batch = letters(len(call.shape) - 2)
+    return contract(call, "distance", [a, b], [[*batch, "i", "k"], [*batch, "j", "k"]], [*batch, "i", "j"])

@@ -1,0 +1,213 @@
+"""Decides which dimensions grow with width.
+
+Three kinds of knowledge, in falling order of authority: what is certain (data, kernels, table lengths,
+classes; what the caller overrides), what is a policy (heads grow at a fixed head_dim, the number of groups
+is fixed), and the default (an axis along which weights are contracted or made, and that nothing certain
+touches, is a width). Products and sums carry verdicts up and down: a product is infinite exactly when a
+factor is, a sum when a part is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mupass._dims.engine import Facts
+from mupass._dims.space import Members, Space
+from mupass._errors import InferenceError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided for one class of dimensions.
+
+    Attributes:
+        infinite: Whether it grows with width.
+        why: The deciding evidence.
+        policy: Whether one model could not settle it, so that a policy did.
+    """
+
+    infinite: bool
+    why: str
+    policy: bool = False
+
+
+class Verdicts:
+    """Verdicts by class, filled by propagation to a fixed point."""
+
+    def __init__(self, space: Space, facts: Facts):
+        self.space, self.facts = space, facts
+        self._known: dict[int, Verdict] = {}
+        self._terms: list[tuple[int, Members]] = [
+            (w, m) for k in ("product", "sum") for w, m in space.terms(k)
+        ]
+        self._terms += [(space.find(a), (space.find(b),)) for a, b in space.derived]
+        self._of: dict[int, list[int]] = defaultdict(list)
+        for index, (whole, members) in enumerate(self._terms):
+            for dim in {whole, *members}:
+                self._of[dim].append(index)
+        self.conflicts: list[str] = []
+
+    def get(self, dim: int) -> Verdict | None:
+        """Return the verdict of a dimension's class, or None while it is open."""
+        return self._known.get(self.space.find(dim))
+
+    def is_open(self, dim: int) -> bool:
+        """Whether nothing is decided yet; sizes of 1 are never open."""
+        return self.space.size(dim) > 1 and self.space.find(dim) not in self._known
+
+    def settle(self, dims: Iterable[int], verdict: Verdict) -> None:
+        """Decide open dimensions and follow the consequences."""
+        todo = [self.space.find(d) for d in dims if self.is_open(d)]
+        for dim in todo:
+            self._known.setdefault(dim, verdict)
+        while todo:
+            for index in self._of[todo.pop()]:
+                todo += self._follow(*self._terms[index])
+
+    def _follow(self, whole: int, members: Members) -> list[int]:
+        top = self._known.get(whole)
+        below = [self._known.get(m) for m in members]
+        open_ = [m for m in dict.fromkeys(members) if self.is_open(m)]
+        grown = [v for v in below if v and v.infinite]
+        if top is None and grown:
+            return self._set([whole], Verdict(True, grown[0].why, grown[0].policy))
+        if top is None and not open_ and self.space.size(whole) > 1:
+            known = [v for v in below if v]
+            why = known[0].why if known else "all its members are of size 1"
+            return self._set([whole], Verdict(False, why, any(v.policy for v in known)))
+        if top is not None and not top.infinite and open_:
+            return self._set(open_, top)
+        if top is not None and top.infinite and not grown and len(open_) == 1:
+            return self._set(open_, Verdict(True, top.why, top.policy))
+        return []
+
+    def _set(self, dims: list[int], verdict: Verdict) -> list[int]:
+        for dim in dims:
+            self._known[dim] = verdict
+        return dims
+
+    def relatives(self, dim: int) -> set[int]:
+        """Return the classes reached from a dimension through products, sums and derivations."""
+        seen, todo = {self.space.find(dim)}, [self.space.find(dim)]
+        while todo:
+            for index in self._of[todo.pop()]:
+                whole, members = self._terms[index]
+                for other in (whole, *members):
+                    if other not in seen and self.space.size(other) > 1:
+                        seen.add(other)
+                        todo.append(other)
+        return seen
+
+    def open_terms(self) -> list[tuple[int, Members]]:
+        """Return products and sums that must grow but do not say through which member."""
+        found = []
+        for whole, members in self._terms:
+            top = self._known.get(whole)
+            below = [self._known.get(m) for m in members]
+            if top and top.infinite and not any(v and v.infinite for v in below):
+                found.append((whole, tuple(m for m in members if self.is_open(m))))
+        return found
+
+
+def decide(
+    space: Space,
+    facts: Facts,
+    inputs: Iterable[tuple[int, str]],
+    outputs: Iterable[tuple[int, str]],
+    overrides: Mapping[int, tuple[bool, str]],
+) -> Verdicts:
+    """Decide every dimension.
+
+    Args:
+        space: The solved constraints.
+        facts: What the rules recorded.
+        inputs: Axes of the model's inputs, each with its description.
+        outputs: Axes of the outputs that a loss may see.
+        overrides: Dimensions that the caller settles: infinite or not, and by what authority.
+
+    Returns:
+        The verdicts; `Verdicts.get` is None for dimensions that no parameter and no weight touches.
+
+    Raises:
+        InferenceError: When an override contradicts itself.
+    """
+    verdicts = Verdicts(space, facts)
+    for dim, (infinite, why) in overrides.items():
+        known = verdicts.get(dim)
+        if known and known.infinite != infinite:
+            raise InferenceError(f"{why} contradicts {known.why}")
+        verdicts.settle([dim], Verdict(infinite, why))
+    for dim, why in inputs:
+        verdicts.settle([dim], Verdict(False, why))
+    for dim, why in facts.finite.items():
+        verdicts.settle([dim], Verdict(False, why))
+    _settle_outputs(verdicts, outputs)
+    _settle_heads(verdicts)
+    _settle_groups(verdicts)
+    _settle_fans(verdicts)
+    _settle_products(verdicts)
+    return verdicts
+
+
+def _settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None:
+    """An output axis that weights read again is hidden state; any other is classes or data."""
+    space, facts = verdicts.space, verdicts.facts
+    contracted = {space.find(d) for d in facts.fan_in}
+    for dim, why in outputs:
+        if verdicts.is_open(dim) and not verdicts.relatives(dim) & contracted:
+            verdicts.settle([dim], Verdict(False, why))
+
+
+def _settle_heads(verdicts: Verdicts) -> None:
+    """Policy: in a batched product of two activations the batch grows (heads), the rest is fixed."""
+    for product in verdicts.facts.bilinear:
+        heads = [d for d in product.batch if verdicts.is_open(d)]
+        inner = [d for d in product.inner if verdicts.is_open(d)]
+        if heads and inner:
+            verdicts.settle(inner, Verdict(False, f"policy: fixed size per head ({product.where})", True))
+
+
+def _settle_groups(verdicts: Verdicts) -> None:
+    """Policy: a grouped convolution keeps its number of groups."""
+    for dim, where in verdicts.facts.groups.items():
+        verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
+
+
+def _settle_fans(verdicts: Verdicts) -> None:
+    """Default: what weights contract or make, and nothing certain touches, is a width.
+
+    Wholes first would hide which of their members grow, so members with evidence of their own go first.
+    """
+    facts, space = verdicts.facts, verdicts.space
+    fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
+    atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
+    for dim in [*atoms, *fans]:
+        verdicts.settle(
+            [dim], Verdict(True, f"a width: no data, kernel or class axis touches it ({fans[dim]})")
+        )
+
+
+def _settle_products(verdicts: Verdicts) -> None:
+    """Where a whole must grow and several members could, prefer those that the code does not spell out."""
+    literal = {verdicts.space.find(d) for d in verdicts.facts.literal}
+    while open_terms := verdicts.open_terms():
+        progress = False
+        for whole, members in open_terms:
+            members = tuple(m for m in members if verdicts.is_open(m))
+            top = verdicts.get(whole)
+            if not members or top is None or any((v := verdicts.get(m)) and v.infinite for m in members):
+                continue
+            free = [m for m in members if m not in literal] or list(members)
+            product = (
+                members in [tuple(m) for m in verdicts.space.terms_of(whole, "product")] or len(free) == 1
+            )
+            chosen = free[:1] if product else free
+            verdicts.settle(
+                chosen,
+                Verdict(True, f"policy: it grows with its whole ({top.why})", len(free) > 1 and product),
+            )
+            progress = True
+        if not progress:
+            break

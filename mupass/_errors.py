@@ -1,0 +1,25 @@
+"""Every error that mupass raises on purpose: one base class, one subclass for each stage."""
+
+
+class MupassError(Exception):
+    """Base class of all mupass errors; catching it catches every refusal by this package."""
+
+
+class CaptureError(MupassError):
+    """The model could not be captured as a graph (bad example inputs, no parameters)."""
+
+
+class InferenceError(MupassError):
+    """Width inference met something it must not guess (unknown operator, nothing infinite)."""
+
+
+class PlanError(MupassError, ValueError):
+    """A plan is invalid, unreadable, or belongs to another model."""
+
+
+class TransformError(MupassError):
+    """The model cannot be rewritten (transformed twice, no module to hold a multiplier)."""
+
+
+class OptimizerError(MupassError, ValueError):
+    """An optimizer was given an argument it cannot use."""

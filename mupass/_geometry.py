@@ -1,0 +1,104 @@
+"""What the graph says of each parameter: the record that inference hands to the scale rules."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Role = Literal["input", "hidden", "output", "vector", "scalar"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator that reads a parameter.
+
+    Attributes:
+        operator: ATen name, such as ``aten.linear.default``.
+        module: Qualified name of the module whose forward called it; ``""`` is the root.
+        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``matmul``, ``recurrent``,
+            ``pointwise``, ``norm`` or ``other``.
+        fan_in: Axes of the parameter that the operator contracts with an activation.
+        fan_out: Axes of the parameter that the operator keeps.
+    """
+
+    operator: str
+    module: str
+    kind: str
+    fan_in: tuple[int, ...] = ()
+    fan_out: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Width geometry of one parameter.
+
+    Attributes:
+        name: Qualified name, the first one for a tied parameter.
+        shape: Sizes of the axes.
+        base_shape: Sizes of the same axes at the base width (not always whole numbers).
+        infinite: For every axis, whether it grows with width.
+        dims: For every axis, its readable name or term, such as ``d_model`` or ``3*d_model``.
+        role: Row of the scale table. ``input``: only fan_out grows; ``hidden``: both grow;
+            ``output``: only fan_in grows; ``vector``: no fan_in axis (bias, gain) and the one kept
+            axis grows; ``scalar``: no axis grows.
+        fan_in_axes: Axes that make up fan_in (kernel axes included); ``()`` for vectors.
+        fan_out_axes: Axes that make up fan_out.
+        readout_uses: Uses in which the parameter acts as a readout (only fan_in grows) although
+            its role is ``input``: a tied embedding. They need the readout multiplier.
+        uses: Every operator that reads the parameter.
+        evidence: Why, one line a fact.
+        ambiguous: For every axis, whether one model could not settle it (a policy decided).
+        aliases: Further qualified names of the same tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base_shape: tuple[float, ...]
+    infinite: tuple[bool, ...]
+    dims: tuple[str, ...]
+    role: Role
+    fan_in_axes: tuple[int, ...] = ()
+    fan_out_axes: tuple[int, ...] = ()
+    readout_uses: tuple[Use, ...] = ()
+    uses: tuple[Use, ...] = ()
+    evidence: tuple[str, ...] = ()
+    ambiguous: tuple[bool, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def fan_in(self) -> int:
+        """Product of the fan_in axes (1 for vectors)."""
+        return prod(self.shape[i] for i in self.fan_in_axes)
+
+    @property
+    def fan_out(self) -> int:
+        """Product of the fan_out axes."""
+        return prod(self.shape[i] for i in self.fan_out_axes)
+
+    @property
+    def m_in(self) -> float:
+        """Width multiplier fan_in / base fan_in; 1 where fan_in is finite."""
+        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes)
+
+    @property
+    def m_out(self) -> float:
+        """Width multiplier fan_out / base fan_out; 1 where fan_out is finite."""
+        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of width inference on one model.
+
+    Attributes:
+        geometries: One record for each parameter, in the order of ``named_parameters()``.
+        width: Size of the dimension that names the model's width (d_model in a transformer).
+        base_width: Width at which the plan equals standard parameterization.
+        capture: How the graph was obtained: ``export`` or ``recorded run``.
+        warnings: What the reader must know: policies applied, operators treated by shape.
+    """
+
+    geometries: tuple[Geometry, ...]
+    width: int
+    base_width: float
+    capture: str
+    warnings: tuple[str, ...] = ()
