@@ -13,6 +13,7 @@ from torch import nn
 
 from mupass._capture import Capture, capture
 from mupass._errors import InferenceError
+from mupass._fused import find_fusions
 from mupass._geometry import Analysis, Geometry, Use
 from mupass._infer import Inference, infer
 from mupass._inputs import as_call, find_inputs
@@ -159,7 +160,8 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings)
+    modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules)
 
 
 def _width(
@@ -244,6 +246,7 @@ def _geometry(
         evidence=evidence,
         ambiguous=tuple(v.policy for v in verdicts),
         aliases=tuple(captured.aliases.get(name, ())),
+        fusions=find_fusions(solved, name, use.fan_out if use else ()),
     )
 
 

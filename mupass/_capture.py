@@ -32,6 +32,7 @@ class Capture:
         method: ``export`` or ``recorded run``.
         owners: Node -> qualified name of the module that called the operator.
         warnings: What the reader of a report must know.
+        buffers: Placeholder -> qualified name, for those states that are buffers.
     """
 
     nodes: tuple[Node, ...]
@@ -43,6 +44,7 @@ class Capture:
     method: str
     owners: Mapping[Node, str] = field(repr=False)
     warnings: tuple[str, ...] = ()
+    buffers: Mapping[Node, str] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
@@ -124,7 +126,8 @@ def _from_export(
     outputs = tuple((named.get(n.name, n.name), n) for n in nodes)
     operators = tuple(n for n in program.graph.nodes if n.op == "call_function")
     owners = {n: _owner(n) for n in operators}
-    return Capture(operators, parameters, states, inputs, outputs, aliases, "export", owners)
+    buffers = {by_name[k]: v for k, v in signature.inputs_to_buffers.items()}
+    return Capture(operators, parameters, states, inputs, outputs, aliases, "export", owners, buffers=buffers)
 
 
 def _owner(node: Node) -> str:

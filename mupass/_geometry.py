@@ -1,8 +1,15 @@
 """What the graph says of each parameter: the record that inference hands to the scale rules."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from mupass._errors import PlanError
+
+if TYPE_CHECKING:
+    from mupass._report import Report
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
 
@@ -28,6 +35,23 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """An axis along which a parameter holds several matrices.
+
+    Attributes:
+        axis: The axis.
+        view: Sizes that the axis splits into, row-major.
+        along: Which of them counts the matrices.
+        sizes: Length of every matrix along it: ones for a stack, sizes of the parts for a concatenation.
+    """
+
+    axis: int
+    view: tuple[int, ...]
+    along: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Width geometry of one parameter.
 
@@ -48,6 +72,7 @@ class Geometry:
         evidence: Why, one line a fact.
         ambiguous: For every axis, whether one model could not settle it (a policy decided).
         aliases: Further qualified names of the same tensor.
+        fusions: Output axes along which the tensor holds several matrices (qkv, gate and up, gates).
     """
 
     name: str
@@ -63,6 +88,7 @@ class Geometry:
     evidence: tuple[str, ...] = ()
     ambiguous: tuple[bool, ...] = ()
     aliases: tuple[str, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def fan_in(self) -> int:
@@ -95,6 +121,7 @@ class Analysis:
         base_width: Width at which the plan equals standard parameterization.
         capture: How the graph was obtained: ``export`` or ``recorded run``.
         warnings: What the reader must know: policies applied, operators treated by shape.
+        modules: (qualified name, class name) of every module, in the model's own order.
     """
 
     geometries: tuple[Geometry, ...]
@@ -102,3 +129,29 @@ class Analysis:
     base_width: float
     capture: str
     warnings: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
+
+    def __getitem__(self, name: str) -> Geometry:
+        """Return the geometry of a parameter, by any of its names.
+
+        Args:
+            name: Qualified name; a tied parameter answers to all of its names.
+
+        Raises:
+            PlanError: No parameter has that name.
+        """
+        for geometry in self.geometries:
+            if name == geometry.name or name in geometry.aliases:
+                return geometry
+        raise PlanError(f"no parameter {name!r} in this analysis")
+
+    def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
+        """Return the readable report: text, HTML, or a networkx graph.
+
+        Args:
+            optimizer: Whose scales the report shows.
+            parameterization: Under which parameterization.
+        """
+        from mupass._report import Report
+
+        return Report(self, optimizer, parameterization)

@@ -276,7 +276,7 @@ def packed_attention(call: Call) -> Result:
     qkv = contract(call, "linear", [query, qkv_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
     add_bias(call, qkv, call["qkv_bias"], -1)
     third = split_axis(call, qkv.axes[-1], [3, qkv.axes[-1].size // 3])
-    call.finite(third[0], "query, key and value")
+    call.enumerate(third[0], "query, key and value")
     heads, inner = split_axis(call, third[1], [call["num_head"], third[1].size // call["num_head"]])
     call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
     call.facts.attention.append((inner.dim, None, call.where))

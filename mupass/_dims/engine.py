@@ -82,6 +82,7 @@ class Facts:
     literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
     fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
     fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
+    enumerated: dict[int, str] = field(default_factory=dict)  # finite dims whose positions are separate things
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     bilinear: list[Bilinear] = field(default_factory=list)
     attention: list[tuple[int, float | None, str]] = field(default_factory=list)
@@ -171,6 +172,11 @@ class Call:
     def finite(self, axis: Axis, why: str) -> None:
         """Record certain evidence that an axis does not grow."""
         self.facts.finite.setdefault(axis.dim, f"{why} ({self.where})")
+
+    def enumerate(self, axis: Axis, why: str) -> None:
+        """Record that positions along an axis are separate things, such as query, key and value."""
+        self.finite(axis, why)
+        self.facts.enumerated.setdefault(axis.dim, why)
 
     def literal(self, axis: Axis, why: str) -> None:
         """Record a hint, used only where the constraints leave a choice."""

@@ -293,7 +293,7 @@ def _cell(call: Call, params: Sequence[Value], features: Axis, gates: int, count
     w_ih, w_hh = params[:2]
     call.unify(w_ih.axes[1], features)
     rows = split_axis(call, w_ih.axes[0], [gates, w_ih.axes[0].size // gates])
-    call.finite(rows[0], "the gates of a recurrent cell")
+    call.enumerate(rows[0], "the gates of a recurrent cell")
     cell = rows[1]
     for other in (w_hh, *(params[2:4] if count >= 4 else ())):
         call.unify(w_ih.axes[0], other.axes[0])

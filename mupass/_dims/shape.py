@@ -290,7 +290,7 @@ def select(call: Call) -> Result:
     """Take single positions of one axis; they mean different things, so it does not grow."""
     source = call.values[0]
     dim = call.get("dim", 0) % len(source.axes)
-    call.finite(source.axes[dim], "its positions are taken one by one")
+    call.enumerate(source.axes[dim], "its positions are taken one by one")
     rest = call.value(source.axes[:dim] + source.axes[dim + 1 :])
     return rest if call.operator.startswith("aten.select") else [rest] * len(call.shapes)
 

@@ -1,0 +1,204 @@
+"""Which initialization law a model's weights follow, read off their values.
+
+One tensor alone often fits several laws (in a square layer fan_in, fan_out and a constant are the same
+thing), so all tensors are judged together: the law that explains most of them, with a gain that people
+really use, wins, and what it explains is set aside before the next law is sought.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+# Law -> gains that PyTorch and common code produce. The order settles ties.
+CANONICAL = {
+    "fan_in": (1 / sqrt(3), 1.0, sqrt(2)),  # default of nn.Linear and nn.Conv; LeCun; Kaiming with ReLU
+    "constant": (1.0, 0.02, 0.01),  # nn.Embedding; GPT-2, BERT; older CNNs
+    "fan_out": (1 / sqrt(3), 1.0, sqrt(2)),  # default of transposed convolutions; Kaiming mode="fan_out"
+    "fan_avg": (1.0, sqrt(2)),  # Xavier, Xavier with ReLU gain
+}
+KINDS = tuple(CANONICAL)
+FEW = 64  # a tensor with fewer entries follows the others rather than speaking for a law
+
+
+def tolerance(count: int) -> float:
+    """Return four standard errors of a std measured on ``count`` normal entries, relative to it."""
+    return 4 / sqrt(2 * count) + 1e-3
+
+
+@dataclass(frozen=True)
+class Fans:
+    """Fans that a law can divide by, and how they grow.
+
+    Attributes:
+        fan_in: Size now; None if the parameter has no fan_in.
+        fan_out: Size now, kernel included; None if the parameter has no fan_out to speak of.
+        m_in: fan_in relative to the base width.
+        m_out: fan_out relative to the base width.
+        partner: For a bias, the weight whose fan_in this is.
+    """
+
+    fan_in: int | None
+    fan_out: int | None
+    m_in: float
+    m_out: float
+    partner: str | None = None
+
+    def denominator(self, kind: str) -> float | None:
+        """Return ``gain**2 / variance`` under a law, or None if the law cannot be stated."""
+        if kind == "constant":
+            return 1.0
+        if kind == "fan_avg":
+            return None if self.fan_in is None or self.fan_out is None else (self.fan_in + self.fan_out) / 2
+        return self.fan_in if kind == "fan_in" else self.fan_out
+
+    def ratio(self, kind: str) -> float:
+        """Return the variance at the base width relative to the variance now, under a law."""
+        if kind == "fan_avg" and self.fan_in is not None and self.fan_out is not None:
+            return (self.fan_in + self.fan_out) / (self.fan_in / self.m_in + self.fan_out / self.m_out)
+        return {"fan_in": self.m_in, "fan_out": self.m_out}.get(kind, 1.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Statistics of one tensor: number of entries, std (None on the meta device), flat distribution."""
+
+    name: str
+    count: int
+    std: float | None
+    uniform: bool
+    fans: Fans
+
+    def gain(self, kind: str) -> float | None:
+        """Return the gain that the law needs to give this tensor's std."""
+        below = self.fans.denominator(kind)
+        return None if self.std is None or below is None else self.std * sqrt(below)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that the std may have."""
+        return tolerance(self.count)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A law with its gain for one tensor, and how it was decided."""
+
+    sample: Sample
+    kind: str
+    gain: float | None
+    note: str = ""
+    doubtful: bool = False
+
+    @property
+    def std(self) -> float | None:
+        """Std that the law gives the tensor now."""
+        below = self.sample.fans.denominator(self.kind)
+        return None if self.gain is None or below is None else self.gain / sqrt(below)
+
+    @property
+    def text(self) -> str:
+        """The law in words."""
+        if self.gain is None:
+            return f"unknown (meta): {self.kind} taken"
+        of = f" of {self.sample.fans.partner}" if self.sample.fans.partner and self.kind == "fan_in" else ""
+        law = "constant std" if self.kind == "constant" else f"{self.kind}{of}, gain {self.gain:.3g}"
+        shape = " (uniform)" if self.sample.uniform else ""
+        return f"{law}{shape}{'; ' if self.note else ''}{self.note}"
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    kind: str
+    gain: float
+    canonical: bool
+    slack: float  # error of the gain itself, when it was measured
+
+    def explains(self, sample: Sample) -> bool:
+        gain = sample.gain(self.kind)
+        return gain is not None and abs(gain / self.gain - 1) <= sample.tolerance + self.slack
+
+    def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
+        """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
+        explained = [s for s in samples if self.explains(s)]
+        weight = sum(1 if s.count >= FEW else 0.01 for s in explained)
+        if self.canonical:
+            return weight, True
+        # Tensors of one shape agree on every law, so they are evidence for none.
+        shapes = {(s.fans.fan_in, s.fans.fan_out) for s in explained}
+        return (weight - 1 if len(shapes) > 1 else 0.0), False
+
+
+def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
+    """Decide on a law for every tensor.
+
+    Args:
+        samples: Statistics of all tensors that hold random values (or none yet: meta).
+
+    Yields:
+        One finding for each sample, in no particular order.
+    """
+    rest = [s for s in samples if s.std is not None and s.fans.partner is None]
+    hypotheses = list(_hypotheses(rest))
+    found: list[Finding] = []
+    while rest:
+        leading = _majority(found) if found else None
+        ranks = {h: (*h.rank(rest), h.kind == leading) for h in hypotheses}
+        best = max(hypotheses, key=lambda h: ranks[h])  # the first of equals: order of CANONICAL
+        if ranks[best][0] <= 0:
+            break
+        rivals = [h for h in hypotheses if ranks[h] == ranks[best] and h.kind != best.kind]
+        found += [_settled(s, best, rivals) for s in rest if best.explains(s)]
+        rest = [s for s in rest if not best.explains(s)]
+    yield from found
+    yield from (_unsettled(s, _majority(found)) for s in rest)
+    yield from (_bias(s) for s in samples if s.std is not None and s.fans.partner is not None)
+    yield from (_unseen(s) for s in samples if s.std is None)
+
+
+def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
+    for kind, gains in CANONICAL.items():
+        yield from (_Hypothesis(kind, gain, True, 0.0) for gain in gains)
+    for kind in CANONICAL:
+        seen: list[_Hypothesis] = []
+        for sample in sorted(samples, key=lambda s: -s.count):
+            gain = sample.gain(kind)
+            if gain is not None and sample.count >= FEW and not any(h.explains(sample) for h in seen):
+                seen.append(_Hypothesis(kind, gain, False, sample.tolerance))
+        yield from seen
+
+
+def _settled(sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis]) -> Finding:
+    others = {
+        rival.kind
+        for rival in rivals
+        if rival.explains(sample) and sample.fans.ratio(rival.kind) != sample.fans.ratio(law.kind)
+    }
+    note = f"ambiguous with {', '.join(sorted(others))}: {law.kind} taken" if others else ""
+    return Finding(sample, law.kind, law.gain, note, bool(others))
+
+
+def _majority(found: Sequence[Finding]) -> str:
+    """Return the law of most weights whose fan_in grows; fan_in if none is ahead."""
+    kinds = [f.kind for f in found if f.sample.fans.m_in != 1]
+    return max(KINDS, key=kinds.count)  # the first of equals, fan_in
+
+
+def _unsettled(sample: Sample, majority: str) -> Finding:
+    """Return the majority's law for a tensor that shares its gain with no other, in doubt if it matters."""
+    kind = majority if sample.fans.denominator(majority) is not None else "constant"
+    ratios = {sample.fans.ratio(k) for k in KINDS if sample.fans.denominator(k) is not None}
+    doubtful = len(ratios) > 1 and sample.fans.fan_in is not None  # vectors are drawn without looking at fans
+    return Finding(sample, kind, sample.gain(kind), f"ambiguous: {kind} taken" if doubtful else "", doubtful)
+
+
+def _bias(sample: Sample) -> Finding:
+    """Return the law of PyTorch's biases, ``U(+-1/sqrt(fan_in of its weight))``, or else a constant std."""
+    default = _Hypothesis("fan_in", 1 / sqrt(3), True, 0.0)
+    if default.explains(sample):
+        return Finding(sample, "fan_in", default.gain)
+    return Finding(sample, "constant", sample.gain("constant"))
+
+
+def _unseen(sample: Sample) -> Finding:
+    """Return the law taken for a tensor without values."""
+    return Finding(sample, "constant" if sample.fans.fan_in is None else "fan_in", None)

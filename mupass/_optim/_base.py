@@ -1,0 +1,274 @@
+"""What all planned optimizers share: checks, groups, momentum, decay, fallback, state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupass._errors import OptimizerError
+from mupass._optim._fallback import FALLBACKS, average, fallback_step
+from mupass._plan import OptimizerSpec, Plan, plan_of
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """Return a finite number within bounds.
+
+    Args:
+        name: What to call it in the error.
+        value: The number.
+        low: Smallest value allowed.
+        high: Bound that must not be reached, unless infinite.
+
+    Raises:
+        OptimizerError: It is no number, NaN, infinite or out of bounds.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or value >= high:
+        bounds = f">= {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
+        raise OptimizerError(f"{name} must be a finite number {bounds}, not {value!r}")
+    return float(value)
+
+
+def check_period(name: str, value: Any) -> int:
+    """Return a number of steps, at least 1.
+
+    Args:
+        name: What to call it in the error.
+        value: The number.
+
+    Raises:
+        OptimizerError: It is not a positive whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptimizerError(f"{name} must be a whole number of steps >= 1, not {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return a known word.
+
+    Args:
+        name: What to call it in the error.
+        value: The word.
+        known: Words allowed.
+
+    Raises:
+        OptimizerError: It is none of them.
+    """
+    if value not in tuple(known):
+        raise OptimizerError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Covered:
+    """How one parameter is treated.
+
+    Attributes:
+        parameter: Its name.
+        treatment: Block type, or name of the fallback.
+        reason: Why.
+    """
+
+    parameter: str
+    treatment: str
+    reason: str
+
+
+class Coverage(tuple[Covered, ...]):
+    """Treatment of every parameter; prints as a table."""
+
+    def __str__(self) -> str:
+        """Return one line a parameter."""
+        width = max((len(c.parameter) for c in self), default=0)
+        return "\n".join(f"{c.parameter:<{width}}  {c.treatment:<12}  {c.reason}" for c in self)
+
+
+class PlannedOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that precondition some parameters and hand the rest to a named fallback.
+
+    Width factors are the group key ``mupass_scale`` and multiply at each step, so that a scheduler may set
+    ``lr`` to anything. Decoupled weight decay uses ``lr`` without the width factor: it is the same at all
+    widths.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: OptimizerSpec,
+        lr: float,
+        *,
+        momentum: float,
+        weight_decay: float,
+        fallback: str,
+        fallback_lr: float,
+        strict: bool,
+    ) -> None:
+        check_number("lr", lr)
+        check_number("momentum", momentum, 0, 1)
+        check_number("weight_decay", weight_decay)
+        check_number("fallback_lr", fallback_lr)
+        check_choice("fallback", fallback, FALLBACKS)
+        self.root, plan = plan_of(model)
+        self.plan: Plan = plan.for_optimizer(spec)
+        self.plan.check(self.root)
+        self.spec = spec
+        self.names = {p: n for n, p in self.root.named_parameters() if p.requires_grad}
+        if not self.names:
+            raise OptimizerError("every parameter of the model is frozen")
+        self._steps = 0
+        self._stats: Counter[str] = Counter()
+        self._warned: set[str] = set()
+        own, reasons = self._assign()
+        self._coverage = Coverage(
+            Covered(n, own.get(n, fallback), "" if n in own else reasons.get(n, "")) for n in self.names.values()
+        )
+        left = [c for c in self._coverage if c.parameter not in own]
+        if strict and left:
+            raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
+        groups = self._groups(spec.name, own, lr, weight_decay, momentum)
+        others = {c.parameter for c in left}
+        groups += self._groups(fallback, others, fallback_lr, weight_decay, momentum)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return own parameters -> block type, and the others -> reason."""
+        raise NotImplementedError
+
+    def _directions(self) -> dict[Tensor, Tensor]:
+        """Return the preconditioned gradient of every own parameter that has a gradient."""
+        raise NotImplementedError
+
+    def _groups(
+        self, algorithm: str, names: Iterable[str], lr: float, weight_decay: float, momentum: float
+    ) -> list[dict[str, Any]]:
+        """Merge parameters of equal scales into groups."""
+        plan = self.plan if algorithm == self.spec.name else self.plan.for_optimizer(algorithm)
+        wanted, groups = set(names), {}
+        for parameter, name in self.names.items():
+            if name not in wanted:
+                continue
+            scales = plan[name].scales
+            factor = scales.lr * (self._correction(name) if algorithm == self.spec.name else 1.0)
+            key = (float(f"{factor:.12g}"), float(f"{scales.epsilon:.12g}") if algorithm == "adamw" else 1.0)
+            group = groups.setdefault(
+                key,
+                {"params": [], "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "algorithm": algorithm,
+                 "mupass_scale": factor, "mupass_epsilon": scales.epsilon},
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def _correction(self, name: str) -> float:
+        """Return a further factor on the learning rate, for what the scale table cannot know."""
+        return 1.0
+
+    def coverage(self) -> Coverage:
+        """Return how every parameter is treated, and why."""
+        return self._coverage
+
+    def stats(self) -> dict[str, int]:
+        """Return counts of what went wrong and was survived, with the number of steps."""
+        return {"steps": self._steps, **self._stats}
+
+    def count(self, what: str, where: str, times: int = 1) -> None:
+        """Count an incident, and warn at the first of its kind and place.
+
+        Args:
+            what: Kind of incident, a key of `stats`.
+            where: Parameter or factor.
+            times: How many.
+        """
+        self._stats[what] += times
+        if f"{what}:{where}" not in self._warned:
+            self._warned.add(f"{what}:{where}")
+            warnings.warn(f"mupass.{type(self).__name__}: {what.replace('_', ' ')}: {where}", stacklevel=3)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Not supported: factors belong to exactly one forward and backward pass.
+
+        Raises:
+            OptimizerError: A closure is given.
+        """
+        if closure is not None:
+            raise OptimizerError(
+                f"{type(self).__name__} takes no closure: run forward and backward once, then call step()"
+            )
+        if self._gradients_are_finite():
+            directions = self._directions()
+            for group in self.param_groups:
+                self._apply(group, directions)
+        else:
+            self._discard()
+            self.count("skipped_steps", "a gradient holds NaN or infinity")
+        self._steps += 1
+        self._prepare_next()
+
+    def _gradients_are_finite(self) -> bool:
+        grads = [p.grad for p in self.names if p.grad is not None]
+        if not grads:
+            return True
+        norms = torch.stack([g.abs().amax().float() for g in grads])
+        return bool(norms.isfinite().all())
+
+    def _discard(self) -> None:
+        """Forget statistics of a step that is skipped."""
+
+    def _prepare_next(self) -> None:
+        """Set up statistics for the passes that come before the next step."""
+
+    def _apply(self, group: dict[str, Any], directions: Mapping[Tensor, Tensor]) -> None:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if group["algorithm"] == self.spec.name:
+                if p not in directions:
+                    continue
+                update = average(directions[p], state, group["momentum"])
+            else:
+                update = fallback_step(p.grad, state, group)
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Return the subclass's own state."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the subclass's own state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, factors and schedule included: a resumed run goes on bit for bit."""
+        extra = {"steps": self._steps, "stats": dict(self._stats), **self._extra_state()}
+        return {**super().state_dict(), "mupass": extra}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state.
+
+        Args:
+            state_dict: Result of `state_dict`, of an optimizer of the same kind on the same model.
+
+        Raises:
+            OptimizerError: It is the state of another optimizer.
+        """
+        if "mupass" not in state_dict:
+            raise OptimizerError(f"not a state of mupass.{type(self).__name__}: key 'mupass' is missing")
+        extra = state_dict["mupass"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mupass"})
+        self._steps, self._stats = extra["steps"], Counter(extra["stats"])
+        self._load_extra_state(extra)
+        self._prepare_next()
+

@@ -1,0 +1,60 @@
+"""Damping of the two Kronecker factors of a layer (Ishikawa & Karakida, arXiv 2312.12226, eqs. 14 and 15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MODES = ("trace", "absolute", "pi")
+FLOOR = 1e-7  # of pi-damping's traces, as in Martens & Grosse's reference code
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Traces and sizes of the factors A and B of several layers, aligned.
+
+    Attributes:
+        trace_a: Traces of A, ``[K]``; ones for biases, whose A is the number 1.
+        trace_b: Traces of B, ``[K]``.
+        dim_a: Sizes of A.
+        dim_b: Sizes of B.
+        scale_a: Width factor of absolute damping of A.
+        scale_b: Width factor of absolute damping of B.
+    """
+
+    trace_a: Tensor
+    trace_b: Tensor
+    dim_a: Tensor
+    dim_b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+
+
+def damp(mode: str, damping: float, sides: Sides) -> tuple[Tensor, Tensor]:
+    """Return rho_A and rho_B for every layer.
+
+    * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of the
+      factor's eigenvalues by itself. The trace, not the trace over the size.
+    * ``absolute``: ``damping`` times the width factor of the scale table.
+    * ``pi``: the usual heuristic, ``rho_A = pi sqrt(damping)``, ``rho_B = sqrt(damping) / pi`` with
+      ``pi^2 = (tr A / dim A) / (tr B / dim B)``. Its order is right in hidden layers only: under muP the input
+      layer's update decays like 1/width.
+
+    Args:
+        mode: ``trace``, ``absolute`` or ``pi``.
+        damping: The hyperparameter.
+        sides: The factors.
+
+    Returns:
+        ``rho_A`` and ``rho_B``, each ``[K]``.
+    """
+    if mode == "trace":
+        return damping * sides.trace_a, damping * sides.trace_b
+    if mode == "absolute":
+        return damping * sides.scale_a, damping * sides.scale_b
+    mean_a = (sides.trace_a / sides.dim_a).clamp(min=FLOOR)
+    mean_b = (sides.trace_b / sides.dim_b).clamp(min=FLOOR)
+    pi, root = torch.sqrt(mean_a / mean_b), damping**0.5
+    return pi * root, root / pi

@@ -1,0 +1,55 @@
+"""Fallbacks for parameters that a preconditioner cannot take, with the scales of their own table row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+FALLBACKS = ("adamw", "sgd")
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8  # at the base width
+
+
+def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Return the direction of one parameter under its group's fallback.
+
+    Args:
+        grad: Its gradient.
+        state: Its optimizer state, updated in place.
+        group: Its parameter group: ``algorithm``, ``momentum`` and the factor on epsilon.
+
+    Returns:
+        A tensor to be subtracted, times learning rate and width factor.
+    """
+    if group["algorithm"] == "sgd":
+        return average(grad, state, group["momentum"])
+    return _adamw(grad, state, EPSILON * group["mupass_epsilon"])
+
+
+def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+    """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
+
+    Args:
+        direction: The new one.
+        state: Optimizer state of the parameter, updated in place.
+        momentum: Weight of the past.
+    """
+    if momentum == 0:
+        return direction
+    if "momentum" not in state:
+        state["momentum"] = direction.clone()
+    else:
+        state["momentum"].mul_(momentum).add_(direction)
+    return state["momentum"]  # type: ignore[no-any-return]
+
+
+def _adamw(grad: Tensor, state: dict[str, Any], epsilon: float) -> Tensor:
+    if "step" not in state:
+        state["step"], state["mean"], state["square"] = 0, grad.new_zeros(grad.shape), grad.new_zeros(grad.shape)
+    state["step"] += 1
+    state["mean"].lerp_(grad, 1 - BETAS[0])
+    state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+    mean = state["mean"] / (1 - BETAS[0] ** state["step"])
+    square = state["square"] / (1 - BETAS[1] ** state["step"])
+    return mean / (square.sqrt() + epsilon)  # type: ignore[no-any-return]

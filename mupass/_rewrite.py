@@ -1,0 +1,157 @@
+"""Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._errors import TransformError
+from mupass._geometry import Use
+from mupass._plan import ATTRIBUTE, Entry, Plan
+
+READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class InputMultiplier:
+    """Forward pre-hook that multiplies a module's input; the module's bias is left alone.
+
+    A plain object rather than a closure, so that the model can still be pickled and deep-copied.
+
+    Attributes:
+        factor: What the input is multiplied by.
+    """
+
+    factor: float
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Multiply the input, positional or named.
+
+        Args:
+            module: Module about to run.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+
+        Returns:
+            The arguments with the input multiplied.
+        """
+        if args:
+            return (args[0] * self.factor, *args[1:]), kwargs
+        return args, {**kwargs, "input": kwargs["input"] * self.factor}
+
+
+def check_rewritable(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model that `rewrite` could not finish.
+
+    Args:
+        model: Model that the plan was made for.
+        plan: Its plan.
+
+    Raises:
+        TransformError: A readout use has no module of its own to hold the multiplier, or a parameter
+            that must be rescaled is a view with shared memory.
+    """
+    parameters = dict(model.named_parameters())
+    for entry in plan.entries:
+        parameter = parameters[entry.geometry.name]
+        if entry.scales.multiplier != 1:
+            for use in entry.geometry.readout_uses:
+                _readout(model, entry, use)
+        if entry.init_factor != 1 and _overlaps(parameter):
+            raise TransformError(
+                f"{entry.geometry.name} is an expanded view, which cannot be rescaled in place; "
+                "give the module a parameter of its own: nn.Parameter(tensor.clone())"
+            )
+
+
+def rewrite(model: nn.Module, plan: Plan) -> None:
+    """Insert readout multipliers, rescale the initialization and leave the plan on the model.
+
+    Args:
+        model: Model that passed `check_rewritable`.
+        plan: Its plan.
+    """
+    for entry in plan.entries:
+        if entry.scales.multiplier != 1:
+            hook = InputMultiplier(entry.scales.multiplier)
+            for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+    setattr(model, ATTRIBUTE, plan)
+    rescale(model, plan)
+
+
+def rescale(model: nn.Module, plan: Plan) -> None:
+    """Multiply every parameter by its init factor; factors of exactly 1 touch nothing.
+
+    Args:
+        model: Model with its user's initialization.
+        plan: Its plan.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        factors = {e.geometry.name: e.init_factor for e in plan.entries if e.init_factor != 1}
+        # All products first: what can fail (memory) fails before the first parameter changes.
+        scaled = {name: parameters[name] * factor for name, factor in factors.items()}
+        for name, values in scaled.items():
+            parameters[name].copy_(values)
+
+
+@contextmanager
+def hooks_restored_on_error(model: nn.Module) -> Generator[None, None, None]:
+    """Undo hooks and attributes on every module if the block raises.
+
+    Args:
+        model: Model that the block rewrites.
+
+    Yields:
+        Nothing.
+    """
+    before = []
+    for module in model.modules():
+        state = dict(vars(module))
+        before.append((module, state, {key: table.copy() for key, table in state.items() if "_hooks" in key}))
+    try:
+        yield
+    except BaseException:
+        for module, attributes, hooks in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, table in hooks.items():
+                vars(module)[key].clear()
+                vars(module)[key].update(table)
+        raise
+
+
+def _readout(model: nn.Module, entry: Entry, use: Use) -> nn.Module:
+    """Return the module whose only job is this readout.
+
+    Raises:
+        TransformError: There is none.
+    """
+    name = entry.geometry.name
+    try:
+        module = model.get_submodule(use.module)
+    except AttributeError:
+        module = None
+    if isinstance(module, READOUTS) and module.weight is model.get_parameter(name):
+        return module
+    attribute, _, _ = name.rpartition(".")
+    raise TransformError(
+        f"{name} is an embedding and also the readout, by {use.operator} inside "
+        f"{use.module or 'the root module'}. That readout needs a multiplier 1/m on its input, and no module "
+        "holds this operator alone. Give it one:\n"
+        f"    self.head = nn.Linear(width, vocabulary, bias=False)\n"
+        f"    self.head.weight = self.{attribute or name}{'.weight' if attribute else ''}\n"
+        "and call self.head(x) in forward."
+    )
+
+
+def _overlaps(parameter: torch.Tensor) -> bool:
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
+    )

@@ -1,0 +1,255 @@
+"""The scale table: parameterization x optimizer x geometry -> width factors.
+
+One argument gives every row. Let a coordinate of an activation be Theta(1), let the readout start at
+``1/fan_in**beta`` and let ``delta`` be the gradient of the output with respect to a pre-activation.
+Relative to the base width, with ``m_in`` and ``m_out`` the multipliers of a parameter's two fans,
+
+    |h|^2     ~ m_in                    a row of the weight meets m_in times as many inputs,
+    delta_i   ~ 1/m_out**beta           (m_out = 1 at the readout, whose outputs are finite),
+    |delta|^2 ~ m_out**(1 - 2 beta),
+
+and one step must move the model's output by Theta(1) *through this layer alone*, that is
+``delta . (dW h) = Theta(1)``. Putting in each optimizer's ``dW`` leaves one learning rate. With
+``beta = 1`` that step also moves every hidden coordinate by Theta(1): feature learning (Ishikawa &
+Karakida, arXiv 2312.12226, conditions 11-13). With ``beta = 1/2`` hidden coordinates move by
+``1/sqrt(m)``: the lazy limit.
+
+A parameter with no fan_in axis (bias, gain) has ``m_in = 1``; a finite fan has multiplier 1. So the
+rows "input", "hidden", "output" and "vector" of the papers' tables need no case of their own here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import isfinite
+from types import MappingProxyType
+
+from mupass._errors import PlanError
+from mupass._geometry import Geometry
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "kfac", "foof", "shampoo")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the scale table must know of an optimizer: its family and the powers it applies.
+
+    Attributes:
+        name: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof`` or ``shampoo``. ``foof`` is K-FAC that
+            preconditions the input side only: it fixes ``e_a = 1`` and ``e_b = 0``.
+        e_a: K-FAC power of the input factor A.
+        e_b: K-FAC power of the output factor B.
+        e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
+
+    Raises:
+        PlanError: Unknown name; a power that is NaN, infinite or negative.
+    """
+
+    name: str
+    e_a: float = 1.0
+    e_b: float = 1.0
+    e: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
+        for field in ("e_a", "e_b", "e"):
+            power = getattr(self, field)
+            if isinstance(power, bool) or not isinstance(power, (int, float)):
+                raise PlanError(f"{field} must be a number, not {power!r}")
+            if not isfinite(power) or power < 0:
+                raise PlanError(f"{field} must be finite and >= 0, not {power!r}")
+            object.__setattr__(self, field, float(power))
+        if self.name == "foof":
+            if (self.e_a, self.e_b) not in {(1.0, 1.0), (1.0, 0.0)}:
+                raise PlanError("foof fixes e_a=1 and e_b=0; for other powers use kfac(e_a, e_b)")
+            object.__setattr__(self, "e_b", 0.0)
+
+    @staticmethod
+    def of(optimizer: "str | OptimizerSpec") -> "OptimizerSpec":
+        """Return the spec itself, or the one with default powers that a name stands for."""
+        return optimizer if isinstance(optimizer, OptimizerSpec) else OptimizerSpec(optimizer)
+
+    def __str__(self) -> str:
+        """Return the name with the powers that matter to it."""
+        if self.name in {"kfac", "foof"}:
+            return f"{self.name}(e_a={self.e_a:g}, e_b={self.e_b:g})"
+        return f"{self.name}(e={self.e:g})" if self.name == "shampoo" else self.name
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Width factors of one parameter, all exactly 1.0 at the base width.
+
+    Attributes:
+        init: Factor on the std of the initialization at the base width.
+        multiplier: Forward factor on the input of the readout uses of a tied embedding; else 1.
+        lr: Factor on the learning rate.
+        damping_in: Factor on absolute damping of the input side: K-FAC's A, Shampoo's R.
+        damping_out: Factor on absolute damping of the output side: K-FAC's B, Shampoo's L.
+        epsilon: Factor on Adam's epsilon: the order of one gradient entry.
+        weight_decay: Factor on decoupled decay that does not depend on the learning rate.
+        lr_powers: Powers of ``(m_in, m_out)`` that make up ``lr``.
+    """
+
+    init: float
+    multiplier: float
+    lr: float
+    damping_in: float
+    damping_out: float
+    epsilon: float
+    weight_decay: float
+    lr_powers: tuple[float, float]
+
+
+SCALES = tuple(f.name for f in fields(Scales) if f.name != "lr_powers")
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """One family of rows.
+
+    Attributes:
+        name: Key of the table.
+        readout_power: ``beta``: the readout starts at ``1/fan_in**beta``. None: nothing is scaled.
+        source: Where the row is from, and in which gauge.
+    """
+
+    name: str
+    readout_power: float | None
+    source: str
+
+
+PARAMETERIZATIONS: Mapping[str, Parameterization] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Parameterization(
+                "mup",
+                1.0,
+                "maximal update: Ishikawa & Karakida, arXiv 2312.12226, conditions 11-13; SGD and Adam "
+                "as Yang & Hu, arXiv 2203.03466, table 8; no forward multipliers",
+            ),
+            Parameterization(
+                "standard",
+                None,
+                "PyTorch as it is: the user's initialization and one learning rate for all",
+            ),
+            Parameterization(
+                "ntk",
+                0.5,
+                "lazy limit: every layer moves the output, none moves the features; readout at "
+                "1/sqrt(fan_in); no forward multipliers",
+            ),
+            # Mean field is written with multipliers a = (0, 1/2, 1) and unit init b = 0 (Everett et al.,
+            # arXiv 2407.05872, table 1). The shift (a, b) -> (a - k, b + k) leaves the function alone,
+            # and the learning rate by n^(2k) for SGD, n^k for Adam. Taken to a = 0 it has
+            # b = (0, 1/2, 1): readout_power 1, hence the numbers of the mup row, epsilon and damping
+            # included, because those follow the size of the gradient in this gauge. In its own gauge
+            # gradients are m^a times smaller, and a constant epsilon would act differently there.
+            Parameterization(
+                "mean_field",
+                1.0,
+                "mean field: Everett et al., arXiv 2407.05872, moved to the gauge without multipliers, "
+                "where it has the numbers of mup; only a constant Adam epsilon, kept in its own gauge, "
+                "would tell them apart",
+            ),
+        )
+    }
+)
+
+
+def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup") -> Scales:
+    """Width factors of one parameter.
+
+    Args:
+        geometry: Fans of the parameter and their base sizes.
+        optimizer: Family and powers.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+
+    Returns:
+        Factors relative to the base width. For ``standard`` all are 1: the user's initialization
+        and one learning rate stand, whatever the width.
+    """
+    m_in, m_out = geometry.m_in, geometry.m_out
+    table = powers(geometry, optimizer, parameterization)
+    factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
+    return Scales(**factors, lr_powers=table["lr"])
+
+
+def powers(
+    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup"
+) -> dict[str, tuple[float, float]]:
+    """Powers of ``(m_in, m_out)`` in each scale of one parameter.
+
+    Args:
+        geometry: Role and uses of the parameter.
+        optimizer: Family and powers.
+        parameterization: Key of `PARAMETERIZATIONS`.
+
+    Returns:
+        Scale name (a field of `Scales`) -> ``(power of m_in, power of m_out)``.
+    """
+    none = (0.0, 0.0)
+    beta = row(parameterization).readout_power
+    if beta is None:
+        return {scale: none for scale in SCALES}
+    h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    damping_in, damping_out = {
+        "kfac": (h2, delta2),
+        "foof": (h2, delta2),
+        # R = G^T G and L = G G^T share their non-zero eigenvalues, |delta|^2 |h|^2
+        "shampoo": ((1.0, 1 - 2 * beta),) * 2,
+    }.get(optimizer.name, (none, none))
+    return {
+        "init": (-beta if geometry.role == "output" else -0.5, 0.0),
+        # A tied embedding has entries of Theta(1) where a readout has 1/m**beta; m is its kept axis.
+        "multiplier": (0.0, -beta) if geometry.readout_uses else none,
+        "lr": lr_powers(optimizer, beta),
+        "damping_in": damping_in,
+        "damping_out": damping_out,
+        "epsilon": (0.0, -beta),  # one entry of delta h^T
+        "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
+    }
+
+
+def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in the learning rate, from ``delta . (dW h) = Theta(1)``.
+
+    * SGD, ``dW = delta h^T``: ``|delta|^2 |h|^2``.
+    * Adam, ``dW = sign(delta) sign(h)^T``: ``|delta|_1 |h|_1``.
+    * K-FAC, ``dW = B^-e_b delta h^T A^-e_a``: ``|delta|^(2 - 2 e_b) |h|^(2 - 2 e_a)``.
+    * Shampoo, ``dW = L^-e/2 delta h^T R^-e/2``: ``(|delta|^2 |h|^2)^(1 - e)``, since both L and R
+      have eigenvalues of the order ``|delta|^2 |h|^2``.
+
+    Args:
+        optimizer: Family and powers.
+        beta: Readout power of the parameterization.
+
+    Returns:
+        ``(power of m_in, power of m_out)``; the learning rate undoes the order above.
+    """
+    if optimizer.name in {"adam", "adamw"}:
+        return (-1.0, beta - 1)
+    e_in, e_out = {
+        "sgd": (0.0, 0.0),
+        "shampoo": (optimizer.e, optimizer.e),
+    }.get(optimizer.name, (optimizer.e_a, optimizer.e_b))
+    return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
+
+
+def row(parameterization: str) -> Parameterization:
+    """The row of that name.
+
+    Args:
+        parameterization: Key of `PARAMETERIZATIONS`.
+
+    Returns:
+        The row.
+
+    Raises:
+        PlanError: Unknown name.
+    """
+    if parameterization not in PARAMETERIZATIONS:
+        known = ", ".join(PARAMETERIZATIONS)
+        raise PlanError(f"unknown parameterization {parameterization!r}; known: {known}")
+    return PARAMETERIZATIONS[parameterization]

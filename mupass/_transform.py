@@ -1,0 +1,174 @@
+"""transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mupass._errors import PlanError, TransformError
+from mupass._geometry import Analysis
+from mupass._init import Init, InitChoice, plan_init
+from mupass._plan import ATTRIBUTE, VERSION, Entry, Plan
+from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
+from mupass._scales import OptimizerSpec, row, scales
+
+Model = TypeVar("Model", bound=nn.Module)
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def transform(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    base: Any = 256,
+    optimizer: str | OptimizerSpec | None = None,
+    parameterization: str = "mup",
+    dims: Mapping[str, str] | None = None,
+    init: InitChoice = "auto",
+    inplace: bool = True,
+    plan: Plan | None = None,
+    strict: bool = True,
+) -> Model:
+    """Rewrite a model to a parameterization in which hyperparameters keep their optimum across widths.
+
+    The class and the ``state_dict`` keys stay. Parameters are rescaled, tied readouts get a multiplier,
+    K-FAC taps are attached (idle until `mupass.KFAC` uses them) and the plan is left on the model as
+    ``model.mupass_plan``. At the base width not one bit of a parameter or an output changes. If
+    anything is refused, the model is as it was.
+
+    Args:
+        model: Module with its initial weights, not compiled and not wrapped.
+        example_inputs: A batch for capture; may be left out where the model tells its input.
+        base: Reference width: at this width everything equals PyTorch's standard parameterization, and
+            hyperparameters mean what they mean there. Also sizes by dimension name, or another model.
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof``, ``shampoo`` or an `OptimizerSpec`
+            with its powers; ``kfac`` if left out. It only chooses what the plan shows: the rewritten
+            model is the same for all, and optimizers take their own scales from the plan.
+        parameterization: ``mup``, ``standard`` (nothing is scaled), ``ntk`` or ``mean_field``.
+        dims: Verdicts that you settle, such as ``{"d_head": "finite"}``.
+        init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
+            ``"fan_avg"``, ``"constant"``, or ``{name pattern: law}``.
+        inplace: Rewrite this very module (default), or a deep copy and leave this one alone.
+        plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
+            ``parameterization`` and ``init``.
+        strict: Refuse operators without a rule; otherwise report them as ambiguous.
+
+    Returns:
+        The rewritten model, the same object unless ``inplace=False``.
+
+    Raises:
+        PlanError: ``plan`` comes with an argument that it settles, or is of another model. An unknown
+            optimizer, parameterization or law raises it too; a model that is transformed already,
+            compiled or wrapped, or has no module to hold a multiplier, raises TransformError.
+    """
+    _refuse(model)
+    if plan is None:
+        from mupass._analyze import analyze
+
+        row(parameterization)  # a misspelt name is told before the model is captured
+        spec = OptimizerSpec.of(optimizer or "kfac")
+        analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
+        plan = make_plan(model, analysis, spec, parameterization, init)
+    else:
+        given = {"example_inputs": example_inputs, "dims": dims}
+        settled = [name for name, value in given.items() if value is not None]
+        settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
+        settled += ["base"] if not isinstance(base, int) or base != 256 else []
+        settled += ["init"] if init != "auto" else []
+        if settled:
+            raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
+        plan = plan if optimizer is None else plan.for_optimizer(optimizer)
+        plan.check(model)
+    target = model if inplace else deepcopy(model)
+    _apply(target, plan)
+    return target
+
+
+def make_plan(
+    model: nn.Module,
+    analysis: Analysis,
+    optimizer: OptimizerSpec,
+    parameterization: str = "mup",
+    init: InitChoice = "auto",
+) -> Plan:
+    """Put geometry, initialization and scales of every parameter into one record.
+
+    Args:
+        model: The analysed model, with its initial weights; not changed.
+        analysis: Result of `mupass.analyze`.
+        optimizer: Family and powers.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+        init: Law of the present values, see `transform`.
+
+    Returns:
+        The plan.
+    """
+    tensors = dict(model.named_parameters())
+    inits = plan_init(tensors, analysis.geometries, parameterization, init)
+    entries = []
+    for geometry in analysis.geometries:
+        found = inits[geometry.name]
+        own = scales(geometry, optimizer, parameterization)
+        entries.append(Entry(geometry, found.law, found.std, found.factor, own))
+    warnings = (*analysis.warnings, *_warnings(inits, [n for n, t in tensors.items() if t.is_meta]))
+    return Plan(
+        version=VERSION,
+        optimizer=optimizer,
+        parameterization=parameterization,
+        width=analysis.width,
+        base_width=analysis.base_width,
+        capture=analysis.capture,
+        warnings=warnings,
+        entries=tuple(entries),
+    )
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse what cannot be transformed, before anything is captured.
+
+    Raises:
+        TransformError: Not a module; compiled or wrapped; transformed already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"transform takes an nn.Module, not {type(model).__name__}")
+    wrapped = [n for n, m in model.named_modules() if type(m).__name__ in WRAPPERS]
+    if wrapped:
+        where = wrapped[0] or "the model"
+        raise TransformError(f"{where} is compiled or wrapped; transform first, then compile and wrap")
+    done = [n or "the model" for n, m in model.named_modules() if ATTRIBUTE in vars(m)]
+    if done:
+        raise TransformError(
+            f"{done[0]} is transformed already; a second pass would scale twice. Build the model anew, or "
+            "use model.mupass_plan.for_optimizer(...) for another optimizer"
+        )
+
+
+def _apply(model: nn.Module, plan: Plan) -> None:
+    from mupass._taps import attach
+
+    check_rewritable(model, plan)
+    with hooks_restored_on_error(model):
+        attach(model, plan)
+        rewrite(model, plan)
+
+
+def _warnings(inits: Mapping[str, Init], meta: Sequence[str]) -> list[str]:
+    found = []
+    doubtful = [name for name, init in inits.items() if init.doubtful]
+    if doubtful:
+        found.append(
+            f"initialization law in doubt for {_some(doubtful)}: settle it with init={{pattern: law}}, "
+            "or transform a model of the base width, where it does not matter"
+        )
+    late = [name for name in meta if inits[name].factor != 1]
+    if late:
+        found.append(
+            f"{_some(late)} on the meta device: multiply by plan[name].init_factor once they have values"
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,270 @@
+"""Initialization: which law is read off the values, and the factor that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mupass
+from mupass._init import Init, InitChoice, plan_init
+from mupass._laws import FEW, Fans, Sample, find_laws
+
+WIDTH, BASE = 256, 16
+M = WIDTH / BASE
+UNIFORM = 1 / math.sqrt(3)
+
+
+def mlp(width: int = WIDTH, law: Callable[[Tensor], object] | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(100, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
+    model = nn.Sequential(*layers)
+    for parameter in model.parameters():
+        if law is not None and parameter.ndim > 1:
+            law(parameter)
+    return model
+
+
+def plan(
+    model: nn.Module,
+    x: Tensor | None = None,
+    base: float = BASE,
+    init: InitChoice = "auto",
+    parameterization: str = "mup",
+) -> dict[str, Init]:
+    analysis = mupass.analyze(model, torch.zeros(2, 100) if x is None else x, base=base)
+    return plan_init(dict(model.named_parameters()), analysis.geometries, parameterization, init)
+
+
+def normal(std: float) -> Callable[[Tensor], object]:
+    return lambda p: nn.init.normal_(p, std=std)
+
+
+def kaiming(mode: Literal["fan_in", "fan_out"]) -> Callable[[Tensor], object]:
+    return lambda p: nn.init.kaiming_normal_(p, mode=mode, nonlinearity="relu")
+
+
+# Variance of each law at width 256 and at width 16 gives the wanted factor for (input, hidden, output).
+LAWS = {
+    "default": (None, "fan_in, gain 0.577 (uniform)", (1.0, 1.0, M**-0.5)),
+    "kaiming fan_in": (kaiming("fan_in"), "fan_in, gain 1.41", (1.0, 1.0, M**-0.5)),
+    "lecun": (lambda p: nn.init.normal_(p, std=p.shape[1] ** -0.5), "fan_in, gain 1", (1.0, 1.0, M**-0.5)),
+    "kaiming fan_out": (kaiming("fan_out"), "fan_out, gain 1.41", (M**0.5, 1.0, 1 / M)),
+    "xavier": (
+        nn.init.xavier_uniform_,
+        "fan_avg, gain 1 (uniform)",
+        (math.sqrt((100 + 256) / (100 + 16)), 1.0, math.sqrt((256 + 10) / (16 + 10)) / M),
+    ),
+    "0.02": (normal(0.02), "constant std", (1.0, M**-0.5, 1 / M)),
+    "0.03": (normal(0.03), "constant std", (1.0, M**-0.5, 1 / M)),
+    "truncated": (lambda p: nn.init.trunc_normal_(p, std=0.02), "constant std", (1.0, M**-0.5, 1 / M)),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_law_and_factor(name: str) -> None:
+    law, text, factors = LAWS[name]
+    model = mlp(law=law)
+    found = plan(model)
+    for weight, factor in zip(("0.weight", "2.weight", "4.weight"), factors, strict=True):
+        init = found[weight]
+        assert init.law == text
+        assert not init.doubtful
+        assert init.factor == pytest.approx(factor)
+        measured = model.get_parameter(weight).std().item() * factor
+        assert init.std == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("parameterization", ["mup", "ntk", "mean_field"])
+def test_wide_model_gets_the_std_of_the_base_model_times_the_rule(name: str, parameterization: str) -> None:
+    # The check that does not know the factors: build the base model itself and measure it.
+    law, _, _ = LAWS[name]
+    wide = plan(mlp(law=law), parameterization=parameterization)
+    narrow = mlp(width=4 * BASE, law=law)
+    beta = 0.5 if parameterization == "ntk" else 1.0
+    rule = {"0.weight": 0.0, "2.weight": 0.5, "4.weight": beta}
+    at_base = plan(mlp(law=law), base=4 * BASE, parameterization=parameterization)
+    for weight, power in rule.items():
+        std = at_base[weight].std
+        assert std is not None and wide[weight].std is not None
+        assert std == pytest.approx(narrow.get_parameter(weight).std().item() * 4**-power, rel=0.06)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("parameterization", ["mup", "ntk", "mean_field"])
+def test_factors_are_exactly_one_at_the_base_width(name: str, parameterization: str) -> None:
+    model = mlp(width=48, law=LAWS[name][0])
+    assert all(i.factor == 1.0 for i in plan(model, base=48, parameterization=parameterization).values())
+
+
+@pytest.mark.parametrize("width", [48, 49, 100, 1000])
+def test_right_laws_are_left_alone_to_the_bit(width: int) -> None:
+    found = plan(mlp(width=width), base=7)
+    assert found["0.weight"].factor == found["2.weight"].factor == 1.0
+
+
+def test_standard_changes_nothing() -> None:
+    assert all(i.factor == 1.0 for i in plan(mlp(law=normal(0.02)), parameterization="standard").values())
+
+
+def test_default_biases_return_to_their_base_width() -> None:
+    found = plan(mlp())
+    # U(+-1/sqrt(fan_in)): the input's fan_in is data, the others' shrank with width.
+    assert [found[f"{i}.bias"].factor for i in (0, 2, 4)] == pytest.approx([1.0, M**0.5, M**0.5])
+    assert found["2.bias"].law.startswith("fan_in of 2.weight, gain 0.577")
+    assert found["2.bias"].std == pytest.approx(UNIFORM / math.sqrt(BASE))
+
+
+def test_zero_biases_norm_gains_and_random_vectors_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 256), nn.LayerNorm(256), nn.ReLU(), nn.Linear(256, 10))
+    nn.init.zeros_(model.get_parameter("0.bias"))
+    nn.init.normal_(model.get_parameter("1.bias"), std=0.3)
+    nn.init.zeros_(model.get_parameter("3.weight"))
+    found = plan(model)
+    assert (found["0.bias"].law, found["0.bias"].factor, found["0.bias"].std) == ("zeros", 1.0, None)
+    assert (found["1.weight"].law, found["1.weight"].factor) == ("constant 1", 1.0)
+    assert (found["1.bias"].law, found["1.bias"].factor) == ("constant std", 1.0)
+    assert (found["3.weight"].law, found["3.weight"].factor) == ("zeros", 1.0)
+
+
+def test_bias_of_a_single_output_follows_its_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 256), nn.ReLU(), nn.Linear(256, 1))
+    assert plan(model)["2.bias"].factor == pytest.approx(M**0.5)
+
+
+def test_convolutions_count_the_kernel() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 96, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10),
+    )  # fmt: skip
+    x = torch.zeros(2, 3, 16, 16)
+    assert {plan(model, x)[n].law for n in ("0.weight", "3.weight", "7.weight")} == {
+        "fan_in, gain 0.577 (uniform)"
+    }
+    for conv in ("0.weight", "3.weight"):
+        nn.init.kaiming_normal_(model.get_parameter(conv), mode="fan_out", nonlinearity="relu")
+    found = plan(model, x)
+    assert found["0.weight"].law == found["3.weight"].law == "fan_out, gain 1.41"
+    assert found["0.weight"].factor == pytest.approx((64 / 16) ** 0.5)
+    assert found["7.weight"].law == "fan_in, gain 0.577 (uniform)"
+
+
+class TwoLayerBlock(nn.Module):
+    """Transformer-like shapes: GPT-2 draws residual projections with a smaller constant std."""
+
+    def __init__(self, d: int = 64):
+        super().__init__()
+        self.wte = nn.Embedding(50, d)
+        self.mix, self.up, self.down = nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.head = nn.Linear(d, 50, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.wte(ids)
+        h = h + self.mix(h)
+        logits: Tensor = self.head(h + self.down(torch.relu(self.up(h))))
+        return logits
+
+
+IDS = torch.zeros(2, 8, dtype=torch.long)
+
+
+def test_gpt2_residual_projections_share_their_own_constant() -> None:
+    torch.manual_seed(0)
+    model = TwoLayerBlock()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.0141 if name in ("mix.weight", "down.weight") else 0.02)
+    found = plan(model, IDS)
+    for name in ("wte.weight", "mix.weight", "up.weight", "down.weight", "head.weight"):
+        assert found[name].law == "constant std", name
+        assert not found[name].doubtful
+    assert found["down.weight"].std == pytest.approx(0.0141 / 2, rel=0.02)
+
+
+def test_embedding_and_default_linear_layers_are_told_apart() -> None:
+    torch.manual_seed(0)
+    found = plan(TwoLayerBlock(), IDS)
+    assert found["wte.weight"].law == "constant std" and found["wte.weight"].std == 1.0
+    assert found["up.weight"].law == found["head.weight"].law == "fan_in, gain 0.577 (uniform)"
+
+
+def test_a_law_in_doubt_is_said_and_can_be_settled() -> None:
+    model = mlp()
+    nn.init.normal_(model.get_parameter("2.weight"), std=0.0437)
+    found = plan(model)["2.weight"]
+    assert found.doubtful and "ambiguous: fan_in taken" in found.law and found.factor == 1.0
+    told = plan(model, init={"2.weight": "constant"})["2.weight"]
+    assert not told.doubtful and "as told" in told.law and told.factor == pytest.approx(M**-0.5)
+
+
+def test_doubt_follows_the_majority_and_is_silent_where_it_does_not_matter() -> None:
+    model = mlp(law=normal(0.02))
+    nn.init.normal_(model.get_parameter("2.weight"), std=0.0437)
+    assert plan(model)["2.weight"].law == "constant std; ambiguous: constant taken"
+    assert not plan(model, base=WIDTH)["2.weight"].doubtful
+
+
+def test_equally_good_laws_are_ambiguous_and_fan_in_is_taken() -> None:
+    # A lone layer with fan_in 2500 and std 0.02: LeCun or GPT-2, nothing can tell.
+    fans = Fans(2500, 40, 4.0, 1.0)
+    (found,) = find_laws([Sample("w", 100_000, 0.02, False, fans)])
+    assert found.kind == "fan_in" and found.doubtful
+    assert "ambiguous with constant" in found.note
+
+
+def test_small_tensors_follow_rather_than_lead() -> None:
+    fans = Fans(64, 64, 4.0, 4.0)
+    big = Sample("big", 4096, 0.02, False, fans)
+    few = Sample("few", FEW - 1, 0.0225, False, fans)
+    found = {f.sample.name: f for f in find_laws([few, big])}
+    assert found["few"].kind == found["big"].kind == "constant" and found["few"].gain == 0.02
+
+
+def test_overrides() -> None:
+    model = mlp()
+    assert plan(model, init="constant")["4.weight"].factor == pytest.approx(1 / M)
+    assert plan(model, init="fan_out")["4.weight"].factor == pytest.approx(1 / M)
+    assert plan(model, init="constant")["2.bias"].factor == 1.0
+    later = plan(model, init={"*": "constant", "4.*": "fan_in"})
+    assert later["4.weight"].factor == pytest.approx(M**-0.5)
+    assert later["2.weight"].factor == pytest.approx(M**-0.5)
+    again = plan(model, init={"*.weight": "constant", "2.weight": "auto"})
+    assert again["2.weight"].factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("kaiming", "known: auto, fan_in, constant, fan_out, fan_avg"),
+        ({"2.weight": "kaiming"}, "unknown initialization law"),
+        ({"nothing.*": "fan_in"}, "matches no parameter"),
+        ({"0.bias": "fan_out"}, "no fan for the law"),
+        (3, "must be a law or a mapping"),
+    ],
+)
+def test_bad_overrides(init: InitChoice, message: str) -> None:
+    with pytest.raises(mupass.PlanError, match=message):
+        plan(mlp(), init=init)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[3, 4] = value
+    with pytest.raises(mupass.PlanError, match="2.weight holds NaN or infinite values"):
+        plan(model)
+
+
+def test_meta_tensors_are_taken_as_fan_in_and_said_so() -> None:
+    found = plan(mlp().to("meta"), torch.zeros(2, 100, device="meta"))
+    assert found["2.weight"] == Init("unknown (meta): fan_in taken", None, 1.0)
+    assert found["4.weight"].factor == pytest.approx(M**-0.5)
+    assert found["4.bias"].factor == pytest.approx(M**0.5)
