@@ -1,8 +1,8 @@
 """mupass: one call to maximal-update parameterization, for first- and second-order optimizers.
 
-    model = mupass.transform(model)
-    optimizer = mupass.KFAC(model, lr=0.1)
-    model = torch.compile(model)
+model = mupass.transform(model)
+optimizer = mupass.KFAC(model, lr=0.1)
+model = torch.compile(model)
 """
 
 from mupass._analyze import analyze

@@ -85,9 +85,16 @@ def _hugging_face(name: str) -> nn.Module:
     """Build a model from a configuration class: the task model with a head where there is one."""
     transformers = importlib.import_module("transformers")
     words = name.split(",")
-    config = getattr(transformers, words[0])(**{k: _literal(v) for k, _, v in (w.partition("=") for w in words[1:])})
-    for family in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM",
-                   "AutoModelForImageClassification", "AutoModel"):
+    config = getattr(transformers, words[0])(
+        **{k: _literal(v) for k, _, v in (w.partition("=") for w in words[1:])}
+    )
+    for family in (
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForImageClassification",
+        "AutoModel",
+    ):
         auto = getattr(transformers, family)
         if type(config) in auto._model_mapping:
             model: nn.Module = auto.from_config(config)
@@ -122,18 +129,28 @@ def _inputs(shapes: list[str] | None, model: nn.Module) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mupass", description="Width-aware model rewriting for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("analyze", help="print which dimensions of a model grow with width, and why")
+    command = commands.add_parser(
+        "analyze", help="print which dimensions of a model grow with width, and why"
+    )
     command.add_argument("target", help="module:factory, timm:NAME or hf:CONFIG_CLASS[,key=value...]")
     command.add_argument("--input", action="append", metavar="SIZES", help="example input, such as 2x3x32x32")
     command.add_argument("--base", type=float, default=256, help="reference width (default: 256)")
-    command.add_argument("--base-target", metavar="TARGET", help="a second instance, which settles every verdict")
     command.add_argument(
-        "--dim", action="append", default=[], metavar="PATTERN=VERDICT", type=_pair,
+        "--base-target", metavar="TARGET", help="a second instance, which settles every verdict"
+    )
+    command.add_argument(
+        "--dim",
+        action="append",
+        default=[],
+        metavar="PATTERN=VERDICT",
+        type=_pair,
         help="settle a dimension: a name or a regular expression for parameter:axis, finite or infinite",
     )
     command.add_argument("--optimizer", default="adamw", help="whose learning-rate factors to print")
     command.add_argument("--parameterization", default="mup")
-    command.add_argument("--device", default="meta", help="where to build the model (default: meta, no memory)")
+    command.add_argument(
+        "--device", default="meta", help="where to build the model (default: meta, no memory)"
+    )
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
     command.add_argument("--html", metavar="FILE", help="write an HTML page instead")
     return parser

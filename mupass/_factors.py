@@ -76,8 +76,15 @@ def _conv(module: nn.Conv2d) -> Layer:
     for size in kernel:
         inputs *= size
     return Layer(
-        "conv", inputs, module.out_channels // module.groups, module.groups, kernel, tuple(module.stride),
-        tuple(pads), dilation, mode,
+        "conv",
+        inputs,
+        module.out_channels // module.groups,
+        module.groups,
+        kernel,
+        tuple(module.stride),
+        tuple(pads),
+        dilation,
+        mode,
     )
 
 

@@ -32,7 +32,9 @@ class _Finder:
             if found:
                 return found
         verdict = self.solved.verdicts.get(dim)
-        for members in space.terms_of(dim, "sum"):  # of widths: rotary halves of a fixed head_dim are one matrix
+        for members in space.terms_of(
+            dim, "sum"
+        ):  # of widths: rotary halves of a fixed head_dim are one matrix
             if verdict is not None and verdict.infinite and len(members) <= LIMIT:
                 return (space.size(dim),), 0, tuple(space.size(m) for m in members)
         return None
@@ -113,4 +115,6 @@ def _join_axis(pieces: Sequence[Tensor], fusion: Fusion) -> Tensor:
     for piece, size in zip(pieces, fusion.sizes, strict=True):
         view = (*fusion.view[: fusion.along], size, *fusion.view[fusion.along + 1 :])
         opened.append(piece.unflatten(fusion.axis, view))
-    return torch.cat(opened, fusion.axis + fusion.along).flatten(fusion.axis, fusion.axis + len(fusion.view) - 1)
+    return torch.cat(opened, fusion.axis + fusion.along).flatten(
+        fusion.axis, fusion.axis + len(fusion.view) - 1
+    )

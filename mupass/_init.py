@@ -5,10 +5,11 @@ must be known: a constant 0.02 is already the value at the base width, ``1/sqrt(
 read off the values by `mupass._laws` or given by ``init=``; gain and distribution are kept.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import sqrt
+from math import isfinite, prod, sqrt
 
 import torch
 
@@ -56,39 +57,25 @@ def plan_init(
     Returns:
         Parameter name -> its `Init`.
     """
-    forced = _forced(init, [g.name for g in geometries])
-    fans = {g.name: law_fans(g, geometries) for g in geometries}
-    samples, fixed = _measure(tensors, geometries, fans)
-    auto = [s for s in samples if forced.get(s.name, "auto") == "auto"]
-    findings = {f.sample.name: f for f in find_laws(auto)}
+    told = _told(init, [g.name for g in geometries])
+    samples, fixed = _measure(tensors, geometries, told)
+    findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
     for sample in samples:
-        kind = forced.get(sample.name, "auto")
-        if kind != "auto":
-            findings[sample.name] = _as_told(sample, kind, patterned=not isinstance(init, str))
+        if sample.name in told:
+            patterned = not isinstance(init, str)
+            findings[sample.name] = _as_told(sample, told[sample.name], patterned)
     return {g.name: fixed.get(g.name) or _init(findings[g.name], g, parameterization) for g in geometries}
 
 
-def law_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans:
-    """Fans that an initialization law of this parameter can refer to.
-
-    A bias has no fan_in of its own, but PyTorch draws it from ``U(+-1/sqrt(fan_in of its weight))``.
+def own_fans(geometry: Geometry) -> Fans:
+    """Return the fans of a parameter that an initialization law can refer to.
 
     Args:
         geometry: The parameter.
-        geometries: All parameters, among them the weight of a bias.
-
-    Returns:
-        Sizes now and at the base width, as ratios; None where the parameter has no such fan.
     """
-    partner = _weight_of(geometry, geometries)
-    if partner is not None:
-        return Fans(partner.fan_in, None, partner.m_in, 1.0, partner.name)
     # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
     conv = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
-    kernel = geometry.shape[2:] if conv else ()
-    fan_out = geometry.fan_out
-    for size in kernel:
-        fan_out *= size
+    fan_out = geometry.fan_out * prod(geometry.shape[2:]) if conv else geometry.fan_out
     grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
@@ -98,23 +85,35 @@ def law_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans:
     )
 
 
-def _weight_of(bias: Geometry, geometries: Sequence[Geometry]) -> Geometry | None:
-    """Return the weight whose fan_in a bias was drawn by: same module, same name but for 'bias'."""
-    modules = {use.module for use in bias.uses if use.kind in {"bias", "pointwise"}}
-    if bias.fan_in_axes or not modules:
+def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None:
+    """Return the fan_in of another weight by which PyTorch draws this parameter, or None.
+
+    A bias is drawn from ``U(+-1/sqrt(fan_in of its weight))``; all that a recurrent layer holds is drawn
+    from ``U(+-1/sqrt(hidden size))``, the fan_in of its ``weight_hh``.
+
+    Args:
+        geometry: The parameter.
+        geometries: All parameters.
+    """
+    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
+    recurrent = any(use.kind == "recurrent" for use in geometry.uses)
+    if not modules or (geometry.fan_in_axes and not recurrent):
         return None
-    near = [
-        g for g in geometries if g.fan_in_axes and any(use.module in modules and use.fan_in for use in g.uses)
-    ]
-    twins = [g for g in near if g.name == bias.name.replace("bias", "weight")]
-    if twins:
-        return twins[0]
-    certain = len(near) == 1 and all(use.kind == "bias" for use in bias.uses)
-    return near[0] if certain else None
+    near = [g for g in geometries if any(use.module in modules and use.fan_in for use in g.uses)]
+    names = (
+        geometry.name.replace("bias", "weight"),
+        re.sub("(weight|bias)_[ih]h", "weight_hh", geometry.name),
+    )
+    twins = [g for name in reversed(names) for g in near if g.name == name]
+    certain = len(near) == 1 and all(use.kind == "bias" for use in geometry.uses)
+    lender = twins[0] if twins else near[0] if certain else None
+    if lender is None or lender is geometry:
+        return None
+    return Fans(lender.fan_in, None, lender.m_in, 1.0, lender.name)
 
 
-def _forced(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
-    """Return parameter name -> law that the user states.
+def _told(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
+    """Return parameter name -> law, for the parameters whose law the user states.
 
     Raises:
         PlanError: Unknown law, or a pattern that matches no parameter.
@@ -122,19 +121,19 @@ def _forced(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
     rules = {"*": init} if isinstance(init, str) else init
     if not isinstance(rules, Mapping):
         raise PlanError(f"init must be a law or a mapping from name pattern to law, not {init!r}")
-    forced: dict[str, str] = {}
+    told: dict[str, str] = {}
     for pattern, kind in rules.items():
         if kind not in ("auto", *KINDS):
             raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
             raise PlanError(f"init: pattern {pattern!r} matches no parameter")
-        forced.update(dict.fromkeys(hits, kind))
-    return forced
+        told.update(dict.fromkeys(hits, kind))
+    return {name: kind for name, kind in told.items() if kind != "auto"}
 
 
 def _measure(
-    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], fans: Mapping[str, Fans]
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], told: Mapping[str, str]
 ) -> tuple[list[Sample], dict[str, Init]]:
     """Return statistics of the random parameters, and the answer for those that are not random.
 
@@ -143,26 +142,27 @@ def _measure(
     """
     samples, fixed = [], {}
     for g in geometries:
-        tensor = tensors[g.name].detach()
-        if tensor.is_meta:
-            samples.append(Sample(g.name, tensor.numel(), None, False, fans[g.name]))
-            continue
-        values = tensor.float()
-        low, high, std = values.min().item(), values.max().item(), values.std(correction=0).item()
-        if not all(map(_finite, (low, high, std))):
-            raise PlanError(f"{g.name} holds NaN or infinite values; initialize the model first")
-        lone = values.numel() == 1 and low != 0 and fans[g.name].partner is not None
-        if low == high and not lone:
-            fixed[g.name] = Init("zeros" if low == 0 else f"constant {low:.4g}", None, 1.0)
-            continue
-        spread = abs(low) / sqrt(3) if lone else std  # one draw: its size is all there is to see
-        uniform = max(high, -low) <= sqrt(3) * spread * (1 + tolerance(values.numel()) / 2)
-        samples.append(Sample(g.name, values.numel(), spread, uniform, fans[g.name]))
+        tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
+        found = Sample(g.name, tensor.numel(), None, False, own_fans(g))
+        if not tensor.is_meta:
+            values = tensor.float().flatten()
+            low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
+            if not (isfinite(low) and isfinite(high)):
+                raise PlanError(f"{g.name} holds NaN or infinite values; initialize the model first")
+            lone = len(values) == 1 and low != 0 and lent is not None
+            if low == high and not lone:
+                fixed[g.name] = Init("zeros" if low == 0 else f"constant {low:.4g}", None, 1.0)
+                continue
+            # Of a single draw its size is all there is to see.
+            std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
+            uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
+            found = replace(found, std=std, uniform=uniform)
+        if lent is not None:
+            borrowed = replace(found, fans=lent)
+            if found.std is None or borrowed.drawn_by_default or (g.name in told and not g.fan_in_axes):
+                found = borrowed
+        samples.append(found)
     return samples, fixed
-
-
-def _finite(x: float) -> bool:
-    return x - x == 0
 
 
 def _as_told(sample: Sample, kind: str, patterned: bool) -> Finding:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+DEFAULT_GAIN = 1 / sqrt(3)  # U(+-1/sqrt(fan_in)): nn.Linear, nn.Conv, recurrent layers, and their biases
+
 # Law -> gains that PyTorch and common code produce. The order settles ties.
 CANONICAL = {
-    "fan_in": (1 / sqrt(3), 1.0, sqrt(2)),  # default of nn.Linear and nn.Conv; LeCun; Kaiming with ReLU
+    "fan_in": (DEFAULT_GAIN, 1.0, sqrt(2)),  # PyTorch's default; LeCun; Kaiming with ReLU
     "constant": (1.0, 0.02, 0.01),  # nn.Embedding; GPT-2, BERT; older CNNs
-    "fan_out": (1 / sqrt(3), 1.0, sqrt(2)),  # default of transposed convolutions; Kaiming mode="fan_out"
+    "fan_out": (DEFAULT_GAIN, 1.0, sqrt(2)),  # default of transposed convolutions; Kaiming mode="fan_out"
     "fan_avg": (1.0, sqrt(2)),  # Xavier, Xavier with ReLU gain
 }
 KINDS = tuple(CANONICAL)
@@ -34,7 +36,7 @@ class Fans:
         fan_out: Size now, kernel included; None if the parameter has no fan_out to speak of.
         m_in: fan_in relative to the base width.
         m_out: fan_out relative to the base width.
-        partner: For a bias, the weight whose fan_in this is.
+        partner: Weight whose fan_in this is, where it is not the parameter's own (biases, recurrent layers).
     """
 
     fan_in: int | None
@@ -72,6 +74,11 @@ class Sample:
         """Return the gain that the law needs to give this tensor's std."""
         below = self.fans.denominator(kind)
         return None if self.std is None or below is None else self.std * sqrt(below)
+
+    @property
+    def drawn_by_default(self) -> bool:
+        """Whether the std is that of ``U(+-1/sqrt(fan_in))``."""
+        return _Hypothesis("fan_in", DEFAULT_GAIN, True, 0.0).explains(self)
 
     @property
     def tolerance(self) -> float:
@@ -151,7 +158,8 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
         rest = [s for s in rest if not best.explains(s)]
     yield from found
     yield from (_unsettled(s, _majority(found)) for s in rest)
-    yield from (_bias(s) for s in samples if s.std is not None and s.fans.partner is not None)
+    lent = [s for s in samples if s.std is not None and s.fans.partner is not None]
+    yield from (Finding(s, "fan_in", DEFAULT_GAIN) for s in lent)
     yield from (_unseen(s) for s in samples if s.std is None)
 
 
@@ -189,14 +197,6 @@ def _unsettled(sample: Sample, majority: str) -> Finding:
     ratios = {sample.fans.ratio(k) for k in KINDS if sample.fans.denominator(k) is not None}
     doubtful = len(ratios) > 1 and sample.fans.fan_in is not None  # vectors are drawn without looking at fans
     return Finding(sample, kind, sample.gain(kind), f"ambiguous: {kind} taken" if doubtful else "", doubtful)
-
-
-def _bias(sample: Sample) -> Finding:
-    """Return the law of PyTorch's biases, ``U(+-1/sqrt(fan_in of its weight))``, or else a constant std."""
-    default = _Hypothesis("fan_in", 1 / sqrt(3), True, 0.0)
-    if default.explains(sample):
-        return Finding(sample, "fan_in", default.gain)
-    return Finding(sample, "constant", sample.gain("constant"))
 
 
 def _unseen(sample: Sample) -> Finding:

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._geometry import Geometry, Use
+from mupass._geometry import Geometry
 from mupass._scales import OptimizerSpec, Scales, scales
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
@@ -146,13 +146,12 @@ class Plan:
         """
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         faults = [_fault(entry.geometry, shapes) for entry in self.entries]
-        faults += [
-            f"{name}: the plan ties it to {self[name].geometry.name}, here it is its own tensor"
-            if name in self
-            else f"{name}: not in the plan"
-            for name in shapes
-            if name not in set(self)
-        ]
+        for name in shapes.keys() - set(self):
+            if name in self:
+                root = self[name].geometry.name
+                faults.append(f"{name}: the plan ties it to {root}, here it is a tensor of its own")
+            else:
+                faults.append(f"{name}: not in the plan")
         found = [fault for fault in faults if fault]
         if found:
             more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
@@ -183,11 +182,11 @@ class Plan:
         if version != VERSION:
             raise PlanError(f"plan has format version {version!r}; this mupass reads {VERSION}")
         try:
-            data["optimizer"] = OptimizerSpec(**data["optimizer"])
-            data["entries"] = tuple(_entry(e) for e in data["entries"])
-            plan: Plan = _record(Plan, data)
-        except (TypeError, KeyError) as error:
-            raise PlanError(f"plan is incomplete or damaged: {error!r}") from error
+            plan: Plan = _decode(Plan, data)
+        except PlanError:
+            raise
+        except (TypeError, ValueError, KeyError) as error:
+            raise PlanError(f"plan is incomplete or damaged: {error}") from error
         return plan
 
 
@@ -222,22 +221,21 @@ def _fault(geometry: Geometry, shapes: dict[str, tuple[int, ...]]) -> str | None
     return None
 
 
-def _record(cls: Any, data: dict[str, Any]) -> Any:
-    """Return a frozen dataclass from decoded JSON, with tuples for lists.
+def _decode(kind: Any, value: Any) -> Any:
+    """Return the record, tuple or plain value of a declared type from its JSON form.
 
     Raises:
-        KeyError: A field is missing.
+        KeyError: A record lacks a field or has an unknown one.
+        TypeError: Something else stands where a record or a tuple is declared.
     """
-    missing = {f.name for f in fields(cls)} - set(data)
-    if missing:
-        raise KeyError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
-
-
-def _entry(data: dict[str, Any]) -> Entry:
-    geometry = dict(data["geometry"])
-    for key in ("uses", "readout_uses"):
-        geometry[key] = tuple(_record(Use, use) for use in geometry[key])
-    record = {**data, "geometry": _record(Geometry, geometry), "scales": _record(Scales, data["scales"])}
-    entry: Entry = _record(Entry, record)
-    return entry
+    if is_dataclass(kind) and isinstance(kind, type):
+        types = get_type_hints(kind)
+        odd = types.keys() ^ dict(value).keys()
+        if odd:
+            raise KeyError(f"fields of {kind.__name__}: {', '.join(sorted(odd))}")
+        return kind(**{name: _decode(types[name], v) for name, v in value.items()})
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"a list is expected, not {value!r}")
+        return tuple(_decode(get_args(kind)[0], item) for item in value)
+    return value

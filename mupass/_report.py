@@ -54,7 +54,10 @@ class Report:
 
         Growing axes carry ``*``, axes that a policy decided ``?``.
         """
-        rows = [(*self._cells(g), depth) if g else (label, "", "", "", "", depth) for label, g, depth in self._lines()]
+        rows = [
+            (*self._cells(g), depth) if g else (label, "", "", "", "", depth)
+            for label, g, depth in self._lines()
+        ]
         names = ["  " * depth + name for name, *_, depth in rows]
         columns = [names, *([r[i] for r in rows] for i in range(1, 5))]
         heads = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")

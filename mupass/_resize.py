@@ -211,13 +211,13 @@ def _skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+        memo[id(tensor)] = (
+            nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+        )
     return copy.deepcopy(model, memo)
 
 
-def _set_tensors(
-    candidate: nn.Module, captured: Capture, solved: Inference, sizes: NewSizes
-) -> None:
+def _set_tensors(candidate: nn.Module, captured: Capture, solved: Inference, sizes: NewSizes) -> None:
     """Give parameters and buffers their new shapes, on the meta device."""
     for name, parameter in candidate.named_parameters():
         shape = [sizes.of_dim(d) for d in solved.dims[name]]
@@ -325,7 +325,11 @@ class _Writer:
 
 
 def _is_config(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)) and not callable(value)
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (nn.Module, Tensor, type))
+        and not callable(value)
+    )
 
 
 def _operators(captured: Capture) -> list[Node]:
@@ -341,8 +345,10 @@ def _mismatch(candidate: nn.Module, inputs: Any, expected: list[list[tuple[int, 
     except MupassError as error:
         return str(error)
     nodes = _operators(again)
-    got = [[tuple(int(s) for s in t.shape) for t in tree_leaves(n.meta.get("val")) if isinstance(t, Tensor)]
-           for n in nodes]
+    got = [
+        [tuple(int(s) for s in t.shape) for t in tree_leaves(n.meta.get("val")) if isinstance(t, Tensor)]
+        for n in nodes
+    ]
     if len(got) != len(expected):
         return f"it runs {len(got)} operators instead of {len(expected)} at the new width"
     for node, have, want in zip(nodes, got, expected, strict=True):
@@ -351,9 +357,7 @@ def _mismatch(candidate: nn.Module, inputs: Any, expected: list[list[tuple[int, 
     return None
 
 
-def _materialize(
-    candidate: nn.Module, model: nn.Module, device: torch.device, seed: int | None
-) -> None:
+def _materialize(candidate: nn.Module, model: nn.Module, device: torch.device, seed: int | None) -> None:
     """Allocate and fill: copies at unchanged size, draws of the model's own law elsewhere."""
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     source = dict(model.named_parameters())
@@ -378,7 +382,11 @@ def _rebuild_buffer(name: str, old: Tensor, shape: torch.Size) -> Tensor:
     if old.shape == shape and not old.is_meta:
         return old.detach().clone()
     if old.is_meta:
-        raise ResizeError(f"buffer {name} is on the meta device, so its values are unknown; build the model on cpu")
-    if old.numel() and bool((old == old.flatten()[0]).all()):  # running statistics, counters, masks of one value
+        raise ResizeError(
+            f"buffer {name} is on the meta device, so its values are unknown; build the model on cpu"
+        )
+    if old.numel() and bool(
+        (old == old.flatten()[0]).all()
+    ):  # running statistics, counters, masks of one value
         return torch.full(shape, old.flatten()[0].item(), dtype=old.dtype)
     raise ResizeError(f"buffer {name} grows with width and is not constant; its new values cannot be known")

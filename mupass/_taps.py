@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mupass._errors import OptimizerError
 from mupass._factors import Layer, gram, input_rows, output_rows
 from mupass._plan import Plan
+from mupass._terms import TermsTap, terms_tap_of
 
 
 class _Factors(torch.autograd.Function):
     """Identity on the output; its backward pass computes the layer's factors."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, rows: Tensor, layer: Layer) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, rows: Tensor, layer: Layer
+    ) -> Tensor:
         """Pass the output on; a copy, so that an activation may work in place on it."""
         ctx.layer = layer
         ctx.dtype = rows.dtype
@@ -40,7 +44,11 @@ class _Factors(torch.autograd.Function):
         with torch.no_grad():
             outputs = output_rows(layer, g)
             if ctx.needs_input_grad[2]:
-                a = _counts(x, layer, ctx.dtype) if layer.kind == "embedding" else gram(input_rows(layer, x), ctx.dtype)
+                a = (
+                    _counts(x, layer, ctx.dtype)
+                    if layer.kind == "embedding"
+                    else gram(input_rows(layer, x), ctx.dtype)
+                )
             if ctx.needs_input_grad[3]:
                 b = gram(outputs, ctx.dtype)
             rows = torch.full((), outputs.shape[1], dtype=ctx.dtype, device=g.device)
@@ -69,7 +77,9 @@ class Tap:
         self.b: Tensor | None = None
         self.rows: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         """Send the output through the tap.
 
         Args:
@@ -83,8 +93,13 @@ class Tap:
         """
         if self.rows is None or not self.rows.requires_grad or not output.requires_grad:
             return None
+        if self.rows.device != output.device:
+            raise OptimizerError(
+                f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
+                "move the model first, then make the optimizer"
+            )
         x = args[0] if args else kwargs["input"]
-        return _Factors.apply(output, x.detach(), self.a, self.b, self.rows, self.layer)  # type: ignore[no-any-return]
+        return _Factors.apply(output, x.detach(), self.a, self.b, self.rows, self.layer)  # type: ignore[no-any-return, no-untyped-call]
 
     def open(self, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.
@@ -167,12 +182,18 @@ def eligible(model: nn.Module, plan: Plan) -> tuple[tuple[Tapped, ...], dict[str
         if g.aliases or len(g.uses) > 1:
             reasons[g.name] = f"it has {max(len(g.uses), 2)} uses ({', '.join(u.operator for u in g.uses)})"
         elif layer is None:
-            reasons[g.name] = f"{g.uses[0].operator} in {g.uses[0].module or 'the root module'} is not a plain layer"
+            reasons[g.name] = (
+                f"{g.uses[0].operator} in {g.uses[0].module or 'the root module'} is not a plain layer"
+            )
         else:
             bias = f"{path}.bias".lstrip(".")
             layers.append(Tapped(path, g.name, bias if bias in plan else None, layer))
     for tapped in layers:
-        if tapped.bias and len(plan[tapped.bias].geometry.uses) == 1 and not plan[tapped.bias].geometry.aliases:
+        if (
+            tapped.bias
+            and len(plan[tapped.bias].geometry.uses) == 1
+            and not plan[tapped.bias].geometry.aliases
+        ):
             reasons.pop(tapped.bias, None)
     return tuple(layers), reasons
 
@@ -188,6 +209,8 @@ def attach(model: nn.Module, plan: Plan) -> None:
         module = model.get_submodule(tapped.module)
         if tap_of(module) is None:
             module.register_forward_hook(Tap(tapped.layer), with_kwargs=True)
+    if terms_tap_of(model) is None:
+        model.register_forward_hook(TermsTap())
 
 
 def tap_of(module: nn.Module) -> Tap | None:

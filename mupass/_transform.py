@@ -112,6 +112,12 @@ def make_plan(
         own = scales(geometry, optimizer, parameterization)
         entries.append(Entry(geometry, found.law, found.std, found.factor, own))
     warnings = (*analysis.warnings, *_warnings(inits, [n for n, t in tensors.items() if t.is_meta]))
+    tied = [g.name for g in analysis.geometries if g.readout_uses]
+    if parameterization == "ntk" and tied:
+        warnings += (
+            f"{_some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
+            "|embedding|^2/sqrt(m), which grows as sqrt(width) under ntk; untie them for a lazy limit",
+        )
     return Plan(
         version=VERSION,
         optimizer=optimizer,

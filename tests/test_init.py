@@ -268,3 +268,41 @@ def test_meta_tensors_are_taken_as_fan_in_and_said_so() -> None:
     assert found["2.weight"] == Init("unknown (meta): fan_in taken", None, 1.0)
     assert found["4.weight"].factor == pytest.approx(M**-0.5)
     assert found["4.bias"].factor == pytest.approx(M**0.5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, d: int = 64):
+        super().__init__()
+        self.embed = nn.Embedding(30, d)
+        self.lstm = nn.LSTM(d, 2 * d, num_layers=2, batch_first=True)
+        self.gru = nn.GRU(2 * d, d, batch_first=True)
+        self.head = nn.Linear(d, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.gru(self.lstm(self.embed(ids))[0])[0][:, -1])
+        return logits
+
+
+def test_recurrent_layers_are_drawn_by_their_hidden_size() -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    found = plan(model, IDS, base=128)  # width 512 (the LSTM's gates): m = 4
+    for name, init in found.items():
+        if "lstm" in name or "gru" in name:
+            layer = name.rsplit("_", 1)[1]
+            own = "weight_hh" in name
+            text = "fan_in, gain" if own else f"fan_in of {name.split('.')[0]}.weight_hh_{layer}, gain"
+            assert init.law.startswith(text + " 0.577"), name
+            # hidden size at the base width is a quarter; weights then take 1/sqrt(m_in) = 1/2
+            assert init.factor == pytest.approx(2.0 if "bias" in name else 1.0), name
+    nn.init.xavier_normal_(model.get_parameter("lstm.weight_ih_l0"))
+    assert plan(model, IDS, base=128)["lstm.weight_ih_l0"].law != found["lstm.weight_ih_l0"].law
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_draw_of_a_default_model_is_misread(seed: int) -> None:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(30, 48), nn.ReLU(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 3)]
+    analysis = mupass.analyze(nn.Sequential(*layers), torch.zeros(2, 30), base=16)
+    found = plan_init(dict(nn.Sequential(*layers).named_parameters()), analysis.geometries)
+    assert all(init.law.startswith("fan_in") and not init.doubtful for init in found.values())

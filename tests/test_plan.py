@@ -67,6 +67,16 @@ def test_json_round_trip_is_exact(optimizer: str, parameterization: str) -> None
     assert str(again) == str(plan)
 
 
+def test_json_keeps_stacked_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 64), nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), nn.Linear(64, 3)
+    )
+    plan = make_plan(model, mupass.analyze(model, torch.zeros(2, 5, 8), base=16), OptimizerSpec("kfac"))
+    assert any(entry.geometry.fusions for entry in plan.entries)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
 def damage(plan: Plan, change: Any) -> str:
     data = json.loads(plan.to_json())
     change(data)
@@ -79,9 +89,9 @@ def damage(plan: Plan, change: Any) -> str:
         (lambda d: d.update(version=VERSION + 1), f"version {VERSION + 1}; this mupass reads {VERSION}"),
         (lambda d: d.update(version="1"), "version '1'"),
         (lambda d: d.pop("version"), "not the JSON of a mupass plan"),
-        (lambda d: d.pop("width"), "Plan lacks width"),
+        (lambda d: d.pop("width"), "fields of Plan: width"),
         (lambda d: d["entries"][0].pop("scales"), "incomplete or damaged"),
-        (lambda d: d["entries"][0]["geometry"].pop("role"), "Geometry lacks role"),
+        (lambda d: d["entries"][0]["geometry"].pop("role"), "fields of Geometry: role"),
         (lambda d: d["entries"][0]["scales"].update(extra=1), "incomplete or damaged"),
         (lambda d: d["optimizer"].update(name="lion"), "unknown optimizer 'lion'"),
         (lambda d: d.update(entries=3), "incomplete or damaged"),

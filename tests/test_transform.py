@@ -35,7 +35,8 @@ class TiedLM(nn.Module):
 
     def features(self, ids: Tensor) -> Tensor:
         h: Tensor = self.wte(ids)
-        return h + self.down(torch.relu(self.up(self.ln(h))))
+        hidden: Tensor = self.down(torch.relu(self.up(self.ln(h))))
+        return h + hidden
 
     def forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(ids))
@@ -180,6 +181,17 @@ def test_tied_model_learns_at_the_same_speed_at_all_widths(optimizer: str) -> No
         moved = [logit_change(d, optimizer, parameterization) for d in (256, 1024)]
         slope = math.log(moved[1] / moved[0]) / math.log(4)
         assert low <= slope <= high, (parameterization, moved)
+
+
+def test_ntk_warns_of_a_tied_readout_whose_logits_grow() -> None:
+    size = {}
+    for name in ("mup", "ntk"):
+        models = [transform(seeded(TiedLM, d), IDS, base=64, parameterization=name) for d in (64, 1024)]
+        narrow, wide = (float(model(IDS).detach().square().mean().sqrt()) for model in models)
+        size[name] = wide / narrow
+        warned = any("grows as sqrt(width)" in w for w in models[0].mupass_plan.warnings)  # type: ignore[union-attr]
+        assert warned == (name == "ntk")
+    assert size["mup"] < 1.2 and size["ntk"] > 2, size
 
 
 def test_copies_keep_plan_and_multiplier() -> None:

@@ -82,7 +82,9 @@ class Facts:
     literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
     fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
     fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
-    enumerated: dict[int, str] = field(default_factory=dict)  # finite dims whose positions are separate things
+    enumerated: dict[int, str] = field(
+        default_factory=dict
+    )  # finite dims whose positions are separate things
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     bilinear: list[Bilinear] = field(default_factory=list)
     attention: list[tuple[int, float | None, str]] = field(default_factory=list)

@@ -19,7 +19,9 @@ class Bank:
         roots: Inverse roots of the same shape.
     """
 
-    def __init__(self, keys: list[Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, keys: list[Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.keys = keys
         self.slot = {key: i for i, key in enumerate(keys)}
         self.factors = torch.zeros(len(keys), *shape, dtype=dtype, device=device)

@@ -128,7 +128,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         own, reasons = self._assign()
         self._coverage = Coverage(
-            Covered(n, own.get(n, fallback), "" if n in own else reasons.get(n, "")) for n in self.names.values()
+            Covered(n, own.get(n, fallback), "" if n in own else reasons.get(n, ""))
+            for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
         if strict and left:
@@ -160,8 +161,15 @@ class PlannedOptimizer(torch.optim.Optimizer):
             key = (float(f"{factor:.12g}"), float(f"{scales.epsilon:.12g}") if algorithm == "adamw" else 1.0)
             group = groups.setdefault(
                 key,
-                {"params": [], "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "algorithm": algorithm,
-                 "mupass_scale": factor, "mupass_epsilon": scales.epsilon},
+                {
+                    "params": [],
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "momentum": momentum,
+                    "algorithm": algorithm,
+                    "mupass_scale": factor,
+                    "mupass_epsilon": scales.epsilon,
+                },
             )
             group["params"].append(parameter)
         return list(groups.values())
@@ -271,4 +279,3 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._steps, self._stats = extra["steps"], Counter(extra["stats"])
         self._load_extra_state(extra)
         self._prepare_next()
-

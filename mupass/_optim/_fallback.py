@@ -46,7 +46,11 @@ def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor
 
 def _adamw(grad: Tensor, state: dict[str, Any], epsilon: float) -> Tensor:
     if "step" not in state:
-        state["step"], state["mean"], state["square"] = 0, grad.new_zeros(grad.shape), grad.new_zeros(grad.shape)
+        state["step"], state["mean"], state["square"] = (
+            0,
+            grad.new_zeros(grad.shape),
+            grad.new_zeros(grad.shape),
+        )
     state["step"] += 1
     state["mean"].lerp_(grad, 1 - BETAS[0])
     state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])

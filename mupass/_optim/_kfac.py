@@ -105,7 +105,9 @@ class KFAC(PlannedOptimizer):
         self._parameters = {n: p for p, n in self.names.items()}
         own = {t.weight: f"kfac {t.layer.kind}" for t in self._layers}
         own |= {
-            t.bias: "kfac bias" for t in self._layers if t.bias in trained and t.bias not in reasons and t.bias
+            t.bias: "kfac bias"
+            for t in self._layers
+            if t.bias in trained and t.bias not in reasons and t.bias
         }
         self._biases = {t.weight: t.bias for t in self._layers if t.bias in own}
         frozen = {t.bias: "its weight is frozen, and with it the factors" for t in layers if t.bias}
@@ -222,7 +224,8 @@ class KFAC(PlannedOptimizer):
         for bank in self._banks["b"]:
             for i in (bank.traces() <= 0).nonzero().flatten().tolist():
                 self.count(
-                    "zero_traces", f"{bank.keys[i][0]} receives no gradient (is the readout zero?); its update is 0"
+                    "zero_traces",
+                    f"{bank.keys[i][0]} receives no gradient (is the readout zero?); its update is 0",
                 )
 
     def _sides(self, slots: list[tuple[str, int]], bias: bool) -> Sides:
@@ -246,7 +249,9 @@ class KFAC(PlannedOptimizer):
         for bank in self._banks[side]:
             found.update(zip(bank.keys, bank.traces(), strict=True))
         # An embedding has one A for its single group; a side with power 0 has no factor and no damping.
-        return torch.stack([found.get(s, found.get((s[0], 0), one)) for s, one in zip(slots, ones, strict=True)])
+        return torch.stack(
+            [found.get(s, found.get((s[0], 0), one)) for s, one in zip(slots, ones, strict=True)]
+        )
 
     def _root(self, side: str, name: str) -> Tensor | None:
         """Return the roots of one layer: ``[groups, n, n]``, or ``[n]`` for an embedding's A."""

@@ -108,7 +108,9 @@ class Shampoo(PlannedOptimizer):
         return [Bank(slots, *key) for key, slots in shapes.items()]
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        blocks = {n: self._blockings[n].cut(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        blocks = {
+            n: self._blockings[n].cut(p.grad) for n, p in self._parameters.items() if p.grad is not None
+        }
         if not self._banks:
             return {self._parameters[n]: self._parameters[n].grad for n in blocks}  # type: ignore[misc]
         for side, banks in self._banks.items():
@@ -139,7 +141,9 @@ class Shampoo(PlannedOptimizer):
         return torch.stack(rows)
 
     def _refresh(self, bank: Bank, side: str) -> None:
-        damping = torch.full((len(bank.keys),), self.damping, dtype=bank.factors.dtype, device=bank.factors.device)
+        damping = torch.full(
+            (len(bank.keys),), self.damping, dtype=bank.factors.dtype, device=bank.factors.device
+        )
         if self.damping_mode == "trace":
             damping = damping * bank.traces()
         elif self.damping_mode == "absolute":

@@ -1,0 +1,134 @@
+"""One-step slopes: how RMS(dW h) of every layer scales with width, for every optimizer and parameterization.
+
+Under maximal-update parameterization each layer's update must move its output by Theta(1) per coordinate, so the
+log-log slope in width is 0; biases are held to the same (RMS of db). The standard parameterization is run beside it
+and must fail. Everything is float64 and goes through `mupass.transform` and the shipped optimizers.
+
+    python benchmarks/one_step_slopes.py                 # widths 128..1024
+    python benchmarks/one_step_slopes.py --widths 128 256 512 1024 2048 4096
+
+For the CNN the width is the fan_in of the hidden convolution, channels x 2 x 2: that is the size of its factor.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mupass
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda m: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
+    "adam": lambda m: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
+    "kfac (1,1)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, momentum=0, strict=True),
+    "kfac (.5,.5)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=0.5, e_b=0.5, momentum=0, strict=True),
+    "foof (1,0)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=1, e_b=0, momentum=0, strict=True),
+    "shampoo e=1/2": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=0.5, momentum=0, **SHAMPOO),
+    "shampoo e=1": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=1.0, momentum=0, **SHAMPOO),
+}
+# Vectors go to SGD here: with its own row of the table it must be flat too.
+SHAMPOO = {"fallback": "sgd", "fallback_lr": 1e-2, "block_size": 1 << 20}
+LIMIT = 0.1
+
+
+def mlp(width: int) -> nn.Module:
+    """Three weight layers on 20 features."""
+    return nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4))
+
+
+def cnn(width: int) -> nn.Module:
+    """Two convolutions and a head on 4x4 images; width is the hidden fan_in."""
+    c = width // 4
+    return nn.Sequential(
+        nn.Conv2d(2, c, 2, 2), nn.Tanh(), nn.Conv2d(c, c, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(c, 4)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {"mlp": (mlp, (20,)), "cnn": (cnn, (2, 4, 4))}
+BATCH = {"mlp": 32, "cnn": 8}  # the theory is for rows (samples x positions) fixed as width grows
+
+
+def updates(
+    model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], x: Tensor, y: Tensor
+) -> dict[str, float]:
+    """Take one step and return RMS(dW h) of every weight and RMS(db) of every bias."""
+    inputs: dict[str, Tensor] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0].detach()))
+        for n, m in layers.items()
+    ]
+    optimizer = make(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    F.mse_loss(model(x), y).backward()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    result = {}
+    for name, layer in layers.items():
+        change = moved[f"{name}.weight"]
+        h = inputs[name]
+        effect = F.linear(h, change) if isinstance(layer, nn.Linear) else F.conv2d(h, change, stride=layer.stride)
+        result[f"{name}.weight"] = effect.square().mean().sqrt().item()
+        result[f"{name}.bias"] = moved[f"{name}.bias"].square().mean().sqrt().item()
+    return result
+
+
+def slopes(model: str, optimizer: str, parameterization: str, widths: list[int], seeds: int = 4) -> dict[str, float]:
+    """Fit the log-log slope in width of every layer's update, averaged over seeds."""
+    build, shape = MODELS[model]
+    table: dict[str, list[float]] = {}
+    for width in widths:
+        total: dict[str, float] = {}
+        for seed in range(seeds if width <= 1024 else 1):
+            torch.manual_seed(seed)
+            x = torch.randn(BATCH[model], *shape, dtype=torch.float64)
+            y = 1 + 0.5 * torch.randn(BATCH[model], 4, dtype=torch.float64)
+            net = build(width).double()
+            net = mupass.transform(net, x, base=min(widths), parameterization=parameterization, dims=None)
+            for name, value in updates(net, OPTIMIZERS[optimizer], x, y).items():
+                total[name] = total.get(name, 0.0) + torch.tensor(value).log().item()
+        for name, value in total.items():
+            table.setdefault(name, []).append(value / (seeds if width <= 1024 else 1))
+    logs = torch.tensor(widths, dtype=torch.float64).log()
+    return {n: _fit(logs, torch.tensor(v, dtype=torch.float64)) for n, v in table.items()}
+
+
+def _fit(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    return ((x @ y) / (x @ x)).item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    ok = True
+    print(f"log-log slope in width of RMS(dW h) and RMS(db), widths {options.widths}, float64, one step")
+    for model in options.models:
+        for optimizer in options.optimizers:
+            for parameterization in ("mup", "standard"):
+                start = time.perf_counter()
+                found = slopes(model, optimizer, parameterization, options.widths, options.seeds)
+                flat = all(abs(s) <= LIMIT for s in found.values())
+                ok &= flat == (parameterization == "mup")
+                cells = "  ".join(f"{n} {s:+.2f}" for n, s in found.items())
+                verdict = "flat" if flat else "not flat"
+                print(f"{model:4} {optimizer:14} {parameterization:9} {verdict:9}{cells}  "
+                      f"({time.perf_counter() - start:.0f}s)", flush=True)
+    print("PASS" if ok else "FAIL")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""How many terms a mean loss averages over: counted at the model's output, as the gradient of a leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class _Terms(torch.autograd.Function):
+    """Identity on the model's output; its backward pass tells how many loss terms the output feeds."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, count: Tensor) -> Tensor:
+        """Pass the output on; a copy, so that a loss may work in place on it."""
+        ctx.terms = loss_terms(y.shape)
+        ctx.save_for_backward(count)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output's gradient, and as gradient of the leaf the number of terms."""
+        (count,) = ctx.saved_tensors
+        return grads[0], torch.full_like(count, ctx.terms)
+
+
+def loss_terms(shape: tuple[int, ...]) -> int:
+    """Return how many terms a mean loss on an output of this shape averages over.
+
+    The class axis is left out: axis 1 of image-like outputs ``[batch, classes, height, width(, depth)]``, the
+    last one otherwise (``[batch, classes]``, ``[batch, tokens, classes]``). Every entry of a vector is a term.
+
+    Args:
+        shape: Shape of the model's output, at least one axis.
+    """
+    if len(shape) == 1:
+        return shape[0]
+    classes = 1 if len(shape) >= 4 else len(shape) - 1
+    terms = 1
+    for axis, size in enumerate(shape):
+        terms *= 1 if axis == classes else size
+    return terms
+
+
+class TermsTap:
+    """Forward hook on the root module that counts loss terms; idle until K-FAC opens it.
+
+    The count travels as the gradient of a leaf like the factors do, so that it adds up over micro-batches.
+
+    Attributes:
+        count: The leaf; None while idle.
+    """
+
+    def __init__(self) -> None:
+        self.count: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Send the first tensor of the output through the tap.
+
+        Args:
+            module: The root module.
+            args: Its positional arguments.
+            output: Its output, any nest of tensors.
+
+        Returns:
+            The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of models
+            that return their loss.
+        """
+        if self.count is None or not self.count.requires_grad:
+            return None
+        leaves, spec = tree_flatten(output)
+        at = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        if at is None or leaves[at].dim() == 0 or not leaves[at].requires_grad:
+            return None
+        leaves[at] = _Terms.apply(leaves[at], self.count)  # type: ignore[no-untyped-call]
+        return tree_unflatten(leaves, spec)
+
+    def open(self, device: torch.device) -> None:
+        """Make the leaf.
+
+        Args:
+            device: Device of the model.
+        """
+        self.count = torch.zeros((), device=device)
+
+    def collect(self, on: bool) -> None:
+        """Count in the passes that follow, or stop.
+
+        Args:
+            on: Whether to count.
+        """
+        if self.count is not None:
+            self.count.requires_grad_(on)
+
+    def take(self) -> Tensor | None:
+        """Take out the count since the last call, or None when the loss did not pass through the output."""
+        if self.count is None or self.count.grad is None:
+            return None
+        found = self.count.grad
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        """Forget the count."""
+        if self.count is not None:
+            self.count.grad = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of a model get an idle tap."""
+        return {"count": None}
+
+
+def terms_tap_of(model: nn.Module) -> TermsTap | None:
+    """Return the tap that counts loss terms, or None.
+
+    Args:
+        model: The module that the plan's names are relative to.
+    """
+    return next((h for h in model._forward_hooks.values() if isinstance(h, TermsTap)), None)

@@ -1,0 +1,1 @@
+"""Architectures whose width geometry is known, in modules by the package that they need."""
