@@ -152,7 +152,7 @@ def _assemble(
             base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
-        geometries.append(_geometry(name, shape, base_shape, infinite[name], captured, solved, names))
+        geometries.append(geometry_of(name, shape, base_shape, infinite[name], captured, solved, names))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
@@ -210,7 +210,7 @@ class _BaseSizes:
         return verdict is not None and verdict.infinite
 
 
-def _geometry(
+def geometry_of(
     name: str,
     shape: tuple[int, ...],
     base_shape: tuple[float, ...],
@@ -219,6 +219,20 @@ def _geometry(
     solved: Inference,
     names: DimNames,
 ) -> Geometry:
+    """Describe one parameter.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        base_shape: The shape at the width that multipliers are relative to.
+        infinite: Verdict of each axis.
+        captured: The graph.
+        solved: The inference.
+        names: Names of dimensions.
+
+    Returns:
+        Its geometry.
+    """
     uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
     use = main_use(uses, infinite)
     role = role_of(use, infinite)
