@@ -236,10 +236,11 @@ def geometry_of(
     uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
     use = main_use(uses, infinite)
     role = role_of(use, infinite)
-    if use is not None:
-        fans = use.fan_in, use.fan_out
+    grown = tuple(i for i, f in enumerate(infinite) if f)
+    if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
+        fans: tuple[tuple[int, ...], tuple[int, ...]] = (), grown or tuple(range(len(shape)))
     else:
-        fans = (), tuple(i for i, f in enumerate(infinite) if f) or tuple(range(len(shape)))
+        fans = use.fan_in, use.fan_out
     verdicts = [solved.verdict(name, i) for i in range(len(shape))]
     terms = tuple(names.term(d) for d in solved.dims[name])
     evidence = tuple(

@@ -21,6 +21,7 @@ class _Finder:
 
     solved: Inference
     enumerated: frozenset[int]
+    contracted: frozenset[int]
 
     def find(self, dim: int) -> tuple[tuple[int, ...], int, tuple[int, ...]] | None:
         """Return (view, along, sizes) of a fusion of this dimension, or None."""
@@ -32,10 +33,9 @@ class _Finder:
             if found:
                 return found
         verdict = self.solved.verdicts.get(dim)
-        for members in space.terms_of(
-            dim, "sum"
-        ):  # of widths: rotary halves of a fixed head_dim are one matrix
-            if verdict is not None and verdict.infinite and len(members) <= LIMIT:
+        open_ended = verdict is not None and (verdict.infinite or verdict.policy)
+        for members in space.terms_of(dim, "sum"):  # a head_dim that attention contracts whole is one matrix
+            if open_ended and space.find(dim) not in self.contracted and len(members) <= LIMIT:
                 return (space.size(dim),), 0, tuple(space.size(m) for m in members)
         return None
 
@@ -63,7 +63,9 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
         One record for each fused axis.
     """
     space = solved.engine.space
-    finder = _Finder(solved, frozenset(space.find(d) for d in solved.engine.facts.enumerated))
+    facts = solved.engine.facts
+    enumerated = frozenset(space.find(d) for d in facts.enumerated)
+    finder = _Finder(solved, enumerated, frozenset(space.find(d) for b in facts.bilinear for d in b.inner))
     found = []
     for axis in axes:
         fusion = finder.find(solved.dims[parameter][axis])
