@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,27 +12,19 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mupass._analyze import geometry_of
+from mupass._attributes import FIXED_NAMES, flatten_recurrent, set_attributes
 from mupass._capture import Capture, capture
 from mupass._dims.engine import Value, operator_name
 from mupass._errors import MupassError
+from mupass._geometry import Geometry
 from mupass._infer import Inference, infer
+from mupass._init import Draw, draws
 from mupass._inputs import as_call, find_inputs
-from mupass._names import DimNames, name_dims
-from mupass._redraw import redraw
-
-
-# Attribute names that seldom hold a width; used to order guesses, never to decide.
-FIXED_NAMES = re.compile(
-    r"head_dim|d_kv|image|img|patch|grid|vocab|labels|classes|position|length|groups|kernel|stride|window|bucket|"
-    r"state|layers|depth|_id|padding|num_embeddings|rank|rope|expert"
-)
-
+from mupass._names import name_dims
+from mupass._sizes import NewSizes, ResizeError, grows
 
 MOVES = ("aten.to", "aten._assert_tensor_metadata", "aten.contiguous", "aten.clone", "aten.detach")
-
-
-class ResizeError(MupassError):
-    """The model cannot be built at the width asked for; the message names the dimensions."""
 
 
 def resize(
@@ -46,6 +35,7 @@ def resize(
     example_inputs: Any = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
+    fresh: bool = False,
 ) -> nn.Module:
     """Build a narrower or wider copy of a model: same class, same parameter names, new sizes.
 
@@ -61,6 +51,7 @@ def resize(
         scale: Alternatively, the factor on every growing dimension.
         example_inputs: As for `mupass.analyze`.
         device: Device of the copy; by default that of the model, or the CPU for a meta-device model.
+        fresh: Draw all parameters anew, those of unchanged size too.
         seed: Seed of the new parameters; the global random state is left alone when given.
 
     Returns:
@@ -80,13 +71,25 @@ def resize(
     for fixed in _guesses(model, captured, solved, sizes):
         candidate = _skeleton(model)
         _set_tensors(candidate, captured, solved, sizes)
-        _set_attributes(candidate, captured, solved, sizes, fixed)
+        set_attributes(candidate, captured, solved, sizes, fixed)
         failure = _mismatch(candidate, inputs, expected)
         if failure is None:
-            _materialize(candidate, model, torch.device(device), seed)
+            geometries = _geometries(model, captured, solved, sizes)
+            _materialize(candidate, model, geometries, torch.device(device), seed, fresh)
             return candidate
         failures.append(failure)
     raise ResizeError(f"{type(model).__name__} cannot be resized: {failures[0]}")
+
+
+def _geometries(model: nn.Module, captured: Capture, solved: Inference, sizes: NewSizes) -> list[Geometry]:
+    """Describe every parameter, with the new shape in the place of the base shape."""
+    found = []
+    for name, parameter in model.named_parameters():
+        dims = solved.dims[name]
+        infinite = tuple(grows(solved, d) for d in dims)
+        new = tuple(float(sizes.of_dim(d)) for d in dims)
+        found.append(geometry_of(name, tuple(parameter.shape), new, infinite, captured, solved, sizes.names))
+    return found
 
 
 def _guesses(
@@ -96,109 +99,11 @@ def _guesses(
 
     The names only order the guesses: a wrong guess fails the comparison of shapes and the next is tried.
     """
-    keys = _set_attributes(_skeleton(model), captured, solved, sizes, frozenset())
+    keys = set_attributes(_skeleton(model), captured, solved, sizes, frozenset())
     likely = frozenset(k for k in keys if FIXED_NAMES.search(k))
     yield likely
     yield from (likely ^ {k} for k in sorted(keys))
     yield from (frozenset(), frozenset(keys))
-
-
-@dataclass(frozen=True)
-class NewSizes:
-    """New size of every dimension.
-
-    Attributes:
-        solved: The inference.
-        names: Names of dimensions.
-        given: Representative -> factor that the caller fixed.
-        factor: Factor on every other growing dimension.
-    """
-
-    solved: Inference
-    names: DimNames
-    given: Mapping[int, float]
-    factor: float
-
-    @staticmethod
-    def of(
-        solved: Inference, names: DimNames, width: int | Mapping[str, int] | None, scale: float | None
-    ) -> NewSizes:
-        """Read the caller's wish.
-
-        Args:
-            solved: The inference.
-            names: Names of dimensions.
-            width: New width, or sizes by name.
-            scale: Factor instead.
-
-        Raises:
-            ResizeError: Neither or both are given, or a name is unknown.
-        """
-        if (width is None) == (scale is None):
-            raise ResizeError("give either width= or scale=")
-        if scale is not None:
-            if not math.isfinite(scale) or scale <= 0:
-                raise ResizeError(f"scale must be positive, not {scale!r}")
-            return NewSizes(solved, names, {}, scale)
-        if not isinstance(width, Mapping):
-            return NewSizes(solved, names, {}, width / model_width(solved))  # type: ignore[operator]
-        given: dict[int, float] = {}
-        for name, size in width.items():
-            found = names.find(name)
-            if not found:
-                raise ResizeError(f"no dimension {name!r}; known are {sorted(names.all())}")
-            given.update({d: size / solved.engine.space.size(d) for d in found})
-        factors = set(given.values())
-        if len(factors) > 1:
-            open_ = sorted({n for d, n in names.table.items() if d not in given and _grows(solved, d)})
-            if open_:
-                raise ResizeError(f"the sizes given differ in ratio, so name these too: {open_}")
-        return NewSizes(solved, names, given, factors.pop())
-
-    def of_dim(self, dim: int) -> int:
-        """Return the new size of a dimension.
-
-        Args:
-            dim: Handle.
-
-        Raises:
-            ResizeError: It would not be a whole number.
-        """
-        exact = self._exact(dim)
-        size = round(exact)
-        if abs(size - exact) > 1e-6 or size < 1:
-            raise ResizeError(
-                f"dimension {self.names.term(dim)} of size {self.solved.engine.space.size(dim)} would become {exact:g}"
-            )
-        return size
-
-    def _exact(self, dim: int) -> float:
-        space = self.solved.engine.space
-        root, size = space.find(dim), space.size(dim)
-        if root in self.given:
-            return size * self.given[root]
-        if not _grows(self.solved, dim):
-            return size
-        for kind, combine in (("product", math.prod), ("sum", sum)):
-            for members in space.terms_of(root, kind):
-                if any(_grows(self.solved, m) for m in members):
-                    return float(combine([self.of_dim(m) for m in members]))
-        return size * self.factor
-
-
-def model_width(solved: Inference) -> int:
-    """Return the size of the growing dimension that most parameter axes carry (ties: the widest)."""
-    space = solved.engine.space
-    carried: dict[int, int] = defaultdict(int)
-    for dims in solved.dims.values():
-        for dim in {space.find(d) for d in dims if _grows(solved, d)}:
-            carried[dim] += 1
-    return max((count, space.size(dim)) for dim, count in carried.items())[1]
-
-
-def _grows(solved: Inference, dim: int) -> bool:
-    verdict = solved.verdicts.get(dim)
-    return verdict is not None and verdict.infinite
 
 
 def _shapes(captured: Capture, solved: Inference, sizes: NewSizes, node: Any) -> list[tuple[int, ...]]:
@@ -231,109 +136,8 @@ def _set_tensors(candidate: nn.Module, captured: Capture, solved: Inference, siz
             owner._buffers[leaf] = torch.empty(shape, dtype=owner._buffers[leaf].dtype, device="meta")  # type: ignore[union-attr]
 
 
-def _set_attributes(
-    candidate: nn.Module, captured: Capture, solved: Inference, sizes: NewSizes, fixed: frozenset[str]
-) -> set[str]:
-    """Rewrite every attribute that holds a size, module by module, from the dims that the module handles.
-
-    Returns:
-        Names of attributes whose size is also that of something fixed.
-    """
-    local = _dims_by_module(captured, solved)
-    done: set[int] = set()
-    doubtful: set[str] = set()
-    for path, module in candidate.named_modules():
-        writer = _Writer(*_translation(local, path, solved, sizes), fixed, done, doubtful)
-        for key, value in vars(module).items():
-            if key not in ("training", "_parameters", "_buffers", "_modules", "_backward_hooks"):
-                vars(module)[key] = writer.translated(key, value)
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
-    return doubtful
-
-
-def _dims_by_module(captured: Capture, solved: Inference) -> dict[str, set[int]]:
-    """Dimensions of the operators that a module or its descendants call, and of their parameters."""
-    local: dict[str, set[int]] = defaultdict(set)
-
-    def note(path: str, dims: set[int]) -> None:
-        while path:
-            local[path] |= dims
-            path = path.rpartition(".")[0]
-        local[""] |= dims
-
-    find = solved.engine.space.find
-    for node in captured.nodes:
-        values = [solved.engine.env.get(n) for n in (node, *node.all_input_nodes)]
-        dims = {find(a.dim) for v in tree_leaves(values) if isinstance(v, Value) for a in v.axes}
-        note(captured.owners.get(node, ""), dims)
-    for name, axes in solved.dims.items():
-        note(name.rpartition(".")[0], {find(d) for d in axes})
-    return local
-
-
-def _translation(
-    local: Mapping[str, set[int]], path: str, solved: Inference, sizes: NewSizes
-) -> tuple[dict[int, int], set[int]]:
-    """Return old size -> new size for what this module handles, and the sizes that are also fixed ones."""
-    options: dict[int, set[int]] = defaultdict(set)
-    while path and path not in local:
-        path = path.rpartition(".")[0]
-    for dim in local.get(path, ()):
-        options[solved.engine.space.size(dim)].add(sizes.of_dim(dim))
-    changed = {old: sorted(new - {old}) for old, new in options.items() if old > 1}
-    table = {old: new[0] for old, new in changed.items() if len(new) == 1}
-    return table, {old for old in table if old in options[old]}
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Rewrites sizes in the attributes of one module."""
-
-    table: Mapping[int, int]
-    also_fixed: set[int]
-    fixed: frozenset[str]
-    done: set[int]
-    doubtful: set[str]
-
-    def translated(self, key: str, value: Any) -> Any:
-        """Return an attribute's value at the new width."""
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, int):
-            if value in self.also_fixed:
-                self.doubtful.add(key)
-                return value if key in self.fixed else self.table[value]
-            return self.table.get(value, value)
-        if isinstance(value, float):  # such as sqrt(d_model), by which embeddings are multiplied
-            return self._power(value)
-        if type(value) in (tuple, list):
-            return type(value)(self.translated(key, v) for v in value)
-        if _is_config(value) and id(value) not in self.done:
-            self.done.add(id(value))
-            for name, entry in list(vars(value).items()):
-                if type(entry) in (int, float, tuple, list):
-                    value.__dict__[name] = self.translated(name, entry)
-        return value
-
-    def _power(self, value: float) -> float:
-        for old, new in self.table.items():
-            for power in (0.5, -0.5):
-                if old not in self.also_fixed and math.isclose(value, old**power, rel_tol=1e-12):
-                    return float(new**power)
-        return value
-
-
-def _is_config(value: Any) -> bool:
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (nn.Module, Tensor, type))
-        and not callable(value)
-    )
-
-
 def _operators(captured: Capture) -> list[Node]:
-    """Operators that compute; moves between devices and layouts differ between a real model and one on meta."""
+    """Operators that compute; moves between devices and layouts differ on the meta device."""
     return [n for n in captured.nodes if operator_name(n.target) not in MOVES]
 
 
@@ -357,18 +161,86 @@ def _mismatch(candidate: nn.Module, inputs: Any, expected: list[list[tuple[int, 
     return None
 
 
-def _materialize(candidate: nn.Module, model: nn.Module, device: torch.device, seed: int | None) -> None:
+def _materialize(
+    candidate: nn.Module,
+    model: nn.Module,
+    geometries: Sequence[Geometry],
+    device: torch.device,
+    seed: int | None,
+    fresh: bool,
+) -> None:
     """Allocate and fill: copies at unchanged size, draws of the model's own law elsewhere."""
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    source = dict(model.named_parameters())
+    if any(p.is_meta for p in model.parameters()):
+        _initialize(candidate, device, seed)
+        return
+    source = {n: p.detach() for n, p in model.named_parameters()}
+    odd = [n for n, p in source.items() if not p.is_floating_point()]
+    if odd:
+        raise ResizeError(f"{odd[0]} is {source[odd[0]].dtype}: only the laws of real parameters can be told")
+    laws = draws(source, geometries)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    made: dict[int, nn.Parameter] = {}
     for name, parameter in candidate.named_parameters():
-        new = redraw(model, name, source[name], parameter.shape, generator)
-        parameter.data = new.to(device=device, dtype=parameter.dtype)
+        old = source[name]
+        kept = old.shape == parameter.shape and not fresh
+        new = old.clone() if kept else _sample(laws[name], parameter.shape, generator)
+        made[id(parameter)] = nn.Parameter(new.to(device, parameter.dtype), parameter.requires_grad)
+    for module in candidate.modules():  # a meta tensor cannot take data of another device, so it is replaced
+        module._parameters.update({k: made[id(p)] for k, p in module._parameters.items() if p is not None})
+        flatten_recurrent(module)
     buffers = dict(model.named_buffers())
     for path, leaf, shape in list(_meta_buffers(candidate)):
         name = f"{path}.{leaf}".strip(".")
-        owner = candidate.get_submodule(path)
-        owner._buffers[leaf] = _rebuild_buffer(name, buffers[name], shape).to(device)
+        candidate.get_submodule(path)._buffers[leaf] = _rebuild_buffer(name, buffers[name], shape).to(device)
+
+
+def _sample(law: Draw, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    """Draw a tensor by its law."""
+    if law.constant is not None:
+        return torch.full(shape, law.constant)
+    assert law.std is not None
+    if law.uniform:
+        bound = math.sqrt(3) * law.std
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).normal_(0, law.std, generator=generator)
+
+
+def _initialize(candidate: nn.Module, device: torch.device, seed: int | None) -> None:
+    """Initialize a copy of a meta-device model by its own modules' code.
+
+    Raises:
+        ResizeError: A parameter belongs to a module without ``reset_parameters``, or a buffer has no values.
+    """
+    buffers = [f"{p}.{n}".strip(".") for p, n, _ in _meta_buffers(candidate)]
+    owners = {id(p): m for m in candidate.modules() for p in m._parameters.values() if p is not None}
+    hugging_face = hasattr(candidate, "init_weights") and hasattr(candidate, "_init_weights")
+    orphans = [
+        n
+        for n, p in candidate.named_parameters()
+        if not hugging_face and not hasattr(owners[id(p)], "reset_parameters")
+    ]
+    norms = (nn.modules.batchnorm._NormBase,)
+    kept = {
+        f"{p}.{n}".strip(".")
+        for p, m in candidate.named_modules()
+        if isinstance(m, norms)
+        for n in m._buffers
+    }
+    lost = [n for n in buffers if n not in kept]
+    if orphans or lost:
+        raise ResizeError(
+            f"the model is on the meta device and {(orphans or lost)[0]} has no code to initialize it; "
+            "build it on cpu"
+        )
+    candidate.to_empty(device=device)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for module in candidate.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if hugging_face:
+            candidate.init_weights()  # type: ignore[operator]
 
 
 def _meta_buffers(module: nn.Module) -> Iterator[tuple[str, str, torch.Size]]:
