@@ -1,13 +1,14 @@
 """One-step slopes: how RMS(dW h) of every layer scales with width, for every optimizer and parameterization.
 
-Under maximal-update parameterization each layer's update must move its output by Theta(1) per coordinate, so the
-log-log slope in width is 0; biases are held to the same (RMS of db). The standard parameterization is run beside it
-and must fail. Everything is float64 and goes through `mupass.transform` and the shipped optimizers.
+Under maximal-update parameterization each layer's update must move its output by Theta(1) per coordinate, so
+the log-log slope in width is 0; biases are held to the same (RMS of db). The standard parameterization is run
+beside it and must fail. Everything is float64 and goes through `mupass.transform` and the shipped optimizers.
+The base width is the smallest one.
 
-    python benchmarks/one_step_slopes.py                 # widths 128..1024
-    python benchmarks/one_step_slopes.py --widths 128 256 512 1024 2048 4096
+    python -m benchmarks.one_step_slopes                 # widths 128..1024
+    python -m benchmarks.one_step_slopes --widths 128 256 512 1024 2048 4096
 
-For the CNN the width is the fan_in of the hidden convolution, channels x 2 x 2: that is the size of its factor.
+For the CNN the width is the fan_in of the hidden convolution, channels x 2 x 2: the size of its K-FAC factor.
 """
 
 import argparse
@@ -38,7 +39,9 @@ LIMIT = 0.1
 
 def mlp(width: int) -> nn.Module:
     """Three weight layers on 20 features."""
-    return nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4))
+    return nn.Sequential(
+        nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)
+    )
 
 
 def cnn(width: int) -> nn.Module:
@@ -49,7 +52,10 @@ def cnn(width: int) -> nn.Module:
     )
 
 
-MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {"mlp": (mlp, (20,)), "cnn": (cnn, (2, 4, 4))}
+MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (20,)),
+    "cnn": (cnn, (2, 4, 4)),
+}
 BATCH = {"mlp": 32, "cnn": 8}  # the theory is for rows (samples x positions) fixed as width grows
 
 
@@ -74,13 +80,17 @@ def updates(
     for name, layer in layers.items():
         change = moved[f"{name}.weight"]
         h = inputs[name]
-        effect = F.linear(h, change) if isinstance(layer, nn.Linear) else F.conv2d(h, change, stride=layer.stride)
+        effect = (
+            F.linear(h, change) if isinstance(layer, nn.Linear) else F.conv2d(h, change, stride=layer.stride)
+        )
         result[f"{name}.weight"] = effect.square().mean().sqrt().item()
         result[f"{name}.bias"] = moved[f"{name}.bias"].square().mean().sqrt().item()
     return result
 
 
-def slopes(model: str, optimizer: str, parameterization: str, widths: list[int], seeds: int = 4) -> dict[str, float]:
+def slopes(
+    model: str, optimizer: str, parameterization: str, widths: list[int], seeds: int = 4
+) -> dict[str, float]:
     """Fit the log-log slope in width of every layer's update, averaged over seeds."""
     build, shape = MODELS[model]
     table: dict[str, list[float]] = {}
@@ -124,8 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
                 ok &= flat == (parameterization == "mup")
                 cells = "  ".join(f"{n} {s:+.2f}" for n, s in found.items())
                 verdict = "flat" if flat else "not flat"
-                print(f"{model:4} {optimizer:14} {parameterization:9} {verdict:9}{cells}  "
-                      f"({time.perf_counter() - start:.0f}s)", flush=True)
+                print(
+                    f"{model:4} {optimizer:14} {parameterization:9} {verdict:9}{cells}  "
+                    f"({time.perf_counter() - start:.0f}s)",
+                    flush=True,
+                )
     print("PASS" if ok else "FAIL")
     return 0 if ok else 1
 

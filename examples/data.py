@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
 import struct
 import subprocess
 import sysconfig
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,19 +53,31 @@ class Images:
 def fashion_mnist(folder: str | Path | None = None, train: int = 60_000, test: int = 10_000) -> Images:
     """Load the first images of Fashion-MNIST.
 
-    Looks into ``folder`` (the files themselves, or a torchvision root) or else into Debian's package, torchvision's
-    usual places and the cache. If none has it and Debian's package manager is there, the package is fetched into
-    the cache, without root.
+    Looks into ``folder`` (the files themselves, or a torchvision root), or if it is left out into Debian's
+    package, ``./data`` and the cache. If none has it, it is fetched into the cache: as Debian's package where
+    there is ``apt-get`` (no root needed), else by torchvision where that is installed.
+
+    Args:
+        folder: Where to look, and nowhere else.
+        train: Number of training images.
+        test: Number of test images.
+
+    Returns:
+        The images, standardized by the mean and deviation of all training pixels.
 
     Raises:
-        DataError: It is nowhere; the message says how to get it.
+        DataError: It is nowhere, and the message says how to get it; or the files are damaged.
     """
-    found = _find(Path(folder)) if folder else next(filter(None, map(_find, (DEBIAN, CACHE, Path("data")))), None)
-    if found is None and folder is None and _fetch_debian():
+    places = (Path(folder),) if folder else (DEBIAN, Path("data"), CACHE)
+    found = next(filter(None, map(_find, places)), None)
+    if found is None and folder is None and (_fetch_debian() or _fetch_torchvision()):
         found = _find(CACHE)
     if found is None:
         raise DataError(f"{folder}: no Fashion-MNIST files there\n{HELP}" if folder else HELP)
     parts = {key: read_idx(found[key]) for key in FILES}
+    for split in ("train", "test"):
+        if len(parts[f"{split}_images"]) != len(parts[f"{split}_labels"]):
+            raise DataError(f"{found[f'{split}_images'].parent}: as many {split} images as labels expected")
     mean, std = 0.2860, 0.3530
     xs = [
         (parts[k][:n].float() / 255 - mean).div(std).unsqueeze(1)
@@ -84,17 +98,26 @@ def _find(root: Path) -> dict[str, Path] | None:
 def read_idx(path: Path) -> Tensor:
     """Read an idx file of bytes, compressed or not.
 
+    Args:
+        path: The file.
+
+    Returns:
+        Its values, of type uint8.
+
     Raises:
         DataError: The file is damaged.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        blob = stream.read()
-    zero, kind, rank = struct.unpack(">HBB", blob[:4])
-    shape = struct.unpack(f">{rank}I", blob[4 : 4 + 4 * rank])
-    values = torch.frombuffer(bytearray(blob[4 + 4 * rank :]), dtype=torch.uint8)
-    if zero or kind != 8 or values.numel() != torch.Size(shape).numel():
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            blob = stream.read()
+        zero, kind, rank = struct.unpack_from(">HBB", blob)
+        shape = struct.unpack_from(f">{rank}I", blob, 4)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    body = blob[4 + 4 * rank :]
+    if zero or kind != 8 or not body or len(body) != math.prod(shape):
         raise DataError(f"{path} is not a whole idx file of bytes")
-    return values.reshape(shape)
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(shape)
 
 
 def _fetch_debian() -> bool:
@@ -116,6 +139,20 @@ def _fetch_debian() -> bool:
         CACHE.mkdir(parents=True, exist_ok=True)
         for path in (Path(folder) / DEBIAN.relative_to("/")).glob("*.gz"):
             shutil.copy(path, CACHE / path.name)
+    return True
+
+
+def _fetch_torchvision() -> bool:
+    """Download with torchvision into the cache, where it is installed; tell whether it worked."""
+    try:
+        from torchvision.datasets import FashionMNIST
+    except ImportError:
+        return False
+    print(f"fetching Fashion-MNIST with torchvision (30 MB) into {CACHE} ...", flush=True)
+    try:
+        FashionMNIST(CACHE, download=True)
+    except (OSError, RuntimeError):
+        return False
     return True
 
 

@@ -1,12 +1,12 @@
 """Train at several widths and learning rates, and see whether the best learning rate stays put.
 
     python examples/fashion_mnist.py                       # K-FAC on an MLP: a few minutes on 2 cores
-    python examples/fashion_mnist.py --model cnn --optimizer shampoo --widths 16 32 64 128
+    python examples/fashion_mnist.py --model cnn --optimizer shampoo
     python examples/fashion_mnist.py --quick               # seconds, to see that everything works
 
 Each width is trained under maximal-update parameterization (mup) and under the standard parameterization. A
-table of loss and accuracy is printed, with the best learning rate of each width, and the curves are written as a
-PNG: the experiment of figure 6 of Ishikawa & Karakida (arXiv 2312.12226) in small.
+table of loss and accuracy is printed, with the best learning rate of each width, and the curves are written
+as a PNG: the experiment of figure 6 of Ishikawa & Karakida (arXiv 2312.12226) in small.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from examples.data import DataError, Images, fashion_mnist
 
 PARAMETERIZATIONS = ("mup", "standard")
 LR_POWERS = {"kfac": (-8, 1), "shampoo": (-9, -2), "adam": (-13, -4), "sgd": (-7, 2)}
+WIDTHS = {"mlp": [64, 128, 256, 512], "cnn": [16, 32, 64, 128]}
 DAMPING = {"kfac": 1e-2, "shampoo": 1e-3}
 
 
@@ -69,7 +70,9 @@ def cnn(width: int) -> nn.Module:
     )  # fmt: skip
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, options: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, options: argparse.Namespace
+) -> torch.optim.Optimizer:
     """Build the optimizer that the command line names, with the plan's scales."""
     fallback = {"fallback": "sgd", "fallback_lr": options.fallback_lr}
     if name == "kfac":
@@ -84,8 +87,10 @@ def make_optimizer(name: str, model: nn.Module, lr: float, options: argparse.Nam
     return torch.optim.Adam(groups) if name == "adam" else torch.optim.SGD(groups, momentum=options.momentum)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Images, epochs: int, batch: int) -> tuple[float, float]:
-    """Train, and return the loss over the last epoch and the test accuracy; a diverged run has infinite loss."""
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Images, epochs: int, batch: int
+) -> tuple[float, float]:
+    """Train; return the loss over the last epoch (infinite if it diverged) and the test accuracy."""
     generator = torch.Generator().manual_seed(0)
     losses: list[float] = []
     for _ in range(epochs):
@@ -124,9 +129,24 @@ def sweep(options: argparse.Namespace, data: Images) -> Iterator[Run]:
 
 def best(runs: Sequence[Run], parameterization: str, width: int) -> tuple[Run, bool]:
     """Return the run of lowest loss at one width, and whether the grid brackets it."""
-    row = sorted((r for r in runs if (r.parameterization, r.width) == (parameterization, width)), key=lambda r: r.lr)
+    row = sorted(
+        (r for r in runs if (r.parameterization, r.width) == (parameterization, width)), key=lambda r: r.lr
+    )
     winner = min(row, key=lambda r: r.loss)
     return winner, 0 < row.index(winner) < len(row) - 1
+
+
+def steps_moved(runs: Sequence[Run], parameterization: str) -> int:
+    """Return by how many steps of the grid the best learning rate moves over all widths."""
+    grid = sorted({r.lr for r in runs})
+    spots = [grid.index(best(runs, parameterization, w)[0].lr) for w in {r.width for r in runs}]
+    return max(spots) - min(spots)
+
+
+def show(lr: float) -> str:
+    """Write a learning rate as a power of two where it is one."""
+    power = math.log2(lr)
+    return f"2^{power:.0f}" if power.is_integer() else f"{lr:.4g}"
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -139,17 +159,22 @@ def table(runs: Sequence[Run]) -> str:
         lines.append("lr".rjust(8) + "".join(f"width {w}".rjust(18) for w in widths))
         winners = {w: best(runs, parameterization, w) for w in widths}
         for lr in lrs:
-            row = f"2^{math.log2(lr):.0f}".rjust(8)
+            row = show(lr).rjust(8)
             for w in widths:
                 run = cells[parameterization, w, lr]
                 text = "diverged" if math.isinf(run.loss) else f"{run.loss:.4f} ({100 * run.accuracy:.1f} %)"
-                row += (text + ("*" if winners[w][0] is run else " ")).rjust(18)
+                row += (text + ("*" if winners[w][0] is run and run.loss < math.inf else " ")).rjust(18)
             lines.append(row)
-        spots = [f"{w}: 2^{math.log2(run.lr):.0f}{'' if inside else ' (edge of the grid)'}"
-                 for w, (run, inside) in winners.items()]
-        logs = [math.log2(run.lr) for run, _ in winners.values()]
-        lines.append(f"best lr by width: {', '.join(spots)}; it moves by {max(logs) - min(logs):.0f} grid steps")
+        spots = [f"{w}: {_spot(run, inside)}" for w, (run, inside) in winners.items()]
+        moved = steps_moved(runs, parameterization)
+        lines.append(f"best lr by width: {', '.join(spots)}; it moves by {moved} grid steps")
     return "\n".join(lines)
+
+
+def _spot(run: Run, inside: bool) -> str:
+    if math.isinf(run.loss):
+        return "none"
+    return show(run.lr) + ("" if inside else " (edge of the grid)")
 
 
 def plot(runs: Sequence[Run], path: Path, title: str) -> None:
@@ -158,27 +183,59 @@ def plot(runs: Sequence[Run], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     widths = sorted({r.width for r in runs})
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
-    colors = plt.get_cmap("viridis")([0.85 * i / max(len(widths) - 1, 1) for i in range(len(widths))])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    colors = plt.get_cmap("viridis_r")(
+        [0.12 + 0.88 * i / max(len(widths) - 1, 1) for i in range(len(widths))]
+    )
     for axis, parameterization in zip(axes, PARAMETERIZATIONS, strict=True):
         for width, color in zip(widths, colors, strict=True):
-            row = sorted((r.lr, r.loss) for r in runs if (r.parameterization, r.width) == (parameterization, width))
-            row = [(lr, loss) for lr, loss in row if math.isfinite(loss)]
-            axis.plot(*zip(*row, strict=True), color=color, marker=".", lw=1.6, label=f"width {width}")
+            row = sorted(
+                (r.lr, r.loss) for r in runs if (r.parameterization, r.width) == (parameterization, width)
+            )
+            lrs, losses = zip(*row, strict=True)
+            axis.plot(lrs, losses, color=color, marker=".", lw=1.8, label=f"width {width}")
             winner, _ = best(runs, parameterization, width)
-            axis.plot(winner.lr, winner.loss, marker="*", ms=13, color=color, mec="white", ls="none")
+            axis.plot(
+                winner.lr, winner.loss, marker="*", ms=14, color=color, mec="white", ls="none", zorder=3
+            )
+        axis.axhline(math.log(10), color="0.5", lw=1, ls=":")
         axis.set_xscale("log", base=2)
+        axis.set_xlim(min(r.lr for r in runs) / 1.3, max(r.lr for r in runs) * 1.3)
         axis.set_yscale("log")
         axis.set_xlabel("learning rate at the base width")
         axis.set_title({"mup": "maximal update (mup)", "standard": "standard"}[parameterization])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("training loss, last epoch")
-    axes[0].legend(frameon=False)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    # What is worse than guessing (dotted) runs out of the picture, so that the minima have room.
+    losses = [r.loss for r in runs if r.loss < math.log(10)]
+    axes[0].set_ylim(0.8 * min(losses, default=1.0), 4.0)
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_ylabel("training loss, last epoch (dotted: guessing)")
+    axes[0].legend(frameon=False, title="stars: best of each width", alignment="left")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def number(text: str) -> float:
+    """Read a positive number such as ``0.1`` or ``2^-4``."""
+    base, hat, power = text.partition("^")
+    value = float(base) ** float(power) if hat else float(text)
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    """Read a whole number from 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -186,24 +243,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--optimizer", choices=tuple(LR_POWERS), default="kfac")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--lrs", type=float, nargs="+", help="default: powers of two that suit the optimizer")
-    parser.add_argument("--base", type=int, help="base width, at which lr is read (default: the smallest)")
-    parser.add_argument("--samples", type=int, default=2048, help="training images (default: 2048)")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--widths", type=count, nargs="+", help="default: 64 to 512 (mlp), 16 to 128 (cnn)")
     parser.add_argument(
-        "--damping", type=float, help="relative to the trace (K-FAC, default 0.01) or top eigenvalue (Shampoo, 0.001)"
+        "--lrs",
+        type=number,
+        nargs="+",
+        help="such as 0.1 2^-4; default: powers of two that suit the optimizer",
+    )
+    parser.add_argument("--base", type=count, help="base width, at which lr is read (default: the smallest)")
+    parser.add_argument("--samples", type=count, default=2048, help="training images (default: 2048)")
+    parser.add_argument("--epochs", type=count, default=5)
+    parser.add_argument("--batch", type=count, default=256)
+    parser.add_argument("--seeds", type=count, default=1)
+    parser.add_argument(
+        "--damping",
+        type=float,
+        help="relative to the trace (K-FAC, default 0.01) or top eigenvalue (Shampoo, 0.001)",
     )
     parser.add_argument("--momentum", type=float, default=0.0)
-    parser.add_argument("--root-every", type=int, default=1, help="steps between recomputations of the inverses")
-    parser.add_argument("--fallback-lr", type=float, default=1e-2, help="of SGD for what is not preconditioned")
+    parser.add_argument(
+        "--root-every", type=count, default=1, help="steps between recomputations of the inverses"
+    )
+    parser.add_argument(
+        "--fallback-lr", type=float, default=1e-2, help="of SGD for what is not preconditioned"
+    )
     parser.add_argument("--data", help="folder with Fashion-MNIST")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("fashion_mnist.png"))
     parser.add_argument("--quick", action="store_true", help="two widths, three learning rates, one epoch")
     options = parser.parse_args(arguments)
+    options.widths = options.widths or WIDTHS[options.model]
     low, high = LR_POWERS[options.optimizer]
     options.lrs = options.lrs or [2.0**p for p in range(low, high + 1)]
     if options.damping is None:
@@ -221,19 +290,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parse(arguments)
     try:
-        data = fashion_mnist(options.data, options.samples, 2000).to(options.device, flat=options.model == "mlp")
+        data = fashion_mnist(options.data, options.samples, 2000).to(
+            options.device, flat=options.model == "mlp"
+        )
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", message="mupass", category=UserWarning)  # diverging runs say so in the table
+    warnings.filterwarnings(
+        "ignore", message="mupass", category=UserWarning
+    )  # diverging runs say so in the table
     start, total = time.perf_counter(), 2 * len(options.widths) * len(options.lrs)
     runs = []
-    with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
+    every = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
+    with tqdm(total=total, unit="run", dynamic_ncols=True, mininterval=every) as bar:
         for run in sweep(options, data):
             runs.append(run)
-            bar.set_postfix_str(f"{run.parameterization} width {run.width} lr {run.lr:.4g} loss {run.loss:.3g}")
+            news = f"{run.parameterization} width {run.width} lr {show(run.lr)} loss {run.loss:.3g}"
+            bar.set_postfix_str(news, refresh=False)
             bar.update()
-    title = f"{options.optimizer} on Fashion-MNIST, {options.model}, {options.samples} images, {options.epochs} epochs"
+    title = f"{options.optimizer} on Fashion-MNIST, {options.model}, {options.samples} images"
+    title += f", {options.epochs} epochs"
     print(f"\n{title}, base width {options.base}")
     print(table(runs))
     plot(runs, options.out, title)

@@ -36,7 +36,8 @@ def analyze(
     Args:
         model: Any module, on any device (meta included), in train or eval mode; it is not changed.
         example_inputs: A batch: a tensor, a tuple of positional inputs, a dict of keyword inputs, or
-            ``(args, kwargs)``. May be left out where the model tells its input (see `mupass.find_inputs`).
+            ``(args, kwargs)``. May be left out where the model tells its input: by
+            ``dummy_inputs``, ``pretrained_cfg`` or its first layer.
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device

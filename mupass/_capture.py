@@ -6,8 +6,9 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if not canonical:
         raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     except (
         Exception
@@ -86,7 +87,8 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise CaptureError(
-                f"{name} has no shape yet (a lazy module); run the model once on example inputs, then call mupass"
+                f"{name} has no shape yet (a lazy module); "
+                "run the model once on example inputs, then call mupass"
             )
         canonical[name] = first.setdefault(id(parameter), name)
     aliases: dict[str, tuple[str, ...]] = {}
@@ -97,12 +99,12 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Silence what export says of models that it handles; errors are errors, warnings are noise here."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

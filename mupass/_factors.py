@@ -22,7 +22,7 @@ class Layer:
         groups: Number of separate blocks.
         kernel: Kernel sizes.
         stride: Strides.
-        padding: Zeros (or other padding) before and after each position axis, last axis first, as `F.pad` takes it.
+        padding: Entries before and after each position axis, last axis first, as `F.pad` takes them.
         dilation: Dilations.
         padding_mode: As `torch.nn.functional.pad` names it.
     """
@@ -53,7 +53,7 @@ class Layer:
         return None
 
     def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the input factor: ``[groups, n, n]``, or ``[n]`` for an embedding's diagonal."""
+        """Return the shape of the input factor: ``[groups, n, n]``, of an embedding the diagonal ``[n]``."""
         return (self.inputs,) if self.kind == "embedding" else (self.groups, self.inputs, self.inputs)
 
     def output_shape(self) -> tuple[int, ...]:
@@ -107,7 +107,8 @@ def input_rows(layer: Layer, x: Tensor) -> Tensor:
         x = F.pad(x, layer.padding, layer.padding_mode)
     for axis, (size, step, gap) in enumerate(zip(layer.kernel, layer.stride, layer.dilation, strict=True)):
         x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-    x = x.unflatten(1, (layer.groups, -1))  # [batch, groups, channels, *positions, *kernel]
+    # [batch, groups, channels, *positions, *kernel]
+    x = x.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]
     order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
     return x.permute(order).reshape(layer.groups, -1, layer.inputs)
 
@@ -127,7 +128,7 @@ def output_rows(layer: Layer, g: Tensor) -> Tensor:
     rank = len(layer.kernel)
     if g.dim() == rank + 1:
         g = g.unsqueeze(0)
-    g = g.unflatten(1, (layer.groups, -1))
+    g = g.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]
     return g.permute(1, 0, *range(3, 3 + rank), 2).reshape(layer.groups, -1, layer.outputs)
 
 

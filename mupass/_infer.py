@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-import mupass._dims.contract
-import mupass._dims.elementwise
-import mupass._dims.lookup
-import mupass._dims.shape  # noqa: F401  (rules register on import)
 from mupass._capture import Capture
 from mupass._dims.decide import Verdict, Verdicts, decide
-from mupass._dims.engine import Engine, Value
+from mupass._dims.engine import Engine
+from mupass._dims.facts import Value
+from mupass._dims.graph import shape_of
 from mupass._geometry import Use
 
 HIDDEN_OUTPUTS = re.compile(
@@ -45,7 +43,45 @@ class Inference:
     def verdict(self, parameter: str, axis: int) -> Verdict:
         """Return the verdict on one axis of one parameter."""
         found = self.verdicts.get(self.dims[parameter][axis])
+        if (
+            found is None
+            and parameter in self.overlooked
+            and self.engine.space.size(self.dims[parameter][axis]) > 1
+        ):
+            return self._by_analogy(parameter, axis)
         return found or Verdict(False, "no weight is contracted along it")
+
+    def _by_analogy(self, parameter: str, axis: int) -> Verdict:
+        """Judge a parameter that nothing reads by its twin in another block, else by its neighbours."""
+        space = self.engine.space
+        shape = [space.size(d) for d in self.dims[parameter]]
+        read = {n: row for n, row in self.dims.items() if n not in self.overlooked}
+        for name, row in read.items():
+            if _numberless(name) == _numberless(parameter) and [space.size(d) for d in row] == shape:
+                twin = self.verdict(name, axis)
+                return Verdict(twin.infinite, f"policy: nothing reads it; as in {name}", True)
+        prefix, back = parameter, axis - len(shape)
+        while prefix:
+            prefix = prefix.rpartition(".")[0]
+            near = [
+                (n, r)
+                for n, r in read.items()
+                if n.startswith(f"{prefix}." if prefix else "") and len(r) >= -back
+            ]
+            seen = [
+                (n, v)
+                for n, r in near
+                if space.size(r[back]) == shape[axis] and (v := self.verdicts.get(r[back]))
+            ]
+            if seen:
+                name, verdict = max(seen, key=lambda pair: pair[1].infinite)
+                why = f"policy: nothing reads it; {name} beside it has an axis of that size"
+                return Verdict(verdict.infinite, why, True)
+        return Verdict(False, "policy: nothing reads it", True)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def infer(
@@ -65,27 +101,28 @@ def infer(
     dims: dict[str, tuple[int, ...]] = {}
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
-        value = engine.placeholder(node, node.meta["val"].shape, name, static=True)
+        value = engine.placeholder(node, shape_of(node.meta["val"]), name, static=True)
         if name in dims:
             for a, b in zip(dims[name], value.axes, strict=True):
                 engine.space.unify(a, b.dim)
         dims.setdefault(name, tuple(a.dim for a in value.axes))
     for node in captured.states:
         if isinstance(node.meta.get("val"), torch.Tensor):
-            engine.placeholder(node, node.meta["val"].shape, None, static=True)
+            engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
     for node, name in captured.inputs.items():
         if isinstance(node.meta.get("val"), torch.Tensor):
-            value = engine.placeholder(node, node.meta["val"].shape, None, static=False)
+            value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)
             inputs += [(a.dim, f"axis {i} of input {name}") for i, a in enumerate(value.axes)]
     engine.run(captured.nodes)
     uses: dict[str, list[Use]] = defaultdict(list)
     for found in engine.facts.uses:
         uses[found.parameter].append(found.use)
+    read = {p: {i for u in uses.get(p, ()) for i in u.fan_in} for p in dims}
+    made = [dim for p, row in dims.items() for i, dim in enumerate(row) if i not in read[p]]
     settled = {dims[p][i]: v for (p, i), v in overrides.items()}
-    verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), settled)
-    read = {n for n in captured.parameters if n.users}
-    overlooked = tuple(dict.fromkeys(captured.parameters[n] for n in captured.parameters if n not in read))
-    overlooked = tuple(n for n in overlooked if n not in {captured.parameters[r] for r in read})
+    verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), made, settled)
+    seen = {name for node, name in captured.parameters.items() if node.users}
+    overlooked = tuple(name for name in dims if name not in seen)
     return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked)
 
 

@@ -127,7 +127,7 @@ PARAMETERIZATIONS: Mapping[str, Parameterization] = MappingProxyType(
                 "mup",
                 1.0,
                 "maximal update: Ishikawa & Karakida, arXiv 2312.12226, conditions 11-13; SGD and Adam "
-                "as Yang & Hu, arXiv 2203.03466, table 8; no forward multipliers",
+                "as Yang et al., arXiv 2203.03466, table 3; no forward multipliers",
             ),
             Parameterization(
                 "standard",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._factors import Layer, gram, input_rows, output_rows
 from mupass._plan import Plan
-from mupass._terms import TermsTap, terms_tap_of
+from mupass._terms import TermsTap, is_terms_hook, terms_hook, terms_tap_of
 
 
 class _Factors(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Factors(torch.autograd.Function):
                 )
             if ctx.needs_input_grad[3]:
                 b = gram(outputs, ctx.dtype)
-            rows = torch.full((), outputs.shape[1], dtype=ctx.dtype, device=g.device)
+            rows = torch.full((1,), outputs.shape[1], dtype=ctx.dtype, device=g.device)
         return g, None, a, b, rows, None
 
 
@@ -113,7 +113,8 @@ class Tap:
         zero = torch.zeros((), device=device, dtype=dtype)
         self.a = zero.expand(self.layer.input_shape()) if a else None
         self.b = zero.expand(self.layer.output_shape()) if b else None
-        self.rows = torch.zeros((), device=device, dtype=dtype)
+        # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
+        self.rows = torch.zeros(1, device=device, dtype=dtype)
 
     def collect(self, on: bool) -> None:
         """Collect factors in the passes that follow, or stop.
@@ -210,7 +211,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
         if tap_of(module) is None:
             module.register_forward_hook(Tap(tapped.layer), with_kwargs=True)
     if terms_tap_of(model) is None:
-        model.register_forward_hook(TermsTap())
+        model.register_forward_hook(terms_hook(TermsTap()))
 
 
 def tap_of(module: nn.Module) -> Tap | None:
@@ -220,3 +221,16 @@ def tap_of(module: nn.Module) -> Tap | None:
         module: Any module.
     """
     return next((h for h in module._forward_hooks.values() if isinstance(h, Tap)), None)
+
+
+def detach(model: nn.Module) -> None:
+    """Take all taps off a model.
+
+    Args:
+        model: The module that `attach` was given.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, Tap) or is_terms_hook(hook):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class _Terms(torch.autograd.Function):
 def loss_terms(shape: tuple[int, ...]) -> int:
     """Return how many terms a mean loss on an output of this shape averages over.
 
-    The class axis is left out: axis 1 of image-like outputs ``[batch, classes, height, width(, depth)]``, the
-    last one otherwise (``[batch, classes]``, ``[batch, tokens, classes]``). Every entry of a vector is a term.
+    The class axis is left out: axis 1 of image-like outputs ``[batch, classes, height, width(, depth)]``,
+    the last one otherwise (``[batch, classes]``, ``[batch, tokens, classes]``). Every entry of a vector is a
+    term.
 
     Args:
         shape: Shape of the model's output, at least one axis.
@@ -45,7 +47,7 @@ def loss_terms(shape: tuple[int, ...]) -> int:
 
 
 class TermsTap:
-    """Forward hook on the root module that counts loss terms; idle until K-FAC opens it.
+    """Counts loss terms at the root module (see `terms_hook`); idle until K-FAC opens it.
 
     The count travels as the gradient of a leaf like the factors do, so that it adds up over micro-batches.
 
@@ -57,7 +59,7 @@ class TermsTap:
         self.count: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Send the first tensor of the output through the tap.
+        """Send the first tensor of the output through the tap, as a forward hook does.
 
         Args:
             module: The root module.
@@ -65,8 +67,8 @@ class TermsTap:
             output: Its output, any nest of tensors.
 
         Returns:
-            The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of models
-            that return their loss.
+            The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
+            models that return their loss.
         """
         if self.count is None or not self.count.requires_grad:
             return None
@@ -112,10 +114,42 @@ class TermsTap:
         return {"count": None}
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _count(tap: TermsTap, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return tap(module, args, output)
+
+
+@torch.compiler.substitute_in_graph(_count, skip_signature_check=True)
+def _count_in_graph(tap: TermsTap, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return tap(module, args, output)
+
+
+def terms_hook(tap: TermsTap) -> partial[Any]:
+    """Return the forward hook of a tap.
+
+    torch.compile runs the hooks of the module that it is given outside of the graph, and would compile this
+    one into a graph of its own; there it runs eagerly. Inside of a larger graph it is traced with the rest.
+
+    Args:
+        tap: The tap.
+    """
+    return partial(_count, tap)
+
+
 def terms_tap_of(model: nn.Module) -> TermsTap | None:
     """Return the tap that counts loss terms, or None.
 
     Args:
         model: The module that the plan's names are relative to.
     """
-    return next((h for h in model._forward_hooks.values() if isinstance(h, TermsTap)), None)
+    hooks: list[Any] = [hook for hook in model._forward_hooks.values() if is_terms_hook(hook)]
+    return hooks[0].args[0] if hooks else None
+
+
+def is_terms_hook(hook: Any) -> bool:
+    """Return whether a forward hook counts loss terms.
+
+    Args:
+        hook: Any hook.
+    """
+    return isinstance(hook, partial) and hook.func is _count

@@ -1,1 +1,28 @@
-"""Dimension inference: a term for every axis of every tensor, and a verdict for every term."""
+"""Width inference: dimensions as terms, one small rule an operator, verdicts with evidence."""
+
+from mupass._dims import (
+    attention,
+    contract,
+    cut,
+    elementwise,
+    lookup,
+    positions,
+    recurrent,
+    reduce,
+    shape,
+    signal,
+)
+
+# Importing a module of rules registers them.
+__all__ = [
+    "attention",
+    "contract",
+    "cut",
+    "elementwise",
+    "lookup",
+    "positions",
+    "recurrent",
+    "reduce",
+    "shape",
+    "signal",
+]

@@ -1,9 +1,10 @@
-"""Rules for operators that sum products: matrix products, einsum, convolutions, attention."""
+"""Rules for operators that sum products: matrix products, einsum, convolutions."""
 
 from collections.abc import Sequence
 
-from mupass._dims.engine import NOWHERE, Axis, Bilinear, Call, Result, Value, rule
-from mupass._dims.shape import merge_axes, split_axis
+from mupass._dims.engine import Call, Result, rule
+from mupass._dims.facts import NOWHERE, Axis, Bilinear, Value, bare
+from mupass._dims.shape import merge_axes
 
 Labels = Sequence[str]
 
@@ -25,7 +26,10 @@ def contract(
                 table[name] = axis
             call.unify(known, axis)
     weights = [i for i, v in enumerate(operands) if v.parametric]
-    if len(weights) == len(operands) > 1:
+    for i in weights:
+        _blocks(call, dict(zip(labels[i], operands[i].axes, strict=True)), labels, out)
+    basis = len(weights) == len(operands) > 1
+    if basis:
         weights = weights[-1:]  # both are parameters: the second acts on the first
     for i in weights:
         others = {n for j, names in enumerate(labels) if j != i for n in names}
@@ -33,7 +37,7 @@ def contract(
         summed = [a for n, a in own.items() if n in others and n not in out]
         made = [a for n, a in own.items() if n not in others and n in out]
         if summed or made:
-            call.use(kind, summed, made, operands[i])
+            call.use(kind, summed, made, operands[i], basis)
         else:
             call.pointwise_use("pointwise", operands[i])
     if not weights and len(operands) == 2:
@@ -58,6 +62,14 @@ def _bilinear(call: Call, table: dict[str, Axis], labels: Sequence[Labels], out:
     call.facts.bilinear.append(Bilinear(batch, inner, call.where))
 
 
+def _blocks(call: Call, own: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
+    """A weight with a batch axis is one small weight for each block of the width."""
+    shared = {n for n in own if n in out and sum(n in names for names in labels) > 1 and own[n].size > 1}
+    if shared and not call.static:
+        inner = tuple(a.dim for n, a in own.items() if n not in shared and a.size > 1)
+        call.facts.blocks.append(Bilinear(tuple(own[n].dim for n in shared), inner, call.where))
+
+
 def letters(count: int, start: int = 0) -> list[str]:
     """Return that many distinct labels."""
     return [f"b{start + i}" for i in range(count)]
@@ -65,15 +77,21 @@ def letters(count: int, start: int = 0) -> list[str]:
 
 @rule("aten.linear", "aten.addmm", "aten._linear")
 def linear(call: Call) -> Result:
-    """x W^T + b."""
+    """Return x W^T + b."""
     if call.operator == "aten.addmm":
         result = contract(call, "matmul", [call["mat1"], call["mat2"]], ["ik", "kj"], "ij")
         return add_bias(call, result, call["self"], -1)
     source, weight = call["input"], call["weight"]
+    tokens = source.static  # learned queries and encoded positions are data that happen to be constant
+    if source.parametric:
+        call.pointwise_use("pointwise", source)
+    if tokens:
+        source = Value(bare(source.axes))
     batch = letters(len(source.axes) - 1)
     out = ["o"] if len(weight.axes) == 2 else []
     result = contract(call, "linear", [source, weight], [[*batch, "i"], [*out, "i"]], [*batch, *out])
-    return add_bias(call, result, call.get("bias"), -1)
+    result = add_bias(call, result, call.get("bias"), -1)
+    return Value(bare(result.axes), True) if tokens else result
 
 
 def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
@@ -160,7 +178,7 @@ def _spell(term: str, rank: int) -> list[str]:
 
 @rule("aten.bilinear")
 def bilinear(call: Call) -> Result:
-    """x1 W x2 + b."""
+    """Return x1 W x2 + b."""
     batch = letters(len(call["input1"].axes) - 1)
     result = contract(
         call,
@@ -230,65 +248,7 @@ def _group(call: Call, channels: Axis, into: Axis, made: Axis, transposed: bool,
     return merge_axes(call, [group, made])
 
 
-@rule(
-    "aten.scaled_dot_product_attention",
-    "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_flash_attention",
-    "aten._scaled_dot_product_attention_math",
-    "aten._scaled_dot_product_cudnn_attention",
-)
-def attention(call: Call) -> Result:
-    """softmax(q k^T / sqrt(E)) v, with grouped key/value heads."""
-    q, k, v = call["query"], call["key"], call["value"]
-    if call.get("enable_gqa", False) and q.axes[-3].size != k.axes[-3].size:
-        share = call.new(q.axes[-3].size // k.axes[-3].size)
-        call.literal(share, "query heads for each key/value head")
-        k, v = (
-            Value((*x.axes[:-3], merge_axes(call, [x.axes[-3], share]), *x.axes[-2:]), x.static)
-            for x in (k, v)
-        )
-    batch = letters(len(q.axes) - 2)
-    call.facts.attention.append((q.axes[-1].dim, call.get("scale"), call.where))
-    scores = contract(call, "attention", [q, k], [[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"])
-    mask = call.get("attn_mask", call.get("attn_bias"))
-    if isinstance(mask, Value):
-        for a, b in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
-            call.unify(a, b)
-        if mask.parametric:
-            call.pointwise_use("pointwise", mask)
-    result = contract(
-        call, "attention", [scores, v], [[*batch, "l", "s"], [*batch, "s", "e"]], [*batch, "l", "e"]
-    )
-    if len(call.shapes) == 1:
-        return result
-    return (result, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
-
-
-@rule("aten.multi_head_attention_forward", "aten._native_multi_head_attention")
-def packed_attention(call: Call) -> Result:
-    """The fused inference kernel of nn.MultiheadAttention: packed qkv, heads, output projection."""
-    query, key, value = call["query"], call["key"], call["value"]
-    batch = letters(2)
-    qkv_weight, out_weight = call["qkv_weight"], call["proj_weight"]
-    call.unify(query.axes[-1], key.axes[-1])
-    call.unify(key.axes[-1], value.axes[-1])
-    qkv = contract(call, "linear", [query, qkv_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
-    add_bias(call, qkv, call["qkv_bias"], -1)
-    third = split_axis(call, qkv.axes[-1], [3, qkv.axes[-1].size // 3])
-    call.enumerate(third[0], "query, key and value")
-    heads, inner = split_axis(call, third[1], [call["num_head"], third[1].size // call["num_head"]])
-    call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
-    call.facts.attention.append((inner.dim, None, call.where))
-    mixed = Value((*query.axes[:-1], third[1]))
-    result = contract(call, "linear", [mixed, out_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
-    add_bias(call, result, call["proj_bias"], -1)
-    outputs: list[Value | None] = [call.value(result.axes)]
-    outputs += [call.value([call.new(n) for n in s]) for s in call.shapes[1:]]
-    return tuple(outputs)
-
-
-@rule("aten._grouped_mm", "aten._scaled_grouped_mm")
+@rule("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")
 def grouped_matmul(call: Call) -> Result:
     """Rows sorted by expert times one matrix an expert."""
     a, b = call.values[:2]

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mupass._dims.engine import Facts
+from mupass._dims.facts import Facts
 from mupass._dims.space import Members, Space
 from mupass._errors import InferenceError
 
@@ -53,6 +53,11 @@ class Verdicts:
         """Return the verdict of a dimension's class, or None while it is open."""
         return self._known.get(self.space.find(dim))
 
+    def grows(self, dim: int) -> bool:
+        """Whether a dimension is settled as infinite."""
+        verdict = self.get(dim)
+        return verdict is not None and verdict.infinite
+
     def is_open(self, dim: int) -> bool:
         """Whether nothing is decided yet; sizes of 1 are never open."""
         return self.space.size(dim) > 1 and self.space.find(dim) not in self._known
@@ -88,9 +93,10 @@ class Verdicts:
             self._known[dim] = verdict
         return dims
 
-    def relatives(self, dim: int) -> set[int]:
-        """Return the classes reached from a dimension through products, sums and derivations."""
-        seen, todo = {self.space.find(dim)}, [self.space.find(dim)]
+    def relatives(self, dims: Iterable[int]) -> set[int]:
+        """Return the classes reached from dimensions through products, sums and derivations."""
+        todo = [self.space.find(d) for d in dims]
+        seen = set(todo)
         while todo:
             for index in self._of[todo.pop()]:
                 whole, members = self._terms[index]
@@ -107,7 +113,7 @@ class Verdicts:
             top = self._known.get(whole)
             below = [self._known.get(m) for m in members]
             if top and top.infinite and not any(v and v.infinite for v in below):
-                found.append((whole, tuple(m for m in members if self.is_open(m))))
+                found.append((whole, members))
         return found
 
 
@@ -116,6 +122,7 @@ def decide(
     facts: Facts,
     inputs: Iterable[tuple[int, str]],
     outputs: Iterable[tuple[int, str]],
+    made: Iterable[int],
     overrides: Mapping[int, tuple[bool, str]],
 ) -> Verdicts:
     """Decide every dimension.
@@ -125,6 +132,7 @@ def decide(
         facts: What the rules recorded.
         inputs: Axes of the model's inputs, each with its description.
         outputs: Axes of the outputs that a loss may see.
+        made: Axes that parameters bring into the computation.
         overrides: Dimensions that the caller settles: infinite or not, and by what authority.
 
     Returns:
@@ -145,8 +153,17 @@ def decide(
         verdicts.settle([dim], Verdict(False, why))
     _settle_outputs(verdicts, outputs)
     _settle_heads(verdicts)
+    _settle_blocks(verdicts)
     _settle_groups(verdicts)
-    _settle_fans(verdicts)
+    _settle_alternatives(verdicts)
+    _settle_rests(verdicts)
+    unmade = _unmade(verdicts, made)
+    _settle_fans(verdicts, unmade)
+    _settle_unmade(verdicts, unmade)
+    for dim, where in facts.basis.items():
+        verdicts.settle(
+            [dim], Verdict(False, f"policy: two parameters are contracted along it ({where})", True)
+        )
     _settle_products(verdicts)
     return verdicts
 
@@ -154,9 +171,9 @@ def decide(
 def _settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None:
     """An output axis that weights read again is hidden state; any other is classes or data."""
     space, facts = verdicts.space, verdicts.facts
-    contracted = {space.find(d) for d in facts.fan_in}
+    hidden = verdicts.relatives(facts.fan_in)
     for dim, why in outputs:
-        if verdicts.is_open(dim) and not verdicts.relatives(dim) & contracted:
+        if verdicts.is_open(dim) and space.find(dim) not in hidden:
             verdicts.settle([dim], Verdict(False, why))
 
 
@@ -169,19 +186,83 @@ def _settle_heads(verdicts: Verdicts) -> None:
             verdicts.settle(inner, Verdict(False, f"policy: fixed size per head ({product.where})", True))
 
 
+def _settle_blocks(verdicts: Verdicts) -> None:
+    """Policy: a width cut into blocks, each with a weight of its own, gets more blocks, not larger ones."""
+    together = {
+        (a, b) for _, members in verdicts.space.terms("product") for a in members for b in members if a != b
+    }
+    for product in verdicts.facts.blocks:
+        count = {verdicts.space.find(d) for d in product.batch if verdicts.is_open(d)}
+        inner = [d for d in product.inner if verdicts.is_open(d)]
+        cut = [d for d in inner if any((c, verdicts.space.find(d)) in together for c in count)]
+        verdicts.settle(cut, Verdict(False, f"policy: fixed size per block ({product.where})", True))
+
+
+def _unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
+    """Return the open dimensions that weights read and none makes: features that the code computes."""
+    space, facts = verdicts.space, verdicts.facts
+    reached = verdicts.relatives([*made, *facts.fan_out])
+    found = {space.find(d): where for d, where in facts.fan_in.items() if verdicts.is_open(d)}
+    return {d: where for d, where in found.items() if d not in reached}
+
+
+def _settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
+    """Policy: features that the code computes are fixed, unless there are as many as the first layer has units.
+
+    Sinusoids of positions come in d_model, those of a time step often in a number of their own. Nothing but
+    the size tells them apart, so the verdict is marked as a policy.
+    """
+    space = verdicts.space
+    widths = {
+        space.size(dim)
+        for into, out in verdicts.facts.weights
+        if not any(verdicts.is_open(d) or verdicts.grows(d) for d in into)
+        for dim in out
+        if verdicts.grows(dim)
+    }
+    for dim, where in unmade.items():
+        grown = space.size(dim) in widths
+        why = "as many features of the code as the first layer has units" if grown else "features of the code"
+        verdicts.settle([dim], Verdict(grown, f"policy: {why} ({where})", True))
+
+
+def _settle_alternatives(verdicts: Verdicts) -> None:
+    """Policy: alternatives (experts, slots, bins) are fixed, unless weights read them as features."""
+    read = verdicts.relatives(verdicts.facts.fan_in)
+    for dim, why in verdicts.facts.alternatives.items():
+        if verdicts.space.find(dim) not in read:
+            verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+
+
+def _settle_rests(verdicts: Verdicts) -> None:
+    """Policy: an axis of which only fixed parts are ever read is fixed; what no slice covers says nothing."""
+    space = verdicts.space
+    rests = {space.find(d) for d in space.rests}
+    cuts = [(whole, parts) for whole, parts in space.terms("sum") if rests & set(parts)]
+    progress = True
+    while progress:
+        progress = False
+        for whole, parts in cuts:
+            known = [verdicts.get(p) for p in parts if p not in rests]
+            if verdicts.is_open(whole) and known and all(v and not v.infinite for v in known):
+                verdicts.settle([whole], Verdict(False, "policy: only fixed parts of it are read", True))
+                progress = True
+
+
 def _settle_groups(verdicts: Verdicts) -> None:
     """Policy: a grouped convolution keeps its number of groups."""
     for dim, where in verdicts.facts.groups.items():
         verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
 
 
-def _settle_fans(verdicts: Verdicts) -> None:
+def _settle_fans(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
     """Default: what weights contract or make, and nothing certain touches, is a width.
 
     Wholes first would hide which of their members grow, so members with evidence of their own go first.
     """
     facts, space = verdicts.facts, verdicts.space
     fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
+    fans = {d: w for d, w in fans.items() if d not in unmade}
     atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
     for dim in [*atoms, *fans]:
         verdicts.settle(
@@ -195,19 +276,14 @@ def _settle_products(verdicts: Verdicts) -> None:
     while open_terms := verdicts.open_terms():
         progress = False
         for whole, members in open_terms:
-            members = tuple(m for m in members if verdicts.is_open(m))
+            open_ = [m for m in members if verdicts.is_open(m)]
             top = verdicts.get(whole)
-            if not members or top is None or any((v := verdicts.get(m)) and v.infinite for m in members):
+            if not open_ or top is None or any((v := verdicts.get(m)) and v.infinite for m in members):
                 continue
-            free = [m for m in members if m not in literal] or list(members)
-            product = (
-                members in [tuple(m) for m in verdicts.space.terms_of(whole, "product")] or len(free) == 1
-            )
-            chosen = free[:1] if product else free
-            verdicts.settle(
-                chosen,
-                Verdict(True, f"policy: it grows with its whole ({top.why})", len(free) > 1 and product),
-            )
+            free = [m for m in open_ if m not in literal] or open_
+            choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
+            why = f"policy: it grows with its whole ({top.why})"
+            verdicts.settle(free[:1] if choice else free, Verdict(True, why, choice))
             progress = True
         if not progress:
             break

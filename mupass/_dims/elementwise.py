@@ -1,8 +1,9 @@
-"""Rules for operators that work elementwise, reduce, normalize or create."""
+"""Rules for operators that work elementwise or create."""
 
 from collections.abc import Sequence
 
-from mupass._dims.engine import NOWHERE, Axis, Call, Result, Value, rule
+from mupass._dims.engine import Call, Result, rule
+from mupass._dims.facts import NOWHERE, Axis, Value
 
 
 def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
@@ -25,13 +26,11 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "pointwise",
     "aten.dropout",
     "aten.to",
-    "aten.type_as",
     "aten.float",
     "aten.contiguous",
     "aten.alias",
     "aten.detach",
     "aten.detach_",
-    "aten.copy_",
     "aten.prelu",
     "aten.complex",
     "aten.polar",
@@ -45,10 +44,9 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "aten.floor_divide",
     "aten.bernoulli",
     "aten.lift_fresh_copy",
-    "aten.softmax",
-    "aten._softmax",
-    "aten.log_softmax",
-    "aten._log_softmax",
+    "aten.masked_fill",
+    "aten._weight_norm",
+    "aten._is_all_true",
     "aten.cumsum",
     "aten.cumprod",
     "aten.logcumsumexp",
@@ -68,7 +66,6 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "aten.resolve_conj",
     "aten.resolve_neg",
     "aten.positive",
-    "aten.softmin",
     "aten.square_",
     "aten.zero_",
     "aten.normal_",
@@ -145,6 +142,14 @@ def pointwise(call: Call) -> Result:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
+@rule("aten.type_as", "aten.copy", "aten.copy_")
+def keep(call: Call) -> Result:
+    """The axes of the first tensor; the second broadcasts into it, or only lends its type."""
+    if call.operator.startswith("aten.copy"):
+        broadcast(call, call.values, len(call.shape))
+    return call.value(call.values[0].axes)
+
+
 @rule(
     "create",
     "aten.zeros",
@@ -156,7 +161,6 @@ def pointwise(call: Call) -> Result:
     "aten.rand",
     "aten.randn",
     "aten.randint",
-    "aten.eye",
     "aten.scalar_tensor",
     "aten.randperm",
     "aten.new_zeros",
@@ -187,6 +191,14 @@ def create(call: Call) -> Result:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
+@rule("aten.eye")
+def eye(call: Call) -> Result:
+    """The axes of an identity matrix are one."""
+    rows, columns = (call.new(s) for s in call.shape)
+    call.unify(rows, columns)
+    return call.value([rows, columns], static=True)
+
+
 @rule(
     "aten.zeros_like",
     "aten.ones_like",
@@ -199,168 +211,3 @@ def create(call: Call) -> Result:
 def create_like(call: Call) -> Result:
     """The axes of the model, none of its values."""
     return Value(tuple(Axis(a.dim, a.size) for a in call.values[0].axes), static=call.static)
-
-
-def wrap(dims: int | Sequence[int] | None, rank: int) -> set[int]:
-    """Return non-negative axis numbers; None and () mean all axes."""
-    if dims is None or (not isinstance(dims, int) and not len(dims)):
-        return set(range(rank))
-    return {d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)}
-
-
-@rule(
-    "aten.sum",
-    "aten.mean",
-    "aten.amax",
-    "aten.amin",
-    "aten.max",
-    "aten.min",
-    "aten.var",
-    "aten.std",
-    "aten.var_mean",
-    "aten.std_mean",
-    "aten.prod",
-    "aten.all",
-    "aten.any",
-    "aten.logsumexp",
-    "aten.norm",
-    "aten.linalg_vector_norm",
-    "aten.nansum",
-    "aten.nanmean",
-    "aten.median",
-    "aten.nanmedian",
-    "aten.mode",
-    "aten.count_nonzero",
-    "aten.aminmax",
-    "aten.frobenius_norm",
-    "aten.special_logsumexp",
-)
-def reduce(call: Call) -> Result:
-    """The reduced axes go, the others stay."""
-    values = call.values
-    if len(values) == 2:  # max.other, min.other
-        return pointwise(call)
-    (source,) = values
-    gone = wrap(call.get("dim"), len(source.axes))
-    kept = [a for i, a in enumerate(source.axes) if i not in gone]
-    held = [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
-    outputs = [
-        call.value(kept if len(s) == len(kept) and not call.get("keepdim") else held) for s in call.shapes
-    ]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-@rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.msort")
-def select_by_value(call: Call) -> Result:
-    """Positions along the axis are told apart, so it is a set of alternatives and does not grow."""
-    source = call.values[0]
-    dim = call.get("dim", -1)
-    axis = dim % max(len(source.axes), 1)
-    if source.axes:
-        call.finite(source.axes[axis], "its entries are ranked")
-    outputs = []
-    for shape in call.shapes:
-        if len(shape) < len(source.axes):
-            axes = [a for i, a in enumerate(source.axes) if i != axis]
-            outputs.append(call.value(axes if shape else ()))
-        else:
-            held = list(source.axes)
-            if held and shape[axis] != held[axis].size:
-                held[axis] = call.new(shape[axis])
-            outputs.append(call.value(held))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-@rule("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
-def layer_norm(call: Call) -> Result:
-    """Normalizes the last axes; gain and bias lie along them."""
-    source: Value = call["input"]
-    for name in ("weight", "bias"):
-        _affine(call, call.get(name), source.axes[len(source.axes) - len(call["normalized_shape"]) :])
-    first = call.value(source.axes)
-    if len(call.shapes) == 1:
-        return first
-    extra = [
-        call.value([a if a.size == s else call.new(s) for a, s in zip(source.axes, shape, strict=True)])
-        for shape in call.shapes[1:]
-    ]
-    return (first, *extra)
-
-
-@rule(
-    "aten.batch_norm",
-    "aten.instance_norm",
-    "aten.native_batch_norm",
-    "aten.group_norm",
-    "aten.native_group_norm",
-    "aten._native_batch_norm_legit",
-    "aten._native_batch_norm_legit_no_training",
-    "aten.cudnn_batch_norm",
-    "aten._batch_norm_with_update",
-)
-def channel_norm(call: Call) -> Result:
-    """Normalizes per channel (axis 1); gain, bias and running statistics lie along it."""
-    source: Value = call["input"]
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _affine(call, call.get(name), source.axes[1:2])
-    first = call.value(source.axes)
-    if len(call.shapes) == 1:
-        return first
-    rest = [
-        call.value([source.axes[1]] if s == (source.axes[1].size,) else [call.new(n) for n in s])
-        for s in call.shapes[1:]
-    ]
-    return (first, *rest)
-
-
-def _affine(call: Call, parameter: Value | None, axes: Sequence[Axis]) -> None:
-    if not isinstance(parameter, Value):
-        return
-    for a, b in zip(parameter.axes, axes, strict=True):
-        call.unify(a, b)
-    if parameter.parametric:
-        call.pointwise_use("norm", parameter)
-
-
-@rule("aten.cosine_similarity", "aten.pairwise_distance")
-def similarity(call: Call) -> Result:
-    """Compares two tensors along one axis, which goes."""
-    left, right = call.values[:2]
-    rank = max(len(left.axes), len(right.axes))
-    axes = broadcast(call, [left, right], rank)
-    gone = call.get("dim", 1 if call.operator.endswith("similarity") else -1) % rank
-    return call.value([a for i, a in enumerate(axes) if i != gone])
-
-
-@rule(
-    "aten.cross_entropy_loss",
-    "aten.nll_loss",
-    "aten.nll_loss_nd",
-    "aten.mse_loss",
-    "aten.l1_loss",
-    "aten.smooth_l1_loss",
-    "aten.binary_cross_entropy",
-    "aten.binary_cross_entropy_with_logits",
-    "aten.huber_loss",
-    "aten.kl_div",
-    "aten.cosine_embedding_loss",
-    "aten.margin_ranking_loss",
-    "aten.ctc_loss",
-    "aten.nll_loss2d",
-    "aten.multilabel_soft_margin_loss",
-    "aten.hinge_embedding_loss",
-    "aten.soft_margin_loss",
-    "aten.triplet_margin_loss",
-    "aten.gaussian_nll_loss",
-    "aten.poisson_nll_loss",
-    "aten.multi_margin_loss",
-)
-def loss(call: Call) -> Result:
-    """What a loss sees is compared with data, so its axes do not grow."""
-    source = call.values[0]
-    for axis in source.axes:
-        call.finite(axis, "the loss compares it with data")
-    axes: list[Axis] = []
-    if call.shape:  # reduction="none"
-        axes = [next((a for a in source.axes if a.size == s), call.new(s)) for s in call.shape]
-    return call.value(axes)

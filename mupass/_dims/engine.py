@@ -8,88 +8,16 @@ parameters, seeds of finiteness, evidence of width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from mupass._dims.facts import NOWHERE, Axis, Facts, ParameterUse, Value
+from mupass._dims.graph import broadcasts, flatten, is_getitem, is_graph, operator_name, shape_of, subgraphs
 from mupass._dims.space import Space
 from mupass._errors import InferenceError
 from mupass._geometry import Use
-
-Origin = frozenset[tuple[str, int]]
-NOWHERE: Origin = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One axis of one tensor.
-
-    Attributes:
-        dim: Dimension handle in the space.
-        size: Its size.
-        origin: Parameter axes that this axis still *is*, for tensors computed from parameters alone.
-    """
-
-    dim: int
-    size: int
-    origin: Origin = NOWHERE
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A tensor as inference sees it.
-
-    Attributes:
-        axes: Its axes.
-        static: Whether it is computed from parameters, buffers and constants alone.
-    """
-
-    axes: tuple[Axis, ...]
-    static: bool = False
-
-    @property
-    def parametric(self) -> bool:
-        """Whether some axis is still an axis of a parameter."""
-        return self.static and any(a.origin for a in self.axes)
-
-
-@dataclass(frozen=True)
-class ParameterUse:
-    """A use of one parameter, with the dimensions it met."""
-
-    parameter: str
-    use: Use
-
-
-@dataclass(frozen=True)
-class Bilinear:
-    """A product of two activations: dims in both operands and the output, and all the others."""
-
-    batch: tuple[int, ...]
-    inner: tuple[int, ...]
-    where: str
-
-
-@dataclass
-class Facts:
-    """What the rules have found, next to the space itself."""
-
-    uses: list[ParameterUse] = field(default_factory=list)
-    finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
-    literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
-    fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
-    fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
-    enumerated: dict[int, str] = field(
-        default_factory=dict
-    )  # finite dims whose positions are separate things
-    groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
-    bilinear: list[Bilinear] = field(default_factory=list)
-    attention: list[tuple[int, float | None, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
 
 Result = Any  # a Value, or a tuple or list of results, or None for outputs that are no tensors
 Rule = Callable[["Call"], Result]
@@ -134,7 +62,7 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """All tensor arguments, lists flattened, in order."""
-        return [v for v in _flatten(self.arguments.values()) if isinstance(v, Value)]
+        return [v for v in flatten(self.arguments.values()) if isinstance(v, Value)]
 
     @property
     def static(self) -> bool:
@@ -144,8 +72,8 @@ class Call:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all output tensors, flattened."""
-        outputs = _flatten([self.node.meta.get("val")])
-        return [tuple(int(s) for s in t.shape) for t in outputs if isinstance(t, torch.Tensor)]
+        outputs = flatten([self.node.meta.get("val")])
+        return [shape_of(t) for t in outputs if isinstance(t, torch.Tensor)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -177,18 +105,29 @@ class Call:
 
     def enumerate(self, axis: Axis, why: str) -> None:
         """Record that positions along an axis are separate things, such as query, key and value."""
-        self.finite(axis, why)
-        self.facts.enumerated.setdefault(axis.dim, why)
+        if self.node.users:  # a pick that nothing reads was made for its shape only
+            self.finite(axis, why)
+            self.facts.enumerated.setdefault(axis.dim, why)
+
+    def alternative(self, axis: Axis, why: str) -> None:
+        """Record that entries along an axis compete, such as experts or memory slots."""
+        self.facts.alternatives.setdefault(axis.dim, f"{why} ({self.where})")
 
     def literal(self, axis: Axis, why: str) -> None:
         """Record a hint, used only where the constraints leave a choice."""
         self.facts.literal.setdefault(axis.dim, f"{why} ({self.where})")
 
-    def use(self, kind: str, fan_in: Iterable[Axis], fan_out: Iterable[Axis], weight: Value) -> None:
-        """Record that a weight contracts the fan_in axes and makes the fan_out axes."""
+    def use(
+        self, kind: str, fan_in: Iterable[Axis], fan_out: Iterable[Axis], weight: Value, basis: bool = False
+    ) -> None:
+        """Record that a weight contracts the fan_in axes and makes the fan_out axes.
+
+        With ``basis``, what it is contracted with is a parameter too.
+        """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
+        self.facts.weights.append((tuple(a.dim for a in fan_in), tuple(a.dim for a in fan_out)))
         for axis in fan_in:
-            self.facts.fan_in.setdefault(axis.dim, self.where)
+            (self.facts.basis if basis else self.facts.fan_in).setdefault(axis.dim, self.where)
         for axis in fan_out:
             self.facts.fan_out.setdefault(axis.dim, self.where)
         rows = {p: ([], []) for a in weight.axes for p, _ in a.origin}  # type: ignore[var-annotated]
@@ -222,61 +161,102 @@ class Engine:
         return self.env[node]
 
     def run(self, nodes: Iterable[Node]) -> None:
-        """Apply a rule to every operator."""
-        for node in nodes:
-            if node.op == "call_function":
-                self.env[node] = self._call(node)
+        """Apply a rule to every operator, then close the books."""
+        self._interpret(nodes)
         self.space.where = "slices"
         self.space.close_slices()
 
+    def _interpret(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node.op == "call_function":
+                self.env[node] = self._call(node)
+
     def _call(self, node: Node) -> Result:
-        if _is_getitem(node):
+        if is_getitem(node):
             source, index = self._lookup(node.args[0]), node.args[1]
-            return source[index] if isinstance(source, (tuple, list)) else None
+            return source[index] if isinstance(source, (tuple, list)) and isinstance(index, int) else None
         call = Call(self, node, self._arguments(node))
         self.space.where = call.where
-        outputs = [t for t in _flatten([node.meta.get("val")]) if isinstance(t, torch.Tensor)]
-        if not outputs:
+        graphs = subgraphs(node) if call.operator not in RULES else []
+        if not call.shapes and not graphs:
             return None
-        for value in call.values:
-            if any(a.size == 0 for a in value.axes):
-                raise InferenceError(
-                    f"{call.where}: a tensor with an axis of size 0 carries no width; "
-                    "give example inputs and a model without empty tensors"
-                )
-        result = self._apply(call)
+        if any(a.size == 0 for v in call.values for a in v.axes):
+            return self._empty(call)
+        result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
         return result
+
+    def _empty(self, call: Call) -> Result:
+        """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
+        full = [v for v in call.values if all(a.size for a in v.axes)]
+        if any(v.parametric for v in full):
+            raise InferenceError(
+                f"{call.where}: a tensor with an axis of size 0 carries no width; "
+                "give example inputs and a model without empty tensors"
+            )
+        if call.operator == "aten.cat" and full:
+            call.arguments = {k: full if k == "tensors" else v for k, v in call.arguments.items()}
+            return self._apply(call)
+        outputs = [call.value([call.new(s) for s in shape]) for shape in call.shapes]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _nested(self, call: Call, graphs: Sequence[torch.fx.GraphModule]) -> Result:
+        """Interpret the subgraphs of a higher-order operator (no_grad, autocast, checkpoint, cond, scan)."""
+        last = max(i for i, a in enumerate(call.node.args) if is_graph(call.node, a))
+        operands = [x for x in flatten(call.node.args[last + 1 :]) if isinstance(x, Node)]
+        results = []
+        for graph in graphs:
+            holes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+            for hole, operand in zip(holes, operands, strict=False):
+                self.env[hole] = self._element(hole, self.env.get(operand))
+            self._interpret(graph.graph.nodes)
+            output = next(n for n in graph.graph.nodes if n.op == "output")
+            results.append([v for v in flatten([self._lookup(output.args[0])]) if isinstance(v, Value)])
+        for branch in results[1:]:
+            for left, right in zip(results[0], branch, strict=True):
+                for a, b in zip(left.axes, right.axes, strict=True):
+                    call.unify(a, b)
+        return [
+            value if len(value.axes) == len(shape) else call.value([call.new(shape[0]), *value.axes])
+            for value, shape in zip(results[0], call.shapes, strict=True)
+        ]
+
+    def _element(self, hole: Node, value: Result) -> Result:
+        """A scan hands its body one element of the sequence."""
+        meta = hole.meta.get("val")
+        if isinstance(value, Value) and isinstance(meta, torch.Tensor) and meta.dim() == len(value.axes) - 1:
+            return Value(value.axes[1:], value.static)
+        return value
 
     def _apply(self, call: Call) -> Result:
         target = call.node.target
         found = RULES.get(call.operator) or RULES.get(call.operator.removesuffix("_"))
         if found:
             return found(call)
-        if torch.Tag.pointwise in getattr(target, "tags", ()):
-            return RULES["pointwise"](call)
         if not call.values:
             return RULES["create"](call)
+        if torch.Tag.pointwise in getattr(target, "tags", ()):
+            return RULES["pointwise"](call)
         return self._unknown(call)
 
     def _unknown(self, call: Call) -> Result:
         """Treat by shape what looks pointwise; refuse the rest, or leave it open when not strict."""
         sizes = [tuple(a.size for a in v.axes) for v in call.values]
-        if len(call.shapes) == 1 and call.shape in sizes and all(_broadcasts(s, call.shape) for s in sizes):
+        if len(call.shapes) == 1 and call.shape in sizes and all(broadcasts(s, call.shape) for s in sizes):
             self.facts.warnings.append(f"{call.where}: no dimension rule; treated as pointwise by its shapes")
             return RULES["pointwise"](call)
         message = f"{call.where}: no dimension rule for this operator"
         if self.strict:
             raise InferenceError(
-                f"{message}. Pass base= a second instance of the model at another width, or strict=False to "
-                "leave what depends on it ambiguous, or register a rule with mupass.rule"
+                f"{message}. Pass strict=False to leave what depends on it ambiguous, together with base= a "
+                "second instance of the model at another width, which settles it"
             )
         self.facts.warnings.append(f"{message}; what depends on it is ambiguous")
         outputs = [call.value([call.new(s) for s in shape]) for shape in call.shapes]
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _check(self, call: Call, result: Result) -> None:
-        got = [tuple(a.size for a in v.axes) for v in _flatten([result]) if isinstance(v, Value)]
+        got = [tuple(a.size for a in v.axes) for v in flatten([result]) if isinstance(v, Value)]
         if got != call.shapes:
             raise InferenceError(f"{call.where}: the rule gave shapes {got}, the operator {call.shapes}")
 
@@ -301,34 +281,3 @@ class Engine:
                 else [self._lookup(v) for v in value]
             )
         return value
-
-
-def operator_name(target: Any) -> str:
-    """Return ``aten.linear`` for ``aten.linear.default``; other callables give their own name."""
-    packet = getattr(target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
-
-
-def _is_getitem(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem" and not hasattr(node.target, "_schema")
-
-
-def _broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
-    return len(small) <= len(big) and all(s in (1, b) for s, b in zip(small[::-1], big[::-1], strict=False))
-
-
-def _flatten(items: Iterable[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for item in items:
-        if isinstance(item, (tuple, list)):
-            flat += _flatten(item)
-        elif isinstance(item, dict):
-            flat += _flatten(item.values())
-        else:
-            flat.append(item)
-    return flat
-
-
-def product_of(axes: Sequence[Axis]) -> int:
-    """Return the number of elements along several axes."""
-    return prod(a.size for a in axes)

@@ -1,10 +1,10 @@
-"""Rules for operators that look up, gather, scatter, pool, resample or recur."""
+"""Rules for operators that look up, gather or scatter."""
 
 from collections.abc import Sequence
 
 from mupass._dims.elementwise import broadcast
-from mupass._dims.engine import Axis, Call, Result, Value, rule
-from mupass._dims.shape import split_axis
+from mupass._dims.engine import Call, Result, rule
+from mupass._dims.facts import Axis, Value, bare
 
 
 @rule("aten.embedding")
@@ -14,7 +14,7 @@ def embedding(call: Call) -> Result:
     call.finite(weight.axes[0], "the length of a lookup table")
     if weight.parametric:
         call.use("embedding", weight.axes[:1], weight.axes[1:], weight)
-    return call.value([*_bare(indices.axes), *weight.axes[1:]])
+    return call.value([*bare(indices.axes), *weight.axes[1:]])
 
 
 @rule("aten.embedding_bag", "aten._embedding_bag", "aten._embedding_bag_forward_only")
@@ -28,10 +28,6 @@ def embedding_bag(call: Call) -> Result:
     return (*outputs, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
 
 
-def _bare(axes: Sequence[Axis]) -> tuple[Axis, ...]:
-    return tuple(Axis(a.dim, a.size) for a in axes)
-
-
 @rule("aten.index", "aten._unsafe_index")
 def index(call: Call) -> Result:
     """Advanced indexing: the indexed axes go, the broadcast index axes come."""
@@ -40,7 +36,7 @@ def index(call: Call) -> Result:
     if any(_boolean(call, k) for k, i in enumerate(indices) if isinstance(i, Value)):
         return _masked(call, source, indices)
     rank = max(len(t.axes) for t in tensors)
-    common = _bare(broadcast(call, tensors, rank))
+    common = bare(broadcast(call, tensors, rank))
     at = [k for k, i in enumerate(indices) if isinstance(i, Value)]
     kept = [a for k, a in enumerate(source.axes) if k not in at]
     for k in at:
@@ -74,6 +70,7 @@ def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value
 
 def _table(call: Call, source: Value, axis: Axis) -> None:
     """Rows that are picked by index are told apart; for a bare table that means it does not grow."""
+    call.alternative(axis, "its positions are picked by index")
     if source.parametric:
         call.finite(axis, "the length of an indexed table")
         rest = [a for a in source.axes if a.dim != axis.dim]
@@ -101,6 +98,7 @@ def gather(call: Call) -> Result:
     axes = []
     for i, (a, b) in enumerate(zip(source.axes, where.axes, strict=True)):
         if i == dim:
+            call.alternative(a, "its positions are picked by index")
             axes.append(Axis(b.dim, b.size))
         elif a.size == b.size or b.size == 1:
             call.unify(a, b)
@@ -156,6 +154,14 @@ def _match_put(call: Call, target: Value, source: Value) -> None:
         call.unify(a, b)
 
 
+@rule("aten.multinomial")
+def multinomial(call: Call) -> Result:
+    """Draws from alternatives, row by row."""
+    source = call.values[0]
+    call.alternative(source.axes[-1], "its entries are drawn from")
+    return call.value([*source.axes[:-1], call.new(call.shape[-1])])
+
+
 @rule("aten.masked_select", "aten.take", "aten.argwhere")
 def flat_pick(call: Call) -> Result:
     """A flat pick of entries: the result has an axis of its own."""
@@ -178,157 +184,3 @@ def bucketize(call: Call) -> Result:
         if len(call.values[0].axes) == len(call.shape)
         else [call.new(s) for s in call.shape]
     )
-
-
-@rule(
-    "aten.max_pool1d",
-    "aten.max_pool2d",
-    "aten.max_pool3d",
-    "aten.avg_pool1d",
-    "aten.avg_pool2d",
-    "aten.avg_pool3d",
-    "aten.adaptive_avg_pool1d",
-    "aten.adaptive_avg_pool2d",
-    "aten.adaptive_avg_pool3d",
-    "aten.adaptive_max_pool1d",
-    "aten.adaptive_max_pool2d",
-    "aten.adaptive_max_pool3d",
-    "aten._adaptive_avg_pool2d",
-    "aten._adaptive_avg_pool3d",
-    "aten.max_pool2d_with_indices",
-    "aten.max_pool1d_with_indices",
-    "aten.max_pool3d_with_indices",
-    "aten.fractional_max_pool2d",
-    "aten.lp_pool2d",
-    "aten.max_unpool2d",
-    "aten.max_unpool3d",
-)
-def pool(call: Call) -> Result:
-    """Positions derive from positions; channels stay."""
-    source = call.values[0]
-    outputs = [
-        call.value([_position(call, a, s) for a, s in zip(source.axes, shape, strict=True)])
-        for shape in call.shapes
-    ]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def _position(call: Call, axis: Axis, size: int) -> Axis:
-    return axis if axis.size == size else call.derive(axis, size)
-
-
-@rule(
-    "aten.upsample_nearest1d",
-    "aten.upsample_nearest2d",
-    "aten.upsample_nearest3d",
-    "aten.upsample_linear1d",
-    "aten.upsample_bilinear2d",
-    "aten.upsample_bicubic2d",
-    "aten.upsample_trilinear3d",
-    "aten._upsample_nearest_exact1d",
-    "aten._upsample_nearest_exact2d",
-    "aten._upsample_nearest_exact3d",
-    "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa",
-    "aten.affine_grid_generator",
-)
-def upsample(call: Call) -> Result:
-    """Positions derive from positions; channels stay."""
-    return pool(call)
-
-
-@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
-def grid_sample(call: Call) -> Result:
-    """Channels of the input, positions of the grid."""
-    source, grid = call["input"], call["grid"]
-    call.unify(source.axes[0], grid.axes[0])
-    return call.value([*source.axes[:2], *_bare(grid.axes[1:-1])])
-
-
-@rule("aten.glu")
-def glu(call: Call) -> Result:
-    """One half gates the other: two parts that agree."""
-    source = call.values[0]
-    dim = call.get("dim", -1) % len(source.axes)
-    half = call.new(call.shape[dim])
-    call.space.sum(source.axes[dim].dim, (half.dim, half.dim))
-    return call.value([*source.axes[:dim], half, *source.axes[dim + 1 :]])
-
-
-@rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
-def recurrent(call: Call) -> Result:
-    """Stacked (bidirectional) recurrence: gates x hidden rows, layer by layer."""
-    source: Value = call["input"]
-    params: list[Value] = list(call["params"])
-    states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    gates = {"aten.lstm": 4, "aten.gru": 3}.get(call.operator, 1)
-    directions = 2 if call["bidirectional"] else 1
-    per_cell = len(params) // (call["num_layers"] * directions)
-    features = source.axes[-1]
-    hidden = cell = states[0].axes[-1]
-    for layer in range(call["num_layers"]):
-        outputs = []
-        for direction in range(directions):
-            start = (layer * directions + direction) * per_cell
-            hidden, cell = _cell(call, params[start : start + per_cell], features, gates, per_cell)
-            call.unify(states[0].axes[-1], hidden)
-            call.unify(states[-1].axes[-1], cell)
-            outputs.append(hidden)
-        features = outputs[0] if directions == 1 else _join(call, outputs)
-    state_rank = len(states[0].axes)
-    finals = [
-        call.value([*_bare(states[0].axes[: state_rank - 1]), a]) for a in (hidden, cell)[: len(states)]
-    ]
-    return (call.value([*source.axes[:-1], features]), *finals)
-
-
-def _join(call: Call, outputs: Sequence[Axis]) -> Axis:
-    whole = call.new(sum(a.size for a in outputs))
-    call.space.sum(whole.dim, tuple(a.dim for a in outputs))
-    return whole
-
-
-def _cell(call: Call, params: Sequence[Value], features: Axis, gates: int, count: int) -> tuple[Axis, Axis]:
-    """Tie one cell's weights: w_ih, w_hh, then biases and a projection where there are any."""
-    w_ih, w_hh = params[:2]
-    call.unify(w_ih.axes[1], features)
-    rows = split_axis(call, w_ih.axes[0], [gates, w_ih.axes[0].size // gates])
-    call.enumerate(rows[0], "the gates of a recurrent cell")
-    cell = rows[1]
-    for other in (w_hh, *(params[2:4] if count >= 4 else ())):
-        call.unify(w_ih.axes[0], other.axes[0])
-        if len(other.axes) == 1:
-            call.pointwise_use("bias", other)
-    call.use("recurrent", w_ih.axes[1:], w_ih.axes[:1], w_ih)
-    call.use("recurrent", w_hh.axes[1:], w_hh.axes[:1], w_hh)
-    if count in (3, 5):  # projected hidden state
-        projection = params[-1]
-        call.unify(projection.axes[1], cell)
-        call.unify(projection.axes[0], w_hh.axes[1])
-        call.use("recurrent", projection.axes[1:], projection.axes[:1], projection)
-        return projection.axes[0], cell
-    call.unify(w_hh.axes[1], cell)
-    return cell, cell
-
-
-@rule("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
-def recurrent_cell(call: Call) -> Result:
-    """One step of a recurrence."""
-    states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    gates = {"aten.lstm_cell": 4, "aten.gru_cell": 3}.get(call.operator, 1)
-    params = [p for p in (call["w_ih"], call["w_hh"], call.get("b_ih"), call.get("b_hh")) if p is not None]
-    hidden, _ = _cell(call, params, call["input"].axes[-1], gates, len(params))
-    for state in states:
-        call.unify(state.axes[-1], hidden)
-    outputs = [call.value([*states[0].axes[:-1], hidden]) for _ in states]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-@rule("aten.roi_align", "torchvision.roi_align", "torchvision.ps_roi_align")
-def roi_align(call: Call) -> Result:
-    """Boxes x channels x literal bins."""
-    source = call.values[0]
-    bins = [call.new(s) for s in call.shape[2:]]
-    for axis in bins:
-        call.finite(axis, "bins of a region pooling")
-    return call.value([call.new(call.shape[0]), source.axes[1], *bins])

@@ -38,6 +38,7 @@ class Space:
         self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "sum": {}}
         self._slices: dict[int, dict[tuple[int, int], int]] = {}
         self.derived: list[tuple[int, int]] = []
+        self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
         self.links: list[Link] = []
         self.where = "input"
 
@@ -135,12 +136,16 @@ class Space:
         members, at = [], 0
         for (start, stop), part in pieces:
             if start > at:
-                members.append(self.new(start - at))
+                members.append(self._rest(start - at))
             members.append(part)
             at = stop
         if at < self._sizes[whole]:
-            members.append(self.new(self._sizes[whole] - at))
+            members.append(self._rest(self._sizes[whole] - at))
         return tuple(members)
+
+    def _rest(self, size: int) -> int:
+        self.rests.add(self.new(size))
+        return len(self._parent) - 1
 
     def terms(self, kind: str) -> Iterator[tuple[int, Members]]:
         """Yield (whole, members) of every product or sum, as representatives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class Bank:
         keys: What each slot belongs to.
         factors: ``[K, n, n]`` averages, or ``[K, n]`` for diagonal factors; not corrected for bias.
         roots: Inverse roots of the same shape.
+        weight: ``[K]``, see `value`.
     """
 
     def __init__(
@@ -26,27 +28,43 @@ class Bank:
         self.slot = {key: i for i, key in enumerate(keys)}
         self.factors = torch.zeros(len(keys), *shape, dtype=dtype, device=device)
         self.roots = torch.zeros_like(self.factors)
-        self.weight = 0.0  # total weight of what was averaged; divides out the start from zero
+        # Total weight of what was averaged, for each factor; divides out the start from zero.
+        self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
 
     @property
     def diagonal(self) -> bool:
         """Whether the factors are diagonal."""
         return self.factors.dim() == 2
 
-    def average(self, new: Tensor, decay: float) -> None:
-        """Add one observation of every factor to the moving averages.
+    def average(self, new: Mapping[Any, Tensor], decay: float) -> list[Any]:
+        """Add one observation of each factor to the moving averages.
+
+        A factor with no observation, or with one that is not finite (an overflow), keeps its average: one bad
+        batch must not stay in it for good.
 
         Args:
-            new: Stacked factors.
+            new: Key -> observed factor.
             decay: Weight of the past; 0 keeps only the new ones, 1 sums without forgetting.
+
+        Returns:
+            Keys whose observation was not finite.
         """
+        nothing = torch.zeros_like(self.factors[0])
+        seen = torch.stack([new.get(key, nothing) for key in self.keys])
+        finite = seen.isfinite().flatten(1).all(1)
+        given = torch.tensor([key in new for key in self.keys], device=finite.device)
         fresh = 1.0 if decay == 1 else 1 - decay
-        self.factors.mul_(decay).add_(new, alpha=fresh)
-        self.weight = decay * self.weight + fresh if decay != 1 else 1.0
+        summed = decay * self.factors + fresh * seen
+        weight = torch.ones_like(self.weight) if decay == 1 else decay * self.weight + fresh
+        keep = given & finite
+        self.factors.copy_(torch.where(keep.view(-1, *[1] * nothing.dim()), summed, self.factors))
+        self.weight.copy_(torch.where(keep, weight, self.weight))
+        return [self.keys[i] for i in (given & ~finite).nonzero().flatten().tolist()]
 
     def value(self) -> Tensor:
-        """Return the averages, corrected for the start from zero."""
-        return self.factors / self.weight
+        """Return the averages, corrected for the start from zero; zeros for what was never observed."""
+        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+        return self.factors / weight.view(-1, *[1] * (self.factors.dim() - 1))
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -74,6 +92,10 @@ class Bank:
         self.roots[at], failed = inverse_roots(self.value()[at], damping[at], power, self.roots[at], relative)
         return failed
 
+    def layout(self) -> list[Any]:
+        """Return what a saved state must agree in: shape of the factors, and whose they are."""
+        return [*self.factors.shape[1:], *self.keys]
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
         return {"factors": self.factors, "roots": self.roots, "weight": self.weight}
@@ -86,4 +108,4 @@ class Bank:
         """
         self.factors.copy_(state["factors"])
         self.roots.copy_(state["roots"])
-        self.weight = state["weight"]
+        self.weight.copy_(state["weight"])

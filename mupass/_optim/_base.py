@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim._fallback import FALLBACKS, average, fallback_step
+from mupass._optim._parallel import refuse_sharded
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
@@ -104,6 +106,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         model: nn.Module,
         spec: OptimizerSpec,
         lr: float,
+        damping: float,
         *,
         momentum: float,
         weight_decay: float,
@@ -112,6 +115,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         strict: bool,
     ) -> None:
         check_number("lr", lr)
+        check_number("damping", damping)
         check_number("momentum", momentum, 0, 1)
         check_number("weight_decay", weight_decay)
         check_number("fallback_lr", fallback_lr)
@@ -123,6 +127,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self.names = {p: n for n, p in self.root.named_parameters() if p.requires_grad}
         if not self.names:
             raise OptimizerError("every parameter of the model is frozen")
+        refuse_sharded([(n, p) for p, n in self.names.items()])
         self._steps = 0
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -135,9 +140,26 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if strict and left:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
         groups = self._groups(spec.name, own, lr, weight_decay, momentum)
+        for group in groups:
+            group["damping"] = damping
         others = {c.parameter for c in left}
         groups += self._groups(fallback, others, fallback_lr, weight_decay, momentum)
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        # OneCycleLR cycles momentum where the defaults have it.
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse further groups: the plan says which parameters there are.
+
+        Args:
+            param_group: As in torch.
+
+        Raises:
+            OptimizerError: Always, once the optimizer is made.
+        """
+        if getattr(self, "_complete", False):
+            raise OptimizerError("groups come from the model's plan; no others can be added")
+        super().add_param_group(param_group)
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return own parameters -> block type, and the others -> reason."""
@@ -152,7 +174,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
     ) -> list[dict[str, Any]]:
         """Merge parameters of equal scales into groups."""
         plan = self.plan if algorithm == self.spec.name else self.plan.for_optimizer(algorithm)
-        wanted, groups = set(names), {}
+        wanted = set(names)
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
         for parameter, name in self.names.items():
             if name not in wanted:
                 continue
@@ -183,7 +206,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         return self._coverage
 
     def stats(self) -> dict[str, int]:
-        """Return counts of what went wrong and was survived, with the number of steps."""
+        """Return counts of what went wrong and was survived, with the number of steps taken."""
         return {"steps": self._steps, **self._stats}
 
     def count(self, what: str, where: str, times: int = 1) -> None:
@@ -217,18 +240,17 @@ class PlannedOptimizer(torch.optim.Optimizer):
             directions = self._directions()
             for group in self.param_groups:
                 self._apply(group, directions)
+            self._steps += 1  # a skipped step is made up for: what was due at it is due at the next
         else:
             self._discard()
             self.count("skipped_steps", "a gradient holds NaN or infinity")
-        self._steps += 1
         self._prepare_next()
 
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.names if p.grad is not None]
         if not grads:
             return True
-        norms = torch.stack([g.abs().amax().float() for g in grads])
-        return bool(norms.isfinite().all())
+        return bool(torch.stack([g.isfinite().all() for g in grads]).all())
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""
@@ -251,6 +273,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
 
+    def _dampings(self) -> dict[str, float]:
+        """Return the damping of every own parameter; a schedule may have changed its group."""
+        own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
+        return {self.names[p]: g["damping"] for g in own for p in g["params"]}
+
     def _extra_state(self) -> dict[str, Any]:
         """Return the subclass's own state."""
         return {}
@@ -260,8 +287,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, factors and schedule included: a resumed run goes on bit for bit."""
-        extra = {"steps": self._steps, "stats": dict(self._stats), **self._extra_state()}
+        extra = {
+            "kind": self._kind(),
+            "steps": self._steps,
+            "stats": dict(self._stats),
+            **self._extra_state(),
+        }
         return {**super().state_dict(), "mupass": extra}
+
+    def _kind(self) -> list[Any]:
+        """Return what a saved state must have in common with this optimizer: its class, and who is in it."""
+        groups = [[g["algorithm"], *(self.names[p] for p in g["params"])] for g in self.param_groups]
+        return [type(self).__name__, str(self.spec), groups, self._layout()]
+
+    def _layout(self) -> Any:
+        """Return a description of the subclass's own state; states of another one do not fit."""
+        return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state.
@@ -275,7 +316,14 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if "mupass" not in state_dict:
             raise OptimizerError(f"not a state of mupass.{type(self).__name__}: key 'mupass' is missing")
         extra = state_dict["mupass"]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mupass"})
+        # Checked before the first change: a refused state leaves this optimizer as it was.
+        ours, theirs = self._kind(), extra.get("kind")
+        if ours != theirs:
+            saved = " ".join(map(str, theirs[:2])) if theirs else "an unknown optimizer"
+            what = "other parameters, groups or factors" if theirs and theirs[:2] == ours[:2] else saved
+            raise OptimizerError(f"state of {what}; this is {ours[0]} {ours[1]}")
+        # A copy, where torch would go on in the caller's tensors.
+        super().load_state_dict(deepcopy({k: v for k, v in state_dict.items() if k != "mupass"}))
         self._steps, self._stats = extra["steps"], Counter(extra["stats"])
         self._load_extra_state(extra)
         self._prepare_next()

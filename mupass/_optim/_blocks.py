@@ -1,4 +1,4 @@
-"""Matrices of a parameter: fused tensors split, axes ordered (fan_out, fan_in), large ones cut into blocks."""
+"""Matrices of a parameter: fused ones split, axes ordered (fan_out, fan_in), large ones cut into blocks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,17 @@ class Blocking:
     def growth(self) -> float:
         """Return the number of blocks relative to that at the base width."""
         g = self.geometry
-        base_in = prod(g.base_shape[i] for i in g.fan_in_axes)
-        base_out = prod(g.base_shape[i] for i in g.fan_out_axes)
-        now = ceil(g.fan_in / self.size) * ceil(g.fan_out / self.size)
-        return now / (ceil(base_in / self.size) * ceil(base_out / self.size))
+        now = base = 0
+        for piece in split(torch.empty(g.shape, device="meta"), g.fusions):
+            # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
+            sizes = [n * b / s for n, b, s in zip(piece.shape, g.base_shape, g.shape, strict=True)]
+            now += self._count(piece.shape)
+            base += self._count(sizes)
+        return now / base
+
+    def _count(self, shape: Sequence[float]) -> int:
+        """Return the number of blocks of one matrix."""
+        sides = [
+            prod(shape[i] for i in axes) for axes in (self.geometry.fan_out_axes, self.geometry.fan_in_axes)
+        ]
+        return prod(ceil(side / self.size) for side in sides)

@@ -22,6 +22,7 @@ class Sides:
         dim_b: Sizes of B.
         scale_a: Width factor of absolute damping of A.
         scale_b: Width factor of absolute damping of B.
+        damping: The hyperparameter, ``[K]``.
     """
 
     trace_a: Tensor
@@ -30,31 +31,32 @@ class Sides:
     dim_b: Tensor
     scale_a: Tensor
     scale_b: Tensor
+    damping: Tensor
 
 
-def damp(mode: str, damping: float, sides: Sides) -> tuple[Tensor, Tensor]:
+def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
     """Return rho_A and rho_B for every layer.
 
-    * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of the
-      factor's eigenvalues by itself. The trace, not the trace over the size.
+    * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of
+      the factor's eigenvalues by itself. The trace, not the trace over the size.
     * ``absolute``: ``damping`` times the width factor of the scale table.
     * ``pi``: the usual heuristic, ``rho_A = pi sqrt(damping)``, ``rho_B = sqrt(damping) / pi`` with
-      ``pi^2 = (tr A / dim A) / (tr B / dim B)``. Its order is right in hidden layers only: under muP the input
-      layer's update decays like 1/width.
+      ``pi^2 = (tr A / dim A) / (tr B / dim B)``. Its order is right in hidden layers only: under muP the
+      input layer's update decays like 1/width.
 
     Args:
         mode: ``trace``, ``absolute`` or ``pi``.
-        damping: The hyperparameter.
         sides: The factors.
 
     Returns:
         ``rho_A`` and ``rho_B``, each ``[K]``.
     """
+    damping = sides.damping
     if mode == "trace":
         return damping * sides.trace_a, damping * sides.trace_b
     if mode == "absolute":
         return damping * sides.scale_a, damping * sides.scale_b
     mean_a = (sides.trace_a / sides.dim_a).clamp(min=FLOOR)
     mean_b = (sides.trace_b / sides.dim_b).clamp(min=FLOOR)
-    pi, root = torch.sqrt(mean_a / mean_b), damping**0.5
+    pi, root = torch.sqrt(mean_a / mean_b), damping.sqrt()
     return pi * root, root / pi

@@ -13,8 +13,10 @@ from mupass._errors import OptimizerError
 from mupass._optim._banks import Bank
 from mupass._optim._base import PlannedOptimizer, check_choice, check_number, check_period
 from mupass._optim._damping import MODES, Sides, damp
+from mupass._optim._parallel import sum_over_ranks, world_size
 from mupass._plan import OptimizerSpec
 from mupass._taps import Tap, Tapped, eligible, tap_of
+from mupass._terms import terms_tap_of
 
 
 class KFAC(PlannedOptimizer):
@@ -27,6 +29,10 @@ class KFAC(PlannedOptimizer):
 
     Momentum accumulates preconditioned directions. Factors are moving averages, corrected for their start.
     The loss must be a mean over its terms (the default of PyTorch's losses) unless ``loss_reduction="sum"``.
+    It must not be scaled on curvature steps: under a GradScaler, B would carry the square of its scale.
+
+    ``lr`` and ``damping`` are keys of the parameter groups, for schedules. Steps in which a gradient is NaN
+    or infinite are skipped and counted in `stats`, and what was due at them is done at the next.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -43,9 +49,13 @@ class KFAC(PlannedOptimizer):
         fallback: ``adamw`` or ``sgd``, for parameters that K-FAC does not take (see `coverage`).
         fallback_lr: Learning rate of the fallback at the base width.
         loss_terms: Number of terms that the loss averages over, or a function of no arguments giving it. By
-            default the rows of the last readout layer: samples for a classifier, tokens for a language model.
+            default counted on the model's first output, its class axis left out: samples for a classifier,
+            tokens for a language model. Needed where the model returns its loss, or where the loss skips
+            many entries (``ignore_index``).
         loss_reduction: ``mean`` or ``sum``.
         strict: Raise when any parameter falls back.
+        data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them. By
+            default yes where torch.distributed runs with several ranks.
 
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
@@ -71,8 +81,8 @@ class KFAC(PlannedOptimizer):
         loss_terms: int | Callable[[], int] | None = None,
         loss_reduction: str = "mean",
         strict: bool = False,
+        data_parallel: bool | None = None,
     ) -> None:
-        self.damping = check_number("damping", damping)
         check_number("e_a", e_a)
         check_number("e_b", e_b)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
@@ -83,10 +93,12 @@ class KFAC(PlannedOptimizer):
         if loss_terms is not None and not callable(loss_terms):
             check_period("loss_terms", loss_terms)
         self.loss_terms = loss_terms
+        self._ranks = world_size(data_parallel)
         super().__init__(
             model,
             OptimizerSpec("kfac", e_a=e_a, e_b=e_b),
             lr,
+            damping,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -96,6 +108,8 @@ class KFAC(PlannedOptimizer):
         self._taps = {t.weight: _tap(self.root, t) for t in self._layers}
         self._open()
         self._banks = {side: self._make_banks(side) for side in ("a", "b", "bias")}
+        self._bias_rho: dict[str, Tensor] = {}
+        self._collecting = self._rooted = False  # factors are due at this step; roots were computed at all
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -118,6 +132,12 @@ class KFAC(PlannedOptimizer):
             weight = self._parameters[tapped.weight]
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             self._taps[tapped.weight].open(weight.device, dtype, self.spec.e_a > 0, self.spec.e_b > 0)
+        terms = terms_tap_of(self.root)
+        if terms is None:
+            raise OptimizerError("the model has lost its taps; transform it again")
+        self._terms = terms
+        if self._layers and self.spec.e_b > 0 and self.loss_terms is None:
+            terms.open(self._parameters[self._layers[-1].weight].device)
 
     def _make_banks(self, side: str) -> list[Bank]:
         """Put factors of equal shape, precision and device together.
@@ -141,10 +161,13 @@ class KFAC(PlannedOptimizer):
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
+        self._collecting |= self._steps % self.factor_every == 0
+        self._terms.collect(self._collecting)
         for tap in self._taps.values():
-            tap.collect(self._steps % self.factor_every == 0)
+            tap.collect(self._collecting)
 
     def _discard(self) -> None:
+        self._terms.clear()
         for tap in self._taps.values():
             tap.clear()
 
@@ -159,9 +182,11 @@ class KFAC(PlannedOptimizer):
             self._discard()
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        if self._steps % self.factor_every == 0:
-            self._average(self._harvest())
-        if self._steps % self.root_every == 0 or self._steps == 0:
+        if self._collecting and self._layers:
+            self._collecting = not self._average(self._harvest())
+            if not self._collecting and (self._steps % self.root_every == 0 or not self._rooted):
+                self._refresh()
+        elif self._steps % self.root_every == 0 and self._rooted:
             self._refresh()
         return self._precondition()
 
@@ -170,35 +195,55 @@ class KFAC(PlannedOptimizer):
         sums = {name: found for name, tap in self._taps.items() if (found := tap.take()) is not None}
         if not sums:
             return {}
-        terms = self._loss_terms({name: rows for name, (_, _, rows) in sums.items()})
+        terms = self._count_terms() if self.spec.e_b > 0 else 1.0
+        if self._ranks > 1:
+            sums, terms = self._over_ranks(sums, terms)
         factors = {}
         for name, (a, b, rows) in sums.items():
             if b is not None:
-                b = b * terms if self.loss_reduction == "mean" else b / terms
+                # Each rank's mean divides by its own share of the terms.
+                b = b * terms / self._ranks**2 if self.loss_reduction == "mean" else b / terms
             factors[name] = (None if a is None else a / rows, b)
         return factors
 
-    def _loss_terms(self, rows: Mapping[str, Tensor]) -> Tensor | float:
+    def _over_ranks(
+        self, sums: Mapping[str, tuple[Tensor | None, Tensor | None, Tensor]], terms: Tensor | float
+    ) -> tuple[dict[str, tuple[Tensor | None, Tensor | None, Tensor]], Tensor]:
+        """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
+        rows = next(iter(sums.values()))[2]
+        flat = [x for found in sums.values() for x in found if x is not None]
+        *flat, total = sum_over_ranks([*flat, torch.as_tensor(terms, dtype=rows.dtype, device=rows.device)])
+        rest = iter(flat)
+        summed = {n: tuple(None if x is None else next(rest) for x in found) for n, found in sums.items()}
+        return summed, total  # type: ignore[return-value]
+
+    def _count_terms(self) -> Tensor | float:
         if self.loss_terms is not None:
             return float(self.loss_terms() if callable(self.loss_terms) else self.loss_terms)
-        readouts = [name for name in rows if self.plan[name].geometry.role == "output"]
-        return rows[(readouts or list(rows))[-1]]
+        counted = self._terms.take()
+        if counted is None:
+            raise OptimizerError(
+                "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
+                "is not computed from its first output. Pass loss_terms=, a number or a function of no "
+                "arguments (samples for a classifier, tokens for a language model)"
+            )
+        return counted
 
-    def _average(self, factors: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    def _average(self, factors: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> bool:
+        """Add new factors to the averages, and return whether there were any."""
         if not factors:
             self.count("steps_without_factors", "no tapped layer took part in the backward pass")
-            return
+            return False
         for side, banks in self._banks.items():
             for bank in banks:
-                bank.average(self._stack(bank, 0 if side == "a" else 1, factors), self.factor_decay)
-
-    def _stack(self, bank: Bank, index: int, factors: Mapping[str, Any]) -> Tensor:
-        """Stack the new factors of one bank; a layer that took no part adds its present average."""
-        rows, present = [], bank.value() if bank.weight else bank.factors
-        for i, (name, group) in enumerate(bank.keys):
-            new = factors[name][index] if name in factors else None
-            rows.append(present[i] if new is None else new if bank.diagonal else new[group])
-        return torch.stack(rows)
+                new = {}
+                for key in bank.keys:
+                    found = factors[key[0]][0 if side == "a" else 1] if key[0] in factors else None
+                    if found is not None:
+                        new[key] = found if bank.diagonal else found[key[1]]
+                for name, _ in bank.average(new, self.factor_decay):
+                    self.count("overflowed_factors", f"factor {side.upper()} of {name}")
+        return True
 
     def _refresh(self) -> None:
         """Recompute all inverse roots, each bank at once."""
@@ -206,23 +251,28 @@ class KFAC(PlannedOptimizer):
         slots = [(t.weight, g) for t in self._layers for g in range(t.layer.groups)]
         for bias in (False, True):
             chosen = [s for s in slots if not bias or s[0] in self._biases]
-            if not chosen or not any(b.weight for banks in self._banks.values() for b in banks):
+            if not chosen:
                 continue
-            rho_a, rho_b = damp(self.damping_mode, self.damping, self._sides(chosen, bias))
+            rho_a, rho_b = damp(self.damping_mode, self._sides(chosen, bias))
             for slot, a, b in zip(chosen, rho_a, rho_b, strict=True):
                 rho["bias_a" if bias else "a", slot] = a
                 rho["bias" if bias else "b", slot] = b
-        self._bias_rho = {s[0]: r for (side, s), r in rho.items() if side == "bias_a" and s[1] == 0}
+        self._bias_rho = {
+            t.weight: torch.stack([rho["bias_a", (t.weight, g)] for g in range(t.layer.groups)])
+            for t in self._layers
+            if t.weight in self._biases
+        }
         for side, power in (("a", self.spec.e_a), ("b", self.spec.e_b), ("bias", self.spec.e_b)):
             for bank in self._banks[side]:
                 failed = bank.refresh(torch.stack([rho[side, key] for key in bank.keys]), power)
                 for i in failed.nonzero().flatten().tolist():
                     self.count("failed_roots", f"factor {side.upper()} of {bank.keys[i][0]}")
+        self._rooted = True
         self._warn_zero_traces()
 
     def _warn_zero_traces(self) -> None:
         for bank in self._banks["b"]:
-            for i in (bank.traces() <= 0).nonzero().flatten().tolist():
+            for i in ((bank.traces() <= 0) & (bank.weight > 0)).nonzero().flatten().tolist():
                 self.count(
                     "zero_traces",
                     f"{bank.keys[i][0]} receives no gradient (is the readout zero?); its update is 0",
@@ -231,27 +281,28 @@ class KFAC(PlannedOptimizer):
     def _sides(self, slots: list[tuple[str, int]], bias: bool) -> Sides:
         weights = [self._parameters[name] for name, _ in slots]
         dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-        like = {"dtype": dtype, "device": weights[0].device}
-        ones = torch.ones(len(slots), **like)
+        ones = torch.ones(len(slots), dtype=dtype, device=weights[0].device)
         layers = {t.weight: t.layer for t in self._layers}
-        scales = [self.plan[self._biases[n] if bias else n].scales for n, _ in slots]
+        dim_a = ones if bias else ones.new_tensor([layers[n].inputs for n, _ in slots])
+        dim_b = ones.new_tensor([layers[n].outputs for n, _ in slots])
+        names = [(self._biases[n] or n) if bias else n for n, _ in slots]
+        scales, dampings = [self.plan[n].scales for n in names], self._dampings()
         return Sides(
-            trace_a=ones if bias else self._traces("a", slots, ones),
-            trace_b=self._traces("b", slots, ones),
-            dim_a=ones if bias else torch.tensor([float(layers[n].inputs) for n, _ in slots], **like),
-            dim_b=torch.tensor([float(layers[n].outputs) for n, _ in slots], **like),
-            scale_a=torch.tensor([s.damping_in for s in scales], **like),
-            scale_b=torch.tensor([s.damping_out for s in scales], **like),
+            trace_a=ones if bias else self._traces("a", slots, dim_a),
+            trace_b=self._traces("b", slots, dim_b),
+            dim_a=dim_a,
+            dim_b=dim_b,
+            scale_a=ones.new_tensor([s.damping_in for s in scales]),
+            scale_b=ones.new_tensor([s.damping_out for s in scales]),
+            damping=ones.new_tensor([dampings[n] for n in names]),
         )
 
-    def _traces(self, side: str, slots: list[tuple[str, int]], ones: Tensor) -> Tensor:
+    def _traces(self, side: str, slots: list[tuple[str, int]], dims: Tensor) -> Tensor:
+        """Return traces; a side with power 0 has no factor, it counts as the identity."""
         found: dict[tuple[str, int], Tensor] = {}
         for bank in self._banks[side]:
             found.update(zip(bank.keys, bank.traces(), strict=True))
-        # An embedding has one A for its single group; a side with power 0 has no factor and no damping.
-        return torch.stack(
-            [found.get(s, found.get((s[0], 0), one)) for s, one in zip(slots, ones, strict=True)]
-        )
+        return torch.stack([found.get(slot, dim) for slot, dim in zip(slots, dims, strict=True)])
 
     def _root(self, side: str, name: str) -> Tensor | None:
         """Return the roots of one layer: ``[groups, n, n]``, or ``[n]`` for an embedding's A."""
@@ -265,7 +316,7 @@ class KFAC(PlannedOptimizer):
         return None
 
     def _precondition(self) -> dict[Tensor, Tensor]:
-        directions = {}
+        directions: dict[Tensor, Tensor] = {}
         for tapped in self._layers:
             weight = self._parameters[tapped.weight]
             if weight.grad is not None:
@@ -283,18 +334,23 @@ class KFAC(PlannedOptimizer):
             blocks = b @ blocks.to(b.dtype)
         rho = self._bias_rho.get(tapped.weight)
         if self.spec.e_a > 0 and rho is not None:
-            blocks = blocks / (1 + rho) ** self.spec.e_a
+            blocks = blocks / (1 + rho.view(-1, 1, 1)) ** self.spec.e_a
         return blocks.reshape(grad.shape).to(grad.dtype)
+
+    def _layout(self) -> Any:
+        return {side: [b.layout() for b in banks] for side, banks in self._banks.items()}
 
     def _extra_state(self) -> dict[str, Any]:
         banks = {side: [b.state_dict() for b in banks] for side, banks in self._banks.items()}
-        return {"banks": banks, "bias_rho": dict(getattr(self, "_bias_rho", {}))}
+        schedule = {"collecting": self._collecting, "rooted": self._rooted}
+        return {"banks": banks, "bias_rho": dict(self._bias_rho), **schedule}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         for side, banks in self._banks.items():
             for bank, saved in zip(banks, state["banks"][side], strict=True):
                 bank.load_state_dict(saved)
-        self._bias_rho = dict(state["bias_rho"])
+        self._bias_rho = {name: rho.clone() for name, rho in state["bias_rho"].items()}
+        self._collecting, self._rooted = state["collecting"], state["rooted"]
 
 
 def _tap(root: nn.Module, tapped: Tapped) -> Tap:

@@ -11,9 +11,10 @@ def inverse_roots(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``(M + damping I)^-power`` for every matrix of a bank.
 
-    Power 1 is a Cholesky factorization, other powers (and relative damping) an eigendecomposition. A matrix whose factorization
-    fails, or whose result is not finite, keeps its previous root. A zero matrix with zero damping (the
-    layers under a zero-initialized readout) has the root zero: its gradient is zero too, and nothing is 0/0.
+    Power 1 is a Cholesky factorization, other powers (and relative damping) an eigendecomposition. A matrix
+    whose factorization fails, or whose result is not finite, keeps its previous root. A zero matrix with
+    zero damping (the layers under a zero-initialized readout) has the root zero: its gradient is zero too,
+    and nothing is 0/0.
 
     Args:
         bank: ``[K, n, n]`` symmetric positive semi-definite.
@@ -53,7 +54,8 @@ def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tens
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
     try:
         values, vectors = torch.linalg.eigh(bank)
-    except torch.linalg.LinAlgError:  # raised for the whole batch: find out which one it was
+    # Raised for the whole batch: find out which one it was.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _one_by_one(bank, rho, power, relative)
     rho = rho * values[:, -1] if relative else rho
     damped = values.clamp(min=0) + rho[:, None]

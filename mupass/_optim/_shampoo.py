@@ -21,11 +21,12 @@ Slot = tuple[str, int]  # parameter, block
 class Shampoo(PlannedOptimizer):
     """Shampoo, ``dW = -lr (L + rho_L)^(-e/2) G (R + rho_R)^(-e/2)``, ``L = avg G G^T``, ``R = avg G^T G``.
 
-    ``e`` is the total power (Ishikawa & Karakida, arXiv 2312.12226, eq. 3): 1/2 is the usual quarter power on
-    each side. Matrices are ``[fan_out, fan_in]`` by the plan's axes, kernels flattened into fan_in, whatever the
-    layout; fused parameters (qkv) are split into their matrices. Matrices larger than ``block_size`` are cut into
-    blocks; the plan's learning rate is corrected by ``(blocks at base width / blocks)^e`` (Qiu et al., arXiv
-    2512.05620, table of learning rates), so keep ``block_size`` the same at all widths.
+    ``e`` is the total power (Ishikawa & Karakida, arXiv 2312.12226, eq. 3): 1/2 is the usual quarter power
+    on each side. Matrices are ``[fan_out, fan_in]`` by the plan's axes, kernels flattened into fan_in,
+    whatever the layout; fused parameters (qkv) are split into their matrices. Matrices larger than
+    ``block_size`` are cut into blocks; the plan's learning rate is corrected by ``(blocks at base width /
+    blocks)^e`` (Qiu et al., arXiv 2512.05620, table of learning rates), so keep ``block_size`` the same at
+    all widths.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -64,7 +65,6 @@ class Shampoo(PlannedOptimizer):
         fallback_lr: float = 1e-3,
         strict: bool = False,
     ) -> None:
-        self.damping = check_number("damping", damping)
         check_number("e", e)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1.0000001)
         self.root_every = check_period("root_every", root_every)
@@ -74,6 +74,7 @@ class Shampoo(PlannedOptimizer):
             model,
             OptimizerSpec("shampoo", e=e),
             lr,
+            damping,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -115,11 +116,11 @@ class Shampoo(PlannedOptimizer):
             return {self._parameters[n]: self._parameters[n].grad for n in blocks}  # type: ignore[misc]
         for side, banks in self._banks.items():
             for bank in banks:
-                bank.average(self._grams(bank, side, blocks), self.factor_decay)
+                self._average(bank, side, blocks)
                 if self._steps % self.root_every == 0:
                     self._refresh(bank, side)
         roots = {side: _slots(banks) for side, banks in self._banks.items()}
-        directions = {}
+        directions: dict[Tensor, Tensor] = {}
         for name, pieces in blocks.items():
             parts = []
             for i, g in enumerate(pieces):
@@ -129,30 +130,33 @@ class Shampoo(PlannedOptimizer):
             directions[parameter] = self._blockings[name].paste(parts, parameter)
         return directions
 
-    def _grams(self, bank: Bank, side: str, blocks: Mapping[str, list[Tensor]]) -> Tensor:
-        """Stack ``G G^T`` or ``G^T G``; a parameter without a gradient keeps its average."""
-        rows = []
-        for i, (name, block) in enumerate(bank.keys):
+    def _average(self, bank: Bank, side: str, blocks: Mapping[str, list[Tensor]]) -> None:
+        """Add ``G G^T`` or ``G^T G`` to the averages; a parameter without a gradient keeps its own."""
+        new = {}
+        for name, i in bank.keys:
             if name in blocks:
-                g = blocks[name][block].to(bank.factors.dtype)
-                rows.append(g @ g.mT if side == "left" else g.mT @ g)
-            else:
-                rows.append(bank.value()[i] if bank.weight else bank.factors[i])
-        return torch.stack(rows)
+                g = blocks[name][i].to(bank.factors.dtype)
+                new[name, i] = g @ g.mT if side == "left" else g.mT @ g
+        for slot in bank.average(new, self.factor_decay):
+            self.count("overflowed_factors", _place(side, slot))
 
     def _refresh(self, bank: Bank, side: str) -> None:
-        damping = torch.full(
-            (len(bank.keys),), self.damping, dtype=bank.factors.dtype, device=bank.factors.device
-        )
+        dampings = self._dampings()
+        damping = bank.weight.new_tensor([dampings[name] for name, _ in bank.keys])
         if self.damping_mode == "trace":
             damping = damping * bank.traces()
         elif self.damping_mode == "absolute":
             scales = [self.plan[name].scales for name, _ in bank.keys]
             factors = [s.damping_out if side == "left" else s.damping_in for s in scales]
-            damping = damping * torch.tensor(factors, dtype=damping.dtype, device=damping.device)
+            # A block's gradient is one of so many: its factors are smaller by their number.
+            blocks = damping.new_tensor([self._blockings[name].growth() for name, _ in bank.keys])
+            damping = damping * damping.new_tensor(factors) / blocks
         failed = bank.refresh(damping, self.spec.e / 2, relative=self.damping_mode == "relative")
         for i in failed.nonzero().flatten().tolist():
-            self.count("failed_roots", f"{side} factor of {bank.keys[i][0]}, block {bank.keys[i][1]}")
+            self.count("failed_roots", _place(side, bank.keys[i]))
+
+    def _layout(self) -> Any:
+        return {side: [b.layout() for b in banks] for side, banks in self._banks.items()}
 
     def _extra_state(self) -> dict[str, Any]:
         return {"banks": {side: [b.state_dict() for b in banks] for side, banks in self._banks.items()}}
@@ -161,6 +165,10 @@ class Shampoo(PlannedOptimizer):
         for side, banks in self._banks.items():
             for bank, saved in zip(banks, state["banks"][side], strict=True):
                 bank.load_state_dict(saved)
+
+
+def _place(side: str, slot: Slot) -> str:
+    return f"{side} factor of {slot[0]}, block {slot[1]}"
 
 
 def _slots(banks: list[Bank]) -> dict[Slot, Tensor]:

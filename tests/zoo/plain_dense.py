@@ -82,7 +82,9 @@ class WideDeep(nn.Module):
         super().__init__()
         self.wide = nn.Linear(13, 1)
         self.embed = nn.ModuleList(nn.Embedding(ROWS, d) for _ in range(FIELDS))
-        self.deep = nn.Sequential(nn.Linear(FIELDS * d + 13, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2))
+        self.deep = nn.Sequential(
+            nn.Linear(FIELDS * d + 13, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2)
+        )
         self.out = nn.Linear(hidden // 2, 1)
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
@@ -124,7 +126,9 @@ class CrossNetwork(nn.Module):
         self.embed = nn.Embedding(ROWS, d)
         n = FIELDS * d
         self.cross = nn.ModuleList(nn.Linear(n, n) for _ in range(2))
-        self.low = nn.ModuleList(nn.Sequential(nn.Linear(n, rank, bias=False), nn.Linear(rank, n)) for _ in range(2))
+        self.low = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, rank, bias=False), nn.Linear(rank, n)) for _ in range(2)
+        )
         self.out = nn.Linear(n, 1)
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
@@ -266,13 +270,20 @@ class MMoE(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(20, d), nn.ReLU(), nn.Linear(d, d)) for _ in range(3))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(20, d), nn.ReLU(), nn.Linear(d, d)) for _ in range(3)
+        )
         self.gates = nn.ModuleList(nn.Linear(20, 3) for _ in range(2))
-        self.towers = nn.ModuleList(nn.Sequential(nn.Linear(d, d // 2), nn.ReLU(), nn.Linear(d // 2, 1)) for _ in range(2))
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, d // 2), nn.ReLU(), nn.Linear(d // 2, 1)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         y = torch.stack([e(x) for e in self.experts], dim=1)
-        return [t((g(x).softmax(-1).unsqueeze(-1) * y).sum(1)) for g, t in zip(self.gates, self.towers, strict=True)]
+        return [
+            t((g(x).softmax(-1).unsqueeze(-1) * y).sum(1))
+            for g, t in zip(self.gates, self.towers, strict=True)
+        ]
 
 
 @CASES(normal(6, 20))
@@ -296,7 +307,9 @@ class LoRALinear(nn.Module):
 @CASES(normal(6, 10), ambiguous=r"\.a:0|\.b:1")
 def lora(k: int) -> nn.Module:
     d = 16 * k
-    return nn.Sequential(nn.Linear(10, d), nn.ReLU(), LoRALinear(nn.Linear(d, 2 * d), 4), nn.ReLU(), nn.Linear(2 * d, 3))
+    return nn.Sequential(
+        nn.Linear(10, d), nn.ReLU(), LoRALinear(nn.Linear(d, 2 * d), 4), nn.ReLU(), nn.Linear(2 * d, 3)
+    )
 
 
 @CASES(normal(6, 10))
@@ -360,7 +373,9 @@ class Coupling(nn.Module):
 
     def __init__(self, d: int, data: int):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(data // 2, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, data))
+        self.net = nn.Sequential(
+            nn.Linear(data // 2, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, data)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, -1)
@@ -415,7 +430,10 @@ class Hopfield(nn.Module):
     def __init__(self, d: int, patterns: int = 11):
         super().__init__()
         self.query = nn.Linear(9, d)
-        self.stored, self.content = nn.Parameter(torch.randn(patterns, d)), nn.Parameter(torch.randn(patterns, d))
+        self.stored, self.content = (
+            nn.Parameter(torch.randn(patterns, d)),
+            nn.Parameter(torch.randn(patterns, d)),
+        )
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -498,7 +516,10 @@ class FTTransformer(nn.Module):
     def __init__(self, heads: int, head_dim: int = 8, features: int = 7):
         super().__init__()
         d = heads * head_dim
-        self.weight, self.bias = nn.Parameter(torch.randn(features, d)), nn.Parameter(torch.zeros(features, d))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(features, d)),
+            nn.Parameter(torch.zeros(features, d)),
+        )
         self.cls = nn.Parameter(torch.zeros(1, 1, d))
         layer = nn.TransformerEncoderLayer(d, heads, 2 * d, 0.1, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), enable_nested_tensor=False)
@@ -526,7 +547,11 @@ class ActorCritic(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h = self.trunk(x)
-        return {"mean": self.mean(h), "std": self.log_std.exp().expand(len(x), -1), "value": self.value(h)[:, 0]}
+        return {
+            "mean": self.mean(h),
+            "std": self.log_std.exp().expand(len(x), -1),
+            "value": self.value(h)[:, 0],
+        }
 
 
 @CASES(normal(5, 11))
@@ -540,12 +565,12 @@ class DuelingQ(nn.Module):
     def __init__(self, d: int):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(11, d), nn.ReLU())
-        self.quantile = nn.Linear(16, d)
+        self.quantile = nn.Linear(20, d)
         self.value, self.advantage = nn.Linear(d, 1), nn.Linear(d, 5)
 
     def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         h = self.trunk(x)
-        steps = torch.arange(1, 17) * math.pi
+        steps = torch.arange(1, 21) * math.pi
         phi = torch.relu(self.quantile(torch.cos(tau.unsqueeze(-1) * steps)))
         h = h.unsqueeze(1) * phi
         a = self.advantage(h)

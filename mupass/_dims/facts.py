@@ -1,0 +1,96 @@
+"""What inference knows of tensors, and what the rules find out about dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from mupass._geometry import Use
+
+Origin = frozenset[tuple[str, int]]
+NOWHERE: Origin = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of one tensor.
+
+    Attributes:
+        dim: Dimension handle in the space.
+        size: Its size.
+        origin: Parameter axes that this axis still *is*, for tensors computed from parameters alone.
+    """
+
+    dim: int
+    size: int
+    origin: Origin = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor as inference sees it.
+
+    Attributes:
+        axes: Its axes.
+        static: Whether it is computed from parameters, buffers and constants alone.
+    """
+
+    axes: tuple[Axis, ...]
+    static: bool = False
+
+    @property
+    def parametric(self) -> bool:
+        """Whether some axis is still an axis of a parameter."""
+        return self.static and any(a.origin for a in self.axes)
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """A use of one parameter, with the dimensions it met."""
+
+    parameter: str
+    use: Use
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """A product of two activations: dims in both operands and the output, and all the others."""
+
+    batch: tuple[int, ...]
+    inner: tuple[int, ...]
+    where: str
+
+
+@dataclass
+class Facts:
+    """What the rules have found, next to the space itself."""
+
+    uses: list[ParameterUse] = field(default_factory=list)
+    finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
+    literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
+    weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=list
+    )  # their dims, in and out
+    fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
+    fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
+    enumerated: dict[int, str] = field(
+        default_factory=dict
+    )  # finite dims whose positions are separate things
+    groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
+    alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index
+    basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone
+    bilinear: list[Bilinear] = field(default_factory=list)
+    blocks: list[Bilinear] = field(default_factory=list)  # the same for a weight that is a batch of weights
+    attention: list[tuple[int, float | None, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def product_of(axes: Sequence[Axis]) -> int:
+    """Return the number of elements along several axes."""
+    return prod(a.size for a in axes)
+
+
+def bare(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """Return the axes without the parameters that they came from."""
+    return tuple(Axis(a.dim, a.size) for a in axes)

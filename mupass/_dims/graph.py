@@ -1,0 +1,68 @@
+"""Small questions to graph nodes: names, shapes, subgraphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from sympy import Integer, nextprime
+from torch.fx import Node
+
+
+def operator_name(target: Any) -> str:
+    """Return ``aten.linear`` for ``aten.linear.default``; other callables give their own name."""
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a shape; every size that depends on data gets a number that no other size is likely to have."""
+    return tuple(s if isinstance(s, int) else _stand_in(s) for s in tensor.shape)
+
+
+def _stand_in(size: Any) -> int:
+    """Evaluate a symbolic size, with a large prime for each symbol."""
+    return int(size.node.expr.xreplace({s: _prime_for(str(s)) for s in size.node.expr.free_symbols}))
+
+
+@cache
+def _prime_for(symbol: str) -> Integer:
+    return Integer(nextprime(17389 + 100 * int("".join(filter(str.isdigit, symbol)) or 0)))
+
+
+def is_graph(node: Node, argument: Any) -> bool:
+    return isinstance(argument, Node) and argument.op == "get_attr" and _attribute(node, argument) is not None
+
+
+def _attribute(node: Node, argument: Node) -> torch.fx.GraphModule | None:
+    found = getattr(node.graph.owning_module, str(argument.target), None)
+    return found if isinstance(found, torch.fx.GraphModule) else None
+
+
+def subgraphs(node: Node) -> list[torch.fx.GraphModule]:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = [_attribute(node, a) for a in node.args if isinstance(a, Node) and a.op == "get_attr"]
+    return [g for g in found if g is not None]
+
+
+def is_getitem(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem" and not hasattr(node.target, "_schema")
+
+
+def broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
+    return len(small) <= len(big) and all(s in (1, b) for s, b in zip(small[::-1], big[::-1], strict=False))
+
+
+def flatten(items: Iterable[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for item in items:
+        if isinstance(item, (tuple, list)):
+            flat += flatten(item)
+        elif isinstance(item, dict):
+            flat += flatten(item.values())
+        else:
+            flat.append(item)
+    return flat

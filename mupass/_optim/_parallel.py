@@ -1,0 +1,64 @@
+"""Data parallelism: factors summed over ranks, so that every rank takes the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mupass._errors import OptimizerError
+
+
+def world_size(choice: bool | None) -> int:
+    """Return over how many ranks factors are summed.
+
+    Args:
+        choice: True or False; None means yes exactly where torch.distributed runs with several ranks.
+
+    Raises:
+        OptimizerError: True, but torch.distributed is not initialized.
+    """
+    running = dist.is_available() and dist.is_initialized()
+    if choice and not running:
+        raise OptimizerError("data_parallel=True needs torch.distributed.init_process_group first")
+    return dist.get_world_size() if running and choice is not False else 1
+
+
+def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse parameters of which this rank holds a shard only.
+
+    Args:
+        names: (name, parameter).
+
+    Raises:
+        OptimizerError: One is a DTensor, as FSDP2 and tensor parallelism make them.
+    """
+    for name, parameter in names:
+        if hasattr(parameter, "device_mesh"):
+            raise OptimizerError(
+                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use "
+                "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes sharded parameters"
+            )
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum tensors over all ranks, in one message for each precision and device.
+
+    Args:
+        tensors: The same shapes in the same order on every rank.
+
+    Returns:
+        The sums, in the same order.
+    """
+    sums: list[Tensor] = list(tensors)
+    kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
+    for kind in kinds:
+        at = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
+        packed = torch.cat([tensors[i].reshape(-1) for i in at])
+        dist.all_reduce(packed)
+        parts = packed.split([tensors[i].numel() for i in at])
+        for i, part in zip(at, parts, strict=True):
+            sums[i] = part.reshape(tensors[i].shape)
+    return sums

@@ -1,0 +1,74 @@
+"""Two gloo processes with half a batch each take the steps of one process with the whole batch."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+import mupass
+
+STEPS = 4
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 12), nn.Tanh(), nn.Linear(12, 3)
+    )
+    return mupass.transform(net.double(), torch.zeros(2, 1, 6, 6, dtype=torch.float64), base=8)
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(16) % 3
+
+
+def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
+    x, y = data()
+    make = {"kfac": lambda: mupass.KFAC(model, 0.05, 1e-2), "shampoo": lambda: mupass.Shampoo(model, 0.01)}
+    optimizer = make[name]()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _worker(rank: int, port: int, name: str, path: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    try:
+        model = nn.parallel.DistributedDataParallel(build())
+        trained = train(model, slice(8 * rank, 8 * rank + 8), name)
+        other = [p.clone() for p in trained]
+        for p in other:
+            dist.broadcast(p, src=1)
+        if rank == 0:
+            apart = max((a - b).abs().max().item() for a, b in zip(trained, other, strict=True))
+            torch.save((apart, trained), path)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, (port, name, tmp_path / "result.pt"), nprocs=2)
+    apart, trained = torch.load(tmp_path / "result.pt")
+    assert apart == 0
+    for ours, theirs in zip(trained, train(build(), slice(0, 16), name), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_data_parallel_needs_a_process_group() -> None:
+    with pytest.raises(mupass.OptimizerError, match="init_process_group"):
+        mupass.KFAC(build(), 0.1, data_parallel=True)

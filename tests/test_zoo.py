@@ -1,0 +1,199 @@
+"""Width inference against architectures whose truth is read off two instances."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from zoo.case import Case, Cases
+from zoo.plain_dense import CASES as DENSE
+from zoo.plain_sequence import CASES as SEQUENCE
+from zoo.plain_vision import CASES as VISION
+
+import mupass
+
+# Modules of cases, and the packages without which they are skipped.
+PACKAGED = {
+    "hf_text": ("transformers",),
+    "hf_other": ("transformers",),
+    "vision": ("timm", "torchvision"),
+    "generative": ("diffusers",),
+    "graphs": ("torch_geometric",),
+}
+
+
+@contextmanager
+def third_party() -> Iterator[None]:
+    """Builders are other people's code; their warnings are not ours to fail on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def packaged() -> Iterator[pytest.param]:
+    for module, packages in PACKAGED.items():
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        if missing:
+            skip = pytest.mark.skip(reason=f"needs {missing[0]}")
+            yield pytest.param(None, marks=[pytest.mark.zoo, skip], id=module)
+            continue
+        with third_party():
+            cases: Cases = importlib.import_module(f"zoo.{module}").CASES
+        yield from (pytest.param(case, marks=pytest.mark.zoo, id=name) for name, case in cases.items())
+
+
+PLAIN = {**DENSE, **SEQUENCE, **VISION}
+ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
+
+
+def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
+    """Say where the analysis differs from the truth; axes that are a convention count only when asked."""
+    found = []
+    for (name, axis), grows in case.truth().items():
+        if analysis[name].infinite[axis] != grows and (conventional or not case.conventional(name, axis)):
+            found.append(f"{name}:{axis} should be {grows}: {analysis[name].evidence[axis]}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", ALL)
+def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
+    with third_party():
+        torch.manual_seed(0)
+        model, inputs = case.build(1).train(mode == "train"), case.inputs()
+        analysis = mupass.analyze(model, inputs)
+        assert not wrong(case, analysis, conventional=False)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_second_instance_settles_everything(case: Case) -> None:
+    with third_party():
+        model, base, inputs = case.build(2), case.build(1), case.inputs()
+        analysis = mupass.analyze(model, inputs, base=base)
+        assert not wrong(case, analysis, conventional=True)
+    for geometry in analysis.geometries:
+        assert not any(geometry.ambiguous)
+
+
+def verdicts(model: nn.Module, inputs: tuple, order: list[int] | None = None) -> list[tuple[bool, ...]]:
+    """Return verdicts in an order that does not depend on names."""
+    analysis = mupass.analyze(model, inputs)
+    by_id = {id(p): analysis[n].infinite for n, p in model.named_parameters()}
+    return [by_id[i] for i in order or by_id]
+
+
+def permute(model: nn.Module) -> None:
+    """Reverse the registration order of parameters and modules, where the forward pass goes by name."""
+    for module in model.modules():
+        for table in (module._modules, module._parameters):
+            if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ParameterList)) and isinstance(
+                table, dict
+            ):
+                entries = list(table.items())[::-1]
+                table.clear()
+                table.update(entries)
+
+
+def rename(model: nn.Module) -> None:
+    """Give every parameter and module a name without meaning; the old attribute is a property."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ParameterList, nn.ModuleDict, nn.ParameterDict, nn.RNNBase)
+    for module in list(model.modules()):
+        if isinstance(module, containers) or type(module).__name__.startswith("Parametri"):
+            continue
+        aliases = {}
+        for table in (module._modules, module._parameters):
+            for name in list(table):
+                new = f"x{len(aliases)}"
+                aliases[name] = property(lambda self, new=new: getattr(self, new))
+                table[new] = table.pop(name)
+        module.__class__ = type(type(module).__name__, (type(module),), aliases)
+
+
+UNPARAMETRIZED = {n: c for n, c in PLAIN.items() if n not in ("normalized_weights",)}
+
+
+@pytest.mark.parametrize("case", UNPARAMETRIZED.values(), ids=UNPARAMETRIZED)
+@pytest.mark.parametrize("change", [permute, rename])
+def test_order_and_names_do_not_matter(case: Case, change) -> None:
+    model, inputs = case.build(1).eval(), case.inputs()
+    order = [id(p) for p in model.parameters()]
+    before = verdicts(model, inputs)
+    change(model)
+    assert verdicts(model, inputs, order) == before
+
+
+class Coincidence(nn.Module):
+    """A language model whose sizes can all be the same number."""
+
+    def __init__(self, d: int, vocabulary: int, length: int, heads: int, hidden: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, d), nn.Parameter(torch.zeros(length, d))
+        self.attention = nn.MultiheadAttention(d, heads, batch_first=True)
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, hidden), nn.Linear(hidden, d)
+        self.mix, self.head = nn.Linear(length, length), nn.Linear(d, vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.positions
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(x + self.down(torch.relu(self.up(self.norm(x)))))
+
+
+def coincidence(
+    d: int, vocabulary: int, length: int, batch: int, heads: int, hidden: int
+) -> list[tuple[bool, ...]]:
+    model = Coincidence(d, vocabulary, length, heads, hidden)
+    return verdicts(model, (torch.zeros(batch, length, dtype=torch.long),))
+
+
+REFERENCE = coincidence(24, 50, 9, 2, 3, 70)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_equal_sizes_do_not_confuse(size: int) -> None:
+    assert coincidence(size, size, size, size, 2, size) == REFERENCE
+    assert coincidence(size, size, size, size, size // 2, 2 * size) == REFERENCE
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sizes_do_not_matter(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    heads, head_dim, vocabulary, length, batch, hidden = torch.randint(2, 12, (6,), generator=draw).tolist()
+    assert coincidence(heads * head_dim, vocabulary, length, batch, heads, hidden) == REFERENCE
+
+
+@pytest.mark.parametrize(("features", "grows"), [(10, False), (16, True)])
+def test_features_of_the_code_are_a_policy(features: int, grows: bool) -> None:
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.time, self.head = nn.Linear(3, 16), nn.Linear(features, 32), nn.Linear(16, 3)
+            self.mix = nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            waves = torch.cos(t[:, None] * torch.arange(features))
+            return self.head(torch.relu(self.enter(x) + self.mix(torch.relu(self.time(waves)))))
+
+    geometry = mupass.analyze(Timed(), (torch.zeros(2, 3), torch.zeros(2)))["time.weight"]
+    assert geometry.infinite == (True, grows)
+    assert geometry.ambiguous == (False, True)
+
+
+@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+def test_verdicts_do_not_depend_on_the_width_they_are_taken_at(case: Case) -> None:
+    inputs = case.inputs()
+    narrow, wide = verdicts(case.build(1).eval(), inputs), verdicts(case.build(3).eval(), inputs)
+    assert narrow == wide
