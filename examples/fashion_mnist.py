@@ -267,6 +267,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fallback-lr", type=float, default=1e-2, help="of SGD for what is not preconditioned"
     )
+    # One thread: at these sizes a second one gains little, and on a busy machine the two wait for each other.
+    parser.add_argument(
+        "--threads", type=count, default=1, help="CPU threads (default: 1; more for wide networks)"
+    )
     parser.add_argument("--data", help="folder with Fashion-MNIST")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("fashion_mnist.png"))
@@ -289,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     options = parse(arguments)
+    torch.set_num_threads(options.threads)
     try:
         data = fashion_mnist(options.data, options.samples, 2000).to(
             options.device, flat=options.model == "mlp"

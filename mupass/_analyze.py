@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from mupass._capture import Capture, capture
+from mupass._capture import Capture, capture, parameter_names
+from mupass._dims.space import SizeConflict
 from mupass._errors import InferenceError
 from mupass._fused import find_fusions
 from mupass._geometry import Analysis, Geometry, Use
@@ -41,7 +42,7 @@ def analyze(
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device
-            suffices) gives them all and settles every verdict.
+            suffices) gives them all and settles the verdict on every parameter axis.
         dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
             dimension name, or a regular expression that must match all of ``parameter:axis``.
         strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
@@ -54,15 +55,23 @@ def analyze(
         InferenceError: No dimension grows, an operator is unknown, or ``base`` or ``dims`` fit nothing.
     """
     _check_base(base)
+    parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     captured = capture(model, args, kwargs)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     truth = _truth(shapes, base) if isinstance(base, nn.Module) else {}
-    first = infer(captured, truth, strict)
+    try:
+        first = infer(captured, truth, strict)
+    except SizeConflict as error:
+        captured = capture(model, args, kwargs, error)
+        first = infer(captured, truth, strict)
     names = name_dims(model, first)
-    overrides = truth | _overrides(dims or {}, shapes, first, names)
-    solved = infer(captured, overrides, strict) if overrides != truth else first
-    notes = _disagreements(captured, truth, strict) if truth else ()
+    by_axis, by_dim = _overrides(dims or {}, shapes, first, names)
+    solved = infer(captured, truth | by_axis, strict, by_dim) if dims else first
+    conflicts = tuple(dict.fromkeys(solved.verdicts.conflicts))
+    if conflicts and not truth:
+        raise InferenceError(conflicts[0])
+    notes = (*conflicts, *_disagreements(captured, truth, strict)) if truth else ()
     return _assemble(model, captured, solved, names, base, notes)
 
 
@@ -100,21 +109,22 @@ def _truth(shapes: Mapping[str, tuple[int, ...]], base: nn.Module) -> dict[tuple
 
 def _overrides(
     dims: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], first: Inference, names: DimNames
-) -> dict[tuple[str, int], tuple[bool, str]]:
-    table: dict[tuple[str, int], tuple[bool, str]] = {}
+) -> tuple[dict[tuple[str, int], tuple[bool, str]], dict[int, tuple[bool, str]]]:
+    """Read the caller's verdicts, by parameter axis and by dimension (a head_dim inside a product, say)."""
+    by_axis: dict[tuple[str, int], tuple[bool, str]] = {}
+    by_dim: dict[int, tuple[bool, str]] = {}
     for pattern, verdict in dims.items():
         if verdict not in ("finite", "infinite"):
             raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
-        hits = [
-            (name, axis)
-            for name, shape in shapes.items()
-            for axis in range(len(shape))
-            if names.of(first.dims[name][axis]) == pattern or re.fullmatch(pattern, f"{name}:{axis}")
-        ]
-        if not hits:
+        named = names.find(pattern)
+        axes = [(name, axis) for name, shape in shapes.items() for axis in range(len(shape))]
+        hits = [] if named else [(n, i) for n, i in axes if re.fullmatch(pattern, f"{n}:{i}")]
+        if not named and not hits:
             raise InferenceError(f"dims[{pattern!r}] matches no dimension and no parameter:axis")
-        table.update({hit: (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}") for hit in hits})
-    return table
+        settled = (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}")
+        by_axis.update(dict.fromkeys(hits, settled))
+        by_dim.update(dict.fromkeys(named, settled))
+    return by_axis, by_dim
 
 
 def _disagreements(
@@ -142,8 +152,8 @@ def _assemble(
     infinite = {n: tuple(solved.verdict(n, i).infinite for i in range(len(s))) for n, s in shapes.items()}
     if not any(any(row) for row in infinite.values()):
         raise InferenceError(
-            f"no dimension of {type(model).__name__} grows: every axis is data, classes, a kernel or a table. "
-            "If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
+            f"no dimension of {type(model).__name__} grows: every axis is data, classes, a kernel or a "
+            "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, shapes, infinite)
     sizes = _BaseSizes(solved, names, base, width)

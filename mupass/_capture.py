@@ -48,7 +48,9 @@ class Capture:
     buffers: Mapping[Node, str] = field(default_factory=dict)
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], failed: Exception | None = None
+) -> Capture:
     """Capture one forward pass.
 
     torch.export sees the whole model without running it. A model whose control flow depends on values is
@@ -58,6 +60,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         model: Any module, in train or eval mode, on any device, meta included.
         args: Positional inputs.
         kwargs: Keyword inputs.
+        failed: Why an exported graph is of no use, to record a concrete run at once.
 
     Returns:
         The graph with parameters, inputs and outputs named.
@@ -65,23 +68,28 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     Raises:
         CaptureError: When the model has no parameters or fails on these inputs.
     """
-    canonical, aliases = _names(model)
-    if not canonical:
-        raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
+    canonical, aliases = parameter_names(model)
     try:
+        if failed is not None:
+            raise failed
         with quiet():
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-    except (
-        Exception
-    ) as error:  # whatever export raises, the concrete run decides whether the model is at fault
+    except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         from mupass._record import record
 
         return record(model, args, kwargs, canonical, aliases, error)
     return _from_export(program, canonical, aliases)
 
 
-def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return every parameter name -> its first name, and the first names' further names."""
+def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return every parameter name -> its first name, and the first names' further names.
+
+    Args:
+        model: The module.
+
+    Raises:
+        CaptureError: It has no parameters, or some that have no shape yet.
+    """
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -91,6 +99,8 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
                 "run the model once on example inputs, then call mupass"
             )
         canonical[name] = first.setdefault(id(parameter), name)
+    if not canonical:
+        raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
     aliases: dict[str, tuple[str, ...]] = {}
     for name, head in canonical.items():
         if name != head:

@@ -107,7 +107,8 @@ def join(pieces: Sequence[Tensor], fusions: Sequence[Fusion]) -> Tensor:
 
 
 def _split_axis(tensor: Tensor, fusion: Fusion) -> list[Tensor]:
-    parts = tensor.unflatten(fusion.axis, fusion.view).split(list(fusion.sizes), fusion.axis + fusion.along)
+    opened = tensor.reshape(_opened(tensor, fusion, fusion.view))
+    parts = torch.split(opened, list(fusion.sizes), fusion.axis + fusion.along)
     last = fusion.axis + len(fusion.view) - 1
     return [p.flatten(fusion.axis, last) for p in parts]
 
@@ -116,7 +117,11 @@ def _join_axis(pieces: Sequence[Tensor], fusion: Fusion) -> Tensor:
     opened = []
     for piece, size in zip(pieces, fusion.sizes, strict=True):
         view = (*fusion.view[: fusion.along], size, *fusion.view[fusion.along + 1 :])
-        opened.append(piece.unflatten(fusion.axis, view))
+        opened.append(piece.reshape(_opened(piece, fusion, view)))
     return torch.cat(opened, fusion.axis + fusion.along).flatten(
         fusion.axis, fusion.axis + len(fusion.view) - 1
     )
+
+
+def _opened(tensor: Tensor, fusion: Fusion, view: tuple[int, ...]) -> tuple[int, ...]:
+    return (*tensor.shape[: fusion.axis], *view, *tensor.shape[fusion.axis + 1 :])

@@ -32,6 +32,7 @@ class Inference:
         dims: Parameter name -> dimension of every axis.
         uses: Parameter name -> operators that read it.
         overlooked: Parameters that the captured forward pass never reads.
+        settled: Verdicts that the caller gave, which stand whatever the graph says.
     """
 
     engine: Engine
@@ -39,9 +40,12 @@ class Inference:
     dims: Mapping[str, tuple[int, ...]]
     uses: Mapping[str, tuple[Use, ...]]
     overlooked: tuple[str, ...]
+    settled: Mapping[tuple[str, int], tuple[bool, str]]
 
     def verdict(self, parameter: str, axis: int) -> Verdict:
         """Return the verdict on one axis of one parameter."""
+        if (parameter, axis) in self.settled:
+            return Verdict(*self.settled[parameter, axis])
         found = self.verdicts.get(self.dims[parameter][axis])
         if (
             found is None
@@ -85,7 +89,10 @@ def _numberless(name: str) -> str:
 
 
 def infer(
-    captured: Capture, overrides: Mapping[tuple[str, int], tuple[bool, str]], strict: bool = True
+    captured: Capture,
+    overrides: Mapping[tuple[str, int], tuple[bool, str]],
+    strict: bool = True,
+    by_dim: Mapping[int, tuple[bool, str]] | None = None,
 ) -> Inference:
     """Infer dimensions and verdicts.
 
@@ -93,6 +100,7 @@ def infer(
         captured: The graph.
         overrides: (parameter, axis) -> verdict that the caller settles, and by what authority.
         strict: Whether an operator without a rule is an error.
+        by_dim: The same by dimension; every run over one capture numbers dimensions alike.
 
     Returns:
         The solved dimensions.
@@ -119,11 +127,11 @@ def infer(
         uses[found.parameter].append(found.use)
     read = {p: {i for u in uses.get(p, ()) for i in u.fan_in} for p in dims}
     made = [dim for p, row in dims.items() for i, dim in enumerate(row) if i not in read[p]]
-    settled = {dims[p][i]: v for (p, i), v in overrides.items()}
+    settled = {dims[p][i]: v for (p, i), v in overrides.items()} | dict(by_dim or {})
     verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), made, settled)
     seen = {name for node, name in captured.parameters.items() if node.users}
     overlooked = tuple(name for name in dims if name not in seen)
-    return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked)
+    return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked, overrides)
 
 
 def _outputs(captured: Capture, engine: Engine) -> list[tuple[int, str]]:

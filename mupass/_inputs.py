@@ -74,7 +74,7 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            fake = {k: mode.from_tensor(v) for k, v in state.items()}
+            fake: dict[str, Tensor] = {k: mode.from_tensor(v) for k, v in state.items()}
             inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             torch.func.functional_call(model, fake, *inputs, tie_weights=True)
     except Exception as error:  # any failure means: not these inputs

@@ -59,10 +59,10 @@ class Report:
             for label, g, depth in self._lines()
         ]
         names = ["  " * depth + name for name, *_, depth in rows]
-        columns = [names, *([r[i] for r in rows] for i in range(1, 5))]
+        columns: list[list[str]] = [names, *([str(r[i]) for r in rows] for i in range(1, 5))]
         heads = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
-        widths = [max(len(h), *map(len, c)) for h, c in zip(heads, columns, strict=True)]
-        table = [heads, *zip(*columns, strict=True)]
+        widths = [max(len(cell) for cell in (h, *c)) for h, c in zip(heads, columns, strict=True)]
+        table: list[tuple[str, ...]] = [heads, *zip(*columns, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
         return "\n".join([self._headline(), *lines, *self._footer()])
@@ -78,10 +78,12 @@ class Report:
                 body.append(self._html_row(label, geometry, pad))
         notes = "".join(f'<li class="warn">{html.escape(w)}</li>' for w in self.analysis.warnings)
         return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mupass report</title><style>{STYLE}</style>'
-            f"<h1>Width analysis</h1><p class='note'>{html.escape(self._headline())}</p>"
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>mupass report</title>'
+            f"<style>{STYLE}</style><h1>Width analysis</h1>"
+            f"<p class='note'>{html.escape(self._headline())}</p>"
             "<p class='note'>Blue axes grow with width; dotted ones were settled by a policy.</p>"
-            f"<table><tr><th>parameter</th><th>shape</th><th>role</th><th>init</th><th>lr ({self.optimizer})</th></tr>"
+            "<table><tr><th>parameter</th><th>shape</th><th>role</th><th>init</th>"
+            f"<th>lr ({self.optimizer})</th></tr>"
             f"{''.join(body)}</table><ul>{notes}</ul></html>"
         )
 
@@ -89,7 +91,8 @@ class Report:
         """Return parameters and dimensions as a bipartite graph.
 
         A parameter points to the dimensions that it makes (fan_out); the dimensions that it contracts
-        (fan_in) point to it. Nodes have ``kind`` (``parameter`` or ``dimension``) and ``infinite`` or ``role``.
+        (fan_in) point to it. Nodes have ``kind`` (``parameter`` or ``dimension``) and ``infinite`` or
+        ``role``.
         """
         graph = nx.DiGraph()
         for g in self.analysis.geometries:
@@ -152,8 +155,8 @@ class Report:
         lines = [f"note: {w}" for w in self.analysis.warnings]
         if policies:
             lines.append(
-                f"note: {policies} parameters have an axis that one model cannot settle (marked ?); pass base= a "
-                "second instance at another width, or dims={'name': 'finite'}, to settle it"
+                f"note: {policies} parameters have an axis that one model cannot settle (marked ?); pass "
+                "base= a second instance at another width, or dims={'name': 'finite'}, to settle it"
             )
         return lines
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mupass._dims.space import Space
+from mupass._dims.space import SizeConflict, Space
 
 
 def same(space: Space, a: int, b: int) -> bool:
@@ -19,7 +19,7 @@ def test_equal_sizes_alone_state_nothing() -> None:
 
 def test_sizes_must_agree() -> None:
     space = Space()
-    with pytest.raises(AssertionError, match="sizes 8 and 9"):
+    with pytest.raises(SizeConflict, match="sizes 8 and 9"):
         space.unify(space.new(8), space.new(9))
 
 

@@ -1,4 +1,4 @@
-"""Scales beside those of the `mup` package (base and delta models), where it is right and where it is wrong."""
+"""Scales beside those of the `mup` package (base and delta models), where it is right and where not."""
 
 import math
 import warnings
@@ -54,7 +54,7 @@ def test_learning_rates_equal_mups_below_the_readout(name: str, optimizer: str) 
 
 
 def _mup_is_right(g: mupass.Geometry, optimizer: str) -> bool:
-    """mup counts infinite axes and takes the last as fan_in: right for (out, in) layouts and uniform widths."""
+    """mup counts infinite axes and takes the last as fan_in: right for (out, in) layouts."""
     if sum(g.infinite) > 2 or not g.uses:
         return False
     last = max((i for i, f in enumerate(g.infinite) if f), default=0)

@@ -21,6 +21,7 @@ import mupass
 PACKAGED = {
     "hf_text": ("transformers",),
     "hf_other": ("transformers",),
+    "hf_more": ("transformers",),
     "vision": ("timm", "torchvision"),
     "generative": ("diffusers",),
     "graphs": ("torch_geometric",),

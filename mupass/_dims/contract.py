@@ -240,12 +240,14 @@ def _group(call: Call, channels: Axis, into: Axis, made: Axis, transposed: bool,
         call.facts.groups.setdefault(group.dim, call.where)
     split = made if not transposed else into
     per_group = call.new(split.size // groups)
-    call.space.product(split.dim, (group.dim, per_group.dim))
+    call.space.groups(split.dim, (group.dim, per_group.dim))
     if not transposed:
-        call.space.product(channels.dim, (group.dim, into.dim))
+        call.space.groups(channels.dim, (group.dim, into.dim))
         return made
     call.unify(channels, into)
-    return merge_axes(call, [group, made])
+    whole = call.new(groups * made.size)
+    call.space.groups(whole.dim, (group.dim, made.dim))
+    return Axis(whole.dim, whole.size, made.origin)
 
 
 @rule("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")

@@ -23,6 +23,10 @@ def cat(call: Call) -> Result:
             axes.append(Axis(call.space.new(size), size, origin))
             parts = [a.dim for a in column]
             call.space.sum(axes[-1].dim, tuple(parts))
+            if call.static and all(a.origin for a in column):
+                call.facts.joined.append(axes[-1].dim)
+            if all(a.size == 1 for a in column):
+                call.finite(axes[-1], "a concatenation of single positions")
     return call.value(axes)
 
 

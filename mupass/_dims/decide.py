@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from mupass._dims.facts import Facts
 from mupass._dims.space import Members, Space
-from mupass._errors import InferenceError
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Verdicts:
         self.space, self.facts = space, facts
         self._known: dict[int, Verdict] = {}
         self._terms: list[tuple[int, Members]] = [
-            (w, m) for k in ("product", "sum") for w, m in space.terms(k)
+            (w, m) for k in ("product", "groups", "sum") for w, m in space.terms(k)
         ]
         self._terms += [(space.find(a), (space.find(b),)) for a, b in space.derived]
         self._of: dict[int, list[int]] = defaultdict(list)
@@ -62,11 +61,22 @@ class Verdicts:
         """Whether nothing is decided yet; sizes of 1 are never open."""
         return self.space.size(dim) > 1 and self.space.find(dim) not in self._known
 
+    def impose(self, verdicts: Mapping[int, Verdict]) -> None:
+        """Decide dimensions by the caller's authority, all before any consequence is drawn."""
+        for dim, verdict in verdicts.items():
+            known = self._known.setdefault(self.space.find(dim), verdict)
+            if known.infinite != verdict.infinite:
+                self.conflicts.append(f"{verdict.why} contradicts {known.why}")
+        self._spread([self.space.find(d) for d in verdicts])
+
     def settle(self, dims: Iterable[int], verdict: Verdict) -> None:
         """Decide open dimensions and follow the consequences."""
         todo = [self.space.find(d) for d in dims if self.is_open(d)]
         for dim in todo:
             self._known.setdefault(dim, verdict)
+        self._spread(todo)
+
+    def _spread(self, todo: list[int]) -> None:
         while todo:
             for index in self._of[todo.pop()]:
                 todo += self._follow(*self._terms[index])
@@ -138,15 +148,9 @@ def decide(
     Returns:
         The verdicts; `Verdicts.get` is None for dimensions that no parameter and no weight touches.
 
-    Raises:
-        InferenceError: When an override contradicts itself.
     """
     verdicts = Verdicts(space, facts)
-    for dim, (infinite, why) in overrides.items():
-        known = verdicts.get(dim)
-        if known and known.infinite != infinite:
-            raise InferenceError(f"{why} contradicts {known.why}")
-        verdicts.settle([dim], Verdict(infinite, why))
+    verdicts.impose({dim: Verdict(infinite, why) for dim, (infinite, why) in overrides.items()})
     for dim, why in inputs:
         verdicts.settle([dim], Verdict(False, why))
     for dim, why in facts.finite.items():
@@ -164,6 +168,7 @@ def decide(
         verdicts.settle(
             [dim], Verdict(False, f"policy: two parameters are contracted along it ({where})", True)
         )
+    _settle_joined(verdicts)
     _settle_products(verdicts)
     return verdicts
 
@@ -207,7 +212,7 @@ def _unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
 
 
 def _settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
-    """Policy: features that the code computes are fixed, unless there are as many as the first layer has units.
+    """Policy: features that the code computes are fixed, unless as many as the first layer has units.
 
     Sinusoids of positions come in d_model, those of a time step often in a number of their own. Nothing but
     the size tells them apart, so the verdict is marked as a policy.
@@ -268,6 +273,15 @@ def _settle_fans(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
         verdicts.settle(
             [dim], Verdict(True, f"a width: no data, kernel or class axis touches it ({fans[dim]})")
         )
+
+
+def _settle_joined(verdicts: Verdicts) -> None:
+    """Default: parameters joined into one growing weight all grow, except for data among them."""
+    joined = {verdicts.space.find(d) for d in verdicts.facts.joined}
+    for whole, parts in verdicts.space.terms("sum"):
+        if whole in joined and verdicts.grows(whole):
+            why = f"a part of a growing weight ({verdicts.get(whole).why})"  # type: ignore[union-attr]
+            verdicts.settle(parts, Verdict(True, why))
 
 
 def _settle_products(verdicts: Verdicts) -> None:

@@ -45,6 +45,7 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "aten.bernoulli",
     "aten.lift_fresh_copy",
     "aten.masked_fill",
+    "aten.log_sigmoid",
     "aten._weight_norm",
     "aten._is_all_true",
     "aten.cumsum",

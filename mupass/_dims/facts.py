@@ -67,6 +67,7 @@ class Facts:
     """What the rules have found, next to the space itself."""
 
     uses: list[ParameterUse] = field(default_factory=list)
+    joined: list[int] = field(default_factory=list)  # dims along which parameters are concatenated
     finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
     literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
     weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(

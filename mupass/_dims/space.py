@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import add, mul
 
+from mupass._errors import InferenceError
+
 Sizes = tuple[int, ...]
 Members = tuple[int, ...]
+
+
+class SizeConflict(InferenceError):
+    """Two dimensions of different sizes were to be one: the graph misstates a size that depends on data."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Space:
     def __init__(self) -> None:
         self._parent: list[int] = []
         self._sizes: list[int] = []
-        self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "sum": {}}
+        self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "groups": {}, "sum": {}}
         self._slices: dict[int, dict[tuple[int, int], int]] = {}
         self.derived: list[tuple[int, int]] = []
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
@@ -74,7 +80,7 @@ class Space:
         while todo:
             a, b = todo.pop()
             if self._sizes[a] != self._sizes[b]:
-                raise AssertionError(f"{self.where}: sizes {self._sizes[a]} and {self._sizes[b]} unified")
+                raise SizeConflict(f"{self.where}: sizes {self._sizes[a]} and {self._sizes[b]} unified")
             ra, rb = self.find(a), self.find(b)
             if ra == rb:
                 continue
@@ -96,6 +102,10 @@ class Space:
     def product(self, whole: int, factors: Members) -> None:
         """State whole = product of factors, in this order (row-major)."""
         self._state("product", whole, tuple(f for f in factors if self._sizes[f] != 1))
+
+    def groups(self, whole: int, factors: Members) -> None:
+        """State whole = groups x channels of a group; kept apart from products, for groups are not heads."""
+        self._state("groups", whole, tuple(f for f in factors if self._sizes[f] != 1))
 
     def sum(self, whole: int, parts: Members) -> None:
         """State whole = concatenation of parts, in this order."""
@@ -180,7 +190,7 @@ class Space:
 
     def _align(self, kind: str, left: Members, right: Members) -> list[tuple[int, int]]:
         """Match two splittings of one dimension between the boundaries that they share."""
-        op = mul if kind == "product" else add
+        op = add if kind == "sum" else mul
         ends = [list(accumulate((self._sizes[m] for m in side), op)) for side in (left, right)]
         equal: list[tuple[int, int]] = []
         begin = [0, 0]

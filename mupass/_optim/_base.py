@@ -137,6 +137,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
             for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
+        if not own:
+            warnings.warn(
+                f"mupass.{type(self).__name__} can take no parameter of this model; all go to {fallback}. "
+                f"First reason: {left[0].parameter}: {left[0].reason}",
+                stacklevel=3,
+            )
         if strict and left:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
         groups = self._groups(spec.name, own, lr, weight_decay, momentum)

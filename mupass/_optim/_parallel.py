@@ -39,7 +39,7 @@ def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
         if hasattr(parameter, "device_mesh"):
             raise OptimizerError(
                 f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use "
-                "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes sharded parameters"
+                "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes shards"
             )
 
 
@@ -58,7 +58,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
         at = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
         packed = torch.cat([tensors[i].reshape(-1) for i in at])
         dist.all_reduce(packed)
-        parts = packed.split([tensors[i].numel() for i in at])
+        parts = torch.split(packed, [tensors[i].numel() for i in at])
         for i, part in zip(at, parts, strict=True):
             sums[i] = part.reshape(tensors[i].shape)
     return sums

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torchvision
 from timm.models import byobnet, efficientnet, regnet, resnet, resnetv2
-from timm.models.metaformer import Attention, MetaFormer, SepConv
+from timm.models.metaformer import MetaFormer
 from torch import nn
 from torchvision.models import segmentation
 
@@ -86,16 +86,6 @@ def timm_convmixer(k: int) -> nn.Module:
 def timm_poolformer(k: int) -> nn.Module:
     return MetaFormer(
         depths=(1, 1, 1, 1), dims=tuple(c * k for c in (8, 16, 16, 24)), use_mlp_head=False, num_classes=10
-    )
-
-
-@CASES(image(32))
-def timm_caformer(k: int) -> nn.Module:
-    return MetaFormer(
-        depths=(1, 1, 1, 1),
-        dims=tuple(c * k for c in (8, 16, 32, 64)),
-        token_mixers=[SepConv, SepConv, Attention, Attention],
-        num_classes=10,
     )
 
 

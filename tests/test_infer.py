@@ -1,0 +1,124 @@
+"""Policies of width inference: what one model cannot tell is decided by a rule, marked, and can be overruled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.case import randint, randn
+
+import mupass
+
+
+class Attention(nn.Module):
+    """Attention whose head count and convolution groups may coincide."""
+
+    def __init__(self, heads: int = 4, head_dim: int = 8, groups: int = 4):
+        super().__init__()
+        d = heads * head_dim
+        self.heads = heads
+        self.table, self.conv = nn.Embedding(20, d), nn.Conv1d(d, d, 3, padding=1, groups=groups)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.scale, self.per_head = nn.Parameter(torch.ones(head_dim)), nn.Parameter(torch.ones(heads, 1, 1))
+        self.head = nn.Linear(d, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q * self.scale, k, v * self.per_head)
+        return self.head(x + self.o(y.transpose(1, 2).flatten(2)))
+
+
+def attention(**settings: int) -> mupass.Analysis:
+    return mupass.analyze(Attention(**settings), randint(20, 2, 6))
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_heads_grow_and_head_dim_does_not(groups: int) -> None:
+    analysis = attention(groups=groups)
+    assert analysis["scale"].infinite == (False,) and analysis["scale"].ambiguous == (True,)
+    assert analysis["per_head"].infinite == (True, False, False)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_groups_are_fixed_and_are_not_heads(groups: int) -> None:
+    assert attention(groups=groups)["conv.weight"].infinite == (True, True, False)
+
+
+def test_overrides_settle_a_policy() -> None:
+    model, ids = Attention(), randint(20, 2, 6)
+    analysis = mupass.analyze(model, ids, dims={"scale:0": "infinite"})
+    assert analysis["scale"].infinite == (True,) and analysis["scale"].ambiguous == (False,)
+
+
+def test_contradicting_overrides_are_refused() -> None:
+    dims = {r"q\.weight:1": "finite", r"k\.weight:1": "infinite"}
+    with pytest.raises(mupass.InferenceError, match="contradicts"):
+        mupass.analyze(Attention(), randint(20, 2, 6), dims=dims)
+
+
+def test_a_base_model_settles_policies_and_lists_what_inference_had_wrong() -> None:
+    model, base = Attention(heads=4, head_dim=16, groups=4), Attention(heads=4, head_dim=8, groups=4)
+    analysis = mupass.analyze(model, randint(20, 2, 6), base=base)
+    assert analysis["scale"].infinite == (True,)
+    assert analysis["per_head"].infinite == (False, False, False)
+    assert not any(any(g.ambiguous) for g in analysis.geometries)
+    assert any(w.startswith("scale:0") and "says finite" in w for w in analysis.warnings)
+
+
+class Blocks(nn.Module):
+    """A width cut into blocks, each with a matrix of its own; and a dense mixture of experts."""
+
+    def __init__(self, blocks: int = 4, size: int = 6, experts: int = 3):
+        super().__init__()
+        d = blocks * size
+        self.blocks = blocks
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(d, 5)
+        self.diagonal = nn.Parameter(torch.randn(blocks, size, size))
+        self.gate, self.experts = nn.Linear(d, experts), nn.Parameter(torch.randn(experts, d, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = torch.einsum("bhi,hij->bhj", x.view(len(x), self.blocks, -1), self.diagonal).flatten(1)
+        y = torch.einsum("bd,edf->bef", x, self.experts)
+        return self.head(x + torch.einsum("be,bef->bf", self.gate(x).softmax(-1), y))
+
+
+def test_blocks_grow_in_number_and_experts_do_not() -> None:
+    analysis = mupass.analyze(Blocks(), randn(2, 5))
+    assert analysis["diagonal"].infinite == (True, False, False)
+    assert analysis["diagonal"].ambiguous == (False, True, True)
+    assert analysis["experts"].infinite == (False, True, True)
+    assert analysis["gate.weight"].infinite == (False, True)
+    assert analysis["gate.weight"].ambiguous == (True, False)
+
+
+def test_only_fixed_parts_of_a_table_are_read() -> None:
+    class Relative(nn.Module):
+        def __init__(self, d: int = 16):
+            super().__init__()
+            self.enter, self.head = nn.Linear(3, d), nn.Linear(d, 3)
+            self.positions = nn.Parameter(torch.randn(9, d))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            scores = x @ self.positions[:5].t()
+            return self.head(scores.softmax(-1) @ x)
+
+    analysis = mupass.analyze(Relative(), randn(2, 5, 3))
+    assert analysis["positions"].infinite == (False, True)
+
+
+def test_unknown_operators_are_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.head = nn.Linear(3, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.linalg.householder_product(self.enter(x).T, torch.ones(3)).T)
+
+    with pytest.raises(mupass.InferenceError, match="householder_product.*no dimension rule"):
+        mupass.analyze(Odd(), randn(4, 3))
