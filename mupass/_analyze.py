@@ -19,7 +19,7 @@ from mupass._geometry import Analysis, Geometry, Use
 from mupass._infer import Inference, infer
 from mupass._inputs import as_call, find_inputs
 from mupass._names import DimNames, name_dims
-from mupass._roles import main_use, readout_uses, role_of
+from mupass._roles import main_use, readout_uses, role_of, separate
 
 Base = int | float | Mapping[str, float] | nn.Module
 
@@ -251,7 +251,7 @@ def geometry_of(
     if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
         fans: tuple[tuple[int, ...], tuple[int, ...]] = (), grown or tuple(range(len(shape)))
     else:
-        fans = use.fan_in, use.fan_out
+        fans = separate(use.fan_in, use.fan_out)
     verdicts = [solved.verdict(name, i) for i in range(len(shape))]
     terms = tuple(names.term(d) for d in solved.dims[name])
     evidence = tuple(

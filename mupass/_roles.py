@@ -55,3 +55,19 @@ def readout_uses(uses: Sequence[Use], role: Role, infinite: Sequence[bool]) -> t
     if role != "input":
         return ()
     return tuple(u for u in uses if role_of(u, infinite) == "output")
+
+
+def separate(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give every axis one side; a weight mixed with its transpose (``W - W^T``) has its axes on both.
+
+    Args:
+        fan_in: Axes that are contracted.
+        fan_out: Axes that are kept.
+
+    Returns:
+        Disjoint fan_in and fan_out; of a symmetric pair the last axis is fan_in.
+    """
+    if not set(fan_in) & set(fan_out):
+        return fan_in, fan_out
+    inside = tuple(i for i in fan_in if i not in fan_out) or fan_in[-1:]
+    return inside, tuple(i for i in fan_out if i not in inside)

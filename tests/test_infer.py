@@ -1,4 +1,4 @@
-"""Policies of width inference: what one model cannot tell is decided by a rule, marked, and can be overruled."""
+"""Policies of width inference: what one model cannot tell, a rule decides, marked, and open to overruling."""
 
 from __future__ import annotations
 
@@ -122,3 +122,18 @@ def test_unknown_operators_are_named() -> None:
 
     with pytest.raises(mupass.InferenceError, match="householder_product.*no dimension rule"):
         mupass.analyze(Odd(), randn(4, 3))
+
+
+def test_a_hidden_output_is_a_policy() -> None:
+    class Headless(nn.Module):
+        def __init__(self, d: int = 8):
+            super().__init__()
+            self.enter, self.body = nn.Linear(3, d), nn.Linear(d, d)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            return x + self.body(x)
+
+    body = mupass.analyze(Headless(), randn(2, 3))["body.weight"]
+    assert body.infinite == (True, True) and body.ambiguous == (True, True)
+    assert "hidden state" in body.evidence[0]

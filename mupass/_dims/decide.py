@@ -103,6 +103,11 @@ class Verdicts:
             self._known[dim] = verdict
         return dims
 
+    def question(self, dim: int, why: str) -> None:
+        """Mark a width as settled by a policy only."""
+        if self.grows(dim):
+            self._known[self.space.find(dim)] = Verdict(True, why, True)
+
     def relatives(self, dims: Iterable[int]) -> set[int]:
         """Return the classes reached from dimensions through products, sums and derivations."""
         todo = [self.space.find(d) for d in dims]
@@ -155,7 +160,7 @@ def decide(
         verdicts.settle([dim], Verdict(False, why))
     for dim, why in facts.finite.items():
         verdicts.settle([dim], Verdict(False, why))
-    _settle_outputs(verdicts, outputs)
+    hidden = _settle_outputs(verdicts, outputs)
     _settle_heads(verdicts)
     _settle_blocks(verdicts)
     _settle_groups(verdicts)
@@ -170,16 +175,21 @@ def decide(
         )
     _settle_joined(verdicts)
     _settle_products(verdicts)
+    for dim, why in hidden.items():
+        verdicts.question(dim, f"policy: hidden state, since weights read it again ({why})")
     return verdicts
 
 
-def _settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None:
-    """An output axis that weights read again is hidden state; any other is classes or data."""
-    space, facts = verdicts.space, verdicts.facts
-    hidden = verdicts.relatives(facts.fan_in)
+def _settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
+    hidden = verdicts.relatives(verdicts.facts.fan_in)
+    read: dict[int, str] = {}
     for dim, why in outputs:
-        if verdicts.is_open(dim) and space.find(dim) not in hidden:
+        if verdicts.space.find(dim) not in hidden:
             verdicts.settle([dim], Verdict(False, why))
+        elif verdicts.is_open(dim):
+            read.setdefault(dim, why)
+    return read
 
 
 def _settle_heads(verdicts: Verdicts) -> None:
