@@ -90,6 +90,22 @@ def transposed_readout(d: int) -> nn.Module:
     )
 
 
+class Conv1D(nn.Module):
+    """A linear layer with an (in, out) weight, as in Hugging Face's GPT-2."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(fan_in, fan_out) * fan_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def in_out_layout(d: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), Conv1D(128, d), nn.Tanh(), Conv1D(d, d), nn.Tanh(), Conv1D(d, 5))
+
+
 def inputs(model: str) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if model == "tied":
@@ -101,6 +117,7 @@ BUILD: dict[str, Callable[[int], nn.Module]] = {
     "tied": TiedLM,
     "conv": conv_readout,
     "transposed": transposed_readout,
+    "in_out": in_out_layout,
 }
 WIDTHS = (64, 128, 256, 512)
 
