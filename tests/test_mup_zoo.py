@@ -1,5 +1,6 @@
 """Scales beside those of the `mup` package (base and delta models), where it is right and where not."""
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -36,30 +37,43 @@ def mup_rates(case: Case, optimizer: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", sorted(CASES))
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_learning_rates_equal_mups_below_the_readout(name: str, optimizer: str) -> None:
-    case = CASES[name]
+    compare(CASES[name], optimizer)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("package", ["hf_text", "vision"])
+@pytest.mark.filterwarnings("ignore")  # of other people's model code
+def test_learning_rates_equal_mups_on_transformers_timm_and_torchvision(package: str) -> None:
+    pytest.importorskip("transformers" if package == "hf_text" else "timm")
+    for case in importlib.import_module(f"zoo.{package}").CASES.values():
+        for optimizer in ("adam", "sgd"):
+            compare(case, optimizer)
+
+
+def compare(case: Case, optimizer: str) -> None:
+    """Compare learning rates at twice the base width, for all parameters that mup sees rightly."""
     torch.manual_seed(0)
-    try:
-        theirs = mup_rates(case, optimizer)
-    except (NotImplementedError, AssertionError, AttributeError) as error:
-        pytest.skip(f"mup cannot take this model: {type(error).__name__}: {error}")
+    theirs = mup_rates(case, optimizer)
     analysis = mupass.analyze(case.build(2), case.inputs(), base=case.build(1))
     report = analysis.report(optimizer)
-    compared = 0
-    for g in analysis.geometries:
-        if g.role == "output" or g.readout_uses or not _mup_is_right(g, optimizer):
-            continue
-        assert report.scales(g).lr == pytest.approx(theirs[g.name]), (g.name, g.role, g.shape)
-        compared += 1
-    assert compared
+    seen = [
+        g
+        for g in analysis.geometries
+        if g.role != "output" and not g.readout_uses and _mup_is_right(g, optimizer)
+    ]
+    assert seen, case.name
+    for g in seen:
+        assert report.scales(g).lr == pytest.approx(theirs[g.name]), (case.name, g.name, g.role, g.shape)
 
 
 def _mup_is_right(g: mupass.Geometry, optimizer: str) -> bool:
     """mup counts infinite axes and takes the last as fan_in: right for (out, in) layouts."""
     if sum(g.infinite) > 2 or not g.uses:
         return False
-    last = max((i for i, f in enumerate(g.infinite) if f), default=0)
-    if g.role == "hidden" and (g.m_in != g.m_out or len(g.shape) == 3 and optimizer == "sgd"):
-        return last in g.fan_in_axes  # stacks of experts, (in, out) layouts
+    if g.role == "hidden" and len(g.shape) == 3 and optimizer == "sgd":
+        return False  # a stack of experts: mup divides by the wrong axis
+    if g.role == "hidden" and g.m_in != g.m_out:
+        return max(i for i, f in enumerate(g.infinite) if f) in g.fan_in_axes  # not for (in, out) layouts
     if sum(g.infinite) == 2 and g.role in ("vector", "input"):
         return False  # two growing axes that no activation is contracted with: mup sees a matrix
     return True
