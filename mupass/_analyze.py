@@ -15,7 +15,7 @@ from mupass._capture import Capture, capture, parameter_names
 from mupass._dims.space import SizeConflict
 from mupass._errors import InferenceError
 from mupass._fused import find_fusions
-from mupass._geometry import Analysis, Geometry, Use
+from mupass._geometry import Analysis, Geometry
 from mupass._infer import Inference, infer
 from mupass._inputs import as_call, find_inputs
 from mupass._names import DimNames, name_dims
@@ -211,14 +211,10 @@ class _BaseSizes:
             return size
         for kind, combine in (("product", prod), ("sum", sum)):
             for members in self.space.terms_of(root, kind):
-                parts = [self.of(m, self._grows(m)) for m in members]
-                if any(self._grows(m) for m in members):
+                parts = [self.of(m, self.solved.verdicts.grows(m)) for m in members]
+                if any(self.solved.verdicts.grows(m) for m in members):
                     return float(combine(parts))
         return size * self.factor
-
-    def _grows(self, dim: int) -> bool:
-        verdict = self.solved.verdicts.get(dim)
-        return verdict is not None and verdict.infinite
 
 
 def geometry_of(
@@ -267,7 +263,7 @@ def geometry_of(
         role=role,
         fan_in_axes=fans[0],
         fan_out_axes=fans[1],
-        readout_uses=_all_readouts(solved.uses.get(name, ()), role, infinite),
+        readout_uses=readout_uses(uses, role, infinite),
         uses=uses,
         evidence=evidence,
         ambiguous=tuple(v.policy for v in verdicts),
@@ -276,16 +272,11 @@ def geometry_of(
     )
 
 
-def _all_readouts(uses: tuple[Use, ...], role: Any, infinite: tuple[bool, ...]) -> tuple[Use, ...]:
-    return tuple(dict.fromkeys(readout_uses(uses, role, infinite)))
-
-
 def _attention_notes(solved: Inference) -> tuple[str, ...]:
     """Attention whose head_dim grows needs logits scaled by 1/d, which no parameter can give."""
     notes = {}
     for dim, _, where in solved.engine.facts.attention:
-        verdict = solved.verdicts.get(dim)
-        if verdict and verdict.infinite:
+        if solved.verdicts.grows(dim):
             notes[where] = (
                 f"{where}: head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)"
             )

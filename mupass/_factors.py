@@ -142,3 +142,12 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
     rows = rows.to(dtype)
     with torch.autocast(rows.device.type, enabled=False):
         return rows.transpose(1, 2) @ rows
+
+
+def factor_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the precision of a parameter's factors: double for double, single for all else.
+
+    Args:
+        parameter: The parameter.
+    """
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -105,7 +105,7 @@ def _name_attention(solved: Inference, table: dict[int, str]) -> None:
                 table.setdefault(head, "heads")
             shared = [m for term in space.terms_of(head, "product") for m in term]
             table.update(
-                {m: "kv_heads" for m in shared if _grows(solved, m) and not _is_batched(solved, head)}
+                {m: "kv_heads" for m in shared if solved.verdicts.grows(m) and not _is_batched(solved, head)}
             )
 
 
@@ -114,11 +114,6 @@ def _is_batched(solved: Inference, head: int) -> bool:
     space = solved.engine.space
     terms = [m for term in space.terms_of(head, "product") for m in term]
     return any((v := solved.verdicts.get(m)) and not v.infinite and v.why.startswith("axis") for m in terms)
-
-
-def _grows(solved: Inference, dim: int) -> bool:
-    verdict = solved.verdicts.get(dim)
-    return verdict is not None and verdict.infinite
 
 
 def _config_sizes(model: nn.Module) -> set[int]:

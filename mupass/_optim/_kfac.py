@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
+from mupass._factors import factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._base import PlannedOptimizer, check_choice, check_number, check_period
 from mupass._optim._damping import MODES, Sides, damp
@@ -130,7 +131,7 @@ class KFAC(PlannedOptimizer):
     def _open(self) -> None:
         for tapped in self._layers:
             weight = self._parameters[tapped.weight]
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = factor_dtype(weight)
             self._taps[tapped.weight].open(weight.device, dtype, self.spec.e_a > 0, self.spec.e_b > 0)
         terms = terms_tap_of(self.root)
         if terms is None:
@@ -280,8 +281,7 @@ class KFAC(PlannedOptimizer):
 
     def _sides(self, slots: list[tuple[str, int]], bias: bool) -> Sides:
         weights = [self._parameters[name] for name, _ in slots]
-        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-        ones = torch.ones(len(slots), dtype=dtype, device=weights[0].device)
+        ones = torch.ones(len(slots), dtype=factor_dtype(weights[0]), device=weights[0].device)
         layers = {t.weight: t.layer for t in self._layers}
         dim_a = ones if bias else ones.new_tensor([layers[n].inputs for n, _ in slots])
         dim_b = ones.new_tensor([layers[n].outputs for n, _ in slots])

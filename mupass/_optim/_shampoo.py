@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mupass._factors import factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._base import PlannedOptimizer, check_choice, check_number, check_period
 from mupass._optim._blocks import Blocking
@@ -102,7 +103,7 @@ class Shampoo(PlannedOptimizer):
     def _make_banks(self, side: str) -> list[Bank]:
         shapes: dict[Any, list[Slot]] = defaultdict(list)
         for name, parameter in self._parameters.items():
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            dtype = factor_dtype(parameter)
             for i, block in enumerate(self._blockings[name].cut(parameter)):
                 n = block.shape[0 if side == "left" else 1]
                 shapes[(n, n), dtype, parameter.device].append((name, i))
