@@ -180,7 +180,7 @@ def test_update_equals_the_dense_formula(name: str, mode: str, compiled: bool) -
     cls, uses = USES[name]
     (x, y), net, plain = data(), transformed(cls), make(cls)
     plain.load_state_dict(net.state_dict())
-    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_mode=mode, strict=True)
+    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_floor=0.0, damping_mode=mode, strict=True)
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     squares(run(x), y).mean().backward()
     got = moved(net, optimizer.step)
@@ -242,7 +242,7 @@ def test_norms_take_the_gradient_of_every_position(train: bool) -> None:
     plain.load_state_dict(net.state_dict())
     y = torch.randn_like(plain(x))
     plain.load_state_dict(net.state_dict())  # running statistics
-    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, strict=True)
+    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_floor=0.0, strict=True)
     squares(net(x), y).mean().backward()
     got = moved(net, optimizer.step)
     squares(plain(x), y).mean().backward()
@@ -313,7 +313,7 @@ def test_transposed_convolution_equals_its_dense_factors() -> None:
         plain = build(W).double()
         plain.load_state_dict(net.state_dict())
         y = torch.randn_like(plain(x))
-        optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, strict=True)
+        optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_floor=0.0, strict=True)
         squares(net(x), y).mean().backward()
         got = moved(net, optimizer.step)["2.weight"]
         want = transposed_update(plain, x, y)
@@ -413,7 +413,7 @@ def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None
     plain.load_state_dict(Spelled(net).double().state_dict())
     steps = []
     for model in (net, plain):
-        optimizer = mupass.KFAC(model, LR, RHO, momentum=0.0, strict=True)
+        optimizer = mupass.KFAC(model, LR, RHO, momentum=0.0, damping_floor=0.0, strict=True)
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         squares(run(x), y).mean().backward()
         steps.append(moved(model, optimizer.step))

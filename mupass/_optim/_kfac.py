@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mupass._cover import Options, cover
@@ -50,6 +51,12 @@ class KFAC(PlannedOptimizer):
         stagger: Spread the roots over the steps of a period instead of computing all at once.
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
+        damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
+            branches that start behind a gate of zero.
+        kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
+            divergence between the predictions before and after the step; directions are shortened to meet
+            it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
+            is a usual value; None turns it off.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
             ``reduce`` averages inputs and sums gradients over the positions of a sample (arXiv 2311.00636).
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
@@ -89,6 +96,8 @@ class KFAC(PlannedOptimizer):
         root_drift: float = 2.0,
         stagger: bool = True,
         damping_mode: str = "trace",
+        damping_floor: float = 1e-4,
+        kl_clip: float | None = None,
         sharing: str = "expand",
         diagonal_above: int = 8192,
         norms: bool = True,
@@ -109,6 +118,7 @@ class KFAC(PlannedOptimizer):
         self.root_drift = check_number("root_drift", root_drift, 1.0)
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
         check_choice("sharing", sharing, ("expand", "reduce"))
         self.loss_scale = loss_scale
         if loss_terms is not None and not callable(loss_terms):
@@ -142,6 +152,7 @@ class KFAC(PlannedOptimizer):
             damping_mode,
             {e.geometry.name: e.scales for e in self.plan.entries},
             stagger,
+            check_number("damping_floor", damping_floor),
         )
         self._all_seen = False
         self._prepare_next()
@@ -189,7 +200,22 @@ class KFAC(PlannedOptimizer):
             if due:
                 kronecker.refresh(self._dampings(), self.count, self._ranks, due)
         grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        return {self._parameters[n]: d for n, d in kronecker.directions(grads).items()}
+        directions = {self._parameters[n]: d for n, d in kronecker.directions(grads).items()}
+        return directions if self.kl_clip is None else self._clipped(directions, self.kl_clip)
+
+    def _clipped(self, directions: dict[Tensor, Tensor], bound: float) -> dict[Tensor, Tensor]:
+        """Shorten all directions by one factor, so that the predictions move no further than the bound."""
+        parts = []
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in directions]
+            if own:
+                pairs = zip((directions[p] for p in own), (p.grad for p in own), strict=True)
+                dots = torch.stack([(d * g).sum(dtype=torch.float32) for d, g in pairs if g is not None])
+                parts.append(group["lr"] ** 2 * group["mupass_scale"] * dots.sum())
+        if not parts:
+            return directions
+        factor = (bound / torch.stack(parts).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
+        return {p: d * factor.to(d.dtype) for p, d in directions.items()}
 
     def _refuse_unseen(self) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""

@@ -102,8 +102,9 @@ class Kronecker:
         mode: str,
         scales: Mapping[str, Scales],
         stagger: bool,
+        floor: float,
     ) -> None:
-        self.powers, self.mode = powers, mode
+        self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -285,7 +286,7 @@ class Kronecker:
         self.unit_rho = {}
         for kind in self.kinds:
             traces = torch.cat([self._all[i].traces() for i in kind.banks])
-            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings))
+            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
             both = torch.zeros_like(traces)
             for at, values in ((kind.at_a, rho_a), (kind.at_b, rho_b)):
                 both[at[at >= 0]] = values[at >= 0]
