@@ -231,7 +231,13 @@ class _Maker:
             )
         if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
-        return (Place(None, g.name, key),) if key else None
+        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
+        return (Place(None, g.name, key),) if key and not sharded else None
+
+    def _misplaced(self, g: Geometry, site: Site) -> str:
+        where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
+        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
+        return f"{where}, and a sharded parameter cannot carry a tap" if sharded else where
 
     def _vector(self, g: Geometry, sites: list[Site]) -> None:
         """Cover a gain or a shift by the gradients of every position."""
@@ -243,7 +249,10 @@ class _Maker:
             return
         kind, size, piece = sites[0].kind.removeprefix("norm "), prod(g.shape), 0
         layer = Layer("vector", 1, 0, (size,), gains=(kind == "gain",))
-        places = self._places(g, sites, kind) or ()
+        places = self._places(g, sites, kind)
+        if places is None:
+            self.reasons[g.name] = self._misplaced(g, sites[0])
+            return
         module = self.model.get_submodule(places[0].module) if places[0].module is not None else None
         if module is not None:  # one tap serves a norm's gain and its bias
             present = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
@@ -263,9 +272,7 @@ class _Maker:
         key = {"embedding": "embedding", "conv": ""}.get(site.kind, product_key(into, made))
         places = self._places(g, sites, key)
         if places is None:
-            self.reasons[g.name] = (
-                f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
-            )
+            self.reasons[g.name] = self._misplaced(g, site)
             return
         groups, kind = 1, "linear" if site.kind in PRODUCTS and len(g.shape) == 2 else site.kind
         if site.kind == "conv":

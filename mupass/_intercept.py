@@ -186,8 +186,8 @@ def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
     if not any(_wanted(tap) for taps in found.values() for tap in (taps or {}).values()):
         return output
     batch = bool(bound.get("training"))
-    stats = {n: None for n in ("running_mean", "running_var") if n in bound and batch}
-    bare = {n: None for n in ("weight", "bias") if n in bound}
+    stats: dict[str, Any] = {n: None for n in ("running_mean", "running_var") if n in bound and batch}
+    bare: dict[str, Any] = {n: None for n in ("weight", "bias") if n in bound}
     with torch.no_grad():
         x = func(**{**bound, **stats, **bare})
     count = len(bound["normalized_shape"]) if "normalized_shape" in bound else 0

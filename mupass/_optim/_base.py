@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim._fallback import FALLBACKS, average, fallback_step
-from mupass._optim._parallel import refuse_sharded
+from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
@@ -96,10 +96,14 @@ class Coverage(tuple[Covered, ...]):
 class PlannedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that precondition some parameters and hand the rest to a named fallback.
 
+    A ``GradScaler`` hands its scale over (``_step_supports_amp_scaling``) instead of unscaling by itself.
     Width factors are the group key ``mupass_scale`` and multiply at each step, so that a scheduler may set
     ``lr`` to anything. Decoupled weight decay uses ``lr`` without the width factor: it is the same at all
     widths.
     """
+
+    _step_supports_amp_scaling = True
+    takes_shards = False
 
     def __init__(
         self,
@@ -127,7 +131,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self.names = {p: n for n, p in self.root.named_parameters() if p.requires_grad}
         if not self.names:
             raise OptimizerError("every parameter of the model is frozen")
-        refuse_sharded([(n, p) for p, n in self.names.items()])
+        if not self.takes_shards:
+            refuse_sharded([(n, p) for p, n in self.names.items()])
         self._steps = 0
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -242,6 +247,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 f"{type(self).__name__} takes no closure: run forward and backward once, then call step()"
             )
+        self._unscale()
         if self._gradients_are_finite():
             directions = self._directions()
             for group in self.param_groups:
@@ -252,16 +258,24 @@ class PlannedOptimizer(torch.optim.Optimizer):
             self.count("skipped_steps", "a gradient holds NaN or infinity")
         self._prepare_next()
 
+    def _unscale(self) -> None:
+        """Take a gradient scaler's factor out; it leaves it on the optimizer for the time of a step."""
+        scale = getattr(self, "grad_scale", None)
+        self._amp_scale = 1.0 if scale is None else float(scale)
+        if scale is not None:
+            for p in self.names:
+                if p.grad is not None:
+                    p.grad.div_(self._amp_scale)
+
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.names if p.grad is not None]
         if not grads:
             return True
+        shards = any(is_sharded(g) for g in grads)
+        grads = [local(g) for g in grads]
         # One pass each: a sum hands NaN and infinity on.
-        return bool(
-            torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-            .isfinite()
-            .all()
-        )
+        sums = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+        return bool((sum_over_ranks([sums])[0] if shards else sums).isfinite().all())
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""

@@ -15,7 +15,7 @@ from mupass._optim._base import PlannedOptimizer, check_choice, check_number, ch
 from mupass._optim._curvature import Curvature, Loss
 from mupass._optim._damping import MODES
 from mupass._optim._kronecker import Kronecker
-from mupass._optim._parallel import world_size
+from mupass._optim._parallel import sharded_like, whole, world_size
 from mupass._plan import OptimizerSpec
 
 
@@ -79,6 +79,8 @@ class KFAC(PlannedOptimizer):
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
     """
+
+    takes_shards = True
 
     def __init__(
         self,
@@ -199,23 +201,25 @@ class KFAC(PlannedOptimizer):
             due = kronecker.due(self._steps, self.root_every, self.root_drift)
             if due:
                 kronecker.refresh(self._dampings(), self.count, self._ranks, due)
-        grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        directions = {self._parameters[n]: d for n, d in kronecker.directions(grads).items()}
-        return directions if self.kl_clip is None else self._clipped(directions, self.kl_clip)
+        grads = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        directions = kronecker.directions(grads)
+        factor = self._clip(directions, grads)
+        if factor is not None:
+            directions = {n: d * factor.to(d.dtype) for n, d in directions.items()}
+        parameters = self._parameters
+        return {parameters[n]: sharded_like(d, parameters[n]) for n, d in directions.items()}
 
-    def _clipped(self, directions: dict[Tensor, Tensor], bound: float) -> dict[Tensor, Tensor]:
-        """Shorten all directions by one factor, so that the predictions move no further than the bound."""
-        parts = []
+    def _clip(self, directions: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the factor that keeps the predictions from moving further than the bound."""
+        if self.kl_clip is None or not directions:
+            return None
+        moves = []
         for group in self.param_groups:
-            own = [p for p in group["params"] if p in directions]
-            if own:
-                pairs = zip((directions[p] for p in own), (p.grad for p in own), strict=True)
-                dots = torch.stack([(d * g).sum(dtype=torch.float32) for d, g in pairs if g is not None])
-                parts.append(group["lr"] ** 2 * group["mupass_scale"] * dots.sum())
-        if not parts:
-            return directions
-        factor = (bound / torch.stack(parts).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
-        return {p: d * factor.to(d.dtype) for p, d in directions.items()}
+            for name in (self.names[p] for p in group["params"]):
+                if name in directions:
+                    dot = (directions[name] * grads[name]).sum(dtype=torch.float32)
+                    moves.append(dot * (group["lr"] ** 2 * group["mupass_scale"]))
+        return (self.kl_clip / torch.stack(moves).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
 
     def _refuse_unseen(self) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
@@ -225,7 +229,7 @@ class KFAC(PlannedOptimizer):
         self._all_seen = not unseen
         for name in unseen:
             grad = self._parameters[name].grad
-            if grad is not None and bool(grad.any()):
+            if grad is not None and bool(whole(grad).any()):
                 raise OptimizerError(
                     f"{name} has a gradient, but its tap saw no operator that uses it: the code took another "
                     f"path than in the captured pass, or replaced the parameter. Pass exclude=['{name}'] to "
@@ -233,8 +237,16 @@ class KFAC(PlannedOptimizer):
                 )
 
     def _scale_of_loss(self) -> float:
+        """Return what the loss was multiplied by: told, or left here by a gradient scaler."""
         given = self.loss_scale
-        return float(given() if callable(given) else 1.0 if given is None else given)
+        if given is not None:
+            return float(given() if callable(given) else given)
+        if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+            raise OptimizerError(
+                "the gradient scaler unscaled the gradients before this step, so its scale, whose square "
+                "is in the factors, cannot be told: pass loss_scale=scaler.get_scale"
+            )
+        return self._amp_scale
 
     def _layout(self) -> Any:
         return self._kronecker.layout()
