@@ -15,7 +15,7 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
-from mupass._optim import KFAC, Shampoo, param_groups
+from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
 from mupass._transform import transform
@@ -29,12 +29,14 @@ __all__ = [
     "Geometry",
     "InferenceError",
     "KFAC",
+    "Muon",
     "MupassError",
     "OptimizerError",
     "OptimizerSpec",
     "Plan",
     "PlanError",
     "Report",
+    "SOAP",
     "Scales",
     "Shampoo",
     "TransformError",

@@ -26,7 +26,9 @@ from types import MappingProxyType
 from mupass._errors import PlanError
 from mupass._geometry import Geometry
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "kfac", "foof", "shampoo")
+ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
+GRAFTS = ("none", "sgd", "adam", "rmsprop")
+OPTIMIZERS = ("sgd", *ENTRYWISE, "kfac", "foof", "shampoo", "soap", "muon")
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class OptimizerSpec:
     """What the scale table must know of an optimizer: its family and the powers it applies.
 
     Attributes:
-        name: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof`` or ``shampoo``. ``foof`` is K-FAC that
-            preconditions the input side only: it fixes ``e_a = 1`` and ``e_b = 0``.
+        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``kfac``, ``foof``, ``shampoo``, ``soap``,
+            ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions the input side only: it fixes
+            ``e_a = 1`` and ``e_b = 0``.
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
+        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
 
     Raises:
         PlanError: Unknown name; a power that is NaN, infinite or negative.
@@ -48,10 +52,13 @@ class OptimizerSpec:
     e_a: float = 1.0
     e_b: float = 1.0
     e: float = 0.5
+    graft: str = "none"
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.graft not in GRAFTS:
+            raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
         for field in ("e_a", "e_b", "e"):
             power = getattr(self, field)
             if isinstance(power, bool) or not isinstance(power, (int, float)):
@@ -73,7 +80,8 @@ class OptimizerSpec:
         """Return the name with the powers that matter to it."""
         if self.name in {"kfac", "foof"}:
             return f"{self.name}(e_a={self.e_a:g}, e_b={self.e_b:g})"
-        return f"{self.name}(e={self.e:g})" if self.name == "shampoo" else self.name
+        graft = f", graft={self.graft}" if self.graft != "none" else ""
+        return f"{self.name}(e={self.e:g}{graft})" if self.name == "shampoo" else self.name
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class Scales:
         lr: Factor on the learning rate.
         damping_in: Factor on absolute damping of the input side: K-FAC's A, Shampoo's R.
         damping_out: Factor on absolute damping of the output side: K-FAC's B, Shampoo's L.
-        epsilon: Factor on Adam's epsilon: the order of one gradient entry.
+        epsilon: Factor on epsilon: the order of what it is added to. For Adam one gradient entry; for Muon
+            and SOAP the norm of the gradient matrix; for AdaMuon one entry of the orthogonal matrix.
         weight_decay: Factor on decoupled decay that does not depend on the learning rate.
         lr_powers: Powers of ``(m_in, m_out)`` that make up ``lr``.
     """
@@ -207,7 +216,7 @@ def powers(
         "lr": lr_powers(optimizer, beta),
         "damping_in": damping_in,
         "damping_out": damping_out,
-        "epsilon": (0.0, -beta),  # one entry of delta h^T
+        "epsilon": epsilon_powers(optimizer, beta),
         "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
     }
 
@@ -216,10 +225,13 @@ def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     """Powers of ``(m_in, m_out)`` in the learning rate, from ``delta . (dW h) = Theta(1)``.
 
     * SGD, ``dW = delta h^T``: ``|delta|^2 |h|^2``.
-    * Adam, ``dW = sign(delta) sign(h)^T``: ``|delta|_1 |h|_1``.
+    * Adam and AdaMuon, ``dW = sign(delta) sign(h)^T``: ``|delta|_1 |h|_1``.
     * K-FAC, ``dW = B^-e_b delta h^T A^-e_a``: ``|delta|^(2 - 2 e_b) |h|^(2 - 2 e_a)``.
     * Shampoo, ``dW = L^-e/2 delta h^T R^-e/2``: ``(|delta|^2 |h|^2)^(1 - e)``, since both L and R
       have eigenvalues of the order ``|delta|^2 |h|^2``.
+    * Shampoo with a graft has the magnitude, and so the row, of what is grafted.
+    * Muon, ``dW = delta h^T / (|delta| |h|)``: ``|delta| |h|``, which is Shampoo's with ``e = 1/2``. SOAP
+      is Adam in the basis of singular vectors, where ``delta h^T`` has one entry: the same.
 
     Args:
         optimizer: Family and powers.
@@ -228,13 +240,34 @@ def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     Returns:
         ``(power of m_in, power of m_out)``; the learning rate undoes the order above.
     """
-    if optimizer.name in {"adam", "adamw"}:
+    grafted = optimizer.name == "shampoo" and optimizer.graft != "none"
+    name = optimizer.graft if grafted else optimizer.name
+    if name in {*ENTRYWISE, "rmsprop"}:
         return (-1.0, beta - 1)
     e_in, e_out = {
         "sgd": (0.0, 0.0),
         "shampoo": (optimizer.e, optimizer.e),
-    }.get(optimizer.name, (optimizer.e_a, optimizer.e_b))
+        "soap": (0.5, 0.5),
+        "muon": (0.5, 0.5),
+    }.get(name, (optimizer.e_a, optimizer.e_b))
     return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
+
+
+def epsilon_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in epsilon, which follows what it is added to (arXiv 2512.05620).
+
+    Args:
+        optimizer: Family.
+        beta: Readout power of the parameterization.
+
+    Returns:
+        Those of ``|delta| |h|`` for Muon (the norm it divides by) and SOAP (the entry of the rotated
+        gradient), of ``1/sqrt(d_in d_out)`` for AdaMuon (an entry of the orthogonal matrix), else those of
+        one entry of ``delta h^T``.
+    """
+    if optimizer.name in {"muon", "soap"}:
+        return (0.5, 0.5 - beta)
+    return (-0.5, -0.5) if optimizer.name == "adamuon" else (0.0, -beta)
 
 
 def row(parameterization: str) -> Parameterization:

@@ -144,7 +144,7 @@ def test_bad_powers_are_refused(field: str, power: object) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(mupass.PlanError, match="known: sgd, adam, adamw, kfac, foof, shampoo"):
+    with pytest.raises(mupass.PlanError, match="known: sgd, adam, adamw, adam_atan2, adamuon, kfac, foof"):
         OptimizerSpec("lion")
     with pytest.raises(mupass.PlanError, match="known: mup, standard, ntk, mean_field"):
         scales(ROWS["hidden"], OptimizerSpec("sgd"), "mupp")

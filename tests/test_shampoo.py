@@ -241,18 +241,35 @@ def test_averages(decay: float) -> None:
     assert_close(move, -LR * want, "2.weight")
 
 
+@pytest.mark.parametrize("staggered", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_roots_are_recomputed_every_so_many_steps(every: int) -> None:
+def test_roots_are_recomputed_every_so_many_steps(every: int, staggered: bool) -> None:
     net, x = make("mlp")
-    optimizer = mupass.Shampoo(net, LR, root_every=every, **OPTIONS)
-    bank = optimizer._banks["left"][0]
-    for at in range(7):
-        roots, factors = bank.roots.clone(), bank.value().clone()
+    optimizer = mupass.Shampoo(net, LR, root_every=every, staggered=staggered, block_size=6, **OPTIONS)
+    seen: dict[tuple[int, int, int], list[int]] = {}
+    work = []
+    for at in range(1 + 3 * every):
+        before = [{k: t.clone() for k, t in s.state.items()} for s in optimizer._stacks]
         optimizer.zero_grad()
         net(x).square().mean().backward()
         optimizer.step()
-        assert not torch.equal(factors, bank.value())
-        assert torch.equal(roots, bank.roots) != (at % every == 0)
+        work.append(0)
+        for n, (stack, old) in enumerate(zip(optimizer._stacks, before, strict=True)):
+            for side in (0, 1):
+                assert not torch.equal(stack.state[f"factor{side}"], old[f"factor{side}"])
+                for slot in range(len(stack.slots)):
+                    if not torch.equal(stack.state[f"root{side}"][slot], old[f"root{side}"][slot]):
+                        seen.setdefault((n, side, slot), []).append(at)
+                        work[-1] += stack.shape[side] ** 3
+    assert sum(len(s.slots) for s in optimizer._stacks) * 2 == len(seen) > 9
+    for steps in seen.values():  # each at the first step, and then once in every period
+        assert steps[0] == 0 and len(steps) == 4
+        assert {b - a for a, b in zip(steps[1:], steps[2:], strict=False)} == {every}
+    later = work[1 : 1 + every]
+    if staggered:  # no step has much more to do than the mean
+        assert max(later) <= sum(later) / every + 6**3
+    else:
+        assert later[:-1] == [0] * (every - 1) and later[-1] > 0
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute", "trace"])
@@ -296,14 +313,15 @@ def test_overflowing_factors_keep_the_average() -> None:
     optimizer = mupass.Shampoo(net, LR, **OPTIONS)
     net(x).square().mean().backward()
     optimizer.step()
-    before = [b.value().clone() for side in optimizer._banks.values() for b in side]
+    before = [{k: t.clone() for k, t in s.state.items()} for s in optimizer._stacks]
     optimizer.zero_grad()
     (net(x).square().mean() * 1e200).backward()
-    with pytest.warns(UserWarning, match="overflowed factors: (left|right) factor of"):
-        optimizer.step()
-    after = [b.value() for side in optimizer._banks.values() for b in side]
-    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
-    assert optimizer.stats()["overflowed_factors"] == 6
+    with pytest.warns(UserWarning, match="overflowed blocks: the squared gradient of"):
+        got = moved(net, optimizer.step)
+    for stack, old in zip(optimizer._stacks, before, strict=True):
+        assert all(torch.equal(t, old[k]) for k, t in stack.state.items())
+    assert torch.count_nonzero(got["2.weight"]) == 0
+    assert optimizer.stats()["overflowed_blocks"] == 3
 
 
 def test_a_parameter_without_gradient_keeps_still() -> None:

@@ -272,17 +272,25 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if group["algorithm"] == self.spec.name:
                 if p not in directions:
                     continue
-                update = average(directions[p], state, group["momentum"])
+                update = self._smooth(directions[p], state, group["momentum"])
             else:
                 update = fallback_step(p.grad, state, group)
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
 
+    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+        """Return the update, with momentum unless the direction has it already."""
+        return average(direction, state, momentum)
+
     def _dampings(self) -> dict[str, float]:
-        """Return the damping of every own parameter; a schedule may have changed its group."""
+        """Return the damping of every own parameter."""
+        return self._setting("damping")
+
+    def _setting(self, key: str) -> dict[str, float]:
+        """Return a number of every own parameter's group; a schedule may have changed it."""
         own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
-        return {self.names[p]: g["damping"] for g in own for p in g["params"]}
+        return {self.names[p]: g[key] for g in own for p in g["params"]}
 
     def _extra_state(self) -> dict[str, Any]:
         """Return the subclass's own state."""

@@ -52,23 +52,33 @@ def _cholesky(bank: Tensor, rho: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
-    try:
-        values, vectors = torch.linalg.eigh(bank)
-    # Raised for the whole batch: find out which one it was.
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return _one_by_one(bank, rho, power, relative)
+    values, vectors, found = eigenbases(bank)
     rho = rho * values[:, -1] if relative else rho
     damped = values.clamp(min=0) + rho[:, None]
-    solved = (damped > 0).all(1)
+    solved = found & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
     return scaled @ vectors.mT, solved
 
 
-def _one_by_one(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
-    if len(bank) == 1:
-        return torch.zeros_like(bank), torch.zeros(1, dtype=torch.bool, device=bank.device)
-    parts = [_eigh(bank[i : i + 1], rho[i : i + 1], power, relative) for i in range(len(bank))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of every matrix of a bank.
+
+    Args:
+        bank: ``[K, n, n]`` symmetric and finite.
+
+    Returns:
+        Values ``[K, n]``, vectors ``[K, n, n]`` and a mask ``[K]`` of successes; zeros where it failed.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(bank)
+    # Raised for the whole batch: find out which one it was.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(bank) == 1:
+            return torch.zeros_like(bank[:, 0]), torch.zeros_like(bank), torch.zeros_like(bank[:, 0, 0]) > 0
+        parts = [eigenbases(matrix[None]) for matrix in bank]
+        values, vectors, found = (torch.cat(part) for part in zip(*parts, strict=True))
+        return values, vectors, found
+    return values, vectors, torch.ones_like(values[:, 0]) > 0
 
 
 def diagonal_roots(bank: Tensor, damping: Tensor, power: float) -> Tensor:
