@@ -62,6 +62,32 @@ def test_shampoo_learning_rates_are_table_1(e: float) -> None:
         assert scales(row, OptimizerSpec("shampoo", e=e)).lr == pytest.approx(M ** -c[name])
 
 
+def test_learning_rates_and_epsilons_are_those_of_qiu_et_al() -> None:
+    # arXiv 2512.05620, with D the width: (d_in, d_out) is (1, D), (D, D), (D, 1); 1/L is left out.
+    sizes = {"input": (1.0, M), "hidden": (M, M), "output": (M, 1.0), "vector": (1.0, M)}
+    for name, (d_in, d_out) in sizes.items():
+        rows = {
+            "muon": ((d_out / d_in) ** 0.5, (d_in / d_out) ** 0.5),
+            "soap": ((d_out * d_in) ** 0.5 / d_in, (d_out * d_in) ** 0.5 / d_out),  # one block
+            "adamuon": (1 / d_in, (d_in * d_out) ** -0.5),
+            "adam_atan2": (1 / d_in, 1 / d_out),
+        }
+        for optimizer, (lr, epsilon) in rows.items():
+            found = scales(ROWS[name], OptimizerSpec(optimizer))
+            assert (found.lr, found.epsilon) == pytest.approx((lr, epsilon)), (name, optimizer)
+
+
+@pytest.mark.parametrize("graft", ["sgd", "adam", "rmsprop"])
+def test_a_graft_brings_its_row(graft: str) -> None:
+    row = "adam" if graft == "rmsprop" else graft
+    for geometry_ in ROWS.values():
+        found = scales(geometry_, OptimizerSpec("shampoo", e=0.7, graft=graft))
+        assert found.lr == scales(geometry_, OptimizerSpec(row)).lr
+        assert found.damping_in == scales(geometry_, OptimizerSpec("shampoo")).damping_in
+    with pytest.raises(mupass.PlanError, match="unknown graft"):
+        OptimizerSpec("shampoo", graft="lion")
+
+
 def test_damping_exponents_are_table_1() -> None:
     d_a = {"input": 0, "hidden": -1, "output": -1}
     d_b = {"input": 1, "hidden": 1, "output": 0}
