@@ -137,7 +137,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
-        if not own:
+        if not own and self._wanted():
             warnings.warn(
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to {fallback}. "
                 f"First reason: {left[0].parameter}: {left[0].reason}",
@@ -170,6 +170,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return own parameters -> block type, and the others -> reason."""
         raise NotImplementedError
+
+    def _wanted(self) -> bool:
+        """Return whether it is a surprise when no parameter is taken."""
+        return True
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """Return the preconditioned gradient of every own parameter that has a gradient."""

@@ -63,6 +63,9 @@ class MatrixOptimizer(PlannedOptimizer):
             own[name] = f"{self.spec.name} x{count}" if count > 1 else self.spec.name
         return own, reasons
 
+    def _wanted(self) -> bool:
+        return bool(self.roles)
+
     def _reason(self, geometry: Geometry) -> str:
         """Return why a parameter is not taken, or nothing."""
         if not geometry.fan_in_axes or not geometry.fan_out_axes:
