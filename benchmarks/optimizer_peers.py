@@ -1,9 +1,9 @@
 """Time of optimizer steps on a small GPT beside other libraries, interleaved in one run.
 
-All optimizers train on copies of one model; each round takes one step of each, so that a busy machine slows all
-alike. Only the optimizer's step is timed. A round's gradients are the same for all: they come from one forward
-and backward pass of the first model, and are copied. Recomputations (roots, bases) are due every PERIOD
-steps; the mean over whole periods is what training pays, the worst step is what it waits for.
+All optimizers train on copies of one model; each round takes one step of each, so that a busy machine slows
+all alike. Only the optimizer's step is timed. A round's gradients are the same for all: they come from one
+forward and backward pass of a model that stands still, and are copied. Recomputations (roots, bases) are due
+every PERIOD steps; the mean over whole periods is what training pays, the worst step is what it waits for.
 
     pip install heavyball pytorch_optimizer
     git clone https://github.com/facebookresearch/optimizers
@@ -121,20 +121,18 @@ def ours(compile: bool) -> dict[str, tuple[Make, str]]:
                 lambda m, size=size, graft=graft: mupass.Shampoo(
                     m, 1e-3, root_every=PERIOD, block_size=size, graft=graft, compile=compile
                 ),
-                f"Distributed Shampoo {size}",
+                f"Distributed Shampoo {size}{note}",
             )
-    table[f"mupass SOAP{suffix}"] = (
-        lambda m: mupass.SOAP(m, 1e-3, basis_every=PERIOD, block_size=SOAP_BLOCK, compile=compile),
-        "HeavyBall SOAP",
-    )
+    for size in (1024, 256):  # peers do not cut, and no side of this model is longer than 1024
+        table[f"mupass SOAP {size}{suffix}"] = (
+            lambda m, size=size: mupass.SOAP(m, 1e-3, basis_every=PERIOD, block_size=size, compile=compile),
+            "HeavyBall SOAP",
+        )
     table[f"mupass Muon{suffix}"] = (
         lambda m: mupass.Muon(m, 1e-2, product_dtype=torch.bfloat16, compile=compile),
         "torch Muon",
     )
     return table
-
-
-SOAP_BLOCK = 1024  # peers do not cut: no side of this model is longer
 
 
 def peers(distributed_shampoo: str | None) -> dict[str, Make]:
@@ -143,7 +141,10 @@ def peers(distributed_shampoo: str | None) -> dict[str, Make]:
     if distributed_shampoo:
         sys.path.insert(0, os.path.abspath(distributed_shampoo))
         for size in (256, 1024):
-            found[f"Distributed Shampoo {size}"] = lambda m, size=size: _distributed_shampoo(m, size)
+            for note in ("", " # adam"):
+                found[f"Distributed Shampoo {size}{note}"] = lambda m, size=size, graft=bool(note): (
+                    _distributed_shampoo(m, size, graft)
+                )
     for name, module, make in (
         ("HeavyBall SOAP", "heavyball", _heavyball),
         ("pytorch_optimizer SOAP", "pytorch_optimizer", _pytorch_optimizer),
@@ -158,7 +159,7 @@ def peers(distributed_shampoo: str | None) -> dict[str, Make]:
     return found
 
 
-def _distributed_shampoo(model: nn.Module, size: int) -> torch.optim.Optimizer:
+def _distributed_shampoo(model: nn.Module, size: int, graft: bool) -> torch.optim.Optimizer:
     from distributed_shampoo import AdamPreconditionerConfig, DistributedShampoo
 
     return DistributedShampoo(
@@ -168,13 +169,14 @@ def _distributed_shampoo(model: nn.Module, size: int) -> torch.optim.Optimizer:
         epsilon=1e-8,
         max_preconditioner_dim=size,
         precondition_frequency=PERIOD,
-        grafting_config=AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
+        grafting_config=AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8) if graft else None,
     )
 
 
 def _heavyball(model: nn.Module) -> torch.optim.Optimizer:
     import heavyball
 
+    heavyball.utils.compile_mode = "default"  # its own choice tunes every product for minutes
     return heavyball.SOAP(model.parameters(), lr=1e-3, precondition_frequency=PERIOD)
 
 
@@ -259,7 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30, help=f"a multiple of the period, {PERIOD}")
     parser.add_argument("--warm", type=int, default=11, help="steps before, counted as warm-up")
-    parser.add_argument("--distributed-shampoo", metavar="FOLDER", help="clone of facebookresearch/optimizers")
+    parser.add_argument(
+        "--distributed-shampoo", metavar="FOLDER", help="clone of facebookresearch/optimizers"
+    )
     parser.add_argument("--compile", action="store_true", help="also with compile=True")
     parser.add_argument("--only", nargs="+", help="words of the names to run")
     options = parser.parse_args(arguments)

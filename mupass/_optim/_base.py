@@ -258,9 +258,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.names if p.grad is not None]
-        if not grads:
+        if not grads or bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
             return True
-        return bool(torch.stack([g.isfinite().all() for g in grads]).all())
+        return all(bool(g.isfinite().all()) for g in grads)  # a sum of finite numbers may overflow
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""

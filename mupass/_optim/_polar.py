@@ -69,8 +69,8 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     """
     tall = x.shape[-2] > x.shape[-1]
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1) + epsilon
-    y = x / norm.clamp(min=torch.finfo(x.dtype).tiny)[:, None, None]
-    y = (y.mT if tall else y).to(dtype)
+    y = x.to(dtype) * norm.clamp(min=torch.finfo(x.dtype).tiny).reciprocal().to(dtype)[:, None, None]
+    y = y.mT if tall else y
     for number, (a, b, c) in enumerate(polynomials, 1):
         safe = MARGIN if number < len(polynomials) and dtype in {torch.bfloat16, torch.float16} else 1.0
         gram = y @ y.mT

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
+
 
 def inverse_roots(
-    bank: Tensor, damping: Tensor, power: float, previous: Tensor, relative: bool = False
+    bank: Tensor,
+    damping: Tensor,
+    power: float,
+    previous: Tensor,
+    relative: bool = False,
+    method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute ``(M + damping I)^-power`` for every matrix of a bank.
 
-    Power 1 is a Cholesky factorization, other powers (and relative damping) an eigendecomposition. A matrix
-    whose factorization fails, or whose result is not finite, keeps its previous root. A zero matrix with
-    zero damping (the layers under a zero-initialized readout) has the root zero: its gradient is zero too,
-    and nothing is 0/0.
+    Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU;
+    on other devices coupled Newton iterations where the power is 1/p, and an eigendecomposition for what
+    these do not solve. A matrix whose factorization fails, or whose result is not finite, keeps its
+    previous root. A zero matrix with zero damping (the layers under a zero-initialized readout) has the root
+    zero: its gradient is zero too, and nothing is 0/0.
 
     Args:
         bank: ``[K, n, n]`` symmetric positive semi-definite.
@@ -22,6 +30,7 @@ def inverse_roots(
         power: Positive power.
         previous: ``[K, n, n]`` roots to fall back on.
         relative: Whether damping is relative to each matrix' largest eigenvalue.
+        method: ``auto``, or ``eigh`` or ``newton`` on any device.
 
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
@@ -33,8 +42,11 @@ def inverse_roots(
     usable = (finite & ~empty)[:, None, None]
     safe = torch.where(usable, bank, eye)
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
-    if power == 1 and not relative:
+    p = root_index(power)
+    if power == 1 and not relative and method == "auto":
         root, solved = _cholesky(safe, rho, eye)
+    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        root, solved = _newton(safe, rho, p, relative)
     else:
         root, solved = _eigh(safe, rho, power, relative)
     solved &= root.isfinite().flatten(1).all(1)
@@ -48,6 +60,14 @@ def _cholesky(bank: Tensor, rho: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
     solved = info == 0
     factor = torch.where(solved[:, None, None], factor, eye)
     return torch.cholesky_inverse(factor), solved
+
+
+def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> tuple[Tensor, Tensor]:
+    root, solved = newton_roots(bank, rho * largest_eigenvalues(bank) if relative else rho, p)
+    if not bool(solved.all()):
+        rest = ~solved
+        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, relative)
+    return root, solved
 
 
 def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from mupass._optim._base import check_choice, check_number, check_period
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
 from mupass._optim._roots import inverse_roots
-from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe
+from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe, symmetric
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 from mupass._scales import GRAFTS
@@ -160,7 +160,7 @@ class Shampoo(MatrixOptimizer):
         stack = self._stacks[number]
         factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
         weight = weight[due].clamp(min=torch.finfo(weight.dtype).tiny)
-        average = factors[due] / weight[:, None, None]
+        average = symmetric(factors[due]) / weight[:, None, None]
         damping = self._damping(stack, side)[due]
         if self.damping_mode == "trace":
             damping = damping * average.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -13,7 +13,7 @@ from mupass._optim._fallback import EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
 from mupass._optim._roots import eigenbases
 from mupass._optim._shampoo import KERNELS
-from mupass._optim._sides import Schedule, add_weight, along, observe
+from mupass._optim._sides import Schedule, add_weight, along, observe, symmetric
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 
@@ -142,7 +142,7 @@ class SOAP(MatrixOptimizer):
     def _start(self, stack: Stack, side: int, slots: Tensor) -> None:
         """Compute the first basis of some slots; what has no decomposition keeps the axes."""
         factors, bases = stack.state[f"factor{side}"], stack.state[f"basis{side}"]
-        _, vectors, found = eigenbases(factors[slots])
+        _, vectors, found = eigenbases(symmetric(factors[slots]))
         axes = torch.eye(factors.shape[-1], dtype=stack.dtype, device=stack.device)
         bases[slots] = torch.where(found[:, None, None], vectors.flip(-1), axes)
         for i in (~found).nonzero().flatten().tolist():
@@ -156,12 +156,13 @@ class SOAP(MatrixOptimizer):
         state = self._stacks[number].state
         due = due[state["weight"][due] > 0]
         old = state[f"basis{side}"][due]
-        turned = state[f"factor{side}"][due] @ old
+        factor = symmetric(state[f"factor{side}"][due])
+        turned = factor @ old
         order = (old * turned).sum(-2).argsort(-1, descending=True)
         turned = turned.gather(-1, order[:, None, :].expand_as(turned))
         rounds = self._steps // self.basis_every
         if self.eigh_every and rounds % self.eigh_every == 0:
-            _, vectors, found = eigenbases(state[f"factor{side}"][due])
+            _, vectors, found = eigenbases(factor)
             turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
         new = torch.linalg.qr(turned).Q
         state[f"basis{side}"][due] = new
