@@ -5,6 +5,7 @@ optimizer = mupass.KFAC(model, lr=0.1)
 model = torch.compile(model)
 """
 
+from mupass._alignment import Alignment, AlignmentProbe, alignment
 from mupass._analyze import analyze
 from mupass._errors import (
     CaptureError,
@@ -22,6 +23,8 @@ from mupass._transform import transform
 
 __version__ = "0.1.0"
 __all__ = [
+    "Alignment",
+    "AlignmentProbe",
     "Analysis",
     "CaptureError",
     "Entry",
@@ -41,6 +44,7 @@ __all__ = [
     "Shampoo",
     "TransformError",
     "Use",
+    "alignment",
     "analyze",
     "param_groups",
     "plan_of",

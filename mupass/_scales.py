@@ -28,7 +28,8 @@ from mupass._geometry import Geometry
 
 ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
 GRAFTS = ("none", "sgd", "adam", "rmsprop")
-OPTIMIZERS = ("sgd", *ENTRYWISE, "kfac", "foof", "shampoo", "soap", "muon")
+ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
+OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,21 @@ class OptimizerSpec:
     """What the scale table must know of an optimizer: its family and the powers it applies.
 
     Attributes:
-        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``kfac``, ``foof``, ``shampoo``, ``soap``,
-            ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions the input side only: it fixes
-            ``e_a = 1`` and ``e_b = 0``.
+        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``adafactor``, ``kfac``, ``foof``,
+            ``shampoo``, ``soap``, ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions the input
+            side only: it fixes ``e_a = 1`` and ``e_b = 0``. ``adafactor`` is Adam times the root mean
+            square of the weight.
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
         graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        alignment: ``full`` or ``none`` for the largest rates at which every layer is stable when updates and
+            activations are aligned so (Everett et al., arXiv 2407.05872): SGD and Adam families, any
+            parameterization. None for the rates of the parameterization itself.
 
     Raises:
-        PlanError: Unknown name; a power that is NaN, infinite or negative.
+        PlanError: Unknown name; a power that is NaN, infinite or negative; an alignment for an optimizer
+            that has none.
     """
 
     name: str
@@ -53,12 +59,17 @@ class OptimizerSpec:
     e_b: float = 1.0
     e: float = 0.5
     graft: str = "none"
+    alignment: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
         if self.graft not in GRAFTS:
             raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
+        if self.alignment not in {None, "full", "none"}:
+            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none")
+        if self.alignment and self.name not in ALIGNED:
+            raise PlanError(f"alignment= has rows for {', '.join(ALIGNED)}, not for {self.name}")
         for field in ("e_a", "e_b", "e"):
             power = getattr(self, field)
             if isinstance(power, bool) or not isinstance(power, (int, float)):
@@ -80,8 +91,9 @@ class OptimizerSpec:
         """Return the name with the powers that matter to it."""
         if self.name in {"kfac", "foof"}:
             return f"{self.name}(e_a={self.e_a:g}, e_b={self.e_b:g})"
-        graft = f", graft={self.graft}" if self.graft != "none" else ""
-        return f"{self.name}(e={self.e:g}{graft})" if self.name == "shampoo" else self.name
+        if self.name == "shampoo":
+            return f"shampoo(e={self.e:g}{f', graft={self.graft}' if self.graft != 'none' else ''})"
+        return f"{self.name}(alignment={self.alignment})" if self.alignment else self.name
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,11 @@ def powers(
     none = (0.0, 0.0)
     beta = row(parameterization).readout_power
     if beta is None:
-        return {scale: none for scale in SCALES}
+        table = {scale: none for scale in SCALES}
+        if optimizer.alignment:  # one rate for each layer, on the user's 1/sqrt(fan_in)
+            table["lr"] = aligned_powers(geometry, optimizer, 0.5)
+            table["epsilon"] = epsilon_powers(optimizer, 0.5)
+        return table
     h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
     damping_in, damping_out = {
         "kfac": (h2, delta2),
@@ -210,10 +226,12 @@ def powers(
         "shampoo": ((1.0, 1 - 2 * beta),) * 2,
     }.get(optimizer.name, (none, none))
     return {
-        "init": (-beta if geometry.role == "output" else -0.5, 0.0),
+        "init": (-_weight_power(geometry, beta), 0.0),
         # A tied embedding has entries of Theta(1) where a readout has 1/m**beta; m is its kept axis.
         "multiplier": (0.0, -beta) if geometry.readout_uses else none,
-        "lr": lr_powers(optimizer, beta),
+        "lr": aligned_powers(geometry, optimizer, beta)
+        if optimizer.alignment
+        else lr_powers(geometry, optimizer, beta),
         "damping_in": damping_in,
         "damping_out": damping_out,
         "epsilon": epsilon_powers(optimizer, beta),
@@ -221,7 +239,7 @@ def powers(
     }
 
 
-def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     """Powers of ``(m_in, m_out)`` in the learning rate, from ``delta . (dW h) = Theta(1)``.
 
     * SGD, ``dW = delta h^T``: ``|delta|^2 |h|^2``.
@@ -232,8 +250,10 @@ def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     * Shampoo with a graft has the magnitude, and so the row, of what is grafted.
     * Muon, ``dW = delta h^T / (|delta| |h|)``: ``|delta| |h|``, which is Shampoo's with ``e = 1/2``. SOAP
       is Adam in the basis of singular vectors, where ``delta h^T`` has one entry: the same.
+    * Adafactor, ``dW = RMS(W) sign(delta) sign(h)^T``: Adam's, times the order of the weights.
 
     Args:
+        geometry: Role of the parameter.
         optimizer: Family and powers.
         beta: Readout power of the parameterization.
 
@@ -244,6 +264,8 @@ def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     name = optimizer.graft if grafted else optimizer.name
     if name in {*ENTRYWISE, "rmsprop"}:
         return (-1.0, beta - 1)
+    if name == "adafactor":
+        return (_weight_power(geometry, beta) - 1, beta - 1)
     e_in, e_out = {
         "sgd": (0.0, 0.0),
         "shampoo": (optimizer.e, optimizer.e),
@@ -251,6 +273,31 @@ def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
         "muon": (0.5, 0.5),
     }.get(name, (optimizer.e_a, optimizer.e_b))
     return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
+
+
+def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in the largest stable rate of each layer: ``RMS(dW h) = Theta(1)``.
+
+    Everett et al., arXiv 2407.05872, table 1, in the gauge without multipliers. An entry of ``dW h`` is a sum
+    of ``m_in`` terms: of that order when they are aligned, of its root when they are not. What one entry of
+    ``dW`` is: ``m_out^-beta`` for SGD, 1 for Adam, ``RMS(W)`` for Adafactor. One thing more bounds SGD's
+    readout: gradients of the layers below are made of its weights, which must not grow beyond their start.
+
+    Args:
+        geometry: Role of the parameter.
+        optimizer: One of `ALIGNED` with an alignment.
+        beta: Readout power of the parameterization.
+    """
+    terms = 1.0 if optimizer.alignment == "full" else 0.5
+    if optimizer.name == "sgd":
+        return (-max(terms, beta) if geometry.role == "output" else -terms, beta)
+    weight = _weight_power(geometry, beta) if optimizer.name == "adafactor" else 0.0
+    return (weight - terms, 0.0)
+
+
+def _weight_power(geometry: Geometry, beta: float) -> float:
+    """Return the power of ``1/m_in`` in the weights."""
+    return beta if geometry.role == "output" else 0.5
 
 
 def epsilon_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:

@@ -17,6 +17,7 @@ COLUMNS = {
     "adam": {"lr": "lr", "epsilon": "epsilon"},
     "adamw": {"lr": "lr", "epsilon": "epsilon"},
     "adam_atan2": {"lr": "lr"},
+    "adafactor": {"lr": "lr"},
     "adamuon": {"lr": "lr", "epsilon": "epsilon"},
     "kfac": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
     "foof": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
@@ -115,7 +116,10 @@ def explanation(plan: Plan, entry: Entry) -> str:
     exponents = powers(g, plan.optimizer, plan.parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
     shown = ["init", *multiplier, *COLUMNS[plan.optimizer.name], "weight_decay"]
-    cells = [["  " + name, formula(exponents[name], g), f"[{SOURCES[name]}]"] for name in shown]
+    sources = SOURCES
+    if plan.optimizer.alignment:
+        sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
+    cells = [["  " + name, formula(exponents[name], g), f"[{sources[name]}]"] for name in shown]
     lines += _align(cells)
     return "\n".join([*lines, f"source of the row: {row(plan.parameterization).source}"])
 
