@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim._fallback import FALLBACKS, average, fallback_step
-from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks
+from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
@@ -142,7 +142,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
-        if not own:
+        if not own and self._wanted():
             warnings.warn(
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to {fallback}. "
                 f"First reason: {left[0].parameter}: {left[0].reason}",
@@ -175,6 +175,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return own parameters -> block type, and the others -> reason."""
         raise NotImplementedError
+
+    def _wanted(self) -> bool:
+        """Return whether it is a surprise when no parameter is taken."""
+        return True
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """Return the preconditioned gradient of every own parameter that has a gradient."""
@@ -271,11 +275,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         grads = [p.grad for p in self.names if p.grad is not None]
         if not grads:
             return True
-        shards = any(is_sharded(g) for g in grads)
-        grads = [local(g) for g in grads]
-        # One pass each: a sum hands NaN and infinity on.
-        sums = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-        return bool((sum_over_ranks([sums])[0] if shards else sums).isfinite().all())
+        sums = torch.stack([local(g).sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+        if any(is_sharded(g) for g in grads):
+            sums = sum_over_ranks([sums])[0]
+        if bool(sums.isfinite().all()):
+            return True
+        return all(bool(whole(g).isfinite().all()) for g in grads)  # a sum of finite numbers may overflow
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""
@@ -291,17 +296,25 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if group["algorithm"] == self.spec.name:
                 if p not in directions:
                     continue
-                update = average(directions[p], state, group["momentum"])
+                update = self._smooth(directions[p], state, group["momentum"])
             else:
                 update = fallback_step(p.grad, state, group)
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
 
+    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+        """Return the update, with momentum unless the direction has it already."""
+        return average(direction, state, momentum)
+
     def _dampings(self) -> dict[str, float]:
-        """Return the damping of every own parameter; a schedule may have changed its group."""
+        """Return the damping of every own parameter."""
+        return self._setting("damping")
+
+    def _setting(self, key: str) -> dict[str, float]:
+        """Return a number of every own parameter's group; a schedule may have changed it."""
         own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
-        return {self.names[p]: g["damping"] for g in own for p in g["params"]}
+        return {self.names[p]: g[key] for g in own for p in g["params"]}
 
     def _extra_state(self) -> dict[str, Any]:
         """Return the subclass's own state."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Any
 
+import torch
 from torch import Tensor
 
-FALLBACKS = ("adamw", "sgd")
+FALLBACKS = ("adamw", "adam_atan2", "sgd")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8  # at the base width
 
@@ -24,7 +26,11 @@ def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     """
     if group["algorithm"] == "sgd":
         return average(grad, state, group["momentum"])
-    return _adamw(grad, state, EPSILON * group["mupass_epsilon"])
+    mean, root = _adam_averages(grad, state)
+    if group["algorithm"] == "adam_atan2":
+        # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
+        return torch.atan2(mean, root) * (4 / pi)
+    return mean / (root + EPSILON * group["mupass_epsilon"])  # type: ignore[no-any-return]
 
 
 def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
@@ -44,16 +50,17 @@ def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor
     return state["momentum"]  # type: ignore[no-any-return]
 
 
-def _adamw(grad: Tensor, state: dict[str, Any], epsilon: float) -> Tensor:
+def _adam_averages(grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return Adam's mean and root mean square of gradients, corrected for their start from zero."""
     if "step" not in state:
         state["step"], state["mean"], state["square"] = (
             0,
-            grad.new_zeros(grad.shape),
-            grad.new_zeros(grad.shape),
+            torch.zeros_like(grad),
+            torch.zeros_like(grad),
         )
     state["step"] += 1
     state["mean"].lerp_(grad, 1 - BETAS[0])
     state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
     mean = state["mean"] / (1 - BETAS[0] ** state["step"])
     square = state["square"] / (1 - BETAS[1] ** state["step"])
-    return mean / (square.sqrt() + epsilon)  # type: ignore[no-any-return]
+    return mean, square.sqrt()

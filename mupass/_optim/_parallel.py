@@ -81,8 +81,8 @@ def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
     for name, parameter in names:
         if is_sharded(parameter):
             raise OptimizerError(
-                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use "
-                "DistributedDataParallel, mupass.KFAC, or torch.optim with mupass.param_groups, which takes shards"
+                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use mupass.KFAC, "
+                "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes shards"
             )
 
 
