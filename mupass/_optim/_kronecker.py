@@ -119,7 +119,13 @@ class Kronecker:
         self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
         self.phase = _phases(self._all, stagger)
         self.kinds = self._index(scales)
-        self.unit_rho: dict[str, Tensor] = {}  # dampings of the number 1, the input factor of vectors
+        # Dampings of the number 1, the input factor of vectors.
+        self.unit_rho = {
+            f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
+            for like in self.kinds
+            for p in like.pairs
+            if not p.block.a
+        }
         self.rooted = False
 
     def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
@@ -283,7 +289,6 @@ class Kronecker:
     def _damp(self, dampings: Mapping[str, float]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         rho: list[Tensor] = [bank.weight for bank in self._all]
-        self.unit_rho = {}
         for kind in self.kinds:
             traces = torch.cat([self._all[i].traces() for i in kind.banks])
             rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
