@@ -49,7 +49,7 @@ def gat_v2(k: int) -> nn.Module:
 
 
 @CASES(
-    GRAPH, r"convs\.0\.(pre_nns|post_nns.*:1)|convs\.1\.(post_nns.*:0|lin\.weight:1)"
+    GRAPH, r"convs\.0\.(pre_nns.*:0|post_nns.*:1)|convs\.1\.(post_nns.*:0|lin\.weight:1)"
 )  # a size of data, twice over
 def pna(k: int) -> nn.Module:
     return pyg.PNA(
