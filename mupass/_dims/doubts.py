@@ -86,10 +86,13 @@ def _wide_heads(wiring: Wiring) -> Found:
     """A last width far above the one before it, which only readouts see."""
     for dim in wiring.widths:
         source = wiring.source(dim)
-        if not source or wiring.space.size(dim) < WIDE * source or not wiring.readers(dim):
+        if not source or wiring.space.size(dim) < WIDE * source or not wiring.is_made(dim):
             continue
-        if not any(wiring.verdicts.is_firm(d) for s in wiring.sources(dim) for d in s):
-            continue  # wide beside something narrow
+        narrow = [d for s in wiring.sources(dim) for d in wiring.grown(s) if not wiring.verdicts.is_firm(d)]
+        if narrow and wiring.space.size(dim) <= (
+            wiring.before(narrow[0], STRAIGHT) or wiring.space.size(dim)
+        ):
+            continue  # wide only beside something narrow
         region = _plateau(wiring, dim)
         for member in region:
             yield member, f"only readouts see it and the width before it has {source}"
@@ -97,6 +100,8 @@ def _wide_heads(wiring: Wiring) -> Found:
 
 def _plateau(wiring: Wiring, start: int) -> set[int]:
     """Return what is made of a width, and again of that, if all of it has its size."""
+    if not wiring.readers(start):
+        return set()
     region, todo = {start}, [start]
     while todo:
         for out in {d for r in wiring.readers(todo.pop()) for d in wiring.grown(r)} - region:
@@ -139,7 +144,7 @@ def _unread(wiring: Wiring) -> Found:
     """What weights make and none reads: it ends in a reduction, a comparison, or unused."""
     verdicts, space = wiring.verdicts, wiring.space
     read, made = verdicts.relatives(verdicts.facts.fan_in), set(map(space.find, verdicts.facts.fan_out))
-    for dim in sorted(made.intersection(wiring.widths)):
+    for dim in filter(verdicts.is_firm, sorted(made)):
         if dim not in read:
             yield dim, "no weight reads it again"
         elif not wiring.readers(dim) and _own_heads(wiring, dim):
@@ -150,10 +155,10 @@ def _own_heads(wiring: Wiring, dim: int) -> bool:
     """Whether a width of heads has another size per head than all of the same heads that weights read."""
     space = wiring.space
     for term in space.terms_of(dim, "product"):
-        rest = {space.size(m) for m in term if not wiring.verdicts.grows(m)}
+        inner = {p for m in term if not wiring.verdicts.grows(m) for p in (m, *wiring.parts(m))}
         read = [w for m in wiring.grown(term) for w in wiring.around(m) if wiring.readers(w)]
         sizes = {space.size(m) for w in read for t in space.terms_of(w, "product") for m in t}
-        if read and not rest & sizes:
+        if sizes and not sizes & set(map(space.size, inner)):
             return True
     return False
 
@@ -177,6 +182,11 @@ def _mixing(wiring: Wiring) -> Found:
 def _factors(wiring: Wiring) -> Found:
     """Where a width is a product of which no fact fixes one factor, that the other grows is a policy too."""
     verdicts, space = wiring.verdicts, wiring.space
+    for side in wiring.sides:
+        fixed = [d for d in side if (v := verdicts.get(d)) and v.policy and not v.infinite]
+        if any(d not in wiring.alternatives for d in fixed):
+            for dim in wiring.grown(side):
+                yield dim, "policy: of several axes that are one width together, this one grows"
     for kind in ("product", "groups"):
         for whole, members in space.terms(kind):
             grown, rest = wiring.grown(members), [m for m in members if not verdicts.grows(m)]
@@ -187,6 +197,9 @@ def _factors(wiring: Wiring) -> Found:
                 sizes = " x ".join(str(space.size(m)) for m in members)
                 for member in grown:
                     yield member, f"policy: of the factors {sizes} of a width, this one grows"
+                for member in open_ if grown else ():
+                    if verdicts.get(member) is None:
+                        yield member, f"policy: of the factors {sizes} of a width, another grows"
 
 
 def _follow(verdicts: Verdicts) -> None:

@@ -107,10 +107,9 @@ class Verdicts:
         return dims
 
     def question(self, dim: int, why: str) -> None:
-        """Mark a verdict as settled by a policy only, unless the caller gave it."""
-        known = self.get(dim)
-        if known is not None and self.space.find(dim) not in self._imposed:
-            self._known[self.space.find(dim)] = Verdict(known.infinite, why, True)
+        """Mark a verdict as settled by a policy only, unless the caller gave it; an open one is finite."""
+        if self.space.find(dim) not in self._imposed:
+            self._known[self.space.find(dim)] = Verdict(self.grows(dim), why, True)
 
     def relatives(self, dims: Iterable[int]) -> set[int]:
         """Return the classes reached from dimensions through products, sums and derivations."""

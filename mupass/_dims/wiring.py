@@ -14,9 +14,9 @@ class Wiring:
     def __init__(self, verdicts: Verdicts):
         self.verdicts, self.space = verdicts, verdicts.space
         find, facts = self.space.find, verdicts.facts
-        self._parts: dict[int, set[int]] = defaultdict(set)
+        self._parts: dict[str, dict[int, set[int]]] = {k: defaultdict(set) for k in ("product", "sum")}
         self._wholes: dict[int, set[int]] = defaultdict(set)
-        self._alternatives = {find(d) for d in facts.alternatives}
+        self.alternatives = {find(d) for d in facts.alternatives}
         self._straight = {find(d) for d in facts.straight} - {find(d) for d in facts.bent}
         self._ranked = {find(d) for d in facts.ranked}
         self._positions = {find(d) for d in facts.positions}
@@ -24,29 +24,32 @@ class Wiring:
         self.fans = {find(d) for d in (*facts.fan_in, *facts.fan_out)}
         for kind in ("product", "sum"):
             for whole, members in self.space.terms(kind):
-                self._parts[whole].update(members)
+                self._parts[kind][whole].update(members)
                 for member in members:
                     self._wholes[member].add(whole)
+        self.sides: list[tuple[int, ...]] = []
         self._made_of: dict[int, set[tuple[int, ...]]] = defaultdict(set)
         self._read_into: dict[int, set[tuple[int, ...]]] = defaultdict(set)
         for into, out in facts.weights:
             ins, outs = (tuple(sorted({find(d) for d in side})) for side in (into, out))
+            self.sides += [outs, tuple(d for d in ins if verdicts.get(d) is None or verdicts.grows(d))]
             for dim in outs:
                 self._made_of[dim].add(ins)
             for dim in ins:
                 self._read_into[dim].add(outs)
+        self._joint = {d for s in self.sides if sum(self.space.size(d) > 1 for d in s) > 1 for d in s}
 
     @property
     def widths(self) -> list[int]:
-        """The dimensions of weights that grow and that nothing speaks against so far."""
-        return [d for d in sorted(self.fans) if self.verdicts.is_firm(d)]
+        """Whole dimensions of weights that grow and that nothing speaks against so far."""
+        return [d for d in sorted(self.fans - self._joint) if self.verdicts.is_firm(d)]
 
     def sources(self, dim: int) -> set[tuple[int, ...]]:
-        """Return, for each weight that makes the dimension, a whole or a part of it, what it contracts.
+        """Return, for each weight that makes the dimension, what it is joined into or of, what it contracts.
 
         The rows of a codebook stand in for what was made; they are no source.
         """
-        made = {s for d in self.around(dim) for s in self._made_of[d]}
+        made = {s for d in self.wholes(dim) | self._parts["sum"][dim] for s in self._made_of[d]}
         return {s for s in made if not self._ranked & set(s)} or made
 
     def readers(self, dim: int) -> set[tuple[int, ...]]:
@@ -102,7 +105,7 @@ class Wiring:
         for members in self.space.terms_of(dim, "product")[:1]:
             for member in members:
                 verdict = self.verdicts.get(member)
-                per_head = verdict and verdict.policy and member not in self._alternatives
+                per_head = verdict and verdict.policy and member not in self.alternatives
                 if not (verdict and verdict.infinite or per_head):
                     size //= self.space.size(member)
         return size
@@ -116,14 +119,26 @@ class Wiring:
         """Whether weights read it with no nonlinearity after the weight that made it."""
         return bool(self._straight & self.around(dim))
 
-    def around(self, dim: int) -> set[int]:
-        """Return a dimension with the products and sums that it is part of, and its own parts."""
-        found, todo = {dim, *self._parts[dim]}, [dim]
+    def wholes(self, dim: int) -> set[int]:
+        """Return a dimension with the products and sums that it is part of."""
+        found, todo = {dim}, [dim]
         while todo:
             wholes = self._wholes[todo.pop()] - found
             found |= wholes
             todo += wholes
         return found
+
+    def around(self, dim: int) -> set[int]:
+        """Return a dimension with what it is part of, and its own parts and factors."""
+        return self.wholes(dim) | self.parts(dim)
+
+    def parts(self, dim: int) -> set[int]:
+        """Return the parts and factors of a dimension."""
+        return self._parts["sum"][dim] | self._parts["product"][dim]
+
+    def is_made(self, dim: int) -> bool:
+        """Whether a weight makes the dimension itself."""
+        return dim in self._made_of
 
     def codebook(self, dim: int) -> bool:
         """Whether it is the width of a table of which the nearest row is picked."""

@@ -348,7 +348,7 @@ def wav2vec2_xvector(k: int) -> nn.Module:
     )
 
 
-@CASES(WAVE, r"quantizer\.weight_proj.*:0|(project_q|project_hid).*:0")  # projections
+@CASES(WAVE, r"codevectors:[12]|weight_proj.*:0|(project_q|project_hid).*:0")  # projections
 def wav2vec2_pretraining(k: int) -> nn.Module:
     return hf.Wav2Vec2ForPreTraining(
         hf.Wav2Vec2Config(
