@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mupass._capture import Capture, capture, parameter_names
+from mupass._constants import constant_notes, find_constants
 from mupass._dims.space import SizeConflict
 from mupass._errors import InferenceError
 from mupass._fused import find_fusions
@@ -167,6 +168,7 @@ def _assemble(
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
+    warnings += constant_notes(find_constants(captured, solved), names.term, sizes.of_any)
     ratios = [
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
@@ -193,6 +195,10 @@ class _BaseSizes:
         self.solved, self.space = solved, solved.engine.space
         self.given: dict[int, float] = {}
         self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
+        if isinstance(base, nn.Module):
+            shapes = {n: p.shape for n, p in base.named_parameters()}
+            rows = [zip(dims, shapes[n], strict=True) for n, dims in solved.dims.items()]
+            self.given = {self.space.find(d): float(size) for row in rows for d, size in row}
         if isinstance(base, Mapping):
             for name, size in base.items():
                 found = names.find(name)
@@ -203,6 +209,9 @@ class _BaseSizes:
             self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
         self.factor = self.base_width / width
 
+    def of_any(self, dim: int) -> float:
+        return self.of(dim, self.solved.verdicts.grows(dim))
+
     def of(self, dim: int, infinite: bool) -> float:
         root, size = self.space.find(dim), self.space.size(dim)
         if root in self.given:
@@ -211,7 +220,7 @@ class _BaseSizes:
             return size
         for kind, combine in (("product", prod), ("sum", sum)):
             for members in self.space.terms_of(root, kind):
-                parts = [self.of(m, self.solved.verdicts.grows(m)) for m in members]
+                parts = [self.of_any(m) for m in members]
                 if any(self.solved.verdicts.grows(m) for m in members):
                     return float(combine(parts))
         return size * self.factor
@@ -275,9 +284,9 @@ def geometry_of(
 def _attention_notes(solved: Inference) -> tuple[str, ...]:
     """Attention whose head_dim grows needs logits scaled by 1/d, which no parameter can give."""
     notes = {}
-    for dim, _, where in solved.engine.facts.attention:
-        if solved.verdicts.grows(dim):
-            notes[where] = (
-                f"{where}: head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)"
-            )
+    for dim, scale, where in solved.engine.facts.attention:
+        size = solved.engine.space.size(dim)
+        if solved.verdicts.grows(dim) and not (scale and math.isclose(scale, 1 / size, rel_tol=1e-5)):
+            given = "1/sqrt(head_dim)" if scale is None or math.isclose(scale, size**-0.5) else f"{scale:.6g}"
+            notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim, not {given}"
     return tuple(notes.values())
