@@ -67,7 +67,7 @@ def _bracketed(term: str) -> str:
     return f"({term})" if "+" in term else term
 
 
-def name_dims(model: nn.Module, solved: Inference) -> DimNames:
+def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = None) -> DimNames:
     """Name the dimensions that grow, and those that a policy keeps fixed.
 
     The part a dimension plays in the graph decides first: batch and inner axes of attention are heads and
@@ -77,6 +77,7 @@ def name_dims(model: nn.Module, solved: Inference) -> DimNames:
     Args:
         model: The module, searched for a ``config`` and for attributes.
         solved: The inference.
+        alone: Inference without the caller's verdicts, whose policies tell heads from head_dim.
 
     Returns:
         The names.
@@ -85,7 +86,7 @@ def name_dims(model: nn.Module, solved: Inference) -> DimNames:
     table: dict[int, str] = {}
     order = _carried(solved)
     known = [d for d in order if (v := solved.verdicts.get(d)) and (v.infinite or v.policy)]
-    _name_attention(solved, table)
+    _name_attention(alone or solved, table)
     grown = [d for d in known if solved.verdicts.get(d).infinite and d not in table]  # type: ignore[union-attr]
     if table and grown:
         table.setdefault(grown[0], "d_model")

@@ -127,7 +127,7 @@ def test_attention_is_warned_of_only_where_head_dim_grows(how: str) -> None:
     found = notes(Attention(how), ids, dims={"gain:0": "infinite"}, base=8)
     expected = {
         "fused": "head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)",
-        "given": "head_dim grows, so logits must scale as 1/head_dim, not 0.2",
+        "given": "head_dim grows, so logits must scale as 1/head_dim; see that the scale given, 0.2, does",
         "scores": "multiplies attention by 0.25, which is the size of head_dim to the power -0.5; it grows",
         "query": "multiplies attention by 0.25, which is the size of head_dim to the power -0.5; it grows",
     }
