@@ -186,3 +186,36 @@ def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
     factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
     std = None if found.std is None else found.std * factor
     return Init(found.text, std, factor, found.doubtful)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How to draw a parameter anew at its base shape.
+
+    Attributes:
+        constant: The value, where all entries are equal.
+        std: Standard deviation that the law gives at the base shape; None for constants and meta tensors.
+        uniform: Whether the distribution is flat.
+    """
+
+    constant: float | None
+    std: float | None
+    uniform: bool
+
+
+def draws(tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry]) -> dict[str, Draw]:
+    """Tell how the user's law would initialize every parameter at its base shape.
+
+    Args:
+        tensors: Parameters by name, with the user's initial values.
+        geometries: Their geometry; its base shapes are the shapes to be drawn.
+
+    Returns:
+        Parameter name -> `Draw`.
+    """
+    samples, fixed = _measure(tensors, geometries, {})
+    found = {name: Draw(tensors[name].flatten()[0].item(), None, False) for name in fixed}
+    for f in find_laws(samples):
+        std = None if f.std is None else f.std * sqrt(f.sample.fans.ratio(f.kind))
+        found[f.sample.name] = Draw(None, std, f.sample.uniform)
+    return found
