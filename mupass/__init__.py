@@ -12,12 +12,14 @@ from mupass._errors import (
     MupassError,
     OptimizerError,
     PlanError,
+    ResizeError,
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
+from mupass._resize import resize
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "ResizeError",
     "Scales",
     "Shampoo",
     "TransformError",
@@ -42,5 +45,6 @@ __all__ = [
     "analyze",
     "param_groups",
     "plan_of",
+    "resize",
     "transform",
 ]
