@@ -22,10 +22,14 @@ from mupass._dims.facts import Value
 from mupass._infer import Inference
 from mupass._sizes import NewSizes
 
-# Attribute names that seldom hold a width, and those of numbers that scale with one; they order options.
+# Names of attributes that seldom hold a width, that often do, and that scale with one; they order options.
 FIXED_NAMES = re.compile(
-    r"head_dim|d_kv|image|img|patch|grid|vocab|labels|classes|position|length|groups|kernel|stride|window|bucket|"
+    r"head_dim|d_kv|image|img|patch|grid|vocab|labels|classes|position|length|distance|groups|kernel|stride|window|bucket|"
     r"state|layers|depth|_id|padding|num_embeddings|rank|rope|expert"
+)
+SIZE_NAMES = re.compile(
+    r"dim|size|shape|features|channels|hidden|heads?\b|width|embd|embed|planes|filters|units|inner|model|"
+    r"^d$|^c$|^h$|^d_|_d$|^n_head"
 )
 SCALE_NAMES = re.compile(r"scal|sqrt|norm_factor|inv_norm|mult|temperature")
 MODULE_TABLES = ("training", "_parameters", "_buffers", "_modules", "_flat_weights")
@@ -59,11 +63,13 @@ class Attributes:
         sizes: The new sizes.
         handled: Module path -> dimensions that the module or its descendants handle.
         slots: What was met so far, and in which modules.
+        hints: (name, value) of a configuration's entry -> what modules that hold the same take for likely.
     """
 
     sizes: NewSizes
     handled: Mapping[str, set[int]]
     slots: dict[Slot, set[str]] = field(default_factory=lambda: defaultdict(set))
+    hints: dict[tuple[str, Number], Number] = field(default_factory=dict)
     _tables: dict[str, dict[int, Counter[int]]] = field(default_factory=dict)
 
     def slot(self, path: str, holder: str, name: str, value: Number) -> Slot | None:
@@ -72,10 +78,23 @@ class Attributes:
             path = path.rpartition(".")[0]
         options: tuple[Number, ...]
         if isinstance(value, int):
-            options = tuple(self._sizes(path, name, value))
+            hint = [self.hints[name, value]] if (name, value) in self.hints and not path else []
+            options = tuple(dict.fromkeys([*hint, *self._sizes(path, name, value)]))
         else:
             options = tuple(self._roots(path, name, value))
         return Slot(holder, name, value, options) if any(o != value for o in options) else None
+
+    def take_hints(self, model: nn.Module) -> None:
+        """Let modules tell what entries of the configuration mean: they know which dimensions they handle.
+
+        Args:
+            model: The module that has the configuration.
+        """
+        for path, module in model.named_modules():
+            for name, value in vars(module).items() if path else ():
+                if type(value) is int and name != "training":
+                    slot = self.slot(path, type(module).__name__, name, value)
+                    self.hints.setdefault((name, value), value if slot is None else slot.options[0])
 
     def pick(self, choice: Mapping[Slot, int]) -> Pick:
         """Return the function that rewrites a number by the option chosen for its slot, else the first."""
@@ -107,8 +126,14 @@ class Attributes:
         changed = [n for n, _ in near.most_common() if n != value]
         elsewhere = [n for n, _ in far.most_common() if n != value]
         if FIXED_NAMES.search(name):
-            return list(dict.fromkeys([value, *changed, *elsewhere]))
-        return list(dict.fromkeys([*changed, value, *elsewhere]))
+            likely = [value]
+        elif SIZE_NAMES.search(name):
+            likely = [value] if not changed and value in near else [*changed, *elsewhere]
+        else:  # a small number is hardly a size
+            likely = changed if value >= 16 and value not in near else [value]
+        scaled = value * self.sizes.factor  # where the graph splits no dimension of this size off
+        last = [round(scaled)] if abs(scaled - round(scaled)) < 1e-6 and scaled >= 1 else []
+        return list(dict.fromkeys([*likely, value, *changed, *elsewhere, *last]))
 
     def _roots(self, path: str, name: str, value: float) -> list[float]:
         """Return options for a number such as sqrt(d_model); no shape tells, so there is only one."""

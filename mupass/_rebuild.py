@@ -18,10 +18,11 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mupass._attributes import Attributes, Slot, nearest, rewrite_config, rewrite_modules
-from mupass._capture import Capture, export, parameter_names, quiet
+from mupass._capture import Capture, export, fresh_copy, parameter_names, quiet
 from mupass._dims.facts import Value
 from mupass._dims.graph import operator_name
 from mupass._errors import CaptureError, ResizeError
+from mupass._inputs import try_forward
 from mupass._record import record
 from mupass._sizes import NewSizes
 
@@ -39,22 +40,23 @@ FIRST_ONLY = ("aten.embedding_bag", "aten._embedding_bag")
 TRIES = 60
 
 Shapes = list[tuple[int | None, ...]]
-Builder = Callable[[Attributes, Mapping[Slot, int]], nn.Module]
+Builder = Callable[[Mapping[Slot, int]], nn.Module]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How far a candidate got: parameters that fit, operators that fit, the module to blame, the message."""
+    """How far a candidate got: parameters that fit, whether it ran, operators that fit; and what went wrong."""
 
     parameters: int
+    ran: bool
     operators: int
     where: str
     message: str
 
     @property
-    def score(self) -> tuple[int, int]:
+    def score(self) -> tuple[int, bool, int]:
         """Order of failures; more is nearer to success."""
-        return self.parameters, self.operators
+        return self.parameters, self.ran, self.operators
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,16 @@ class Target:
         if wrong or len(got) != len(self.shapes):
             name = wrong[0] if wrong else next(n for n in got if n not in self.shapes)
             message = f"{name} has shape {got.get(name)}, not {self.shapes.get(name)}"
-            return Failure(len(self.shapes) - len(wrong), 0, name.rpartition(".")[0], message)
+            return Failure(len(self.shapes) - len(wrong), False, 0, name.rpartition(".")[0], message)
         try:
-            again = self._captured(candidate)
+            with quiet():
+                again = self._captured(candidate)
         except Exception as error:  # a wrong number may raise anything
             where = _blamed(candidate, error)
-            seen = self.owners.index(where) if where in self.owners else 0
-            text = str(error).strip().splitlines()
-            return Failure(
-                len(got),
-                seen,
-                where,
-                f"{type(error).__name__}: {text[0] if text else ''} (in {where or 'the root module'})",
-            )
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            message = f"{type(error).__name__} in {where or 'the root module'}: {text}"
+            with quiet():
+                return Failure(len(got), False, self._progress(candidate), where, message)
         return self._difference(again)
 
     def _captured(self, candidate: nn.Module) -> Capture:
@@ -107,6 +106,27 @@ class Target:
             return export(candidate, args, kwargs)
         reason = CaptureError("recorded as the source was")
         return record(candidate, args, kwargs, *parameter_names(candidate), reason)
+
+    def _progress(self, candidate: nn.Module) -> int:
+        """Return the number of operators up to the last module that a failing run completes."""
+        done: set[str] = set()
+        handles = [
+            module.register_forward_hook(lambda *_, path=path: done.add(path))
+            for path, module in candidate.named_modules()
+        ]
+        args, kwargs = self.inputs
+        try:
+            if self.exported:
+                try_forward(candidate, args, kwargs)
+            else:
+                state = {n: t.detach().clone() for n, t in candidate.state_dict(keep_vars=True).items()}
+                torch.func.functional_call(candidate, state, *fresh_copy((args, kwargs)), tie_weights=True)
+        except Exception:  # that it fails is known
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max((at + 1 for at, owner in enumerate(self.owners) if owner in done), default=0)
 
     def _difference(self, again: Capture) -> Failure | None:
         nodes, count = computing(again), len(self.shapes)
@@ -117,10 +137,10 @@ class Target:
                 message = (
                     f"{operator_name(node.target)} in {where or 'the root module'} gives {have}, not {want}"
                 )
-                return Failure(count, at, where, message)
+                return Failure(count, True, at, where, message)
         if len(nodes) != len(self.operators):
             message = f"it runs {len(nodes)} operators instead of {len(self.operators)} at the new width"
-            return Failure(count, min(len(nodes), len(self.operators)), "", message)
+            return Failure(count, True, min(len(nodes), len(self.operators)), "", message)
         return None
 
 
@@ -143,7 +163,7 @@ def target_of(
     for node in nodes:
         values = [v for v in tree_leaves(env.get(node)) if isinstance(v, Value)]
         values = values[:1] if operator_name(node.target) in FIRST_ONLY else values
-        predicted.append([tuple(sizes.maybe(a.dim) for a in v.axes) for v in values])
+        predicted.append([tuple(sizes.predicted(a.dim) for a in v.axes) for v in values])
     owners = [captured.owners.get(n, "") for n in nodes]
     moved = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
     return Target(shapes, predicted, owners, moved, captured.method == "export")
@@ -165,13 +185,13 @@ def rebuild(build: Builder, attributes: Attributes, target: Target, name: str) -
         ResizeError: None was found.
     """
     choice: dict[Slot, int] = {}
-    candidate = build(attributes, choice)
+    candidate = build(choice)
     failure = target.failure(candidate)
     first, tries = failure, 0
     while failure is not None:
         for trial in _trials(attributes, choice, failure.where):
             tries += 1
-            candidate = build(attributes, trial)
+            candidate = build(trial)
             found = target.failure(candidate)
             if found is None or found.score > failure.score:
                 choice, failure = trial, found
@@ -199,15 +219,16 @@ def _trials(attributes: Attributes, choice: Mapping[Slot, int], where: str) -> l
     return trials
 
 
-def by_copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> Builder:
+def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tensor]) -> Builder:
     """Return a builder that copies the model around new tensors.
 
     Args:
         model: The source.
+        attributes: Options for its numbers.
         tensors: New parameters and buffers by name.
     """
 
-    def build(attributes: Attributes, choice: Mapping[Slot, int]) -> nn.Module:
+    def build(choice: Mapping[Slot, int]) -> nn.Module:
         memo: dict[int, Any] = {}
         for name, old in [*model.named_parameters(), *model.named_buffers()]:
             memo[id(old)] = tensors[name]
@@ -226,12 +247,17 @@ def by_copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> Builder:
 
 
 def by_config(
-    model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, seed: int | None
+    model: nn.Module,
+    attributes: Attributes,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    seed: int | None,
 ) -> Builder | None:
     """Return a builder that makes the model anew from its configuration, or None where that gives another.
 
     Args:
         model: The source.
+        attributes: Options for the numbers of its configuration.
         tensors: New parameters by name; where there are none, the constructor's are kept.
         device: Device to build on.
         seed: Seed of the constructor; the global random state is left alone when given.
@@ -253,8 +279,9 @@ def by_config(
         return None
 
     seeded = seed is not None or bool(tensors)
+    attributes.take_hints(model)
 
-    def build(attributes: Attributes, choice: Mapping[Slot, int]) -> nn.Module:
+    def build(choice: Mapping[Slot, int]) -> nn.Module:
         changed = rewrite_config(copy.deepcopy(config), attributes.pick(choice))
         try:
             with quiet(), torch.device(device), torch.random.fork_rng(devices=[], enabled=seeded):

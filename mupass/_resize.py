@@ -73,10 +73,12 @@ def resize(
     new: dict[str, Tensor] = {n: nn.Parameter(t.to(place), trained[n]) for n, t in values.items()}
     attributes = Attributes(sizes, handled_dims(captured, solved))
     meta = home.type == "meta"
-    build = by_config(model, {} if meta else new, place, seed) if sizes.changes or meta else None
+    build = by_config(model, attributes, {} if meta else new, place, seed) if sizes.changes or meta else None
     own_code = build is not None
     if build is None:
-        build = by_copy(model, {**new, **{n: b.to(place) for n, b in draw.buffers(attributes).items()}})
+        build = by_copy(
+            model, attributes, {**new, **{n: b.to(place) for n, b in draw.buffers(attributes).items()}}
+        )
     resized = rebuild(build, attributes, target, type(model).__name__)
     if meta and not own_code:
         initialize(resized, seed)

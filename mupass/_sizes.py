@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mupass._dims.space import Members
@@ -89,13 +90,21 @@ class NewSizes:
         return size
 
     def maybe(self, dim: int) -> int | None:
-        """Return the new size of a dimension, or None where it would not be a whole number.
+        """Return the new size of a dimension, or None where it would be no whole number.
 
         Args:
             dim: Handle.
         """
         exact = self.exact(dim)
         return round(exact) if abs(round(exact) - exact) <= 1e-6 else None
+
+    def predicted(self, dim: int) -> int | None:
+        """Return the size that an operator's result must have; None where nothing certain is known of it.
+
+        Args:
+            dim: Handle.
+        """
+        return None if self.solved.engine.space.find(dim) in self._contested else self.maybe(dim)
 
     def of_axis(self, parameter: str, axis: int) -> int:
         """Return the new size of a parameter's axis, also where the forward pass never reads it.
@@ -116,6 +125,35 @@ class NewSizes:
         twins = [d for d in rows if space.size(d) == space.size(dim) and self.solved.verdicts.grows(d)]
         return twins[0] if twins else dim
 
+    @cached_property
+    def _contested(self) -> frozenset[int]:
+        """Factors of a growing product of which one has no verdict, so that another may have grown instead."""
+        verdicts, space = self.solved.verdicts, self.solved.engine.space
+        carried = {space.find(d) for dims in self.solved.dims.values() for d in dims}
+        open_ = [
+            ms for w, ms in space.terms("product") if verdicts.grows(w) and any(map(verdicts.is_open, ms))
+        ]
+        return frozenset(m for members in open_ for m in members) - carried
+
+    @cached_property
+    def _grown(self) -> frozenset[int]:
+        """Dimensions without a verdict that grow like their equals: one half of a chunk whose other half grows."""
+        verdicts, space = self.solved.verdicts, self.solved.engine.space
+        found: set[int] = set()
+        for whole, members in space.terms("sum"):
+            sizes = {space.size(m) for m in members if verdicts.grows(m)}
+            if verdicts.grows(whole):
+                found |= {m for m in members if verdicts.is_open(m) and space.size(m) in sizes}
+        return frozenset(found)
+
+    def grows(self, dim: int) -> bool:
+        """Whether a dimension grows with the width.
+
+        Args:
+            dim: Handle.
+        """
+        return self.solved.verdicts.grows(dim) or self.solved.engine.space.find(dim) in self._grown
+
     def exact(self, dim: int) -> float:
         """Return the new size of a dimension before it is asked to be a whole number.
 
@@ -133,11 +171,11 @@ class NewSizes:
         size = space.size(root)
         if root in self.given:
             return self.given[root]
-        if not self.solved.verdicts.grows(root):
+        if not self.grows(root):
             return size
         for kind in ("product", "sum"):
             for members in self.terms(root, kind):
-                if any(self.solved.verdicts.grows(m) or m in self.given for m in members):
+                if any(self.grows(m) or m in self.given for m in members):
                     return float(COMBINE[kind]([self.exact(m) for m in members]))
         for derived, source in space.derived:
             if space.find(derived) == root and space.find(source) != root:

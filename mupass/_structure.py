@@ -33,9 +33,10 @@ def recompute(old: Tensor, shape: Sequence[int]) -> Tensor | None:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    if b.is_complex():
-        return torch.allclose(a.to(torch.complex128), b.to(torch.complex128), rtol=1e-4, atol=1e-5)
-    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+    kind = torch.complex128 if b.is_complex() else torch.float64
+    a, b = a.to(kind), b.to(kind)
+    finite = b[b.isfinite()].abs()
+    return len(finite) > 0 and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * finite.max().item())
 
 
 def _formulas(old: Tensor) -> Iterator[_Formula]:
@@ -63,7 +64,7 @@ def _ramps(row: Tensor) -> Iterator[_Formula]:
     """Yield arange, linspace between whole numbers, and geometric sequences whose ends do not move."""
     count, first, last = len(row), row[0].item(), row[-1].item()
     step = (last - first) / (count - 1)
-    if _round(first) and _round(step):
+    if _round(first) and _round(step) and round(step) != 0:
         yield _Formula(lambda s: first + round(step) * torch.arange(math.prod(s), dtype=torch.float64))
     elif _round(first) and _round(last):
         yield _Formula(lambda s: torch.linspace(first, last, math.prod(s), dtype=torch.float64))
@@ -157,4 +158,4 @@ def _table(base: float, less: int, kind: str) -> object:
 
 
 def _round(value: float) -> bool:
-    return abs(value - round(value)) < 1e-6
+    return abs(value - round(value)) <= 1e-6 * max(1.0, abs(value))
