@@ -45,7 +45,7 @@ Builder = Callable[[Mapping[Slot, int]], nn.Module]
 
 @dataclass(frozen=True)
 class Failure:
-    """How far a candidate got: parameters that fit, whether it ran, operators that fit; and what went wrong."""
+    """How far a candidate got: parameters that fit, whether it ran, operators that fit; what went wrong."""
 
     parameters: int
     ran: bool
