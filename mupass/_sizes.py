@@ -127,7 +127,7 @@ class NewSizes:
 
     @cached_property
     def _carried(self) -> frozenset[int]:
-        """Dimensions of parameters; without a verdict they are fixed, for no weight is contracted along them."""
+        """Dimensions of parameters; those without a verdict are fixed: no weight is contracted along them."""
         space = self.solved.engine.space
         return frozenset(space.find(d) for dims in self.solved.dims.values() for d in dims)
 
@@ -140,7 +140,7 @@ class NewSizes:
 
     @cached_property
     def _grown(self) -> frozenset[int]:
-        """Dimensions without a verdict that grow like their equals: a half of a chunk whose other half does."""
+        """Dimensions without a verdict that grow as their equals do: one half of a chunk as the other."""
         verdicts, space = self.solved.verdicts, self.solved.engine.space
         found: set[int] = set()
         for whole, members in space.terms("sum"):
