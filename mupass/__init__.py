@@ -13,12 +13,14 @@ from mupass._errors import (
     MupassError,
     OptimizerError,
     PlanError,
+    ResizeError,
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
+from mupass._resize import resize
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "ResizeError",
     "SOAP",
     "Scales",
     "Shampoo",
@@ -48,5 +51,6 @@ __all__ = [
     "analyze",
     "param_groups",
     "plan_of",
+    "resize",
     "transform",
 ]

@@ -16,7 +16,12 @@ CASES = Cases()
 @CASES(image(64))
 def timm_resnet18(k: int) -> nn.Module:
     return resnet.ResNet(
-        resnet.BasicBlock, (2, 2, 2, 2), num_classes=10, channels=(8 * k, 16 * k, 32 * k, 64 * k), stem_width=8 * k, stem_type="deep"
+        resnet.BasicBlock,
+        (2, 2, 2, 2),
+        num_classes=10,
+        channels=(8 * k, 16 * k, 32 * k, 64 * k),
+        stem_width=8 * k,
+        stem_type="deep",
     )
 
 
@@ -114,6 +119,11 @@ def dbrx(k: int) -> nn.Module:
             max_seq_len=32,
             vocab_size=96,
             attn_config={"kv_n_heads": k, "clip_qkv": 8, "rope_theta": 1e4},
-            ffn_config={"ffn_hidden_size": 24 * k, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16 * k},
+            ffn_config={
+                "ffn_hidden_size": 24 * k,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "hidden_size": 16 * k,
+            },
         )
     )
