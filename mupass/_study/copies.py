@@ -1,0 +1,148 @@
+"""Copies: one model at several widths, transformed, with as many initializations as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._analyze import analyze
+from mupass._plan import Plan
+from mupass._resize import resize
+from mupass._study.batches import Batch, StudyError, move
+from mupass._transform import transform
+
+Width = int | Mapping[str, int]
+Source = nn.Module | Callable[[Any], nn.Module]
+Prepare = Callable[[nn.Module], nn.Module]
+SMALLEST = 128  # below, effects of finite width are as large as a wrong power
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Transformed copies, one for each width.
+
+    Attributes:
+        widths: Sizes of the dimension that names the model's width.
+        models: The copies.
+    """
+
+    widths: tuple[int, ...]
+    models: tuple[nn.Module, ...]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Their plans."""
+        return tuple(model.mupass_plan for model in self.models)  # type: ignore[misc]
+
+    def draw(self, index: int, seed: int) -> nn.Module:
+        """Return a copy with another initialization.
+
+        Entries of every trainable parameter are shuffled: entries that are independent and alike are as
+        likely in any order, so this is another draw of the same law, whatever the law.
+
+        Args:
+            index: Which width.
+            seed: Number of the initialization; 0 is the one that the copy has.
+        """
+        model = deepcopy(self.models[index])
+        if seed:
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        order = torch.randperm(parameter.numel(), generator=generator)
+                        shuffled = parameter.flatten()[order.to(parameter.device)]
+                        parameter.copy_(shuffled.view_as(parameter))
+        return model
+
+
+def make_copies(
+    source: Source,
+    widths: Sequence[Width] | None,
+    batches: Sequence[Batch],
+    *,
+    parameterization: str = "mup",
+    base: Any = None,
+    dims: Mapping[str, str] | None = None,
+    prepare: Prepare | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Copies, list[Batch]]:
+    """Resize one model, or build it by a function, at several widths, and transform each.
+
+    Args:
+        source: A model, which is not changed, or a function of a width.
+        widths: As for `mupass.resize`, or what the function takes; three around `SMALLEST` if left out.
+        batches: Batches; the first is the example input.
+        parameterization: As for `mupass.transform`.
+        base: As for `mupass.transform`; the narrowest copy if left out.
+        dims: As for `mupass.transform`.
+        prepare: Applied to each transformed copy.
+        dtype: Precision of the copies; that of the model if left out.
+
+    Returns:
+        The copies, the narrowest first, and the batches on their device.
+
+    Raises:
+        StudyError: Fewer than two widths.
+    """
+    build = _builder(source, batches[0])
+    if widths is None:
+        if not isinstance(source, nn.Module):
+            raise StudyError("widths= is needed with a function that builds the model")
+        widths = default_widths(analyze(source, batches[0].inputs).width)
+    raw = [build(width).to(dtype=dtype) for width in widths]
+    device = next((p.device for p in raw[0].parameters()), torch.device("cpu"))
+    batches = [move(batch, device, dtype) for batch in batches]
+    inputs = batches[0].inputs
+    sizes = [analyze(model, inputs, dims=dims).width for model in raw]
+    if len(set(sizes)) < 2:
+        raise StudyError(f"at least two different widths are needed, not {sizes}")
+    order = sorted(range(len(raw)), key=lambda i: sizes[i])
+    narrow, done = raw[order[0]], []
+    for i in order:
+        # At its own width the narrowest copy is its own base; for others a second instance settles all dims.
+        own = sizes[i] if raw[i] is narrow else narrow
+        chosen = own if base is None else base
+        model = transform(
+            deepcopy(raw[i]),
+            inputs,
+            base=chosen,
+            parameterization=parameterization,
+            dims=None if isinstance(chosen, nn.Module) else dims,
+        )
+        done.append(prepare(model) if prepare else model)
+    return Copies(tuple(sizes[i] for i in order), tuple(done)), list(batches)
+
+
+def default_widths(width: int) -> tuple[int, ...]:
+    """Return three widths, doubling, that are the model's own times powers of two.
+
+    Args:
+        width: The model's width.
+    """
+    smallest = width
+    while smallest >= 2 * SMALLEST and smallest % 2 == 0:
+        smallest //= 2
+    while smallest < SMALLEST:
+        smallest *= 2
+    return (smallest, 2 * smallest, 4 * smallest)
+
+
+def _builder(source: Source, batch: Batch) -> Callable[[Any], nn.Module]:
+    if isinstance(source, nn.Module):
+        return lambda width: resize(source, width, example_inputs=batch.inputs, seed=0, fresh=True)
+
+    def build(width: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = source(width)
+        if not isinstance(model, nn.Module):
+            raise StudyError(f"the function gave a {type(model).__name__} at width {width}, not an nn.Module")
+        return model
+
+    return build
