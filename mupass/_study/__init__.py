@@ -1,1 +1,1 @@
-"""Studies: train resized copies of one model, and say how its updates and its best settings move with width."""
+"""Studies: train resized copies of one model, and see what moves with width: updates, best settings."""

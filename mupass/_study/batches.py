@@ -56,9 +56,9 @@ def read_batches(data: Data, count: int) -> list[Batch]:
 
     Args:
         data: An iterable of batches, or a function of no arguments that returns one. A batch is a pair
-            ``(inputs, targets)``, with inputs in any form that `mupass.analyze` takes, or a mapping of keyword
-            inputs for a model that returns its own loss. A single batch (a tuple or a mapping) is used at
-            every step.
+            ``(inputs, targets)``, with inputs in any form that `mupass.analyze` takes, or a mapping of
+            keyword inputs for a model that returns its own loss. A single batch (a tuple or a mapping) is
+            used at every step.
         count: Number of batches wanted.
 
     Returns:
@@ -72,7 +72,8 @@ def read_batches(data: Data, count: int) -> list[Batch]:
         source = [source]
     elif isinstance(source, Tensor) or not isinstance(source, Iterable):
         raise StudyError(
-            f"data must be batches (inputs, targets), or a function that returns them, not {type(source).__name__}"
+            "data must be batches (inputs, targets), or a function that returns them, not "
+            f"{type(source).__name__}"
         )
     batches = [_batch(item) for item in islice(source, count)]
     if not batches:
@@ -140,7 +141,9 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
     if targets is None:
         own = getattr(output, "loss", None)
         if not isinstance(own, Tensor):
-            raise StudyError("the batch has no targets and the model's output no loss: give (inputs, targets)")
+            raise StudyError(
+                "a batch without targets needs a model that returns its loss; give (inputs, targets)"
+            )
         return own
     logits = logits_of(output)
     if not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -154,7 +157,8 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
     if logits.dim() == targets.dim() + 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
         return F.cross_entropy(logits, targets)
     raise StudyError(
-        f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit the default loss; give loss="
+        f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit the default loss; "
+        "give loss="
     )
 
 

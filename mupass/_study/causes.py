@@ -13,7 +13,12 @@ from mupass._scales import OptimizerSpec, powers
 from mupass._study.coords import Coordinate
 from mupass._study.probe import SCORES, Site
 
-NEAR = 0.3  # powers come in halves: a cause fits when its power is this near to the one measured
+NEAR = 0.3  # powers come in halves
+UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
+GIVEN = (
+    "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "
+    "length, or a multiplication by a power of the width, before it"
+)
 
 
 def spec_of(optimizer: torch.optim.Optimizer) -> OptimizerSpec | None:
@@ -35,8 +40,18 @@ def is_readout(site: Site, geometry: Geometry) -> bool:
         site: Where the parameter is read.
         geometry: The parameter.
     """
-    tied = any(use.module == site.module for use in geometry.readout_uses)
-    return geometry.role == "output" or (tied and not site.operator.startswith("embedding"))
+    return geometry.role == "output" or is_tied_readout(site, geometry)
+
+
+def is_tied_readout(site: Site, geometry: Geometry) -> bool:
+    """Return whether an operator is the readout of a parameter that is an embedding elsewhere.
+
+    Args:
+        site: Where the parameter is read.
+        geometry: The parameter.
+    """
+    here = any(use.module == site.module for use in geometry.readout_uses)
+    return here and not site.operator.startswith("embedding")
 
 
 def cause(
@@ -51,7 +66,7 @@ def cause(
     Args:
         row: The quantity.
         measured: Powers of width measured at its place: ``input`` and ``weight`` before the first step, and
-            the quantity itself.
+            ``rate``, the learning rate of its parameter.
         plan: Plan of the widest copy.
         spec: Row of the optimizer.
         head_dims: Size of one head at each width, where the place is attention and tells it; else ().
@@ -60,7 +75,7 @@ def cause(
     if plan.parameterization == "standard":
         return (
             "standard parameterization: PyTorch's initialization and one learning rate at all widths; "
-            "parameterization='mup' is made for this"
+            "mup is made for this"
         )
     if site.operator in SCORES:
         return _of_scores(head_dims)
@@ -70,42 +85,55 @@ def cause(
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
     if row.quantity == "activation":
-        found = list(_of_activation(site, geometry, measured))
+        found = list(_of_activation(site, geometry, power, measured))
     else:
-        found = list(_of_update(site, geometry, power, plan, spec))
-    much = "large" if power > 0 else "small"
-    return "; or ".join(found) or f"its learning rate or multiplier is too {much} by that power of width"
+        found = list(_of_update(site, geometry, power, measured, plan, spec))
+    return "; or ".join(found) or (
+        "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
+        "above it, or a fixed bottleneck behind which a second readout starts near zero (more steps with a "
+        "larger lr outgrow that)"
+    )
 
 
 def _of_scores(head_dims: tuple[int, ...]) -> str:
     if len(set(head_dims)) > 1:
         return (
             f"head_dim grows ({head_dims[0]} to {head_dims[-1]}) while the attention scale stays "
-            "1/sqrt(head_dim): scale the scores by 1/head_dim (Yang et al., arXiv 2203.03466), or widen by heads"
+            "1/sqrt(head_dim): scale the scores by 1/head_dim (Yang et al., arXiv 2203.03466), or widen by "
+            "heads"
         )
     return "queries and keys grow, or learn too fast, by that power of width"
 
 
-def _of_activation(site: Site, geometry: Geometry, measured: Mapping[str, float]) -> Iterator[str]:
-    power, given, drawn = (measured.get(k, 0.0) for k in ("activation", "input", "weight"))
-    if is_readout(site, geometry) and geometry.role != "output":
-        yield "a tied embedding is the readout here and lacks its multiplier 1/m"
+def _of_activation(
+    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float]
+) -> Iterator[str]:
+    given, drawn = measured.get("input", 0.0), measured.get("weight", 0.0)
+    if is_tied_readout(site, geometry):
+        yield UNMULTIPLIED
         return
     if abs(given) > NEAR and abs(given - power) < NEAR:
-        yield (
-            f"what the operator is given scales like width^{given:+.2f} already: look for a normalization to "
-            "unit length, or a multiplication by a power of the width, before it"
-        )
+        yield GIVEN.format(power=given)
         return
     grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
     right = (-1.0 if geometry.role == "output" else -0.5) if grows_in else 0.0
     if abs(drawn - right) > NEAR / 2:
-        yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+.2f}"
+        yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+g}"
 
 
 def _of_update(
-    site: Site, geometry: Geometry, power: float, plan: Plan, spec: OptimizerSpec | None
+    site: Site,
+    geometry: Geometry,
+    power: float,
+    measured: Mapping[str, float],
+    plan: Plan,
+    spec: OptimizerSpec | None,
 ) -> Iterator[str]:
+    if is_tied_readout(site, geometry) and measured.get("input", -1.0) > -0.5:
+        yield UNMULTIPLIED
+    given, rate = measured.get("input", 0.0), measured.get("rate")
+    if not is_tied_readout(site, geometry) and abs(given) > NEAR:
+        yield GIVEN.format(power=given)
     if spec is None:
         return
     grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
@@ -113,11 +141,17 @@ def _of_update(
     p_in, p_out = powers(geometry, spec, plan.parameterization)["lr"]
     planned = p_in * grows_in + p_out * grows_out
     swapped = p_in * grows_out + p_out * grows_in
-    if is_readout(site, geometry) and geometry.role != "output" and power > 0:
-        yield "a tied embedding is the readout here and lacks its multiplier 1/m"
-    if planned and abs(-planned - power) < NEAR:
-        yield f"its learning rate lacks the width factor width^{planned:+g} of {spec.name}"
-    if swapped != planned and abs(swapped - planned - power) < NEAR:
-        yield "the learning rate takes fan_in for fan_out"
-    if spec.name in ("kfac", "foof", "shampoo") and power < 0:
-        yield "its damping is too large for the wider layers (absolute instead of relative damping does this)"
+    if rate is not None and abs(rate - planned) > NEAR:
+        mixed = ", as if fan_in were fan_out" if abs(rate - swapped) < NEAR else ""
+        yield (
+            f"its learning rate scales like width^{rate:+.2f}{mixed}; {spec.name} needs width^{planned:+g} "
+            "here"
+        )
+    elif spec.name in ("kfac", "foof", "shampoo"):
+        few = power > 0
+        yield (
+            "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
+            "damping or larger widths would tell"
+            if few
+            else "its damping is absolute, or too large for the wider layers"
+        )

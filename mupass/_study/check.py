@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from mupass._optim._base import PlannedOptimizer
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import CoordCheck, Coordinate
@@ -54,17 +56,17 @@ def coord_check(
     parameterization are multiples of 1/2. Below width 64, effects of finite width can look like such a power.
 
     Args:
-        model: The model, with its initial weights, not transformed; it is not changed. Or a function of a width
-            that builds it.
+        model: The model, with its initial weights, not transformed; it is not changed. Or a function of a
+            width that builds it.
         data: Batches ``(inputs, targets)``, a function that returns them, or one batch. The first batch is
             also what is measured on. Fewer batches than steps are used in turn.
         loss: Function of the model's output and the targets.
-        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``shampoo``, or a function of a transformed model and
-            ``lr``, such as ``lambda model, lr: mupass.KFAC(model, lr=lr)``.
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``shampoo``, or a function of a transformed model
+            and ``lr``, such as ``lambda model, lr: mupass.KFAC(model, lr=lr)``.
         lr: Learning rate at the base width, such that a few steps do not fit the batch; by default the
             recipe's own.
         widths: At least two, as for `mupass.resize`, or what the function takes. If left out three that are
-            the model's own width times powers of two, the narrowest at least 128.
+            the model's own width times powers of two, the narrowest at least 64.
         steps: Number of optimizer steps.
         seeds: Number of initializations.
         parameterization: ``mup`` should pass, ``standard`` should fail.
@@ -72,8 +74,8 @@ def coord_check(
         dims: As for `mupass.transform`.
         tolerance: Largest power that counts as flat.
         prepare: Function applied to each transformed copy, for rewriting of your own.
-        dtype: Precision of the copies: float64, so that rounding is never taken for an update. None keeps that
-            of the model.
+        dtype: Precision of the copies: float64, so that rounding is never taken for an update. None keeps
+            that of the model.
 
     Returns:
         Slopes and verdicts.
@@ -84,7 +86,7 @@ def coord_check(
     """
     if steps < 1 or seeds < 1:
         raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
-    make = recipe(optimizer)
+    make = recipe(optimizer, for_check=True)
     copies, batches = make_copies(
         model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
         prepare=prepare, dtype=dtype,
@@ -92,6 +94,7 @@ def coord_check(
     if len(copies.widths) * seeds < 3:
         raise StudyError("an interval needs three points: more widths or more seeds")
     log: Log = defaultdict(lambda: [[] for _ in copies.widths])
+    rates: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in copies.widths])
     head_dims: dict[Site, list[int]] = defaultdict(list)
     for i in range(len(copies.widths)):
         for seed in range(seeds):
@@ -100,6 +103,8 @@ def coord_check(
             probe = Probe(trained, batches[0])
             for key, value in _train(trained, made, probe, batches, loss, steps):
                 log[key][i].append(value)
+            for name, rate in _rates(trained, made).items():
+                rates[name][i].append(rate)
         for site, size in probe.head_dims.items():
             head_dims[site].append(size)
     floor = FLOOR.get(next(p.dtype for p in trained.parameters()), COARSE_FLOOR)
@@ -120,8 +125,15 @@ def coord_check(
     row = found.first
     if row is None:
         return found
+    evidence = {q: log[row.site, q, 0] for q in ("input", "weight") if (row.site, q, 0) in log}
+    evidence["rate"] = rates.get(row.site.parameter, [[0.0]])
+    measured = {
+        name: fit(copies.widths, table).power
+        for name, table in evidence.items()
+        if all(v > 0 for values in table for v in values)
+    }
     sizes = tuple(head_dims.get(row.site, ()))
-    return replace(found, blame=cause(row, _powers(log, copies, row), copies.plans[-1], spec_of(made), sizes))
+    return replace(found, blame=cause(row, measured, copies.plans[-1], spec_of(made), sizes))
 
 
 def _train(
@@ -138,7 +150,10 @@ def _train(
     for step in range(1, steps + 1):
         batch = batches[(step - 1) % len(batches)]
         optimizer.zero_grad()
-        loss(batch.run(model), batch.targets).backward()
+        error = loss(batch.run(model), batch.targets)
+        if not error.isfinite():
+            raise StudyError(f"the loss is {error.item()} at step {step}: give a smaller lr")
+        error.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for site, quantity, value in probe.now():
             yield (site, quantity, step), value
@@ -148,21 +163,20 @@ def _judge(
     log: Log, copies: Copies, tolerance: float, floor: float
 ) -> tuple[tuple[Coordinate, ...], tuple[Site, ...]]:
     """Fit and judge all quantities; tell apart the places where nothing is learned."""
-    rows, silent = [], {}
-    seeds = max(len(row) for table in log.values() for row in table)
+    rows, silent = [], []
+    seeds = max(len(values) for table in log.values() for values in table)
     for (site, quantity, step), table in log.items():
+        if any(len(values) < seeds for values in table):
+            raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
         if quantity not in ("activation", "update", "change"):
             continue
-        if any(len(row) < seeds for row in table):
-            raise StudyError(f"{site} is not run at every width; control flow must not depend on values")
-        size = log[site, "activation", 0]
-        if not all(v > floor * s for row, whole in zip(table, size, strict=True) for v, s in zip(row, whole)):
-            if quantity == "update" and not all(v == 0 for row in table for v in row):
-                silent[site] = None
-            continue
-        slope, rule = fit(copies.widths, table), _rule(site, quantity, copies)
-        rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
-    return tuple(rows), tuple(silent)
+        pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
+        if all(value > floor * activation for value, activation in pairs):
+            slope, rule = fit(copies.widths, table), _rule(site, quantity, copies)
+            rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
+        elif quantity == "update" and any(chain(*table)):
+            silent.append(site)
+    return tuple(rows), tuple(dict.fromkeys(silent))
 
 
 def _rule(site: Site, quantity: str, copies: Copies) -> str:
@@ -189,10 +203,13 @@ def _verdict(slope: Slope, rule: str, tolerance: float) -> str:
     return "FAIL" if surely else "unclear" if beyond else "ok"
 
 
-def _powers(log: Log, copies: Copies, row: Coordinate) -> dict[str, float]:
-    """Return the powers that tell a cause: of what the operator was given, and of its parameter."""
-    tables: Iterable[tuple[str, list[list[float]] | None]] = (
-        (q, log.get((row.site, q, 0))) for q in ("input", "weight")
-    )
-    found = {q: fit(copies.widths, t).power for q, t in tables if t and all(v > 0 for r in t for v in r)}
-    return {**found, row.quantity: row.slope.power}
+def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of every parameter, width factors included."""
+    names = {p: n for n, p in model.named_parameters()}
+    apart = isinstance(optimizer, PlannedOptimizer)  # these keep the width factor apart from lr
+    return {
+        names[p]: float(group["lr"]) * (group["mupass_scale"] if apart else 1.0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in names
+    }

@@ -78,7 +78,9 @@ def figure(check: CoordCheck) -> Figure:
         axis.set_xticks(check.widths, [str(w) for w in check.widths])
         axis.minorticks_off()
         axis.set_xlabel("width")
-        axis.set_title("RMS of activations at the start" if step == 0 else f"RMS of dW h after step {step}", fontsize=10)
+        axis.set_title(
+            "RMS of activations at the start" if step == 0 else f"RMS of dW h after step {step}", fontsize=10
+        )
         if labels:
             more = f", {labels} fail" if labels > 6 else ""
             axis.legend(frameon=False, fontsize=7, title="fails" + more, title_fontsize=7)

@@ -19,7 +19,7 @@ from mupass._transform import transform
 Width = int | Mapping[str, int]
 Source = nn.Module | Callable[[Any], nn.Module]
 Prepare = Callable[[nn.Module], nn.Module]
-SMALLEST = 128  # below, effects of finite width are as large as a wrong power
+SMALLEST = 64  # below, effects of finite width are as large as a wrong power
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,28 @@ def make_copies(
     device = next((p.device for p in raw[0].parameters()), torch.device("cpu"))
     batches = [move(batch, device, dtype) for batch in batches]
     inputs = batches[0].inputs
-    sizes = [analyze(model, inputs, dims=dims).width for model in raw]
-    if len(set(sizes)) < 2:
-        raise StudyError(f"at least two different widths are needed, not {sizes}")
-    order = sorted(range(len(raw)), key=lambda i: sizes[i])
-    narrow, done = raw[order[0]], []
-    for i in order:
-        # At its own width the narrowest copy is its own base; for others a second instance settles all dims.
-        own = sizes[i] if raw[i] is narrow else narrow
+    raw.sort(key=_numbers)
+    if len(set(map(_numbers, raw))) < max(len(raw), 2):
+        raise StudyError(f"at least two different widths are needed, not {list(widths)}")
+    done = []
+    for model in raw:
+        # The narrowest copy is the base: for the others a second instance, which settles all dimensions.
+        own = analyze(raw[0], inputs, dims=dims).width if model is raw[0] else raw[0]
         chosen = own if base is None else base
-        model = transform(
-            deepcopy(raw[i]),
+        copy = transform(
+            deepcopy(model),
             inputs,
             base=chosen,
             parameterization=parameterization,
             dims=None if isinstance(chosen, nn.Module) else dims,
         )
-        done.append(prepare(model) if prepare else model)
-    return Copies(tuple(sizes[i] for i in order), tuple(done)), list(batches)
+        done.append(prepare(copy) if prepare else copy)
+    found = Copies(tuple(model.mupass_plan.width for model in done), tuple(done))  # type: ignore[misc, union-attr]
+    return found, list(batches)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def default_widths(width: int) -> tuple[int, ...]:

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root{color-scheme:light}
-body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1.5rem;max-width:70rem;color:#1b1f24;background:#fff}
+body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1.5rem;max-width:70rem}
+body{color:#1b1f24;background:#fff}
 h1{font-size:1.35rem;margin:0 0 .5rem} h2{font-size:1.05rem;margin:1.8rem 0 .4rem}
 p{margin:.4rem 0;max-width:60rem} .note{color:#59636e}
 .verdict{padding:.6rem .9rem;border-left:4px solid;border-radius:3px;overflow-wrap:anywhere}
 .good{border-color:#1a7f37;background:#f0f8f2} .bad{border-color:#cf222e;background:#fdf2f2}
 .doubt{border-color:#bf8700;background:#fdf8ec}
 .scroll{overflow-x:auto} table{border-collapse:collapse;margin:.4rem 0;font-variant-numeric:tabular-nums}
-th{font-weight:600;color:#59636e;text-align:left} th,td{padding:.2rem 1rem .2rem 0;border-bottom:1px solid #eaeef2}
+th{font-weight:600;color:#59636e;text-align:left}
+th,td{padding:.2rem 1rem .2rem 0;border-bottom:1px solid #eaeef2}
 td{white-space:nowrap} td.number,th.number{text-align:right}
 td:first-child{font-family:ui-monospace,monospace;font-size:.92em}
 tr.bad td{color:#cf222e} tr.doubt td{color:#9a6700} tr.best td{font-weight:600}
 svg{max-width:100%;height:auto} details summary{cursor:pointer;color:#0550ae;margin:.6rem 0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1.2rem;margin:.5rem 0} dt{color:#59636e} dd{margin:0}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1.2rem;margin:.5rem 0}
+dt{color:#59636e} dd{margin:0}
 """
 
 

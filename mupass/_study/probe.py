@@ -1,9 +1,9 @@
 """Probe: what every operator of a model makes, and what the update of its parameter does to that.
 
-A function mode sees every operator that the model calls, whether a module or raw tensors make it. An operator
-that mixes a parameter with anything else is kept from the first pass with all it was given. In a later pass it
-is run on those same inputs with the parameter's new values: the difference is ``dW h``, of that parameter alone,
-at the activations of the start. Faults of other layers are not in it.
+A function mode sees every operator that the model calls, whether modules or raw tensors make it. An operator
+that mixes a parameter with anything else is kept from the first pass with all it was given. In a later pass
+it is run on those same inputs with the parameter's new values: the difference is ``dW h`` of that parameter
+alone, at the activations of the start. Faults of other layers are not in it.
 """
 
 from __future__ import annotations
@@ -53,21 +53,22 @@ class Site:
 
 @dataclass(frozen=True)
 class _Call:
-    """An operator of the first pass: what it was given (copies), and where its parameters stand in that."""
+    """An operator of the first pass: what it was given (copies), where its parameters stand in that."""
 
     func: Callable[..., Any]
     given: list[Any]
     spec: Any
     at: dict[int, Site]
 
-    def run(self, given: list[Any]) -> Tensor | None:
-        inplace = _works_in_place(self.func)
-        leaves = [x.clone() if inplace and isinstance(x, Tensor) else x for x in given]
+    def run(self, index: int, new: Tensor) -> Tensor:
+        """Return its output with one parameter changed."""
+        leaves = [*self.given[:index], new.detach(), *self.given[index + 1 :]]
+        if _works_in_place(self.func):
+            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(0)  # dropout inside an operator: the same mask in both runs
-            return _first(self.func(*args, **kwargs))
+        result = _first(_seeded(self.func, args, kwargs))
+        assert result is not None  # as in the first pass
+        return result
 
 
 class Probe:
@@ -81,7 +82,9 @@ class Probe:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self.names = {module: name for name, module in model.named_modules()}
-        first = self._pass({})
+        self.calls: dict[tuple[Site, ...], _Call] = {}
+        self.start: dict[Site, Tensor] = {}
+        first = self._pass()
         self.calls, self.start, self.head_dims = first.calls, first.made, first.head_dims
 
     def at_start(self) -> Iterator[tuple[Site, str, float]]:
@@ -105,17 +108,17 @@ class Probe:
         Raises:
             StudyError: The model calls other operators than at the start.
         """
-        later = self._pass(self.calls)
+        later = self._pass()
         if later.made.keys() != self.start.keys():
             odd = next(iter(later.made.keys() ^ self.start.keys()))
             raise StudyError(f"the model calls other operators than before the first step: {odd}")
-        for site, value in later.updates.items():
-            yield site, "update", value
+        for site, size in later.updates.items():
+            yield site, "update", size
         for site, value in later.made.items():
             yield site, "change", rms(value - self.start[site])
 
-    def _pass(self, calls: dict[tuple[Site, ...], _Call]) -> _Recorder:
-        recorder = _Recorder(self.model, calls)
+    def _pass(self) -> _Recorder:
+        recorder = _Recorder(self.model, self.calls, self.start)
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         handles = []
         for module, name in self.names.items():
@@ -139,9 +142,11 @@ class Probe:
 class _Recorder(TorchFunctionMode):
     """Sees all functions of one forward pass."""
 
-    def __init__(self, model: nn.Module, calls: dict[tuple[Site, ...], _Call]) -> None:
+    def __init__(
+        self, model: nn.Module, calls: dict[tuple[Site, ...], _Call], start: dict[Site, Tensor]
+    ) -> None:
         super().__init__()
-        self.before = calls
+        self.before, self.start = calls, start
         self.calls: dict[tuple[Site, ...], _Call] = {}
         self.made: dict[Site, Tensor] = {}
         self.updates: dict[Site, float] = {}
@@ -172,7 +177,8 @@ class _Recorder(TorchFunctionMode):
             call = self._call(func, leaves, spec)
         if not call:
             self._scores(func, args, kwargs or {}, tensors)
-        out = func(*args, **(kwargs or {}))
+        run = _seeded if call else _plain
+        out = run(func, args, kwargs or {})
         if call:
             self._record(call, leaves, out)
         elif named and len(named) == len(tensors):
@@ -184,7 +190,9 @@ class _Recorder(TorchFunctionMode):
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and id(leaf) in self.weights:
                 at[i] = self._site(func, self.weights[id(leaf)])
-        given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        given = list(leaves)
+        if not self.before:  # kept for later passes: whatever comes next may write into it
+            given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         return _Call(func, given, spec, at)
 
     def _site(self, func: Callable[..., Any], parameter: str = "") -> Site:
@@ -198,16 +206,12 @@ class _Recorder(TorchFunctionMode):
             return
         key = tuple(call.at.values())
         self.calls[key] = call
-        for site in key:
-            self.made[site] = result.detach().clone()
+        kept = result.detach().clone()
+        self.made.update(dict.fromkeys(key, kept))
         old = self.before.get(key)
-        base = old.run(old.given) if old else None
-        if old is None or base is None:
-            return
-        for i, site in call.at.items():
-            moved = old.run([*old.given[:i], leaves[i].detach(), *old.given[i + 1 :]])
-            assert moved is not None
-            self.updates[site] = rms(moved - base)
+        if old is not None:
+            for i, site in call.at.items():
+                self.updates[site] = rms(old.run(i, leaves[i]) - self.start[site])
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:
         name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
@@ -228,6 +232,16 @@ class _Recorder(TorchFunctionMode):
         site = self._site(func)
         self.head_dims[site] = head_dim
         self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
+
+
+def _plain(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _seeded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run an operator that may hold dropout, with the same mask every time."""
+    torch.manual_seed(0)
+    return func(*args, **kwargs)
 
 
 def rms(x: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -44,11 +45,19 @@ RECIPES: Mapping[str, Make] = MappingProxyType(
 )
 
 
-def recipe(optimizer: str | Make) -> Make:
+# The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
+# a factor: at once when it is 1, only beyond width 1/damping when there are more rows than that.
+FOR_CHECK: Mapping[str, Make] = MappingProxyType(
+    {"kfac": partial(_kfac, damping=1.0), "shampoo": partial(_shampoo, damping=1.0)}
+)
+
+
+def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
     """Return the function that makes an optimizer.
 
     Args:
         optimizer: A name, or the function itself: of a transformed model and hyperparameters by name.
+        for_check: Whether a coordinate check is to be made with it.
 
     Raises:
         StudyError: Unknown name, or neither a name nor a function.
@@ -59,7 +68,7 @@ def recipe(optimizer: str | Make) -> Make:
                 f"unknown optimizer {optimizer!r}; known: {', '.join(RECIPES)}, or give a function such as "
                 "lambda model, lr: mupass.KFAC(model, lr=lr)"
             )
-        return RECIPES[optimizer]
+        return (FOR_CHECK if for_check and optimizer in FOR_CHECK else RECIPES)[optimizer]
     if not callable(optimizer):
         raise StudyError(
             f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"
