@@ -18,12 +18,16 @@ from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
+from mupass._study.batches import StudyError
+from mupass._study.check import coord_check
+from mupass._study.coords import CoordCheck
 from mupass._transform import transform
 
 __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "CaptureError",
+    "CoordCheck",
     "Entry",
     "Fusion",
     "Geometry",
@@ -37,9 +41,11 @@ __all__ = [
     "Report",
     "Scales",
     "Shampoo",
+    "StudyError",
     "TransformError",
     "Use",
     "analyze",
+    "coord_check",
     "param_groups",
     "plan_of",
     "transform",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 from mupass._geometry import Geometry
 from mupass._optim._base import PlannedOptimizer
@@ -21,13 +22,17 @@ GIVEN = (
 )
 
 
-def spec_of(optimizer: torch.optim.Optimizer) -> OptimizerSpec | None:
-    """Return the row of the scale table that an optimizer belongs to, or None.
+def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) -> OptimizerSpec | None:
+    """Return the row of the scale table by which an optimizer treats a parameter, or None.
 
     Args:
         optimizer: Any optimizer.
+        parameter: One of its parameters; a planned optimizer may have left it to its fallback.
     """
     if isinstance(optimizer, PlannedOptimizer):
+        for group in optimizer.param_groups:
+            if any(p is parameter for p in group["params"]) and group["algorithm"] != optimizer.spec.name:
+                return OptimizerSpec(group["algorithm"])
         return optimizer.spec
     name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(type(optimizer).__name__)
     return OptimizerSpec(name) if name else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -133,7 +134,8 @@ def coord_check(
         if all(v > 0 for values in table for v in values)
     }
     sizes = tuple(head_dims.get(row.site, ()))
-    return replace(found, blame=cause(row, measured, copies.plans[-1], spec_of(made), sizes))
+    spec = spec_of(made, dict(trained.named_parameters()).get(row.site.parameter))
+    return replace(found, blame=cause(row, measured, copies.plans[-1], spec, sizes))
 
 
 def _train(
@@ -168,6 +170,8 @@ def _judge(
     for (site, quantity, step), table in log.items():
         if any(len(values) < seeds for values in table):
             raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
+        if not all(map(math.isfinite, chain(*table))):
+            raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
         if quantity not in ("activation", "update", "change"):
             continue
         pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
