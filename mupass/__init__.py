@@ -12,12 +12,14 @@ from mupass._errors import (
     MupassError,
     OptimizerError,
     PlanError,
+    ResizeError,
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
+from mupass._resize import resize
 from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
 from mupass._study.coords import CoordCheck
@@ -39,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "ResizeError",
     "Scales",
     "Shampoo",
     "StudyError",
@@ -48,5 +51,6 @@ __all__ = [
     "coord_check",
     "param_groups",
     "plan_of",
+    "resize",
     "transform",
 ]

@@ -57,22 +57,53 @@ def analyze(
     _check_base(base)
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
-    captured = capture(model, args, kwargs)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     truth = _truth(shapes, base) if isinstance(base, nn.Module) else {}
+    captured, solved, names = solve(model, args, kwargs, truth, dims or {}, strict)
+    conflicts = tuple(dict.fromkeys(solved.verdicts.conflicts))
+    notes = (*conflicts, *_disagreements(captured, truth, strict)) if truth else ()
+    return _assemble(model, captured, solved, names, base, notes)
+
+
+def solve(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    truth: Mapping[tuple[str, int], tuple[bool, str]],
+    dims: Mapping[str, str],
+    strict: bool,
+) -> tuple[Capture, Inference, DimNames]:
+    """Capture a model and infer its dimensions.
+
+    Args:
+        model: The module.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        truth: (parameter, axis) -> verdict that a second instance shows.
+        dims: Verdicts that the caller settles, as for `analyze`.
+        strict: Whether an operator without a rule is an error.
+
+    Returns:
+        The graph, the solved dimensions and their names.
+
+    Raises:
+        InferenceError: The caller's verdicts contradict each other or the graph.
+    """
+    captured = capture(model, args, kwargs)
     try:
         first = infer(captured, truth, strict)
     except SizeConflict as error:
         captured = capture(model, args, kwargs, error)
         first = infer(captured, truth, strict)
     names = name_dims(model, first)
-    by_axis, by_dim = _overrides(dims or {}, shapes, first, names)
-    solved = infer(captured, truth | by_axis, strict, by_dim) if dims else first
-    conflicts = tuple(dict.fromkeys(solved.verdicts.conflicts))
-    if conflicts and not truth:
-        raise InferenceError(conflicts[0])
-    notes = (*conflicts, *_disagreements(captured, truth, strict)) if truth else ()
-    return _assemble(model, captured, solved, names, base, notes)
+    if not dims:
+        return captured, first, names
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    by_axis, by_dim = _overrides(dims, shapes, first, names)
+    solved = infer(captured, {**truth, **by_axis}, strict, by_dim)
+    if solved.verdicts.conflicts and not truth:
+        raise InferenceError(solved.verdicts.conflicts[0])
+    return captured, solved, names
 
 
 def _check_base(base: Base) -> None:

@@ -72,12 +72,24 @@ def capture(
     try:
         if failed is not None:
             raise failed
-        with quiet():
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        return export(model, args, kwargs)
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         from mupass._record import record
 
         return record(model, args, kwargs, canonical, aliases, error)
+
+
+def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+    """Capture with torch.export alone; what it raises is not wrapped.
+
+    Args:
+        model: Any module.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+    """
+    canonical, aliases = parameter_names(model)
+    with quiet():
+        program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
 
 

@@ -291,7 +291,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
     x, y = vectors()
     model = mlp()
     for message, call in {
-        "two different widths": lambda: mupass.coord_check(model, (x, y), widths=[64]),
+        "at least 2 different widths": lambda: mupass.coord_check(model, (x, y), widths=[64]),
         "no batch": lambda: mupass.coord_check(model, []),
         "unknown optimizer 'lion'": lambda: mupass.coord_check(model, (x, y), optimizer="lion"),
         "at least 1": lambda: mupass.coord_check(model, (x, y), steps=0),

@@ -71,6 +71,7 @@ def make_copies(
     dims: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
     dtype: torch.dtype | None = None,
+    least: int = 2,
 ) -> tuple[Copies, list[Batch]]:
     """Resize one model, or build it by a function, at several widths, and transform each.
 
@@ -83,12 +84,13 @@ def make_copies(
         dims: As for `mupass.transform`.
         prepare: Applied to each transformed copy.
         dtype: Precision of the copies; that of the model if left out.
+        least: Smallest number of different widths.
 
     Returns:
         The copies, the narrowest first, and the batches on their device.
 
     Raises:
-        StudyError: Fewer than two widths.
+        StudyError: Fewer widths than wanted, or the same twice.
     """
     build = _builder(source, batches[0])
     if widths is None:
@@ -100,8 +102,8 @@ def make_copies(
     batches = [move(batch, device, dtype) for batch in batches]
     inputs = batches[0].inputs
     raw.sort(key=_numbers)
-    if len(set(map(_numbers, raw))) < max(len(raw), 2):
-        raise StudyError(f"at least two different widths are needed, not {list(widths)}")
+    if len(set(map(_numbers, raw))) < max(len(raw), least):
+        raise StudyError(f"at least {least} different widths are needed, not {list(widths)}")
     done = []
     for model in raw:
         # The narrowest copy is the base: for the others a second instance, which settles all dimensions.
