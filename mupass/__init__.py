@@ -23,6 +23,8 @@ from mupass._resize import resize
 from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
 from mupass._study.coords import CoordCheck
+from mupass._study.sweep import sweep
+from mupass._study.trials import Optimum, Sweep, Trial
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "InferenceError",
     "KFAC",
     "MupassError",
+    "Optimum",
     "OptimizerError",
     "OptimizerSpec",
     "Plan",
@@ -45,12 +48,15 @@ __all__ = [
     "Scales",
     "Shampoo",
     "StudyError",
+    "Sweep",
     "TransformError",
+    "Trial",
     "Use",
     "analyze",
     "coord_check",
     "param_groups",
     "plan_of",
     "resize",
+    "sweep",
     "transform",
 ]

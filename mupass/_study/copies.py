@@ -92,7 +92,7 @@ def make_copies(
     Raises:
         StudyError: Fewer widths than wanted, or the same twice.
     """
-    build = _builder(source, batches[0])
+    build = _builder(source, batches[0], dims)
     if widths is None:
         if not isinstance(source, nn.Module):
             raise StudyError("widths= is needed with a function that builds the model")
@@ -139,9 +139,9 @@ def default_widths(width: int) -> tuple[int, ...]:
     return (smallest, 2 * smallest, 4 * smallest)
 
 
-def _builder(source: Source, batch: Batch) -> Callable[[Any], nn.Module]:
+def _builder(source: Source, batch: Batch, dims: Mapping[str, str] | None) -> Callable[[Any], nn.Module]:
     if isinstance(source, nn.Module):
-        return lambda width: resize(source, width, example_inputs=batch.inputs, seed=0, fresh=True)
+        return lambda width: resize(source, width, example_inputs=batch.inputs, dims=dims, seed=0, fresh=True)
 
     def build(width: Any) -> nn.Module:
         with torch.random.fork_rng():

@@ -112,7 +112,7 @@ class Sweep:
             width: One of the widths; the narrowest if left out.
         """
         table = self.losses(self.widths[0] if width is None else width)
-        return dict(min(table, key=lambda point: mean(table[point])))
+        return dict(min(table.items(), key=lambda item: mean(item[1]))[0])
 
     def curve(self, width: int, name: str) -> dict[float, list[float]]:
         """Return the losses of all seeds by one hyperparameter, the others at their best for its value.
@@ -150,7 +150,9 @@ class Sweep:
                 center = math.fsum(logs) / len(logs)
                 spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (len(logs) - 1))
                 half = student(len(logs) - 1, 0.95) * spread / math.sqrt(len(logs))
-                low, high = (min(value, math.exp(center - half)), max(value, math.exp(center + half)))
+                half = min(half, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
+                low = max(values[0], min(value, math.exp(center - half)))
+                high = min(values[-1], max(value, math.exp(center + half)))
         return Optimum(width, name, value, low, high, best, means[at], inside)
 
     def moves(self, name: str = "lr") -> float:
