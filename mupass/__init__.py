@@ -24,6 +24,7 @@ from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
 from mupass._study.coords import CoordCheck
 from mupass._study.sweep import sweep
+from mupass._study.transfer import Transfer, transfer
 from mupass._study.trials import Optimum, Sweep, Trial
 from mupass._transform import transform
 
@@ -49,6 +50,7 @@ __all__ = [
     "Shampoo",
     "StudyError",
     "Sweep",
+    "Transfer",
     "TransformError",
     "Trial",
     "Use",
@@ -58,5 +60,6 @@ __all__ = [
     "plan_of",
     "resize",
     "sweep",
+    "transfer",
     "transform",
 ]

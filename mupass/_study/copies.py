@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._plan import Plan
+from mupass._plan import Plan, plan_of
 from mupass._resize import resize
 from mupass._study.batches import Batch, StudyError, move
 from mupass._transform import transform
@@ -29,15 +29,17 @@ class Copies:
     Attributes:
         widths: Sizes of the dimension that names the model's width.
         models: The copies.
+        narrow: The narrowest one as it was before its transform: a base model for all others.
     """
 
     widths: tuple[int, ...]
     models: tuple[nn.Module, ...]
+    narrow: nn.Module
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """Their plans."""
-        return tuple(model.mupass_plan for model in self.models)  # type: ignore[misc]
+        return tuple(plan_of(model)[1] for model in self.models)
 
     def draw(self, index: int, seed: int) -> nn.Module:
         """Return a copy with another initialization.
@@ -117,8 +119,8 @@ def make_copies(
             dims=None if isinstance(chosen, nn.Module) else dims,
         )
         done.append(prepare(copy) if prepare else copy)
-    found = Copies(tuple(model.mupass_plan.width for model in done), tuple(done))  # type: ignore[misc, union-attr]
-    return found, list(batches)
+    sizes = tuple(plan_of(model)[1].width for model in done)
+    return Copies(sizes, tuple(done), raw[0]), list(batches)
 
 
 def _numbers(model: nn.Module) -> int:
@@ -131,12 +133,21 @@ def default_widths(width: int) -> tuple[int, ...]:
     Args:
         width: The model's width.
     """
-    smallest = width
-    while smallest >= 2 * SMALLEST and smallest % 2 == 0:
-        smallest //= 2
+    smallest = halved(width)
     while smallest < SMALLEST:
         smallest *= 2
     return (smallest, 2 * smallest, 4 * smallest)
+
+
+def halved(width: int) -> int:
+    """Return a width, halved while the half is whole and at least `SMALLEST`.
+
+    Args:
+        width: The model's width.
+    """
+    while width >= 2 * SMALLEST and width % 2 == 0:
+        width //= 2
+    return width
 
 
 def _builder(source: Source, batch: Batch, dims: Mapping[str, str] | None) -> Callable[[Any], nn.Module]:
