@@ -21,6 +21,12 @@ from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
 from mupass._resize import resize
+from mupass._study.batches import StudyError
+from mupass._study.check import coord_check
+from mupass._study.coords import CoordCheck
+from mupass._study.sweep import sweep
+from mupass._study.transfer import Transfer, transfer
+from mupass._study.trials import Optimum, Sweep, Trial
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -29,6 +35,7 @@ __all__ = [
     "AlignmentProbe",
     "Analysis",
     "CaptureError",
+    "CoordCheck",
     "Entry",
     "Fusion",
     "Geometry",
@@ -36,6 +43,7 @@ __all__ = [
     "KFAC",
     "Muon",
     "MupassError",
+    "Optimum",
     "OptimizerError",
     "OptimizerSpec",
     "Plan",
@@ -45,12 +53,19 @@ __all__ = [
     "SOAP",
     "Scales",
     "Shampoo",
+    "StudyError",
+    "Sweep",
+    "Transfer",
     "TransformError",
+    "Trial",
     "Use",
     "alignment",
     "analyze",
+    "coord_check",
     "param_groups",
     "plan_of",
     "resize",
+    "sweep",
+    "transfer",
     "transform",
 ]
