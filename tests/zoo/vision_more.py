@@ -1,4 +1,4 @@
-"""More of timm, torchvision and transformers' vision: multi-resolution, ghost modules, convolutional tokens."""
+"""More of timm, torchvision and transformers: multi-resolution, ghost modules, convolutional tokens."""
 
 from __future__ import annotations
 
