@@ -17,7 +17,7 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
-from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
+from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
 from mupass._resize import resize
@@ -41,6 +41,7 @@ __all__ = [
     "Geometry",
     "InferenceError",
     "KFAC",
+    "LevenbergMarquardt",
     "Muon",
     "MupassError",
     "Optimum",
@@ -65,6 +66,7 @@ __all__ = [
     "param_groups",
     "plan_of",
     "resize",
+    "sample_targets",
     "sweep",
     "transfer",
     "transform",
