@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim._fallback import FALLBACKS, average, fallback_step
+from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step
 from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
@@ -157,7 +157,16 @@ class PlannedOptimizer(torch.optim.Optimizer):
         groups += self._groups(fallback, others, fallback_lr, weight_decay, momentum)
         # OneCycleLR cycles momentum where the defaults have it.
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update(self._first_state(p, group))
         self._complete = True
+
+    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
+        if group["algorithm"] == self.spec.name:
+            return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+        return fallback_state(parameter, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the plan says which parameters there are.
@@ -328,7 +337,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         extra = {
             "kind": self._kind(),
             "steps": self._steps,
-            "stats": dict(self._stats),
+            "stats": [list(item) for item in self._stats.items()],
             **self._extra_state(),
         }
         return {**super().state_dict(), "mupass": extra}
@@ -362,6 +371,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
             raise OptimizerError(f"state of {what}; this is {ours[0]} {ours[1]}")
         # A copy, where torch would go on in the caller's tensors.
         super().load_state_dict(deepcopy({k: v for k, v in state_dict.items() if k != "mupass"}))
-        self._steps, self._stats = extra["steps"], Counter(extra["stats"])
+        self._steps, self._stats = extra["steps"], Counter(dict(extra["stats"]))
         self._load_extra_state(extra)
         self._prepare_next()

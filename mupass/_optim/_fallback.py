@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import pi
 from typing import Any
 
@@ -33,6 +34,20 @@ def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     return mean / (root + EPSILON * group["mupass_epsilon"])  # type: ignore[no-any-return]
 
 
+def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of one parameter before its first step.
+
+    Args:
+        parameter: The parameter.
+        group: Its parameter group.
+    """
+    if group["algorithm"] == "sgd":
+        return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+    # A tensor, as in torch: distributed checkpoints mistake the keys of plain numbers.
+    state = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+    return {"step": torch.zeros(()), **state}
+
+
 def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
     """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
 
@@ -52,15 +67,10 @@ def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor
 
 def _adam_averages(grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return Adam's mean and root mean square of gradients, corrected for their start from zero."""
-    if "step" not in state:
-        state["step"], state["mean"], state["square"] = (
-            0,
-            torch.zeros_like(grad),
-            torch.zeros_like(grad),
-        )
     state["step"] += 1
     state["mean"].lerp_(grad, 1 - BETAS[0])
     state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-    mean = state["mean"] / (1 - BETAS[0] ** state["step"])
-    square = state["square"] / (1 - BETAS[1] ** state["step"])
+    step = int(state["step"])
+    mean = state["mean"] / (1 - BETAS[0] ** step)
+    square = state["square"] / (1 - BETAS[1] ** step)
     return mean, square.sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -112,6 +112,10 @@ class SOAP(MatrixOptimizer):
 
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam
+
+    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        own = group["algorithm"] == self.spec.name  # whose momentum is in the stacks
+        return {} if own else super()._first_state(parameter, group)
 
     def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
         return direction
