@@ -111,7 +111,7 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_halves(rows: Tensor) -> Tensor:
-    """The block below the diagonal is a copy of the one above: three quarters of the work, less further in."""
+    """The block below the diagonal is a copy of the one above it: three quarters of the work or less."""
     n = rows.shape[-1]
     if n <= LEAF:
         return rows.mT @ rows
