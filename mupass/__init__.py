@@ -17,7 +17,7 @@ from mupass._errors import (
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
-from mupass._report import Report
+from mupass._report import Question, Report
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerSpec",
     "Plan",
     "PlanError",
+    "Question",
     "Report",
     "Scales",
     "Shampoo",

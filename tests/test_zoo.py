@@ -93,6 +93,16 @@ def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
         assert not unmarked(case, analysis)
 
 
+@pytest.mark.zoo
+def test_regnet_is_read_right_once_its_groups_are_said_to_grow() -> None:
+    pytest.importorskip("timm")
+    with third_party():
+        case = importlib.import_module("zoo.vision").CASES["timm_regnet"]
+        model, dims = case.build(1).eval(), {r".*conv2\.conv\.weight:1": "finite"}
+        assert wrong(case, mupass.analyze(model, case.inputs()), conventional=True)
+        assert not wrong(case, mupass.analyze(model, case.inputs(), dims=dims), conventional=True)
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_a_second_instance_settles_everything(case: Case) -> None:
     with third_party():
