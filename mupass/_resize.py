@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mupass._analyze import settle
+from mupass._analyze import solve
 from mupass._attributes import Attributes, handled_dims
 from mupass._draw import Draw, initialize
 from mupass._init import InitChoice
