@@ -57,9 +57,7 @@ class Transfer:
         search = self.search
         return {
             "hyperparameters": dict(self.hyperparameters),
-            "intervals": {
-                n: [o.low, o.high] for n in search.names for o in [search.optimum(self.proxy_width, n)]
-            },
+            "intervals": {o.name: [o.low, o.high] for o in optima},
             "bracketed": not search.open_ends(),
             "proxy_width": self.proxy_width,
             "width": self.width,
