@@ -83,7 +83,7 @@ class Contestant:
         self, task: Task, model: nn.Module, optimizers: Sequence[Any], call: nn.Module | None = None
     ) -> None:
         self.task, self.model, self.optimizers = task, model, optimizers
-        self.call = call or model
+        self.call = model if call is None else call
 
     def __call__(self) -> None:
         for optimizer in self.optimizers:
@@ -141,9 +141,7 @@ def singd(task: Task, every: int) -> Contestant:
     )
     taken = {p for group in own.param_groups for p in group["params"]}
     rest = [p for p in model.parameters() if p not in taken]
-    return Contestant(
-        task, model, [own, torch.optim.SGD(rest, LR, momentum=0.9)] if rest else [own]
-    )
+    return Contestant(task, model, [own, torch.optim.SGD(rest, LR, momentum=0.9)] if rest else [own])
 
 
 CONTESTANTS: dict[str, Callable[..., Contestant]] = {
@@ -162,9 +160,11 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
 
 
 def timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Return the time of a call: on one thread that of the process, which a busy machine changes least."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(steps: dict[str, Callable[[], Any]], cycles: int, warm: int) -> dict[str, list[float]]:
@@ -373,9 +373,7 @@ def memory_table(model: str, names: Sequence[str]) -> str:
             lines.append(f"{name:<24} not installed ({found})")
             continue
         state, risen, size = (n / 2**20 for n in found)
-        lines.append(
-            f"{name:<24}state {state:>7.1f} ({state / size:.1f} x parameters)   peak {risen:>7.1f}"
-        )
+        lines.append(f"{name:<24}state {state:>7.1f} ({state / size:.1f} x parameters)   peak {risen:>7.1f}")
     return "\n".join(lines)
 
 
@@ -393,6 +391,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    # Several models of one class are compiled here; without guards on hooks one would run another's graph.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     names = [n for n in options.only if not (options.no_compile and n.endswith("compiled"))]
     eager = [n for n in names if not n.endswith("compiled") and n != "AdamW"]
     for model in options.models:
