@@ -1,21 +1,21 @@
 """Step time of K-FAC beside its peers and AdamW, interleaved in one run; the GEMM floor; memory; overhead.
 
-A step is forward, backward and optimizer. All contestants take step i before any takes step i + 1, so noise of
-the machine meets all alike. Steps come in cycles of 10 (roots are due once a cycle): every position in the
-cycle gets its median over cycles; "mean" averages the positions, "worst" is the largest. Warm-up cycles,
-compilation with them, are left out.
+A step is forward, backward and optimizer. All contestants take step i before any takes step i + 1, so noise
+of the machine meets all alike. Steps come in cycles of 10 (roots are due once a cycle): every position in
+the cycle gets its median over cycles; "mean" averages the positions, "worst" is the largest. Warm-up
+cycles, compilation with them, are left out.
 
 The floor is the time of the matrix products that the step cannot do without: those of forward and backward
-(recorded from a real step and replayed), ``x^T x`` and ``g^T g`` of every linear layer on curvature steps, and
-``B^-1 G A^-1``. The inverses themselves (one Cholesky factorization and inversion for each factor and cycle)
-are listed apart.
+(recorded from a real step and replayed), ``x^T x`` and ``g^T g`` of every linear layer on curvature steps,
+and ``B^-1 G A^-1``. The inverses themselves (one Cholesky factorization and inversion for each factor and
+cycle) are listed apart.
 
     python -m benchmarks.kfac_time                        # about ten minutes on one core
     python -m benchmarks.kfac_time --models gpt --cycles 3 --no-compile
 
-Peers are used where they can be imported: ``pip install singd`` and
-``pip install git+https://github.com/gpauloski/kfac-pytorch``. Both take nn.Linear and nn.Conv2d only. What
-they leave gets SGD, as in `mupass.KFAC` here. kfac-pytorch runs without its kl-clip, which costs time.
+Peers are used where they can be imported: ``pip install singd`` and ``pip install
+git+https://github.com/gpauloski/kfac-pytorch``. Both take nn.Linear and nn.Conv2d only. What they leave
+gets SGD, as in `mupass.KFAC` here. kfac-pytorch runs without its kl-clip, which costs time.
 """
 
 from __future__ import annotations

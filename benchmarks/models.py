@@ -40,7 +40,7 @@ class GPT(nn.Module):
 
 
 def cnn(width: int) -> nn.Module:
-    """Three convolutions with batch norm, and a head, on 28 x 28 images; ``width`` channels, then twice that."""
+    """Three convolutions, batch norm and a head on 28 x 28 images; ``width`` channels, then twice that."""
     layers: list[nn.Module] = []
     for inputs, outputs, kernel, stride in (
         (1, width, 5, 2),

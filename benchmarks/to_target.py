@@ -1,16 +1,17 @@
 """Steps and seconds to a target loss: K-FAC, Shampoo, AdamW and SGD with momentum, tuned narrow, run wide.
 
-Two tasks: a CNN on Fashion-MNIST and a character-level GPT on the sources of Python's standard library. Every
-optimizer gets the same grid of learning rates at the base width, all of them constant over a run; the one that
-reaches the target in the fewest steps (averaged over seeds) is then used, unchanged, 8 times wider. The loss is
-the mean over the last 20 batches, and every batch is new to the model: one pass over the data, so that it is
-an unbiased estimate of the loss on unseen data. Time is that of training alone, on one thread.
+Two tasks: a CNN on Fashion-MNIST and a character-level GPT on the sources of Python's standard library.
+Every optimizer gets the same grid of learning rates at the base width, all of them constant over a run; the
+one that reaches the target in the fewest steps (averaged over seeds) is then used, unchanged, 8 times
+wider. The loss is the mean over the last 20 batches, and every batch is new to the model: one pass over the
+data, so that it is an unbiased estimate of the loss on unseen data. Time is that of training alone, on one
+thread.
 
     python -m benchmarks.to_target                          # all of it: 20 to 30 minutes on one core
     python -m benchmarks.to_target --tasks cnn --minutes 5  # a piece of it; call again to go on
 
-Runs are kept as lines of JSON in ``to_target.jsonl``; a run that is there is not done again. ``--report`` only
-prints the table.
+Runs are kept as lines of JSON in ``to_target.jsonl``; a run that is there is not done again. ``--report``
+only prints the table.
 """
 
 from __future__ import annotations
