@@ -181,6 +181,8 @@ def of_mupass(p: Problem, compiled: bool = False) -> tuple[float, dict[str, str]
 def compared(p: Problem, factors: dict[str, tuple[Tensor, Tensor]]) -> float:
     """Return the worst error of updates made from a peer's factors, module name -> (A, B)."""
     errors = []
+    if p.case.tied in factors:  # they see one of its two uses, the other way round
+        factors = {p.case.subject[0].rpartition(".")[0]: factors[p.case.tied][::-1]}
     for name in p.case.subject:
         module, _, leaf = name.rpartition(".")
         if module not in factors or leaf not in ("weight", "bias"):

@@ -3,7 +3,8 @@
 A step is forward, backward and optimizer. All contestants take step i before any takes step i + 1, so noise
 of the machine meets all alike. Steps come in cycles of 10 (roots are due once a cycle): every position in
 the cycle gets its median over cycles; "mean" averages the positions, "worst" is the largest. Warm-up
-cycles, compilation with them, are left out.
+cycles, compilation with them, are left out. On one thread it is the time of the process, which other work on
+the machine changes least.
 
 The floor is the time of the matrix products that the step cannot do without: those of forward and backward
 (recorded from a real step and replayed), ``x^T x`` and ``g^T g`` of every linear layer on curvature steps,
@@ -26,148 +27,20 @@ import gc
 import multiprocessing
 import resource
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 import mupass
-from benchmarks.models import GPT, cnn
-
-CYCLE = 10  # steps; roots are due once in each
-VOCABULARY, LENGTH = 128, 128
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product")  # prefixes, with backward
-LR = 1e-4  # small: what is timed should not diverge
+from benchmarks.contestants import CONTESTANTS, CYCLE, Contestant, Task, make_task, seeded
+from benchmarks.floor import Floor, timed
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model with one batch."""
-
-    build: Callable[[], nn.Module]
-    x: Tensor
-    y: Tensor
-
-    def loss(self, model: nn.Module) -> Tensor:
-        out = model(self.x)
-        return F.cross_entropy(out.flatten(0, -2), self.y.flatten())
-
-
-def make_task(name: str, batch: int | None = None, width: int | None = None) -> Task:
-    """The GPT (width 256, 4 layers, 4 sequences of 128 tokens) or the CNN (64 channels, 64 images)."""
-    torch.manual_seed(0)
-    if name == "gpt":
-        ids = torch.randint(VOCABULARY, (batch or 4, LENGTH + 1))
-        return Task(
-            lambda: GPT(width or 256, 4, VOCABULARY, LENGTH, min(64, width or 64)), ids[:, :-1], ids[:, 1:]
-        )
-    x, y = torch.randn(batch or 64, 1, 28, 28), torch.randint(10, (batch or 64,))
-    return Task(lambda: cnn(width or 64), x, y)
-
-
-# Contestants -----------------------------------------------------------------------------------------------
-
-
-class Contestant:
-    """A model with its optimizer; one call is one step."""
-
-    def __init__(
-        self, task: Task, model: nn.Module, optimizers: Sequence[Any], call: nn.Module | None = None
-    ) -> None:
-        self.task, self.model, self.optimizers = task, model, optimizers
-        self.call = model if call is None else call
-
-    def __call__(self) -> None:
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                optimizer.zero_grad()
-        self.task.loss(self.call).backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def seeded(task: Task) -> nn.Module:
-    torch.manual_seed(0)
-    return task.build()
-
-
-def adamw(task: Task, every: int, compiled: bool = False) -> Contestant:
-    model = seeded(task)
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
-    return Contestant(task, model, [optimizer], torch.compile(model) if compiled else None)
-
-
-def ours(task: Task, every: int, compiled: bool = False) -> Contestant:
-    model = mupass.transform(seeded(task), task.x[:2])
-    optimizer = mupass.KFAC(
-        model, LR, 1e-2, momentum=0.9, factor_every=every, root_every=CYCLE, fallback="sgd", fallback_lr=LR
-    )
-    return Contestant(task, model, [optimizer], torch.compile(model, fullgraph=True) if compiled else None)
-
-
-def kfac_pytorch(task: Task, every: int, method: str = "inverse", compiled: bool = False) -> Contestant:
-    from kfac.preconditioner import KFACPreconditioner
-
-    model = seeded(task)
-    preconditioner = KFACPreconditioner(
-        model,
-        factor_update_steps=every,
-        inv_update_steps=CYCLE,
-        damping=1e-2,
-        kl_clip=lambda step: None,  # None itself is refused
-        lr=LR,
-        compute_method=method,
-    )
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    call = torch.compile(model) if compiled else None
-    return Contestant(task, model, [preconditioner, optimizer], call)
-
-
-def singd(task: Task, every: int) -> Contestant:
-    from singd.optim.optimizer import SINGD
-
-    model = seeded(task)
-    average = "batch+sequence" if task.y.dim() > 1 else "batch"
-    own = SINGD(
-        model, lr=LR, damping=1e-2, T=every, lr_cov=1e-4, loss_average=average, warn_unsupported=False
-    )
-    taken = {p for group in own.param_groups for p in group["params"]}
-    rest = [p for p in model.parameters() if p not in taken]
-    return Contestant(task, model, [own, torch.optim.SGD(rest, LR, momentum=0.9)] if rest else [own])
-
-
-CONTESTANTS: dict[str, Callable[..., Contestant]] = {
-    "AdamW": adamw,
-    "mupass": ours,
-    "kfac-pytorch, inverse": kfac_pytorch,
-    "kfac-pytorch, eigen": lambda t, e: kfac_pytorch(t, e, "eigen"),
-    "singd": singd,
-    "AdamW, compiled": lambda t, e: adamw(t, e, True),
-    "mupass, compiled": lambda t, e: ours(t, e, True),
-    "kfac-pytorch, compiled": lambda t, e: kfac_pytorch(t, e, compiled=True),
-}
-
-
-# Timing ----------------------------------------------------------------------------------------------------
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Return the time of a call: on one thread that of the process, which a busy machine changes least."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    call()
-    return clock() - start
-
-
-def interleaved(steps: dict[str, Callable[[], Any]], cycles: int, warm: int) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Contestant], cycles: int, warm: int) -> dict[str, list[float]]:
     """Return for every contestant the median time of each position in the cycle, in milliseconds."""
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(CYCLE)] for name in steps}
     for at in range((warm + cycles) * CYCLE):
@@ -175,6 +48,8 @@ def interleaved(steps: dict[str, Callable[[], Any]], cycles: int, warm: int) -> 
             taken = timed(step)
             if at >= warm * CYCLE:
                 times[name][at % CYCLE].append(1e3 * taken)
+    for step in steps.values():
+        step.check()
     return {name: [median(t) for t in found] for name, found in times.items()}
 
 
@@ -193,89 +68,6 @@ def started(task: Task, names: Sequence[str], every: int) -> tuple[dict[str, Con
                 raise
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
     return steps, missing
-
-
-# The floor -------------------------------------------------------------------------------------------------
-
-
-class Recorder(TorchDispatchMode):
-    """Records the matrix products of what runs inside, ready to be replayed on data of the same layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__.lstrip("_").startswith(PRODUCTS):
-            keep = lambda x: x.detach().clone() if isinstance(x, Tensor) else x  # noqa: E731
-            self.calls.append((func, tree_map(keep, args), tree_map(keep, kwargs)))
-        return func(*args, **kwargs)
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for func, args, kwargs in self.calls:
-                func(*args, **kwargs)
-
-
-@dataclass
-class Floor:
-    """The products of one model: what a step cannot do without."""
-
-    base: Recorder
-    rows: list[tuple[Tensor, Tensor]]  # inputs [n, in] and output gradients [n, out] of every linear layer
-
-    @staticmethod
-    def of(task: Task) -> Floor:
-        model, rows = seeded(task), []
-        taps = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-
-        def tap(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            weight = module.weight.flatten(1)
-            count = out.numel() // len(weight)
-            rows.append((torch.randn(count, weight.shape[1]), torch.randn(count, len(weight))))
-
-        handles = [m.register_forward_hook(tap) for m in taps]
-        task.loss(model)
-        for handle in handles:
-            handle.remove()
-        recorder = Recorder()
-        with recorder:
-            task.loss(model).backward()
-        return Floor(recorder, rows)
-
-    def grams(self) -> None:
-        for x, g in self.rows:
-            x.T @ x, g.T @ g
-
-    def precondition(self) -> None:
-        for (x, g), (a, b) in zip(self.rows, self.factors(), strict=True):
-            b @ (g[:1].T @ x[:1]) @ a
-
-    def factors(self) -> list[tuple[Tensor, Tensor]]:
-        if not hasattr(self, "_factors"):
-            self._factors = [
-                tuple(r.T @ r / len(r) + torch.eye(r.shape[1]) for r in pair) for pair in self.rows
-            ]
-        return self._factors
-
-    def roots(self) -> None:
-        for pair in self.factors():
-            for m in pair:
-                torch.cholesky_inverse(torch.linalg.cholesky_ex(m)[0])
-
-    def parts(self, repeats: int) -> dict[str, float]:
-        """Return the median time of each part, in milliseconds."""
-        parts = {
-            "model": self.base.replay, "grams": self.grams,
-            "precondition": self.precondition, "roots": self.roots,
-        }  # fmt: skip
-        self.factors()
-        times: dict[str, list[float]] = {name: [] for name in parts}
-        for _ in range(repeats + 1):
-            for name, part in parts.items():
-                times[name].append(1e3 * timed(part))
-        return {name: median(t[1:]) for name, t in times.items()}
 
 
 # Tables ----------------------------------------------------------------------------------------------------

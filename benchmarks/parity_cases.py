@@ -95,6 +95,7 @@ class Case:
         subject: Parameters that the row is about.
         reduce: Whether it is about the reduce setting for shared weights.
         classes: Size of the output.
+        tied: Another module that holds the subject's weight transposed; peers may know it by that.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Case:
     subject: tuple[str, ...]
     reduce: bool = False
     classes: int = CLASSES
+    tied: str = ""
 
 
 class Net(nn.Module):
@@ -371,7 +373,7 @@ CASES = (
     ),
     net("nn.MultiheadAttention", attention, attentive, *ATTENTION),
     net("reused module", dense(Twice), lambda t, h: middle(t, middle(t, h)), *MID),
-    Case("tied weights", lambda: Tokens(True), words, tokens(True), ("tokens.weight",), classes=WORDS),
+    Case("tied weights", lambda: Tokens(True), words, tokens(True), ("tokens.weight",), False, WORDS, "head"),
     net("in-place activation", dense(InPlace), in_place, *MID, sequence=False),
     net("in-place, on sequences", dense(InPlace), in_place, *MID),
     raw("raw parameter, matmul", lambda h, w: h @ w, True),
