@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from mupass._infer import Inference, infer
 from mupass._inputs import as_call, find_inputs
 from mupass._names import DimNames, name_dims
 from mupass._roles import main_use, readout_uses, role_of, separate
+from mupass._sites import find_sites
 
 Base = int | float | Mapping[str, float] | nn.Module
 
@@ -158,12 +160,14 @@ def _assemble(
     width = _width(solved, shapes, infinite)
     sizes = _BaseSizes(solved, names, base, width)
     geometries = []
+    sites = find_sites(captured)
     for name, shape in shapes.items():
         if isinstance(base, nn.Module):
             base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
-        geometries.append(geometry_of(name, shape, base_shape, infinite[name], captured, solved, names))
+        geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
+        geometries.append(replace(geometry, sites=sites.get(name, ())))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)

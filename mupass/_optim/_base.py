@@ -256,7 +256,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         grads = [p.grad for p in self.names if p.grad is not None]
         if not grads:
             return True
-        return bool(torch.stack([g.isfinite().all() for g in grads]).all())
+        # One pass each: a sum hands NaN and infinity on.
+        return bool(
+            torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+            .isfinite()
+            .all()
+        )
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""

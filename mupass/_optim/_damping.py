@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODES = ("trace", "absolute", "pi")
+MODES = ("trace", "eigen", "absolute", "pi")
 FLOOR = 1e-7  # of pi-damping's traces, as in Martens & Grosse's reference code
 
 
@@ -39,13 +39,14 @@ def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
 
     * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of
       the factor's eigenvalues by itself. The trace, not the trace over the size.
+    * ``eigen``: ``damping`` itself, for roots that take it relative to the largest eigenvalue.
     * ``absolute``: ``damping`` times the width factor of the scale table.
     * ``pi``: the usual heuristic, ``rho_A = pi sqrt(damping)``, ``rho_B = sqrt(damping) / pi`` with
       ``pi^2 = (tr A / dim A) / (tr B / dim B)``. Its order is right in hidden layers only: under muP the
       input layer's update decays like 1/width.
 
     Args:
-        mode: ``trace``, ``absolute`` or ``pi``.
+        mode: One of `MODES`.
         sides: The factors.
 
     Returns:
@@ -54,6 +55,8 @@ def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
     damping = sides.damping
     if mode == "trace":
         return damping * sides.trace_a, damping * sides.trace_b
+    if mode == "eigen":
+        return damping, damping
     if mode == "absolute":
         return damping * sides.scale_a, damping * sides.scale_b
     mean_a = (sides.trace_a / sides.dim_a).clamp(min=FLOOR)

@@ -26,6 +26,10 @@ def inverse_roots(
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
     """
+    if power == 1 and not relative and bool(_regular(bank, damping)):
+        root, solved = _cholesky(bank, damping)
+        if bool(solved.all()):
+            return root, ~solved
     finite = bank.isfinite().flatten(1).all(1) & damping.isfinite()
     vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
     empty = finite & vanishing & ((damping <= 0) | relative)
@@ -34,7 +38,7 @@ def inverse_roots(
     safe = torch.where(usable, bank, eye)
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
     if power == 1 and not relative:
-        root, solved = _cholesky(safe, rho, eye)
+        root, solved = _cholesky(safe, rho)
     else:
         root, solved = _eigh(safe, rho, power, relative)
     solved &= root.isfinite().flatten(1).all(1)
@@ -43,11 +47,26 @@ def inverse_roots(
     return torch.where(failed[:, None, None], previous, root), failed
 
 
-def _cholesky(bank: Tensor, rho: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    factor, info = torch.linalg.cholesky_ex(bank + rho[:, None, None] * eye)
+def _regular(bank: Tensor, rho: Tensor) -> Tensor:
+    """Return whether no matrix is zero or holds NaN or infinity; semi-definite, they show it in the trace."""
+    traces = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((traces > 0) & traces.isfinite() & rho.isfinite()).all()
+
+
+def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    damped = bank.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
+    factor, info = torch.linalg.cholesky_ex(damped)
     solved = info == 0
-    factor = torch.where(solved[:, None, None], factor, eye)
-    return torch.cholesky_inverse(factor), solved
+    if not bool(solved.all()):
+        eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+        factor = torch.where(solved[:, None, None], factor, eye)
+    root = torch.cholesky_inverse(factor)
+    return root, solved & _trace_is_finite(root)
+
+
+def _trace_is_finite(root: Tensor) -> Tensor:
+    return root.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
 
 
 def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
