@@ -143,7 +143,7 @@ def tied(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     features = torch.stack([b1[0].flatten(), a2[0].flatten()], 1)
     u, s, v = torch.linalg.svd(words @ features.T, full_matrices=False)
     sign = u[:, 0].sum().sign()
-    a, b = (sign * s[0] * m for m in (u[:, 0], v[0]))
+    a, b = (sign * s[0].sqrt() * m for m in (u[:, 0], v[0]))
     return a.view_as(a1), b.view_as(b1)
 
 

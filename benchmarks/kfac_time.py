@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mupass
 from benchmarks.contestants import CONTESTANTS, CYCLE, Contestant, Task, make_task, seeded
@@ -118,7 +119,8 @@ def tensor_bytes() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated things answer isinstance with a warning
-        storages = {t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)}
+        alive = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+    storages = [t.untyped_storage() for t in alive if not isinstance(t, FakeTensor) and not t.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 

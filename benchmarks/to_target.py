@@ -222,7 +222,7 @@ def table(log: Log, tasks: dict[str, Task], optimizers: Sequence[str]) -> str:
             grid = sorted({r.lr for r in log.some(name, optimizer, task.base)})
             edge = "!" if best in (grid[0], grid[-1]) else ""
             cells = [cell(log.some(name, optimizer, w, best)) for w in (task.base, wide)]
-            lines.append(f"{optimizer:<10}{f'2^{math.log2(best):g}{edge}':<8}{cells[0]:<52}{cells[1]}")
+            lines.append(f"{optimizer:<10}{f'2^{math.log2(best):.4g}{edge}':<8}{cells[0]:<52}{cells[1]}")
     return "\n".join([*lines, "mean +- deviation over seeds; !: edge of the grid"])
 
 

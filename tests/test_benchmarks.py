@@ -85,10 +85,10 @@ def test_the_table_names_peers_that_are_not_there(capsys: pytest.CaptureFixture[
         raise ImportError("no such package")
 
     def broken(p: kfac_parity.Problem) -> float:
-        raise KeyError("mid")
+        raise KeyError("a layer")
 
     monkeypatch.setattr(kfac_parity, "PEERS", {"absent": absent, "broken": broken})
-    assert kfac_parity.main(["--only", "biases"]) == 0
+    assert kfac_parity.main(["--only", "addmm"]) == 0
     printed = capsys.readouterr().out
     assert "not installed" in printed and "KeyError" in printed and "exact in 1 of 1 rows" in printed
 
@@ -96,9 +96,8 @@ def test_the_table_names_peers_that_are_not_there(capsys: pytest.CaptureFixture[
 # Time ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["gpt", "cnn"])
-def test_the_time_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"--models {model} --width 16 --cycles 1 --warm 0 --only AdamW mupass --batches 1 --no-memory"
+def test_the_time_table(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--models cnn --width 16 --cycles 1 --warm 0 --only AdamW mupass --batches 1 --no-memory"
     assert kfac_time.main(words.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("mupass") for line in lines) == 2
@@ -169,9 +168,10 @@ def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "adamw"])
-def test_every_optimizer_trains(words: list[str], optimizer: str, capsys) -> None:
+def test_every_optimizer_trains(words: list[str], optimizer: str, tmp_path: Path) -> None:
     assert to_target.main([*words, "--optimizers", optimizer, "--lrs", "0.002", "--seeds", "1"]) == 0
-    assert "never" in capsys.readouterr().out or True
+    runs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["width"] for r in runs] == [8, 64] and all(r["loss"] < 2.2 for r in runs)  # guessing: 2.3
 
 
 def run(lr: float, reached: bool, steps: int, loss: float, seed: int = 0) -> to_target.Run:
