@@ -11,7 +11,7 @@ from torch import nn
 
 from mupass._errors import OptimizerError
 from mupass._factors import Layer, reduced
-from mupass._forms import TRANSPOSED
+from mupass._forms import CONVOLUTIONS, TRANSPOSED
 from mupass._geometry import Fusion, Geometry, Site
 from mupass._intercept import product_key
 from mupass._matrices import Matrices
@@ -19,6 +19,17 @@ from mupass._plan import Plan
 from mupass._taps import NORMS, tap_of
 
 PRODUCTS = ("linear", "contraction")
+MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear,),
+    "contraction": (nn.Linear,),  # as recorded runs show it
+    "conv": (*CONVOLUTIONS, *TRANSPOSED),
+    "embedding": (nn.Embedding,),
+    "norm gain": NORMS,
+    "norm shift": NORMS,
+    "gain": (),
+    "shift": (),
+}
+VECTORS = {"gain", "shift", "norm gain", "norm shift"}
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # of attention with widths of its own
 
 
@@ -175,7 +186,7 @@ class _Maker:
             self.reasons[g.name] = odd
         elif len(sites) < len(g.sites):
             self.reasons[g.name] = "it is a weight here and a bias there"
-        elif kinds <= {"gain", "shift", "norm"} and len(kinds) == 1:
+        elif kinds <= VECTORS and len(kinds) == 1:
             self._vector(g, sites)
         elif kinds <= {"conv"} or kinds <= {"embedding"} or (kinds <= {*PRODUCTS} and len(uses) == 1):
             self._single(g, sites)
@@ -209,42 +220,50 @@ class _Maker:
         """Return the taps that see all of a parameter's sites, or None."""
         owners = {name.rpartition(".")[0] for name in (g.name, *g.aliases)}
         callers = {s.module for s in sites}
-        if callers == {""} and "" not in owners:  # a recorded run does not tell who called
-            callers = owners
-        if callers <= owners and all(tap_of(self.model.get_submodule(m)) for m in callers):
+        fitting = {
+            m
+            for m in owners
+            if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
+        }
+        if not callers <= fitting and (callers <= owners or callers == {""}):
+            callers = (
+                fitting  # a recorded run does not tell who called, an export not which of two tied modules
+            )
+        if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
-        return (Place(None, g.name, key),) if key else None
+        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
+        return (Place(None, g.name, key),) if key and not sharded else None
+
+    def _misplaced(self, g: Geometry, site: Site) -> str:
+        where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
+        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
+        return f"{where}, and a sharded parameter cannot carry a tap" if sharded else where
 
     def _vector(self, g: Geometry, sites: list[Site]) -> None:
+        """Cover a gain or a shift by the gradients of every position."""
         if not self.options.norms:
             self.reasons[g.name] = "norms=False"
             return
-        kind = sites[0].kind
-        leaf = g.name.rpartition(".")[2]
-        if kind == "norm" and leaf in ("weight", "bias"):
-            places = self._places(g, sites, "")
-            module = self.model.get_submodule(places[0].module or "") if places else None
-            if places is None or not isinstance(module, NORMS):
-                self.reasons[g.name] = (
-                    f"{sites[0].operator} is called by {sites[0].module}, not by a norm module"
-                )
-                return
-            present = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
-            places = tuple(Place(p.module, "") for p in places)  # one tap serves gain and bias
-            size = prod(g.shape)
-            layer = Layer("vector", 1, 0, (size,) * len(present), gains=tuple(n == "weight" for n in present))
-            piece = present.index(leaf)
-        elif kind == "norm" or len({s.out_axes for s in sites}) > 1:
-            self.reasons[g.name] = f"{sites[0].operator} takes it as something else than a gain or a bias"
+        if len({s.out_axes for s in sites}) > 1:
+            self.reasons[g.name] = f"its {len(sites)} uses act on different axes"
             return
-        else:
-            places = (Place(None, g.name, kind),)
-            layer, piece = Layer("vector", 1, 0, (prod(g.shape),), gains=(kind == "gain",)), 0
+        kind, size, piece = sites[0].kind.removeprefix("norm "), prod(g.shape), 0
+        layer = Layer("vector", 1, 0, (size,), gains=(kind == "gain",))
+        places = self._places(g, sites, kind)
+        if places is None:
+            self.reasons[g.name] = self._misplaced(g, sites[0])
+            return
+        module = self.model.get_submodule(places[0].module) if places[0].module is not None else None
+        if module is not None:  # one tap serves a norm's gain and its bias
+            present = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
+            places = tuple(Place(p.module, "") for p in places)
+            layer = replace(
+                layer, outputs=(size,) * len(present), gains=tuple(n == "weight" for n in present)
+            )
+            piece = present.index("weight" if kind == "gain" else "bias")
         self._open(places, layer)
-        matrices = Matrices((prod(g.shape),), (0,))
-        self.blocks[g.name] = Block(
-            g.name, "gain" if layer.gains[piece] else "shift", matrices, (), (Factor("b", places, piece),)
-        )
+        factor = Factor("b", places, piece)
+        self.blocks[g.name] = Block(g.name, kind, Matrices((size,), (0,)), (), (factor,))
 
     def _single(self, g: Geometry, sites: list[Site]) -> None:
         """Cover a weight that all of its sites use in the same way."""
@@ -253,9 +272,7 @@ class _Maker:
         key = {"embedding": "embedding", "conv": ""}.get(site.kind, product_key(into, made))
         places = self._places(g, sites, key)
         if places is None:
-            self.reasons[g.name] = (
-                f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
-            )
+            self.reasons[g.name] = self._misplaced(g, site)
             return
         groups, kind = 1, "linear" if site.kind in PRODUCTS and len(g.shape) == 2 else site.kind
         if site.kind == "conv":

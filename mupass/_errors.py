@@ -21,5 +21,9 @@ class TransformError(MupassError):
     """The model cannot be rewritten (transformed twice, no module to hold a multiplier)."""
 
 
+class ResizeError(MupassError):
+    """The model cannot be built at the width asked for; the message names the dimensions."""
+
+
 class OptimizerError(MupassError, ValueError):
     """An optimizer was given an argument it cannot use."""

@@ -57,6 +57,35 @@ def plan_init(
     Returns:
         Parameter name -> its `Init`.
     """
+    findings, fixed = _findings(tensors, geometries, init)
+    return {g.name: fixed.get(g.name) or _init(findings[g.name], g, parameterization) for g in geometries}
+
+
+def own_init(
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice = "auto"
+) -> dict[str, Init]:
+    """Tell what the user's own law would give at the base shapes.
+
+    Args:
+        tensors: Parameters by name, with the user's initial values.
+        geometries: Their geometry; the base shapes are the shapes asked about.
+        init: As for `plan_init`.
+
+    Returns:
+        Parameter name -> law, its standard deviation there, and the factor from the present one to that.
+    """
+    findings, fixed = _findings(tensors, geometries, init)
+    found = dict(fixed)
+    for name, f in findings.items():
+        factor = sqrt(f.sample.fans.ratio(f.kind))
+        found[name] = Init(f.text, None if f.std is None else f.std * factor, factor, f.doubtful)
+    return found
+
+
+def _findings(
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice
+) -> tuple[dict[str, Finding], dict[str, Init]]:
+    """Return the laws of random parameters, and the answer for the others."""
     told = _told(init, [g.name for g in geometries])
     samples, fixed = _measure(tensors, geometries, told)
     findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
@@ -64,7 +93,7 @@ def plan_init(
         if sample.name in told:
             patterned = not isinstance(init, str)
             findings[sample.name] = _as_told(sample, told[sample.name], patterned)
-    return {g.name: fixed.get(g.name) or _init(findings[g.name], g, parameterization) for g in geometries}
+    return findings, fixed
 
 
 def own_fans(geometry: Geometry) -> Fans:
@@ -145,7 +174,7 @@ def _measure(
         tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
         found = Sample(g.name, tensor.numel(), None, False, own_fans(g))
         if not tensor.is_meta:
-            values = tensor.float().flatten()
+            values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
             low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
             if not (isfinite(low) and isfinite(high)):
                 raise PlanError(f"{g.name} holds NaN or infinite values; initialize the model first")

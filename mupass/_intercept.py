@@ -23,6 +23,21 @@ from mupass._taps import Tap
 ATTRIBUTE = "_mupass_taps"
 VIEW = "_mupass_view"  # for each axis of a transposed parameter, the parameter's axis
 T = Tensor
+NORMS = {  # names of their arguments, in order
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    F.batch_norm: (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    ),
+}
 MATMULS = (torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bmm)
 ADDED = (torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
@@ -118,6 +133,8 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _through(output, args[0], _taps(args[1]), "embedding", Lookup())
     if func in GAINS and len(args) == 2 or func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, args[0], args[1], "gain" if func in GAINS else "shift")
+    if func in NORMS:
+        return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
     if func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
         return _turned(output, args[0], _order(func, args))
     return output
@@ -163,6 +180,27 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     return _through(output, x, _taps(weight), key, Elementwise(axis))
 
 
+def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
+    """Tap the gain and the shift of a norm: a gain multiplies what the norm gives without them."""
+    found = {key: _taps(bound.get(name)) for key, name in (("gain", "weight"), ("shift", "bias"))}
+    if not any(_wanted(tap) for taps in found.values() for tap in (taps or {}).values()):
+        return output
+    batch = bool(bound.get("training"))
+    stats: dict[str, Any] = {n: None for n in ("running_mean", "running_var") if n in bound and batch}
+    bare: dict[str, Any] = {n: None for n in ("weight", "bias") if n in bound}
+    with torch.no_grad():
+        x = func(**{**bound, **stats, **bare})
+    count = len(bound["normalized_shape"]) if "normalized_shape" in bound else 0
+    form = Elementwise(-count, count) if count else Elementwise(1)
+    for key, taps in found.items():
+        output = _through(output, x, taps, key, form)
+    return output
+
+
+def _wanted(tap: Tap) -> bool:
+    return tap.rows is not None and tap.rows.requires_grad
+
+
 def _order(func: Any, args: tuple[Any, ...]) -> list[int]:
     rank = args[0].dim()
     order = list(range(rank))
@@ -200,7 +238,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     separate = [kwargs.get(f"{n}_proj_weight") for n in "qkv"]
     weights = [w for w in (packed, out, *separate) if w is not None]
     taps = [tap for w in weights for tap in (_taps(w) or {}).values()]
-    if not any(tap.rows is not None and tap.rows.requires_grad for tap in taps):
+    if not any(_wanted(tap) for tap in taps):
         return function(*args, **kwargs)
     if packed is not None and query is key and key is value:
         whole = _product(F.linear(query, packed, biases), query, packed, F.linear)

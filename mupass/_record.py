@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from mupass._capture import Capture, fresh_copy, quiet
+from mupass._capture import Capture, fresh_copy, number_in, quiet
 from mupass._errors import CaptureError
 
 
@@ -70,21 +70,22 @@ def record(
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(f"{name} fails on its example inputs: {type(error).__name__}: {text}") from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
-    return _from_recording(module, list(state), len(buffers), paths, aliases, warning)
+    return _from_recording(module, list(state), list(buffers), paths, aliases, warning)
 
 
 def _from_recording(
     module: torch.fx.GraphModule,
     parameters: list[str],
-    buffers: int,
+    buffers: list[str],
     paths: list[str],
     aliases: Mapping[str, tuple[str, ...]],
     warning: str,
 ) -> Capture:
     holes = [n for n in module.graph.nodes if n.op == "placeholder"]
     named = dict(zip(holes, parameters, strict=False))
-    states = [*holes[len(parameters) : len(parameters) + buffers]]
-    inputs = {n: f"input {i}" for i, n in enumerate(holes[len(parameters) + buffers :])}
+    states = [*holes[len(parameters) : len(parameters) + len(buffers)]]
+    filled = dict(zip(states, buffers, strict=True))
+    inputs = {n: f"input {i}" for i, n in enumerate(holes[len(parameters) + len(buffers) :])}
     for node in module.graph.nodes:
         if node.op == "get_attr":  # a constant made in the forward pass
             node.meta["val"] = getattr(module, node.target)
@@ -94,8 +95,19 @@ def _from_recording(
     operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
     owners = {n: _owner(n, named) for n in operators}
     outputs = tuple(zip(paths, nodes, strict=False))
+    numbers = {n: x for n in states if (x := number_in(n.meta.get("val"))) is not None}
     return Capture(
-        operators, named, tuple(states), inputs, outputs, aliases, "recorded run", owners, (warning,)
+        operators,
+        named,
+        tuple(states),
+        inputs,
+        outputs,
+        aliases,
+        "recorded run",
+        owners,
+        (warning,),
+        buffers=filled,
+        numbers=numbers,
     )
 
 

@@ -23,7 +23,6 @@ MOVES = (
 )
 PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum")
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
-NORMS = ("norm",)  # in the operator's name
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
 
 
@@ -107,8 +106,11 @@ def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View)
         return site("conv", in_axes=view[1:], out_axes=view[:1]), _source(user.args[0])
     if name in PRODUCTS or name.startswith(CONVOLUTIONS):
         return _product(captured, user, name, seen, view, shape, site)
-    if any(n in name for n in NORMS) and slots and len(shape) >= 1:
-        return site("norm"), _source(user.args[0])
+    if "norm" in name and len(slots) == 1 and len(shape) >= 1:
+        arguments: Any = user.target
+        name = arguments._schema.arguments[slots[0]].name
+        if name in ("weight", "bias"):
+            return site("norm gain" if name == "weight" else "norm shift"), _source(user.args[0])
     if name in ("aten.mul", "aten.add") and len(slots) == 1:
         return _elementwise(captured, user, name, slots[0], shape, site)
     return site("", reason=f"{user.target} uses it in a way that has no Kronecker form here"), ""

@@ -34,7 +34,7 @@ class Sides:
     damping: Tensor
 
 
-def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
+def damp(mode: str, sides: Sides, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return rho_A and rho_B for every layer.
 
     * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of
@@ -48,13 +48,20 @@ def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
     Args:
         mode: One of `MODES`.
         sides: The factors.
+        floor: Smallest trace of B that ``trace`` damping reckons with, relative to the largest one. Both are
+            compared at the base width (each over its own width factor), so it cannot bind at one width only.
+            A branch behind a gate near zero has gradients, and so a B, smaller by many orders; without a
+            floor its step would be larger by as many.
 
     Returns:
         ``rho_A`` and ``rho_B``, each ``[K]``.
     """
     damping = sides.damping
     if mode == "trace":
-        return damping * sides.trace_a, damping * sides.trace_b
+        largest = (sides.trace_b / sides.scale_b).amax()
+        return damping * sides.trace_a, damping * torch.maximum(
+            sides.trace_b, floor * largest * sides.scale_b
+        )
     if mode == "eigen":
         return damping, damping
     if mode == "absolute":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mupass._cover import Options, cover
@@ -14,7 +15,7 @@ from mupass._optim._base import PlannedOptimizer, check_choice, check_number, ch
 from mupass._optim._curvature import Curvature, Loss
 from mupass._optim._damping import MODES
 from mupass._optim._kronecker import Kronecker
-from mupass._optim._parallel import world_size
+from mupass._optim._parallel import sharded_like, whole, world_size
 from mupass._plan import OptimizerSpec
 
 
@@ -50,6 +51,14 @@ class KFAC(PlannedOptimizer):
         stagger: Spread the roots over the steps of a period instead of computing all at once.
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
+        damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
+            branches that start behind a gate of zero.
+        kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
+            divergence between the predictions before and after the step; directions are shortened to meet
+            it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
+            is a usual value; None turns it off.
+        fisher: ``empirical`` takes B from the gradients of the loss; ``sampled`` from a loss with targets
+            drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
             ``reduce`` averages inputs and sums gradients over the positions of a sample (arXiv 2311.00636).
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
@@ -73,6 +82,8 @@ class KFAC(PlannedOptimizer):
         PlanError: The model was not transformed.
     """
 
+    takes_shards = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,6 +100,9 @@ class KFAC(PlannedOptimizer):
         root_drift: float = 2.0,
         stagger: bool = True,
         damping_mode: str = "trace",
+        damping_floor: float = 1e-4,
+        kl_clip: float | None = None,
+        fisher: str = "empirical",
         sharing: str = "expand",
         diagonal_above: int = 8192,
         norms: bool = True,
@@ -109,6 +123,8 @@ class KFAC(PlannedOptimizer):
         self.root_drift = check_number("root_drift", root_drift, 1.0)
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
+        self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
         self.loss_scale = loss_scale
         if loss_terms is not None and not callable(loss_terms):
@@ -142,8 +158,9 @@ class KFAC(PlannedOptimizer):
             damping_mode,
             {e.geometry.name: e.scales for e in self.plan.entries},
             stagger,
+            check_number("damping_floor", damping_floor),
         )
-        self._all_seen = False
+        self._all_seen = self._due = False
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -158,8 +175,43 @@ class KFAC(PlannedOptimizer):
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
-        due = self._steps % self.factor_every == 0
-        self._curvature.collect(self._curvature.collecting or due)
+        self._due |= self._steps % self.factor_every == 0
+        self._curvature.collect(self._due and not self.sampled)
+
+    @property
+    def factors_due(self) -> bool:
+        """Whether the next step adds to the factors: with ``fisher="sampled"``, call `observe` before it."""
+        return self._due
+
+    def observe(self, closure: Callable[[], Tensor]) -> None:
+        """Collect the factors of the next step from a loss of its own; does nothing where none are due.
+
+        For ``fisher="sampled"``: ``optimizer.observe(lambda: loss(out := model(x), sample_targets(out)))``.
+        Gradients of parameters are neither computed nor changed. Under DistributedDataParallel run
+        ``model.module`` in the closure, which needs no communication of gradients.
+
+        Args:
+            closure: Runs the model and returns the loss.
+
+        Raises:
+            OptimizerError: The factors come from the ordinary backward passes.
+        """
+        if not self.sampled:
+            raise OptimizerError('observe() belongs to fisher="sampled"')
+        if not self._due:
+            return
+        self._curvature.collect(True)
+        with torch.enable_grad():
+            self._curvature.differentiate(closure())
+        self._curvature.collect(False)
+
+    def curvature_along(self, moves: Mapping[str, Tensor]) -> float:
+        """Return ``d^T F d`` of a move, with K-FAC's F (block-diagonal, undamped).
+
+        Args:
+            moves: Change of each parameter; those that K-FAC does not take count nothing.
+        """
+        return float(self._kronecker.quadratic(moves))
 
     def _discard(self) -> None:
         self._curvature.clear()
@@ -171,25 +223,45 @@ class KFAC(PlannedOptimizer):
             set_to_none: As in torch.
         """
         super().zero_grad(set_to_none)
-        if hasattr(self, "_curvature"):
+        if (
+            hasattr(self, "_curvature") and not self.sampled
+        ):  # what `observe` collected is not these gradients'
             self._discard()
 
     def _directions(self) -> dict[Tensor, Tensor]:
         kronecker, curvature = self._kronecker, self._curvature
-        if curvature.collecting and self._cover.blocks:
-            taken = curvature.take(self._scale_of_loss())
+        if self._due and self._cover.blocks:
+            taken = curvature.take(1.0 if self.sampled else self._scale_of_loss())
             if taken:
                 kronecker.average(taken, self.factor_decay, self.count)
-                curvature.collecting = False
+                self._due = False
                 self._refuse_unseen()
             else:  # made up for at the next step
-                self.count("steps_without_factors", "no tapped layer took part in the backward pass")
-        if kronecker.rooted or not curvature.collecting:
+                what = "observe() was not called" if self.sampled else "no tapped layer took part"
+                self.count("steps_without_factors", what)
+        if kronecker.rooted or not self._due:
             due = kronecker.due(self._steps, self.root_every, self.root_drift)
             if due:
                 kronecker.refresh(self._dampings(), self.count, self._ranks, due)
-        grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        return {self._parameters[n]: d for n, d in kronecker.directions(grads).items()}
+        grads = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        directions = kronecker.directions(grads)
+        factor = self._clip(directions, grads)
+        if factor is not None:
+            directions = {n: d * factor.to(d.dtype) for n, d in directions.items()}
+        parameters = self._parameters
+        return {parameters[n]: sharded_like(d, parameters[n]) for n, d in directions.items()}
+
+    def _clip(self, directions: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the factor that keeps the predictions from moving further than the bound."""
+        if self.kl_clip is None or not directions:
+            return None
+        moves = []
+        for group in self.param_groups:
+            for name in (self.names[p] for p in group["params"]):
+                if name in directions:
+                    dot = (directions[name] * grads[name]).sum(dtype=torch.float32)
+                    moves.append(dot * (group["lr"] ** 2 * group["mupass_scale"]))
+        return (self.kl_clip / torch.stack(moves).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
 
     def _refuse_unseen(self) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
@@ -199,7 +271,7 @@ class KFAC(PlannedOptimizer):
         self._all_seen = not unseen
         for name in unseen:
             grad = self._parameters[name].grad
-            if grad is not None and bool(grad.any()):
+            if grad is not None and bool(whole(grad).any()):
                 raise OptimizerError(
                     f"{name} has a gradient, but its tap saw no operator that uses it: the code took another "
                     f"path than in the captured pass, or replaced the parameter. Pass exclude=['{name}'] to "
@@ -207,15 +279,23 @@ class KFAC(PlannedOptimizer):
                 )
 
     def _scale_of_loss(self) -> float:
+        """Return what the loss was multiplied by: told, or left here by a gradient scaler."""
         given = self.loss_scale
-        return float(given() if callable(given) else 1.0 if given is None else given)
+        if given is not None:
+            return float(given() if callable(given) else given)
+        if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
+            raise OptimizerError(
+                "the gradient scaler unscaled the gradients before this step, so its scale, whose square "
+                "is in the factors, cannot be told: pass loss_scale=scaler.get_scale"
+            )
+        return self._amp_scale
 
     def _layout(self) -> Any:
         return self._kronecker.layout()
 
     def _extra_state(self) -> dict[str, Any]:
-        return {**self._kronecker.state_dict(), "collecting": self._curvature.collecting}
+        return {**self._kronecker.state_dict(), "due": self._due}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self._kronecker.load_state_dict(state)
-        self._curvature.collecting = state["collecting"]
+        self._due = state["due"]

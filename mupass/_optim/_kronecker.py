@@ -102,8 +102,9 @@ class Kronecker:
         mode: str,
         scales: Mapping[str, Scales],
         stagger: bool,
+        floor: float,
     ) -> None:
-        self.powers, self.mode = powers, mode
+        self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -118,7 +119,13 @@ class Kronecker:
         self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
         self.phase = _phases(self._all, stagger)
         self.kinds = self._index(scales)
-        self.unit_rho: dict[str, Tensor] = {}  # dampings of the number 1, the input factor of vectors
+        # Dampings of the number 1, the input factor of vectors.
+        self.unit_rho = {
+            f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
+            for like in self.kinds
+            for p in like.pairs
+            if not p.block.a
+        }
         self.rooted = False
 
     def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
@@ -282,10 +289,9 @@ class Kronecker:
     def _damp(self, dampings: Mapping[str, float]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         rho: list[Tensor] = [bank.weight for bank in self._all]
-        self.unit_rho = {}
         for kind in self.kinds:
             traces = torch.cat([self._all[i].traces() for i in kind.banks])
-            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings))
+            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
             both = torch.zeros_like(traces)
             for at, values in ((kind.at_a, rho_a), (kind.at_b, rho_b)):
                 both[at[at >= 0]] = values[at >= 0]
@@ -314,6 +320,26 @@ class Kronecker:
                 found[block.parameter] = block.matrices.join(parts, grad).reshape(grad.shape).to(grad.dtype)
         return found
 
+    def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
+        """Return ``d^T F d``, with the averages of the factors for F and no damping.
+
+        Args:
+            moves: Change of each parameter.
+        """
+        values = {i: bank.value() for i, bank in enumerate(self._all)}
+        total = []
+        for block, pairs in self.blocks:
+            if block.parameter in moves:
+                for pair, d in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                    f = d
+                    for slot, left in ((pair.b, True), (pair.a, False)):
+                        if slot:
+                            bank, first, count = self.at[slot]
+                            m = values[self._all.index(bank)][first : first + count]
+                            f = _times(f.to(m.dtype), m, left)
+                    total.append((d * f).sum())
+        return torch.stack(total).sum() if total else torch.zeros(())
+
     def root(self, slot: str | None) -> Tensor | None:
         """Return the roots of a slot, ``[groups, n, n]`` or ``[groups, n]``; a view into its bank.
 
@@ -329,10 +355,8 @@ class Kronecker:
         a, b = self.root(pair.a), self.root(pair.b)
         dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
         stack = stack.to(dtype)
-        if b is not None:
-            stack = b[..., None] * stack if b.dim() == 2 else b @ stack
-        if a is not None:
-            stack = stack * a[:, None] if a.dim() == 2 else stack @ a
+        for root, left in ((b, True), (a, False)):
+            stack = stack if root is None else _times(stack, root, left)
         rho = self.unit_rho.get(f"{pair.block.parameter}.{pair.piece}")
         if not pair.block.a and self.powers[0] > 0 and rho is not None:
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
@@ -366,6 +390,13 @@ def _slot(block: Block, factor: Factor, piece: int | None) -> str:
     own = f"@{block.parameter}.{piece}" if piece is not None else ""
     tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
     return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
+
+
+def _times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    return factor @ stack if left else stack @ factor
 
 
 def _phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:

@@ -26,6 +26,49 @@ def world_size(choice: bool | None) -> int:
     return dist.get_world_size() if running and choice is not False else 1
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this rank holds a shard only (a DTensor, as FSDP2 and tensor parallelism make them).
+
+    Args:
+        tensor: A parameter, or its gradient.
+    """
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, collected from the ranks that hold its shards.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all ranks hold in the placement of another.
+
+    Args:
+        tensor: The same on every rank.
+        like: A parameter, sharded or not.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # No rank is the source: each cuts its own part out of its own copy.
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
 def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse parameters of which this rank holds a shard only.
 
@@ -36,9 +79,9 @@ def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
         OptimizerError: One is a DTensor, as FSDP2 and tensor parallelism make them.
     """
     for name, parameter in names:
-        if hasattr(parameter, "device_mesh"):
+        if is_sharded(parameter):
             raise OptimizerError(
-                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use "
+                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use mupass.KFAC, "
                 "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes shards"
             )
 

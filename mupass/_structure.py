@@ -1,0 +1,161 @@
+"""Tensors that code computes rather than draws: recognized by their formula, recomputed at another size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def recompute(old: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Recompute a structured tensor (identity, mask, ramp, frequencies, sinusoids) at another shape.
+
+    A formula counts as recognized when it reproduces the old values at the old shape.
+
+    Args:
+        old: Present values.
+        shape: New shape.
+
+    Returns:
+        The new values, or None when no formula is recognized.
+    """
+    values = old.detach().cpu()
+    for formula in _formulas(values):
+        try:
+            same = formula(tuple(values.shape))
+        except (ValueError, OverflowError):  # the formula has no value at this shape
+            continue
+        if same.shape == values.shape and _close(same, values):
+            return formula(tuple(shape)).to(old.dtype)
+    return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    kind = torch.complex128 if b.is_complex() else torch.float64
+    a, b = a.to(kind), b.to(kind)
+    finite = b[b.isfinite()].abs()
+    return len(finite) > 0 and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * finite.max().item())
+
+
+def _formulas(old: Tensor) -> Iterator[_Formula]:
+    lengths = [n for n in old.shape if n != 1]
+    if len(lengths) == 1 and not old.is_complex() and old.dtype != torch.bool and lengths[0] > 2:
+        yield from _ramps(old.flatten().double())
+    if old.dim() == 2:
+        yield from _matrices(old)
+    if len(lengths) == 2 and lengths[1] > 2:
+        yield from _tables(old)
+
+
+class _Formula:
+    """A function of the shape; a row is computed along the only (or last) axis that is not 1."""
+
+    def __init__(self, function: object):
+        self.function = function
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        result: Tensor = self.function(shape)  # type: ignore[operator]
+        return result.reshape(shape)
+
+
+def _ramps(row: Tensor) -> Iterator[_Formula]:
+    """Yield arange, linspace between whole numbers, and geometric sequences whose ends do not move."""
+    count, first, last = len(row), row[0].item(), row[-1].item()
+    step = (last - first) / (count - 1)
+    if _round(first) and _round(step) and round(step) != 0:
+        yield _Formula(lambda s: first + round(step) * torch.arange(math.prod(s), dtype=torch.float64))
+    elif _round(first) and _round(last):
+        yield _Formula(lambda s: torch.linspace(first, last, math.prod(s), dtype=torch.float64))
+    if (row > 0).all() and last != first:
+        yield from _geometric(count, math.log(first), math.log(last))
+    if (row < 1).all() and (row > 0).all():  # decays of retention, 1 - 2^(-5-i)
+        a, b = math.log2(1 - first), math.log2(1 - last)
+        if _round(a) and _round((b - a) / (count - 1)):
+            slope = round((b - a) / (count - 1))
+            yield _Formula(lambda s: 1 - 2.0 ** (a + slope * torch.arange(math.prod(s), dtype=torch.float64)))
+
+
+def _geometric(count: int, first: float, last: float) -> Iterator[_Formula]:
+    """Yield base^((i + start) / (n - less)) for the bases that come out round."""
+    slope = (last - first) / (count - 1)
+    for less in (0, 1):
+        for start in (0, 1):
+            total = slope * (count - less)
+            base = math.exp(abs(total))
+            if abs(first - start * slope) < 1e-5 and abs(base / round(base) - 1) < 1e-3:
+                exact = math.copysign(math.log(round(base)), total)
+                yield _Formula(_power(exact, start, less))
+
+
+def _power(log_base: float, start: int, less: int) -> object:
+    def row(shape: tuple[int, ...]) -> Tensor:
+        n = math.prod(shape)
+        return torch.exp(log_base * (torch.arange(n, dtype=torch.float64) + start) / (n - less))
+
+    return row
+
+
+def _matrices(old: Tensor) -> Iterator[_Formula]:
+    """Yield multiples of the identity, and triangular masks of two values."""
+    rows, columns = old.shape
+    corner, above, below = old[0, 0], old[0, -1], old[-1, 0]
+    if rows > 1 and columns > 1:
+        if above == below == 0:
+            yield _Formula(lambda s: corner * torch.eye(*s, dtype=old.dtype))
+        yield _Formula(
+            lambda s: (
+                torch.where(torch.ones(s).tril().bool(), below, above)
+                if corner == below
+                else torch.where(torch.ones(s).triu().bool(), above, below)
+            )
+        )
+
+
+def _tables(old: Tensor) -> Iterator[_Formula]:
+    """Yield sinusoidal tables (positions, features), and cosines, sines, phases of rotary positions."""
+    if old.is_complex():
+        kinds: tuple[str, ...] = ("phase",)
+    else:
+        kinds = (
+            "sin cos",
+            "cos sin",
+            "sin|cos",
+            "cos|sin",
+            "cos",
+            "sin",
+            "cos cos",
+            "sin sin",
+            "cos|cos",
+            "sin|sin",
+        )
+    for base in (10000.0, 500000.0, 1000000.0):
+        for less in (0, 1):
+            for kind in kinds:
+                yield _Formula(_table(base, less, kind))
+
+
+def _table(base: float, less: int, kind: str) -> object:
+    """Features alternate (``sin cos``) or lie side by side (``sin|cos``)."""
+
+    def table(shape: tuple[int, ...]) -> Tensor:
+        length, width = (n for n in shape if n != 1)
+        parts = kind.replace("|", " ").split()
+        if width % len(parts) or width // len(parts) <= less:
+            raise ValueError(f"{width} features for {kind}")
+        half = width // len(parts)
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * base ** (
+            -torch.arange(half, dtype=torch.float64) / (half - less)
+        )
+        made = {"cos": angle.cos(), "sin": angle.sin(), "phase": torch.polar(torch.ones_like(angle), angle)}
+        pieces = [made[p] for p in parts]
+        if "|" in kind:
+            return torch.cat(pieces, -1)
+        return torch.stack(pieces, -1).flatten(-2)
+
+    return table
+
+
+def _round(value: float) -> bool:
+    return abs(value - round(value)) <= 1e-6 * max(1.0, abs(value))
