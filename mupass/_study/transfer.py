@@ -55,6 +55,7 @@ class Transfer:
     def record(self) -> dict[str, Any]:
         """Return how the hyperparameters were found, as plain values for a JSON file or a pull request."""
         search = self.search
+        optima = [search.optimum(self.proxy_width, name) for name in search.names]
         return {
             "hyperparameters": dict(self.hyperparameters),
             "intervals": {o.name: [o.low, o.high] for o in optima},
