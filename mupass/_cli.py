@@ -1,4 +1,4 @@
-"""The command line: ``mupass analyze TARGET``."""
+"""The command line: ``mupass analyze TARGET`` and ``mupass resize TARGET``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._cli_resize import add_resize, run_resize
 from mupass._errors import MupassError
 
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with torch.device(options.device):
             model = load(options.target)
+        if options.command == "resize":
+            run_resize(options, model, _inputs(options.input, model))
+            return 0
         base: Any = options.base
         if options.base_target:
             with torch.device("meta"):
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
     command.add_argument("--html", metavar="FILE", help="write an HTML page instead")
+    add_resize(commands)
     return parser
 
 
