@@ -31,9 +31,20 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "foof (1,0)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=1, e_b=0, momentum=0, strict=True),
     "shampoo e=1/2": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=0.5, momentum=0, **SHAMPOO),
     "shampoo e=1": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=1.0, momentum=0, **SHAMPOO),
+    "shampoo blocks": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, momentum=0, **SHAMPOO | BLOCKS),
+    "shampoo # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO),
+    "blocks # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO | BLOCKS),
+    "shampoo # sgd": lambda m: mupass.Shampoo(m, 1e-2, 1e-4, graft="sgd", momentum=0, **SHAMPOO),
+    "soap": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO),
+    "soap blocks": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO | BLOCKS),
+    "muon": lambda m: mupass.Muon(m, 1e-2, roles=ROLES, fallback="sgd", fallback_lr=1e-2),
+    "adamuon": lambda m: mupass.Muon(m, 1e-3, adaptive=True, roles=ROLES, fallback="adam_atan2"),
+    "adam-atan2": lambda m: mupass.Muon(m, 0.0, roles=(), fallback="adam_atan2"),
 }
 # Vectors go to SGD here: with its own row of the table it must be flat too.
 SHAMPOO = {"fallback": "sgd", "fallback_lr": 1e-2, "block_size": 1 << 20}
+BLOCKS = {"block_size": 32}
+ROLES = ("input", "hidden", "output")
 LIMIT = 0.1
 
 
@@ -52,17 +63,46 @@ def cnn(width: int) -> nn.Module:
     )
 
 
+class Attention(nn.Module):
+    """One residual block: fused qkv with heads of size 16, and a feed-forward layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inp, self.norm = nn.Linear(20, width), nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        batch, length, width = h.shape
+        q, k, v = self.qkv(self.norm(h)).view(batch, length, 3, width // 16, 16).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        h = h + self.out(attended)
+        h = h + self.down(torch.tanh(self.up(self.norm(h))))
+        return self.head(self.norm(h)).mean(1)
+
+
 MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (20,)),
     "cnn": (cnn, (2, 4, 4)),
+    "transformer": (Attention, (4, 20)),
 }
-BATCH = {"mlp": 32, "cnn": 8}  # the theory is for rows (samples x positions) fixed as width grows
+BATCH = {
+    "mlp": 32,
+    "cnn": 8,
+    "transformer": 8,
+}  # the theory is for rows (samples x positions) fixed as width grows
 
 
 def updates(
     model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], x: Tensor, y: Tensor
 ) -> dict[str, float]:
-    """Take one step and return RMS(dW h) of every weight and RMS(db) of every bias."""
+    """Take one step and return RMS(dW h) of every weight and RMS(db) of every bias.
+
+    SOAP's first gradient starts its bases and moves no matrix. There a second step with the same gradient is
+    measured; nothing moves at the first.
+    """
     inputs: dict[str, Tensor] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     handles = [
@@ -74,6 +114,13 @@ def updates(
     F.mse_loss(model(x), y).backward()
     for handle in handles:
         handle.remove()
+    if isinstance(optimizer, mupass.SOAP):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     optimizer.step()
     moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
     result = {}
@@ -135,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
                 cells = "  ".join(f"{n} {s:+.2f}" for n, s in found.items())
                 verdict = "flat" if flat else "not flat"
                 print(
-                    f"{model:4} {optimizer:14} {parameterization:9} {verdict:9}{cells}  "
+                    f"{model:11} {optimizer:14} {parameterization:9} {verdict:9}{cells}  "
                     f"({time.perf_counter() - start:.0f}s)",
                     flush=True,
                 )

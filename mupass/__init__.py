@@ -5,6 +5,7 @@ optimizer = mupass.KFAC(model, lr=0.1)
 model = torch.compile(model)
 """
 
+from mupass._alignment import Alignment, AlignmentProbe, alignment
 from mupass._analyze import analyze
 from mupass._errors import (
     CaptureError,
@@ -16,7 +17,7 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
-from mupass._optim import KFAC, Shampoo, param_groups
+from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Report
 from mupass._resize import resize
@@ -30,6 +31,8 @@ from mupass._transform import transform
 
 __version__ = "0.1.0"
 __all__ = [
+    "Alignment",
+    "AlignmentProbe",
     "Analysis",
     "CaptureError",
     "CoordCheck",
@@ -38,6 +41,7 @@ __all__ = [
     "Geometry",
     "InferenceError",
     "KFAC",
+    "Muon",
     "MupassError",
     "Optimum",
     "OptimizerError",
@@ -46,6 +50,7 @@ __all__ = [
     "PlanError",
     "Report",
     "ResizeError",
+    "SOAP",
     "Scales",
     "Shampoo",
     "StudyError",
@@ -54,6 +59,7 @@ __all__ = [
     "TransformError",
     "Trial",
     "Use",
+    "alignment",
     "analyze",
     "coord_check",
     "param_groups",

@@ -6,12 +6,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from torch import nn
 
 from mupass._capture import Capture, capture, parameter_names
+from mupass._constants import constant_notes, find_constants
 from mupass._dims.space import SizeConflict
 from mupass._errors import InferenceError
 from mupass._fused import find_fusions
@@ -20,6 +22,8 @@ from mupass._infer import Inference, infer
 from mupass._inputs import as_call, find_inputs
 from mupass._names import DimNames, name_dims
 from mupass._roles import main_use, readout_uses, role_of, separate
+from mupass._second import Second, compare, disagreements
+from mupass._sites import find_sites
 
 Base = int | float | Mapping[str, float] | nn.Module
 
@@ -58,30 +62,32 @@ def analyze(
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    truth = _truth(shapes, base) if isinstance(base, nn.Module) else {}
-    captured, solved, names = solve(model, args, kwargs, truth, dims or {}, strict)
+    captured, alone = _alone(model, args, kwargs, strict)
+    first, second = alone, Second()
+    if isinstance(base, nn.Module):
+        second = compare(captured, alone, shapes, base, args, kwargs)
+        first = infer(captured, second.axes, strict, second.dims)
+    names = name_dims(model, first, alone)
+    by_axis, by_dim = _overrides(dims or {}, shapes, first, names)
+    overrides = {**second.axes, **by_axis}
+    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
     conflicts = tuple(dict.fromkeys(solved.verdicts.conflicts))
-    notes = (*conflicts, *_disagreements(captured, truth, strict)) if truth else ()
-    return _assemble(model, captured, solved, names, base, notes)
+    if conflicts and not second.axes:
+        raise InferenceError(conflicts[0])
+    notes = (*conflicts, *second.notes, *disagreements(alone, second.axes))
+    return _assemble(model, captured, solved, names, base, second, notes)
 
 
-def solve(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    truth: Mapping[tuple[str, int], tuple[bool, str]],
-    dims: Mapping[str, str],
-    strict: bool,
+def settle(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Mapping[str, str]
 ) -> tuple[Capture, Inference, DimNames]:
-    """Capture a model and infer its dimensions.
+    """Capture a model and infer its dimensions, without a base width.
 
     Args:
         model: The module.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        truth: (parameter, axis) -> verdict that a second instance shows.
         dims: Verdicts that the caller settles, as for `analyze`.
-        strict: Whether an operator without a rule is an error.
 
     Returns:
         The graph, the solved dimensions and their names.
@@ -89,21 +95,26 @@ def solve(
     Raises:
         InferenceError: The caller's verdicts contradict each other or the graph.
     """
+    captured, solved = _alone(model, args, kwargs, strict=True)
+    names = name_dims(model, solved)
+    if dims:
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        by_axis, by_dim = _overrides(dims, shapes, solved, names)
+        solved = infer(captured, by_axis, True, by_dim)
+        if solved.verdicts.conflicts:
+            raise InferenceError(solved.verdicts.conflicts[0])
+    return captured, solved, names
+
+
+def _alone(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], strict: bool
+) -> tuple[Capture, Inference]:
     captured = capture(model, args, kwargs)
     try:
-        first = infer(captured, truth, strict)
+        return captured, infer(captured, {}, strict)
     except SizeConflict as error:
         captured = capture(model, args, kwargs, error)
-        first = infer(captured, truth, strict)
-    names = name_dims(model, first)
-    if not dims:
-        return captured, first, names
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    by_axis, by_dim = _overrides(dims, shapes, first, names)
-    solved = infer(captured, {**truth, **by_axis}, strict, by_dim)
-    if solved.verdicts.conflicts and not truth:
-        raise InferenceError(solved.verdicts.conflicts[0])
-    return captured, solved, names
+        return captured, infer(captured, {}, strict)
 
 
 def _check_base(base: Base) -> None:
@@ -116,26 +127,6 @@ def _check_base(base: Base) -> None:
             or size <= 0
         ):
             raise InferenceError(f"base sizes must be positive numbers, not {size!r}")
-
-
-def _truth(shapes: Mapping[str, tuple[int, ...]], base: nn.Module) -> dict[tuple[str, int], tuple[bool, str]]:
-    """Read verdicts off a second instance: what differs in size is infinite."""
-    other = {n: tuple(p.shape) for n, p in base.named_parameters()}
-    if list(other) != list(shapes) or any(len(other[n]) != len(s) for n, s in shapes.items()):
-        odd = sorted(set(other) ^ set(shapes)) or [n for n, s in shapes.items() if len(other[n]) != len(s)]
-        raise InferenceError(
-            f"the base model is not the same architecture: parameters differ at {odd[:3] or 'order'}"
-        )
-    table = {}
-    for name, shape in shapes.items():
-        for axis, (size, base_size) in enumerate(zip(shape, other[name], strict=True)):
-            why = f"the base model has size {base_size}, this one {size}"
-            table[name, axis] = (size != base_size, why)
-    if not any(infinite for infinite, _ in table.values()):
-        raise InferenceError(
-            "the base model has the same width as this one; give a narrower or wider instance"
-        )
-    return table
 
 
 def _overrides(
@@ -158,25 +149,13 @@ def _overrides(
     return by_axis, by_dim
 
 
-def _disagreements(
-    captured: Capture, truth: Mapping[tuple[str, int], tuple[bool, str]], strict: bool
-) -> tuple[str, ...]:
-    """Say where inference from one model alone would have decided otherwise than the base model."""
-    alone = infer(captured, {}, strict)
-    return tuple(
-        f"{name}:{axis} {why}, but inference from one model says "
-        f"{'infinite' if alone.verdict(name, axis).infinite else 'finite'} ({alone.verdict(name, axis).why})"
-        for (name, axis), (infinite, why) in truth.items()
-        if alone.verdict(name, axis).infinite != infinite
-    )
-
-
 def _assemble(
     model: nn.Module,
     captured: Capture,
     solved: Inference,
     names: DimNames,
     base: Base,
+    second: Second,
     notes: tuple[str, ...],
 ) -> Analysis:
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -187,17 +166,20 @@ def _assemble(
             "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, shapes, infinite)
-    sizes = _BaseSizes(solved, names, base, width)
+    sizes = _BaseSizes(solved, names, base, second, width)
     geometries = []
+    sites = find_sites(captured)
     for name, shape in shapes.items():
         if isinstance(base, nn.Module):
             base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
-        geometries.append(geometry_of(name, shape, base_shape, infinite[name], captured, solved, names))
+        geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
+        geometries.append(replace(geometry, sites=sites.get(name, ())))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
+    warnings += constant_notes(find_constants(captured, solved), names.term, sizes.of_any)
     ratios = [
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
@@ -220,9 +202,9 @@ def _width(
 class _BaseSizes:
     """Sizes at the base width: growing dimensions shrink by one common factor, terms follow their members."""
 
-    def __init__(self, solved: Inference, names: DimNames, base: Base, width: int):
+    def __init__(self, solved: Inference, names: DimNames, base: Base, second: Second, width: int):
         self.solved, self.space = solved, solved.engine.space
-        self.given: dict[int, float] = {}
+        self.given: dict[int, float] = dict(second.sizes)
         self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
         if isinstance(base, Mapping):
             for name, size in base.items():
@@ -234,6 +216,9 @@ class _BaseSizes:
             self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
         self.factor = self.base_width / width
 
+    def of_any(self, dim: int) -> float:
+        return self.of(dim, self.solved.verdicts.grows(dim))
+
     def of(self, dim: int, infinite: bool) -> float:
         root, size = self.space.find(dim), self.space.size(dim)
         if root in self.given:
@@ -242,7 +227,7 @@ class _BaseSizes:
             return size
         for kind, combine in (("product", prod), ("sum", sum)):
             for members in self.space.terms_of(root, kind):
-                parts = [self.of(m, self.solved.verdicts.grows(m)) for m in members]
+                parts = [self.of_any(m) for m in members]
                 if any(self.solved.verdicts.grows(m) for m in members):
                     return float(combine(parts))
         return size * self.factor
@@ -306,9 +291,10 @@ def geometry_of(
 def _attention_notes(solved: Inference) -> tuple[str, ...]:
     """Attention whose head_dim grows needs logits scaled by 1/d, which no parameter can give."""
     notes = {}
-    for dim, _, where in solved.engine.facts.attention:
-        if solved.verdicts.grows(dim):
-            notes[where] = (
-                f"{where}: head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)"
-            )
+    for dim, scale, where in solved.engine.facts.attention:
+        size = solved.engine.space.size(dim)
+        if solved.verdicts.grows(dim) and not (scale and math.isclose(scale, 1 / size, rel_tol=1e-5)):
+            usual = scale is None or math.isclose(scale, size**-0.5, rel_tol=1e-5)
+            instead = ", not 1/sqrt(head_dim)" if usual else f"; see that the scale given, {scale:.6g}, does"
+            notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
     return tuple(notes.values())

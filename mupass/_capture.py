@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
@@ -34,6 +35,7 @@ class Capture:
         owners: Node -> qualified name of the module that called the operator.
         warnings: What the reader of a report must know.
         buffers: Placeholder -> qualified name, for those states that are buffers.
+        numbers: Placeholder -> value, for those states that are single numbers.
     """
 
     nodes: tuple[Node, ...]
@@ -46,6 +48,7 @@ class Capture:
     owners: Mapping[Node, str] = field(repr=False)
     warnings: tuple[str, ...] = ()
     buffers: Mapping[Node, str] = field(default_factory=dict)
+    numbers: Mapping[Node, float] = field(default_factory=dict)
 
 
 def capture(
@@ -151,7 +154,19 @@ def _from_export(
     operators = tuple(n for n in program.graph.nodes if n.op == "call_function")
     owners = {n: _owner(n) for n in operators}
     buffers = {by_name[k]: v for k, v in signature.inputs_to_buffers.items()}
-    return Capture(operators, parameters, states, inputs, outputs, aliases, "export", owners, buffers=buffers)
+    known = {**program.state_dict, **program.constants}
+    places = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    numbers = {by_name[k]: x for k, v in places.items() if (x := number_in(known.get(v))) is not None}
+    return Capture(
+        operators, parameters, states, inputs, outputs, aliases, "export", owners, (), buffers, numbers
+    )
+
+
+def number_in(tensor: Any) -> float | None:
+    """Return the value of a tensor that is one real number and is there to be read."""
+    if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
+        return None
+    return None if isinstance(tensor, FakeTensor) else float(tensor)
 
 
 def _owner(node: Node) -> str:

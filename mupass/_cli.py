@@ -1,4 +1,4 @@
-"""The command line: ``mupass analyze TARGET``, ``mupass check TARGET``, ``mupass sweep TARGET``."""
+"""The command line: ``mupass analyze``, ``check``, ``sweep`` and ``resize``, each with a TARGET."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._cli_resize import add_resize, run_resize
 from mupass._errors import MupassError
 from mupass._study.commands import add_commands, run
 
@@ -29,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with torch.device(options.device):
-            if options.command != "analyze":
+            if options.command in ("check", "sweep"):
                 torch.manual_seed(options.seed)
             model = load(options.target)
-        if options.command != "analyze":
+        if options.command in ("check", "sweep"):
             return run(options, model)
+        if options.command == "resize":
+            run_resize(options, model, _inputs(options.input, model))
+            return 0
         base: Any = options.base
         if options.base_target:
             with torch.device("meta"):
@@ -159,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
     command.add_argument("--html", metavar="FILE", help="write an HTML page instead")
     add_commands(commands)
+    add_resize(commands)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from mupass._dims.facts import Value
 from mupass._errors import ResizeError
 from mupass._geometry import Geometry
 from mupass._init import InitChoice, own_init
-from mupass._renew import Segment, renew, segments
+from mupass._renew import Segment, draw, pattern, segments
 from mupass._sizes import NewSizes
 
 
@@ -41,27 +42,47 @@ class Draw:
     fresh: bool
     generator: torch.Generator | None
 
-    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]], own_code: bool) -> dict[str, Tensor]:
         """Return new parameters, on the CPU; without values where the source has none.
 
         Args:
             shapes: New shape by name.
+            own_code: Whether the model's own constructor makes what is left out here: all parameters of a
+                meta-device model, and those whose law is in doubt or unknown.
 
         Raises:
             ResizeError: The values follow a pattern that is not known.
         """
         source = {n: p.detach() for n, p in self.model.named_parameters()}
         if any(p.is_meta for p in source.values()):
-            return {n: torch.empty(shapes[n], dtype=p.dtype) for n, p in source.items()}
-        laws = own_init(source, [self._geometry(n, shapes[n]) for n in source], self.init)
+            return {} if own_code else {n: torch.empty(shapes[n], dtype=p.dtype) for n, p in source.items()}
         made = {}
+        axes = {
+            n: self._axes(self.sizes.solved.dims[n], tuple(p.shape), shapes[n]) for n, p in source.items()
+        }
         for name, old in source.items():
-            law = laws[name]
-            if tuple(old.shape) != shapes[name] or self.fresh:
-                axes = self._axes(self.sizes.solved.dims[name], tuple(old.shape), shapes[name])
-                made[name] = renew(name, old, axes, law, self.generator)
-            else:  # such as the bias of a readout, whose range is 1/sqrt(fan_in)
+            if tuple(old.shape) != shapes[name] and (value := pattern(old, axes[name])) is not None:
+                made[name] = value
+        random = [n for n in source if n not in made]  # a pattern has no law, and must not speak for one
+        laws = own_init(source, [self._geometry(n, shapes[n]) for n in random], self.init)
+        doubtful = [n for n in random if laws[n].doubtful]
+        if doubtful and not own_code:
+            warnings.warn(
+                f"initialization law in doubt for {', '.join(doubtful[:4])}{' ...' if doubtful[4:] else ''}; "
+                "settle it with init={pattern: law}",
+                stacklevel=3,
+            )
+        for name in random if not own_code else [n for n in random if n not in doubtful]:
+            old, law = source[name], laws[name]
+            if tuple(old.shape) == shapes[name] and not self.fresh:
+                # It may change all the same: the bias of a readout has the range 1/sqrt(fan_in).
                 made[name] = old.clone() if math.isclose(law.factor, 1) else old * law.factor
+                continue
+            try:
+                made[name] = draw(name, old, axes[name], law, self.generator)
+            except ResizeError:
+                if not own_code:
+                    raise
         return made
 
     def buffers(self, attributes: Attributes) -> dict[str, Tensor]:
@@ -92,9 +113,9 @@ class Draw:
                     "build the model on the CPU"
                 )
             elif changed:
-                made[name] = renew(
-                    name, old, self._axes(dims[name], tuple(old.shape), shape), None, self.generator
-                )
+                axes = self._axes(dims[name], tuple(old.shape), shape)
+                value = pattern(old, axes)
+                made[name] = draw(name, old, axes, None, self.generator) if value is None else value
             elif old.numel() == 1 and old.is_floating_point():
                 slot = attributes.slot(path, type(owner).__name__, leaf, float(old))
                 made[name] = old.detach().clone() if slot is None else torch.full_like(old, slot.options[0])

@@ -1,135 +1,99 @@
-"""Kronecker factors of one layer: raw sums of outer products of its inputs and of its output gradients."""
+"""Kronecker factors of one weight use: raw sums of outer products of its inputs and output gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from mupass._forms import Elementwise, Form, Lookup
+from mupass._fused import split
+from mupass._geometry import Fusion
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the factors must know of a layer.
+    """What the factors must know of a weight use.
 
     Attributes:
-        kind: ``linear``, ``conv`` or ``embedding``.
-        inputs: Size of one input factor: features, channels a group x kernel, or table length.
-        outputs: Size of one output factor: features, or channels a group.
-        groups: Number of separate blocks.
-        kernel: Kernel sizes.
-        stride: Strides.
-        padding: Entries before and after each position axis, last axis first, as `F.pad` takes them.
-        dilation: Dilations.
-        padding_mode: As `torch.nn.functional.pad` names it.
+        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction`` or ``vector``.
+        groups: Number of separate weights of equal shape (grouped convolution, experts).
+        inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
+        outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm
+            its gain and its bias.
+        fusions: How output rows ``[groups, rows, *fan_out axes]`` split into the matrices.
+        diagonal_in: Whether only the diagonal of the input factor is kept.
+        diagonal_out: Whether only the diagonal of the output factors is kept.
+        gains: For vectors, whether the output's gradient is multiplied by the input, for every output.
+        reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
+            arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
     """
 
     kind: str
+    groups: int
     inputs: int
-    outputs: int
-    groups: int = 1
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    padding_mode: str = "constant"
-
-    @staticmethod
-    def of(module: nn.Module) -> Layer | None:
-        """Describe a module, or return None for classes that have no Kronecker form here.
-
-        Args:
-            module: Any leaf module.
-        """
-        if type(module) is nn.Linear:
-            return Layer("linear", module.in_features, module.out_features)
-        if type(module) is nn.Embedding and not module.sparse and module.max_norm is None:
-            return Layer("embedding", module.num_embeddings, module.embedding_dim)
-        if type(module) in CONVOLUTIONS:
-            return _conv(module)  # type: ignore[arg-type]
-        return None
+    outputs: tuple[int, ...]
+    fusions: tuple[Fusion, ...] = ()
+    diagonal_in: bool = False
+    diagonal_out: bool = False
+    gains: tuple[bool, ...] = ()
+    reduce: bool = False
 
     def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the input factor: ``[groups, n, n]``, of an embedding the diagonal ``[n]``."""
-        return (self.inputs,) if self.kind == "embedding" else (self.groups, self.inputs, self.inputs)
+        """Return the shape of the input factor: ``[groups, n, n]``, or ``[groups, n]``."""
+        return (self.groups, self.inputs) if self.diagonal_in else (self.groups, self.inputs, self.inputs)
 
-    def output_shape(self) -> tuple[int, ...]:
-        """Return the shape of the output factor, ``[groups, n, n]``."""
-        return (self.groups, self.outputs, self.outputs)
-
-
-def _conv(module: nn.Conv2d) -> Layer:
-    kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-    pads: list[int] = []
-    for axis in reversed(range(len(kernel))):
-        if module.padding == "same":  # the extra element goes behind, as in torch
-            total = dilation[axis] * (kernel[axis] - 1)
-            pads += [total // 2, total - total // 2]
-        else:
-            size = 0 if module.padding == "valid" else module.padding[axis]
-            pads += [int(size), int(size)]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    inputs = module.in_channels // module.groups
-    for size in kernel:
-        inputs *= size
-    return Layer(
-        "conv",
-        inputs,
-        module.out_channels // module.groups,
-        module.groups,
-        kernel,
-        tuple(module.stride),
-        tuple(pads),
-        dilation,
-        mode,
-    )
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shape of every output factor, ``[groups, n, n]`` or ``[groups, n]``."""
+        return tuple((self.groups, n) if self.diagonal_out else (self.groups, n, n) for n in self.outputs)
 
 
-def input_rows(layer: Layer, x: Tensor) -> Tensor:
-    """Lay a layer's input out as rows that its weight multiplies.
+def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``sum x x^T`` over rows.
 
     Args:
-        layer: The layer.
-        x: Its input: ``[..., features]``, or ``[batch, channels, *positions]``.
-
-    Returns:
-        ``[groups, rows, n]``; rows run over batch and positions.
+        layer: Shapes.
+        form: Layout of the operator.
+        x: Its input.
+        dtype: Precision of the factor.
     """
-    if layer.kind == "linear":
-        return x.reshape(1, -1, layer.inputs)
-    rank = len(layer.kernel)
-    if x.dim() == rank + 1:
-        x = x.unsqueeze(0)
-    if any(layer.padding):
-        x = F.pad(x, layer.padding, layer.padding_mode)
-    for axis, (size, step, gap) in enumerate(zip(layer.kernel, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-    # [batch, groups, channels, *positions, *kernel]
-    x = x.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]
-    order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
-    return x.permute(order).reshape(layer.groups, -1, layer.inputs)
+    if isinstance(form, Lookup):
+        ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
+        zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
+        return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+    rows = form.input_rows(x, layer.reduce)
+    return squares(rows, dtype) if layer.diagonal_in else gram(rows, dtype)
 
 
-def output_rows(layer: Layer, g: Tensor) -> Tensor:
-    """Lay the gradient of a layer's output out as rows.
+def raw_outputs(
+    layer: Layer, form: Form, x: Tensor, g: Tensor, wanted: Sequence[bool], dtype: torch.dtype
+) -> tuple[list[Tensor | None], int]:
+    """Return ``sum g g^T`` over rows for every matrix, and the number of rows.
 
     Args:
-        layer: The layer.
-        g: Gradient with the shape of the output.
-
-    Returns:
-        ``[groups, rows, n]``.
+        layer: Shapes.
+        form: Layout of the operator.
+        x: Its input; only gains need it.
+        g: Gradient of its output.
+        wanted: Which of the matrices; the others get None.
+        dtype: Precision of the factors.
     """
-    if layer.kind != "conv":
-        return g.reshape(1, -1, layer.outputs)
-    rank = len(layer.kernel)
-    if g.dim() == rank + 1:
-        g = g.unsqueeze(0)
-    g = g.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]
-    return g.permute(1, 0, *range(3, 3 + rank), 2).reshape(layer.groups, -1, layer.outputs)
+    rows = form.output_rows(g, layer.reduce)
+    if isinstance(form, Elementwise):
+        pieces = [_vector_rows(layer, form, x, g, rows, gain) for gain in layer.gains]
+    else:
+        pieces = [p.flatten(2) for p in split(rows, layer.fusions)]
+    square = squares if layer.diagonal_out else gram
+    found = [square(p, dtype) if want else None for p, want in zip(pieces, wanted, strict=True)]
+    return found, rows.shape[1]
+
+
+def _vector_rows(layer: Layer, form: Elementwise, x: Tensor, g: Tensor, rows: Tensor, gain: bool) -> Tensor:
+    rows = rows * form.input_rows(x.expand_as(g)) if gain else rows
+    # Rows run over the sample first, so that positions of one sample stand together.
+    return rows.reshape(1, g.shape[0], -1, rows.shape[-1]).sum(2) if layer.reduce and g.dim() > 1 else rows
 
 
 def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,6 +108,16 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
         return rows.transpose(1, 2) @ rows
 
 
+def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the diagonal of `gram`, ``[groups, n]``.
+
+    Args:
+        rows: ``[groups, rows, n]``.
+        dtype: Precision of the factor.
+    """
+    return rows.to(dtype).square().sum(1)
+
+
 def factor_dtype(parameter: Tensor) -> torch.dtype:
     """Return the precision of a parameter's factors: double for double, single for all else.
 
@@ -151,3 +125,12 @@ def factor_dtype(parameter: Tensor) -> torch.dtype:
         parameter: The parameter.
     """
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def reduced(layer: Layer) -> Layer:
+    """Return the layer in the reduce setting; tables, read position by position, stay as they are.
+
+    Args:
+        layer: A layer in the expand setting.
+    """
+    return layer if layer.kind == "embedding" else replace(layer, reduce=True)

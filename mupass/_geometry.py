@@ -35,6 +35,32 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Site:
+    """How one operator uses a parameter: what a preconditioner needs to know of it.
+
+    Attributes:
+        kind: ``linear``, ``contraction``, ``conv``, ``embedding``, ``gain``, ``shift``, ``norm gain``,
+            ``norm shift``, ``bias``; ``""`` where there is no Kronecker form.
+        operator: ATen name.
+        module: Qualified name of the module whose forward called it.
+        in_axes: Axes of the parameter that are summed with the activation's.
+        out_axes: Axes of the parameter that only the output shares.
+        weight: Of a bias, the weight whose output it shifts.
+        sources: Names of the activations in the captured graph, one a call: equal names, one activation.
+        reason: Why there is no Kronecker form.
+    """
+
+    kind: str
+    operator: str
+    module: str
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    weight: str = ""
+    sources: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Fusion:
     """An axis along which a parameter holds several matrices.
 
@@ -73,6 +99,7 @@ class Geometry:
         ambiguous: For every axis, whether one model could not settle it (a policy decided).
         aliases: Further qualified names of the same tensor.
         fusions: Output axes along which the tensor holds several matrices (qkv, gate and up, gates).
+        sites: Where taps of a preconditioner can go.
     """
 
     name: str
@@ -89,6 +116,7 @@ class Geometry:
     ambiguous: tuple[bool, ...] = ()
     aliases: tuple[str, ...] = ()
     fusions: tuple[Fusion, ...] = ()
+    sites: tuple[Site, ...] = ()
 
     @property
     def fan_in(self) -> int:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from mupass._capture import Capture
-from mupass._dims.decide import Verdict, Verdicts, decide
+from mupass._dims.decide import decide
 from mupass._dims.engine import Engine
 from mupass._dims.facts import Value
 from mupass._dims.graph import shape_of
+from mupass._dims.verdicts import Verdict, Verdicts
 from mupass._geometry import Use
 
 HIDDEN_OUTPUTS = re.compile(
-    r"past_key_values|hidden_state|pooler_output|attentions|cache_params|mems|features|embeds\b",
+    r"past_key_values|hidden_state|projected|pooler_output|attentions|cache_params|mems|features|embeds\b",
     re.IGNORECASE,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -40,18 +41,33 @@ class DimNames:
         """Yield all names."""
         return iter(dict.fromkeys(self.table.values()))
 
-    def term(self, dim: int) -> str:
-        """Return a name, or else the product or sum that the dimension is, or its size."""
+    def term(self, dim: int, depth: int = 4) -> str:
+        """Return a name, or else the product or sum that the dimension is, or its size.
+
+        Equal parts are counted: ``3*heads*head_dim`` for query, key and value in one.
+
+        Args:
+            dim: Any dimension.
+            depth: How far to look into parts of parts.
+        """
         known = self.of(dim)
-        if known:
-            return known
-        for kind, sign in (("product", "*"), ("sum", "+")):
-            for members in self.space.terms_of(dim, kind):
-                return sign.join(self.of(m) or str(self.space.size(m)) for m in members)
+        if known or not depth:
+            return known or str(self.space.size(dim))
+        for members in self.space.terms_of(dim, "product"):
+            return "*".join(_bracketed(self.term(m, depth - 1)) for m in members)
+        for members in self.space.terms_of(dim, "sum"):
+            runs = [(part, len(list(run))) for part, run in groupby(self.term(m, depth - 1) for m in members)]
+            if len(runs) == 1 and runs[0][0].isdigit():
+                break  # parts about which only their size is known
+            return "+".join(part if n == 1 else f"{n}*{_bracketed(part)}" for part, n in runs)
         return str(self.space.size(dim))
 
 
-def name_dims(model: nn.Module, solved: Inference) -> DimNames:
+def _bracketed(term: str) -> str:
+    return f"({term})" if "+" in term else term
+
+
+def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = None) -> DimNames:
     """Name the dimensions that grow, and those that a policy keeps fixed.
 
     The part a dimension plays in the graph decides first: batch and inner axes of attention are heads and
@@ -61,6 +77,7 @@ def name_dims(model: nn.Module, solved: Inference) -> DimNames:
     Args:
         model: The module, searched for a ``config`` and for attributes.
         solved: The inference.
+        alone: Inference without the caller's verdicts, whose policies tell heads from head_dim.
 
     Returns:
         The names.
@@ -69,7 +86,7 @@ def name_dims(model: nn.Module, solved: Inference) -> DimNames:
     table: dict[int, str] = {}
     order = _carried(solved)
     known = [d for d in order if (v := solved.verdicts.get(d)) and (v.infinite or v.policy)]
-    _name_attention(solved, table)
+    _name_attention(alone or solved, table)
     grown = [d for d in known if solved.verdicts.get(d).infinite and d not in table]  # type: ignore[union-attr]
     if table and grown:
         table.setdefault(grown[0], "d_model")

@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from mupass._capture import Capture, fresh_copy, quiet
+from mupass._capture import Capture, fresh_copy, number_in, quiet
 from mupass._errors import CaptureError
 
 
@@ -95,8 +95,19 @@ def _from_recording(
     operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
     owners = {n: _owner(n, named) for n in operators}
     outputs = tuple(zip(paths, nodes, strict=False))
+    numbers = {n: x for n in states if (x := number_in(n.meta.get("val"))) is not None}
     return Capture(
-        operators, named, tuple(states), inputs, outputs, aliases, "recorded run", owners, (warning,), filled
+        operators,
+        named,
+        tuple(states),
+        inputs,
+        outputs,
+        aliases,
+        "recorded run",
+        owners,
+        (warning,),
+        filled,
+        numbers,
     )
 
 

@@ -8,7 +8,7 @@ look like independent draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -54,14 +54,37 @@ def _factors(sizes: NewSizes, dim: int) -> list[int]:
     return [dim]
 
 
-def renew(
+def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
+    """Continue a tensor that is not random along anything that grows.
+
+    Args:
+        old: Present values.
+        axes: Segments of every axis.
+
+    Returns:
+        The values at the new shape, or None where some of the old ones look drawn.
+    """
+    shape = [sum(math.prod(s.new) for s in axis) for axis in axes]
+    old = old.detach().cpu()
+    if list(old.shape) != shape and (made := recompute(old, shape)) is not None:
+        return made
+    new = torch.empty(shape, dtype=old.dtype)
+    for block in _blocks(axes):
+        rows = block.rows(old)
+        if not (rows == rows[:, :1]).all():
+            return None
+        block.put(new, rows[:, :1].repeat(1, block.count))
+    return new
+
+
+def draw(
     name: str,
     old: Tensor,
     axes: Sequence[Sequence[Segment]],
     init: Init | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Make the values of a tensor at its new shape.
+    """Draw a tensor at its new shape by the law of its present values.
 
     Args:
         name: Its name, for errors.
@@ -76,16 +99,81 @@ def renew(
     Raises:
         ResizeError: The values follow a pattern that is not recognized.
     """
-    shape = [sum(math.prod(s.new) for s in axis) for axis in axes]
     old = old.detach().cpu()
-    if list(old.shape) != shape and (made := recompute(old, shape)) is not None:
-        return made
-    new = torch.empty(shape, dtype=old.dtype)
-    for block in product(*(_spans(axis) for axis in axes)):
-        there, here = tuple(b[0] for b in block), tuple(b[1] for b in block)
-        parts = [b[2] for b in block]
-        new[here] = _renew_block(name, old[there], parts, init, generator)
+    new = torch.empty([sum(math.prod(s.new) for s in axis) for axis in axes], dtype=old.dtype)
+    for block in _blocks(axes):
+        here = new[block.here]
+        orthogonal = _orthogonal(old[block.there], here.shape, generator) if init is not None else None
+        if orthogonal is not None:
+            here.copy_(orthogonal)
+            continue
+        values = block.rows(old)
+        rows = values[:, :1].repeat(1, block.count)
+        free = ~(values == values[:, :1]).all(1)
+        if free.any():
+            if _patterned(block.opened(old)[free]):
+                raise ResizeError(
+                    f"{name} grows with width and holds a pattern that is neither drawn at random nor a "
+                    "known formula; its values at another width cannot be told"
+                )
+            rows[free] = _drawn(name, values[free], block.count, init, generator)
+        block.put(new, rows)
     return new
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One combination of segments, seen as rows along which everything grows.
+
+    Attributes:
+        there: Where it lies in the old tensor.
+        here: Where it lies in the new one.
+        parts: Its segments, one for each axis.
+    """
+
+    there: tuple[slice, ...]
+    here: tuple[slice, ...]
+    parts: tuple[Segment, ...]
+
+    @property
+    def _grows(self) -> list[bool]:
+        grows = [g for p in self.parts for g in p.grows]
+        return grows if any(grows) else [True] * len(grows)
+
+    @property
+    def _order(self) -> list[int]:
+        return sorted(range(len(self._grows)), key=lambda i: self._grows[i])
+
+    @property
+    def _new(self) -> list[int]:
+        return [n for p in self.parts for n in p.new]
+
+    @property
+    def count(self) -> int:
+        """Length of a new row."""
+        return math.prod(n for n, g in zip(self._new, self._grows, strict=True) if g)
+
+    def opened(self, old: Tensor) -> Tensor:
+        """Return the old block as (row, growing factors...)."""
+        split = old[self.there].reshape([n for p in self.parts for n in p.old]).permute(self._order)
+        return (
+            split.flatten(0, len(self._order) - sum(self._grows) - 1) if not all(self._grows) else split[None]
+        )
+
+    def rows(self, old: Tensor) -> Tensor:
+        """Return the old block as (row, entry)."""
+        return self.opened(old).flatten(1)
+
+    def put(self, new: Tensor, rows: Tensor) -> None:
+        """Write new rows into their place."""
+        split = rows.reshape([self._new[i] for i in self._order])
+        back = split.permute([self._order.index(i) for i in range(len(self._order))])
+        new[self.here] = back.reshape(new[self.here].shape)
+
+
+def _blocks(axes: Sequence[Sequence[Segment]]) -> Iterator[_Block]:
+    for block in product(*(_spans(axis) for axis in axes)):
+        yield _Block(tuple(b[0] for b in block), tuple(b[1] for b in block), tuple(b[2] for b in block))
 
 
 def _spans(axis: Sequence[Segment]) -> list[tuple[slice, slice, Segment]]:
@@ -96,40 +184,6 @@ def _spans(axis: Sequence[Segment]) -> list[tuple[slice, slice, Segment]]:
         spans.append((slice(at, at + old), slice(to, to + new), segment))
         at, to = at + old, to + new
     return spans
-
-
-def _renew_block(
-    name: str, old: Tensor, parts: Sequence[Segment], init: Init | None, generator: torch.Generator | None
-) -> Tensor:
-    """Renew a block whose axes are products, as rows along which everything grows."""
-    shape = [math.prod(p.new) for p in parts]
-    orthogonal = _orthogonal(old, shape, generator) if init is not None else None
-    if orthogonal is not None:
-        return orthogonal
-    before, after = ([n for p in parts for n in getattr(p, side)] for side in ("old", "new"))
-    grows = [g for p in parts for g in p.grows]
-    if not any(grows):
-        grows = [True] * len(grows)
-    order = sorted(range(len(grows)), key=lambda i: grows[i])
-    fixed = math.prod(before[i] for i in order if not grows[i])
-    opened = old.reshape(before).permute(order)
-    values = opened.reshape(fixed, -1)
-    count = math.prod(after) // fixed
-    constant = (values == values[:, :1]).all(1)
-    rows = values[:, :1].repeat(1, count)
-    if not constant.all():
-        free = opened.reshape(fixed, *opened.shape[len(order) - sum(grows) :])[~constant]
-        if _patterned(free):
-            raise ResizeError(
-                f"{name} grows with width and holds a pattern that is neither drawn at random nor a known "
-                "formula; its values at another width cannot be told"
-            )
-        rows[~constant] = _drawn(name, values[~constant], count, init, generator)
-    return (
-        rows.reshape([after[i] for i in order])
-        .permute([order.index(i) for i in range(len(order))])
-        .reshape(shape)
-    )
 
 
 def _patterned(free: Tensor) -> bool:

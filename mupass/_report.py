@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -76,7 +77,7 @@ class Report:
                 body.append(f'<tr class="module"><td colspan="5"{pad}>{html.escape(label)}</td></tr>')
             else:
                 body.append(self._html_row(label, geometry, pad))
-        notes = "".join(f'<li class="warn">{html.escape(w)}</li>' for w in self.analysis.warnings)
+        notes = "".join(f'<li class="warn">{html.escape(line)}</li>' for line in self._footer())
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>mupass report</title>'
             f"<style>{STYLE}</style><h1>Width analysis</h1>"
@@ -150,15 +151,75 @@ class Report:
             f"captured by {a.capture}; * grows with width, ? settled by a policy"
         )
 
+    def questions(self) -> list[Question]:
+        """Return what one model could not settle, repeated blocks taken together."""
+        groups: dict[tuple[str, ...], list[tuple[Geometry, int]]] = {}
+        for g in self.analysis.geometries:
+            for axis, policy in enumerate(g.ambiguous):
+                if policy:
+                    groups.setdefault(_alike(g, axis), []).append((g, axis))
+        return [Question.of(found) for found in groups.values()]
+
     def _footer(self) -> list[str]:
-        policies = sum(any(g.ambiguous) for g in self.analysis.geometries)
         lines = [f"note: {w}" for w in self.analysis.warnings]
-        if policies:
+        questions = self.questions()
+        if questions:
             lines.append(
-                f"note: {policies} parameters have an axis that one model cannot settle (marked ?); pass "
-                "base= a second instance at another width, or dims={'name': 'finite'}, to settle it"
+                "note: one model cannot settle the axes marked ?; pass base= a second instance at another "
+                "width, or dims= what is in braces where a verdict is not what you mean"
             )
-        return lines
+        return lines + [f"  ? {question}" for question in questions]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a policy decided, for one dimension or for the same one in repeated blocks.
+
+    Attributes:
+        axis: The first axis that has it, as ``parameter:axis``.
+        size: Its size there.
+        count: How many axes of parameters have it.
+        infinite: The verdict.
+        why: The policy and its evidence.
+        override: The entry of ``dims=`` that states the opposite.
+    """
+
+    axis: str
+    size: int
+    count: int
+    infinite: bool
+    why: str
+    override: str
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[Geometry, int]]) -> Question:
+        """Describe axes that are settled for the same reason.
+
+        Args:
+            found: Parameters and axes, at least one.
+        """
+        g, axis = found[0]
+        path = f"{g.name}:{axis}"
+        pattern = (
+            re.sub(r"(?:(?<=\.)|^)\d+(?=\\\.)", r"\\d+", re.escape(path))
+            if len(found) > 1
+            else re.escape(path)
+        )
+        opposite = "finite" if g.infinite[axis] else "infinite"
+        why = g.evidence[axis].partition(": ")[2].removeprefix("policy: ")
+        override = f"{{{pattern!r}: {opposite!r}}}"
+        return cls(path, g.shape[axis], len(found), g.infinite[axis], why, override)
+
+    def __str__(self) -> str:
+        """Return one line with the verdict, the reason and the override."""
+        more = f" and {self.count - 1} more" if self.count > 1 else ""
+        verdict = "grows" if self.infinite else "is fixed"
+        return f"{self.axis}{more} (size {self.size}) {verdict}: {self.why}  {self.override}"
+
+
+def _alike(g: Geometry, axis: int) -> tuple[str, ...]:
+    """Return what axes have in common that one reason settles; block numbers do not count."""
+    return (re.sub(r"\d+", "#", g.evidence[axis].partition(" ")[2].partition(" ")[2]), str(g.infinite[axis]))
 
 
 def _prefixes(path: str) -> Iterator[str]:

@@ -26,7 +26,10 @@ from types import MappingProxyType
 from mupass._errors import PlanError
 from mupass._geometry import Geometry
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "kfac", "foof", "shampoo")
+ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
+GRAFTS = ("none", "sgd", "adam", "rmsprop")
+ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
+OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,39 @@ class OptimizerSpec:
     """What the scale table must know of an optimizer: its family and the powers it applies.
 
     Attributes:
-        name: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof`` or ``shampoo``. ``foof`` is K-FAC that
-            preconditions the input side only: it fixes ``e_a = 1`` and ``e_b = 0``.
+        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``adafactor``, ``kfac``, ``foof``,
+            ``shampoo``, ``soap``, ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions the input
+            side only: it fixes ``e_a = 1`` and ``e_b = 0``. ``adafactor`` is Adam times the root mean
+            square of the weight.
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
+        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        alignment: ``full`` or ``none`` for the largest rates at which every layer is stable when updates and
+            activations are aligned so (Everett et al., arXiv 2407.05872): SGD and Adam families, any
+            parameterization. None for the rates of the parameterization itself.
 
     Raises:
-        PlanError: Unknown name; a power that is NaN, infinite or negative.
+        PlanError: Unknown name; a power that is NaN, infinite or negative; an alignment for an optimizer
+            that has none.
     """
 
     name: str
     e_a: float = 1.0
     e_b: float = 1.0
     e: float = 0.5
+    graft: str = "none"
+    alignment: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.graft not in GRAFTS:
+            raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
+        if self.alignment not in {None, "full", "none"}:
+            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none")
+        if self.alignment and self.name not in ALIGNED:
+            raise PlanError(f"alignment= has rows for {', '.join(ALIGNED)}, not for {self.name}")
         for field in ("e_a", "e_b", "e"):
             power = getattr(self, field)
             if isinstance(power, bool) or not isinstance(power, (int, float)):
@@ -73,7 +91,9 @@ class OptimizerSpec:
         """Return the name with the powers that matter to it."""
         if self.name in {"kfac", "foof"}:
             return f"{self.name}(e_a={self.e_a:g}, e_b={self.e_b:g})"
-        return f"{self.name}(e={self.e:g})" if self.name == "shampoo" else self.name
+        if self.name == "shampoo":
+            return f"shampoo(e={self.e:g}{f', graft={self.graft}' if self.graft != 'none' else ''})"
+        return f"{self.name}(alignment={self.alignment})" if self.alignment else self.name
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,8 @@ class Scales:
         lr: Factor on the learning rate.
         damping_in: Factor on absolute damping of the input side: K-FAC's A, Shampoo's R.
         damping_out: Factor on absolute damping of the output side: K-FAC's B, Shampoo's L.
-        epsilon: Factor on Adam's epsilon: the order of one gradient entry.
+        epsilon: Factor on epsilon: the order of what it is added to. For Adam one gradient entry; for Muon
+            and SOAP the norm of the gradient matrix; for AdaMuon one entry of the orthogonal matrix.
         weight_decay: Factor on decoupled decay that does not depend on the learning rate.
         lr_powers: Powers of ``(m_in, m_out)`` that make up ``lr``.
     """
@@ -192,7 +213,11 @@ def powers(
     none = (0.0, 0.0)
     beta = row(parameterization).readout_power
     if beta is None:
-        return {scale: none for scale in SCALES}
+        table = {scale: none for scale in SCALES}
+        if optimizer.alignment:  # one rate for each layer, on the user's 1/sqrt(fan_in)
+            table["lr"] = aligned_powers(geometry, optimizer, 0.5)
+            table["epsilon"] = epsilon_powers(optimizer, 0.5)
+        return table
     h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
     damping_in, damping_out = {
         "kfac": (h2, delta2),
@@ -201,40 +226,95 @@ def powers(
         "shampoo": ((1.0, 1 - 2 * beta),) * 2,
     }.get(optimizer.name, (none, none))
     return {
-        "init": (-beta if geometry.role == "output" else -0.5, 0.0),
+        "init": (-_weight_power(geometry, beta), 0.0),
         # A tied embedding has entries of Theta(1) where a readout has 1/m**beta; m is its kept axis.
         "multiplier": (0.0, -beta) if geometry.readout_uses else none,
-        "lr": lr_powers(optimizer, beta),
+        "lr": aligned_powers(geometry, optimizer, beta)
+        if optimizer.alignment
+        else lr_powers(geometry, optimizer, beta),
         "damping_in": damping_in,
         "damping_out": damping_out,
-        "epsilon": (0.0, -beta),  # one entry of delta h^T
+        "epsilon": epsilon_powers(optimizer, beta),
         "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
     }
 
 
-def lr_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
     """Powers of ``(m_in, m_out)`` in the learning rate, from ``delta . (dW h) = Theta(1)``.
 
     * SGD, ``dW = delta h^T``: ``|delta|^2 |h|^2``.
-    * Adam, ``dW = sign(delta) sign(h)^T``: ``|delta|_1 |h|_1``.
+    * Adam and AdaMuon, ``dW = sign(delta) sign(h)^T``: ``|delta|_1 |h|_1``.
     * K-FAC, ``dW = B^-e_b delta h^T A^-e_a``: ``|delta|^(2 - 2 e_b) |h|^(2 - 2 e_a)``.
     * Shampoo, ``dW = L^-e/2 delta h^T R^-e/2``: ``(|delta|^2 |h|^2)^(1 - e)``, since both L and R
       have eigenvalues of the order ``|delta|^2 |h|^2``.
+    * Shampoo with a graft has the magnitude, and so the row, of what is grafted.
+    * Muon, ``dW = delta h^T / (|delta| |h|)``: ``|delta| |h|``, which is Shampoo's with ``e = 1/2``. SOAP
+      is Adam in the basis of singular vectors, where ``delta h^T`` has one entry: the same.
+    * Adafactor, ``dW = RMS(W) sign(delta) sign(h)^T``: Adam's, times the order of the weights.
 
     Args:
+        geometry: Role of the parameter.
         optimizer: Family and powers.
         beta: Readout power of the parameterization.
 
     Returns:
         ``(power of m_in, power of m_out)``; the learning rate undoes the order above.
     """
-    if optimizer.name in {"adam", "adamw"}:
+    grafted = optimizer.name == "shampoo" and optimizer.graft != "none"
+    name = optimizer.graft if grafted else optimizer.name
+    if name in {*ENTRYWISE, "rmsprop"}:
         return (-1.0, beta - 1)
+    if name == "adafactor":
+        return (_weight_power(geometry, beta) - 1, beta - 1)
     e_in, e_out = {
         "sgd": (0.0, 0.0),
         "shampoo": (optimizer.e, optimizer.e),
-    }.get(optimizer.name, (optimizer.e_a, optimizer.e_b))
+        "soap": (0.5, 0.5),
+        "muon": (0.5, 0.5),
+    }.get(name, (optimizer.e_a, optimizer.e_b))
     return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
+
+
+def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in the largest stable rate of each layer: ``RMS(dW h) = Theta(1)``.
+
+    Everett et al., arXiv 2407.05872, table 1, in the gauge without multipliers. An entry of ``dW h`` is a sum
+    of ``m_in`` terms: of that order when they are aligned, of its root when they are not. What one entry of
+    ``dW`` is: ``m_out^-beta`` for SGD, 1 for Adam, ``RMS(W)`` for Adafactor. One thing more bounds SGD's
+    readout: gradients of the layers below are made of its weights, which must not grow beyond their start.
+
+    Args:
+        geometry: Role of the parameter.
+        optimizer: One of `ALIGNED` with an alignment.
+        beta: Readout power of the parameterization.
+    """
+    terms = 1.0 if optimizer.alignment == "full" else 0.5
+    if optimizer.name == "sgd":
+        return (-max(terms, beta) if geometry.role == "output" else -terms, beta)
+    weight = _weight_power(geometry, beta) if optimizer.name == "adafactor" else 0.0
+    return (weight - terms, 0.0)
+
+
+def _weight_power(geometry: Geometry, beta: float) -> float:
+    """Return the power of ``1/m_in`` in the weights."""
+    return beta if geometry.role == "output" else 0.5
+
+
+def epsilon_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in epsilon, which follows what it is added to (arXiv 2512.05620).
+
+    Args:
+        optimizer: Family.
+        beta: Readout power of the parameterization.
+
+    Returns:
+        Those of ``|delta| |h|`` for Muon (the norm it divides by) and SOAP (the entry of the rotated
+        gradient), of ``1/sqrt(d_in d_out)`` for AdaMuon (an entry of the orthogonal matrix), else those of
+        one entry of ``delta h^T``.
+    """
+    if optimizer.name in {"muon", "soap"}:
+        return (0.5, 0.5 - beta)
+    return (-0.5, -0.5) if optimizer.name == "adamuon" else (0.0, -beta)
 
 
 def row(parameterization: str) -> Parameterization:

@@ -126,25 +126,28 @@ class NewSizes:
         return twins[0] if twins else dim
 
     @cached_property
+    def _carried(self) -> frozenset[int]:
+        """Dimensions of parameters; those without a verdict are fixed: no weight is contracted along them."""
+        space = self.solved.engine.space
+        return frozenset(space.find(d) for dims in self.solved.dims.values() for d in dims)
+
+    @cached_property
     def _contested(self) -> frozenset[int]:
-        """Factors of a growing product of which one has no verdict, so that another may have grown instead."""
+        """Factors of a growing product of which one has no verdict: any of them may be the one that grows."""
         verdicts, space = self.solved.verdicts, self.solved.engine.space
-        carried = {space.find(d) for dims in self.solved.dims.values() for d in dims}
-        open_ = [
-            ms for w, ms in space.terms("product") if verdicts.grows(w) and any(map(verdicts.is_open, ms))
-        ]
-        return frozenset(m for members in open_ for m in members) - carried
+        grown = [members for whole, members in space.terms("product") if verdicts.grows(whole)]
+        return frozenset(m for ms in grown if any(map(verdicts.is_open, ms)) for m in ms) - self._carried
 
     @cached_property
     def _grown(self) -> frozenset[int]:
-        """Dimensions without a verdict that grow like their equals: one half of a chunk whose other half grows."""
+        """Dimensions without a verdict that grow as their equals do: one half of a chunk as the other."""
         verdicts, space = self.solved.verdicts, self.solved.engine.space
         found: set[int] = set()
         for whole, members in space.terms("sum"):
             sizes = {space.size(m) for m in members if verdicts.grows(m)}
             if verdicts.grows(whole):
                 found |= {m for m in members if verdicts.is_open(m) and space.size(m) in sizes}
-        return frozenset(found)
+        return frozenset(found) - self._carried
 
     def grows(self, dim: int) -> bool:
         """Whether a dimension grows with the width.
@@ -195,10 +198,8 @@ class NewSizes:
         Raises:
             ResizeError: They differ, or a dimension would not be a whole number.
         """
-        space = self.solved.engine.space
-        carried = {space.find(d) for dims in self.solved.dims.values() for d in dims}
         for kind, combine in COMBINE.items():
-            for whole in carried:
+            for whole in self._carried:
                 for members in self.terms(whole, kind):
                     parts = [self.of_dim(m) for m in members]
                     if self.of_dim(whole) != combine(parts):
@@ -248,10 +249,10 @@ def _named(solved: Inference, names: DimNames, width: Mapping[str, int]) -> dict
 
 
 def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield one size that follows from those given: a product of them, or its last factor.
+    """Yield one size that follows from those given: a product of them, its last factor, or its equal parts.
 
     Raises:
-        ResizeError: The last factor would not be a whole number.
+        ResizeError: The last factor or the parts would not be whole numbers.
     """
     space = solved.engine.space
 
@@ -266,8 +267,8 @@ def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> It
             if whole not in given and not open_ and given.keys() & set(members):
                 yield whole, rest
                 return
-            named = kind == "groups" or given.keys() & set(members)
-            if whole in given and len(open_) == 1 and (named or solved.verdicts.grows(open_[0])):
+            told = kind == "groups" or given.keys() & set(members) or not solved.verdicts.grows(whole)
+            if whole in given and len(open_) == 1 and (told or solved.verdicts.grows(open_[0])):
                 if given[whole] % rest:
                     raise ResizeError(
                         f"{names.term(whole)} = {given[whole]} is not divisible by {rest}, so there is no "
@@ -275,6 +276,15 @@ def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> It
                     )
                 yield open_[0], given[whole] // rest
                 return
+    for whole, members in space.terms("sum"):
+        halves = len({space.size(m) for m in members}) == 1 and not space.rests & set(members)
+        if whole in given and halves and not any(map(certain, members)):
+            if given[whole] % len(members):
+                raise ResizeError(
+                    f"{names.term(whole)} = {given[whole]} is cut into {len(members)} equal parts"
+                )
+            yield members[0], given[whole] // len(members)
+            return
 
 
 def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int]) -> float:

@@ -16,9 +16,14 @@ COLUMNS = {
     "sgd": {"lr": "lr"},
     "adam": {"lr": "lr", "epsilon": "epsilon"},
     "adamw": {"lr": "lr", "epsilon": "epsilon"},
+    "adam_atan2": {"lr": "lr"},
+    "adafactor": {"lr": "lr"},
+    "adamuon": {"lr": "lr", "epsilon": "epsilon"},
     "kfac": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
     "foof": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
     "shampoo": {"lr": "lr", "damping_in": "damping R", "damping_out": "damping L"},
+    "soap": {"lr": "lr", "epsilon": "epsilon"},
+    "muon": {"lr": "lr", "epsilon": "epsilon"},
 }
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
@@ -26,7 +31,7 @@ SOURCES = {
     "lr": "delta . (dW h) = Theta(1): arXiv 2312.12226, conditions 11-13",
     "damping_in": "order of the factor's eigenvalues: arXiv 2312.12226, d_A (d_R)",
     "damping_out": "order of the factor's eigenvalues: arXiv 2312.12226, d_B (d_L)",
-    "epsilon": "order of one gradient entry: arXiv 2512.05620, Adam row",
+    "epsilon": "order of what it is added to: arXiv 2512.05620, table of epsilons",
     "weight_decay": "independent decay is Theta(1): arXiv 2512.05620",
 }
 
@@ -111,7 +116,10 @@ def explanation(plan: Plan, entry: Entry) -> str:
     exponents = powers(g, plan.optimizer, plan.parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
     shown = ["init", *multiplier, *COLUMNS[plan.optimizer.name], "weight_decay"]
-    cells = [["  " + name, formula(exponents[name], g), f"[{SOURCES[name]}]"] for name in shown]
+    sources = SOURCES
+    if plan.optimizer.alignment:
+        sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
+    cells = [["  " + name, formula(exponents[name], g), f"[{sources[name]}]"] for name in shown]
     lines += _align(cells)
     return "\n".join([*lines, f"source of the row: {row(plan.parameterization).source}"])
 

@@ -155,7 +155,7 @@ def _apply(model: nn.Module, plan: Plan) -> None:
 
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):
-        attach(model, plan)
+        attach(model)
         rewrite(model, plan)
 
 

@@ -68,15 +68,57 @@ def test_refusals_before_capture_say_the_real_reason() -> None:
 
 
 def test_kfac_says_when_it_can_take_nothing() -> None:
-    class Raw(nn.Module):
+    class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Parameter(torch.randn(5, 16)), nn.Parameter(torch.randn(16, 3))
+            self.lstm = nn.LSTM(5, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return (x @ self.a).relu() @ self.b
+            return self.lstm(x)[0].mean(-1)
 
-    model = mupass.transform(Raw(), torch.randn(2, 5))
+    model = mupass.transform(Recurrent(), torch.randn(4, 2, 5))
     with pytest.warns(UserWarning, match="can take no parameter of this model; all go to adamw"):
         optimizer = mupass.KFAC(model, 0.1)
     assert {c.treatment for c in optimizer.coverage()} == {"adamw"}
+
+
+class Packed(nn.Module):
+    """nn.MultiheadAttention: head_dim is an axis of no parameter, and its scale is the kernel's."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.enter, self.attention = nn.Linear(5, d), nn.MultiheadAttention(d, heads, batch_first=True)
+        self.head = nn.Linear(d, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_second_instance_tells_whether_heads_or_head_dim_grows(device: str) -> None:
+    def grown(base: nn.Module) -> list[str]:
+        return [w for w in mupass.analyze(Packed(32, 4), X, base=base).warnings if "head_dim" in w]
+
+    with torch.device(device):
+        more_heads, wider_heads = Packed(16, 2), Packed(16, 4)
+    assert grown(more_heads) == []
+    (note,) = grown(wider_heads)
+    assert "head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)" in note
+
+
+def test_a_second_instance_that_runs_other_operators_settles_parameters_only() -> None:
+    class Deeper(nn.Module):
+        def __init__(self, d: int) -> None:
+            super().__init__()
+            self.enter, self.head = nn.Linear(5, d), nn.Linear(d, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            return self.head(x.relu() if x.shape[-1] > 8 else x.relu().relu())
+
+    analysis = mupass.analyze(Deeper(16), X, base=Deeper(8))
+    assert analysis["head.weight"].infinite == (False, True) and analysis["head.weight"].m_in == 2
+    assert any(
+        "settles parameter axes, but no factors of them, since it runs" in w for w in analysis.warnings
+    )

@@ -72,3 +72,78 @@ def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
 def test_data_parallel_needs_a_process_group() -> None:
     with pytest.raises(mupass.OptimizerError, match="init_process_group"):
         mupass.KFAC(build(), 0.1, data_parallel=True)
+
+
+def norms() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 12),
+        nn.LayerNorm(12),
+        nn.Tanh(),
+        nn.Linear(12, 16, bias=False),
+        nn.Tanh(),
+        nn.Linear(16, 3),
+    )
+    return mupass.transform(net.double(), torch.zeros(2, 6, dtype=torch.float64), base=8)
+
+
+def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> list[torch.Tensor]:
+    x, y = data()
+    for i in at:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows].flatten(1)[:, i : i + 6]), y[rows]).backward()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [p.detach().clone() for p in whole]
+
+
+def kfac(model: nn.Module) -> mupass.KFAC:
+    return mupass.KFAC(model, 0.05, 1e-2, root_every=3, weight_decay=0.1, kl_clip=1e-2, exclude=["3.weight"])
+
+
+def _sharded_worker(rank: int, port: int, path: Path) -> None:
+    from torch.distributed.checkpoint import load, save
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    rows = slice(8 * rank, 8 * rank + 8)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def shard() -> nn.Module:
+        model = norms()
+        fully_shard(model[3], mesh=mesh)
+        return fully_shard(model, mesh=mesh)  # type: ignore[no-any-return]
+
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(norms())
+        want = steps(wrapped, kfac(wrapped), rows, range(8))
+        model = shard()
+        optimizer = kfac(model)
+        steps(model, optimizer, rows, range(4))
+        save({"model": model.state_dict(), "optimizer": optimizer}, checkpoint_id=path / "saved")
+        through = steps(model, optimizer, rows, range(4, 8))
+        other = shard()
+        restarted = kfac(other)
+        state = {"model": other.state_dict(), "optimizer": restarted}
+        load(state, checkpoint_id=path / "saved")
+        other.load_state_dict(state["model"])
+        resumed = steps(other, restarted, rows, range(4, 8))
+        if rank == 0:
+            torch.save((want, through, resumed), path / "result.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_sharded_worker, (port, tmp_path), nprocs=2)
+    want, through, resumed = torch.load(tmp_path / "result.pt")
+    for a, b, c in zip(want, through, resumed, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+        assert torch.equal(b, c)

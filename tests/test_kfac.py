@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import mupass
 from mupass._optim._roots import diagonal_roots, inverse_roots
+from mupass._taps import tap_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 LR, RHO = 0.1, 0.03
-ONE_STEP = {"momentum": 0.0, "strict": True}
+ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0}
 Deltas = dict[str, Tensor]
 
 
@@ -199,8 +200,8 @@ def averaged(run: Run) -> Tensor:
     found = {}
     for side in "ab":
         for bank in run.optimizer._banks[side]:
-            if ("2.weight", 0) in bank.slot:
-                found[side] = bank.value()[bank.slot["2.weight", 0]]
+            if (f"{side}:2:0", 0) in bank.slot:
+                found[side] = bank.value()[bank.slot[f"{side}:2:0", 0]]
     return torch.cat([found["a"].flatten(), found["b"].flatten()])
 
 
@@ -234,7 +235,7 @@ def test_two_micro_batches_equal_one_batch(name: str) -> None:
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_factors_are_collected_every_so_many_steps(every: int) -> None:
     run = Run(DENSE["linear"], factor_every=every)
-    tap = run.optimizer._taps["2.weight"]
+    tap = tap_of(run.net[2])  # type: ignore[index]
     for at in range(7):
         before, collecting = run.snapshot("factors"), tap.rows.requires_grad  # type: ignore[union-attr]
         run.step()
@@ -244,11 +245,48 @@ def test_factors_are_collected_every_so_many_steps(every: int) -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_roots_are_recomputed_every_so_many_steps(every: int) -> None:
-    run = Run(DENSE["linear"], root_every=every)
+    run = Run(DENSE["linear"], root_every=every, stagger=False, root_drift=1e300)
     for at in range(7):
         before = run.snapshot("roots")
         run.step()
         assert torch.equal(before, run.snapshot("roots")) != (at % every == 0)
+
+
+def renewed(run: Run) -> set[str]:
+    """Take a step and return which slots got new roots."""
+    before = {
+        k: b.roots[i].clone()
+        for side in run.optimizer._banks.values()
+        for b in side
+        for k, i in b.slot.items()
+    }
+    run.step()
+    now = {k: b.roots[i] for side in run.optimizer._banks.values() for b in side for k, i in b.slot.items()}
+    return {name for (name, g), root in before.items() if not torch.equal(root, now[name, g])}
+
+
+def test_staggered_roots_are_each_recomputed_once_a_period() -> None:
+    run = Run(DENSE["linear"], root_every=3, root_drift=1e300)
+    slots = renewed(run)
+    assert len(slots) == 6  # all at the first step
+    turns = [renewed(run) for _ in range(6)]
+    assert all(turns) and set.union(*turns[:3]) == slots and sum(map(len, turns[:3])) == len(slots)
+    assert turns[:3] == turns[3:]
+
+
+def test_a_root_is_stale_at_once_when_its_factor_has_grown() -> None:
+    run = Run(DENSE["linear"], root_every=100, root_drift=2.0, factor_decay=0.0)
+    run.step()
+    x, y = run.case.batch(2)
+    run.optimizer.zero_grad()
+    loss = run.case.terms(run.net(3 * x), y).mean()  # A of the first layer is nine times what it was
+    before = run.snapshot("roots")
+    loss.backward()
+    run.optimizer.step()
+    assert not torch.equal(before, run.snapshot("roots"))
+    bank = next(b for b in run.optimizer._banks["a"] if ("a:0:0", 0) in b.slot)
+    at = bank.slot["a:0:0", 0]
+    torch.testing.assert_close(bank.roots[at], power(bank.value()[at], RHO * bank.traces()[at], 1))
 
 
 def test_stale_roots_precondition_fresh_gradients() -> None:
@@ -256,8 +294,8 @@ def test_stale_roots_precondition_fresh_gradients() -> None:
     run = Run(case, factor_every=2)
     run.step()
     banks = run.optimizer._banks
-    a = next(b.roots[b.slot["2.weight", 0]] for b in banks["a"] if ("2.weight", 0) in b.slot).clone()
-    b = next(b.roots[b.slot["2.weight", 0]] for b in banks["b"] if ("2.weight", 0) in b.slot).clone()
+    a = next(b.roots[b.slot["a:2:0", 0]] for b in banks["a"] if ("a:2:0", 0) in b.slot).clone()
+    b = next(b.roots[b.slot["b:2:0", 0]] for b in banks["b"] if ("b:2:0", 0) in b.slot).clone()
     got = moved(run.net, run.step)["2.weight"]
     torch.testing.assert_close(got, -LR * b @ run.net[2].weight.grad @ a)  # type: ignore[index]
 
@@ -446,7 +484,8 @@ def test_a_failed_root_keeps_the_old_one() -> None:
         group["damping"] = 0.0
     for bank in (b for side in run.optimizer._banks.values() for b in side):
         bank.factors.zero_()[..., 0, 0] = 1  # singular
-    run.optimizer.factor_every, run.optimizer._collecting = 10, False
+    run.optimizer.factor_every = 10
+    run.optimizer._curvature.collect(False)
     with pytest.warns(UserWarning, match="failed roots: factor [AB] of") as found:
         step = moved(run.net, run.step)
     assert len(found) == run.optimizer.stats()["failed_roots"] == 6
@@ -483,11 +522,11 @@ def test_a_layer_that_sits_out_keeps_its_factors_and_its_weight() -> None:
     assert torch.count_nonzero(first["left.weight"]) == 0
     second = step(skip=False)
     assert torch.count_nonzero(second["left.weight"]) > 0
-    bank = next(b for b in optimizer._banks["b"] if ("left.weight", 0) in b.slot)
-    kept = bank.value()[bank.slot["left.weight", 0]].clone()
+    bank = next(b for b in optimizer._banks["b"] if ("b:left:0", 0) in b.slot)
+    kept = bank.value()[bank.slot["b:left:0", 0]].clone()
     third = step(skip=True)
     assert torch.count_nonzero(third["left.weight"]) == 0
-    assert torch.equal(bank.value()[bank.slot["left.weight", 0]], kept)
+    assert torch.equal(bank.value()[bank.slot["b:left:0", 0]], kept)
     assert all(d.isfinite().all() for found in (first, second, third) for d in found.values())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
@@ -120,6 +121,40 @@ def in_out_layout(d: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), Conv1D(128, d), nn.Tanh(), Conv1D(d, d), nn.Tanh(), Conv1D(d, 5))
 
 
+class Packed(nn.Module):
+    """nn.MultiheadAttention, whose query, key and value weights are one parameter.
+
+    With ``mended`` logits are divided by head_dim (times a constant), not by its root.
+    """
+
+    def __init__(
+        self, d: int, heads: int, readout: type[nn.Linear] = nn.Linear, mended: bool = False
+    ) -> None:
+        super().__init__()
+        self.mended = mended
+        self.enter, self.attention = nn.Linear(8, d), nn.MultiheadAttention(d, heads, batch_first=True)
+        self.mix, self.head = nn.Linear(d, d), readout(d, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        y = self.attend(x) if self.mended else self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.mix(x + y).tanh())
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        y = F.scaled_dot_product_attention(q, k, v, scale=4 / q.shape[-1])
+        return self.attention.out_proj(y.transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        packed = F.linear(x, self.attention.in_proj_weight, self.attention.in_proj_bias)
+        return [t.unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2) for t in packed.chunk(3, -1)]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Attention scores before the softmax."""
+        q, k, _ = self.split(self.enter(x))
+        return q @ k.transpose(-1, -2) * (4 / q.shape[-1] if self.mended else q.shape[-1] ** -0.5)
+
+
 def inputs(model: str) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if model == "tied":
@@ -127,7 +162,14 @@ def inputs(model: str) -> Tensor:
     return torch.randn(8, 2, 8, 8, generator=generator)
 
 
+def hugging_face_layout(d: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D as Layer
+
+    return nn.Sequential(nn.Flatten(), Layer(d, 128), nn.Tanh(), Layer(d, d), nn.Tanh(), Layer(5, d))
+
+
 BUILD: dict[str, Callable[[int], nn.Module]] = {
+    "hugging_face": hugging_face_layout,
     "tied": TiedLM,
     "conv": conv_readout,
     "transposed": transposed_readout,
@@ -145,11 +187,18 @@ def output_change(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor)
         return (model(x) - before).square().mean().sqrt().item()
 
 
+def log_slope(points: list[float]) -> float:
+    """Slope of the logarithm of a quantity over that of the width."""
+    x, y = torch.tensor([math.log(w) for w in WIDTHS]), torch.tensor(points).log()
+    x, y = x - x.mean(), y - y.mean()
+    return ((x @ y) / (x @ x)).item()
+
+
 def slope(kind: str, ours: bool) -> float:
     """Log-log slope in width of the output's change after one step of Adam."""
     points = []
     for width in WIDTHS:
-        logs = []
+        changes = []
         for seed in range(4):
             torch.manual_seed(seed)
             model, x = BUILD[kind](width), inputs(kind)
@@ -162,16 +211,83 @@ def slope(kind: str, ours: bool) -> float:
                 shapes = mup.shape.make_base_shapes(BUILD[kind](WIDTHS[0]), BUILD[kind](2 * WIDTHS[0]))
                 mup.set_base_shapes(model, shapes, do_assert=False)
                 optimizer = mup.optim.MuAdam(model.parameters(), lr=1e-3)
-            logs.append(math.log(output_change(model, optimizer, x)))
-        points.append(sum(logs) / len(logs))
-    x_ = torch.tensor([math.log(w) for w in WIDTHS])
-    y_ = torch.tensor(points)
-    x_, y_ = x_ - x_.mean(), y_ - y_.mean()
-    return ((x_ @ y_) / (x_ @ x_)).item()
+            changes.append(output_change(model, optimizer, x))
+        points.append(math.prod(changes) ** 0.25)
+    return log_slope(points)
 
 
-@pytest.mark.parametrize("kind", sorted(BUILD))
+@pytest.mark.parametrize("kind", [k for k in sorted(BUILD) if k != "hugging_face"])
 def test_flat_where_mup_is_not(kind: str) -> None:
+    flat_where_mup_is_not(kind)
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")  # of other people's model code
+def test_flat_where_mup_is_not_for_the_layers_of_gpt2() -> None:
+    pytest.importorskip("transformers")
+    flat_where_mup_is_not("hugging_face")
+
+
+def flat_where_mup_is_not(kind: str) -> None:
     ours, theirs = slope(kind, ours=True), slope(kind, ours=False)
     assert abs(ours) <= 0.2, (ours, theirs)
     assert abs(theirs) >= 0.4, (ours, theirs)
+
+
+# Packed attention: mup is right while heads grow; where head_dim grows, no scale of a parameter is enough.
+
+
+def attention_slopes(
+    optimizer: str, heads: Callable[[int], int], ours: bool, mended: bool = False
+) -> tuple[float, float]:
+    """Slopes in width of what one step changes: the output, and the logits of attention."""
+    x = torch.randn(8, 6, 8, generator=torch.Generator().manual_seed(1))
+    lr = {"adam": 1e-2, "sgd": 0.1}[optimizer]
+    outputs, logits = [], []
+    for width in WIDTHS:
+        changes = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            if ours:
+                model: Packed = mupass.transform(
+                    Packed(width, heads(width), mended=mended), x, base=WIDTHS[0]
+                )
+                make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+                step: torch.optim.Optimizer = make(mupass.param_groups(model, lr, optimizer=optimizer))
+            else:
+                model, narrow, wide = (
+                    Packed(d, heads(d), mup.MuReadout, mended) for d in (width, WIDTHS[0], 2 * WIDTHS[0])
+                )
+                mup.set_base_shapes(model, mup.shape.make_base_shapes(narrow, wide), do_assert=False)
+                step = {"adam": mup.optim.MuAdam, "sgd": mup.optim.MuSGD}[optimizer](
+                    model.parameters(), lr=lr
+                )
+            before = model.logits(x).detach()
+            outputs_change = output_change(model, step, x)
+            changes.append((outputs_change, (model.logits(x) - before).square().mean().sqrt().item()))
+        outputs.append(math.prod(a for a, _ in changes) ** 0.25)
+        logits.append(math.prod(b for _, b in changes) ** 0.25)
+    return log_slope(outputs), log_slope(logits)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_packed_attention_with_more_heads_is_flat_as_in_mup(optimizer: str) -> None:
+    ours = attention_slopes(optimizer, lambda d: d // 16, ours=True)
+    theirs = attention_slopes(optimizer, lambda d: d // 16, ours=False)
+    assert all(abs(s) <= 0.15 for s in (*ours, *theirs)), (ours, theirs)
+    assert ours == pytest.approx(theirs, abs=0.05)
+
+
+def test_packed_attention_with_wider_heads_needs_another_scale_and_is_warned_of() -> None:
+    ours = attention_slopes("adam", lambda d: 4, ours=True)
+    theirs = attention_slopes("adam", lambda d: 4, ours=False)
+    assert abs(ours[0]) <= 0.15 and abs(theirs[0]) <= 0.15  # the output, behind a softmax
+    assert ours[1] >= 0.3 and theirs[1] >= 0.3, (ours, theirs)  # both leave 1 / sqrt(head_dim)
+    warnings = mupass.analyze(Packed(128, 4), torch.randn(2, 6, 8), base=Packed(64, 4)).warnings
+    assert any("head_dim grows, so logits must scale as 1/head_dim" in w for w in warnings)
+    mended = attention_slopes("adam", lambda d: 4, ours=True, mended=True)
+    assert all(abs(s) <= 0.15 for s in mended), mended
+    warnings = mupass.analyze(
+        Packed(128, 4, mended=True), torch.randn(2, 6, 8), base=Packed(64, 4, mended=True)
+    ).warnings
+    assert not any("1/sqrt(head_dim)" in w for w in warnings)

@@ -62,6 +62,32 @@ def test_shampoo_learning_rates_are_table_1(e: float) -> None:
         assert scales(row, OptimizerSpec("shampoo", e=e)).lr == pytest.approx(M ** -c[name])
 
 
+def test_learning_rates_and_epsilons_are_those_of_qiu_et_al() -> None:
+    # arXiv 2512.05620, with D the width: (d_in, d_out) is (1, D), (D, D), (D, 1); 1/L is left out.
+    sizes = {"input": (1.0, M), "hidden": (M, M), "output": (M, 1.0), "vector": (1.0, M)}
+    for name, (d_in, d_out) in sizes.items():
+        rows = {
+            "muon": ((d_out / d_in) ** 0.5, (d_in / d_out) ** 0.5),
+            "soap": ((d_out * d_in) ** 0.5 / d_in, (d_out * d_in) ** 0.5 / d_out),  # one block
+            "adamuon": (1 / d_in, (d_in * d_out) ** -0.5),
+            "adam_atan2": (1 / d_in, 1 / d_out),
+        }
+        for optimizer, (lr, epsilon) in rows.items():
+            found = scales(ROWS[name], OptimizerSpec(optimizer))
+            assert (found.lr, found.epsilon) == pytest.approx((lr, epsilon)), (name, optimizer)
+
+
+@pytest.mark.parametrize("graft", ["sgd", "adam", "rmsprop"])
+def test_a_graft_brings_its_row(graft: str) -> None:
+    row = "adam" if graft == "rmsprop" else graft
+    for geometry_ in ROWS.values():
+        found = scales(geometry_, OptimizerSpec("shampoo", e=0.7, graft=graft))
+        assert found.lr == scales(geometry_, OptimizerSpec(row)).lr
+        assert found.damping_in == scales(geometry_, OptimizerSpec("shampoo")).damping_in
+    with pytest.raises(mupass.PlanError, match="unknown graft"):
+        OptimizerSpec("shampoo", graft="lion")
+
+
 def test_damping_exponents_are_table_1() -> None:
     d_a = {"input": 0, "hidden": -1, "output": -1}
     d_b = {"input": 1, "hidden": 1, "output": 0}
@@ -110,6 +136,61 @@ def test_mean_field_is_everetts_row_moved_to_our_gauge() -> None:
             assert row.lr == pytest.approx(M ** (lr[optimizer][name] - factor * a[name])), (optimizer, name)
 
 
+# Everett et al., arXiv 2407.05872, table 1, for (embedding, hidden, readout): W = n^-a w, w starts at n^-b,
+# and powers of n in the learning rate of w, under full alignment and under none.
+EVERETT = {
+    "standard": ((0, 0, 0), (0, 0.5, 0.5)),
+    "ntk": ((0, 0.5, 0.5), (0, 0, 0)),
+    "mup": ((-0.5, 0, 0.5), (0.5, 0.5, 0.5)),
+    "mean_field": ((0, 0.5, 1), (0, 0, 0)),
+}
+EVERETT_RATES = {
+    ("standard", "sgd"): ((0.5, -0.5, -1), (0.5, 0, -0.5)),
+    ("standard", "adam"): ((0, -1, -1), (0, -0.5, -0.5)),
+    ("standard", "adafactor"): ((0, -0.5, -0.5), (0, 0, 0)),
+    ("ntk", "sgd"): ((0.5, 0.5, 0), (0.5, 1, 0.5)),
+    ("ntk", "adam"): ((0, -0.5, -0.5), (0, 0, 0)),
+    ("ntk", "adafactor"): ((0, -0.5, -0.5), (0, 0, 0)),
+    ("mup", "sgd"): ((0, 0, 0), (0, 0.5, 0)),
+    ("mup", "adam"): ((-0.5, -1, -0.5), (-0.5, -0.5, 0)),
+    ("mup", "adafactor"): ((0, -0.5, 0), (0, 0, 0.5)),
+    ("mean_field", "sgd"): ((1, 1, 1), (1, 1.5, 1)),
+    ("mean_field", "adam"): ((0, -0.5, 0), (0, 0, 0.5)),
+    ("mean_field", "adafactor"): ((0, -0.5, 0), (0, 0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("alignment", ["full", "none"])
+@pytest.mark.parametrize(("parameterization", "optimizer"), EVERETT_RATES)
+def test_alignment_is_the_table_of_everett_et_al(
+    parameterization: str, optimizer: str, alignment: str
+) -> None:
+    multipliers, inits = EVERETT[parameterization]
+    table = EVERETT_RATES[parameterization, optimizer][alignment == "none"]
+    gauge = {"sgd": 2, "adam": 1, "adafactor": 0}[optimizer]  # how the rate of W = n^-a w follows from w's
+    rows = zip(("input", "hidden", "output"), multipliers, inits, table, strict=True)
+    for name, a, b, lr in rows:
+        found = scales(ROWS[name], OptimizerSpec(optimizer, alignment=alignment), parameterization)
+        assert found.lr == pytest.approx(M ** (lr - gauge * a)), name
+        # "standard" leaves the user's own 1/sqrt(fan_in) alone; the others state it.
+        assert parameterization == "standard" or found.init == pytest.approx(M ** -(a + b))
+
+
+def test_full_alignment_is_mup_itself() -> None:
+    for optimizer in ("sgd", "adam", "adamw", "adam_atan2", "adafactor"):
+        for row in ROWS.values():
+            aligned = scales(row, OptimizerSpec(optimizer, alignment="full"))
+            assert aligned == scales(row, OptimizerSpec(optimizer)), optimizer
+
+
+def test_alignments_without_rows_are_refused() -> None:
+    for optimizer in ("kfac", "shampoo", "muon", "soap"):
+        with pytest.raises(mupass.PlanError, match="alignment= has rows for sgd, adam"):
+            OptimizerSpec(optimizer, alignment="full")
+    with pytest.raises(mupass.PlanError, match="unknown alignment 'half'; known: full, none"):
+        OptimizerSpec("adam", alignment="half")
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_every_factor_is_exactly_one_at_the_base_width(optimizer: str, parameterization: str) -> None:
@@ -144,7 +225,9 @@ def test_bad_powers_are_refused(field: str, power: object) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(mupass.PlanError, match="known: sgd, adam, adamw, kfac, foof, shampoo"):
+    with pytest.raises(
+        mupass.PlanError, match="known: sgd, adam, adamw, adam_atan2, adamuon, adafactor, kfac, foof"
+    ):
         OptimizerSpec("lion")
     with pytest.raises(mupass.PlanError, match="known: mup, standard, ntk, mean_field"):
         scales(ROWS["hidden"], OptimizerSpec("sgd"), "mupp")

@@ -222,6 +222,61 @@ def test_stacked_matrices_of_other_axes() -> None:
             assert_close(move.T, -LR * ratio**0.5 * direction(g.T, "relative", 0.5, 1, 1), name)
 
 
+@pytest.mark.parametrize("sides", ["left", "right", "smaller"])
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_one_side_takes_the_whole_power(name: str, sides: str) -> None:
+    net, x = make(name)
+    got = step(net, x, e=0.5, sides=sides, damping_mode="trace")
+    for parameter, matrices in MODELS[name][2].items():
+        m_in, m_out = growth(name, parameter)
+        grad = net.get_parameter(parameter).grad
+        for move, g in zip(matrices(got[parameter]), matrices(grad), strict=True):  # type: ignore[arg-type]
+            left, right = g @ g.T, g.T @ g
+            if sides == "left" or (sides == "smaller" and len(g) <= len(g.T)):
+                want = power(left, RHO * left.trace(), 0.5) @ g
+            else:
+                want = g @ power(right, RHO * right.trace(), 0.5)
+            assert_close(move, -LR * (m_out / m_in) ** 0.5 * want, parameter)
+
+
+@pytest.mark.parametrize("size", [5, 100])
+@pytest.mark.parametrize("graft", ["sgd", "adam", "rmsprop"])
+def test_a_graft_gives_its_norm_to_every_block(graft: str, size: int) -> None:
+    net, _ = make("mlp")
+    options = {**OPTIONS, "graft": graft, "block_size": size, "factor_decay": 0.0, "damping_mode": "trace"}
+    optimizer = mupass.Shampoo(net, LR, RHO, **options)
+    mean = square = torch.zeros(3, 12, dtype=torch.float64)
+    for t in range(1, 4):
+        torch.manual_seed(t)
+        optimizer.zero_grad()
+        net(torch.randn(6, 5, dtype=torch.float64)).square().mean().backward()
+        g = net[4].weight.grad.clone()  # type: ignore[index,union-attr]
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+        root = (square / (1 - 0.999**t)).sqrt() + 1e-8
+        magnitude = {"sgd": g, "rmsprop": g / root, "adam": mean / (1 - 0.9**t) / root}[graft]
+        move = moved(net, optimizer.step)["4.weight"]
+        for c in range(0, 12, size):
+            want = direction(g[:, c : c + size], "trace", 0.5, 1, 1)
+            want = want * magnitude[:, c : c + size].norm() / want.norm()
+            assert_close(move[:, c : c + size], -LR / 2 * want, f"step {t}")  # 1 / m_in
+
+
+@pytest.mark.parametrize("e", [0.5, 1.0])
+def test_modes_of_a_kernel_share_the_power(e: float) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 8, 2), nn.Tanh(), nn.Conv2d(8, 8, (2, 1)), nn.Flatten(), nn.Linear(8, 3)]
+    x = torch.randn(3, 2, 3, 2, dtype=torch.float64)
+    net = mupass.transform(nn.Sequential(*layers).double(), x, base=4)
+    got = step(net, x, e=e, kernels="modes", damping_mode="trace")
+    for name, axes, ratio in [("0.weight", "oikl", 2.0), ("2.weight", "oik", 1.0)]:
+        g = want = net.get_parameter(name).grad.squeeze(-1)  # type: ignore[union-attr]
+        for axis in axes:
+            factor = torch.einsum(f"{axes},{axes.replace(axis, 'z')}->{axis}z", g, g)
+            root = power(factor, RHO * factor.trace(), e / len(axes))
+            want = torch.einsum(f"{axes},{axis}z->{axes.replace(axis, 'z')}", want, root)
+        assert_close(got[name].squeeze(-1), -LR * ratio ** (1 - e) * want, name)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
 def test_averages(decay: float) -> None:
     net, _ = make("mlp")
@@ -241,18 +296,35 @@ def test_averages(decay: float) -> None:
     assert_close(move, -LR * want, "2.weight")
 
 
+@pytest.mark.parametrize("staggered", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_roots_are_recomputed_every_so_many_steps(every: int) -> None:
+def test_roots_are_recomputed_every_so_many_steps(every: int, staggered: bool) -> None:
     net, x = make("mlp")
-    optimizer = mupass.Shampoo(net, LR, root_every=every, **OPTIONS)
-    bank = optimizer._banks["left"][0]
-    for at in range(7):
-        roots, factors = bank.roots.clone(), bank.value().clone()
+    optimizer = mupass.Shampoo(net, LR, root_every=every, staggered=staggered, block_size=6, **OPTIONS)
+    seen: dict[tuple[int, int, int], list[int]] = {}
+    work = []
+    for at in range(1 + 3 * every):
+        before = [{k: t.clone() for k, t in s.state.items()} for s in optimizer._stacks]
         optimizer.zero_grad()
         net(x).square().mean().backward()
         optimizer.step()
-        assert not torch.equal(factors, bank.value())
-        assert torch.equal(roots, bank.roots) != (at % every == 0)
+        work.append(0)
+        for n, (stack, old) in enumerate(zip(optimizer._stacks, before, strict=True)):
+            for side in (0, 1):
+                assert not torch.equal(stack.state[f"factor{side}"], old[f"factor{side}"])
+                for slot in range(len(stack.slots)):
+                    if not torch.equal(stack.state[f"root{side}"][slot], old[f"root{side}"][slot]):
+                        seen.setdefault((n, side, slot), []).append(at)
+                        work[-1] += stack.shape[side] ** 3
+    assert sum(len(s.slots) for s in optimizer._stacks) * 2 == len(seen) > 9
+    for steps in seen.values():  # each at the first step, and then once in every period
+        assert steps[0] == 0 and len(steps) == 4
+        assert {b - a for a, b in zip(steps[1:], steps[2:], strict=False)} == {every}
+    later = work[1 : 1 + every]
+    if staggered:  # no step has much more to do than the mean
+        assert max(later) <= sum(later) / every + 6**3
+    else:
+        assert later[:-1] == [0] * (every - 1) and later[-1] > 0
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute", "trace"])
@@ -296,14 +368,15 @@ def test_overflowing_factors_keep_the_average() -> None:
     optimizer = mupass.Shampoo(net, LR, **OPTIONS)
     net(x).square().mean().backward()
     optimizer.step()
-    before = [b.value().clone() for side in optimizer._banks.values() for b in side]
+    before = [{k: t.clone() for k, t in s.state.items()} for s in optimizer._stacks]
     optimizer.zero_grad()
     (net(x).square().mean() * 1e200).backward()
-    with pytest.warns(UserWarning, match="overflowed factors: (left|right) factor of"):
-        optimizer.step()
-    after = [b.value() for side in optimizer._banks.values() for b in side]
-    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
-    assert optimizer.stats()["overflowed_factors"] == 6
+    with pytest.warns(UserWarning, match="overflowed blocks: the squared gradient of"):
+        got = moved(net, optimizer.step)
+    for stack, old in zip(optimizer._stacks, before, strict=True):
+        assert all(torch.equal(t, old[k]) for k, t in stack.state.items())
+    assert torch.count_nonzero(got["2.weight"]) == 0
+    assert optimizer.stats()["overflowed_blocks"] == 3
 
 
 def test_a_parameter_without_gradient_keeps_still() -> None:

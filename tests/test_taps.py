@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mupass
+from mupass._cover import Cover, Options, cover
 from mupass._factors import Layer
-from mupass._taps import attach, detach, eligible, tap_of
+from mupass._taps import ModuleTap, attach, detach, hookable, tap_of
 
 # torch warns that 'same' needs a copy where more zeros go behind than before.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -226,12 +227,18 @@ def terms_of(case: Case) -> Callable[[nn.Module], Tensor]:
 
 @contextmanager
 def opened(model: nn.Module, a: bool = True, b: bool = True) -> Iterator[dict[str, Any]]:
-    """Open every tap of a model and collect."""
-    taps = {n: t for n, m in model.named_modules() if (t := tap_of(m)) is not None}
-    for tap in taps.values():
-        tap.open(torch.device("cpu"), torch.float64, a, b)
+    """Open every tap of a transformed model and collect."""
+    taps = {}
+    for place, layer in covered(model).layers.items():
+        tap = taps[place.module] = tap_of(model.get_submodule(place.module))
+        tap.open(layer, torch.device("cpu"), next(model.parameters()).dtype, a, b)
         tap.collect(True)
     yield taps
+
+
+def covered(model: nn.Module, **options: Any) -> Cover:
+    names = frozenset(n for n, _ in model.named_parameters())
+    return cover(model, model.mupass_plan, Options(**options), names)  # type: ignore[arg-type]
 
 
 @cases
@@ -244,13 +251,13 @@ def test_raw_sums_are_those_of_the_definition(case: Case) -> None:
     assert taps.keys() == want.keys()
     terms = len(terms_of(case)(plain))
     for name, tap in taps.items():
-        a, b, rows = tap.take()
+        a, (b,), rows = tap.take()
         assert rows == want[name].rows
         b_want = torch.stack(want[name].b) * terms
         torch.testing.assert_close(b, b_want, rtol=1e-9, atol=1e-12)
         a_want = torch.stack(want[name].a) * want[name].rows
-        if a.dim() == 1:  # one-hot rows: A is the diagonal of counts
-            torch.testing.assert_close(torch.diag(a), a_want[0])
+        if a.dim() == 2:  # one-hot rows: A is the diagonal of counts
+            torch.testing.assert_close(torch.diag(a[0]), a_want[0])
         else:
             torch.testing.assert_close(a, a_want, rtol=1e-9, atol=1e-12)
 
@@ -279,17 +286,24 @@ def sums(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, tuple[Tensor,
 def assert_same_sums(found: dict[str, Any], want: dict[str, Any]) -> None:
     assert found.keys() == want.keys()
     for name in want:
-        for f, w in zip(found[name], want[name], strict=True):
-            torch.testing.assert_close(f, w)
+        torch.testing.assert_close(found[name], want[name])
 
 
 def layer_sums(layer: nn.Module, x: Tensor, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Raw sums of a bare layer under the loss sum(y^2)."""
     copied = copy.deepcopy(layer)
-    copied.register_forward_hook(mupass._taps.Tap(Layer.of(copied)), with_kwargs=True)
-    with opened(copied) as taps:
-        (copied(input=x) if how.get("by_name") else copied(x)).square().sum().backward()
-    return taps[""].take()  # type: ignore[no-any-return]
+    attach(copied)
+    tap, groups, weight = tap_of(copied), getattr(layer, "groups", 1), layer.weight
+    tap.open(  # type: ignore[union-attr]
+        Layer("layer", groups, weight[0].numel(), (len(weight) // groups,)),  # type: ignore[operator,arg-type,index]
+        torch.device("cpu"),
+        torch.float64,
+        True,
+        True,
+    )
+    tap.collect(True)  # type: ignore[union-attr]
+    (copied(input=x) if how.get("by_name") else copied(x)).square().sum().backward()
+    return tap.take()  # type: ignore[union-attr,return-value]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +363,7 @@ def test_only_wanted_factors_are_computed(a: bool, b: bool) -> None:
         terms_of(DENSE["linear"])(net).sum().backward()
     for tap in taps.values():
         found = tap.take()
-        assert (found[0] is not None, found[1] is not None) == (a, b) and found[2] == 6
+        assert (found[0] is not None, found[1][0] is not None) == (a, b) and found[2] == 6
 
 
 def test_idle_taps_stay_out_of_the_graph() -> None:
@@ -370,8 +384,8 @@ def test_idle_taps_stay_out_of_the_graph() -> None:
     assert not tapped()
     detach(net)
     assert all(tap_of(m) is None and not m._forward_hooks for m in net.modules())
-    attach(net, net.mupass_plan)  # type: ignore[arg-type]
-    attach(net, net.mupass_plan)  # type: ignore[arg-type]
+    attach(net)
+    attach(net)
     assert [len(m._forward_hooks) for m in net] == [1, 0, 1, 0, 1]
 
 
@@ -392,12 +406,10 @@ def test_factors_are_float32_under_autocast() -> None:
 
 
 def _float_taps(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Any]:
-    taps = {n: t for n, m in model.named_modules() if (t := tap_of(m)) is not None}
-    for tap in taps.values():
-        tap.open(torch.device("cpu"), torch.float32, True, True)
-        tap.collect(True)
-    run().backward()
-    return {n: t.take()[:2] for n, t in taps.items()}  # type: ignore[index]
+    with opened(model) as taps:
+        run().backward()
+    found = {n: t.take() for n, t in taps.items()}
+    return {n: (a, *b) for n, (a, b, _) in found.items()}
 
 
 def test_copies_get_idle_taps_of_their_own() -> None:
@@ -411,50 +423,66 @@ def test_copies_get_idle_taps_of_their_own() -> None:
 
 
 class Odd(nn.Linear):
-    """Not a plain layer: its forward could be anything."""
+    """A forward of its own, which uses the weight twice in different ways."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.weight, self.bias)
 
 
 class Mixed(nn.Module):
-    """Parameters that K-FAC cannot take."""
+    """Parameters that K-FAC can take, and some that it cannot."""
 
     def __init__(self, w: int = WIDTH) -> None:
         super().__init__()
-        self.emb = nn.Embedding(11, w)
+        self.emb, self.positions = nn.Embedding(11, w), nn.Parameter(torch.randn(5, w))
         self.norm = nn.LayerNorm(w)
-        self.odd = Odd(w, w)
-        self.free = nn.Parameter(torch.randn(w, w) / math.sqrt(w))
-        self.frozen = nn.Linear(w, w)
-        self.head = nn.Linear(w, 11, bias=False)
-        self.head.weight = self.emb.weight
+        self.odd, self.free = Odd(w, w), nn.Parameter(torch.randn(w, w) / math.sqrt(w))
+        self.head = nn.Linear(w, 11)
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = self.frozen(torch.tanh(self.odd(self.norm(self.emb(ids)))))
+        h = torch.tanh(self.odd(self.norm(self.emb(ids) + self.positions)))
         return self.head(torch.tanh(h @ self.free))
 
 
 def test_reasons_name_what_is_in_the_way() -> None:
     net = mupass.transform(Mixed(), ids(11, 3, 5)(), base=BASE)
-    layers, reasons = eligible(net, net.mupass_plan)  # type: ignore[arg-type]
-    assert [t.weight for t in layers] == ["frozen.weight"] and layers[0].bias == "frozen.bias"
-    assert reasons.keys() == {"emb.weight", "norm.weight", "norm.bias", "odd.weight", "odd.bias", "free"}
-    assert "2 uses" in reasons["emb.weight"] and "embedding" in reasons["emb.weight"]
-    assert "odd is not a plain layer" in reasons["odd.weight"]
-    assert "not a plain layer" in reasons["free"]
-    assert "no activation is contracted" in reasons["norm.weight"]
+    found = covered(net)
+    kinds = {b.parameter: b.kind for b in found.blocks}
+    assert kinds == {
+        "free": "linear",
+        "emb.weight": "embedding",
+        "norm.weight": "gain",
+        "norm.bias": "shift",
+        "head.weight": "linear",
+        "head.bias": "bias",
+    }
+    assert found.reasons.keys() == {"positions", "odd.weight", "odd.bias"}
+    assert "a table that is added" in found.reasons["positions"]
+    assert "aten.mul" in found.reasons["odd.weight"]
+    assert "odd.weight" in found.reasons["odd.bias"] or "K-FAC does not take" in found.reasons["odd.bias"]
+
+
+class Renamed(nn.Linear):
+    """The forward of a plain layer under another name."""
 
 
 @pytest.mark.parametrize(
-    "layer",
+    "layer, plain",
     [
-        nn.Embedding(5, 3, sparse=True),
-        nn.Embedding(5, 3, max_norm=1.0),
-        nn.ConvTranspose1d(2, 3, 2),
-        nn.LayerNorm(4),
+        (nn.Embedding(5, 3, sparse=True), False),
+        (nn.Embedding(5, 3, max_norm=1.0), False),
+        (Odd(3, 3), False),
+        (nn.MultiheadAttention(4, 2), False),
+        (Renamed(3, 3), True),
+        (nn.ConvTranspose1d(2, 3, 2), True),
+        (nn.LayerNorm(4), True),
     ],
-    ids=["sparse", "max_norm", "transposed", "norm"],
+    ids=["sparse", "max_norm", "odd", "attention", "renamed", "transposed", "norm"],
 )
-def test_layers_without_a_kronecker_form(layer: nn.Module) -> None:
-    assert Layer.of(layer) is None
+def test_which_modules_are_one_operator(layer: nn.Module, plain: bool) -> None:
+    assert hookable(layer) == plain
+    attach(layer)
+    assert isinstance(tap_of(layer), ModuleTap) == plain
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,16 @@ def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str
     return found
 
 
+def unmarked(case: Case, analysis: mupass.Analysis) -> list[str]:
+    """Say which axes that are a matter of convention got a verdict without a question mark."""
+    axes = [(g, axis) for g in analysis.geometries for axis, size in enumerate(g.shape) if size > 1]
+    return [
+        f"{g.name}:{axis} {g.evidence[axis]}"
+        for g, axis in axes
+        if case.conventional(g.name, axis) and not g.ambiguous[axis]
+    ]
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -78,6 +88,7 @@ def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
         model, inputs = case.build(1).train(mode == "train"), case.inputs()
         analysis = mupass.analyze(model, inputs)
         assert not wrong(case, analysis, conventional=False)
+        assert not unmarked(case, analysis)
 
 
 @pytest.mark.parametrize("case", ALL)

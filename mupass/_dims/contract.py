@@ -224,6 +224,7 @@ def convolution(call: Call) -> Result:
             source.axes[len(source.axes) - rank :], call.shape[len(call.shape) - rank :], strict=True
         )
     ]
+    call.facts.positions.update(a.dim for a in (*source.axes[len(source.axes) - rank :], *spatial))
     axes = [*source.axes[: -rank - 1], result_channels, *spatial]
     return add_bias(call, call.value(axes), call.get("bias"), -rank - 1)
 

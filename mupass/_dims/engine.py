@@ -16,6 +16,7 @@ from torch.fx import Node
 from mupass._dims.facts import NOWHERE, Axis, Facts, ParameterUse, Value
 from mupass._dims.graph import broadcasts, flatten, is_getitem, is_graph, operator_name, shape_of, subgraphs
 from mupass._dims.space import Space
+from mupass._dims.straight import keeps_straight
 from mupass._errors import InferenceError
 from mupass._geometry import Use
 
@@ -125,6 +126,9 @@ class Call:
         With ``basis``, what it is contracted with is a parameter too.
         """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
+        if not self.static:
+            straight = any(map(self.engine.is_straight, self.node.all_input_nodes))
+            (self.facts.straight if straight else self.facts.bent).update(a.dim for a in fan_in)
         self.facts.weights.append((tuple(a.dim for a in fan_in), tuple(a.dim for a in fan_out)))
         for axis in fan_in:
             (self.facts.basis if basis else self.facts.fan_in).setdefault(axis.dim, self.where)
@@ -150,6 +154,11 @@ class Engine:
         self.space, self.facts = Space(), Facts()
         self.module_of, self.strict = module_of, strict
         self.env: dict[Node, Result] = {}
+        self._straight: set[Node] = set()  # what linear operators made of the output of a weight
+
+    def is_straight(self, node: Node) -> bool:
+        """Whether a tensor comes from a weight with no nonlinearity in between."""
+        return node in self._straight
 
     def placeholder(self, node: Node, shape: Sequence[int], parameter: str | None, static: bool) -> Value:
         """Bind a parameter, buffer, constant or input."""
@@ -174,6 +183,7 @@ class Engine:
     def _call(self, node: Node) -> Result:
         if is_getitem(node):
             source, index = self._lookup(node.args[0]), node.args[1]
+            self._straight.update({node} if node.args[0] in self._straight else ())
             return source[index] if isinstance(source, (tuple, list)) and isinstance(index, int) else None
         call = Call(self, node, self._arguments(node))
         self.space.where = call.where
@@ -182,8 +192,14 @@ class Engine:
             return None
         if any(a.size == 0 for v in call.values for a in v.axes):
             return self._empty(call)
+        weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
+        made = any(out for _, out in self.facts.weights[weights:])
+        pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
+        if not call.static and keeps_straight(node, call.operator, call.values, pointwise):
+            if made or any(map(self.is_straight, node.all_input_nodes)):
+                self._straight.add(node)
         return result
 
     def _empty(self, call: Call) -> Result:

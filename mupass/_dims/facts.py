@@ -73,6 +73,11 @@ class Facts:
     weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(
         default_factory=list
     )  # their dims, in and out
+    straight: set[int] = field(default_factory=set)  # dims that a weight reads just as another made them
+    bent: set[int] = field(default_factory=set)  # dims that a weight reads behind a nonlinearity
+    positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
+    ranked: list[int] = field(default_factory=list)  # dims of which the best entries are picked
+    rows: list[int] = field(default_factory=list)  # dims of the rows of lookup tables
     fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
     fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
     enumerated: dict[int, str] = field(

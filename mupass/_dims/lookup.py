@@ -12,9 +12,14 @@ def embedding(call: Call) -> Result:
     """One row of the table for each index: the table length never grows, the row does."""
     weight, indices = call["weight"], call["indices"]
     call.finite(weight.axes[0], "the length of a lookup table")
-    if weight.parametric:
-        call.use("embedding", weight.axes[:1], weight.axes[1:], weight)
+    _rows(call, weight)
     return call.value([*bare(indices.axes), *weight.axes[1:]])
+
+
+def _rows(call: Call, weight: Value) -> None:
+    if weight.parametric:
+        call.facts.rows += [a.dim for a in weight.axes[1:]]
+        call.use("embedding", weight.axes[:1], weight.axes[1:], weight)
 
 
 @rule("aten.embedding_bag", "aten._embedding_bag", "aten._embedding_bag_forward_only")
@@ -22,8 +27,7 @@ def embedding_bag(call: Call) -> Result:
     """Pooled rows of a lookup table."""
     weight = call["weight"]
     call.finite(weight.axes[0], "the length of a lookup table")
-    if weight.parametric:
-        call.use("embedding", weight.axes[:1], weight.axes[1:], weight)
+    _rows(call, weight)
     outputs = [call.value([call.new(call.shapes[0][0]), *weight.axes[1:]])]
     return (*outputs, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
 

@@ -80,6 +80,7 @@ def select_by_value(call: Call) -> Result:
     axis = dim % max(len(source.axes), 1)
     if source.axes:
         call.finite(source.axes[axis], "its entries are ranked")
+        call.facts.ranked.append(source.axes[axis].dim)
     outputs = []
     for shape in call.shapes:
         if len(shape) < len(source.axes):
@@ -155,26 +156,35 @@ def similarity(call: Call) -> Result:
 
 
 @rule(
-    "aten.cross_entropy_loss",
-    "aten.nll_loss",
-    "aten.nll_loss_nd",
     "aten.mse_loss",
     "aten.l1_loss",
     "aten.smooth_l1_loss",
+    "aten.huber_loss",
     "aten.binary_cross_entropy",
     "aten.binary_cross_entropy_with_logits",
-    "aten.huber_loss",
+    "aten.soft_margin_loss",
+    "aten.poisson_nll_loss",
     "aten.kl_div",
+)
+def comparison(call: Call) -> Result:
+    """Compares entry by entry: both sides agree, and are as fixed as the data on either of them."""
+    source, target = call.values[:2]
+    axes = broadcast(call, [source, target], max(len(source.axes), len(target.axes)))
+    return call.value(axes if call.shape else ())
+
+
+@rule(
+    "aten.cross_entropy_loss",
+    "aten.nll_loss",
+    "aten.nll_loss_nd",
     "aten.cosine_embedding_loss",
     "aten.margin_ranking_loss",
     "aten.ctc_loss",
     "aten.nll_loss2d",
     "aten.multilabel_soft_margin_loss",
     "aten.hinge_embedding_loss",
-    "aten.soft_margin_loss",
     "aten.triplet_margin_loss",
     "aten.gaussian_nll_loss",
-    "aten.poisson_nll_loss",
     "aten.multi_margin_loss",
 )
 def loss(call: Call) -> Result:

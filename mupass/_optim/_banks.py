@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mupass._optim._parallel import share, sum_over_ranks
 from mupass._optim._roots import diagonal_roots, inverse_roots
 
 
@@ -19,6 +20,7 @@ class Bank:
         factors: ``[K, n, n]`` averages, or ``[K, n]`` for diagonal factors; not corrected for bias.
         roots: Inverse roots of the same shape.
         weight: ``[K]``, see `value`.
+        rooted: ``[K]``, trace of every factor when its root was computed.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Bank:
         self.roots = torch.zeros_like(self.factors)
         # Total weight of what was averaged, for each factor; divides out the start from zero.
         self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
+        self.rooted = torch.zeros_like(self.weight)
 
     @property
     def diagonal(self) -> bool:
@@ -43,23 +46,34 @@ class Bank:
         batch must not stay in it for good.
 
         Args:
-            new: Key -> observed factor.
+            new: Key -> observed factor, or several stacked, for the slots from that key on.
             decay: Weight of the past; 0 keeps only the new ones, 1 sums without forgetting.
 
         Returns:
             Keys whose observation was not finite.
         """
-        nothing = torch.zeros_like(self.factors[0])
-        seen = torch.stack([new.get(key, nothing) for key in self.keys])
-        finite = seen.isfinite().flatten(1).all(1)
-        given = torch.tensor([key in new for key in self.keys], device=finite.device)
+        firsts = [self.slot[key] for key in new]
+        stacks = [m if m.dim() == self.factors.dim() else m[None] for m in new.values()]
+        if not stacks:
+            return []
+        at = torch.tensor([first + i for first, m in zip(firsts, stacks, strict=True) for i in range(len(m))])
+        at = at.to(self.weight.device)
+        # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal too.
+        finite = torch.cat([_trace(m) for m in stacks]).isfinite()
         fresh = 1.0 if decay == 1 else 1 - decay
-        summed = decay * self.factors + fresh * seen
-        weight = torch.ones_like(self.weight) if decay == 1 else decay * self.weight + fresh
-        keep = given & finite
-        self.factors.copy_(torch.where(keep.view(-1, *[1] * nothing.dim()), summed, self.factors))
-        self.weight.copy_(torch.where(keep, weight, self.weight))
-        return [self.keys[i] for i in (given & ~finite).nonzero().flatten().tolist()]
+        if bool(finite.all()):
+            views = [self.factors[first : first + len(m)] for first, m in zip(firsts, stacks, strict=True)]
+            stacks = [m.to(self.factors.dtype) for m in stacks]
+            if decay == 1:
+                torch._foreach_add_(views, stacks)
+            else:
+                torch._foreach_lerp_(views, stacks, fresh)
+        else:
+            seen = torch.cat(stacks)[finite].to(self.factors.dtype)
+            self.factors[at[finite]] = decay * self.factors[at[finite]] + fresh * seen
+        kept = at[finite]
+        self.weight[kept] = 1.0 if decay == 1 else decay * self.weight[kept] + fresh
+        return [self.keys[i] for i in at[~finite].tolist()]
 
     def value(self) -> Tensor:
         """Return the averages, corrected for the start from zero; zeros for what was never observed."""
@@ -68,11 +82,25 @@ class Bank:
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
-        diagonal = self.value() if self.diagonal else self.value().diagonal(dim1=-2, dim2=-1)
-        return diagonal.sum(-1)
+        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+        return _trace(self.factors) / weight
+
+    def drifted(self, ratio: float) -> Tensor:
+        """Return which factors have grown or shrunk so much since their root was computed that it is stale.
+
+        Args:
+            ratio: Of the traces, above 1.
+        """
+        now, then = self.traces(), self.rooted
+        return (now > ratio * then) | (now * ratio < then) | ((then == 0) & (now > 0))
 
     def refresh(
-        self, damping: Tensor, power: float, only: Tensor | None = None, relative: bool = False
+        self,
+        damping: Tensor,
+        power: float,
+        only: Tensor | None = None,
+        relative: bool = False,
+        ranks: int = 1,
     ) -> Tensor:
         """Recompute inverse roots.
 
@@ -81,16 +109,28 @@ class Bank:
             power: Power of the inverse.
             only: Slots to recompute; all when None.
             relative: Whether damping is relative to each factor's largest eigenvalue.
+            ranks: Number of ranks that hold the same factors; each computes its share, and all get all.
 
         Returns:
             Mask of failures among those recomputed.
         """
-        at = slice(None) if only is None else only
+        at = torch.arange(len(self.keys), device=self.weight.device) if only is None else only
+        self.rooted[at] = self.traces()[at]
         if self.diagonal:
-            self.roots[at] = diagonal_roots(self.value()[at], damping[at], power)
-            return torch.zeros(len(damping[at]), dtype=torch.bool)
-        self.roots[at], failed = inverse_roots(self.value()[at], damping[at], power, self.roots[at], relative)
-        return failed
+            value = self.value()[at]
+            rho = damping[at] * value.amax(-1) if relative else damping[at]
+            self.roots[at] = diagonal_roots(value, rho, power)
+            return torch.zeros(len(at), dtype=torch.bool)
+        mine = share(at, ranks)
+        found, failed = inverse_roots(self.value()[mine], damping[mine], power, self.roots[mine], relative)
+        if ranks == 1:
+            self.roots[mine] = found.to(self.roots.dtype)
+            return failed
+        roots, flags = torch.zeros_like(self.roots), torch.zeros_like(self.weight)
+        roots[mine], flags[mine] = found.to(roots.dtype), failed.to(flags.dtype)
+        roots, flags = sum_over_ranks([roots, flags])
+        self.roots[at] = roots[at]
+        return flags[at] > 0
 
     def layout(self) -> list[Any]:
         """Return what a saved state must agree in: shape of the factors, and whose they are."""
@@ -98,7 +138,7 @@ class Bank:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
-        return {"factors": self.factors, "roots": self.roots, "weight": self.weight}
+        return {"factors": self.factors, "roots": self.roots, "weight": self.weight, "rooted": self.rooted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state.
@@ -109,3 +149,9 @@ class Bank:
         self.factors.copy_(state["factors"])
         self.roots.copy_(state["roots"])
         self.weight.copy_(state["weight"])
+        self.rooted.copy_(state["rooted"])
+
+
+def _trace(factors: Tensor) -> Tensor:
+    """Return the traces of ``[K, n, n]`` matrices or ``[K, n]`` diagonals."""
+    return (factors if factors.dim() == 2 else factors.diagonal(dim1=-2, dim2=-1)).sum(-1)

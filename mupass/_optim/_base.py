@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim._fallback import FALLBACKS, average, fallback_step
-from mupass._optim._parallel import refuse_sharded
+from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step
+from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
@@ -96,10 +96,14 @@ class Coverage(tuple[Covered, ...]):
 class PlannedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that precondition some parameters and hand the rest to a named fallback.
 
+    A ``GradScaler`` hands its scale over (``_step_supports_amp_scaling``) instead of unscaling by itself.
     Width factors are the group key ``mupass_scale`` and multiply at each step, so that a scheduler may set
     ``lr`` to anything. Decoupled weight decay uses ``lr`` without the width factor: it is the same at all
     widths.
     """
+
+    _step_supports_amp_scaling = True
+    takes_shards = False
 
     def __init__(
         self,
@@ -127,7 +131,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self.names = {p: n for n, p in self.root.named_parameters() if p.requires_grad}
         if not self.names:
             raise OptimizerError("every parameter of the model is frozen")
-        refuse_sharded([(n, p) for p, n in self.names.items()])
+        if not self.takes_shards:
+            refuse_sharded([(n, p) for p, n in self.names.items()])
         self._steps = 0
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -137,7 +142,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
-        if not own:
+        if not own and self._wanted():
             warnings.warn(
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to {fallback}. "
                 f"First reason: {left[0].parameter}: {left[0].reason}",
@@ -152,7 +157,16 @@ class PlannedOptimizer(torch.optim.Optimizer):
         groups += self._groups(fallback, others, fallback_lr, weight_decay, momentum)
         # OneCycleLR cycles momentum where the defaults have it.
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update(self._first_state(p, group))
         self._complete = True
+
+    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
+        if group["algorithm"] == self.spec.name:
+            return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+        return fallback_state(parameter, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the plan says which parameters there are.
@@ -170,6 +184,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return own parameters -> block type, and the others -> reason."""
         raise NotImplementedError
+
+    def _wanted(self) -> bool:
+        """Return whether it is a surprise when no parameter is taken."""
+        return True
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """Return the preconditioned gradient of every own parameter that has a gradient."""
@@ -242,6 +260,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             raise OptimizerError(
                 f"{type(self).__name__} takes no closure: run forward and backward once, then call step()"
             )
+        self._unscale()
         if self._gradients_are_finite():
             directions = self._directions()
             for group in self.param_groups:
@@ -252,11 +271,25 @@ class PlannedOptimizer(torch.optim.Optimizer):
             self.count("skipped_steps", "a gradient holds NaN or infinity")
         self._prepare_next()
 
+    def _unscale(self) -> None:
+        """Take a gradient scaler's factor out; it leaves it on the optimizer for the time of a step."""
+        scale = getattr(self, "grad_scale", None)
+        self._amp_scale = 1.0 if scale is None else float(scale)
+        if scale is not None:
+            for p in self.names:
+                if p.grad is not None:
+                    p.grad.div_(self._amp_scale)
+
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.names if p.grad is not None]
         if not grads:
             return True
-        return bool(torch.stack([g.isfinite().all() for g in grads]).all())
+        sums = torch.stack([local(g).sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+        if any(is_sharded(g) for g in grads):
+            sums = sum_over_ranks([sums])[0]
+        if bool(sums.isfinite().all()):
+            return True
+        return all(bool(whole(g).isfinite().all()) for g in grads)  # a sum of finite numbers may overflow
 
     def _discard(self) -> None:
         """Forget statistics of a step that is skipped."""
@@ -272,17 +305,25 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if group["algorithm"] == self.spec.name:
                 if p not in directions:
                     continue
-                update = average(directions[p], state, group["momentum"])
+                update = self._smooth(directions[p], state, group["momentum"])
             else:
                 update = fallback_step(p.grad, state, group)
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
 
+    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+        """Return the update, with momentum unless the direction has it already."""
+        return average(direction, state, momentum)
+
     def _dampings(self) -> dict[str, float]:
-        """Return the damping of every own parameter; a schedule may have changed its group."""
+        """Return the damping of every own parameter."""
+        return self._setting("damping")
+
+    def _setting(self, key: str) -> dict[str, float]:
+        """Return a number of every own parameter's group; a schedule may have changed it."""
         own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
-        return {self.names[p]: g["damping"] for g in own for p in g["params"]}
+        return {self.names[p]: g[key] for g in own for p in g["params"]}
 
     def _extra_state(self) -> dict[str, Any]:
         """Return the subclass's own state."""
@@ -296,7 +337,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         extra = {
             "kind": self._kind(),
             "steps": self._steps,
-            "stats": dict(self._stats),
+            "stats": [list(item) for item in self._stats.items()],
             **self._extra_state(),
         }
         return {**super().state_dict(), "mupass": extra}
@@ -330,6 +371,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
             raise OptimizerError(f"state of {what}; this is {ours[0]} {ours[1]}")
         # A copy, where torch would go on in the caller's tensors.
         super().load_state_dict(deepcopy({k: v for k, v in state_dict.items() if k != "mupass"}))
-        self._steps, self._stats = extra["steps"], Counter(extra["stats"])
+        self._steps, self._stats = extra["steps"], Counter(dict(extra["stats"]))
         self._load_extra_state(extra)
         self._prepare_next()

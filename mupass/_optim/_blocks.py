@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mupass._fused import join, split
 from mupass._geometry import Geometry
+
+WHOLE = 1 << 62  # a block size that no matrix reaches
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,13 @@ class Blocking:
         geometry: Which axes are fan_out and fan_in, and what is fused; all other axes count matrices.
         size: Largest side of a block. It must not follow the width: the exponents of the scale table would
             change with the number of blocks.
+        modes: Whether every axis is a side of its own, instead of two sides fan_out and fan_in; axes of
+            length 1 are left out. For kernels of convolutions.
     """
 
     geometry: Geometry
-    size: int
+    size: int = WHOLE
+    modes: bool = False
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -32,8 +37,15 @@ class Blocking:
         rest = [i for i in range(len(g.shape)) if i not in (*g.fan_out_axes, *g.fan_in_axes)]
         return (*rest, *g.fan_out_axes, *g.fan_in_axes)
 
+    @property
+    def _sides(self) -> tuple[tuple[int, ...], ...]:
+        """Return the axes that make up each side of a matrix."""
+        g = self.geometry
+        single = [(i,) for i in (*g.fan_out_axes, *g.fan_in_axes) if g.shape[i] > 1]
+        return tuple(single) if self.modes and len(single) > 2 else (g.fan_out_axes, g.fan_in_axes)
+
     def cut(self, tensor: Tensor) -> list[Tensor]:
-        """Return the blocks, each ``[rows, columns]`` of one matrix.
+        """Return the blocks, each ``[rows, columns]`` of one matrix (or one axis for each mode).
 
         Args:
             tensor: The parameter, or its gradient.
@@ -41,15 +53,12 @@ class Blocking:
         blocks = []
         for piece in split(tensor, self.geometry.fusions):
             for matrix in self._matrices(piece):
-                for rows in matrix.split(self.size, 0):
-                    blocks += rows.split(self.size, 1)
+                blocks += _tiles(matrix, self.size)
         return blocks
 
     def _matrices(self, piece: Tensor) -> Tensor:
-        moved = piece.permute(self._order)
-        inputs = prod(piece.shape[i] for i in self.geometry.fan_in_axes)
-        outputs = prod(piece.shape[i] for i in self.geometry.fan_out_axes)
-        return moved.reshape(-1, outputs, inputs)
+        sides = [prod(piece.shape[i] for i in axes) for axes in self._sides]
+        return piece.permute(self._order).reshape(-1, *sides)
 
     def paste(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """Put blocks together again.
@@ -58,17 +67,13 @@ class Blocking:
             blocks: Tensors of the shapes that `cut` gives.
             like: The parameter.
         """
-        rest, pieces = list(blocks), []
+        rest, pieces = iter(blocks), []
+        inverse = sorted(range(len(self._order)), key=lambda i: self._order[i])
         for piece in split(like, self.geometry.fusions):
-            matrices = []
-            for matrix in self._matrices(piece):
-                down, across = ceil(matrix.shape[0] / self.size), ceil(matrix.shape[1] / self.size)
-                bands = [torch.cat(rest[i * across : (i + 1) * across], 1) for i in range(down)]
-                matrices.append(torch.cat(bands))
-                rest = rest[down * across :]
-            moved = piece.permute(self._order)
-            inverse = sorted(range(len(self._order)), key=lambda i: self._order[i])
-            pieces.append(torch.stack(matrices).reshape(moved.shape).permute(inverse))
+            shape = self._matrices(piece).shape
+            matrices = [_untile(rest, shape[1:], self.size) for _ in range(shape[0])]
+            whole = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+            pieces.append(whole.reshape([piece.shape[i] for i in self._order]).permute(inverse))
         return join(pieces, self.geometry.fusions)
 
     def growth(self) -> float:
@@ -84,7 +89,20 @@ class Blocking:
 
     def _count(self, shape: Sequence[float]) -> int:
         """Return the number of blocks of one matrix."""
-        sides = [
-            prod(shape[i] for i in axes) for axes in (self.geometry.fan_out_axes, self.geometry.fan_in_axes)
-        ]
-        return prod(ceil(side / self.size) for side in sides)
+        return prod(ceil(prod(shape[i] for i in axes) / self.size) for axes in self._sides)
+
+
+def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
+    """Return blocks of a tensor, the first axis outermost."""
+    if axis == tensor.dim():
+        return [tensor]
+    parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
+    return [tile for part in parts for tile in _tiles(part, size, axis + 1)]
+
+
+def _untile(tiles: Iterator[Tensor], shape: Sequence[int], size: int, axis: int = 0) -> Tensor:
+    """Undo `_tiles`."""
+    if axis == len(shape):
+        return next(tiles)
+    parts = [_untile(tiles, shape, size, axis + 1) for _ in range(ceil(shape[axis] / size))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

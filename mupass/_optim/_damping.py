@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODES = ("trace", "absolute", "pi")
+MODES = ("trace", "eigen", "absolute", "pi")
 FLOOR = 1e-7  # of pi-damping's traces, as in Martens & Grosse's reference code
 
 
@@ -34,26 +34,36 @@ class Sides:
     damping: Tensor
 
 
-def damp(mode: str, sides: Sides) -> tuple[Tensor, Tensor]:
+def damp(mode: str, sides: Sides, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return rho_A and rho_B for every layer.
 
     * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of
       the factor's eigenvalues by itself. The trace, not the trace over the size.
+    * ``eigen``: ``damping`` itself, for roots that take it relative to the largest eigenvalue.
     * ``absolute``: ``damping`` times the width factor of the scale table.
     * ``pi``: the usual heuristic, ``rho_A = pi sqrt(damping)``, ``rho_B = sqrt(damping) / pi`` with
       ``pi^2 = (tr A / dim A) / (tr B / dim B)``. Its order is right in hidden layers only: under muP the
       input layer's update decays like 1/width.
 
     Args:
-        mode: ``trace``, ``absolute`` or ``pi``.
+        mode: One of `MODES`.
         sides: The factors.
+        floor: Smallest trace of B that ``trace`` damping reckons with, relative to the largest one. Both are
+            compared at the base width (each over its own width factor), so it cannot bind at one width only.
+            A branch behind a gate near zero has gradients, and so a B, smaller by many orders; without a
+            floor its step would be larger by as many.
 
     Returns:
         ``rho_A`` and ``rho_B``, each ``[K]``.
     """
     damping = sides.damping
     if mode == "trace":
-        return damping * sides.trace_a, damping * sides.trace_b
+        largest = (sides.trace_b / sides.scale_b).amax()
+        return damping * sides.trace_a, damping * torch.maximum(
+            sides.trace_b, floor * largest * sides.scale_b
+        )
+    if mode == "eigen":
+        return damping, damping
     if mode == "absolute":
         return damping * sides.scale_a, damping * sides.scale_b
     mean_a = (sides.trace_a / sides.dim_a).clamp(min=FLOOR)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import pi
 from typing import Any
 
+import torch
 from torch import Tensor
 
-FALLBACKS = ("adamw", "sgd")
+FALLBACKS = ("adamw", "adam_atan2", "sgd")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8  # at the base width
 
@@ -24,7 +27,25 @@ def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     """
     if group["algorithm"] == "sgd":
         return average(grad, state, group["momentum"])
-    return _adamw(grad, state, EPSILON * group["mupass_epsilon"])
+    mean, root = _adam_averages(grad, state)
+    if group["algorithm"] == "adam_atan2":
+        # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
+        return torch.atan2(mean, root) * (4 / pi)
+    return mean / (root + EPSILON * group["mupass_epsilon"])  # type: ignore[no-any-return]
+
+
+def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of one parameter before its first step.
+
+    Args:
+        parameter: The parameter.
+        group: Its parameter group.
+    """
+    if group["algorithm"] == "sgd":
+        return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+    # A tensor, as in torch: distributed checkpoints mistake the keys of plain numbers.
+    state = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+    return {"step": torch.zeros(()), **state}
 
 
 def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
@@ -44,16 +65,12 @@ def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor
     return state["momentum"]  # type: ignore[no-any-return]
 
 
-def _adamw(grad: Tensor, state: dict[str, Any], epsilon: float) -> Tensor:
-    if "step" not in state:
-        state["step"], state["mean"], state["square"] = (
-            0,
-            grad.new_zeros(grad.shape),
-            grad.new_zeros(grad.shape),
-        )
+def _adam_averages(grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return Adam's mean and root mean square of gradients, corrected for their start from zero."""
     state["step"] += 1
     state["mean"].lerp_(grad, 1 - BETAS[0])
     state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-    mean = state["mean"] / (1 - BETAS[0] ** state["step"])
-    square = state["square"] / (1 - BETAS[1] ** state["step"])
-    return mean / (square.sqrt() + epsilon)  # type: ignore[no-any-return]
+    step = int(state["step"])
+    mean = state["mean"] / (1 - BETAS[0] ** step)
+    square = state["square"] / (1 - BETAS[1] ** step)
+    return mean, square.sqrt()

@@ -1,5 +1,6 @@
 """Parameter groups: the plan's scales for any optimizer of ``torch.optim``."""
 
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -17,6 +18,7 @@ def param_groups(
     optimizer: str | OptimizerSpec = "adamw",
     weight_decay: float = 0.0,
     eps: float | None = None,
+    alignment: str | None = None,
 ) -> list[dict[str, Any]]:
     """Few parameter groups that give an optimizer of ``torch.optim`` the plan's scales.
 
@@ -39,6 +41,8 @@ def param_groups(
             that family (RMSprop and NAdam are ``adam``).
         weight_decay: Weight decay at the base width.
         eps: Adam's epsilon at the base width, 1e-8 if left out; only for ``adam`` and ``adamw``.
+        alignment: ``full`` or ``none``: the largest stable rate of each layer under that alignment of
+            updates with activations, see `OptimizerSpec`; `mupass.alignment` measures it.
 
     Returns:
         Groups in the order of their first parameter; frozen parameters are left out.
@@ -48,6 +52,7 @@ def param_groups(
             optimizer that has none; every parameter is frozen.
     """
     spec = OptimizerSpec.of(optimizer)
+    spec = replace(spec, alignment=alignment) if alignment else spec
     adaptive = spec.name in {"adam", "adamw"}
     if eps is not None and not adaptive:
         raise OptimizerError(f"eps belongs to adam and adamw, not to {spec.name}")

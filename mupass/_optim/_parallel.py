@@ -26,6 +26,49 @@ def world_size(choice: bool | None) -> int:
     return dist.get_world_size() if running and choice is not False else 1
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this rank holds a shard only (a DTensor, as FSDP2 and tensor parallelism make them).
+
+    Args:
+        tensor: A parameter, or its gradient.
+    """
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, collected from the ranks that hold its shards.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all ranks hold in the placement of another.
+
+    Args:
+        tensor: The same on every rank.
+        like: A parameter, sharded or not.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # No rank is the source: each cuts its own part out of its own copy.
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
 def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse parameters of which this rank holds a shard only.
 
@@ -36,15 +79,27 @@ def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
         OptimizerError: One is a DTensor, as FSDP2 and tensor parallelism make them.
     """
     for name, parameter in names:
-        if hasattr(parameter, "device_mesh"):
+        if is_sharded(parameter):
             raise OptimizerError(
-                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use "
+                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use mupass.KFAC, "
                 "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes shards"
             )
 
 
+def share(slots: Tensor, ranks: int) -> Tensor:
+    """Return the part of some work that this rank does.
+
+    Args:
+        slots: All of it.
+        ranks: Number of ranks that share it.
+    """
+    return slots if ranks == 1 else slots[dist.get_rank() :: ranks]
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sum tensors over all ranks, in one message for each precision and device.
+
+    Square matrices are taken for symmetric: one half of them is sent.
 
     Args:
         tensors: The same shapes in the same order on every rank.
@@ -56,9 +111,31 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     for kind in kinds:
         at = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
-        packed = torch.cat([tensors[i].reshape(-1) for i in at])
+        halves = [_half(tensors[i]) for i in at]
+        packed = torch.cat([h.reshape(-1) for h in halves])
         dist.all_reduce(packed)
-        parts = torch.split(packed, [tensors[i].numel() for i in at])
-        for i, part in zip(at, parts, strict=True):
-            sums[i] = part.reshape(tensors[i].shape)
+        parts = torch.split(packed, [h.numel() for h in halves])
+        for i, part, half in zip(at, parts, halves, strict=True):
+            sums[i] = _whole(part.reshape(half.shape), tensors[i].shape)
     return sums
+
+
+def _square(shape: Sequence[int]) -> bool:
+    return len(shape) > 2 and shape[-1] == shape[-2] > 1
+
+
+def _half(t: Tensor) -> Tensor:
+    if not _square(t.shape):
+        return t
+    rows, columns = torch.triu_indices(t.shape[-1], t.shape[-1], device=t.device)
+    return t[..., rows, columns]
+
+
+def _whole(half: Tensor, shape: Sequence[int]) -> Tensor:
+    if not _square(shape):
+        return half
+    rows, columns = torch.triu_indices(shape[-1], shape[-1], device=half.device)
+    whole = half.new_empty(shape)
+    whole[..., rows, columns] = half
+    whole[..., columns, rows] = half
+    return whole

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
+
 
 def inverse_roots(
-    bank: Tensor, damping: Tensor, power: float, previous: Tensor, relative: bool = False
+    bank: Tensor,
+    damping: Tensor,
+    power: float,
+    previous: Tensor,
+    relative: bool = False,
+    method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute ``(M + damping I)^-power`` for every matrix of a bank.
 
-    Power 1 is a Cholesky factorization, other powers (and relative damping) an eigendecomposition. A matrix
-    whose factorization fails, or whose result is not finite, keeps its previous root. A zero matrix with
-    zero damping (the layers under a zero-initialized readout) has the root zero: its gradient is zero too,
-    and nothing is 0/0.
+    Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU;
+    on other devices coupled Newton iterations where the power is 1/p, and an eigendecomposition for what
+    these do not solve. A matrix whose factorization fails, or whose result is not finite, keeps its
+    previous root. A zero matrix with zero damping (the layers under a zero-initialized readout) has the root
+    zero: its gradient is zero too, and nothing is 0/0.
 
     Args:
         bank: ``[K, n, n]`` symmetric positive semi-definite.
@@ -22,10 +30,15 @@ def inverse_roots(
         power: Positive power.
         previous: ``[K, n, n]`` roots to fall back on.
         relative: Whether damping is relative to each matrix' largest eigenvalue.
+        method: ``auto``, or ``eigh`` or ``newton`` on any device.
 
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
     """
+    if power == 1 and not relative and method == "auto" and bool(_regular(bank, damping)):
+        root, solved = _cholesky(bank, damping)
+        if bool(solved.all()):
+            return root, ~solved
     finite = bank.isfinite().flatten(1).all(1) & damping.isfinite()
     vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
     empty = finite & vanishing & ((damping <= 0) | relative)
@@ -33,8 +46,11 @@ def inverse_roots(
     usable = (finite & ~empty)[:, None, None]
     safe = torch.where(usable, bank, eye)
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
-    if power == 1 and not relative:
-        root, solved = _cholesky(safe, rho, eye)
+    p = root_index(power)
+    if power == 1 and not relative and method == "auto":
+        root, solved = _cholesky(safe, rho)
+    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        root, solved = _newton(safe, rho, p, relative)
     else:
         root, solved = _eigh(safe, rho, power, relative)
     solved &= root.isfinite().flatten(1).all(1)
@@ -43,32 +59,65 @@ def inverse_roots(
     return torch.where(failed[:, None, None], previous, root), failed
 
 
-def _cholesky(bank: Tensor, rho: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    factor, info = torch.linalg.cholesky_ex(bank + rho[:, None, None] * eye)
+def _regular(bank: Tensor, rho: Tensor) -> Tensor:
+    """Return whether no matrix is zero or holds NaN or infinity; semi-definite, they show it in the trace."""
+    traces = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((traces > 0) & traces.isfinite() & rho.isfinite()).all()
+
+
+def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    damped = bank.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
+    factor, info = torch.linalg.cholesky_ex(damped)
     solved = info == 0
-    factor = torch.where(solved[:, None, None], factor, eye)
-    return torch.cholesky_inverse(factor), solved
+    if not bool(solved.all()):
+        eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+        factor = torch.where(solved[:, None, None], factor, eye)
+    root = torch.cholesky_inverse(factor)
+    return root, solved & _trace_is_finite(root)
+
+
+def _trace_is_finite(root: Tensor) -> Tensor:
+    return root.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+
+
+def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> tuple[Tensor, Tensor]:
+    root, solved = newton_roots(bank, rho * largest_eigenvalues(bank) if relative else rho, p)
+    if not bool(solved.all()):
+        rest = ~solved
+        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, relative)
+    return root, solved
 
 
 def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
-    try:
-        values, vectors = torch.linalg.eigh(bank)
-    # Raised for the whole batch: find out which one it was.
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return _one_by_one(bank, rho, power, relative)
+    values, vectors, found = eigenbases(bank)
     rho = rho * values[:, -1] if relative else rho
     damped = values.clamp(min=0) + rho[:, None]
-    solved = (damped > 0).all(1)
+    solved = found & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
     return scaled @ vectors.mT, solved
 
 
-def _one_by_one(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
-    if len(bank) == 1:
-        return torch.zeros_like(bank), torch.zeros(1, dtype=torch.bool, device=bank.device)
-    parts = [_eigh(bank[i : i + 1], rho[i : i + 1], power, relative) for i in range(len(bank))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of every matrix of a bank.
+
+    Args:
+        bank: ``[K, n, n]`` symmetric and finite.
+
+    Returns:
+        Values ``[K, n]``, vectors ``[K, n, n]`` and a mask ``[K]`` of successes; zeros where it failed.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(bank)
+    # Raised for the whole batch: find out which one it was.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(bank) == 1:
+            return torch.zeros_like(bank[:, 0]), torch.zeros_like(bank), torch.zeros_like(bank[:, 0, 0]) > 0
+        parts = [eigenbases(matrix[None]) for matrix in bank]
+        values, vectors, found = (torch.cat(part) for part in zip(*parts, strict=True))
+        return values, vectors, found
+    return values, vectors, torch.ones_like(values[:, 0]) > 0
 
 
 def diagonal_roots(bank: Tensor, damping: Tensor, power: float) -> Tensor:

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
-from mupass._factors import factor_dtype
-from mupass._optim._banks import Bank
-from mupass._optim._base import PlannedOptimizer, check_choice, check_number, check_period
-from mupass._optim._blocks import Blocking
+from mupass._optim._base import check_choice, check_number, check_period
+from mupass._optim._fallback import BETAS, EPSILON
+from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
+from mupass._optim._roots import inverse_roots
+from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe, symmetric
+from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
+from mupass._scales import GRAFTS
 
 MODES = ("relative", "absolute", "trace")
-Slot = tuple[str, int]  # parameter, block
+KERNELS = ("matrix", "modes")
 
 
-class Shampoo(PlannedOptimizer):
+class Shampoo(MatrixOptimizer):
     """Shampoo, ``dW = -lr (L + rho_L)^(-e/2) G (R + rho_R)^(-e/2)``, ``L = avg G G^T``, ``R = avg G^T G``.
 
     ``e`` is the total power (Ishikawa & Karakida, arXiv 2312.12226, eq. 3): 1/2 is the usual quarter power
-    on each side. Matrices are ``[fan_out, fan_in]`` by the plan's axes, kernels flattened into fan_in,
-    whatever the layout; fused parameters (qkv) are split into their matrices. Matrices larger than
-    ``block_size`` are cut into blocks; the plan's learning rate is corrected by ``(blocks at base width /
-    blocks)^e`` (Qiu et al., arXiv 2512.05620, table of learning rates), so keep ``block_size`` the same at
-    all widths.
+    on each side. Matrices are ``[fan_out, fan_in]`` by the plan's axes, whatever the layout; fused
+    parameters (qkv) are split into their matrices. Matrices larger than ``block_size`` are cut into blocks;
+    the plan's learning rate is corrected by ``(blocks at base width / blocks)^e`` (Qiu et al., arXiv
+    2512.05620, table of learning rates), so keep ``block_size`` the same at all widths.
+
+    With a graft every block of the update keeps its direction and takes the norm that SGD's, Adam's or
+    RMSprop's update of the block has. The learning rate is then that of the graft, in value and in its
+    row of the scale table, and needs no correction for blocks.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
         lr: Learning rate at the base width.
         damping: Damping; by default relative to the largest eigenvalue of each factor.
-        e: Total power.
+        e: Total power, shared equally by the sides that are preconditioned.
         momentum: Weight of past directions.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
         factor_decay: Weight of past factors in their moving average; 1 sums them without forgetting.
         root_every: Steps between recomputations of the roots.
+        staggered: Whether recomputations are spread over ``root_every`` steps, a part of the blocks at each,
+            instead of all at one step. All are computed at the first step.
         damping_mode: ``relative``, ``absolute`` (times the plan's factor) or ``trace``.
         block_size: Largest side of a block.
-        fallback: ``adamw`` or ``sgd``, for vectors and tables that no activation is contracted with.
+        sides: ``both``, ``left`` (fan_out), ``right`` (fan_in) or ``smaller``.
+        kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
+            axis a factor of its own, with powers that add up to the same ``e``.
+        graft: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        roles: Roles that Shampoo takes.
+        fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
+            with, and other roles.
         fallback_lr: Learning rate of the fallback at the base width.
+        compile: Whether the update of each shape is compiled with `torch.compile`.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -60,117 +73,150 @@ class Shampoo(PlannedOptimizer):
         weight_decay: float = 0.0,
         factor_decay: float = 0.95,
         root_every: int = 1,
+        staggered: bool = True,
         damping_mode: str = "relative",
         block_size: int = 1024,
+        sides: str = "both",
+        kernels: str = "matrix",
+        graft: str = "none",
+        roles: Collection[str] = ROLES,
         fallback: str = "adamw",
         fallback_lr: float = 1e-3,
+        compile: bool = False,
         strict: bool = False,
     ) -> None:
         check_number("e", e)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1.0000001)
         self.root_every = check_period("root_every", root_every)
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
-        self.block_size = check_period("block_size", block_size)
+        self.sides = check_choice("sides", sides, SIDES)
+        check_choice("kernels", kernels, KERNELS)
+        check_choice("graft", graft, GRAFTS)
         super().__init__(
             model,
-            OptimizerSpec("shampoo", e=e),
+            OptimizerSpec("shampoo", e=e, graft=graft),
             lr,
             damping,
+            roles=roles,
+            block_size=check_period("block_size", block_size),
+            modes=kernels == "modes",
+            compile=compile,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
             fallback_lr=fallback_lr,
             strict=strict,
         )
-        self._banks = {side: self._make_banks(side) for side in ("left", "right")} if e > 0 else {}
-
-    def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        own, reasons, self._blockings = {}, {}, {}
-        for name in self.names.values():
-            geometry = self.plan[name].geometry
-            if not geometry.fan_in_axes or not geometry.fan_out_axes:
-                reasons[name] = "it is no matrix: no activation is contracted with it"
-                continue
-            self._blockings[name] = Blocking(geometry, self.block_size)
-            count = len(self._blockings[name].cut(torch.empty(geometry.shape, device="meta")))
-            own[name] = f"shampoo x{count}" if count > 1 else "shampoo"
-        self._parameters = {n: p for p, n in self.names.items() if n in own}
-        return own, reasons
+        self._sides = [active_sides(sides, stack.shape) if e > 0 else () for stack in self._stacks]
+        self._schedule = Schedule(self._stacks, self._sides, root_every, staggered)
+        for stack, active in zip(self._stacks, self._sides, strict=True):
+            stack.state = {"weight": stack.zeros()}
+            for side in active:
+                n = stack.shape[side]
+                stack.state |= {f"factor{side}": stack.zeros(n, n), f"root{side}": stack.zeros(n, n)}
+            if graft in {"adam", "rmsprop"}:
+                stack.state |= {"square": stack.zeros(*stack.shape), "weights": stack.zeros(2)}
+            if graft == "adam":
+                stack.state["mean"] = stack.zeros(*stack.shape)
+        self._epsilons = [
+            EPSILON * stack.each(lambda name: self.plan[name].scales.epsilon) for stack in self._stacks
+        ]
 
     def _correction(self, name: str) -> float:
-        return float(self._blockings[name].growth() ** -self.spec.e)
+        # A graft has its norm block by block, whatever their number.
+        growth = self._blockings[name].growth() if self.spec.graft == "none" else 1.0
+        return float(growth**-self.spec.e)
 
-    def _make_banks(self, side: str) -> list[Bank]:
-        shapes: dict[Any, list[Slot]] = defaultdict(list)
-        for name, parameter in self._parameters.items():
-            dtype = factor_dtype(parameter)
-            for i, block in enumerate(self._blockings[name].cut(parameter)):
-                n = block.shape[0 if side == "left" else 1]
-                shapes[(n, n), dtype, parameter.device].append((name, i))
-        return [Bank(slots, *key) for key, slots in shapes.items()]
+    def _update(self) -> Callable[..., Tensor]:
+        return {"none": _precondition, "sgd": _graft_sgd}.get(self.spec.graft, _graft_adaptive)
 
-    def _directions(self) -> dict[Tensor, Tensor]:
-        blocks = {
-            n: self._blockings[n].cut(p.grad) for n, p in self._parameters.items() if p.grad is not None
-        }
-        if not self._banks:
-            return {self._parameters[n]: self._parameters[n].grad for n in blocks}  # type: ignore[misc]
-        for side, banks in self._banks.items():
-            for bank in banks:
-                self._average(bank, side, blocks)
-                if self._steps % self.root_every == 0:
-                    self._refresh(bank, side)
-        roots = {side: _slots(banks) for side, banks in self._banks.items()}
-        directions: dict[Tensor, Tensor] = {}
-        for name, pieces in blocks.items():
-            parts = []
-            for i, g in enumerate(pieces):
-                left, right = roots["left"][name, i], roots["right"][name, i]
-                parts.append((left @ g.to(left.dtype) @ right).to(g.dtype))
-            parameter = self._parameters[name]
-            directions[parameter] = self._blockings[name].paste(parts, parameter)
-        return directions
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+        number = self._stacks.index(stack)
+        sides = self._sides[number]
+        state = stack.view(at)
+        for side in sides:
+            observe(state[f"factor{side}"], g, side, self.factor_decay)
+        add_weight(state["weight"], self.factor_decay)
+        stack.put(at, state)
+        for side in sides:
+            self._refresh(number, side)
+        state = stack.view(at)
+        roots = tuple(state[f"root{side}"] for side in sides)
+        if self.spec.graft in {"adam", "rmsprop"}:
+            betas = g.new_tensor(BETAS)
+            epsilon = pick(self._epsilons[number], at)
+            mean, square, weights = (state.get(k) for k in ("mean", "square", "weights"))
+            direction = self._run(stack, at, g, sides, roots, mean, square, weights, betas, epsilon)
+        else:
+            direction = self._run(stack, at, g, sides, roots)
+        stack.put(at, state)
+        return direction
 
-    def _average(self, bank: Bank, side: str, blocks: Mapping[str, list[Tensor]]) -> None:
-        """Add ``G G^T`` or ``G^T G`` to the averages; a parameter without a gradient keeps its own."""
-        new = {}
-        for name, i in bank.keys:
-            if name in blocks:
-                g = blocks[name][i].to(bank.factors.dtype)
-                new[name, i] = g @ g.mT if side == "left" else g.mT @ g
-        for slot in bank.average(new, self.factor_decay):
-            self.count("overflowed_factors", _place(side, slot))
-
-    def _refresh(self, bank: Bank, side: str) -> None:
-        dampings = self._dampings()
-        damping = bank.weight.new_tensor([dampings[name] for name, _ in bank.keys])
+    def _refresh(self, number: int, side: int) -> None:
+        """Recompute the roots that are due."""
+        due = self._schedule.due(self._steps, number, side)
+        if due is None:
+            return
+        stack = self._stacks[number]
+        factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
+        weight = weight[due].clamp(min=torch.finfo(weight.dtype).tiny)
+        average = symmetric(factors[due]) / weight[:, None, None]
+        damping = self._damping(stack, side)[due]
         if self.damping_mode == "trace":
-            damping = damping * bank.traces()
-        elif self.damping_mode == "absolute":
-            scales = [self.plan[name].scales for name, _ in bank.keys]
-            factors = [s.damping_out if side == "left" else s.damping_in for s in scales]
-            # A block's gradient is one of so many: its factors are smaller by their number.
-            blocks = damping.new_tensor([self._blockings[name].growth() for name, _ in bank.keys])
-            damping = damping * damping.new_tensor(factors) / blocks
-        failed = bank.refresh(damping, self.spec.e / 2, relative=self.damping_mode == "relative")
+            damping = damping * average.diagonal(dim1=-2, dim2=-1).sum(-1)
+        relative = self.damping_mode == "relative"
+        power = self.spec.e / len(self._sides[number])
+        roots[due], failed = inverse_roots(average, damping, power, roots[due], relative)
         for i in failed.nonzero().flatten().tolist():
-            self.count("failed_roots", _place(side, bank.keys[i]))
+            name, block = stack.slots[int(due[i])]
+            self.count("failed_roots", f"side {side} of {name}, block {block}")
 
-    def _layout(self) -> Any:
-        return {side: [b.layout() for b in banks] for side, banks in self._banks.items()}
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {"banks": {side: [b.state_dict() for b in banks] for side, banks in self._banks.items()}}
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        for side, banks in self._banks.items():
-            for bank, saved in zip(banks, state["banks"][side], strict=True):
-                bank.load_state_dict(saved)
-
-
-def _place(side: str, slot: Slot) -> str:
-    return f"{side} factor of {slot[0]}, block {slot[1]}"
+    def _damping(self, stack: Stack, side: int) -> Tensor:
+        damping = stack.each(self._dampings().__getitem__)
+        if self.damping_mode != "absolute":
+            return damping
+        # A block's gradient is one of so many: its factors are smaller by their number.
+        key = "damping_out" if side == 0 else "damping_in"
+        return damping * stack.each(
+            lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth()
+        )
 
 
-def _slots(banks: list[Bank]) -> dict[Slot, Tensor]:
-    return {key: root for bank in banks for key, root in zip(bank.keys, bank.roots, strict=True)}
+def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
+    """Multiply every side by its root, ``[K, *shape]``."""
+    for side, root in zip(sides, roots, strict=True):
+        g = along(g, root, side)
+    return g
+
+
+def _graft_sgd(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
+    return _with_norm_of(g, _precondition(g, sides, roots))
+
+
+def _graft_adaptive(
+    g: Tensor,
+    sides: tuple[int, ...],
+    roots: tuple[Tensor, ...],
+    mean: Tensor | None,
+    square: Tensor,
+    weights: Tensor,
+    betas: Tensor,
+    epsilon: Tensor,
+) -> Tensor:
+    """Graft Adam's norm, or RMSprop's when there is no mean; averages are changed in place."""
+    weights.lerp_(torch.ones_like(weights), 1 - betas)
+    square.lerp_(g.square(), 1 - betas[1])
+    magnitude = g
+    if mean is not None:
+        mean.lerp_(g, 1 - betas[0])
+        magnitude = mean / wide(weights[:, 0], g)
+    magnitude = magnitude / ((square / wide(weights[:, 1], g)).sqrt() + wide(epsilon, g))
+    return _with_norm_of(magnitude, _precondition(g, sides, roots))
+
+
+def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """Return the directions with the norm of other blocks; a zero direction stays zero."""
+    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+    norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+    factor = torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
+    return direction * wide(factor, direction)

@@ -43,7 +43,10 @@ def unet2d_condition(k: int) -> nn.Module:
     )
 
 
-LATENT = r"encoder\.(conv_out|layers\.4)\..*:0|quant_conv|decoder\.(conv_in|layers\.0)\.weight:1|quantize"
+LATENT = (
+    r"encoder\.(conv_out|layers\.4)\..*:0|quant_conv\..*:[01]|decoder\.(conv_in|layers\.0)\.weight:1"
+    r"|quantize\.embedding\.weight:1"
+)
 
 
 @CASES(image(16), LATENT)
@@ -71,8 +74,8 @@ def vq_model(k: int) -> nn.Module:
 @CASES(image(16), LATENT)
 def autoencoder_tiny(k: int) -> nn.Module:
     return diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8 * k, 8 * k),
-        decoder_block_out_channels=(8 * k, 8 * k),
+        encoder_block_out_channels=(32 * k, 32 * k),
+        decoder_block_out_channels=(32 * k, 32 * k),
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )

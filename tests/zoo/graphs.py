@@ -49,7 +49,7 @@ def gat_v2(k: int) -> nn.Module:
 
 
 @CASES(
-    GRAPH, r"convs\.0\.(pre_nns|post_nns.*:1)|convs\.1\.(post_nns.*:0|lin\.weight:1)"
+    GRAPH, r"convs\.0\.(pre_nns.*:0|post_nns.*:1)|convs\.1\.(post_nns.*:0|lin\.weight:1)"
 )  # a size of data, twice over
 def pna(k: int) -> nn.Module:
     return pyg.PNA(
@@ -167,3 +167,21 @@ def lightgcn_like(k: int) -> nn.Module:
             return h[user] @ h.t() + x.mean()
 
     return Recommend()
+
+
+@CASES(GRAPH)
+def eg_conv(k: int) -> nn.Module:
+    layers: list[nn.Module] = [pyg.EGConv(8 * k, 8 * k, num_heads=2, num_bases=4) for _ in range(2)]
+    return Wrapped(layers, nn.Linear(8 * k, 3), nn.Linear(FEATURES, 8 * k))
+
+
+@CASES(GRAPH)
+def residual_gated(k: int) -> nn.Module:
+    layers: list[nn.Module] = [pyg.ResGatedGraphConv(8 * k, 8 * k) for _ in range(2)]
+    return Wrapped(layers, nn.Linear(8 * k, 3), nn.Linear(FEATURES, 8 * k))
+
+
+@CASES(GRAPH)
+def tag_conv(k: int) -> nn.Module:
+    layers: list[nn.Module] = [pyg.TAGConv(8 * k, 8 * k, K=2), pyg.ARMAConv(8 * k, 8 * k, num_stacks=2)]
+    return Wrapped(layers, nn.Linear(8 * k, 3), nn.Linear(FEATURES, 8 * k))

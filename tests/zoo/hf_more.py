@@ -263,7 +263,8 @@ def glpn(k: int) -> nn.Module:
 
 @CASES(
     pixels(32),
-    r"continuous_position_bias_mlp\.0\.(weight|bias):0|continuous_position_bias_mlp\.2\.weight:1|upsample",
+    r"continuous_position_bias_mlp\.0\.(weight|bias):0|continuous_position_bias_mlp\.2\.weight:1"
+    r"|conv_before_upsample.*:0|convolution_0\.(weight:[01]|bias)|final_convolution\.weight:1",
 )
 def swin2sr(k: int) -> nn.Module:
     return hf.Swin2SRForImageSuperResolution(
@@ -273,7 +274,7 @@ def swin2sr(k: int) -> nn.Module:
     )
 
 
-@CASES(pixels(64), r"auxiliary_head\.classifier")  # nothing reads its output
+@CASES(pixels(64), r"auxiliary_head\.classifier.*:0")  # nothing reads its output
 def upernet(k: int) -> nn.Module:
     backbone = hf.ConvNextConfig(
         hidden_sizes=[8 * k, 16 * k, 16 * k, 24 * k],
@@ -347,7 +348,7 @@ def wav2vec2_xvector(k: int) -> nn.Module:
     )
 
 
-@CASES(WAVE, r"quantizer\.(codevectors|weight_proj)|project_q|project_hid.*:0")  # projections
+@CASES(WAVE, r"codevectors:[12]|weight_proj.*:0|(project_q|project_hid).*:0")  # projections
 def wav2vec2_pretraining(k: int) -> nn.Module:
     return hf.Wav2Vec2ForPreTraining(
         hf.Wav2Vec2Config(

@@ -356,7 +356,7 @@ def hubert(k: int) -> nn.Module:
     )
 
 
-@CASES(WAVE, ambiguous=r"gru_rel_pos")
+@CASES(WAVE, ambiguous=r"gru_rel_pos_(linear|const:1)")
 def wavlm(k: int) -> nn.Module:
     return hf.WavLMForCTC(hf.WavLMConfig(**speech(k)))
 
@@ -434,7 +434,8 @@ def patchtst(k: int) -> nn.Module:
 
 
 @CASES(
-    keywords(past_values=lambda: randn(2, 32, 3)), ambiguous=r"mlp\.fc1\.(weight|bias):0|mlp\.fc2\.weight:1"
+    keywords(past_values=lambda: randn(2, 32, 3)),
+    ambiguous=r"patch_mixer\.mlp\.fc1\.(weight|bias):0|patch_mixer\.mlp\.fc2\.weight:1",
 )
 def patchtsmixer(k: int) -> nn.Module:
     return hf.PatchTSMixerForPrediction(

@@ -139,7 +139,7 @@ def qwen2_moe(k: int) -> nn.Module:
 
 @CASES(
     PLAIN,
-    ambiguous=r"q_a_proj\.weight:0|q_a_layernorm|q_b_proj\.weight:1|kv_a_proj|kv_a_layernorm|kv_b_proj\.weight:1",
+    ambiguous=r"q_a_proj\.weight:0|q_a_layernorm|q_b_proj\.weight:1|kv_a_proj_with_mqa\.weight:0|kv_a_layernorm|kv_b_proj\.weight:1",
 )
 def deepseek_v3(k: int) -> nn.Module:
     return hf.DeepseekV3ForCausalLM(

@@ -350,4 +350,4 @@ class Tacotron(nn.Module):
     ambiguous=r"^location\.(weight|bias):0|location_out\.weight:1|^frame.*:0|post\.0\.weight:1|post\.2.*:0",
 )
 def tacotron(k: int) -> nn.Module:
-    return Tacotron(8 * k)
+    return Tacotron(16 * k)

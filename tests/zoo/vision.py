@@ -339,7 +339,7 @@ def timm_fastvit(k: int) -> nn.Module:
     return create("fastvit_t8", layers=(1, 1, 1, 1), embed_dims=(16 * k, 32 * k, 32 * k, 64 * k))
 
 
-@CASES(image(32), ambiguous=r"spatial|tokens")
+@CASES(image(32))
 def timm_resmlp(k: int) -> nn.Module:
     from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
@@ -405,7 +405,7 @@ def tv_shufflenet_v2(k: int) -> nn.Module:
 
 
 @CASES(
-    image(64), ambiguous=r"layers\.1[45]\.|classifier\.1\.weight:1"
+    image(64), ambiguous=r"layers\.14\.weight:0|layers\.15\.|classifier\.1\.weight:1"
 )  # the last layer has 1280 channels at any width
 def tv_mnasnet(k: int) -> nn.Module:
     return torchvision.models.MNASNet(0.5 * k, num_classes=10)

@@ -1,0 +1,147 @@
+"""Alignment exponents of a model in training (Everett et al., arXiv 2407.05872, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mupass._errors import MupassError
+from mupass._plan import plan_of
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How far the terms of a layer's sums add up: 1 when fully aligned, 1/2 when they are independent.
+
+    With n the fan_in, ``RMS(A z) = n^p RMS(A) RMS(z)`` defines the exponent p of a matrix and its inputs. NaN
+    where one of the two is zero, as the change of the weights before the first step.
+
+    Attributes:
+        alpha: Of the change of the weights and the inputs at the start, ``dW z0``.
+        omega: Of the weights at the start and the change of the inputs, ``W0 dz``.
+        both: Of both changes, ``dW dz``.
+        total: Of the weights and the inputs as they are now, ``W z``.
+    """
+
+    alpha: float
+    omega: float
+    both: float
+    total: float
+
+
+class AlignmentProbe:
+    """Measures `Alignment` of every layer against the weights at the time the probe was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root, plan = plan_of(model)
+        grows = {e.geometry.name for e in plan.entries if e.geometry.role in {"hidden", "output"}}
+        self.layers = {
+            name: layer
+            for name, layer in self.root.named_modules()
+            if isinstance(layer, LAYERS) and f"{name}.weight".removeprefix(".") in grows
+        }
+        if not self.layers:
+            raise MupassError("no nn.Linear or nn.Conv layer of this model has a fan_in that grows")
+        self.start = {n: p.detach().clone() for n, p in self.root.named_parameters()}
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Alignment]:
+        """Run the model twice, with its weights as they are and as they were, and compare.
+
+        The model runs in evaluation mode, so that dropout does not count as a change.
+
+        Args:
+            *args: As the model takes them.
+            **kwargs: As the model takes them.
+
+        Returns:
+            Name of the layer -> exponents.
+        """
+        training = {m: m.training for m in self.root.modules()}
+        self.root.eval()
+        try:
+            now = self._inputs({}, args, kwargs)
+            before = self._inputs(self.start, args, kwargs)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        return {name: self._compare(name, before[name], now[name]) for name in self.layers if now.get(name)}
+
+    def _inputs(self, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> dict[str, list[Tensor]]:
+        """Return the inputs of every call of every layer."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        handles = [
+            layer.register_forward_pre_hook(lambda _, inputs, to=found[name]: to.append(inputs[0]))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            functional_call(self.root, dict(weights), args, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _compare(self, name: str, before: list[Tensor], now: list[Tensor]) -> Alignment:
+        layer = self.layers[name]
+        start = self.start[f"{name}.weight".removeprefix(".")]
+        change = layer.weight - start
+        changes = [z - z0 for z, z0 in zip(now, before, strict=True)]
+        return Alignment(
+            alpha=_exponent(layer, change, before),
+            omega=_exponent(layer, start, changes),
+            both=_exponent(layer, change, changes),
+            total=_exponent(layer, layer.weight, now),
+        )
+
+
+def alignment(model: nn.Module) -> AlignmentProbe:
+    """Return a probe of how updates and activations align while a model trains.
+
+    ``probe = mupass.alignment(model)`` before training, ``probe(x)`` at any time. It tells which
+    ``alignment=`` of `param_groups` fits: rates for ``none`` are larger by the root of the width, and are
+    stable only where alpha is near 1/2 (Everett et al., arXiv 2407.05872).
+
+    Args:
+        model: A transformed model, compiled or wrapped or not; its weights now are the start.
+
+    Raises:
+        MupassError: It has no layer with a fan_in that grows.
+        PlanError: It was not transformed.
+    """
+    return AlignmentProbe(model)
+
+
+def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
+    """Return log of RMS(A z) / (RMS(A) RMS(z)) to the base fan_in, over all calls of the layer."""
+    given = {"weight": weight}
+    if layer.bias is not None:
+        given["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+    # forward, not the call: hooks and taps are for the model's own passes.
+    outputs = [functional_call(_Bare(layer), {f"layer.{k}": v for k, v in given.items()}, z) for z in inputs]
+    out, matrix, into = _rms(outputs), _rms([weight]), _rms(inputs)
+    if min(out, matrix, into) == 0:
+        return math.nan
+    return math.log(out / (matrix * into)) / math.log(weight[0].numel())
+
+
+class _Bare(nn.Module):
+    """A layer without its hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer.forward(z)  # type: ignore[no-any-return]
+
+
+def _rms(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors) / sum(t.numel() for t in tensors))

@@ -1,0 +1,154 @@
+"""Policies and defaults, one function each: what decides where the graph alone does not.
+
+Every policy marks what it decides, so that a report can say so and the caller overrule it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mupass._dims.verdicts import Verdict, Verdicts
+
+
+def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
+    hidden = verdicts.relatives(verdicts.facts.fan_in)
+    read: dict[int, str] = {}
+    for dim, why in outputs:
+        if verdicts.space.find(dim) not in hidden:
+            verdicts.settle([dim], Verdict(False, why))
+        elif verdicts.is_open(dim):
+            read.setdefault(dim, why)
+    return read
+
+
+def settle_heads(verdicts: Verdicts) -> None:
+    """Policy: in a batched product of two activations the batch grows (heads), the rest is fixed."""
+    for product in verdicts.facts.bilinear:
+        heads = [d for d in product.batch if verdicts.is_open(d)]
+        inner = [d for d in product.inner if verdicts.is_open(d)]
+        if heads and inner:
+            fixed = Verdict(False, f"policy: fixed size per head ({product.where})", True)
+            verdicts.settle([*inner, *_beside(verdicts, heads)], fixed)
+
+
+def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
+    """Return the other factor of every width that is heads times something."""
+    space, facts = verdicts.space, verdicts.facts
+    widths = {space.find(d) for d in (*facts.fan_in, *facts.fan_out)}
+    roots = {space.find(d) for d in heads}
+    roots |= {m for d in roots for term in space.terms_of(d, "product") for m in term if verdicts.is_open(m)}
+    pairs = [members for whole, members in space.terms("product") if whole in widths and len(members) == 2]
+    return [m for pair in pairs if len(roots & set(pair)) == 1 for m in pair if m not in roots]
+
+
+def settle_blocks(verdicts: Verdicts) -> None:
+    """Policy: a width cut into blocks, each with a weight of its own, gets more blocks, not larger ones."""
+    together = {
+        (a, b) for _, members in verdicts.space.terms("product") for a in members for b in members if a != b
+    }
+    for product in verdicts.facts.blocks:
+        count = {verdicts.space.find(d) for d in product.batch if verdicts.is_open(d)}
+        inner = [d for d in product.inner if verdicts.is_open(d)]
+        cut = [d for d in inner if any((c, verdicts.space.find(d)) in together for c in count)]
+        verdicts.settle(cut, Verdict(False, f"policy: fixed size per block ({product.where})", True))
+
+
+def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
+    """Return the open dimensions that weights read and none makes: features that the code computes."""
+    space, facts = verdicts.space, verdicts.facts
+    reached = verdicts.relatives([*made, *facts.fan_out])
+    found = {space.find(d): where for d, where in facts.fan_in.items() if verdicts.is_open(d)}
+    return {d: where for d, where in found.items() if d not in reached}
+
+
+def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
+    """Policy: features that the code computes are fixed, unless as many as the first layer has units.
+
+    Sinusoids of positions come in d_model, those of a time step often in a number of their own. Nothing but
+    the size tells them apart, so the verdict is marked as a policy.
+    """
+    space = verdicts.space
+    widths = {
+        space.size(dim)
+        for into, out in verdicts.facts.weights
+        if not any(verdicts.is_open(d) or verdicts.grows(d) for d in into)
+        for dim in out
+        if verdicts.grows(dim)
+    }
+    for dim, where in unmade.items():
+        grown = space.size(dim) in widths
+        why = "as many features of the code as the first layer has units" if grown else "features of the code"
+        verdicts.settle([dim], Verdict(grown, f"policy: {why} ({where})", True))
+
+
+def settle_alternatives(verdicts: Verdicts) -> None:
+    """Policy: alternatives (experts, slots, bins) are fixed, unless weights read them as features."""
+    read = verdicts.relatives(verdicts.facts.fan_in)
+    for dim, why in verdicts.facts.alternatives.items():
+        if verdicts.space.find(dim) not in read:
+            verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+
+
+def settle_rests(verdicts: Verdicts) -> None:
+    """Policy: an axis of which only fixed parts are ever read is fixed; what no slice covers says nothing."""
+    space = verdicts.space
+    rests = {space.find(d) for d in space.rests}
+    cuts = [(whole, parts) for whole, parts in space.terms("sum") if rests & set(parts)]
+    progress = True
+    while progress:
+        progress = False
+        for whole, parts in cuts:
+            known = [verdicts.get(p) for p in parts if p not in rests]
+            if verdicts.is_open(whole) and known and all(v and not v.infinite for v in known):
+                verdicts.settle([whole], Verdict(False, "policy: only fixed parts of it are read", True))
+                progress = True
+
+
+def settle_groups(verdicts: Verdicts) -> None:
+    """Policy: a grouped convolution keeps its number of groups."""
+    for dim, where in verdicts.facts.groups.items():
+        verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
+
+
+def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
+    """Default: what weights contract or make, and nothing certain touches, is a width.
+
+    Wholes first would hide which of their members grow, so members with evidence of their own go first.
+    """
+    facts, space = verdicts.facts, verdicts.space
+    fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
+    fans = {d: w for d, w in fans.items() if d not in unmade}
+    atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
+    for dim in [*atoms, *fans]:
+        verdicts.settle(
+            [dim], Verdict(True, f"a width: no data, kernel or class axis touches it ({fans[dim]})")
+        )
+
+
+def settle_joined(verdicts: Verdicts) -> None:
+    """Default: parameters joined into one growing weight all grow, except for data among them."""
+    joined = {verdicts.space.find(d) for d in verdicts.facts.joined}
+    for whole, parts in verdicts.space.terms("sum"):
+        if whole in joined and verdicts.grows(whole):
+            why = f"a part of a growing weight ({verdicts.get(whole).why})"  # type: ignore[union-attr]
+            verdicts.settle(parts, Verdict(True, why))
+
+
+def settle_products(verdicts: Verdicts) -> None:
+    """Where a whole must grow and several members could, prefer those that the code does not spell out."""
+    literal = {verdicts.space.find(d) for d in verdicts.facts.literal}
+    while open_terms := verdicts.open_terms():
+        progress = False
+        for whole, members in open_terms:
+            open_ = [m for m in members if verdicts.is_open(m)]
+            top = verdicts.get(whole)
+            if not open_ or top is None or any((v := verdicts.get(m)) and v.infinite for m in members):
+                continue
+            free = [m for m in open_ if m not in literal] or open_
+            choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
+            why = f"policy: it grows with its whole ({top.why})"
+            verdicts.settle(free[:1] if choice else free, Verdict(True, why, choice))
+            progress = True
+        if not progress:
+            break

@@ -1,0 +1,207 @@
+"""Forms: how an operator that uses a weight lays out its input and its output's gradient as rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Form(Protocol):
+    """Rows of one operator; ``reduce`` averages inputs and sums gradients over positions within a sample."""
+
+    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[groups, rows, fan_in]``."""
+
+    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[groups, rows, *fan_out axes]``."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution module, transposed or not.
+
+    Attributes:
+        groups: Number of separate convolutions.
+        outputs: Channels of one of them.
+        kernel: Kernel sizes.
+        stride: Strides.
+        padding: Entries before and after each position axis, last axis first, as `F.pad` takes them.
+        dilation: Dilations.
+        padding_mode: As `torch.nn.functional.pad` names it.
+        transposed: Whether stride spreads the input instead of skipping outputs.
+    """
+
+    groups: int
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    transposed: bool
+
+    @staticmethod
+    def of(module: Any) -> Convolution:
+        """Describe a convolution module.
+
+        Args:
+            module: One of `CONVOLUTIONS` or `TRANSPOSED`.
+        """
+        transposed = isinstance(module, TRANSPOSED)
+        return Convolution(
+            module.groups,
+            module.out_channels // module.groups,
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            _transposed_pads(module) if transposed else _pads(module),
+            tuple(module.dilation),
+            "constant" if module.padding_mode == "zeros" else str(module.padding_mode),
+            transposed,
+        )
+
+    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+        """Unfold patches: ``[groups, rows, channels of a group x kernel]``.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not.
+            reduce: Average over positions.
+        """
+        rank = len(self.kernel)
+        x = x.unsqueeze(0) if x.dim() == rank + 1 else x
+        if self.transposed:
+            x = self._spread(x)
+        if any(self.padding):
+            x = F.pad(x, self.padding, self.padding_mode)
+        steps = (1,) * rank if self.transposed else self.stride
+        for axis, (size, step, gap) in enumerate(zip(self.kernel, steps, self.dilation, strict=True)):
+            x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
+        if self.transposed:  # a transposed convolution meets its kernel back to front
+            x = x.flip(list(range(2 + rank, 2 + 2 * rank)))
+        x = x.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+        order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
+        x = x.permute(order).flatten(2, 1 + rank).flatten(3)
+        return x.mean(2) if reduce else x.flatten(1, 2)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Put ``stride - 1`` zeros between positions."""
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        strides: Any = (..., *(slice(None, None, s) for s in self.stride))
+        spread[strides] = x
+        return spread
+
+    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[groups, rows, channels of a group]``.
+
+        Args:
+            g: Gradient of the output.
+            reduce: Sum over positions.
+        """
+        g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
+        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call]
+        return g.sum(2) if reduce else g.flatten(1, 2)
+
+
+def _pads(module: Any) -> tuple[int, ...]:
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":  # the extra element goes behind, as in torch
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            size = 0 if module.padding == "valid" else int(module.padding[axis])
+            pads += [size, size]
+    return tuple(pads)
+
+
+def _transposed_pads(module: Any) -> tuple[int, ...]:
+    """Return what surrounds the spread input so that a plain convolution gives the output's positions."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
+        pads += [reach, reach + module.output_padding[axis]]
+    return tuple(pads)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table read by index; its input factor is the diagonal of counts."""
+
+    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+        """Return the indices themselves: one-hot rows are never formed."""
+        return x
+
+    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[1, rows, features]``.
+
+        Args:
+            g: Gradient of the looked-up vectors.
+            reduce: Without effect: tables are read position by position.
+        """
+        return g.reshape(1, -1, g.shape[-1])
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A gain or a shift along one axis.
+
+    Attributes:
+        axis: The first feature axis of the output, counted from the last one (-1) where negative.
+        count: Number of feature axes.
+    """
+
+    axis: int
+    count: int = 1
+
+    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+        """Return what a gain multiplies, as `output_rows` lays it out."""
+        return self.output_rows(x)
+
+    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[1, rows, features]``; reduced only after the gain's input has been multiplied in.
+
+        Args:
+            g: Gradient of the output.
+            reduce: Not here, see `_factors`.
+        """
+        at = self.axis % g.dim()
+        rows = g.movedim(list(range(at, at + self.count)), list(range(-self.count, 0)))
+        return rows.reshape(1, -1, prod(g.shape[at : at + self.count]))
+
+
+@dataclass(frozen=True)
+class Features:
+    """A weight that acts on the last axis: rows are all others."""
+
+    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[1, rows, features]``.
+
+        Args:
+            x: ``[batch, ..., features]``, or one vector.
+            reduce: Average over all axes between.
+        """
+        return x.reshape(1, x.shape[0], -1, x.shape[-1]).mean(2) if _long(x, reduce) else _rows(x)
+
+    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
+        """Return ``[1, rows, features]``.
+
+        Args:
+            g: Gradient of the output.
+            reduce: Sum over all axes between.
+        """
+        return g.reshape(1, g.shape[0], -1, g.shape[-1]).sum(2) if _long(g, reduce) else _rows(g)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(1, -1, t.shape[-1])
+
+
+def _long(t: Tensor, reduce: bool) -> bool:
+    return reduce and t.dim() > 2

@@ -1,0 +1,385 @@
+"""Kronecker preconditioner: averages and inverse roots of the factors of many blocks, in banks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mupass._cover import Block, Factor, Place
+from mupass._factors import Layer, factor_dtype
+from mupass._optim._banks import Bank
+from mupass._optim._curvature import Raw, nearest_product, observed
+from mupass._optim._damping import Sides, damp
+from mupass._scales import Scales
+
+Count = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matrix of a block, or as many as it has groups.
+
+    Attributes:
+        block: The block.
+        piece: Which of its matrices.
+        a: Slot of its input factor; None for vectors and where A is left out.
+        b: Slot of its output factor; None where B is left out.
+        groups: Number of separate matrices of equal shape.
+        inputs: Size of the input side.
+        outputs: Size of the output side.
+    """
+
+    block: Block
+    piece: int
+    a: str | None
+    b: str | None
+    groups: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pairs of one precision and device, lined up group by group.
+
+    Attributes:
+        banks: Indices of their banks.
+        pairs: The pairs.
+        at_a: Slot of each row's input factor, counted through the banks; -1 for none.
+        at_b: The same for output factors.
+        dim_a: Sizes of the input sides.
+        dim_b: Sizes of the output sides.
+        scale_a: Width factors of absolute damping of A.
+        scale_b: Width factors of absolute damping of B.
+    """
+
+    banks: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    at_a: Tensor
+    at_b: Tensor
+    dim_a: Tensor
+    dim_b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+
+    def sides(self, traces: Tensor, dampings: Mapping[str, float]) -> Sides:
+        """Return what damping is made of; a side without a factor counts as the identity.
+
+        Args:
+            traces: Of all slots of the banks.
+            dampings: Damping of each parameter.
+        """
+        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in range(pair.groups)]
+        return Sides(
+            trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
+            trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
+            dim_a=self.dim_a,
+            dim_b=self.dim_b,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+            damping=traces.new_tensor(values),
+        )
+
+
+class Kronecker:
+    """Factors and roots of all blocks.
+
+    Slots are named by what is summed in them, so that weights that share a factor share its average and its
+    root. Under pi-damping each matrix has a damping of its own on either side, and so slots of its own.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[Block, ...],
+        layers: Mapping[Place, Layer],
+        parameters: Mapping[str, Tensor],
+        powers: tuple[float, float],
+        mode: str,
+        scales: Mapping[str, Scales],
+        stagger: bool,
+        floor: float,
+    ) -> None:
+        self.powers, self.mode, self.floor = powers, mode, floor
+        self.parameters = parameters
+        self.sources: dict[str, tuple[Block, Factor]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.blocks = [(block, self._pairs(block, layers)) for block in blocks]
+        self.pairs = [pair for _, pairs in self.blocks for pair in pairs]
+        self.banks = {side: self._make_banks(side) for side in "ab"}
+        self.at = {
+            name: (bank, bank.slot[name, 0], self._shapes[name][0])
+            for bank in self._all
+            for name, _ in bank.keys
+        }
+        self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
+        self.phase = _phases(self._all, stagger)
+        self.kinds = self._index(scales)
+        # Dampings of the number 1, the input factor of vectors.
+        self.unit_rho = {
+            f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
+            for like in self.kinds
+            for p in like.pairs
+            if not p.block.a
+        }
+        self.rooted = False
+
+    def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
+        pairs = []
+        stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
+        for piece, stack in enumerate(stacks):
+            slots: dict[str, str] = {}
+            for side, factors in (("a", block.a), ("b", block.b)):
+                if factors and self.powers[side == "b"] > 0:
+                    factor = factors[piece]
+                    layer = layers[factor.places[0]]
+                    name = slots[side] = _slot(block, factor, piece if self.mode == "pi" else None)
+                    self.sources.setdefault(name, (block, factor))
+                    self._shapes[name] = (
+                        layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
+                    )
+            groups, outputs, inputs = stack.shape
+            pairs.append(Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs))
+        return pairs
+
+    def _make_banks(self, side: str) -> list[Bank]:
+        """Put factors of equal shape, precision and device together."""
+        alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
+        for name, shape in self._shapes.items():
+            block, factor = self.sources[name]
+            if factor.side == side:
+                weight = self.parameters[block.parameter]
+                slots = [(name, g) for g in range(shape[0])]
+                alike[shape[1:], factor_dtype(weight), weight.device] += slots
+        return [Bank(slots, *kind) for kind, slots in alike.items()]
+
+    def _index(self, scales: Mapping[str, Scales]) -> list[Kind]:
+        """Line up what damping needs, for the pairs of each precision and device."""
+        kinds: dict[Any, list[Pair]] = defaultdict(list)
+        for pair in self.pairs:
+            weight = self.parameters[pair.block.parameter]
+            kinds[factor_dtype(weight), weight.device].append(pair)
+        found = []
+        for (dtype, device), pairs in kinds.items():
+            banks = [
+                i for i, b in enumerate(self._all) if (b.factors.dtype, b.factors.device) == (dtype, device)
+            ]
+            slots = {key: n for n, key in enumerate(key for i in banks for key in self._all[i].keys)}
+            rows = [(pair, g) for pair in pairs for g in range(pair.groups)]
+            own = [scales[pair.block.parameter] for pair, _ in rows]
+            like = torch.zeros((), dtype=dtype, device=device)
+            found.append(
+                Kind(
+                    banks=tuple(banks),
+                    pairs=tuple(pairs),
+                    at_a=torch.tensor([slots.get((p.a, g), -1) for p, g in rows], device=device),
+                    at_b=torch.tensor([slots.get((p.b, g), -1) for p, g in rows], device=device),
+                    dim_a=like.new_tensor([p.inputs for p, _ in rows]),
+                    dim_b=like.new_tensor([p.outputs for p, _ in rows]),
+                    scale_a=like.new_tensor([s.damping_in for s in own]),
+                    scale_b=like.new_tensor([s.damping_out for s in own]),
+                )
+            )
+        return found
+
+    def average(self, taken: Mapping[Place, Raw], decay: float, count: Count) -> None:
+        """Add the factors of one step to the averages.
+
+        Args:
+            taken: Result of `Curvature.take`.
+            decay: Weight of the past.
+            count: Called with (incident, place) for factors that overflowed.
+        """
+        new: dict[str, Tensor] = {}
+        tied: dict[str, tuple[Tensor, Tensor] | None] = {}
+        for name, (block, factor) in self.sources.items():
+            if block.tied and factor in (*block.a, *block.b):
+                if block.parameter not in tied:
+                    tied[block.parameter] = nearest_product(block.tied, taken)
+                found = tied[block.parameter]
+                value = None if found is None else found[factor.side == "b"]
+            else:
+                value = observed(factor, taken)
+            if value is not None:
+                new[name] = value
+        for bank in self._all:
+            seen = {(name, 0): new[name] for name in self.names[id(bank)] if name in new}
+            for name, _ in bank.average(seen, decay):
+                count("overflowed_factors", self._place(name))
+
+    @property
+    def _all(self) -> list[Bank]:
+        return [*self.banks["a"], *self.banks["b"]]
+
+    def _place(self, name: str) -> str:
+        block, factor = self.sources[name]
+        return f"factor {factor.side.upper()} of {block.parameter}"
+
+    def unseen(self) -> list[str]:
+        """Return parameters that have a factor which was never observed."""
+        missing = set()
+        for bank in self._all:
+            for i in (bank.weight == 0).nonzero().flatten().tolist():
+                missing.add(bank.keys[i][0])
+        return list(dict.fromkeys(p.block.parameter for p in self.pairs if missing & {p.a, p.b}))
+
+    def due(self, step: int, period: int, drift: float) -> dict[int, Tensor]:
+        """Return the slots of every bank whose roots are to be computed anew.
+
+        Roots of large factors are spread over the steps of a period. One whose factor has changed its size
+        since is stale at once, whenever that is: in the first steps of training they grow by orders.
+
+        Args:
+            step: Number of steps taken.
+            period: Steps between recomputations of a root.
+            drift: Ratio of traces beyond which a root is stale.
+
+        Returns:
+            Index of the bank -> slots, without banks that have none.
+        """
+        found = {}
+        for i, bank in enumerate(self._all):
+            turn = (self.phase[i] - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
+            slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
+            if len(slots):
+                found[i] = slots
+        return found
+
+    def refresh(
+        self,
+        dampings: Mapping[str, float],
+        count: Count,
+        ranks: int = 1,
+        due: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Recompute inverse roots, those of a bank together.
+
+        Args:
+            dampings: Damping of each parameter.
+            count: Called with (incident, place) for factorizations that failed.
+            ranks: Number of ranks that the roots are divided over.
+            due: Result of `due`; all when None.
+        """
+        rho = self._damp(dampings)
+        for i, bank in enumerate(self._all):
+            slots = torch.arange(len(bank.keys), device=bank.weight.device) if due is None else due.get(i)
+            if slots is None:
+                continue
+            power = self.powers[i >= len(self.banks["a"])]
+            failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
+            for at in slots[failed].tolist():
+                count("failed_roots", self._place(bank.keys[at][0]))
+        self.rooted = True
+        seen = set()  # under pi-damping a bias has a copy of its weight's factor
+        for bank in self.banks["b"]:
+            for i in ((bank.traces() <= 0) & (bank.weight > 0)).nonzero().flatten().tolist():
+                block, factor = self.sources[bank.keys[i][0]]
+                if factor in seen:
+                    continue
+                seen.add(factor)
+                count(
+                    "zero_traces",
+                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
+                )
+
+    def _damp(self, dampings: Mapping[str, float]) -> list[Tensor]:
+        """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
+        rho: list[Tensor] = [bank.weight for bank in self._all]
+        for kind in self.kinds:
+            traces = torch.cat([self._all[i].traces() for i in kind.banks])
+            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
+            both = torch.zeros_like(traces)
+            for at, values in ((kind.at_a, rho_a), (kind.at_b, rho_b)):
+                both[at[at >= 0]] = values[at >= 0]
+            counts = [len(self._all[i].keys) for i in kind.banks]
+            for i, part in zip(kind.banks, torch.split(both, counts), strict=True):
+                rho[i] = part
+            first = 0
+            for pair in kind.pairs:
+                if not pair.block.a:
+                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = rho_a[first : first + pair.groups]
+                first += pair.groups
+        return rho
+
+    def directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the preconditioned gradient of every block.
+
+        Args:
+            grads: Gradient of each parameter that has one.
+        """
+        found: dict[str, Tensor] = {}
+        for block, pairs in self.blocks:
+            grad = grads.get(block.parameter)
+            if grad is not None:
+                stacks = block.matrices.split(grad)
+                parts = [self._apply(pair, stack) for pair, stack in zip(pairs, stacks, strict=True)]
+                found[block.parameter] = block.matrices.join(parts, grad).reshape(grad.shape).to(grad.dtype)
+        return found
+
+    def root(self, slot: str | None) -> Tensor | None:
+        """Return the roots of a slot, ``[groups, n, n]`` or ``[groups, n]``; a view into its bank.
+
+        Args:
+            slot: Its name.
+        """
+        if slot is None:
+            return None
+        bank, first, count = self.at[slot]
+        return bank.roots[first : first + count]
+
+    def _apply(self, pair: Pair, stack: Tensor) -> Tensor:
+        a, b = self.root(pair.a), self.root(pair.b)
+        dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
+        stack = stack.to(dtype)
+        if b is not None:
+            stack = b[..., None] * stack if b.dim() == 2 else b @ stack
+        if a is not None:
+            stack = stack * a[:, None] if a.dim() == 2 else stack @ a
+        rho = self.unit_rho.get(f"{pair.block.parameter}.{pair.piece}")
+        if not pair.block.a and self.powers[0] > 0 and rho is not None:
+            stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
+        return stack
+
+    def layout(self) -> Any:
+        """Return what a saved state must agree in."""
+        return {side: [bank.layout() for bank in banks] for side, banks in self.banks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs."""
+        banks = {side: [bank.state_dict() for bank in banks] for side, banks in self.banks.items()}
+        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state.
+
+        Args:
+            state: Result of `state_dict`.
+        """
+        for side, banks in self.banks.items():
+            for bank, saved in zip(banks, state["banks"][side], strict=True):
+                bank.load_state_dict(saved)
+        self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
+        self.rooted = state["rooted"]
+
+
+def _slot(block: Block, factor: Factor, piece: int | None) -> str:
+    """Name a slot by its taps; with a piece, by the matrix that has it for itself."""
+    places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
+    own = f"@{block.parameter}.{piece}" if piece is not None else ""
+    tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
+    return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
+
+
+def _phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:
+    """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
+    slots = [
+        (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
+    ]
+    phases = [torch.zeros(len(bank.keys), dtype=torch.long) for bank in banks]
+    for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
+        phases[i][at] = turn
+    return phases

@@ -1,0 +1,100 @@
+"""compile=True: the same steps as eager, one graph for each shape, none for schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_shampoo import make
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+import mupass
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "shampoo": (mupass.Shampoo, {"root_every": 2}),
+    "shampoo sgd": (mupass.Shampoo, {"graft": "sgd", "block_size": 5}),
+    "shampoo adam": (mupass.Shampoo, {"graft": "adam", "block_size": 5}),
+    "shampoo rmsprop": (mupass.Shampoo, {"graft": "rmsprop"}),
+    "shampoo modes": (mupass.Shampoo, {"kernels": "modes"}),
+    "soap": (mupass.SOAP, {"basis_every": 2}),
+    "muon": (mupass.Muon, {"roles": ["input", "hidden", "output"]}),
+    "adamuon": (mupass.Muon, {"adaptive": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Count graphs; the backend needs no C++ compiler."""
+    found = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **options, backend=found))
+    return found
+
+
+def train(net: Any, x: Any, optimizer: Any, steps: int, schedule: Any = None) -> None:
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            if "damping" in group and group["damping"]:
+                group["damping"] = 1e-3 / (1 + step)
+        optimizer.zero_grad()
+        (net(x) - 1).square().mean().backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("model", ["cnn", "attention"])
+def test_one_graph_for_each_shape_whatever_the_schedule(
+    model: str, name: str, counter: CompileCounterWithBackend
+) -> None:
+    cls, options = OPTIMIZERS[name]
+    pair = [make(model) for _ in range(2)]
+    eager, compiled = (
+        cls(net, 0.02, compile=flag, **options) for (net, _), flag in zip(pair, (False, True), strict=True)
+    )
+    for (net, x), optimizer in zip(pair, (eager, compiled), strict=True):
+        train(net, x, optimizer, 8, OneCycleLR(optimizer, max_lr=0.02, total_steps=9))
+    assert counter.frame_count == len(compiled._stacks) > 0
+    for p, q in zip(*(net.parameters() for net, _ in pair), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+
+
+def test_more_shapes_than_dynamo_keeps_graphs_for(counter: CompileCounterWithBackend) -> None:
+    widths = [5, *range(8, 48, 4), 3]
+    layers: list[torch.nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [torch.nn.Linear(a, b), torch.nn.Tanh()]
+    torch.manual_seed(0)
+    x = torch.randn(6, 5)
+    net = mupass.transform(torch.nn.Sequential(*layers[:-1]), x, base=8)
+    optimizer = mupass.Shampoo(net, 0.01, compile=True)
+    train(net, x, optimizer, 3, LambdaLR(optimizer, lambda t: 1 / (1 + t)))
+    assert counter.frame_count == len(optimizer._stacks) > torch._dynamo.config.recompile_limit
+
+
+def test_eager_is_the_default(counter: CompileCounterWithBackend) -> None:
+    for cls, options in OPTIMIZERS.values():
+        net, x = make("cnn")
+        train(net, x, cls(net, 0.02, **options), 2)
+    assert counter.frame_count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shampoo adam", "soap", "adamuon"])
+def test_inductor_agrees_with_eager(name: str) -> None:
+    cls, options = OPTIMIZERS[name]
+    pair = [make("attention") for _ in range(2)]
+    for (net, x), flag in zip(pair, (False, True), strict=True):
+        train(net, x, cls(net, 0.02, compile=flag, **options), 5)
+    for p, q in zip(*(net.parameters() for net, _ in pair), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)

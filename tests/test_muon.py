@@ -1,0 +1,142 @@
+"""Muon: whole updates against singular value decompositions, the polynomials, routing by role."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from test_kfac import moved
+from test_shampoo import MODELS, assert_close, growth, make
+from torch import Tensor, nn
+
+import mupass
+from mupass._optim._polar import orthogonalize, quintics
+
+LR = 0.1
+EVERY = {"roles": ["input", "hidden", "output"], "fallback": "sgd", "fallback_lr": 0.5}
+
+
+def polar(g: Tensor) -> Tensor:
+    """U V^T over the singular values that are not rounding errors."""
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    return (u * (s > 1e-10 * s[0])) @ v
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_update_equals_singular_vectors(name: str) -> None:
+    net, x = make(name)
+    optimizer = mupass.Muon(net, LR, steps=14, **EVERY)
+    net(x).square().mean().backward()
+    got = moved(net, optimizer.step)
+    for parameter, matrices in MODELS[name][2].items():
+        m_in, m_out = growth(name, parameter)
+        grad = net.get_parameter(parameter).grad
+        assert grad is not None
+        for move, g in zip(matrices(got[parameter]), matrices(grad), strict=True):
+            assert_close(move, -LR * sqrt(m_out / m_in) * polar(g), parameter)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum(nesterov: bool, adaptive: bool) -> None:
+    net, _ = make("mlp")
+    options = {"momentum": 0.8, "nesterov": nesterov, "adaptive": adaptive, "beta2": 0.7}
+    optimizer = mupass.Muon(net, LR, steps=30, **options)
+    average = torch.zeros(12, 12, dtype=torch.float64)
+    squares, weight = average.clone(), 0.0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        net(torch.randn(30, 5, dtype=torch.float64)).square().mean().backward()
+        g = net[2].weight.grad  # type: ignore[index]
+        average = 0.8 * average + 0.2 * g
+        want = polar(0.2 * g + 0.8 * average if nesterov else average)
+        if adaptive:
+            squares, weight = 0.7 * squares + 0.3 * want**2, 0.7 * weight + 0.3
+            want = want / (squares / weight).sqrt() / 2  # Adam's rate, 1 / m_in
+        got = moved(net, optimizer.step)["2.weight"]
+        assert (got + LR * want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_a_step_points_where_torch_muon_points() -> None:
+    net, x = make("mlp")
+    optimizer = mupass.Muon(net, LR)
+    net(x).square().mean().backward()
+    twin = nn.Parameter(net[2].weight.detach().clone().float())  # type: ignore[index]
+    before = twin.detach().clone()
+    twin.grad = net[2].weight.grad.float()  # type: ignore[index,union-attr]
+    torch.optim.Muon([twin], lr=LR, weight_decay=0.0).step()
+    ours, theirs = moved(net, optimizer.step)["2.weight"].flatten(), (twin.detach() - before).flatten()
+    # Their polynomial leaves singular values between 0.7 and 1.2, in bfloat16.
+    assert torch.cosine_similarity(ours, theirs.double(), 0) > 0.9
+
+
+@pytest.mark.parametrize("lower", [1e-3, 0.05])
+def test_quintics_are_the_best_on_their_intervals(lower: float) -> None:
+    low, high = lower, 1.0
+    for a, b, c in quintics(6, lower):
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64)
+        error = 1 - (a * x + b * x**3 + c * x**5)
+        worst = error.abs().max().item()
+        if worst > 1e-6:  # Chebyshev: three coefficients, so four extremes of equal size, signs alternating
+            turns = (error.diff().sign().diff() != 0).nonzero().flatten() + 1
+            extremes = [error[0], *error[turns], error[-1]]
+            signed = [float(e) * s for e, s in zip(extremes, (1, -1, 1, -1), strict=True)]
+            assert signed == pytest.approx([worst] * 4, rel=1e-4)
+        low, high = 1 - worst, 1 + worst
+    assert high - low < 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.115), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+def test_singular_values_come_out_near_one(
+    shape: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(3, n, min(shape))).Q for n in shape)
+    s = torch.logspace(-2.5, 0, min(shape))
+    x = (u * s) @ v.mT
+    got = torch.linalg.svdvals(orthogonalize(x, torch.zeros(3), quintics(5), dtype))
+    assert (got - 1).abs().max() < tolerance
+
+
+def test_epsilon_damps_small_gradients_alike_at_all_widths() -> None:
+    # The norm of a gradient goes like sqrt(m_in / m_out), and epsilon has to follow.
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    x /= x.flatten(1).norm(dim=1)[:, None, None]
+    whole = orthogonalize(x, torch.zeros(2, dtype=torch.float64), quintics(5), x.dtype)
+    damped = orthogonalize(1e-9 * x, torch.full((2,), 1e-3, dtype=torch.float64), quintics(5), x.dtype)
+    assert damped.norm() < 1e-2 * whole.norm()
+    rows = {n: mupass.Muon(make("mlp")[0], LR, **EVERY).plan[n].scales.epsilon for n in MODELS["mlp"][2]}
+    assert rows == pytest.approx({"0.weight": 2**-0.5, "2.weight": 1.0, "4.weight": 2**0.5})
+
+
+class Misnamed(nn.Module):
+    """Names that say the opposite of what the parameters are."""
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.lm_head, self.embed, self.norm_bias = nn.Embedding(9, w), nn.Linear(w, w), nn.Linear(w, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm_bias(torch.tanh(self.embed(self.lm_head(ids))))
+
+
+@pytest.mark.parametrize("cls", [mupass.Muon, mupass.SOAP, mupass.Shampoo])
+def test_routing_is_by_role(cls: Any) -> None:
+    torch.manual_seed(0)
+    net = mupass.transform(Misnamed(8), torch.arange(6).view(2, 3), base=4)
+    found = {c.parameter: c for c in cls(net, 0.1, roles=["hidden"]).coverage()}
+    own = cls.__name__.lower()
+    assert {n: c.treatment for n, c in found.items()} == {
+        "lm_head.weight": "adamw",
+        "embed.weight": own,
+        "embed.bias": "adamw",
+        "norm_bias.weight": "adamw",
+        "norm_bias.bias": "adamw",
+    }
+    assert "its role is input" in found["lm_head.weight"].reason
+    assert "its role is output" in found["norm_bias.weight"].reason
+    assert {c.treatment for c in mupass.Muon(net, 0.1).coverage()} == {"muon", "adamw"}

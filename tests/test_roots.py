@@ -1,0 +1,98 @@
+"""Inverse roots: both methods against float64, up to where rounding errors take over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
+from mupass._optim._roots import inverse_roots
+
+N = 48
+
+
+def matrices(condition: float) -> Tensor:
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(3, N, N, dtype=torch.float64)).Q
+    return (q * condition ** -torch.linspace(0, 1, N, dtype=torch.float64)) @ q.mT
+
+
+def root(m: Tensor, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(m.double())
+    return (vectors * values[:, None, :].pow(-power)) @ vectors.mT
+
+
+def error(found: Tensor, want: Tensor) -> float:
+    return float(((found.double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+def test_roots_in_double_precision(p: int, condition: float, method: str) -> None:
+    m = matrices(condition)
+    zero = torch.zeros(3, dtype=torch.float64)
+    found, failed = inverse_roots(m, zero, 1 / p, torch.zeros_like(m), method=method)
+    assert not failed.any()
+    assert error(found, root(m, 1 / p)) < 1e-9
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_roots_in_single_precision(p: int) -> None:
+    # Rounding errors are 6e-8 of the largest eigenvalue: that is 6e-4 of the smallest at condition 1e4.
+    for condition, limit in ((1e2, 1e-5), (1e4, 1e-4)):
+        m = matrices(condition).float()
+        errors = {}
+        for method in ("eigh", "newton"):
+            found, failed = inverse_roots(m, torch.zeros(3), 1 / p, torch.zeros_like(m), method=method)
+            assert not failed.any()
+            errors[method] = error(found, root(m, 1 / p))
+        assert errors["newton"] < limit and errors["newton"] < 2 * errors["eigh"]
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize("condition", [1e6, 1e8, 1e12])
+def test_roots_stay_bounded_beyond(condition: float, p: int) -> None:
+    m = matrices(condition).float()
+    found, solved = newton_roots(m, torch.zeros(3), p)
+    bound = (6e-8 * N) ** (-1 / p)  # no smaller eigenvalue can be told from zero
+    assert found.isfinite().all()
+    assert (torch.linalg.matrix_norm(found[solved], 2) < 10 * max(bound, condition ** (1 / p))).all()
+    damped, failed = inverse_roots(m, torch.full((3,), 1e-4), 1 / p, torch.zeros_like(m), method="newton")
+    assert not failed.any()
+    assert torch.linalg.matrix_norm(damped, 2).max() < 1.01 * 1e-4 ** (-1 / p)
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_damping_relative_to_the_largest_eigenvalue(method: str) -> None:
+    m = matrices(1e3) * torch.tensor([1.0, 1e-6, 1e6], dtype=torch.float64)[:, None, None]
+    rho = torch.full((3,), 0.03, dtype=torch.float64)
+    found, failed = inverse_roots(m, rho, 0.25, torch.zeros_like(m), relative=True, method=method)
+    top = torch.linalg.eigvalsh(m)[:, -1]
+    eye = torch.eye(N, dtype=torch.float64)
+    assert not failed.any()
+    assert error(found, root(m + 0.03 * top[:, None, None] * eye, 0.25)) < 1e-3
+    assert ((largest_eigenvalues(m) / top - 1).abs() < 0.05).all()
+
+
+def test_what_newton_does_not_solve_is_decomposed() -> None:
+    m = torch.stack([matrices(1e2)[0], torch.diag(torch.logspace(0, -30, N, dtype=torch.float64))])
+    found, failed = inverse_roots(m, torch.zeros(2, dtype=torch.float64), 1.0, m, method="newton")
+    assert not failed.any() and error(found[:1], root(m[:1], 1.0)) < 1e-9
+    assert error(found[1:], torch.diag(torch.logspace(0, 30, N, dtype=torch.float64))[None]) < 1e-6
+
+
+def test_a_failure_keeps_the_previous_root_and_a_zero_matrix_has_none() -> None:
+    m = torch.stack([torch.full((N, N), float("nan")), torch.zeros(N, N), torch.eye(N)])
+    previous = torch.full_like(m, 7.0)
+    for method in ("eigh", "newton"):
+        found, failed = inverse_roots(m, torch.zeros(3), 0.25, previous, method=method)
+        assert failed.tolist() == [True, False, False]
+        assert (found[0] == 7).all() and (found[1] == 0).all()
+        torch.testing.assert_close(found[2], torch.eye(N))
+
+
+def test_only_whole_roots_are_iterated() -> None:
+    assert [root_index(x) for x in (1.0, 0.5, 1 / 3, 0.25, 0.125)] == [1, 2, 3, 4, 8]
+    assert [root_index(x) for x in (0.0, 0.3, 2.0, 0.75, 1 / 9)] == [None] * 5
