@@ -1,4 +1,4 @@
-"""The command line: ``mupass analyze``, ``mupass resize``, ``mupass check`` and ``mupass sweep``."""
+"""The command line: ``mupass analyze``, ``check``, ``sweep`` and ``resize``, each with a TARGET."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command in ("check", "sweep"):
                 torch.manual_seed(options.seed)
             model = load(options.target)
+        if options.command in ("check", "sweep"):
+            return run(options, model)
         if options.command == "resize":
             run_resize(options, model, _inputs(options.input, model))
             return 0
-        if options.command != "analyze":
-            return run(options, model)
         base: Any = options.base
         if options.base_target:
             with torch.device("meta"):

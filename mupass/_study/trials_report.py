@@ -108,6 +108,7 @@ def figure(sweep: Sweep) -> Figure:
     names = [n for n in sweep.names if len(sweep.curve(sweep.widths[0], n)) > 1] or list(sweep.names)
     drawn, axes = new_figure(len(names))
     import matplotlib
+    import matplotlib.ticker
 
     shades = matplotlib.colormaps["viridis_r"]
     for axis, name in zip(axes, names, strict=True):
@@ -124,8 +125,16 @@ def figure(sweep: Sweep) -> Figure:
                 )
                 axis.hlines(best.loss, best.low, best.high, color=color, alpha=0.5, lw=3)
         axis.set_xscale("log")
+        tried = sorted({value for width in sweep.widths for value in sweep.curve(width, name)})
+        marked = (
+            tried[:: max(1, math.ceil(len(tried) / 6))] if sweep.driver == "grid" else [tried[0], tried[-1]]
+        )
+        axis.set_xticks(marked, [f"{value:.3g}" for value in marked])
         if all(t.loss > 0 for t in sweep.trials):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
         axis.set_ylabel(sweep.score)
         axis.legend(
