@@ -5,7 +5,7 @@ Every optimizer gets the same grid of learning rates at the base width, all of t
 one that reaches the target in the fewest steps (averaged over seeds) is then used, unchanged, 8 times
 wider. The loss is the mean over the last 20 batches, and every batch is new to the model: one pass over the
 data, so that it is an unbiased estimate of the loss on unseen data. Time is that of training alone, on one
-thread.
+thread: seconds of the process, with wall-clock beside them.
 
     python -m benchmarks.to_target                          # all of it: 20 to 30 minutes on one core
     python -m benchmarks.to_target --tasks cnn --minutes 5  # a piece of it; call again to go on
@@ -199,14 +199,9 @@ def cell(runs: Sequence[Run]) -> str:
     def spread(values: list[float]) -> str:
         return f"{mean(values):.3g} +- {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.3g}"
 
-    numbers = (
-        f"{spread([float(r.steps) for r in there]):>12} steps {spread([r.seconds for r in there]):>14} s"
-    )
-    return (
-        numbers
-        + f" (CPU {mean(r.cpu_seconds for r in there):.3g})"
-        + ("" if len(there) == len(runs) else f" [{len(there)} of {len(runs)} runs]")
-    )
+    steps, cpu = spread([float(r.steps) for r in there]), spread([r.cpu_seconds for r in there])
+    numbers = f"{steps:>12} steps {cpu:>14} s (wall {mean(r.seconds for r in there):.3g})"
+    return numbers + ("" if len(there) == len(runs) else f" [{len(there)} of {len(runs)} runs]")
 
 
 def table(log: Log, tasks: dict[str, Task], optimizers: Sequence[str]) -> str:
