@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mupass
-from mupass._cover import Cover, Options, cover
+from mupass._blocks import Cover, Options
+from mupass._cover import cover
 from mupass._factors import Layer
 from mupass._taps import ModuleTap, attach, detach, hookable, tap_of
 

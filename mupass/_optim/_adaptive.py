@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mupass._errors import OptimizerError
-from mupass._optim._base import check_number, check_period
+from mupass._optim._checks import check_number, check_period
 from mupass._optim._kfac import KFAC
 from mupass._optim._parallel import whole
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mupass._cover import Block, Cover, Factor, Place, Tied
+from mupass._blocks import Block, Cover, Factor, Place, Tied
 from mupass._errors import OptimizerError
 from mupass._factors import factor_dtype
 from mupass._intercept import intercept

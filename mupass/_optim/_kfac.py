@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._cover import Options, cover
+from mupass._blocks import Options
+from mupass._cover import cover
 from mupass._errors import OptimizerError
 from mupass._optim._banks import Bank
-from mupass._optim._base import PlannedOptimizer, check_choice, check_number, check_period
+from mupass._optim._base import PlannedOptimizer
+from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._curvature import Curvature, Loss
 from mupass._optim._damping import MODES
 from mupass._optim._kronecker import Kronecker

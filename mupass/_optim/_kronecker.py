@@ -3,87 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mupass._cover import Block, Factor, Place
+from mupass._blocks import Block, Factor, Place
 from mupass._factors import Layer, factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._curvature import Raw, nearest_product, observed
-from mupass._optim._damping import Sides, damp
+from mupass._optim._damping import damp
+from mupass._optim._pairs import Kind, Pair, phases, slot_name, times
 from mupass._scales import Scales
 
 Count = Callable[[str, str], None]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One matrix of a block, or as many as it has groups.
-
-    Attributes:
-        block: The block.
-        piece: Which of its matrices.
-        a: Slot of its input factor; None for vectors and where A is left out.
-        b: Slot of its output factor; None where B is left out.
-        groups: Number of separate matrices of equal shape.
-        inputs: Size of the input side.
-        outputs: Size of the output side.
-    """
-
-    block: Block
-    piece: int
-    a: str | None
-    b: str | None
-    groups: int
-    inputs: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Pairs of one precision and device, lined up group by group.
-
-    Attributes:
-        banks: Indices of their banks.
-        pairs: The pairs.
-        at_a: Slot of each row's input factor, counted through the banks; -1 for none.
-        at_b: The same for output factors.
-        dim_a: Sizes of the input sides.
-        dim_b: Sizes of the output sides.
-        scale_a: Width factors of absolute damping of A.
-        scale_b: Width factors of absolute damping of B.
-    """
-
-    banks: tuple[int, ...]
-    pairs: tuple[Pair, ...]
-    at_a: Tensor
-    at_b: Tensor
-    dim_a: Tensor
-    dim_b: Tensor
-    scale_a: Tensor
-    scale_b: Tensor
-
-    def sides(self, traces: Tensor, dampings: Mapping[str, float]) -> Sides:
-        """Return what damping is made of; a side without a factor counts as the identity.
-
-        Args:
-            traces: Of all slots of the banks.
-            dampings: Damping of each parameter.
-        """
-        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in range(pair.groups)]
-        return Sides(
-            trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
-            trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
-            dim_a=self.dim_a,
-            dim_b=self.dim_b,
-            scale_a=self.scale_a,
-            scale_b=self.scale_b,
-            damping=traces.new_tensor(values),
-        )
 
 
 class Kronecker:
@@ -117,7 +51,7 @@ class Kronecker:
             for name, _ in bank.keys
         }
         self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
-        self.phase = _phases(self._all, stagger)
+        self.phase = phases(self._all, stagger)
         self.kinds = self._index(scales)
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {
@@ -137,7 +71,7 @@ class Kronecker:
                 if factors and self.powers[side == "b"] > 0:
                     factor = factors[piece]
                     layer = layers[factor.places[0]]
-                    name = slots[side] = _slot(block, factor, piece if self.mode == "pi" else None)
+                    name = slots[side] = slot_name(block, factor, piece if self.mode == "pi" else None)
                     self.sources.setdefault(name, (block, factor))
                     self._shapes[name] = (
                         layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
@@ -338,7 +272,7 @@ class Kronecker:
                         if slot:
                             bank, first, count = self.at[slot]
                             m = values[self._all.index(bank)][first : first + count]
-                            f = _times(f.to(m.dtype), m, left)
+                            f = times(f.to(m.dtype), m, left)
                     total.append((d * f).sum())
         return torch.stack(total).sum() if total else torch.zeros(())
 
@@ -358,7 +292,7 @@ class Kronecker:
         dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
         stack = stack.to(dtype)
         for root, left in ((b, True), (a, False)):
-            stack = stack if root is None else _times(stack, root, left)
+            stack = stack if root is None else times(stack, root, left)
         rho = self.unit_rho.get(f"{pair.block.parameter}.{pair.piece}")
         if not pair.block.a and self.powers[0] > 0 and rho is not None:
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
@@ -384,29 +318,3 @@ class Kronecker:
                 bank.load_state_dict(saved)
         self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
         self.rooted = state["rooted"]
-
-
-def _slot(block: Block, factor: Factor, piece: int | None) -> str:
-    """Name a slot by its taps; with a piece, by the matrix that has it for itself."""
-    places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
-    own = f"@{block.parameter}.{piece}" if piece is not None else ""
-    tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
-    return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
-
-
-def _times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
-    if factor.dim() == 2:
-        return factor[..., None] * stack if left else stack * factor[:, None]
-    return factor @ stack if left else stack @ factor
-
-
-def _phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:
-    """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
-    slots = [
-        (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
-    ]
-    phases = [torch.zeros(len(bank.keys), dtype=torch.long) for bank in banks]
-    for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
-        phases[i][at] = turn
-    return phases

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._optim._base import check_number, check_period
+from mupass._optim._checks import check_number, check_period
 from mupass._optim._matrix import MatrixOptimizer, pick, wide
 from mupass._optim._polar import Quintic, orthogonalize, quintics
 from mupass._optim._stacks import Stack

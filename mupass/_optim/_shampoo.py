@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from mupass._optim._base import check_choice, check_number, check_period
+from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
 from mupass._optim._roots import inverse_roots

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._optim._base import check_choice, check_number, check_period
+from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
 from mupass._optim._roots import eigenbases

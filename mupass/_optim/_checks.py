@@ -1,0 +1,84 @@
+"""Checks of an optimizer's arguments, and the table of how it treats every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mupass._errors import OptimizerError
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """Return a finite number within bounds.
+
+    Args:
+        name: What to call it in the error.
+        value: The number.
+        low: Smallest value allowed.
+        high: Bound that must not be reached, unless infinite.
+
+    Raises:
+        OptimizerError: It is no number, NaN, infinite or out of bounds.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or value >= high:
+        bounds = f">= {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
+        raise OptimizerError(f"{name} must be a finite number {bounds}, not {value!r}")
+    return float(value)
+
+
+def check_period(name: str, value: Any) -> int:
+    """Return a number of steps, at least 1.
+
+    Args:
+        name: What to call it in the error.
+        value: The number.
+
+    Raises:
+        OptimizerError: It is not a positive whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptimizerError(f"{name} must be a whole number of steps >= 1, not {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return a known word.
+
+    Args:
+        name: What to call it in the error.
+        value: The word.
+        known: Words allowed.
+
+    Raises:
+        OptimizerError: It is none of them.
+    """
+    if value not in tuple(known):
+        raise OptimizerError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Covered:
+    """How one parameter is treated.
+
+    Attributes:
+        parameter: Its name.
+        treatment: Block type, or name of the fallback.
+        reason: Why.
+    """
+
+    parameter: str
+    treatment: str
+    reason: str
+
+
+class Coverage(tuple[Covered, ...]):
+    """Treatment of every parameter; prints as a table."""
+
+    def __str__(self) -> str:
+        """Return one line a parameter."""
+        width = max((len(c.parameter) for c in self), default=0)
+        return "\n".join(f"{c.parameter:<{width}}  {c.treatment:<12}  {c.reason}" for c in self)

@@ -1,0 +1,105 @@
+"""Pairs of factors, lined up: which matrices share a slot of a bank, and at which step its root is due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mupass._blocks import Block, Factor
+from mupass._optim._banks import Bank
+from mupass._optim._damping import Sides
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matrix of a block, or as many as it has groups.
+
+    Attributes:
+        block: The block.
+        piece: Which of its matrices.
+        a: Slot of its input factor; None for vectors and where A is left out.
+        b: Slot of its output factor; None where B is left out.
+        groups: Number of separate matrices of equal shape.
+        inputs: Size of the input side.
+        outputs: Size of the output side.
+    """
+
+    block: Block
+    piece: int
+    a: str | None
+    b: str | None
+    groups: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pairs of one precision and device, lined up group by group.
+
+    Attributes:
+        banks: Indices of their banks.
+        pairs: The pairs.
+        at_a: Slot of each row's input factor, counted through the banks; -1 for none.
+        at_b: The same for output factors.
+        dim_a: Sizes of the input sides.
+        dim_b: Sizes of the output sides.
+        scale_a: Width factors of absolute damping of A.
+        scale_b: Width factors of absolute damping of B.
+    """
+
+    banks: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    at_a: Tensor
+    at_b: Tensor
+    dim_a: Tensor
+    dim_b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+
+    def sides(self, traces: Tensor, dampings: Mapping[str, float]) -> Sides:
+        """Return what damping is made of; a side without a factor counts as the identity.
+
+        Args:
+            traces: Of all slots of the banks.
+            dampings: Damping of each parameter.
+        """
+        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in range(pair.groups)]
+        return Sides(
+            trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
+            trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
+            dim_a=self.dim_a,
+            dim_b=self.dim_b,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+            damping=traces.new_tensor(values),
+        )
+
+
+def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    return factor @ stack if left else stack @ factor
+
+
+def phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:
+    """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
+    slots = [
+        (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
+    ]
+    phases = [torch.zeros(len(bank.keys), dtype=torch.long) for bank in banks]
+    for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
+        phases[i][at] = turn
+    return phases
+
+
+def slot_name(block: Block, factor: Factor, piece: int | None) -> str:
+    """Name a slot by its taps; with a piece, by the matrix that has it for itself."""
+    places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
+    own = f"@{block.parameter}.{piece}" if piece is not None else ""
+    tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
+    return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
