@@ -19,7 +19,7 @@ from mupass._errors import (
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
-from mupass._report import Report
+from mupass._report import Question, Report
 from mupass._resize import resize
 from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
@@ -49,6 +49,7 @@ __all__ = [
     "OptimizerSpec",
     "Plan",
     "PlanError",
+    "Question",
     "Report",
     "ResizeError",
     "SOAP",

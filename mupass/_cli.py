@@ -1,4 +1,4 @@
-"""The command line: ``mupass analyze TARGET``."""
+"""The command line: ``mupass analyze``, ``mupass resize``, ``mupass check`` and ``mupass sweep``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._cli_resize import add_resize, run_resize
 from mupass._errors import MupassError
+from mupass._study.commands import add_commands, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of the process when left out.
 
     Returns:
-        Exit code: 0, or 2 for input that was refused.
+        Exit code: 0; 1 when a check fails or a sweep has no bracket; 2 for input that was refused.
     """
     options = _parser().parse_args(arguments)
     try:
         with torch.device(options.device):
+            if options.command in ("check", "sweep"):
+                torch.manual_seed(options.seed)
             model = load(options.target)
+        if options.command == "resize":
+            run_resize(options, model, _inputs(options.input, model))
+            return 0
+        if options.command != "analyze":
+            return run(options, model)
         base: Any = options.base
         if options.base_target:
             with torch.device("meta"):
@@ -153,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
     command.add_argument("--html", metavar="FILE", help="write an HTML page instead")
+    add_commands(commands)
+    add_resize(commands)
     return parser
 
 

@@ -42,18 +42,20 @@ class Draw:
     fresh: bool
     generator: torch.Generator | None
 
-    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]], own_code: bool) -> dict[str, Tensor]:
         """Return new parameters, on the CPU; without values where the source has none.
 
         Args:
             shapes: New shape by name.
+            own_code: Whether the model's own constructor makes what is left out here: all parameters of a
+                meta-device model, and those whose law is in doubt or unknown.
 
         Raises:
             ResizeError: The values follow a pattern that is not known.
         """
         source = {n: p.detach() for n, p in self.model.named_parameters()}
         if any(p.is_meta for p in source.values()):
-            return {n: torch.empty(shapes[n], dtype=p.dtype) for n, p in source.items()}
+            return {} if own_code else {n: torch.empty(shapes[n], dtype=p.dtype) for n, p in source.items()}
         made = {}
         axes = {
             n: self._axes(self.sizes.solved.dims[n], tuple(p.shape), shapes[n]) for n, p in source.items()
@@ -64,18 +66,23 @@ class Draw:
         random = [n for n in source if n not in made]  # a pattern has no law, and must not speak for one
         laws = own_init(source, [self._geometry(n, shapes[n]) for n in random], self.init)
         doubtful = [n for n in random if laws[n].doubtful]
-        if doubtful:
+        if doubtful and not own_code:
             warnings.warn(
                 f"initialization law in doubt for {', '.join(doubtful[:4])}{' ...' if doubtful[4:] else ''}; "
                 "settle it with init={pattern: law}",
                 stacklevel=3,
             )
-        for name in random:
+        for name in random if not own_code else [n for n in random if n not in doubtful]:
             old, law = source[name], laws[name]
-            if tuple(old.shape) != shapes[name] or self.fresh:
-                made[name] = draw(name, old, axes[name], law, self.generator)
-            else:  # such as the bias of a readout, whose range is 1/sqrt(fan_in)
+            if tuple(old.shape) == shapes[name] and not self.fresh:
+                # It may change all the same: the bias of a readout has the range 1/sqrt(fan_in).
                 made[name] = old.clone() if math.isclose(law.factor, 1) else old * law.factor
+                continue
+            try:
+                made[name] = draw(name, old, axes[name], law, self.generator)
+            except ResizeError:
+                if not own_code:
+                    raise
         return made
 
     def buffers(self, attributes: Attributes) -> dict[str, Tensor]:

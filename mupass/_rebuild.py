@@ -246,48 +246,50 @@ def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tens
     return build
 
 
+def has_constructor(model: nn.Module) -> bool:
+    """Tell whether a Hugging Face model is what its class makes of its configuration, and no more.
+
+    Args:
+        model: The module.
+    """
+    config = getattr(model, "config", None)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    of_family = hasattr(model, "_init_weights") and type(config).__module__.split(".")[0] == "transformers"
+    if hooked or not of_family:
+        return False
+    try:
+        with quiet(), torch.device("meta"):
+            twin = type(model)(copy.deepcopy(config))  # type: ignore[call-arg]
+    except Exception:  # whatever its constructor wants, it is not the configuration alone
+        return False
+    return _layout(twin) == _layout(model)
+
+
 def by_config(
     model: nn.Module,
     attributes: Attributes,
     tensors: Mapping[str, Tensor],
     device: torch.device,
     seed: int | None,
-) -> Builder | None:
-    """Return a builder that makes the model anew from its configuration, or None where that gives another.
+) -> Builder:
+    """Return a builder that makes the model anew from its configuration.
 
     Args:
-        model: The source.
+        model: The source, of which `has_constructor` is true.
         attributes: Options for the numbers of its configuration.
         tensors: New parameters by name; where there are none, the constructor's are kept.
         device: Device to build on.
         seed: Seed of the constructor; the global random state is left alone when given.
     """
-    config = getattr(model, "config", None)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if (
-        hooked
-        or not hasattr(model, "_init_weights")
-        or type(config).__module__.split(".")[0] != "transformers"
-    ):
-        return None
-    try:
-        with quiet(), torch.device("meta"):
-            twin = type(model)(copy.deepcopy(config))  # type: ignore[call-arg]
-    except Exception:  # whatever its constructor wants, it is not the configuration alone
-        return None
-    if _layout(twin) != _layout(model):
-        return None
-
-    seeded = seed is not None or bool(tensors)
     attributes.take_hints(model)
 
     def build(choice: Mapping[Slot, int]) -> nn.Module:
-        changed = rewrite_config(copy.deepcopy(config), attributes.pick(choice))
+        changed = rewrite_config(copy.deepcopy(model.config), attributes.pick(choice))
         try:
-            with quiet(), torch.device(device), torch.random.fork_rng(devices=[], enabled=seeded):
+            with quiet(), torch.device(device), torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                candidate: nn.Module = type(model)(changed)  # type: ignore[call-arg]
+                candidate: nn.Module = type(model)(changed)
         except Exception as error:
             return _Broken(error)
         _install(candidate, model, tensors)
@@ -317,8 +319,11 @@ def _install(candidate: nn.Module, model: nn.Module, tensors: Mapping[str, Tenso
                 new = tensors.get(own[id(parameter)])
                 if new is not None and new.shape == parameter.shape:
                     module._parameters[leaf] = new  # type: ignore[assignment]
+    twins = dict(candidate.named_modules())
     for name, module in model.named_modules():
-        twin = candidate.get_submodule(name)
+        twin = twins.get(name)
+        if twin is None:  # a wrong number of blocks, which the comparison of parameters will tell
+            return
         twin.training = module.training
         for leaf, buffer in module._buffers.items():
             made = twin._buffers.get(leaf)

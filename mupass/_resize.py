@@ -14,7 +14,7 @@ from mupass._attributes import Attributes, handled_dims
 from mupass._draw import Draw, initialize
 from mupass._init import InitChoice
 from mupass._inputs import as_call, find_inputs
-from mupass._rebuild import by_config, by_copy, rebuild, target_of
+from mupass._rebuild import by_config, by_copy, has_constructor, rebuild, target_of
 from mupass._sizes import NewSizes
 
 
@@ -36,7 +36,7 @@ def resize(
     by the model's own initialization law at the new sizes, all others are copied. Integer attributes and
     configuration entries that hold a size are rewritten, and the result is captured again: each operator must
     have exactly the shape that the dimension terms predict, or the resize is refused. A Hugging Face model is
-    built anew from its rewritten configuration.
+    built anew from its rewritten configuration, and its own code initializes what no law explains.
 
     Args:
         model: The module, with its initial weights; not changed. A meta-device model gives a real copy of any
@@ -70,17 +70,16 @@ def resize(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     draw = Draw(model, captured, sizes, init, fresh, generator)
     trained = {n: p.requires_grad for n, p in model.named_parameters()}
-    values = draw.parameters(target.shapes)
+    own_code = (sizes.changes or home.type == "meta") and has_constructor(model)
+    values = draw.parameters(target.shapes, own_code)
     new: dict[str, Tensor] = {n: nn.Parameter(t.to(place), trained[n]) for n, t in values.items()}
     attributes = Attributes(sizes, handled_dims(captured, solved))
-    meta = home.type == "meta"
-    build = by_config(model, attributes, {} if meta else new, place, seed) if sizes.changes or meta else None
-    own_code = build is not None
-    if build is None:
-        build = by_copy(
-            model, attributes, {**new, **{n: b.to(place) for n, b in draw.buffers(attributes).items()}}
-        )
+    if own_code:
+        build = by_config(model, attributes, new, place, seed)
+    else:
+        buffers = {n: b.to(place) for n, b in draw.buffers(attributes).items()}
+        build = by_copy(model, attributes, {**new, **buffers})
     resized = rebuild(build, attributes, target, type(model).__name__)
-    if meta and not own_code:
+    if home.type == "meta" and not own_code:
         initialize(resized, seed)
     return resized

@@ -249,10 +249,10 @@ def _named(solved: Inference, names: DimNames, width: Mapping[str, int]) -> dict
 
 
 def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield one size that follows from those given: a product of them, or its last factor.
+    """Yield one size that follows from those given: a product of them, its last factor, or its equal parts.
 
     Raises:
-        ResizeError: The last factor would not be a whole number.
+        ResizeError: The last factor or the parts would not be whole numbers.
     """
     space = solved.engine.space
 
@@ -267,8 +267,8 @@ def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> It
             if whole not in given and not open_ and given.keys() & set(members):
                 yield whole, rest
                 return
-            named = kind == "groups" or given.keys() & set(members)
-            if whole in given and len(open_) == 1 and (named or solved.verdicts.grows(open_[0])):
+            told = kind == "groups" or given.keys() & set(members) or not solved.verdicts.grows(whole)
+            if whole in given and len(open_) == 1 and (told or solved.verdicts.grows(open_[0])):
                 if given[whole] % rest:
                     raise ResizeError(
                         f"{names.term(whole)} = {given[whole]} is not divisible by {rest}, so there is no "
@@ -276,6 +276,15 @@ def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> It
                     )
                 yield open_[0], given[whole] // rest
                 return
+    for whole, members in space.terms("sum"):
+        halves = len({space.size(m) for m in members}) == 1 and not space.rests & set(members)
+        if whole in given and halves and not any(map(certain, members)):
+            if given[whole] % len(members):
+                raise ResizeError(
+                    f"{names.term(whole)} = {given[whole]} is cut into {len(members)} equal parts"
+                )
+            yield members[0], given[whole] // len(members)
+            return
 
 
 def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int]) -> float:

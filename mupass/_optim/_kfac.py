@@ -127,6 +127,7 @@ class KFAC(PlannedOptimizer):
         self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
         self.loss_scale = loss_scale
+        self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
             check_period("loss_terms", loss_terms)
         self._ranks = world_size(data_parallel)
@@ -240,7 +241,8 @@ class KFAC(PlannedOptimizer):
                 what = "observe() was not called" if self.sampled else "no tapped layer took part"
                 self.count("steps_without_factors", what)
         if kronecker.rooted or not self._due:
-            due = kronecker.due(self._steps, self.root_every, self.root_drift)
+            spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
+            due = kronecker.due(self._steps, self.root_every, self.root_drift, spare)
             if due:
                 kronecker.refresh(self._dampings(), self.count, self._ranks, due)
         grads = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}

@@ -227,7 +227,7 @@ class Kronecker:
                 missing.add(bank.keys[i][0])
         return list(dict.fromkeys(p.block.parameter for p in self.pairs if missing & {p.a, p.b}))
 
-    def due(self, step: int, period: int, drift: float) -> dict[int, Tensor]:
+    def due(self, step: int, period: int, drift: float, spare: bool) -> dict[int, Tensor]:
         """Return the slots of every bank whose roots are to be computed anew.
 
         Roots of large factors are spread over the steps of a period. One whose factor has changed its size
@@ -237,13 +237,15 @@ class Kronecker:
             step: Number of steps taken.
             period: Steps between recomputations of a root.
             drift: Ratio of traces beyond which a root is stale.
+            spare: Leave out the first step of a period, on which factors are collected.
 
         Returns:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
         for i, bank in enumerate(self._all):
-            turn = (self.phase[i] - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
+            phase = self.phase[i] % (period - 1) + 1 if spare else self.phase[i]
+            turn = (phase - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
             slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
             if len(slots):
                 found[i] = slots

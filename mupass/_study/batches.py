@@ -16,7 +16,6 @@ from mupass._errors import MupassError
 from mupass._inputs import as_call
 
 Loss = Callable[[Any, Any], Tensor]
-Data = Callable[[], Iterable[Any]] | Iterable[Any]
 
 
 class StudyError(MupassError):
@@ -51,6 +50,9 @@ class Batch:
         return model(*self.args, **self.kwargs)
 
 
+Data = Callable[[], Iterable[Any]] | Iterable[Any] | Batch
+
+
 def read_batches(data: Data, count: int) -> list[Batch]:
     """Take batches from the caller's data.
 
@@ -68,7 +70,7 @@ def read_batches(data: Data, count: int) -> list[Batch]:
         StudyError: No data, or something that is not a batch.
     """
     source: Any = data() if callable(data) else data
-    if isinstance(source, (tuple, Mapping)):
+    if isinstance(source, (Batch, tuple, Mapping)):
         source = [source]
     elif isinstance(source, Tensor) or not isinstance(source, Iterable):
         raise StudyError(
@@ -82,6 +84,8 @@ def read_batches(data: Data, count: int) -> list[Batch]:
 
 
 def _batch(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
     if isinstance(item, Mapping):
         return Batch((), dict(item), None)
     if isinstance(item, (tuple, list)) and len(item) == 2:

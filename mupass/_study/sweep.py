@@ -188,7 +188,11 @@ class Study:
         evaluate = self.work.evaluate
         score = "training loss" if evaluate is None else called(evaluate)
         parameterization = self.copies.plans[0].parameterization
-        return Sweep(tuple(trials), self.name, parameterization, self.work.steps, score, driver)
+        trials = tuple(trials)
+        name = self.name
+        if "<lambda>" in name:  # the class says more
+            name = type(self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))).__name__
+        return Sweep(trials, name, parameterization, self.work.steps, score, driver)
 
 
 def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:

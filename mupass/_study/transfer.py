@@ -55,11 +55,10 @@ class Transfer:
     def record(self) -> dict[str, Any]:
         """Return how the hyperparameters were found, as plain values for a JSON file or a pull request."""
         search = self.search
+        optima = [search.optimum(self.proxy_width, name) for name in search.names]
         return {
             "hyperparameters": dict(self.hyperparameters),
-            "intervals": {
-                n: [o.low, o.high] for n in search.names for o in [search.optimum(self.proxy_width, n)]
-            },
+            "intervals": {o.name: [o.low, o.high] for o in optima},
             "bracketed": not search.open_ends(),
             "proxy_width": self.proxy_width,
             "width": self.width,

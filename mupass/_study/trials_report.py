@@ -128,7 +128,13 @@ def figure(sweep: Sweep) -> Figure:
             axis.set_yscale("log")
         axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
         axis.set_ylabel(sweep.score)
-        axis.legend(frameon=False, fontsize=8, title="star: optimum; bar: interval", title_fontsize=7)
+        axis.legend(
+            frameon=False,
+            fontsize=8,
+            loc="upper center",
+            title="star: optimum; bar: interval",
+            title_fontsize=7,
+        )
     return drawn
 
 

@@ -1,0 +1,72 @@
+"""Resizing one instance gives the architecture that its author would have built at that width.
+
+The proof is functional: the weights of the instance built at that width are loaded into the resized one, and
+the outputs must be equal.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from test_zoo import ALL, third_party
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from zoo.case import Case
+
+import mupass
+
+REFUSED = {"normalized_weights"}  # spectral norm keeps singular vectors as buffers
+HEADS_STAY = {
+    "set_transformer"
+}  # as many heads as the code cuts: head_dim grows, where the author adds heads
+PLAIN_MODULES = {"zoo.plain_dense", "zoo.plain_more", "zoo.plain_sequence", "zoo.plain_vision"}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def outputs(model: nn.Module, inputs: tuple) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [t for t in tree_leaves(model(*inputs[0], **inputs[1])) if isinstance(t, torch.Tensor)]
+
+
+def conventions(case: Case) -> dict[str, str]:
+    """Settle what one model cannot tell."""
+    return {
+        f"{re.escape(name)}:{axis}": "infinite" if grows else "finite"
+        for (name, axis), grows in (case.truth() if case.ambiguous else {}).items()
+        if case.conventional(name, axis)
+    }
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (1, 1)])
+def test_equals_the_architecture_built_at_that_width(case: Case, source: int, target: int) -> None:
+    with third_party():
+        model, inputs = case.build(source), case.inputs()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        width = {"scale": target / source, "dims": conventions(case)}
+        try:
+            new = mupass.resize(model, example_inputs=inputs, seed=0, **width)
+        except mupass.ResizeError as error:
+            assert case.name in REFUSED or case.build.__module__ not in PLAIN_MODULES, str(error)
+            pytest.skip(f"refused by name: {error}")
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if not p.isnan().any())
+        truth = model if source == target else case.build(target)
+        assert type(new) is type(model) and list(new.state_dict()) == list(model.state_dict())
+        assert shapes(new) == shapes(truth)
+        loss = sum(t.abs().sum() for t in outputs(new, inputs) if t.is_floating_point() or t.is_complex())
+        loss.backward()
+        if source == target:  # the backward pass may have moved running statistics
+            new = mupass.resize(model, example_inputs=inputs, **width)
+        else:
+            new.load_state_dict(truth.state_dict())
+        tolerance = 1e-6 if source == target else 1e-5
+        with torch.no_grad():
+            for a, b in zip(outputs(new.eval(), inputs), outputs(truth.eval(), inputs), strict=True):
+                assert a.shape == b.shape
+                if source == target or case.name not in HEADS_STAY:
+                    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
