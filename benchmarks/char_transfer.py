@@ -93,13 +93,14 @@ class Search:
         return min(self.losses) < self.best < max(self.losses)
 
 
-def search(loss: Callable[[float], float], start: float, factor: float, known: dict[float, float]) -> Search:
+def search(loss: Callable[[float], float], start: float, factor: float) -> Search:
     """Walk from a start until the best value has worse ones on both sides."""
-    losses = known
-    losses.setdefault(start, loss(start))
+    start = float(f"{start:.6g}")
+    losses = {start: loss(start)}
     for _ in range(12):
         best = min(losses, key=losses.__getitem__)
-        missing = [x for x in (best / factor, best * factor) if x not in losses]
+        # Six digits: 1e-5 times 10 is not 1e-4.
+        missing = [x for x in (float(f"{best * f:.6g}") for f in (1 / factor, factor)) if x not in losses]
         if not missing:
             break
         losses[missing[0]] = loss(missing[0])
@@ -159,7 +160,7 @@ def sweep(
         def loss(x: float, width: int = width) -> float:
             return train(width, lambda m: make(m, x), data, options)
 
-        found[width] = search(loss, start, factor, {})
+        found[width] = search(loss, start, factor)
         start = found[width].best if width == options.base else start
     found = dict(sorted(found.items()))
     report(name, found, options.base, show, start)

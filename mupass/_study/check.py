@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._init import InitChoice
 from mupass._optim._base import PlannedOptimizer
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
@@ -41,6 +42,7 @@ def coord_check(
     parameterization: str = "mup",
     base: Any = None,
     dims: Mapping[str, str] | None = None,
+    init: InitChoice = "auto",
     tolerance: float = 0.25,
     prepare: Prepare | None = None,
     dtype: torch.dtype | None = torch.float64,
@@ -73,6 +75,7 @@ def coord_check(
         parameterization: ``mup`` should pass, ``standard`` should fail.
         base: As for `mupass.transform`; the narrowest copy if left out.
         dims: As for `mupass.transform`.
+        init: As for `mupass.transform`.
         tolerance: Largest power that counts as flat.
         prepare: Function applied to each transformed copy, for rewriting of your own.
         dtype: Precision of the copies: float64, so that rounding is never taken for an update. None keeps
@@ -90,7 +93,7 @@ def coord_check(
     make = recipe(optimizer, for_check=True)
     copies, batches = make_copies(
         model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
-        prepare=prepare, dtype=dtype,
+        prepare=prepare, init=init, dtype=dtype,
     )  # fmt: skip
     if len(copies.widths) * seeds < 3:
         raise StudyError("an interval needs three points: more widths or more seeds")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._init import InitChoice
 from mupass._plan import Plan, plan_of
 from mupass._resize import resize
 from mupass._study.batches import Batch, StudyError, move
@@ -72,6 +73,7 @@ def make_copies(
     base: Any = None,
     dims: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
+    init: InitChoice = "auto",
     dtype: torch.dtype | None = None,
     least: int = 2,
 ) -> tuple[Copies, list[Batch]]:
@@ -85,6 +87,7 @@ def make_copies(
         base: As for `mupass.transform`; the narrowest copy if left out.
         dims: As for `mupass.transform`.
         prepare: Applied to each transformed copy.
+        init: As for `mupass.transform`.
         dtype: Precision of the copies; that of the model if left out.
         least: Smallest number of different widths.
 
@@ -94,7 +97,7 @@ def make_copies(
     Raises:
         StudyError: Fewer widths than wanted, or the same twice.
     """
-    build = _builder(source, batches[0], dims)
+    build = _builder(source, batches[0], dims, init)
     if widths is None:
         if not isinstance(source, nn.Module):
             raise StudyError("widths= is needed with a function that builds the model")
@@ -116,6 +119,7 @@ def make_copies(
             inputs,
             base=chosen,
             parameterization=parameterization,
+            init=init,
             dims=None if isinstance(chosen, nn.Module) else dims,
         )
         done.append(prepare(copy) if prepare else copy)
@@ -150,9 +154,13 @@ def halved(width: int) -> int:
     return width
 
 
-def _builder(source: Source, batch: Batch, dims: Mapping[str, str] | None) -> Callable[[Any], nn.Module]:
+def _builder(
+    source: Source, batch: Batch, dims: Mapping[str, str] | None, init: InitChoice
+) -> Callable[[Any], nn.Module]:
     if isinstance(source, nn.Module):
-        return lambda width: resize(source, width, example_inputs=batch.inputs, dims=dims, seed=0, fresh=True)
+        return lambda width: resize(
+            source, width, example_inputs=batch.inputs, dims=dims, init=init, seed=0, fresh=True
+        )
 
     def build(width: Any) -> nn.Module:
         with torch.random.fork_rng():

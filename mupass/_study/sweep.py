@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.jobs import Evaluate, Job, Work, bar_of, run_all
@@ -36,6 +37,7 @@ def sweep(
     base: Any = None,
     dims: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
+    init: InitChoice = "auto",
     store: str | Path | None = None,
     jobs: int = 1,
     progress: bool = True,
@@ -63,6 +65,7 @@ def sweep(
         base: As for `mupass.transform`; the narrowest copy if left out.
         dims: As for `mupass.transform`.
         prepare: Function applied to each transformed copy.
+        init: As for `mupass.transform`.
         store: File that keeps results: a sweep that was killed goes on where it was, and a larger one takes
             over what is known. Needs the same initial weights and data, so seed them.
         jobs: Number of processes (more than one needs loky), of one thread each.
@@ -79,7 +82,7 @@ def sweep(
     """
     study = Study.of(
         model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
-        parameterization=parameterization, base=base, dims=dims, prepare=prepare, dtype=dtype,
+        parameterization=parameterization, base=base, dims=dims, prepare=prepare, init=init, dtype=dtype,
     )  # fmt: skip
     if not isinstance(seeds, int) or seeds < 1 or not isinstance(jobs, int) or jobs < 1:
         raise StudyError(f"seeds and jobs must be at least 1, not {seeds!r} and {jobs!r}")
@@ -117,6 +120,7 @@ class Study:
         base: Any = None,
         dims: Mapping[str, str] | None = None,
         prepare: Prepare | None = None,
+        init: InitChoice = "auto",
         dtype: torch.dtype | None = None,
     ) -> Study:
         """Read what `sweep` is given.
@@ -133,6 +137,7 @@ class Study:
             base: See `sweep`.
             dims: See `sweep`.
             prepare: See `sweep`.
+            init: See `sweep`.
             dtype: See `sweep`.
 
         Raises:
@@ -145,7 +150,7 @@ class Study:
         values = digest(_values(model), [(b.args, b.kwargs, b.targets) for b in batches])
         copies, batches = make_copies(
             model, widths, batches, parameterization=parameterization, base=base, dims=dims, prepare=prepare,
-            dtype=dtype, least=1,
+            init=init, dtype=dtype, least=1,
         )  # fmt: skip
         name = optimizer if isinstance(optimizer, str) else called(make)
         structure = digest(_structure(model), loss, make, steps, evaluate, parameterization, prepare, dtype)
