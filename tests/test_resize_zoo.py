@@ -18,9 +18,7 @@ from zoo.case import Case
 import mupass
 
 REFUSED = {"normalized_weights"}  # spectral norm keeps singular vectors as buffers
-HEADS_STAY = {
-    "set_transformer"
-}  # as many heads as the code cuts: head_dim grows, where the author adds heads
+HEADS_STAY = {"set_transformer"}  # head_dim grows, where the author adds heads
 PLAIN_MODULES = {"zoo.plain_dense", "zoo.plain_more", "zoo.plain_sequence", "zoo.plain_vision"}
 
 
