@@ -65,14 +65,14 @@ RATES: dict[str, tuple[Make, float]] = {  # with the rate that the search starts
 SHAMPOO = {"root_every": 5, "block_size": 512, **COMMON}
 DAMPINGS: dict[str, dict[str, tuple[Callable[[nn.Module, float, float], torch.optim.Optimizer], float]]] = {
     "shampoo": {
-        "relative": (lambda m, lr, d: mupass.Shampoo(m, lr, d, e=1.0, **SHAMPOO), 1e-3),
+        "relative": (lambda m, lr, d: mupass.Shampoo(m, lr, d, e=1.0, **SHAMPOO), 1e-2),
         "constant": (
             lambda m, lr, d: ConstantDamping(m, lr, d, e=1.0, damping_mode="absolute", **SHAMPOO),
             1e-6,
         ),
     },
     "kfac": {
-        "trace": (lambda m, lr, d: mupass.KFAC(m, lr, d, root_every=5, **COMMON), 1e-3),
+        "trace": (lambda m, lr, d: mupass.KFAC(m, lr, d, root_every=5, **COMMON), 1e-2),
         "pi": (lambda m, lr, d: mupass.KFAC(m, lr, d, root_every=5, damping_mode="pi", **COMMON), 1e-3),
     },
 }
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--damping-lr", type=float, default=2**-6, help="rate of the damping sweeps")
+    parser.add_argument("--damping-lr", type=float, default=2**-11, help="rate of the damping sweeps")
     options = parser.parse_args(arguments)
     if options.base not in options.widths:
         parser.error("--base must be one of --widths")

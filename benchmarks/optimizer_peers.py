@@ -16,6 +16,7 @@ import argparse
 import gc
 import importlib
 import os
+import re
 import statistics
 import sys
 import time
@@ -218,7 +219,7 @@ def run(options: argparse.Namespace) -> list[Entry]:
         (n, m, "") for n, m in peers(options.distributed_shampoo).items()
     ]
     for name, make, to in chosen:
-        if options.only and not any(word in name for word in options.only):
+        if options.only and not any(re.search(word, name) for word in options.only):
             continue
         model = GPT(options.width)
         model.load_state_dict(source.state_dict())
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--distributed-shampoo", metavar="FOLDER", help="clone of facebookresearch/optimizers"
     )
     parser.add_argument("--compile", action="store_true", help="also with compile=True")
-    parser.add_argument("--only", nargs="+", help="words of the names to run")
+    parser.add_argument("--only", nargs="+", help="regular expressions for the names to run")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")

@@ -17,10 +17,16 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
-from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
+from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
-from mupass._report import Report
+from mupass._report import Question, Report
 from mupass._resize import resize
+from mupass._study.batches import StudyError
+from mupass._study.check import coord_check
+from mupass._study.coords import CoordCheck
+from mupass._study.sweep import sweep
+from mupass._study.transfer import Transfer, transfer
+from mupass._study.trials import Optimum, Sweep, Trial
 from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -29,28 +35,40 @@ __all__ = [
     "AlignmentProbe",
     "Analysis",
     "CaptureError",
+    "CoordCheck",
     "Entry",
     "Fusion",
     "Geometry",
     "InferenceError",
     "KFAC",
+    "LevenbergMarquardt",
     "Muon",
     "MupassError",
+    "Optimum",
     "OptimizerError",
     "OptimizerSpec",
     "Plan",
     "PlanError",
+    "Question",
     "Report",
     "ResizeError",
     "SOAP",
     "Scales",
     "Shampoo",
+    "StudyError",
+    "Sweep",
+    "Transfer",
     "TransformError",
+    "Trial",
     "Use",
     "alignment",
     "analyze",
+    "coord_check",
     "param_groups",
     "plan_of",
     "resize",
+    "sample_targets",
+    "sweep",
+    "transfer",
     "transform",
 ]

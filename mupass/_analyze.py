@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -61,60 +61,76 @@ def analyze(
     _check_base(base)
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    captured, alone = _alone(model, args, kwargs, strict)
-    first, second = alone, Second()
-    if isinstance(base, nn.Module):
-        second = compare(captured, alone, shapes, base, args, kwargs)
-        first = infer(captured, second.axes, strict, second.dims)
-    names = name_dims(model, first, alone)
-    by_axis, by_dim = _overrides(dims or {}, shapes, first, names)
-    overrides = {**second.axes, **by_axis}
-    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
-    conflicts = tuple(dict.fromkeys(solved.verdicts.conflicts))
-    if conflicts and not second.axes:
-        raise InferenceError(conflicts[0])
-    notes = (*conflicts, *second.notes, *disagreements(alone, second.axes))
-    return _assemble(model, captured, solved, names, base, second, notes)
+    other = base if isinstance(base, nn.Module) else None
+    found = solve(model, args, kwargs, other, dims or {}, strict)
+    notes = (*found.conflicts, *found.second.notes, *disagreements(found.alone, found.second.axes))
+    return _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
 
 
-def settle(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Mapping[str, str]
-) -> tuple[Capture, Inference, DimNames]:
-    """Capture a model and infer its dimensions, without a base width.
+@dataclass(frozen=True)
+class Solution:
+    """A model's graph with its dimensions solved.
+
+    Attributes:
+        captured: The graph.
+        alone: What one model tells.
+        solved: The same, with what a second instance and the caller settle.
+        names: Names of dimensions.
+        second: What the second instance tells.
+    """
+
+    captured: Capture
+    alone: Inference
+    solved: Inference
+    names: DimNames
+    second: Second
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """Where verdicts contradict each other, once each."""
+        return tuple(dict.fromkeys(self.solved.verdicts.conflicts))
+
+
+def solve(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    base: nn.Module | None,
+    dims: Mapping[str, str],
+    strict: bool,
+) -> Solution:
+    """Capture a model and infer its dimensions.
 
     Args:
         model: The module.
         args: Positional inputs.
         kwargs: Keyword inputs.
+        base: A second instance at another width, or None.
         dims: Verdicts that the caller settles, as for `analyze`.
-
-    Returns:
-        The graph, the solved dimensions and their names.
+        strict: Whether an operator without a rule is an error.
 
     Raises:
         InferenceError: The caller's verdicts contradict each other or the graph.
     """
-    captured, solved = _alone(model, args, kwargs, strict=True)
-    names = name_dims(model, solved)
-    if dims:
-        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        by_axis, by_dim = _overrides(dims, shapes, solved, names)
-        solved = infer(captured, by_axis, True, by_dim)
-        if solved.verdicts.conflicts:
-            raise InferenceError(solved.verdicts.conflicts[0])
-    return captured, solved, names
-
-
-def _alone(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], strict: bool
-) -> tuple[Capture, Inference]:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     captured = capture(model, args, kwargs)
     try:
-        return captured, infer(captured, {}, strict)
+        alone = infer(captured, {}, strict)
     except SizeConflict as error:
         captured = capture(model, args, kwargs, error)
-        return captured, infer(captured, {}, strict)
+        alone = infer(captured, {}, strict)
+    first, second = alone, Second()
+    if base is not None:
+        second = compare(captured, alone, shapes, base, args, kwargs)
+        first = infer(captured, second.axes, strict, second.dims)
+    names = name_dims(model, first, alone)
+    by_axis, by_dim = _overrides(dims, shapes, first, names)
+    overrides = {**second.axes, **by_axis}
+    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
+    found = Solution(captured, alone, solved, names, second)
+    if found.conflicts and not second.axes:
+        raise InferenceError(found.conflicts[0])
+    return found
 
 
 def _check_base(base: Base) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``mupass analyze TARGET`` and ``mupass resize TARGET``."""
+"""The command line: ``mupass analyze``, ``check``, ``sweep`` and ``resize``, each with a TARGET."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._cli_resize import add_resize, run_resize
 from mupass._errors import MupassError
+from mupass._study.commands import add_commands, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,12 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of the process when left out.
 
     Returns:
-        Exit code: 0, or 2 for input that was refused.
+        Exit code: 0; 1 when a check fails or a sweep has no bracket; 2 for input that was refused.
     """
     options = _parser().parse_args(arguments)
     try:
         with torch.device(options.device):
+            if options.command in ("check", "sweep"):
+                torch.manual_seed(options.seed)
             model = load(options.target)
+        if options.command in ("check", "sweep"):
+            return run(options, model)
         if options.command == "resize":
             run_resize(options, model, _inputs(options.input, model))
             return 0
@@ -157,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
     command.add_argument("--html", metavar="FILE", help="write an HTML page instead")
+    add_commands(commands)
     add_resize(commands)
     return parser
 

@@ -106,8 +106,8 @@ def _from_recording(
         "recorded run",
         owners,
         (warning,),
-        filled,
-        numbers,
+        buffers=filled,
+        numbers=numbers,
     )
 
 

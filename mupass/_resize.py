@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mupass._analyze import settle
+from mupass._analyze import solve
 from mupass._attributes import Attributes, handled_dims
 from mupass._draw import Draw, initialize
 from mupass._init import InitChoice
@@ -60,8 +60,9 @@ def resize(
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
-    captured, solved, names = settle(model, args, kwargs, dims or {})
-    sizes = NewSizes.of(solved, names, width, scale)
+    found = solve(model, args, kwargs, None, dims or {}, strict=True)
+    captured, solved = found.captured, found.solved
+    sizes = NewSizes.of(solved, found.names, width, scale)
     place = (
         torch.device(device) if device is not None else home if home.type != "meta" else torch.device("cpu")
     )

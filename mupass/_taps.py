@@ -15,8 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
 
 from mupass._errors import OptimizerError
 from mupass._factors import Layer, raw_input, raw_outputs
@@ -230,11 +232,26 @@ def attach(model: nn.Module) -> None:
     Args:
         model: The module that the plan's names are relative to.
     """
+    _let_dynamo_see(model)
     for module in model.modules():
         if hookable(module) and tap_of(module) is None:
             module.register_forward_hook(ModuleTap(module), with_kwargs=True)
     if terms_tap_of(model) is None:
         model.register_forward_hook(terms_hook(TermsTap()))
+
+
+def _let_dynamo_see(model: nn.Module) -> None:
+    """Make torch.compile tell a model with hooks from one without.
+
+    By default Dynamo guards on no hooks, and finds compiled code by the code of ``forward``: it would run a
+    transformed model by the graph of a plain one of the same class, without taps and multipliers. Guards on
+    hooks are switched on, and what was compiled without them is dropped.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    for cls in {type(module) for module in model.modules()}:
+        code = getattr(cls.forward, "__code__", None)
+        if code is not None:
+            reset_code(code)
 
 
 def tap_of(module: nn.Module) -> ModuleTap | None:

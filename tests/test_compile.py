@@ -214,3 +214,36 @@ def test_inductor_agrees_with_eager(name: str) -> None:
     compiled = torch.compile(twin, fullgraph=True)
     train(compiled, kfac(compiled), name)
     assert_same(eager, twin, rtol=1e-5, atol=1e-8)
+
+
+class Shared(nn.Module):
+    """A class of which a plain and a transformed instance are compiled in one process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inp(x)))
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_a_plain_model_of_the_class_does_not_lend_its_graph(plain_first: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, 6)
+
+    def plain() -> None:
+        torch.compile(Shared(), fullgraph=True, backend="aot_eager")(x).sum().backward()
+
+    if plain_first:
+        plain()
+    net = mupass.transform(Shared(), x, base=4)
+    optimizer = mupass.KFAC(net, 0.01)
+    run = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.mse_loss(run(x), torch.zeros(4, 3)).backward()
+        optimizer.step()
+        if not plain_first:
+            plain()
+    assert optimizer.stats() == {"steps": 2}

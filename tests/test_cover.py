@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -431,3 +433,47 @@ def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None
     for mine, theirs in (("att.out_proj", "o"), ("inp", "inp"), ("out", "out")):
         for leaf in ("weight", "bias"):
             torch.testing.assert_close(got[f"{mine}.{leaf}"], want[f"{theirs}.{leaf}"], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("make_net", [Raw, Experts, Attend], ids=["raw", "experts", "attention"])
+def test_two_graphs_over_a_run_with_schedules(make_net: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    (x, y) = (t.float() for t in data())
+    net = mupass.transform(make_net(), x, base=BASE)
+    optimizer = mupass.KFAC(net, 0.01, RHO, factor_every=2, root_every=3, kl_clip=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(net, fullgraph=True, backend=counter)
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["damping"] = 1e-2 / (1 + step)
+        optimizer.zero_grad()
+        squares(run(x), y).mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert counter.frame_count == 2  # with factors and without
+
+
+def test_copies_and_pickles_of_tapped_parameters_are_plain() -> None:
+    net = transformed(Raw)
+    mupass.KFAC(net, LR)
+    assert type(net.first).__name__ == "TappedParameter" and isinstance(net.first, nn.Parameter)
+    twin = copy.deepcopy(net)
+    loaded = pickle.loads(pickle.dumps(net))
+    for other in (twin, loaded):
+        assert all(type(p) is nn.Parameter for p in other.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+        mupass.KFAC(other, LR, strict=True)
+
+
+def test_a_parameter_that_was_replaced_is_refused_by_name() -> None:
+    net, (x, y) = transformed(Raw), data()
+    optimizer = mupass.KFAC(net, LR, momentum=0.0)
+    replaced = nn.Parameter(net.turned.detach().clone())
+    grad = torch.ones_like(replaced)
+    old, net.turned = net.turned, replaced
+    squares(net(x), y).mean().backward()
+    old.grad = grad
+    with pytest.raises(mupass.OptimizerError, match=r"turned has a gradient, but its tap saw no operator"):
+        optimizer.step()

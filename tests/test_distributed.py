@@ -30,7 +30,13 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
     x, y = data()
-    make = {"kfac": lambda: mupass.KFAC(model, 0.05, 1e-2), "shampoo": lambda: mupass.Shampoo(model, 0.01)}
+    make = {
+        "kfac": lambda: mupass.KFAC(model, 0.05, 1e-2),
+        "shampoo": lambda: mupass.Shampoo(model, 0.01),
+        # Small blocks: a basis of what no gradient reaches is made of rounding errors.
+        "soap": lambda: mupass.SOAP(model, 0.01, basis_every=2, block_size=3),
+        "muon": lambda: mupass.Muon(model, 0.01),
+    }
     optimizer = make[name]()
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -57,7 +63,7 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "soap", "muon"])
 def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

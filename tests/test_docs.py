@@ -14,7 +14,8 @@ import torch
 import mupass
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/quickstart.md")
+PAGES = ("README.md", "docs/quickstart.md", "docs/studies.md")
+TUTORIALS = {"gpt2": "transformers", "vit": "timm"}
 ZOO = {"timm", "transformers"}
 
 
@@ -54,7 +55,8 @@ def alone(monkeypatch):
 # torch 2.13's Dynamo warns of autograd functions that it instantiates itself.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page, alone):
+def test_code_blocks_run(page, alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages write reports
     chosen = [b for b in blocks(page, "python") if not needs(b)]
     assert chosen
     run(page, chosen)
@@ -71,6 +73,17 @@ def test_blocks_of_other_libraries_run(library, capsys):
         run(library, ["import torch, mupass", *chosen])
     shown = capsys.readouterr().out
     assert shown.strip() == {"timm": "output", "transformers": "('d_model', '64+64+64')"}[library]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_tutorials_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what these libraries warn of on import is theirs
+        pytest.importorskip(TUTORIALS[page])
+        run(page, blocks(f"docs/tutorials/{page}.md", "python"))
+    assert page != "gpt2" or (tmp_path / "gpt2_sweep.html").stat().st_size > 10_000
 
 
 def test_the_report_in_the_readme_is_real():
@@ -102,7 +115,7 @@ def test_the_reference_names_nothing_else():
 
 
 def test_links_between_pages_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
         text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"

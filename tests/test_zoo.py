@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from zoo.case import Case, Cases
 from zoo.plain_dense import CASES as DENSE
+from zoo.plain_kinds import CASES as KINDS
 from zoo.plain_more import CASES as MORE
 from zoo.plain_sequence import CASES as SEQUENCE
 from zoo.plain_vision import CASES as VISION
@@ -24,6 +25,7 @@ PACKAGED = {
     "hf_other": ("transformers",),
     "hf_more": ("transformers",),
     "vision": ("timm", "torchvision"),
+    "vision_more": ("timm", "torchvision", "transformers"),
     "generative": ("diffusers",),
     "graphs": ("torch_geometric",),
 }
@@ -49,7 +51,7 @@ def packaged() -> Iterator[pytest.param]:
         yield from (pytest.param(case, marks=pytest.mark.zoo, id=name) for name, case in cases.items())
 
 
-PLAIN = {**DENSE, **SEQUENCE, **VISION, **MORE}
+PLAIN = {**DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
 
 
@@ -89,6 +91,16 @@ def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
         analysis = mupass.analyze(model, inputs)
         assert not wrong(case, analysis, conventional=False)
         assert not unmarked(case, analysis)
+
+
+@pytest.mark.zoo
+def test_regnet_is_read_right_once_its_groups_are_said_to_grow() -> None:
+    pytest.importorskip("timm")
+    with third_party():
+        case = importlib.import_module("zoo.vision").CASES["timm_regnet"]
+        model, dims = case.build(1).eval(), {r".*conv2\.conv\.weight:1": "finite"}
+        assert wrong(case, mupass.analyze(model, case.inputs()), conventional=True)
+        assert not wrong(case, mupass.analyze(model, case.inputs(), dims=dims), conventional=True)
 
 
 @pytest.mark.parametrize("case", ALL)

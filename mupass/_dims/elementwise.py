@@ -117,7 +117,6 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "prims.convert_element_type",
     "aten.cauchy_",
     "aten.random_",
-    "aten.where",
     "aten.__and__",
     "aten.__or__",
     "aten.__xor__",
@@ -141,6 +140,12 @@ def pointwise(call: Call) -> Result:
         ]
         outputs.append(call.value(axes if shape else ()))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@rule("aten.where")
+def where(call: Call) -> Result:
+    """Choose entry by entry; with the condition alone, the indices where it holds."""
+    return pointwise(call) if "other" in call.arguments else create(call)
 
 
 @rule("aten.type_as", "aten.copy", "aten.copy_")

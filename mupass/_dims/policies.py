@@ -106,9 +106,16 @@ def settle_rests(verdicts: Verdicts) -> None:
 
 
 def settle_groups(verdicts: Verdicts) -> None:
-    """Policy: a grouped convolution keeps its number of groups."""
+    """Policy: a grouped convolution keeps its number of groups, unless the size of a group is fixed."""
+    space = verdicts.space
+    free = {
+        group
+        for _, (group, channels) in ((w, m) for w, m in space.terms("groups") if len(m) == 2)
+        if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1
+    }
     for dim, where in verdicts.facts.groups.items():
-        verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
+        if space.find(dim) not in free:
+            verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
 
 
 def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:

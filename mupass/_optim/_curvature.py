@@ -33,17 +33,12 @@ class Loss:
 
 
 class Curvature:
-    """Taps of a model, and the factors that they see.
-
-    Attributes:
-        collecting: Whether the passes that follow are collected.
-    """
+    """Taps of a model, and the factors that they see."""
 
     def __init__(
         self, root: nn.Module, cover: Cover, sides: tuple[bool, bool], loss: Loss, ranks: int
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
-        self.collecting = False
         self.taps: dict[Place, Tap] = {}
         followers = _followers(cover)
         parameters = dict(root.named_parameters())
@@ -69,10 +64,21 @@ class Curvature:
         Args:
             on: Whether to collect.
         """
-        self.collecting = on
         self.terms.collect(on)
         for tap in self.taps.values():
             tap.collect(on)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Add the factors of a loss to what was summed, without touching the gradients of parameters.
+
+        Args:
+            loss: Computed while factors were collected.
+        """
+        self.clear()
+        leaves = [leaf for tap in self.taps.values() for leaf in tap.leaves]
+        leaves += [] if self.terms.count is None else [self.terms.count]
+        for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+            leaf.grad = grad
 
     def clear(self) -> None:
         """Forget what was summed."""

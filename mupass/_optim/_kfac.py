@@ -57,6 +57,8 @@ class KFAC(PlannedOptimizer):
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
             is a usual value; None turns it off.
+        fisher: ``empirical`` takes B from the gradients of the loss; ``sampled`` from a loss with targets
+            drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
             ``reduce`` averages inputs and sums gradients over the positions of a sample (arXiv 2311.00636).
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
@@ -100,6 +102,7 @@ class KFAC(PlannedOptimizer):
         damping_mode: str = "trace",
         damping_floor: float = 1e-4,
         kl_clip: float | None = None,
+        fisher: str = "empirical",
         sharing: str = "expand",
         diagonal_above: int = 8192,
         norms: bool = True,
@@ -121,8 +124,10 @@ class KFAC(PlannedOptimizer):
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
+        self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
         self.loss_scale = loss_scale
+        self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
             check_period("loss_terms", loss_terms)
         self._ranks = world_size(data_parallel)
@@ -156,7 +161,7 @@ class KFAC(PlannedOptimizer):
             stagger,
             check_number("damping_floor", damping_floor),
         )
-        self._all_seen = False
+        self._all_seen = self._due = False
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -171,8 +176,43 @@ class KFAC(PlannedOptimizer):
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
-        due = self._steps % self.factor_every == 0
-        self._curvature.collect(self._curvature.collecting or due)
+        self._due |= self._steps % self.factor_every == 0
+        self._curvature.collect(self._due and not self.sampled)
+
+    @property
+    def factors_due(self) -> bool:
+        """Whether the next step adds to the factors: with ``fisher="sampled"``, call `observe` before it."""
+        return self._due
+
+    def observe(self, closure: Callable[[], Tensor]) -> None:
+        """Collect the factors of the next step from a loss of its own; does nothing where none are due.
+
+        For ``fisher="sampled"``: ``optimizer.observe(lambda: loss(out := model(x), sample_targets(out)))``.
+        Gradients of parameters are neither computed nor changed. Under DistributedDataParallel run
+        ``model.module`` in the closure, which needs no communication of gradients.
+
+        Args:
+            closure: Runs the model and returns the loss.
+
+        Raises:
+            OptimizerError: The factors come from the ordinary backward passes.
+        """
+        if not self.sampled:
+            raise OptimizerError('observe() belongs to fisher="sampled"')
+        if not self._due:
+            return
+        self._curvature.collect(True)
+        with torch.enable_grad():
+            self._curvature.differentiate(closure())
+        self._curvature.collect(False)
+
+    def curvature_along(self, moves: Mapping[str, Tensor]) -> float:
+        """Return ``d^T F d`` of a move, with K-FAC's F (block-diagonal, undamped).
+
+        Args:
+            moves: Change of each parameter; those that K-FAC does not take count nothing.
+        """
+        return float(self._kronecker.quadratic(moves))
 
     def _discard(self) -> None:
         self._curvature.clear()
@@ -184,21 +224,25 @@ class KFAC(PlannedOptimizer):
             set_to_none: As in torch.
         """
         super().zero_grad(set_to_none)
-        if hasattr(self, "_curvature"):
+        if (
+            hasattr(self, "_curvature") and not self.sampled
+        ):  # what `observe` collected is not these gradients'
             self._discard()
 
     def _directions(self) -> dict[Tensor, Tensor]:
         kronecker, curvature = self._kronecker, self._curvature
-        if curvature.collecting and self._cover.blocks:
-            taken = curvature.take(self._scale_of_loss())
+        if self._due and self._cover.blocks:
+            taken = curvature.take(1.0 if self.sampled else self._scale_of_loss())
             if taken:
                 kronecker.average(taken, self.factor_decay, self.count)
-                curvature.collecting = False
+                self._due = False
                 self._refuse_unseen()
             else:  # made up for at the next step
-                self.count("steps_without_factors", "no tapped layer took part in the backward pass")
-        if kronecker.rooted or not curvature.collecting:
-            due = kronecker.due(self._steps, self.root_every, self.root_drift)
+                what = "observe() was not called" if self.sampled else "no tapped layer took part"
+                self.count("steps_without_factors", what)
+        if kronecker.rooted or not self._due:
+            spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
+            due = kronecker.due(self._steps, self.root_every, self.root_drift, spare)
             if due:
                 kronecker.refresh(self._dampings(), self.count, self._ranks, due)
         grads = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
@@ -252,8 +296,8 @@ class KFAC(PlannedOptimizer):
         return self._kronecker.layout()
 
     def _extra_state(self) -> dict[str, Any]:
-        return {**self._kronecker.state_dict(), "collecting": self._curvature.collecting}
+        return {**self._kronecker.state_dict(), "due": self._due}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self._kronecker.load_state_dict(state)
-        self._curvature.collecting = state["collecting"]
+        self._due = state["due"]

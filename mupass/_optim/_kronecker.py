@@ -227,7 +227,7 @@ class Kronecker:
                 missing.add(bank.keys[i][0])
         return list(dict.fromkeys(p.block.parameter for p in self.pairs if missing & {p.a, p.b}))
 
-    def due(self, step: int, period: int, drift: float) -> dict[int, Tensor]:
+    def due(self, step: int, period: int, drift: float, spare: bool) -> dict[int, Tensor]:
         """Return the slots of every bank whose roots are to be computed anew.
 
         Roots of large factors are spread over the steps of a period. One whose factor has changed its size
@@ -237,13 +237,15 @@ class Kronecker:
             step: Number of steps taken.
             period: Steps between recomputations of a root.
             drift: Ratio of traces beyond which a root is stale.
+            spare: Leave out the first step of a period, on which factors are collected.
 
         Returns:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
         for i, bank in enumerate(self._all):
-            turn = (self.phase[i] - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
+            phase = self.phase[i] % (period - 1) + 1 if spare else self.phase[i]
+            turn = (phase - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
             slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
             if len(slots):
                 found[i] = slots
@@ -320,6 +322,26 @@ class Kronecker:
                 found[block.parameter] = block.matrices.join(parts, grad).reshape(grad.shape).to(grad.dtype)
         return found
 
+    def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
+        """Return ``d^T F d``, with the averages of the factors for F and no damping.
+
+        Args:
+            moves: Change of each parameter.
+        """
+        values = {i: bank.value() for i, bank in enumerate(self._all)}
+        total = []
+        for block, pairs in self.blocks:
+            if block.parameter in moves:
+                for pair, d in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                    f = d
+                    for slot, left in ((pair.b, True), (pair.a, False)):
+                        if slot:
+                            bank, first, count = self.at[slot]
+                            m = values[self._all.index(bank)][first : first + count]
+                            f = _times(f.to(m.dtype), m, left)
+                    total.append((d * f).sum())
+        return torch.stack(total).sum() if total else torch.zeros(())
+
     def root(self, slot: str | None) -> Tensor | None:
         """Return the roots of a slot, ``[groups, n, n]`` or ``[groups, n]``; a view into its bank.
 
@@ -335,10 +357,8 @@ class Kronecker:
         a, b = self.root(pair.a), self.root(pair.b)
         dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
         stack = stack.to(dtype)
-        if b is not None:
-            stack = b[..., None] * stack if b.dim() == 2 else b @ stack
-        if a is not None:
-            stack = stack * a[:, None] if a.dim() == 2 else stack @ a
+        for root, left in ((b, True), (a, False)):
+            stack = stack if root is None else _times(stack, root, left)
         rho = self.unit_rho.get(f"{pair.block.parameter}.{pair.piece}")
         if not pair.block.a and self.powers[0] > 0 and rho is not None:
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
@@ -372,6 +392,13 @@ def _slot(block: Block, factor: Factor, piece: int | None) -> str:
     own = f"@{block.parameter}.{piece}" if piece is not None else ""
     tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
     return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
+
+
+def _times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    return factor @ stack if left else stack @ factor
 
 
 def _phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:

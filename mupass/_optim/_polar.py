@@ -11,6 +11,7 @@ from torch import Tensor
 Quintic = tuple[float, float, float]  # a x + b x^3 + c x^5
 
 LOWER = 1e-3  # singular values below this part of the norm are not brought up all the way
+WIDE = 3  # from this ratio of sides on it pays to iterate on the Gram matrix
 MARGIN = 1.01  # in half precision a singular value may come out above 1
 
 
@@ -71,9 +72,43 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1) + epsilon
     y = x.to(dtype) * norm.clamp(min=torch.finfo(x.dtype).tiny).reciprocal().to(dtype)[:, None, None]
     y = y.mT if tall else y
-    for number, (a, b, c) in enumerate(polynomials, 1):
-        safe = MARGIN if number < len(polynomials) and dtype in {torch.bfloat16, torch.float16} else 1.0
-        gram = y @ y.mT
-        inner = torch.baddbmm(gram, gram, gram, beta=b / safe**3, alpha=c / safe**5)
-        y = torch.baddbmm(y, inner, y, beta=a / safe)
+    half = dtype in {torch.bfloat16, torch.float16}
+    safe = [shrink(q, MARGIN) if half else q for q in polynomials[:-1]] + [*polynomials[-1:]]
+    # Pairs, the odd one first: longer compositions lose the small singular values to rounding.
+    paired = y.shape[-1] >= WIDE * y.shape[-2]
+    odd = len(safe) % 2
+    pairs = [[q] for q in safe[:odd]] + [safe[i : i + 2] for i in range(odd, len(safe), 2)]
+    for group in pairs if paired else [[q] for q in safe]:
+        y = _apply(group[0], y) if len(group) == 1 else _apply_pair(group[0], group[1], y)
     return (y.mT if tall else y).to(x.dtype)
+
+
+def shrink(polynomial: Quintic, margin: float) -> Quintic:
+    """Return the polynomial of ``x / margin``.
+
+    Args:
+        polynomial: Its coefficients.
+        margin: A number above 1.
+    """
+    a, b, c = polynomial
+    return a / margin, b / margin**3, c / margin**5
+
+
+def _apply(polynomial: Quintic, y: Tensor) -> Tensor:
+    a, b, c = polynomial
+    gram = y @ y.mT
+    return torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+
+
+def _apply_pair(first: Quintic, second: Quintic, y: Tensor) -> Tensor:
+    """Return the composition of two polynomials in terms of one Gram matrix, small where y is wide."""
+    gram = y @ y.mT
+    inner = _even(first, gram)
+    return (_even(second, inner @ gram @ inner) @ inner) @ y
+
+
+def _even(polynomial: Quintic, gram: Tensor) -> Tensor:
+    """Return ``a I + b G + c G^2``, by which an odd polynomial multiplies y."""
+    a, b, c = polynomial
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * eye

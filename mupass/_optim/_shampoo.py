@@ -143,10 +143,9 @@ class Shampoo(MatrixOptimizer):
         state = stack.view(at)
         roots = tuple(state[f"root{side}"] for side in sides)
         if self.spec.graft in {"adam", "rmsprop"}:
-            betas = g.new_tensor(BETAS)
             epsilon = pick(self._epsilons[number], at)
             mean, square, weights = (state.get(k) for k in ("mean", "square", "weights"))
-            direction = self._run(stack, at, g, sides, roots, mean, square, weights, betas, epsilon)
+            direction = self._run(stack, at, g, sides, roots, mean, square, weights, epsilon)
         else:
             direction = self._run(stack, at, g, sides, roots)
         stack.put(at, state)
@@ -190,7 +189,7 @@ def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) 
 
 
 def _graft_sgd(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
-    return _with_norm_of(g, _precondition(g, sides, roots))
+    return _with_norm_of(g, torch.ones_like(g[:, 0, 0]), _precondition(g, sides, roots))
 
 
 def _graft_adaptive(
@@ -200,23 +199,23 @@ def _graft_adaptive(
     mean: Tensor | None,
     square: Tensor,
     weights: Tensor,
-    betas: Tensor,
     epsilon: Tensor,
 ) -> Tensor:
     """Graft Adam's norm, or RMSprop's when there is no mean; averages are changed in place."""
-    weights.lerp_(torch.ones_like(weights), 1 - betas)
-    square.lerp_(g.square(), 1 - betas[1])
-    magnitude = g
-    if mean is not None:
-        mean.lerp_(g, 1 - betas[0])
-        magnitude = mean / wide(weights[:, 0], g)
-    magnitude = magnitude / ((square / wide(weights[:, 1], g)).sqrt() + wide(epsilon, g))
-    return _with_norm_of(magnitude, _precondition(g, sides, roots))
+    first, second = BETAS
+    weights.mul_(weights.new_tensor(BETAS)).add_(1 - weights.new_tensor(BETAS))
+    square.mul_(second).addcmul_(g, g, value=1 - second)
+    # Corrections for the start from zero are one number a block: they are left to the norm.
+    root = weights[:, 1].sqrt()
+    damped = square.sqrt().add_(wide(epsilon * root, g))
+    if mean is None:
+        return _with_norm_of(g / damped, root, _precondition(g, sides, roots))
+    mean.lerp_(g, 1 - first)
+    return _with_norm_of(mean / damped, root / weights[:, 0], _precondition(g, sides, roots))
 
 
-def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
-    """Return the directions with the norm of other blocks; a zero direction stays zero."""
-    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+def _with_norm_of(magnitude: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
+    """Return the directions with the norm of other blocks times a factor; a zero direction stays zero."""
+    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1) * factor
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    factor = torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
-    return direction * wide(factor, direction)
+    return direction * wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction)

@@ -195,11 +195,13 @@ def _turned_adam(
         turned = along(turned, basis.mT, side)
     fresh = (1 - betas) * (weight > 0)[:, None]
     weights.lerp_(torch.ones_like(weights), fresh)
-    mean.lerp_(turned, wide(fresh[:, 0], g))
-    square.lerp_(turned.square(), wide(fresh[:, 1], g))
+    mean.lerp_(turned, wide(1 - betas[:, 0], g))
+    square.mul_(wide(betas[:, 1], g)).addcmul_(turned, turned * wide(1 - betas[:, 1], g))
+    # Corrections for the start from zero are one number a block.
     total = weights.clamp(min=torch.finfo(g.dtype).tiny)
-    root = (square / wide(total[:, 1], g)).sqrt() + wide(epsilon, g)
-    direction = mean / wide(total[:, 0], g) / root
+    root = total[:, 1].sqrt()
+    damped = square.sqrt().add_(wide(epsilon * root, g))
+    direction = torch.div(mean, damped).mul_(wide(root / total[:, 0], g))
     for side, basis in enumerate(bases):
         direction = along(direction, basis, side)
     return direction

@@ -169,7 +169,7 @@ def lightgcn_like(k: int) -> nn.Module:
     return Recommend()
 
 
-@CASES(GRAPH)
+@CASES(GRAPH, r"comb_lin\.(weight|bias):0")  # heads x bases, both fixed
 def eg_conv(k: int) -> nn.Module:
     layers: list[nn.Module] = [pyg.EGConv(8 * k, 8 * k, num_heads=2, num_bases=4) for _ in range(2)]
     return Wrapped(layers, nn.Linear(8 * k, 3), nn.Linear(FEATURES, 8 * k))

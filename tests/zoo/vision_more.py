@@ -1,11 +1,11 @@
-"""More of timm, torchvision and transformers' vision: multi-resolution, ghost modules, convolutional tokens."""
+"""More of timm, torchvision and transformers: multi-resolution, ghost modules, convolutional tokens."""
 
 from __future__ import annotations
 
 import timm
 import torchvision
 import transformers as hf
-from timm.models import efficientformer, resnet
+from timm.models import resnet
 from torch import nn
 
 from zoo.case import Cases, image, keywords, randn, tokens
@@ -16,7 +16,12 @@ CASES = Cases()
 @CASES(image(64))
 def timm_resnet18(k: int) -> nn.Module:
     return resnet.ResNet(
-        resnet.BasicBlock, (2, 2, 2, 2), num_classes=10, channels=(8 * k, 16 * k, 32 * k, 64 * k), stem_width=8 * k, stem_type="deep"
+        resnet.BasicBlock,
+        (2, 2, 2, 2),
+        num_classes=10,
+        channels=(8 * k, 16 * k, 32 * k, 64 * k),
+        stem_width=8 * k,
+        stem_type="deep",
     )
 
 
@@ -41,38 +46,10 @@ def tv_resnet50(k: int) -> nn.Module:
 
 @CASES(image(64))
 def timm_ghostnet(k: int) -> nn.Module:
-    return timm.create_model({1: "ghostnet_050", 2: "ghostnet_100", 3: "ghostnet_130"}[k], num_classes=10)
-
-
-@CASES(image(224))
-def timm_efficientformer(k: int) -> nn.Module:
-    return efficientformer.EfficientFormer(
-        depths=(1, 1, 1, 2), embed_dims=(8 * k, 16 * k, 24 * k, 32 * k), num_classes=10, num_vit=1
-    )
-
-
-@CASES(image(64))
-def timm_hrnet(k: int) -> nn.Module:
-    from timm.models.hrnet import HighResolutionNet
-
-    def stage(branches: int, block: str, *channels: int) -> dict[str, object]:
-        return {
-            "num_modules": 1,
-            "num_branches": branches,
-            "block_type": block,
-            "num_blocks": (1,) * branches,
-            "num_channels": channels,
-            "fuse_method": "SUM",
-        }
-
-    cfg = {
-        "stem_width": 8 * k,
-        "stage1": stage(1, "BOTTLENECK", 12 * k),
-        "stage2": stage(2, "BASIC", 8 * k, 16 * k),
-        "stage3": stage(3, "BASIC", 8 * k, 16 * k, 32 * k),
-        "stage4": stage(4, "BASIC", 8 * k, 16 * k, 32 * k, 64 * k),
-    }
-    return HighResolutionNet(cfg, num_classes=10, head="classification")
+    net = timm.create_model({1: "ghostnet_050", 2: "ghostnet_100", 3: "ghostnet_130"}[k], num_classes=10)
+    wide = 640 * k  # 1280 at any width in timm
+    net.conv_head, net.classifier = nn.Conv2d(net.conv_head.in_channels, wide, 1), nn.Linear(wide, 10)
+    return net
 
 
 @CASES(image(64))
@@ -97,7 +74,7 @@ def cvt(k: int) -> nn.Module:
         hf.CvtConfig(
             embed_dim=[8 * k, 16 * k, 24 * k],
             num_heads=[1, 2, 3],
-            depth=[1, 1, 3],
+            depth=[1, 2, 3],
             patch_sizes=[3, 3, 3],
             num_labels=10,
         )
@@ -114,6 +91,11 @@ def dbrx(k: int) -> nn.Module:
             max_seq_len=32,
             vocab_size=96,
             attn_config={"kv_n_heads": k, "clip_qkv": 8, "rope_theta": 1e4},
-            ffn_config={"ffn_hidden_size": 24 * k, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16 * k},
+            ffn_config={
+                "ffn_hidden_size": 24 * k,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "hidden_size": 16 * k,
+            },
         )
     )

@@ -1,0 +1,195 @@
+"""Batches: what a study trains on, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mupass._errors import MupassError
+from mupass._inputs import as_call
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class StudyError(MupassError):
+    """A study cannot be run as asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        targets: What the loss compares the output with; None where the model computes its own loss.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs."""
+        return self.args, self.kwargs
+
+    def run(self, model: nn.Module) -> Any:
+        """Return the model's output.
+
+        Args:
+            model: The model.
+        """
+        return model(*self.args, **self.kwargs)
+
+
+Data = Callable[[], Iterable[Any]] | Iterable[Any] | Batch
+
+
+def read_batches(data: Data, count: int) -> list[Batch]:
+    """Take batches from the caller's data.
+
+    Args:
+        data: An iterable of batches, or a function of no arguments that returns one. A batch is a pair
+            ``(inputs, targets)``, with inputs in any form that `mupass.analyze` takes, or a mapping of
+            keyword inputs for a model that returns its own loss. A single batch (a tuple or a mapping) is
+            used at every step.
+        count: Number of batches wanted.
+
+    Returns:
+        The first batches, at most `count`.
+
+    Raises:
+        StudyError: No data, or something that is not a batch.
+    """
+    source: Any = data() if callable(data) else data
+    if isinstance(source, (Batch, tuple, Mapping)):
+        source = [source]
+    elif isinstance(source, Tensor) or not isinstance(source, Iterable):
+        raise StudyError(
+            "data must be batches (inputs, targets), or a function that returns them, not "
+            f"{type(source).__name__}"
+        )
+    batches = [_batch(item) for item in islice(source, count)]
+    if not batches:
+        raise StudyError("data holds no batch; a generator that was used up must be given as a function")
+    return batches
+
+
+def _batch(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Mapping):
+        return Batch((), dict(item), None)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return Batch(*as_call(item[0]), targets=item[1])
+    raise StudyError(
+        f"a batch must be a pair (inputs, targets) or a mapping of keyword inputs, not {type(item).__name__}"
+        + (f" of length {len(item)}" if isinstance(item, (tuple, list)) else "")
+    )
+
+
+def move(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
+    """Return a batch on a device, its real numbers in a precision.
+
+    Args:
+        batch: The batch.
+        device: Where to.
+        dtype: Precision of floating-point tensors; None leaves them.
+    """
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype if x.is_floating_point() else None)
+
+    return Batch(*tree_map(one, (batch.args, batch.kwargs, batch.targets)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return what a model predicts: its ``logits``, or its first floating-point tensor that is no scalar.
+
+    Args:
+        output: Output of a model.
+
+    Raises:
+        StudyError: There is none.
+    """
+    named = getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
+            return leaf
+    raise StudyError(f"the model's output ({type(output).__name__}) holds no tensor of predictions")
+
+
+def cross_entropy(output: Any, targets: Any) -> Tensor:
+    """Return the mean cross-entropy, the default loss of a study.
+
+    Args:
+        output: The model's output: logits ``[batch, classes]``, ``[batch, classes, height, width]`` or
+            ``[batch, tokens, classes]``, alone or first in a nest; or an output with a ``loss``.
+        targets: Class numbers without the class axis; None to take the output's own ``loss``.
+
+    Raises:
+        StudyError: Targets are no class numbers, or are missing where the model gives no loss.
+    """
+    if targets is None:
+        own = getattr(output, "loss", None)
+        if not isinstance(own, Tensor):
+            raise StudyError(
+                "a batch without targets needs a model that returns its loss; give (inputs, targets)"
+            )
+        return own
+    logits = logits_of(output)
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        kind = str(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
+        raise StudyError(
+            f"targets are {kind}, and the default loss needs class numbers; give loss=, a function of the "
+            "model's output and the targets"
+        )
+    if logits.dim() == targets.dim() + 1 and logits.shape[:-1] == targets.shape:
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    if logits.dim() == targets.dim() + 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
+        return F.cross_entropy(logits, targets)
+    raise StudyError(
+        f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit the default loss; "
+        "give loss="
+    )
+
+
+def random_batch(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], size: int) -> Batch:
+    """Return a batch of random numbers with random classes: enough to check coordinates, not to tune.
+
+    Args:
+        model: The model; its output tells the classes, its first embedding the range of token numbers.
+        inputs: Positional and keyword inputs of the right form.
+        size: Number of samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        shape = (size, *x.shape[1:])
+        if x.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=x.dtype)
+        if x.dtype == torch.bool or not tables or bool((x == 1).all()):  # a mask
+            return x[:1].expand(shape).cpu().clone()
+        return torch.randint(tables[0], shape, generator=generator)
+
+    args, kwargs = tree_map(one, inputs)
+    with torch.no_grad():
+        logits = logits_of(Batch(args, kwargs, None).run(model))
+    classes = 1 if logits.dim() >= 4 else logits.dim() - 1
+    shape = [n for axis, n in enumerate(logits.shape) if axis != classes]
+    return Batch(args, kwargs, torch.randint(logits.shape[classes], shape, generator=generator))

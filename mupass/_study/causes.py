@@ -1,0 +1,162 @@
+"""Causes: which fault gives the power of width that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from mupass._geometry import Geometry
+from mupass._optim._base import PlannedOptimizer
+from mupass._plan import Plan
+from mupass._scales import OptimizerSpec, powers
+from mupass._study.coords import Coordinate
+from mupass._study.probe import SCORES, Site
+
+NEAR = 0.3  # powers come in halves
+UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
+GIVEN = (
+    "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "
+    "length, or a multiplication by a power of the width, before it"
+)
+
+
+def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) -> OptimizerSpec | None:
+    """Return the row of the scale table by which an optimizer treats a parameter, or None.
+
+    Args:
+        optimizer: Any optimizer.
+        parameter: One of its parameters; a planned optimizer may have left it to its fallback.
+    """
+    if isinstance(optimizer, PlannedOptimizer):
+        for group in optimizer.param_groups:
+            if any(p is parameter for p in group["params"]) and group["algorithm"] != optimizer.spec.name:
+                return OptimizerSpec(group["algorithm"])
+        return optimizer.spec
+    name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(type(optimizer).__name__)
+    return OptimizerSpec(name) if name else None
+
+
+def is_readout(site: Site, geometry: Geometry) -> bool:
+    """Return whether an operator reads a parameter as a readout: it contracts all axes that grow.
+
+    Args:
+        site: Where the parameter is read.
+        geometry: The parameter.
+    """
+    return geometry.role == "output" or is_tied_readout(site, geometry)
+
+
+def is_tied_readout(site: Site, geometry: Geometry) -> bool:
+    """Return whether an operator is the readout of a parameter that is an embedding elsewhere.
+
+    Args:
+        site: Where the parameter is read.
+        geometry: The parameter.
+    """
+    here = any(use.module == site.module for use in geometry.readout_uses)
+    return here and not site.operator.startswith("embedding")
+
+
+def cause(
+    row: Coordinate,
+    measured: Mapping[str, float],
+    plan: Plan,
+    spec: OptimizerSpec | None,
+    head_dims: tuple[int, ...],
+) -> str:
+    """Return the likely cause of a quantity that scales with width.
+
+    Args:
+        row: The quantity.
+        measured: Powers of width measured at its place: ``input`` and ``weight`` before the first step, and
+            ``rate``, the learning rate of its parameter.
+        plan: Plan of the widest copy.
+        spec: Row of the optimizer.
+        head_dims: Size of one head at each width, where the place is attention and tells it; else ().
+    """
+    site, power = row.site, row.slope.power
+    if plan.parameterization == "standard":
+        return (
+            "standard parameterization: PyTorch's initialization and one learning rate at all widths; "
+            "mup is made for this"
+        )
+    if site.operator in SCORES:
+        return _of_scores(head_dims)
+    if not site.parameter:
+        return "what the layers above add up to; look at the first of them that fails"
+    if site.parameter not in plan:
+        return "the parameters that it is computed from move too much or too little"
+    geometry = plan[site.parameter].geometry
+    if row.quantity == "activation":
+        found = list(_of_activation(site, geometry, power, measured))
+    else:
+        found = list(_of_update(site, geometry, power, measured, plan, spec))
+    return "; or ".join(found) or (
+        "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
+        "above it, or a fixed bottleneck behind which a second readout starts near zero (more steps with a "
+        "larger lr outgrow that)"
+    )
+
+
+def _of_scores(head_dims: tuple[int, ...]) -> str:
+    if len(set(head_dims)) > 1:
+        return (
+            f"head_dim grows ({head_dims[0]} to {head_dims[-1]}) while the attention scale stays "
+            "1/sqrt(head_dim): scale the scores by 1/head_dim (Yang et al., arXiv 2203.03466), or widen by "
+            "heads"
+        )
+    return "queries and keys grow, or learn too fast, by that power of width"
+
+
+def _of_activation(
+    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float]
+) -> Iterator[str]:
+    given, drawn = measured.get("input", 0.0), measured.get("weight", 0.0)
+    if is_tied_readout(site, geometry):
+        yield UNMULTIPLIED
+        return
+    if abs(given) > NEAR and abs(given - power) < NEAR:
+        yield GIVEN.format(power=given)
+        return
+    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
+    right = (-1.0 if geometry.role == "output" else -0.5) if grows_in else 0.0
+    if abs(drawn - right) > NEAR / 2:
+        yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+g}"
+
+
+def _of_update(
+    site: Site,
+    geometry: Geometry,
+    power: float,
+    measured: Mapping[str, float],
+    plan: Plan,
+    spec: OptimizerSpec | None,
+) -> Iterator[str]:
+    if is_tied_readout(site, geometry) and measured.get("input", -1.0) > -0.5:
+        yield UNMULTIPLIED
+    given, rate = measured.get("input", 0.0), measured.get("rate")
+    if not is_tied_readout(site, geometry) and abs(given) > NEAR:
+        yield GIVEN.format(power=given)
+    if spec is None:
+        return
+    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
+    grows_out = any(geometry.infinite[i] for i in geometry.fan_out_axes)
+    p_in, p_out = powers(geometry, spec, plan.parameterization)["lr"]
+    planned = p_in * grows_in + p_out * grows_out
+    swapped = p_in * grows_out + p_out * grows_in
+    if rate is not None and abs(rate - planned) > NEAR:
+        mixed = ", as if fan_in were fan_out" if abs(rate - swapped) < NEAR else ""
+        yield (
+            f"its learning rate scales like width^{rate:+.2f}{mixed}; {spec.name} needs width^{planned:+g} "
+            "here"
+        )
+    elif spec.name in ("kfac", "foof", "shampoo"):
+        few = power > 0
+        yield (
+            "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
+            "damping or larger widths would tell"
+            if few
+            else "its damping is absolute, or too large for the wider layers"
+        )

@@ -1,0 +1,219 @@
+"""coord_check: does the update of every parameter move its operator's output alike at every width?"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._optim._base import PlannedOptimizer
+from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.causes import cause, is_readout, spec_of
+from mupass._study.coords import CoordCheck, Coordinate
+from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._study.probe import OUTPUT, SCORES, Probe, Site
+from mupass._study.recipes import Make, recipe
+from mupass._study.slopes import Slope, fit
+
+# An update that is a smaller part of the activation than this is rounding.
+FLOOR = {torch.float64: 1e-10}
+COARSE_FLOOR = 1e-5
+Key = tuple[Site, str, int]
+Log = dict[Key, list[list[float]]]
+
+
+def coord_check(
+    model: Source,
+    data: Data,
+    *,
+    loss: Loss = cross_entropy,
+    optimizer: str | Make = "adam",
+    lr: float | None = None,
+    widths: Sequence[Width] | None = None,
+    steps: int = 3,
+    seeds: int = 3,
+    parameterization: str = "mup",
+    base: Any = None,
+    dims: Mapping[str, str] | None = None,
+    tolerance: float = 0.25,
+    prepare: Prepare | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> CoordCheck:
+    """Train resized copies of a model for a few steps, and fit how the update of every parameter scales.
+
+    Under maximal-update parameterization the update of each parameter moves its operator's output by an
+    amount that does not depend on width, ``RMS(dW h) ~ width^0`` (Yang et al., arXiv 2203.03466; Ishikawa &
+    Karakida, arXiv 2312.12226, conditions 11-13). Judged are: that update, at every step; activations before
+    the first step (readouts and attention scores may shrink, as they should); and the growth of attention
+    scores and of the model's output. Operators are seen whether a module or raw tensors call them.
+
+    A quantity fails when its whole 95 % interval lies beyond `tolerance`: the powers of a wrong
+    parameterization are multiples of 1/2. Below width 64, effects of finite width can look like such a power.
+
+    Args:
+        model: The model, with its initial weights, not transformed; it is not changed. Or a function of a
+            width that builds it.
+        data: Batches ``(inputs, targets)``, a function that returns them, or one batch. The first batch is
+            also what is measured on. Fewer batches than steps are used in turn.
+        loss: Function of the model's output and the targets.
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``shampoo``, or a function of a transformed model
+            and ``lr``, such as ``lambda model, lr: mupass.KFAC(model, lr=lr)``.
+        lr: Learning rate at the base width, such that a few steps do not fit the batch; by default the
+            recipe's own.
+        widths: At least two, as for `mupass.resize`, or what the function takes. If left out three that are
+            the model's own width times powers of two, the narrowest at least 64.
+        steps: Number of optimizer steps.
+        seeds: Number of initializations.
+        parameterization: ``mup`` should pass, ``standard`` should fail.
+        base: As for `mupass.transform`; the narrowest copy if left out.
+        dims: As for `mupass.transform`.
+        tolerance: Largest power that counts as flat.
+        prepare: Function applied to each transformed copy, for rewriting of your own.
+        dtype: Precision of the copies: float64, so that rounding is never taken for an update. None keeps
+            that of the model.
+
+    Returns:
+        Slopes and verdicts.
+
+    Raises:
+        StudyError: Fewer than two widths, no batch, an unknown optimizer, or nothing is trained.
+        MupassError: The model cannot be resized or transformed.
+    """
+    if steps < 1 or seeds < 1:
+        raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
+    make = recipe(optimizer, for_check=True)
+    copies, batches = make_copies(
+        model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
+        prepare=prepare, dtype=dtype,
+    )  # fmt: skip
+    if len(copies.widths) * seeds < 3:
+        raise StudyError("an interval needs three points: more widths or more seeds")
+    log: Log = defaultdict(lambda: [[] for _ in copies.widths])
+    rates: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in copies.widths])
+    head_dims: dict[Site, list[int]] = defaultdict(list)
+    for i in range(len(copies.widths)):
+        for seed in range(seeds):
+            trained = copies.draw(i, seed)
+            made = make(trained) if lr is None else make(trained, lr=lr)
+            probe = Probe(trained, batches[0])
+            for key, value in _train(trained, made, probe, batches, loss, steps):
+                log[key][i].append(value)
+            for name, rate in _rates(trained, made).items():
+                rates[name][i].append(rate)
+        for site, size in probe.head_dims.items():
+            head_dims[site].append(size)
+    floor = FLOOR.get(next(p.dtype for p in trained.parameters()), COARSE_FLOOR)
+    rows, silent = _judge(log, copies, tolerance, floor)
+    found = CoordCheck(
+        widths=copies.widths,
+        optimizer=optimizer if isinstance(optimizer, str) else type(made).__name__,
+        parameterization=parameterization,
+        steps=steps,
+        seeds=seeds,
+        tolerance=tolerance,
+        rows=rows,
+        silent=silent,
+        blame="",
+    )
+    if not any(r.quantity == "update" for r in rows):
+        raise StudyError("no parameter moved the output of its operator; is all frozen, or lr zero?")
+    row = found.first
+    if row is None:
+        return found
+    evidence = {q: log[row.site, q, 0] for q in ("input", "weight") if (row.site, q, 0) in log}
+    evidence["rate"] = rates.get(row.site.parameter, [[0.0]])
+    measured = {
+        name: fit(copies.widths, table).power
+        for name, table in evidence.items()
+        if all(v > 0 for values in table for v in values)
+    }
+    sizes = tuple(head_dims.get(row.site, ()))
+    spec = spec_of(made, dict(trained.named_parameters()).get(row.site.parameter))
+    return replace(found, blame=cause(row, measured, copies.plans[-1], spec, sizes))
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    probe: Probe,
+    batches: Sequence[Batch],
+    loss: Loss,
+    steps: int,
+) -> Iterator[tuple[Key, float]]:
+    """Take the steps, and yield what the probe sees before the first and after each."""
+    for site, quantity, value in probe.at_start():
+        yield (site, quantity, 0), value
+    for step in range(1, steps + 1):
+        batch = batches[(step - 1) % len(batches)]
+        optimizer.zero_grad()
+        error = loss(batch.run(model), batch.targets)
+        if not error.isfinite():
+            raise StudyError(f"the loss is {error.item()} at step {step}: give a smaller lr")
+        error.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        for site, quantity, value in probe.now():
+            yield (site, quantity, step), value
+
+
+def _judge(
+    log: Log, copies: Copies, tolerance: float, floor: float
+) -> tuple[tuple[Coordinate, ...], tuple[Site, ...]]:
+    """Fit and judge all quantities; tell apart the places where nothing is learned."""
+    rows, silent = [], []
+    seeds = max(len(values) for table in log.values() for values in table)
+    for (site, quantity, step), table in log.items():
+        if any(len(values) < seeds for values in table):
+            raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
+        if not all(map(math.isfinite, chain(*table))):
+            raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
+        if quantity not in ("activation", "update", "change"):
+            continue
+        pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
+        if all(value > floor * activation for value, activation in pairs):
+            slope, rule = fit(copies.widths, table), _rule(site, quantity, copies)
+            rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
+        elif quantity == "update" and any(chain(*table)):
+            silent.append(site)
+    return tuple(rows), tuple(dict.fromkeys(silent))
+
+
+def _rule(site: Site, quantity: str, copies: Copies) -> str:
+    """Return how a quantity is judged: see `Coordinate.rule`."""
+    if quantity == "update":
+        return "flat"
+    if site.operator in SCORES or site.operator == OUTPUT:
+        return "bounded"
+    plan = copies.plans[-1]
+    if quantity == "change" or site.parameter not in plan:
+        return "shown"
+    geometry = plan[site.parameter].geometry
+    if is_readout(site, geometry):
+        return "bounded"
+    return "flat" if geometry.role in ("input", "hidden") else "shown"
+
+
+def _verdict(slope: Slope, rule: str, tolerance: float) -> str:
+    if rule == "shown":
+        return ""
+    beyond, surely = slope.power > tolerance, slope.low > tolerance
+    if rule == "flat":
+        beyond, surely = beyond or slope.power < -tolerance, surely or slope.high < -tolerance
+    return "FAIL" if surely else "unclear" if beyond else "ok"
+
+
+def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of every parameter, width factors included."""
+    names = {p: n for n, p in model.named_parameters()}
+    apart = isinstance(optimizer, PlannedOptimizer)  # these keep the width factor apart from lr
+    return {
+        names[p]: float(group["lr"]) * (group["mupass_scale"] if apart else 1.0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in names
+    }

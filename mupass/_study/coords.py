@@ -1,0 +1,125 @@
+"""Records of a coordinate check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mupass._study.probe import OUTPUT, Site
+from mupass._study.slopes import Slope
+
+NAMES = {"activation": "activation at the start", "update": "update dW h", "change": "change"}
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One measured quantity of one operator.
+
+    Attributes:
+        site: Where: module, operator, parameter.
+        quantity: ``activation`` (RMS of the operator's output before the first step), ``update`` (RMS of
+            dW h: what the parameter's update does to that output, at the activations of the start) or
+            ``change`` (RMS of all that moved the output since the start).
+        step: Number of optimizer steps taken.
+        slope: Power of width, its interval and the values.
+        rule: ``flat`` when any power but 0 is a fault, ``bounded`` when only growth is, ``shown`` when the
+            quantity is not judged.
+        verdict: ``ok``, ``FAIL``, ``unclear`` (the estimate lies beyond the tolerance, but not all of its
+            interval) or ``""``.
+    """
+
+    site: Site
+    quantity: str
+    step: int
+    slope: Slope
+    rule: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """Result of a coordinate check; prints as a report.
+
+    Attributes:
+        widths: Widths that were trained.
+        optimizer: What trained them.
+        parameterization: Under which parameterization.
+        steps: Number of steps.
+        seeds: Number of initializations.
+        tolerance: Largest power that counts as flat.
+        rows: All quantities; of one step in the order in which the operators ran.
+        silent: Places whose parameter did not move its operator's output at some width.
+        blame: Likely cause of the first fault; empty when there is none.
+    """
+
+    widths: tuple[int, ...]
+    optimizer: str
+    parameterization: str
+    steps: int
+    seeds: int
+    tolerance: float
+    rows: tuple[Coordinate, ...]
+    silent: tuple[Site, ...]
+    blame: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Coordinate, ...]:
+        """What failed: the earliest step first, then in the order in which the operators ran."""
+        return tuple(sorted((r for r in self.rows if r.verdict == "FAIL"), key=lambda r: r.step))
+
+    @property
+    def first(self) -> Coordinate | None:
+        """The first offender, or None."""
+        return next(iter(self.failures), None)
+
+    def modules(self) -> dict[str, str]:
+        """Return the verdict on every module that calls an operator: the worst of its quantities."""
+        worst: dict[str, str] = {}
+        order = ("", "ok", "unclear", "FAIL")
+        for row in self.rows:
+            name = OUTPUT if row.site.operator == OUTPUT else row.site.module
+            worst[name] = max(worst.get(name, ""), row.verdict, key=order.index)
+        return worst
+
+    def verdict(self) -> str:
+        """Return one sentence: pass, or the first offending operator with the likely cause."""
+        judged = sum(bool(r.verdict) for r in self.rows)
+        unclear = sum(r.verdict == "unclear" for r in self.rows)
+        doubt = f"; {unclear} unclear, which more seeds or larger widths would settle" if unclear else ""
+        row = self.first
+        if row is None:
+            return f"PASS: none of {judged} quantities scales with width{doubt}"
+        return (
+            f"FAIL at {row.site}: {NAMES[row.quantity]} scales like width^{row.slope.power:+.2f} "
+            f"(+- {row.slope.error:.2f}) at step {row.step}. {len(self.failures)} of {judged} quantities "
+            f"fail{doubt}. Likely cause: {self.blame}"
+        )
+
+    def __str__(self) -> str:
+        """Return the report as text."""
+        from mupass._study.coords_report import text
+
+        return text(self)
+
+    def report(self, path: str | Path | None = None) -> str:
+        """Return the report as text, or write it.
+
+        Args:
+            path: File to write: ``.html`` for one self-contained page, ``.png`` or ``.svg`` for the picture
+                (needs matplotlib), else text.
+
+        Returns:
+            The text, or the path that was written.
+
+        Raises:
+            StudyError: A picture without matplotlib.
+        """
+        from mupass._study.coords_report import figure, page
+        from mupass._study.page import write
+
+        return write(path, lambda: str(self), lambda: page(self), lambda: figure(self))

@@ -1,0 +1,184 @@
+"""Jobs: single training runs of a sweep, in this process or in several."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._study.batches import Batch, Loss, StudyError
+from mupass._study.copies import Copies
+from mupass._study.recipes import Make
+from mupass._study.store import Store, digest
+
+Evaluate = Callable[[nn.Module], float]
+DIVERGED = 1e3  # a loss beyond this many times the first one is given up
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        index: Which width.
+        point: Hyperparameters by name.
+        seed: Number of the initialization.
+    """
+
+    index: int
+    point: tuple[tuple[str, float], ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all runs of a sweep share.
+
+    Attributes:
+        copies: Models by width.
+        batches: Batches, used in turn.
+        loss: The loss.
+        make: Makes the optimizer.
+        steps: Number of steps.
+        evaluate: Score of a trained model; None for the mean training loss over the last tenth of the steps.
+    """
+
+    copies: Copies
+    batches: Sequence[Batch]
+    loss: Loss
+    make: Make
+    steps: int
+    evaluate: Evaluate | None
+
+    def key(self, job: Job) -> str:
+        """Return the hash of all that the result of a job depends on.
+
+        Args:
+            job: The job.
+        """
+        plan = self.copies.plans[job.index].to_json()
+        shared = (self.loss, self.make, self.steps, self.evaluate)
+        return digest(plan, *shared, [list(pair) for pair in job.point], job.seed)
+
+    def run(self, job: Job) -> tuple[float, float]:
+        """Train once.
+
+        Args:
+            job: The job.
+
+        Returns:
+            The score, infinite when the run diverged, and the seconds that it took.
+        """
+        begin = time.perf_counter()
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")  # of runs that diverge; their score says so
+            torch.manual_seed(job.seed)
+            score = self._train(job)
+        return score, time.perf_counter() - begin
+
+    def _train(self, job: Job) -> float:
+        model = self.copies.draw(job.index, job.seed)
+        optimizer = self.make(model, **dict(job.point))
+        losses: list[float] = []
+        for step in range(self.steps):
+            batch = self.batches[step % len(self.batches)]
+            optimizer.zero_grad()
+            error = self.loss(batch.run(model), batch.targets)
+            losses.append(error.item())
+            if not math.isfinite(losses[-1]) or abs(losses[-1]) > DIVERGED * max(abs(losses[0]), 1e-3):
+                return math.inf
+            error.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        if self.evaluate is None:
+            tail = losses[-max(1, self.steps // 10) :]
+            return sum(tail) / len(tail)
+        model.eval()
+        with torch.no_grad():
+            score = float(self.evaluate(model))
+        return score if math.isfinite(score) else math.inf
+
+
+def run_all(work: Work, jobs: Sequence[Job], store: Store, processes: int) -> Iterator[tuple[Job, float]]:
+    """Run what the store does not hold yet, and yield every job with its score as it is known.
+
+    Args:
+        work: What they share.
+        jobs: The jobs.
+        store: Where results are kept.
+        processes: Number of processes; 1 runs in this one.
+
+    Raises:
+        StudyError: Several processes without loky.
+    """
+    keys = {job: work.key(job) for job in jobs}
+    open_ = []
+    for job in jobs:
+        known = store.get(keys[job])
+        if known is None:
+            open_.append(job)
+        else:
+            yield job, known
+    runs = _in_processes(work, open_, processes) if processes > 1 else ((j, *work.run(j)) for j in open_)
+    for job, score, seconds in runs:
+        note = {"width": work.copies.widths[job.index], "seed": job.seed, **dict(job.point)}
+        store.put(keys[job], note, score, seconds)
+        yield job, score
+
+
+_WORK: list[Work] = []  # of a worker process
+
+
+def _in_processes(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, float, float]]:
+    try:
+        import loky
+    except ImportError as error:
+        raise StudyError("jobs > 1 needs loky: pip install 'mupass[sweep]'") from error
+    # loky rather than concurrent.futures: functions of a notebook or a script travel too.
+    with loky.ProcessPoolExecutor(processes, initializer=_begin, initargs=(work,)) as pool:
+        waiting = {pool.submit(_run_here, job): job for job in jobs}
+        try:
+            for done in loky.as_completed(waiting):
+                yield (waiting[done], *done.result())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin(work: Work) -> None:
+    torch.set_num_threads(1)
+    _WORK[:] = [work]
+
+
+def _run_here(job: Job) -> tuple[float, float]:
+    return _WORK[0].run(job)
+
+
+def bar_of(total: int, shown: bool) -> Any:
+    """Return a progress bar, or something that takes its calls where tqdm is missing.
+
+    Args:
+        total: Number of runs.
+        shown: Whether to show it.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _Quiet()
+    return tqdm(total=total, unit="run", disable=not shown, dynamic_ncols=True)
+
+
+class _Quiet:
+    def update(self) -> None:
+        """Do nothing."""
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

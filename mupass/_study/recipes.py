@@ -1,0 +1,76 @@
+"""Recipes: how a study makes the optimizer of a transformed copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._optim import KFAC, Shampoo, param_groups
+from mupass._study.batches import StudyError
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def _sgd(model: nn.Module, lr: float = 0.01, momentum: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD(param_groups(model, lr, optimizer="sgd"), momentum=momentum)
+
+
+def _adam(model: nn.Module, lr: float = 1e-3, eps: float = 1e-8) -> torch.optim.Optimizer:
+    return torch.optim.Adam(param_groups(model, lr, optimizer="adam", eps=eps))
+
+
+def _adamw(
+    model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0, eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups(model, lr, weight_decay=weight_decay, eps=eps))
+
+
+def _kfac(model: nn.Module, lr: float = 0.01, damping: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
+    return KFAC(model, lr, damping, **{"momentum": 0.0, "fallback": "sgd", "fallback_lr": lr, **options})
+
+
+def _shampoo(
+    model: nn.Module, lr: float = 0.01, damping: float = 1e-4, **options: Any
+) -> torch.optim.Optimizer:
+    return Shampoo(model, lr, damping, **{"momentum": 0.0, "fallback": "sgd", "fallback_lr": lr, **options})
+
+
+RECIPES: Mapping[str, Make] = MappingProxyType(
+    {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "kfac": _kfac, "shampoo": _shampoo}
+)
+
+
+# The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
+# a factor: at once when it is 1, only beyond width 1/damping when there are more rows than that.
+FOR_CHECK: Mapping[str, Make] = MappingProxyType(
+    {"kfac": partial(_kfac, damping=1.0), "shampoo": partial(_shampoo, damping=1.0)}
+)
+
+
+def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
+    """Return the function that makes an optimizer.
+
+    Args:
+        optimizer: A name, or the function itself: of a transformed model and hyperparameters by name.
+        for_check: Whether a coordinate check is to be made with it.
+
+    Raises:
+        StudyError: Unknown name, or neither a name nor a function.
+    """
+    if isinstance(optimizer, str):
+        if optimizer not in RECIPES:
+            raise StudyError(
+                f"unknown optimizer {optimizer!r}; known: {', '.join(RECIPES)}, or give a function such as "
+                "lambda model, lr: mupass.KFAC(model, lr=lr)"
+            )
+        return (FOR_CHECK if for_check and optimizer in FOR_CHECK else RECIPES)[optimizer]
+    if not callable(optimizer):
+        raise StudyError(
+            f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"
+        )
+    return optimizer

@@ -1,0 +1,228 @@
+"""sweep: where the best hyperparameters are, at several widths."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._study.jobs import Evaluate, Job, Work, bar_of, run_all
+from mupass._study.recipes import Make, recipe
+from mupass._study.store import Store, called, digest
+from mupass._study.trials import Sweep, Trial
+
+Grid = Mapping[str, Sequence[float]] | Sequence[float]
+
+
+def sweep(
+    model: Source,
+    data: Data,
+    grid: Grid,
+    widths: Sequence[Width] | None = None,
+    *,
+    loss: Loss = cross_entropy,
+    optimizer: str | Make = "adam",
+    steps: int = 100,
+    seeds: int = 1,
+    evaluate: Evaluate | None = None,
+    parameterization: str = "mup",
+    base: Any = None,
+    dims: Mapping[str, str] | None = None,
+    prepare: Prepare | None = None,
+    store: str | Path | None = None,
+    jobs: int = 1,
+    progress: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Sweep:
+    """Train resized copies of a model over a grid of hyperparameters, and find the optimum of each width.
+
+    Hyperparameters are those of the narrowest width. Under maximal-update parameterization their optimum
+    should stay where it is.
+
+    Args:
+        model: As for `mupass.coord_check`.
+        data: As for `mupass.coord_check`; fewer batches than steps are used in turn.
+        grid: Positive values of hyperparameters by name, all combinations of which are tried; or values of
+            ``lr`` alone.
+        widths: As for `mupass.coord_check`, one being enough.
+        loss: As for `mupass.coord_check`.
+        optimizer: A name, or a function of a transformed model and the names of the grid, such as
+            ``lambda model, lr, damping: mupass.KFAC(model, lr=lr, damping=damping)``.
+        steps: Number of steps of each run.
+        seeds: Number of initializations of each point.
+        evaluate: Score of a trained model (a validation loss, say): a function of the model in eval mode. If
+            left out the mean training loss over the last tenth of the steps.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+        base: As for `mupass.transform`; the narrowest copy if left out.
+        dims: As for `mupass.transform`.
+        prepare: Function applied to each transformed copy.
+        store: File that keeps results: a sweep that was killed goes on where it was, and a larger one takes
+            over what is known. Needs the same initial weights and data, so seed them.
+        jobs: Number of processes (more than one needs loky), of one thread each.
+        progress: Whether to show a progress bar (needs tqdm).
+        dtype: Precision of the copies; that of the model if left out.
+
+    Returns:
+        All losses, and the optimum of each width with an interval.
+
+    Raises:
+        StudyError: A grid that is empty or not positive, no batch, an unknown optimizer, a store of another
+            study, or several processes without loky.
+        MupassError: The model cannot be resized or transformed.
+    """
+    study = Study.of(
+        model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
+        parameterization=parameterization, base=base, dims=dims, prepare=prepare, dtype=dtype,
+    )  # fmt: skip
+    if not isinstance(seeds, int) or seeds < 1 or not isinstance(jobs, int) or jobs < 1:
+        raise StudyError(f"seeds and jobs must be at least 1, not {seeds!r} and {jobs!r}")
+    points = points_of(grid)
+    plan = [
+        Job(i, point, seed)
+        for i in range(len(study.copies.widths))
+        for point in points
+        for seed in range(seeds)
+    ]
+    with Store(store) as opened:
+        study.claim(opened)
+        trials = study.run(plan, opened, jobs, progress)
+    return study.result(trials)
+
+
+class Study:
+    """A model at several widths with all that its runs share; `sweep` and the searches are made of it."""
+
+    def __init__(self, copies: Copies, work: Work, name: str, structure: str, values: str) -> None:
+        self.copies, self.work, self.name = copies, work, name
+        self.structure, self.values = structure, values
+
+    @staticmethod
+    def of(
+        model: Source,
+        data: Data,
+        widths: Sequence[Width] | None,
+        *,
+        loss: Loss,
+        optimizer: str | Make,
+        steps: int,
+        evaluate: Evaluate | None,
+        parameterization: str,
+        base: Any = None,
+        dims: Mapping[str, str] | None = None,
+        prepare: Prepare | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Study:
+        """Read what `sweep` is given.
+
+        Args:
+            model: See `sweep`.
+            data: See `sweep`.
+            widths: See `sweep`.
+            loss: See `sweep`.
+            optimizer: See `sweep`.
+            steps: See `sweep`.
+            evaluate: See `sweep`.
+            parameterization: See `sweep`.
+            base: See `sweep`.
+            dims: See `sweep`.
+            prepare: See `sweep`.
+            dtype: See `sweep`.
+
+        Raises:
+            StudyError: As `sweep`.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise StudyError(f"steps must be at least 1, not {steps!r}")
+        make = recipe(optimizer)
+        batches = read_batches(data, steps)
+        values = digest(_values(model), [(b.args, b.kwargs, b.targets) for b in batches])
+        copies, batches = make_copies(
+            model, widths, batches, parameterization=parameterization, base=base, dims=dims, prepare=prepare,
+            dtype=dtype, least=1,
+        )  # fmt: skip
+        name = optimizer if isinstance(optimizer, str) else called(make)
+        structure = digest(_structure(model), loss, make, steps, evaluate, parameterization, prepare, dtype)
+        return Study(copies, Work(copies, batches, loss, make, steps, evaluate), name, structure, values)
+
+    def claim(self, store: Store) -> None:
+        """Refuse a store that holds this study with other weights or data.
+
+        Args:
+            store: The store.
+        """
+        store.claim(self.structure, self.values)
+
+    def run(self, jobs: Sequence[Job], store: Store, processes: int, shown: bool) -> tuple[Trial, ...]:
+        """Run jobs, and return trials in the order of the jobs.
+
+        Args:
+            jobs: The jobs.
+            store: Where results are kept.
+            processes: Number of processes.
+            shown: Whether to show progress.
+        """
+        bar, scores = bar_of(len(jobs), shown), {}
+        try:
+            for job, score in run_all(self.work, jobs, store, processes):
+                scores[job] = score
+                bar.set_postfix_str(f"width {self.copies.widths[job.index]} loss {score:.3g}", refresh=False)
+                bar.update()
+        finally:
+            bar.close()
+        return tuple(Trial(self.copies.widths[j.index], j.point, j.seed, scores[j]) for j in jobs)
+
+    def result(self, trials: Iterable[Trial], driver: str = "grid") -> Sweep:
+        """Return the record.
+
+        Args:
+            trials: All runs.
+            driver: What chose the points.
+        """
+        evaluate = self.work.evaluate
+        score = "training loss" if evaluate is None else called(evaluate)
+        parameterization = self.copies.plans[0].parameterization
+        trials = tuple(trials)
+        name = self.name
+        if "<lambda>" in name:  # the class says more
+            name = type(self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))).__name__
+        return Sweep(trials, name, parameterization, self.work.steps, score, driver)
+
+
+def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:
+    """Return all points of a grid.
+
+    Args:
+        grid: See `sweep`.
+
+    Raises:
+        StudyError: It is empty, or a value is not positive.
+    """
+    axes = dict(grid) if isinstance(grid, Mapping) else {"lr": grid}
+    for name, values in axes.items():
+        if isinstance(values, (int, float, str)) or not list(values):
+            raise StudyError(f"grid[{name!r}] must be a list of values, not {values!r}")
+        for value in values:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
+    if not axes:
+        raise StudyError("grid names no hyperparameter")
+    rows = ([(name, float(v)) for v in sorted(set(values))] for name, values in axes.items())
+    return list(itertools.product(*rows))
+
+
+def _values(source: Source) -> Any:
+    return dict(source.state_dict()) if isinstance(source, nn.Module) else source
+
+
+def _structure(source: Source) -> Any:
+    if not isinstance(source, nn.Module):
+        return source
+    return [type(source).__qualname__, *(f"{n}{tuple(p.shape)}" for n, p in source.named_parameters())]

@@ -1,0 +1,187 @@
+"""transfer: tune a narrow proxy, and set up the full model with what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._analyze import analyze
+from mupass._plan import plan_of
+from mupass._resize import resize
+from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.copies import Prepare, Width, halved
+from mupass._study.jobs import Evaluate
+from mupass._study.recipes import Make
+from mupass._study.search import search
+from mupass._study.store import Store
+from mupass._study.sweep import Grid, Study
+from mupass._study.trials import Sweep
+from mupass._transform import transform
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A full model that is ready to be trained, and how its hyperparameters were found; prints as a report.
+
+    Attributes:
+        model: The transformed full model.
+        optimizer: Its optimizer.
+        hyperparameters: What the optimizer was made with: those of the proxy.
+        proxy_width: Width at which they were tuned, the base width of the model.
+        width: Width of the model.
+        search: All runs on the proxy.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    hyperparameters: Mapping[str, float]
+    proxy_width: int
+    width: int
+    search: Sweep
+
+    def verdict(self) -> str:
+        """Return what was found, and first of all what is not bracketed."""
+        chosen = ", ".join(f"{name} = {value:.4g}" for name, value in self.hyperparameters.items())
+        warnings = [w for w in self.search.verdict().split("; ") if w.startswith("NOT BRACKETED")]
+        found = f"{chosen}, tuned at width {self.proxy_width}, for a model of width {self.width}"
+        return "; ".join([*warnings, found])
+
+    def record(self) -> dict[str, Any]:
+        """Return how the hyperparameters were found, as plain values for a JSON file or a pull request."""
+        search = self.search
+        optima = [search.optimum(self.proxy_width, name) for name in search.names]
+        return {
+            "hyperparameters": dict(self.hyperparameters),
+            "intervals": {o.name: [o.low, o.high] for o in optima},
+            "bracketed": not search.open_ends(),
+            "proxy_width": self.proxy_width,
+            "width": self.width,
+            "optimizer": search.optimizer,
+            "parameterization": search.parameterization,
+            "steps": search.steps,
+            "seeds": search.seeds,
+            "score": search.score,
+            "driver": search.driver,
+            "trials": [{**dict(t.point), "seed": t.seed, "loss": t.loss} for t in search.trials],
+        }
+
+    def __str__(self) -> str:
+        """Return the report as text."""
+        return f"{self.verdict()}\n\n{self.search}"
+
+    def report(self, path: str | Path | None = None) -> str:
+        """Return the report as text, or write it.
+
+        Args:
+            path: File to write: ``.html`` for one self-contained page, ``.json`` for the record, ``.png`` for
+                the curves (needs matplotlib), else text.
+
+        Returns:
+            The text, or the path that was written.
+        """
+        from mupass._study.page import document, write
+        from mupass._study.trials_report import facts_of, figure, sections
+
+        if path is not None and Path(path).suffix == ".json":
+            Path(path).write_text(json.dumps(self.record(), indent=1), encoding="utf-8")
+            return str(path)
+        mark = "doubt" if self.search.open_ends() else "good"
+
+        def page() -> str:
+            facts = {"full model": type(self.model).__name__, **facts_of(self.search)}
+            return document("Transfer", mark, self.verdict(), facts, *sections(self.search))
+
+        return write(path, lambda: str(self), page, lambda: figure(self.search))
+
+
+def transfer(
+    model: nn.Module,
+    data: Data,
+    target: Width | None = None,
+    *,
+    grid: Grid,
+    proxy: Width | None = None,
+    loss: Loss = cross_entropy,
+    optimizer: str | Make = "adam",
+    steps: int = 100,
+    seeds: int = 1,
+    evaluate: Evaluate | None = None,
+    driver: str = "grid",
+    trials: int = 32,
+    parameterization: str = "mup",
+    dims: Mapping[str, str] | None = None,
+    prepare: Prepare | None = None,
+    store: str | Path | None = None,
+    jobs: int = 1,
+    progress: bool = True,
+) -> Transfer:
+    """Tune hyperparameters on a narrow copy of a model, and make the full model and its optimizer with them.
+
+    The copy is made by `mupass.resize`. Its width is the base width of the full model, so that the values
+    found are used as they are.
+
+    Args:
+        model: The full model with its initial weights, which is transformed **in place** once the search is
+            done; if `target` is given a model of any width, which is not changed.
+        data: As for `mupass.sweep`.
+        target: Width of the full model, built by `mupass.resize`; that of `model` if left out.
+        grid: As for `mupass.sweep`; for ``driver="optuna"`` the smallest and the largest value of each
+            hyperparameter are the bounds.
+        proxy: Width of the copy that is tuned, as for `mupass.resize`; if left out the model's own, halved
+            while it is at least 128.
+        loss: As for `mupass.sweep`.
+        optimizer: As for `mupass.sweep`.
+        steps: Number of steps of each run.
+        seeds: Number of initializations of each point.
+        evaluate: As for `mupass.sweep`.
+        driver: ``grid``, or ``optuna`` (which must be installed): a seeded TPE sampler.
+        trials: Number of points that Optuna tries.
+        parameterization: ``mup``, ``ntk`` or ``mean_field``; under ``standard`` nothing transfers.
+        dims: As for `mupass.transform`.
+        prepare: Function applied to the transformed copy and to the transformed full model.
+        store: As for `mupass.sweep`: a search that was killed goes on where it was.
+        jobs: As for `mupass.sweep`.
+        progress: As for `mupass.sweep`.
+
+    Returns:
+        The model, its optimizer and the record.
+
+    Raises:
+        StudyError: As `mupass.sweep`; the proxy is not narrower than the full model, every run diverged, the
+            driver is unknown or not installed.
+        MupassError: The model cannot be resized or transformed.
+    """
+    if parameterization == "standard":
+        raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
+    inputs = read_batches(data, 1)[0].inputs
+    width = analyze(model, inputs, dims=dims).width
+    study = Study.of(
+        model, data, [halved(width) if proxy is None else proxy], loss=loss, optimizer=optimizer, steps=steps,
+        evaluate=evaluate, parameterization=parameterization, dims=dims, prepare=prepare,
+    )  # fmt: skip
+    narrow = study.copies.widths[0]
+    full = width if target is None else target
+    if isinstance(full, int) and full <= narrow:
+        raise StudyError(
+            f"the proxy (width {narrow}) must be narrower than the full model (width {full}); give proxy=, "
+            "or tune the model itself with mupass.sweep"
+        )
+    with Store(store) as opened:
+        found = search(
+            study, grid, driver=driver, trials=trials, seeds=seeds, store=opened, jobs=jobs, progress=progress
+        )
+    best = found.best()
+    if not found.optimum(narrow, found.names[0]).loss < float("inf"):
+        raise StudyError(f"every run on the proxy diverged; try smaller values of {', '.join(found.names)}")
+    if target is not None:
+        model = resize(model, target, example_inputs=inputs, dims=dims, seed=0, fresh=True)
+    wide = transform(model, inputs, base=study.copies.narrow, parameterization=parameterization, inplace=True)
+    wide = prepare(wide) if prepare else wide
+    made = study.work.make(wide, **best)
+    return Transfer(wide, made, best, narrow, plan_of(wide)[1].width, found)

@@ -1,0 +1,318 @@
+"""coord_check passes muP, fails the standard parameterization, and names planted faults."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.plain_dense import CASES as DENSE
+
+import mupass
+from mupass._rewrite import InputMultiplier
+from mupass._study.batches import Batch, cross_entropy, logits_of
+from mupass._study.copies import default_widths
+from mupass._study.probe import OUTPUT, Probe, Site
+from mupass._study.slopes import fit, student
+
+OPTIMIZERS = ["adam", "sgd", "shampoo", "kfac"]
+VOCAB, LENGTH = 30, 8
+
+
+def mlp(width: int = 64) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)
+    )
+
+
+def vectors() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(16, 12, generator=generator), torch.randint(5, (16,), generator=generator)
+
+
+class TinyLM(nn.Module):
+    """A language model with a tied readout and one attention block."""
+
+    def __init__(self, width: int = 64, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.tokens = nn.Embedding(VOCAB, width)
+        self.norm, self.last = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.head = nn.Linear(width, VOCAB, bias=False)
+        self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        h = self.norm(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.last(x + self.out(y.transpose(1, 2).flatten(2))))
+
+
+def text() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(VOCAB, (8, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("build", "data"), [(mlp, vectors), (TinyLM, text)])
+def test_mup_passes_and_standard_fails(build, data, optimizer: str) -> None:
+    mup = mupass.coord_check(build(), data(), optimizer=optimizer)
+    assert mup.ok and mup.verdict().startswith("PASS"), str(mup)
+    assert mup.widths == (64, 128, 256)
+    standard = mupass.coord_check(build(), data(), optimizer=optimizer, parameterization="standard")
+    assert not standard.ok and "standard parameterization" in standard.verdict(), str(standard)
+
+
+ZOO = [("deep_sets", "adam"), ("deep_sets", "kfac"), ("actor_critic", "adam"), ("mixture_of_experts", "adam")]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), ZOO)
+def test_other_architectures(name: str, optimizer: str) -> None:
+    case = DENSE[name]
+    model, inputs = case.build(1), case.inputs()
+    shape = logits_of(model(*inputs[0], **inputs[1])).shape
+    data = (inputs, torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+    def loss(output: object, targets: Tensor) -> Tensor:
+        return F.mse_loss(logits_of(output), targets)
+
+    settings = {"loss": loss, "optimizer": optimizer, "steps": 2, "seeds": 2}
+    assert mupass.coord_check(model, data, **settings).ok
+    assert not mupass.coord_check(model, data, **settings, parameterization="standard").ok
+
+
+def test_the_model_is_left_alone() -> None:
+    model = TinyLM()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    mupass.coord_check(model, text(), widths=[32, 64], steps=1)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert not hasattr(model, "mupass_plan")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_missing_readout_multiplier_is_named() -> None:
+    def remove(model: nn.Module) -> nn.Module:
+        hooks = model.head._forward_pre_hooks
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, InputMultiplier):
+                del hooks[key]
+                del model.head._forward_pre_hooks_with_kwargs[key]
+        return model
+
+    for optimizer in ("adam", "sgd"):
+        found = mupass.coord_check(TinyLM(), text(), optimizer=optimizer, prepare=remove)
+        assert found.first.site == Site("head", "linear", "tokens.weight"), str(found)
+        assert found.first.slope.power > 0.4
+        assert "lacks its multiplier 1/m" in found.blame
+
+
+@pytest.mark.parametrize(("layer", "power"), [("0.weight", -1), ("4.weight", 1)])
+def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
+    def swapped(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+        groups = mupass.param_groups(model, lr, optimizer="adam")
+        weight = model.get_parameter(layer)
+        geometry = model.mupass_plan[layer].geometry
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p is not weight]
+        groups.append({"params": [weight], "lr": lr / geometry.m_out})  # Adam's rule is 1/m_in
+        return torch.optim.Adam([g for g in groups if g["params"]])
+
+    found = mupass.coord_check(mlp(), vectors(), optimizer=swapped)
+    assert found.first.site.parameter == layer and found.first.quantity == "update", str(found)
+    assert found.first.slope.power == pytest.approx(power, abs=0.15)
+    assert "as if fan_in were fan_out" in found.blame
+    assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
+
+
+def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
+    found = mupass.coord_check(
+        lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512], lr=0.02
+    )
+    assert found.first.site.operator == "scaled_dot_product_attention", str(found)
+    assert "head_dim grows (32 to 256)" in found.blame and "1/head_dim" in found.blame
+    by_heads = mupass.coord_check(
+        lambda width: TinyLM(width, heads=width // 16), text(), widths=[64, 128, 256, 512], lr=0.02
+    )
+    assert by_heads.ok, str(by_heads)
+
+
+def test_a_constant_initialization_is_named() -> None:
+    def constant(model: nn.Module) -> nn.Module:
+        nn.init.normal_(model[2].weight, std=0.1)
+        return model
+
+    found = mupass.coord_check(mlp(), vectors(), prepare=constant)
+    assert found.first.site == Site("2", "linear", "2.weight") and found.first.quantity == "activation"
+    assert found.first.slope.power == pytest.approx(0.5, abs=0.1)
+    assert "initialization" in found.blame and "width^-0.5" in found.blame
+
+
+def test_a_normalization_to_unit_length_is_named() -> None:
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.mid, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.mid(F.normalize(self.enter(x), dim=-1))))
+
+    model = Unit()
+    nn.init.zeros_(model.mid.bias)
+    found = mupass.coord_check(model, vectors())
+    assert found.first.site.parameter == "mid.weight"
+    assert "normalization to unit length" in found.blame
+
+
+class Raw(nn.Module):
+    """Parameters in many kinds of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(9, 6), nn.Conv1d(6, 5, 3, padding=1)
+        self.norm = nn.BatchNorm1d(5)
+        self.w, self.shift = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(5))
+        self.rnn = nn.GRU(7, 4, batch_first=True)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.table(ids).transpose(1, 2))).transpose(1, 2)
+        x = torch.einsum("bld,md->blm", x + self.shift, self.w)
+        return self.head(self.drop(self.rnn(x)[0][:, -1]))
+
+
+def test_the_probe_sees_what_each_parameter_does() -> None:
+    model = Raw().double()
+    ids = torch.randint(9, (4, 10))
+    inputs: dict[str, Tensor] = {}
+    for name in ("table", "conv", "norm", "rnn", "head"):
+        getattr(model, name).register_forward_pre_hook(lambda m, a, name=name: inputs.update({name: a[0]}))
+    probe = Probe(model, Batch((ids,), {}, None))
+    start = {n: x.detach().clone() for n, x in inputs.items()}
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    running = model.norm.running_mean.clone()
+    found = {(s.module, s.operator, s.parameter): v for s, q, v in probe.now() if q == "update"}
+    moved = {n: p.detach() - old[n] for n, p in model.named_parameters()}
+
+    def rms(x: Tensor) -> float:
+        return x.square().mean().sqrt().item()
+
+    assert torch.equal(model.norm.running_mean, running)
+    assert found["table", "embedding", "table.weight"] == pytest.approx(rms(moved["table.weight"][ids]))
+    y = F.conv1d(start["conv"], moved["conv.weight"], padding=1)
+    assert found["conv", "conv1d", "conv.weight"] == pytest.approx(rms(y))
+    assert found["conv", "conv1d", "conv.bias"] == pytest.approx(rms(moved["conv.bias"]))
+    x = start["norm"]
+    normal = (x - x.mean((0, 2), keepdim=True)) / (x.var((0, 2), correction=0, keepdim=True) + 1e-5).sqrt()
+    assert found["norm", "batch_norm", "norm.weight"] == pytest.approx(
+        rms(normal * moved["norm.weight"][:, None])
+    )
+    assert found["", "add", "shift"] == pytest.approx(rms(moved["shift"]))
+    h = (normal * old["norm.weight"][:, None] + old["norm.bias"][:, None]).transpose(1, 2) + old["shift"]
+    assert found["", "einsum", "w"] == pytest.approx(rms(h @ moved["w"].T))
+    assert found["head", "linear", "head.weight"] == pytest.approx(
+        rms(start["head"] @ moved["head.weight"].T)
+    )
+    hidden = nn.GRU(7, 4, batch_first=True).double()
+    hidden.load_state_dict({n[4:]: v for n, v in old.items() if n.startswith("rnn.")})
+    before = hidden(start["rnn"])[0]
+    hidden.weight_hh_l0.data.add_(moved["rnn.weight_hh_l0"])
+    assert found["rnn", "gru", "rnn.weight_hh_l0"] == pytest.approx(rms(hidden(start["rnn"])[0] - before))
+
+
+def test_a_module_that_runs_twice_has_two_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mid = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mid(torch.relu_(self.mid(x)))
+
+    probe = Probe(Twice(), Batch((torch.randn(3, 6),), {}, None))
+    places = [s for s in probe.start if s.parameter == "mid.weight"]
+    assert [s.call for s in places] == [0, 1]
+    assert Site("", OUTPUT) in probe.start
+
+
+def test_slopes_against_a_reference() -> None:
+    numpy = pytest.importorskip("numpy")
+    widths, powers = [64, 128, 256, 512], []
+    draw = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(400):
+        values = [
+            [w**-0.5 * math.exp(0.1 * torch.randn((), generator=draw)) for _ in range(3)] for w in widths
+        ]
+        slope = fit(widths, values)
+        x = numpy.repeat(numpy.log(widths), 3)
+        expected, covariance = numpy.polyfit(x, numpy.log(numpy.ravel(values)), 1, cov=True)
+        assert slope.power == pytest.approx(expected[0])
+        assert slope.error == pytest.approx(2.2281 * covariance[0, 0] ** 0.5, rel=1e-3)
+        inside += slope.low <= -0.5 <= slope.high
+        powers.append(slope.power)
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423)]
+)
+def test_students_quantiles(freedom: int, quantile: float) -> None:
+    assert student(freedom, 0.95) == pytest.approx(quantile, rel=0.01)
+
+
+def test_default_widths_are_powers_of_two_times_the_models() -> None:
+    assert default_widths(768) == (96, 192, 384)
+    assert default_widths(48) == (96, 192, 384)
+    assert default_widths(4096) == (64, 128, 256)
+    assert default_widths(77) == (77, 154, 308)
+
+
+def test_reports(tmp_path: Path) -> None:
+    found = mupass.coord_check(mlp(), vectors(), steps=1, parameterization="standard")
+    assert found.report() == str(found) and "FAIL" in str(found)
+    assert found.modules()["0"] in ("ok", "FAIL") and found.modules()[OUTPUT]
+    page = Path(found.report(tmp_path / "check.html")).read_text()
+    assert page.startswith("<!doctype html>") and page.count("<h1>") == 1
+    assert found.first.site.parameter in page and not any(s in page for s in ("<script", "src="))
+    assert Path(found.report(tmp_path / "check.txt")).read_text() == str(found) + "\n"
+    pytest.importorskip("matplotlib")
+    assert Path(found.report(tmp_path / "check.png")).stat().st_size > 10_000
+    assert "<svg" in page
+
+
+def test_what_cannot_be_checked_is_refused() -> None:
+    x, y = vectors()
+    model = mlp()
+    for message, call in {
+        "at least 2 different widths": lambda: mupass.coord_check(model, (x, y), widths=[64]),
+        "no batch": lambda: mupass.coord_check(model, []),
+        "unknown optimizer 'lion'": lambda: mupass.coord_check(model, (x, y), optimizer="lion"),
+        "at least 1": lambda: mupass.coord_check(model, (x, y), steps=0),
+        "class numbers": lambda: mupass.coord_check(model, (x, torch.randn(16, 5))),
+        "must be batches": lambda: mupass.coord_check(model, x),
+        "a pair": lambda: mupass.coord_check(model, [x]),
+        "widths= is needed": lambda: mupass.coord_check(mlp, (x, y)),
+        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e300),
+        "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0),
+    }.items():
+        with pytest.raises(mupass.StudyError, match=message):
+            call()
+
+
+def test_the_default_loss_takes_the_usual_shapes() -> None:
+    logits, classes = torch.randn(2, 7, 5), torch.randint(5, (2, 7))
+    expected = F.cross_entropy(logits.flatten(0, 1), classes.flatten())
+    assert cross_entropy(logits, classes) == expected
+    assert cross_entropy((logits, None), classes) == expected
+    assert cross_entropy(logits.transpose(1, 2), classes) == pytest.approx(expected.item())
+    with pytest.raises(mupass.StudyError, match="do not fit"):
+        cross_entropy(logits, classes[:, :3])
+    with pytest.raises(mupass.StudyError, match="no tensor"):
+        logits_of({"loss": torch.zeros(())})
