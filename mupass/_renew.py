@@ -205,7 +205,8 @@ def _patterned(free: Tensor) -> bool:
         total = centred.square().mean()
         pairs = steps.numel()
         likeness = (centred.narrow(axis, 0, length - 1) * centred.narrow(axis, 1, length - 1)).mean() / total
-        if likeness.abs() > SIGMAS / math.sqrt(pairs) + 1 / length:
+        limit = SIGMAS / math.sqrt(pairs) + 1 / length
+        if likeness > (min(limit, 0.85) if pairs >= 16 else limit):
             return True
     return False
 

@@ -243,8 +243,11 @@ def _named(solved: Inference, names: DimNames, width: Mapping[str, int]) -> dict
         given.update(dict.fromkeys(found, _whole(name, size)))
     if not given:
         raise ResizeError("width names no dimension")
+    size_of = solved.engine.space.size
     while implied := dict(_implied(solved, names, given)):
-        given |= implied
+        for dim, size in implied.items():  # the head_dim of queries is no other than that of values
+            twins = names.find(names.of(dim) or "")
+            given |= {t: size for t in (dim, *twins) if t not in given and size_of(t) == size_of(dim)}
     return given
 
 
