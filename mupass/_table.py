@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mupass._geometry import Geometry, Use
-from mupass._scales import powers, row
+from mupass._parameterizations import row
+from mupass._scales import powers
 
 if TYPE_CHECKING:
     from mupass._plan import Entry, Plan

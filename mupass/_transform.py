@@ -9,9 +9,10 @@ from torch import nn
 from mupass._errors import PlanError, TransformError
 from mupass._geometry import Analysis
 from mupass._init import Init, InitChoice, plan_init
+from mupass._parameterizations import row
 from mupass._plan import ATTRIBUTE, VERSION, Entry, Plan
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._scales import OptimizerSpec, row, scales
+from mupass._scales import OptimizerSpec, scales
 
 Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import mupass
+from mupass._parameterizations import PARAMETERIZATIONS
 from mupass._plan import Plan
 from mupass._rewrite import rescale
-from mupass._scales import OPTIMIZERS, PARAMETERIZATIONS, SCALES, OptimizerSpec, scales
+from mupass._scales import OPTIMIZERS, SCALES, OptimizerSpec, scales
 from mupass._transform import make_plan
 
 WIDTHS = (64, 128, 256, 512, 1024)

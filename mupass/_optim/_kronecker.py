@@ -14,7 +14,7 @@ from mupass._factors import Layer, factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._curvature import Raw, nearest_product, observed
 from mupass._optim._damping import damp
-from mupass._optim._pairs import Kind, Pair, phases, slot_name, times
+from mupass._optim._pairs import Pair, line_up, phases, slot_name, times
 from mupass._scales import Scales
 
 Count = Callable[[str, str], None]
@@ -52,7 +52,7 @@ class Kronecker:
         }
         self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
         self.phase = phases(self._all, stagger)
-        self.kinds = self._index(scales)
+        self.kinds = line_up(self.pairs, self._all, parameters, scales)
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {
             f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
@@ -90,35 +90,6 @@ class Kronecker:
                 slots = [(name, g) for g in range(shape[0])]
                 alike[shape[1:], factor_dtype(weight), weight.device] += slots
         return [Bank(slots, *kind) for kind, slots in alike.items()]
-
-    def _index(self, scales: Mapping[str, Scales]) -> list[Kind]:
-        """Line up what damping needs, for the pairs of each precision and device."""
-        kinds: dict[Any, list[Pair]] = defaultdict(list)
-        for pair in self.pairs:
-            weight = self.parameters[pair.block.parameter]
-            kinds[factor_dtype(weight), weight.device].append(pair)
-        found = []
-        for (dtype, device), pairs in kinds.items():
-            banks = [
-                i for i, b in enumerate(self._all) if (b.factors.dtype, b.factors.device) == (dtype, device)
-            ]
-            slots = {key: n for n, key in enumerate(key for i in banks for key in self._all[i].keys)}
-            rows = [(pair, g) for pair in pairs for g in range(pair.groups)]
-            own = [scales[pair.block.parameter] for pair, _ in rows]
-            like = torch.zeros((), dtype=dtype, device=device)
-            found.append(
-                Kind(
-                    banks=tuple(banks),
-                    pairs=tuple(pairs),
-                    at_a=torch.tensor([slots.get((p.a, g), -1) for p, g in rows], device=device),
-                    at_b=torch.tensor([slots.get((p.b, g), -1) for p, g in rows], device=device),
-                    dim_a=like.new_tensor([p.inputs for p, _ in rows]),
-                    dim_b=like.new_tensor([p.outputs for p, _ in rows]),
-                    scale_a=like.new_tensor([s.damping_in for s in own]),
-                    scale_b=like.new_tensor([s.damping_out for s in own]),
-                )
-            )
-        return found
 
     def average(self, taken: Mapping[Place, Raw], decay: float, count: Count) -> None:
         """Add the factors of one step to the averages.

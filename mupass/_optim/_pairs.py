@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mupass._blocks import Block, Factor
+from mupass._factors import factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._damping import Sides
+from mupass._scales import Scales
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,46 @@ class Kind:
             scale_b=self.scale_b,
             damping=traces.new_tensor(values),
         )
+
+
+def line_up(
+    pairs: Sequence[Pair],
+    banks: Sequence[Bank],
+    parameters: Mapping[str, Tensor],
+    scales: Mapping[str, Scales],
+) -> list[Kind]:
+    """Line up what damping needs, for the pairs of each precision and device.
+
+    Args:
+        pairs: All pairs.
+        banks: All banks.
+        parameters: Parameters by name.
+        scales: Width factors of each parameter.
+    """
+    kinds: dict[Any, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        weight = parameters[pair.block.parameter]
+        kinds[factor_dtype(weight), weight.device].append(pair)
+    found = []
+    for (dtype, device), alike in kinds.items():
+        own = [i for i, b in enumerate(banks) if (b.factors.dtype, b.factors.device) == (dtype, device)]
+        slots = {key: n for n, key in enumerate(key for i in own for key in banks[i].keys)}
+        rows = [(pair, g) for pair in alike for g in range(pair.groups)]
+        of = [scales[pair.block.parameter] for pair, _ in rows]
+        like = torch.zeros((), dtype=dtype, device=device)
+        found.append(
+            Kind(
+                banks=tuple(own),
+                pairs=tuple(alike),
+                at_a=torch.tensor([slots.get((p.a, g), -1) for p, g in rows], device=device),
+                at_b=torch.tensor([slots.get((p.b, g), -1) for p, g in rows], device=device),
+                dim_a=like.new_tensor([p.inputs for p, _ in rows]),
+                dim_b=like.new_tensor([p.outputs for p, _ in rows]),
+                scale_a=like.new_tensor([s.damping_in for s in of]),
+                scale_b=like.new_tensor([s.damping_out for s in of]),
+            )
+        )
+    return found
 
 
 def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
