@@ -17,7 +17,8 @@ from zoo.case import Case
 
 import mupass
 
-REFUSED = {"normalized_weights"}  # spectral norm keeps singular vectors as buffers
+# Spectral norm keeps singular vectors as buffers; which factor of a channel shuffle grows is a guess.
+REFUSED = {"normalized_weights", "shuffle_unit"}
 HEADS_STAY = {"set_transformer"}  # head_dim grows, where the author adds heads
 # Their builders round to multiples of 8 or cut off below a size, where resize keeps every ratio.
 ROUNDED = {
