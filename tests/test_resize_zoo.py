@@ -51,7 +51,13 @@ def conventions(case: Case) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("case", ALL)
+# Models of other packages take too long for every run.
+CASES = [
+    p if not p.marks else pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.long]) for p in ALL
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (1, 1)])
 def test_equals_the_architecture_built_at_that_width(case: Case, source: int, target: int) -> None:
     with third_party():

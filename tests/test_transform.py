@@ -308,7 +308,7 @@ def test_bad_arguments_leave_the_model_untouched(arguments: dict[str, Any], erro
 
 @pytest.mark.parametrize("stage", ["mupass._taps.attach", "mupass._rewrite.rescale"])
 def test_failure_halfway_is_undone(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(model: nn.Module, plan: Plan) -> None:
+    def fail(model: nn.Module, *args: Any) -> None:
         model.get_submodule("up").register_forward_hook(lambda *a: None)
         model.get_submodule("up").left_behind = 1  # type: ignore[assignment]
         raise RuntimeError("no memory")
