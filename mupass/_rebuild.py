@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mupass._attributes import Attributes, Slot, nearest, rewrite_config, rewrite_modules
 from mupass._capture import Capture, export, fresh_copy, parameter_names, quiet
 from mupass._dims.facts import Value
-from mupass._dims.graph import operator_name
+from mupass._dims.graph import operator_name, shape_of
 from mupass._errors import CaptureError, ResizeError
 from mupass._inputs import try_forward
 from mupass._record import record
@@ -131,7 +131,7 @@ class Target:
     def _difference(self, again: Capture) -> Failure | None:
         nodes, count = computing(again), len(self.shapes)
         for at, (node, want) in enumerate(zip(nodes, self.operators, strict=False)):
-            have = [tuple(map(int, t.shape)) for t in _tensors(node)]
+            have = [shape_of(t) for t in _tensors(node)]
             if not _fit(have, want):
                 where = again.owners.get(node, "")
                 message = (

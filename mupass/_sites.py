@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from mupass import _contraction
 from mupass._capture import Capture
+from mupass._dims.graph import shape_of
 from mupass._geometry import Site
 
 MOVES = (
@@ -52,7 +53,7 @@ def _with_sources(site: Site, sources: list[str]) -> Site:
 
 def _shape(node: Node) -> tuple[int, ...]:
     value = node.meta.get("val")
-    return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else ()
+    return shape_of(value) if isinstance(value, torch.Tensor) else ()
 
 
 def _users(node: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
