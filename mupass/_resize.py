@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mupass._attributes import Attributes, handled_dims
+from mupass._builders import by_config, by_copy, has_constructor
 from mupass._draw import Draw, initialize
 from mupass._init import InitChoice
 from mupass._inputs import as_call, find_inputs
-from mupass._rebuild import by_config, by_copy, has_constructor, rebuild, target_of
+from mupass._prediction import target_of
+from mupass._rebuild import rebuild
 from mupass._sizes import NewSizes
 from mupass._solve import solve
 
