@@ -127,19 +127,19 @@ class _Maker:
             for m in owners
             if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
         }
+        # A recorded run does not tell who called, nor which of two tied modules.
         if not callers <= fitting and (callers <= owners or callers == {""}):
-            callers = (
-                fitting  # a recorded run does not tell who called, an export not which of two tied modules
-            )
+            callers = fitting
         if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
-        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
-        return (Place(None, g.name, key),) if key and not sharded else None
+        return (Place(None, g.name, key),) if key and not self._sharded(g) else None
+
+    def _sharded(self, g: Geometry) -> bool:
+        return hasattr(self.model.get_parameter(g.name), "device_mesh")
 
     def _misplaced(self, g: Geometry, site: Site) -> str:
         where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
-        sharded = hasattr(self.model.get_parameter(g.name), "device_mesh")
-        return f"{where}, and a sharded parameter cannot carry a tap" if sharded else where
+        return f"{where}, and a sharded parameter cannot carry a tap" if self._sharded(g) else where
 
     def _vector(self, g: Geometry, sites: list[Site]) -> None:
         """Cover a gain or a shift by the gradients of every position."""
@@ -223,7 +223,9 @@ class _Maker:
             own = [s for s in sites if (s.in_axes, s.out_axes) == use]
             key = "embedding" if own[0].kind == "embedding" else product_key(*use)
             places = self._places(g, own, key)
-            assert places is not None
+            if places is None:
+                self.reasons[g.name] = self._misplaced(g, own[0])
+                return
             matrices = Matrices(g.shape, use[1], use[0])
             layer = self._layer(g, matrices, own[0].kind)
             # The side that is a table's length is a diagonal in one use, so it is in the other.
@@ -238,7 +240,7 @@ class _Maker:
     def _packed_attention(self, g: Geometry) -> bool:
         """Cover the packed projection of cross-attention: three matrices with inputs of their own."""
         path, _, leaf = g.name.rpartition(".")
-        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention):
+        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._sharded(g):
             return False
         third = g.shape[0] // 3
         fusions = (Fusion(0, (3, third), 0, (1, 1, 1)),)

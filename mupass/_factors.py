@@ -95,7 +95,8 @@ def raw_outputs(
 def _vector_rows(layer: Layer, form: Elementwise, x: Tensor, g: Tensor, rows: Tensor, gain: bool) -> Tensor:
     rows = rows * form.input_rows(x.expand_as(g)) if gain else rows
     # Rows run over the sample first, so that positions of one sample stand together.
-    return rows.reshape(1, g.shape[0], -1, rows.shape[-1]).sum(2) if layer.reduce and g.dim() > 1 else rows
+    together = layer.reduce or not form.count  # one number has one gradient a sample
+    return rows.reshape(1, g.shape[0], -1, rows.shape[-1]).sum(2) if together and g.dim() > 1 else rows
 
 
 def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:

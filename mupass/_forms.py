@@ -155,7 +155,7 @@ class Elementwise:
 
     Attributes:
         axis: The first feature axis of the output, counted from the last one (-1) where negative.
-        count: Number of feature axes.
+        count: Number of feature axes; 0 for one number that acts on all of them.
     """
 
     axis: int
@@ -172,6 +172,8 @@ class Elementwise:
             g: Gradient of the output.
             reduce: Not here, see `_factors`.
         """
+        if not self.count:
+            return g.reshape(1, -1, 1)
         at = self.axis % g.dim()
         rows = g.movedim(list(range(at, at + self.count)), list(range(-self.count, 0)))
         return rows.reshape(1, -1, prod(g.shape[at : at + self.count]))

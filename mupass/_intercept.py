@@ -176,8 +176,8 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     ):
         return output
     wide = [i for i in range(weight.dim()) if weight.shape[i] > 1]
-    axis = (wide[0] if wide else weight.dim() - 1) - weight.dim()
-    return _through(output, x, _taps(weight), key, Elementwise(axis))
+    form = Elementwise(wide[0] - weight.dim()) if wide else Elementwise(0, 0)
+    return _through(output, x, _taps(weight), key, form)
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:

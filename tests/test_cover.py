@@ -477,3 +477,33 @@ def test_a_parameter_that_was_replaced_is_refused_by_name() -> None:
     old.grad = grad
     with pytest.raises(mupass.OptimizerError, match=r"turned has a gradient, but its tap saw no operator"):
         optimizer.step()
+
+
+class Scaled(nn.Module):
+    """One number multiplies, one shifts, all entries of a sample."""
+
+    def __init__(self, w: int = W) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, w), nn.Linear(w, 3)
+        self.scale, self.move = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.tensor([0.2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inp(x) * self.scale) + self.move).mean(1)
+
+
+def test_one_number_has_one_gradient_a_sample() -> None:
+    torch.manual_seed(0)
+    x, y = data()[0], torch.randn(4, 3, dtype=torch.float64)
+    net = mupass.transform(Scaled().double(), x, base=BASE)
+    plain = Scaled().double()
+    plain.load_state_dict(net.state_dict())
+    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_floor=0.0, strict=True)
+    squares(net(x), y).mean().backward()
+    got = moved(net, optimizer.step)
+    for name in ("scale", "move"):
+        p = plain.get_parameter(name)
+        losses = squares(plain(x), y)
+        g = torch.stack([torch.autograd.grad(t, p, retain_graph=True)[0] for t in losses])
+        b = g.square().mean()
+        want = -LR * g.mean() / (b * (1 + RHO)) / (1 + RHO)
+        torch.testing.assert_close(got[name].squeeze(), want)
