@@ -97,4 +97,5 @@ def test_inductor_agrees_with_eager(name: str) -> None:
     for (net, x), flag in zip(pair, (False, True), strict=True):
         train(net, x, cls(net, 0.02, compile=flag, **options), 5)
     for p, q in zip(*(net.parameters() for net, _ in pair), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+        # Single precision: compiled sums run in another order, and SOAP's bases carry the difference on.
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)

@@ -72,7 +72,7 @@ def test_blocks_of_other_libraries_run(library, capsys):
         assert chosen
         run(library, ["import torch, mupass", *chosen])
     shown = capsys.readouterr().out
-    assert shown.strip() == {"timm": "output", "transformers": "('d_model', '64+64+64')"}[library]
+    assert shown.strip() == {"timm": "output", "transformers": "('d_model', '3*heads*head_dim')"}[library]
 
 
 @pytest.mark.zoo

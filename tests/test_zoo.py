@@ -55,6 +55,10 @@ PLAIN = {**DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
 
 
+# In training its codes are drawn by Gumbel's softmax; nothing speaks against their number as a width then.
+UNMARKED = {"train": {"wav2vec2_pretraining"}, "eval": set()}
+
+
 def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
     """Say where the analysis differs from the truth; axes that are a convention count only when asked."""
     found = []
@@ -90,7 +94,7 @@ def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
         model, inputs = case.build(1).train(mode == "train"), case.inputs()
         analysis = mupass.analyze(model, inputs)
         assert not wrong(case, analysis, conventional=False)
-        assert not unmarked(case, analysis)
+        assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
 
 
 @pytest.mark.zoo

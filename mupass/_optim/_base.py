@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim._checks import Coverage, Covered, check_choice, check_number
-from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step
+from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step, follow
 from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
@@ -226,7 +226,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            state = self.state[p]
+            state = follow(self.state[p], p)
             if group["algorithm"] == self.spec.name:
                 if p not in directions:
                     continue

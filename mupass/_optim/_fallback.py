@@ -48,6 +48,19 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any
     return {"step": torch.zeros(()), **state}
 
 
+def follow(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Bring the state of a parameter whose precision has changed to the new one.
+
+    Args:
+        state: Its optimizer state, updated in place.
+        parameter: The parameter.
+    """
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype != parameter.dtype:
+            state[key] = value.to(parameter.dtype)
+    return state
+
+
 def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
     """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
 
