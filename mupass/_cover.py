@@ -16,6 +16,7 @@ from mupass._forms import CONVOLUTIONS, TRANSPOSED
 from mupass._geometry import Fusion, Geometry, Site
 from mupass._intercept import product_key
 from mupass._matrices import Matrices
+from mupass._optim._parallel import is_sharded
 from mupass._plan import Plan
 from mupass._taps import NORMS, tap_of
 
@@ -135,7 +136,7 @@ class _Maker:
         return (Place(None, g.name, key),) if key and not self._sharded(g) else None
 
     def _sharded(self, g: Geometry) -> bool:
-        return hasattr(self.model.get_parameter(g.name), "device_mesh")
+        return is_sharded(self.model.get_parameter(g.name))
 
     def _misplaced(self, g: Geometry, site: Site) -> str:
         where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"

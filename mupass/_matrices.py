@@ -22,6 +22,7 @@ class Matrices:
         in_axes: Axes that the operator sums over; none for vectors. All further axes count matrices.
         fusions: What is fused along the output axes.
         groups: Number of separate weights along the first axis (grouped convolutions).
+        sides: Axes of every side, where a stack has other sides than fan_out and fan_in.
     """
 
     shape: tuple[int, ...]
@@ -29,9 +30,10 @@ class Matrices:
     in_axes: tuple[int, ...] = ()
     fusions: tuple[Fusion, ...] = ()
     groups: int = 1
+    sides: tuple[tuple[int, ...], ...] = ()
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Return one stack ``[groups, fan_out, fan_in]`` for every fused matrix.
+        """Return one stack ``[groups, fan_out, fan_in]`` (or ``[groups, *sides]``) for every fused matrix.
 
         Args:
             tensor: The parameter, or a tensor of its shape.
@@ -72,6 +74,6 @@ class Matrices:
         return (*rest, *out, *into)
 
     def _stack(self, piece: Tensor) -> Tensor:
-        out = prod(piece.shape[i + self._shift] for i in self.out_axes)
-        into = prod(piece.shape[i + self._shift] for i in self.in_axes)
-        return piece.permute(self._order).reshape(-1, out, into)
+        sides = self.sides or (self.out_axes, self.in_axes)
+        sizes = [prod(piece.shape[i + self._shift] for i in axes) for axes in sides]
+        return piece.permute(self._order).reshape(-1, *sizes)

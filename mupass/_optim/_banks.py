@@ -98,7 +98,7 @@ class Bank:
         self,
         damping: Tensor,
         power: float,
-        only: Tensor | None = None,
+        at: Tensor,
         relative: bool = False,
         ranks: int = 1,
     ) -> Tensor:
@@ -107,14 +107,13 @@ class Bank:
         Args:
             damping: ``[K]``.
             power: Power of the inverse.
-            only: Slots to recompute; all when None.
+            at: Slots to recompute.
             relative: Whether damping is relative to each factor's largest eigenvalue.
             ranks: Number of ranks that hold the same factors; each computes its share, and all get all.
 
         Returns:
             Mask of failures among those recomputed.
         """
-        at = torch.arange(len(self.keys), device=self.weight.device) if only is None else only
         self.rooted[at] = self.traces()[at]
         if self.diagonal:
             value = self.value()[at]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim._checks import Coverage, Covered, check_choice, check_number
-from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step, follow
+from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step, follow, momentum_state
 from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
@@ -29,6 +29,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     takes_shards = False
+    smooths = True  # whether momentum is added to directions here, or they have it already
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
         if group["algorithm"] == self.spec.name:
-            return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+            return momentum_state(parameter, group) if self.smooths else {}
         return fallback_state(parameter, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -230,16 +231,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if group["algorithm"] == self.spec.name:
                 if p not in directions:
                     continue
-                update = self._smooth(directions[p], state, group["momentum"])
+                update = average(directions[p], state, group["momentum"] if self.smooths else 0.0)
             else:
                 update = fallback_step(p.grad, state, group)
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * group["mupass_scale"])
-
-    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
-        """Return the update, with momentum unless the direction has it already."""
-        return average(direction, state, momentum)
 
     def _dampings(self) -> dict[str, float]:
         """Return the damping of every own parameter."""

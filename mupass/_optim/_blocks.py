@@ -9,8 +9,9 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from mupass._fused import join, split
+from mupass._fused import split
 from mupass._geometry import Geometry
+from mupass._matrices import Matrices
 
 WHOLE = 1 << 62  # a block size that no matrix reaches
 
@@ -32,12 +33,6 @@ class Blocking:
     modes: bool = False
 
     @property
-    def _order(self) -> tuple[int, ...]:
-        g = self.geometry
-        rest = [i for i in range(len(g.shape)) if i not in (*g.fan_out_axes, *g.fan_in_axes)]
-        return (*rest, *g.fan_out_axes, *g.fan_in_axes)
-
-    @property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
         """Return the axes that make up each side of a matrix."""
         g = self.geometry
@@ -50,15 +45,13 @@ class Blocking:
         Args:
             tensor: The parameter, or its gradient.
         """
-        blocks = []
-        for piece in split(tensor, self.geometry.fusions):
-            for matrix in self._matrices(piece):
-                blocks += _tiles(matrix, self.size)
-        return blocks
+        stacks = self._whole.split(tensor)
+        return [tile for stack in stacks for matrix in stack for tile in _tiles(matrix, self.size)]
 
-    def _matrices(self, piece: Tensor) -> Tensor:
-        sides = [prod(piece.shape[i] for i in axes) for axes in self._sides]
-        return piece.permute(self._order).reshape(-1, *sides)
+    @property
+    def _whole(self) -> Matrices:
+        g = self.geometry
+        return Matrices(g.shape, g.fan_out_axes, g.fan_in_axes, g.fusions, sides=self._sides)
 
     def paste(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """Put blocks together again.
@@ -67,14 +60,11 @@ class Blocking:
             blocks: Tensors of the shapes that `cut` gives.
             like: The parameter.
         """
-        rest, pieces = iter(blocks), []
-        inverse = sorted(range(len(self._order)), key=lambda i: self._order[i])
-        for piece in split(like, self.geometry.fusions):
-            shape = self._matrices(piece).shape
-            matrices = [_untile(rest, shape[1:], self.size) for _ in range(shape[0])]
-            whole = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
-            pieces.append(whole.reshape([piece.shape[i] for i in self._order]).permute(inverse))
-        return join(pieces, self.geometry.fusions)
+        rest, stacks = iter(blocks), []
+        for stack in self._whole.split(like):
+            matrices = [_untile(rest, stack.shape[1:], self.size) for _ in range(stack.shape[0])]
+            stacks.append(matrices[0] if len(matrices) == 1 else torch.stack(matrices))
+        return self._whole.join(stacks, like)
 
     def growth(self) -> float:
         """Return the number of blocks relative to that at the base width."""

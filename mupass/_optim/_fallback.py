@@ -34,6 +34,16 @@ def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     return mean / (root + EPSILON * group["mupass_epsilon"])  # type: ignore[no-any-return]
 
 
+def momentum_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `average` starts from.
+
+    Args:
+        parameter: The parameter.
+        group: Its parameter group.
+    """
+    return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+
+
 def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of one parameter before its first step.
 
@@ -42,7 +52,7 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any
         group: Its parameter group.
     """
     if group["algorithm"] == "sgd":
-        return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+        return momentum_state(parameter, group)
     # A tensor, as in torch: distributed checkpoints mistake the keys of plain numbers.
     state = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
     return {"step": torch.zeros(()), **state}

@@ -50,7 +50,6 @@ class Kronecker:
             for bank in self._all
             for name, _ in bank.keys
         }
-        self.names = {id(bank): list(dict.fromkeys(n for n, _ in bank.keys)) for bank in self._all}
         self.phase = phases(self._all, stagger)
         self.kinds = line_up(self.pairs, self._all, parameters, scales)
         # Dampings of the number 1, the input factor of vectors.
@@ -112,7 +111,7 @@ class Kronecker:
             if value is not None:
                 new[name] = value
         for bank in self._all:
-            seen = {(name, 0): new[name] for name in self.names[id(bank)] if name in new}
+            seen = {(name, 0): value for name, value in new.items() if self.at[name][0] is bank}
             for name, _ in bank.average(seen, decay):
                 count("overflowed_factors", self._place(name))
 
@@ -157,11 +156,7 @@ class Kronecker:
         return found
 
     def refresh(
-        self,
-        dampings: Mapping[str, float],
-        count: Count,
-        ranks: int = 1,
-        due: Mapping[int, Tensor] | None = None,
+        self, dampings: Mapping[str, float], count: Count, ranks: int, due: Mapping[int, Tensor]
     ) -> None:
         """Recompute inverse roots, those of a bank together.
 
@@ -169,13 +164,11 @@ class Kronecker:
             dampings: Damping of each parameter.
             count: Called with (incident, place) for factorizations that failed.
             ranks: Number of ranks that the roots are divided over.
-            due: Result of `due`; all when None.
+            due: Result of `due`.
         """
         rho = self._damp(dampings)
-        for i, bank in enumerate(self._all):
-            slots = torch.arange(len(bank.keys), device=bank.weight.device) if due is None else due.get(i)
-            if slots is None:
-                continue
+        for i, slots in due.items():
+            bank = self._all[i]
             power = self.powers[i >= len(self.banks["a"])]
             failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
             for at in slots[failed].tolist():
@@ -264,8 +257,8 @@ class Kronecker:
         stack = stack.to(dtype)
         for root, left in ((b, True), (a, False)):
             stack = stack if root is None else times(stack, root, left)
-        rho = self.unit_rho.get(f"{pair.block.parameter}.{pair.piece}")
-        if not pair.block.a and self.powers[0] > 0 and rho is not None:
+        if not pair.block.a and self.powers[0] > 0:
+            rho = self.unit_rho[f"{pair.block.parameter}.{pair.piece}"]
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
         return stack
 

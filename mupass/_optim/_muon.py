@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +52,8 @@ class Muon(MatrixOptimizer):
         PlanError: The model was not transformed.
     """
 
+    smooths = False  # the momentum is in the stacks
+
     def __init__(
         self,
         model: nn.Module,
@@ -101,13 +102,6 @@ class Muon(MatrixOptimizer):
 
     def _update(self) -> Callable[..., Tensor]:
         return _adaptive if self.adaptive else _orthogonal
-
-    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        own = group["algorithm"] == self.spec.name  # whose momentum is in the stacks
-        return {} if own else super()._first_state(parameter, group)
-
-    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
-        return direction
 
     def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
         momentum = pick(stack.each(self._setting("momentum").__getitem__), at)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +53,8 @@ class SOAP(MatrixOptimizer):
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
     """
+
+    smooths = False  # the momentum is in the stacks
 
     def __init__(
         self,
@@ -112,13 +113,6 @@ class SOAP(MatrixOptimizer):
 
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam
-
-    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        own = group["algorithm"] == self.spec.name  # whose momentum is in the stacks
-        return {} if own else super()._first_state(parameter, group)
-
-    def _smooth(self, direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
-        return direction
 
     def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
         number = self._stacks.index(stack)
