@@ -33,6 +33,7 @@ class Bank:
         # Total weight of what was averaged, for each factor; divides out the start from zero.
         self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
         self.rooted = torch.zeros_like(self.weight)
+        self._traces: Tensor | None = None  # until the averages change
 
     @property
     def diagonal(self) -> bool:
@@ -52,6 +53,7 @@ class Bank:
         Returns:
             Keys whose observation was not finite.
         """
+        self._traces = None
         firsts = [self.slot[key] for key in new]
         stacks = [m if m.dim() == self.factors.dim() else m[None] for m in new.values()]
         if not stacks:
@@ -82,8 +84,10 @@ class Bank:
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
-        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
-        return _trace(self.factors) / weight
+        if self._traces is None:
+            weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+            self._traces = _trace(self.factors) / weight
+        return self._traces
 
     def drifted(self, ratio: float) -> Tensor:
         """Return which factors have grown or shrunk so much since their root was computed that it is stale.
@@ -149,6 +153,7 @@ class Bank:
         self.roots.copy_(state["roots"])
         self.weight.copy_(state["weight"])
         self.rooted.copy_(state["rooted"])
+        self._traces = None
 
 
 def _trace(factors: Tensor) -> Tensor:
