@@ -135,8 +135,8 @@ class Convolution:
             reduce: Sum over positions.
         """
         g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
-        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call]
-        return g.sum(2) if reduce else g.flatten(1, 2)
+        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
+        return g.sum(3).mT if reduce else g.flatten(2).mT  # copied in long runs of memory, as above
 
 
 def _pads(module: Any) -> tuple[int, ...]:
@@ -204,8 +204,11 @@ class Elementwise:
         if not self.count:
             return g.reshape(1, -1, 1)
         at = self.axis % g.dim()
-        rows = g.movedim(list(range(at, at + self.count)), list(range(-self.count, 0)))
-        return rows.reshape(1, -1, prod(g.shape[at : at + self.count]))
+        features = prod(g.shape[at : at + self.count])
+        if at + self.count == g.dim():
+            return g.reshape(1, -1, features)
+        first = g.movedim(list(range(at, at + self.count)), list(range(self.count)))
+        return first.reshape(1, features, -1).mT  # copied in long runs of memory
 
 
 @dataclass(frozen=True)

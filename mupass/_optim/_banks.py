@@ -77,10 +77,15 @@ class Bank:
         self.weight[kept] = 1.0 if decay == 1 else decay * self.weight[kept] + fresh
         return [self.keys[i] for i in at[~finite].tolist()]
 
-    def value(self) -> Tensor:
-        """Return the averages, corrected for the start from zero; zeros for what was never observed."""
-        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
-        return self.factors / weight.view(-1, *[1] * (self.factors.dim() - 1))
+    def value(self, at: Tensor | slice = slice(None)) -> Tensor:
+        """Return the averages, corrected for the start from zero; zeros for what was never observed.
+
+        Args:
+            at: Slots; all by default.
+        """
+        factors, weight = self.factors[at], self.weight[at]
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return factors / weight.view(-1, *[1] * (factors.dim() - 1))
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -120,12 +125,12 @@ class Bank:
         """
         self.rooted[at] = self.traces()[at]
         if self.diagonal:
-            value = self.value()[at]
+            value = self.value(at)
             rho = damping[at] * value.amax(-1) if relative else damping[at]
             self.roots[at] = diagonal_roots(value, rho, power)
             return torch.zeros(len(at), dtype=torch.bool)
-        mine = share(at, ranks)
-        found, failed = inverse_roots(self.value()[mine], damping[mine], power, self.roots[mine], relative)
+        mine = _run(share(at, ranks))
+        found, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
         if ranks == 1:
             self.roots[mine] = found.to(self.roots.dtype)
             return failed
@@ -154,6 +159,12 @@ class Bank:
         self.weight.copy_(state["weight"])
         self.rooted.copy_(state["rooted"])
         self._traces = None
+
+
+def _run(slots: Tensor) -> Tensor | slice:
+    """Return slots that stand together as a slice, which takes views where indices take copies."""
+    ends = slots[[0, -1]].tolist() if len(slots) else [0, -1]
+    return slice(ends[0], ends[1] + 1) if ends[1] - ends[0] + 1 == len(slots) else slots
 
 
 def _trace(factors: Tensor) -> Tensor:
