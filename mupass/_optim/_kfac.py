@@ -54,7 +54,7 @@ class KFAC(PlannedOptimizer):
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
         damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
-            branches that start behind a gate of zero.
+            queries and keys, whose gradients are small at first, and branches behind a gate of zero.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
@@ -102,7 +102,7 @@ class KFAC(PlannedOptimizer):
         root_drift: float = 2.0,
         stagger: bool = True,
         damping_mode: str = "trace",
-        damping_floor: float = 1e-4,
+        damping_floor: float = 0.1,
         kl_clip: float | None = None,
         fisher: str = "empirical",
         sharing: str = "expand",

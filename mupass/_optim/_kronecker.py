@@ -149,8 +149,8 @@ class Kronecker:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
-        for i, (bank, phases) in enumerate(zip(self._all, self.phase, strict=True)):
-            at = (phase % (period - 1) + 1 if spare else phase for phase in phases)
+        for i, (bank, own) in enumerate(zip(self._all, self.phase, strict=True)):
+            at = (phase % (period - 1) + 1 if spare else phase for phase in own)
             turn = {slot for slot, phase in enumerate(at) if (phase - step) % period == 0 or not self.rooted}
             if self.moved:
                 turn.update(bank.drifted(drift).nonzero().flatten().tolist())
