@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
+from mupass._draws import settled_draws
 from mupass._errors import CaptureError
 
 
@@ -91,7 +92,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: Keyword inputs.
     """
     canonical, aliases = parameter_names(model)
-    with quiet():
+    with quiet(), settled_draws():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
 
