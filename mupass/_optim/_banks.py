@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim._parallel import share, sum_over_ranks
+from mupass._optim._parallel import divided
 from mupass._optim._roots import diagonal_roots, inverse_roots
 
 
@@ -120,16 +120,14 @@ class Bank:
             rho = damping[at] * value.amax(-1) if relative else damping[at]
             self.roots[at] = diagonal_roots(value, rho, power)
             return torch.zeros(len(at), dtype=torch.bool)
-        mine = share(at, ranks)
-        found, failed = inverse_roots(self.value()[mine], damping[mine], power, self.roots[mine], relative)
-        if ranks == 1:
-            self.roots[mine] = found.to(self.roots.dtype)
-            return failed
-        roots, flags = torch.zeros_like(self.roots), torch.zeros_like(self.weight)
-        roots[mine], flags[mine] = found.to(roots.dtype), failed.to(flags.dtype)
-        roots, flags = sum_over_ranks([roots, flags])
-        self.roots[at] = roots[at]
-        return flags[at] > 0
+
+        def compute(mine: Tensor) -> tuple[Tensor, Tensor]:
+            values, previous = self.value()[mine], self.roots[mine]
+            root, failed = inverse_roots(values, damping[mine], power, previous, relative)
+            return root.to(self.roots.dtype), failed.to(self.weight.dtype)
+
+        self.roots[at], failed = divided(at, ranks, compute)
+        return failed > 0
 
     def layout(self) -> list[Any]:
         """Return what a saved state must agree in: shape of the factors, and whose they are."""

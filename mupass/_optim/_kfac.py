@@ -84,8 +84,6 @@ class KFAC(PlannedOptimizer):
         PlanError: The model was not transformed.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         model: nn.Module,
