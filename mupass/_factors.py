@@ -134,7 +134,7 @@ def _of_samples(outputs: Tensor, inputs: Tensor) -> Tensor:
     step = max(BUFFER // (outputs.shape[0] * outputs.shape[-1] * inputs.shape[-1]), 1)
     if outputs.shape[1] <= step:
         return (outputs.mT @ inputs).square().sum(1)
-    pairs = zip(outputs.split(step, 1), inputs.split(step, 1), strict=True)
+    pairs = zip(torch.split(outputs, step, 1), torch.split(inputs, step, 1), strict=True)
     return torch.stack([(o.mT @ i).square().sum(1) for o, i in pairs]).sum(0)
 
 
