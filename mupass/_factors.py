@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mupass._forms import Elementwise, Form, Lookup
+from mupass._forms import Convolution, Elementwise, Form, Lookup
 from mupass._fused import split
 from mupass._geometry import Fusion
 
@@ -66,6 +66,10 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
         zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+    whole = not (layer.reduce or layer.diagonal_in)
+    if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
+        with torch.autocast(x.device.type, enabled=False):
+            return form.patch_gram(x.to(dtype))
     rows = form.input_rows(x)
     rows = rows.mean(2) if layer.reduce else rows.flatten(1, 2)
     return squares(rows, dtype) if layer.diagonal_in else gram(rows, dtype)

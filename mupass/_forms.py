@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupass._correlation import patch_gram
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CHANNELS, TAPS = (
+    16,
+    27,
+)  # where a correlation is faster than patches: with fewer, or more, its products are small
 
 
 class Form(Protocol):
@@ -87,6 +94,29 @@ class Convolution:
         order = [1, 2, *range(3 + rank, 3 + 2 * rank), 0, *range(3, 3 + rank)]
         x = x.permute(order).flatten(1, 1 + rank).flatten(3)  # [groups, fan_in, batch, positions]
         return x.permute(0, 2, 3, 1)
+
+    def overlaps(self, inputs: int) -> bool:
+        """Return whether `patch_gram` serves: at stride 1, patches share most of their products.
+
+        Args:
+            inputs: Size of the input factor.
+        """
+        taps = prod(self.kernel)
+        plain = not self.transposed and set(self.stride) == {1}
+        return plain and 1 < taps <= TAPS and inputs >= CHANNELS * taps
+
+    def patch_gram(self, x: Tensor) -> Tensor:
+        """Return ``sum x x^T`` over the rows of `input_rows`, which are not formed.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not; in the precision of the factor.
+        """
+        x = x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+        padding = self.padding
+        if any(padding) and self.padding_mode != "constant":
+            x, padding = F.pad(x, padding, self.padding_mode), (0,) * len(padding)
+        x = x.unflatten(1, (self.groups, -1)).movedim(0, 2)  # type: ignore[no-untyped-call]
+        return patch_gram(x, list(self.kernel), list(self.dilation), list(padding))
 
     def _spread(self, x: Tensor) -> Tensor:
         """Put ``stride - 1`` zeros between positions."""

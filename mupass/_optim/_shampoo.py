@@ -171,14 +171,15 @@ class Shampoo(MatrixOptimizer):
             self.count("failed_roots", f"side {side} of {name}, block {block}")
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
-        damping = stack.each(self._dampings().__getitem__)
+        return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
+
+    def _damping_scale(self, stack: Stack, side: int) -> Tensor:
+        """Return the width factor on the damping of every slot."""
         if self.damping_mode != "absolute":
-            return damping
+            return stack.each(lambda name: 1.0)
         # A block's gradient is one of so many: its factors are smaller by their number.
         key = "damping_out" if side == 0 else "damping_in"
-        return damping * stack.each(
-            lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth()
-        )
+        return stack.each(lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth())
 
 
 def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
