@@ -129,6 +129,17 @@ class Bank:
         self.roots[at], failed = divided(at, ranks, compute)
         return failed > 0
 
+    def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
+        """Multiply with the roots of some slots.
+
+        Args:
+            stack: ``[count, out, in]``.
+            first: First slot.
+            count: Number of slots.
+            left: From which side.
+        """
+        return times(stack, self.roots[first : first + count], left)
+
     def layout(self) -> list[Any]:
         """Return what a saved state must agree in: shape of the factors, and whose they are."""
         return [*self.factors.shape[1:], *self.keys]
@@ -147,6 +158,13 @@ class Bank:
         self.roots.copy_(state["roots"])
         self.weight.copy_(state["weight"])
         self.rooted.copy_(state["rooted"])
+
+
+def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    return factor @ stack if left else stack @ factor
 
 
 def _trace(factors: Tensor) -> Tensor:

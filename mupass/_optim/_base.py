@@ -61,8 +61,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         own, reasons = self._assign()
         self._coverage = Coverage(
-            Covered(n, own.get(n, fallback), "" if n in own else reasons.get(n, ""))
-            for n in self.names.values()
+            Covered(n, own.get(n, fallback), reasons.get(n, "")) for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
         if not own and self._wanted():
