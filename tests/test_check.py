@@ -156,18 +156,23 @@ def test_a_constant_initialization_is_named() -> None:
     assert "initialization" in found.blame and "width^-0.5" in found.blame
 
 
-def test_a_normalization_to_unit_length_is_named() -> None:
+def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_where_not() -> None:
     class Unit(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, seen: bool) -> None:
             super().__init__()
+            self.seen = seen
             self.enter, self.mid, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+            nn.init.zeros_(self.mid.bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.mid(F.normalize(self.enter(x), dim=-1))))
+            x = self.enter(x)
+            unit = F.normalize(x, dim=-1) if self.seen else x * x.square().sum(-1, keepdim=True).rsqrt()
+            return self.head(torch.relu(self.mid(unit)))
 
-    model = Unit()
-    nn.init.zeros_(model.mid.bias)
-    found = mupass.coord_check(model, vectors())
+    for optimizer in ("adam", "sgd"):
+        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer)
+        assert found.ok, str(found)
+    found = mupass.coord_check(Unit(False), vectors())
     assert found.first.site.parameter == "mid.weight"
     assert "normalization to unit length" in found.blame
 
