@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -51,6 +52,10 @@ def built(width: int, seed: int) -> nn.Module:
     return Scaled(width).double()
 
 
+def kept(table: dict[str, Tensor], name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
+    table[name], table[f"{name} out"] = args[0].detach(), out.detach()
+
+
 def slope(values: dict[int, list[float]]) -> float:
     x = torch.tensor([math.log(w) for w in values]).double()
     y = torch.tensor([sum(map(math.log, v)) / len(v) for v in values.values()]).double()
@@ -70,11 +75,7 @@ def test_outputs_and_updates_do_not_scale_with_width(optimizer: str) -> None:
             )
             inputs: dict[str, Tensor] = {}
             for name in ("mid", "conv", "head"):
-                getattr(model, name).register_forward_hook(
-                    lambda m, args, out, n=name: inputs.update(
-                        {n: args[0].detach(), n + " out": out.detach()}
-                    )
-                )
+                getattr(model, name).register_forward_hook(partial(kept, inputs, name))
             optim = OPTIMIZERS[optimizer](model)
             before = {n: p.detach().clone() for n, p in model.named_parameters()}
             F.cross_entropy(model(IDS).flatten(0, 1), TARGETS.flatten()).backward()
