@@ -17,6 +17,7 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
+from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
 from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Question, Report
@@ -39,6 +40,8 @@ __all__ = [
     "Entry",
     "Fusion",
     "Geometry",
+    "GroupGradient",
+    "HyperGradient",
     "InferenceError",
     "KFAC",
     "LevenbergMarquardt",
@@ -64,6 +67,7 @@ __all__ = [
     "alignment",
     "analyze",
     "coord_check",
+    "hypergradient",
     "param_groups",
     "plan_of",
     "resize",

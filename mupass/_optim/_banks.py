@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim._parallel import share, sum_over_ranks
+from mupass._optim._parallel import divided
 from mupass._optim._roots import diagonal_roots, inverse_roots
 
 
@@ -129,16 +129,25 @@ class Bank:
             rho = damping[at] * value.amax(-1) if relative else damping[at]
             self.roots[at] = diagonal_roots(value, rho, power)
             return torch.zeros(len(at), dtype=torch.bool)
-        mine = _run(share(at, ranks))
-        found, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
-        if ranks == 1:
-            self.roots[mine] = found.to(self.roots.dtype)
-            return failed
-        roots, flags = torch.zeros_like(self.roots), torch.zeros_like(self.weight)
-        roots[mine], flags[mine] = found.to(roots.dtype), failed.to(flags.dtype)
-        roots, flags = sum_over_ranks([roots, flags])
-        self.roots[at] = roots[at]
-        return flags[at] > 0
+
+        def compute(slots: Tensor) -> tuple[Tensor, Tensor]:
+            mine = _run(slots)
+            root, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
+            return root.to(self.roots.dtype), failed.to(self.weight.dtype)
+
+        self.roots[at], failed = divided(at, ranks, compute)
+        return failed > 0
+
+    def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
+        """Multiply with the roots of some slots.
+
+        Args:
+            stack: ``[count, out, in]``.
+            first: First slot.
+            count: Number of slots.
+            left: From which side.
+        """
+        return times(stack, self.roots[first : first + count], left)
 
     def layout(self) -> list[Any]:
         """Return what a saved state must agree in: shape of the factors, and whose they are."""
@@ -165,6 +174,13 @@ def _run(slots: Tensor) -> Tensor | slice:
     """Return slots that stand together as a slice, which takes views where indices take copies."""
     ends = slots[[0, -1]].tolist() if len(slots) else [0, -1]
     return slice(ends[0], ends[1] + 1) if ends[1] - ends[0] + 1 == len(slots) else slots
+
+
+def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    return factor @ stack if left else stack @ factor
 
 
 def _trace(factors: Tensor) -> Tensor:

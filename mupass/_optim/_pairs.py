@@ -123,13 +123,6 @@ def line_up(
     return found
 
 
-def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
-    if factor.dim() == 2:
-        return factor[..., None] * stack if left else stack * factor[:, None]
-    return factor @ stack if left else stack @ factor
-
-
 def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
     slots = [
