@@ -70,6 +70,9 @@ class KFAC(PlannedOptimizer):
             ``e_b`` must be 1.
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
             sides that grow with the width never do, because that would change the exponents.
+        block_size: Longer sides are cut into equal blocks of at most this size, and their factors keep what
+            is inside the blocks. Steps are divided by what the number of blocks has grown since the base
+            width (to the powers ``e_a`` and ``e_b``), so that exponents stay. None keeps factors whole.
         norms: Whether gains and shifts (of norms, or in code) are preconditioned; else they fall back.
         exclude: Patterns (as in `fnmatch`) of parameters that are left to the fallback.
         fallback: ``adamw`` or ``sgd``, for parameters that K-FAC does not take (see `coverage`).
@@ -111,6 +114,7 @@ class KFAC(PlannedOptimizer):
         sharing: str = "expand",
         ekfac: bool = False,
         diagonal_above: int = 8192,
+        block_size: int | None = None,
         norms: bool = True,
         exclude: Sequence[str] = (),
         fallback: str = "adamw",
@@ -138,6 +142,11 @@ class KFAC(PlannedOptimizer):
                 f"ekfac=True divides by second moments: e_a and e_b must be 1, not {e_a:g} and {e_b:g}, and "
                 "damping_mode not 'pi', which gives a factor several roots"
             )
+        if block_size is not None and (ekfac or damping_mode == "pi"):
+            what = "ekfac=True" if ekfac else "damping_mode='pi'"
+            raise OptimizerError(
+                f"block_size cuts factors, and {what} needs whole ones: leave one of them out"
+            )
         self.loss_scale = loss_scale
         self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
@@ -149,6 +158,7 @@ class KFAC(PlannedOptimizer):
             norms,
             damping_mode != "pi",
             tuple(exclude),
+            0 if block_size is None else check_period("block_size", block_size),
         )
         super().__init__(
             model,
@@ -169,10 +179,11 @@ class KFAC(PlannedOptimizer):
             self._parameters,
             (e_a, e_b),
             damping_mode,
-            {e.geometry.name: e.scales for e in self.plan.entries},
+            {e.geometry.name: e for e in self.plan.entries},
             stagger,
             check_number("damping_floor", damping_floor),
             ekfac,
+            self._options.block,
         )
         self._curvature.rescale(self._kronecker.moments.bases())
         self._all_seen = self._due = False
