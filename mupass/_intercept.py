@@ -157,11 +157,11 @@ def _product(output: Tensor, left: Any, right: Any, how: Any) -> Tensor:
         sizes[axis] = weight.shape[at]
     form: Contraction | None
     if isinstance(how, str):
-        form = einsum(how, x.dim(), view, sizes, weight_at)
+        form = einsum(how, x.shape, view, sizes, weight_at)
     elif how is F.linear:
         form = linear(x.dim(), view, sizes)
     else:
-        form = matmul(x.dim(), view, sizes, weight_at)
+        form = matmul(x.shape, view, sizes, weight_at)
     if form is None or not form.proper:
         return output
     return _through(output, x, taps, product_key(form.in_axes, form.out_axes), form)
