@@ -1,5 +1,7 @@
 """Two gloo processes with half a batch each take the steps of one process with the whole batch."""
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -67,12 +69,15 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
-def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, name, tmp_path / "result.pt"), nprocs=2)
+        return probe.getsockname()[1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
+def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, (free_port(), name, tmp_path / "result.pt"), nprocs=2)
     apart, trained = torch.load(tmp_path / "result.pt")
     assert apart == 0
     for ours, theirs in zip(trained, train(build(), slice(0, 16), name), strict=True):
@@ -150,11 +155,71 @@ def _sharded_worker(rank: int, port: int, path: Path, ekfac: bool) -> None:
 
 @pytest.mark.parametrize("ekfac", [False, True], ids=["kfac", "ekfac"])
 def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(ekfac: bool, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_sharded_worker, (port, tmp_path, ekfac), nprocs=2)
+    mp.spawn(_sharded_worker, (free_port(), tmp_path, ekfac), nprocs=2)
     want, through, resumed = torch.load(tmp_path / "result.pt")
     for a, b, c in zip(want, through, resumed, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
         assert torch.equal(b, c)
+
+
+# A rank that is killed -------------------------------------------------------------------------------------
+
+TOTAL, SAVED, KILLED, BAD = (
+    30,
+    8,
+    21,
+    5,
+)  # steps in all, between checkpoints, at the kill, with a NaN gradient
+
+
+def _killed_worker(rank: int, port: int, path: Path, kill: bool) -> None:
+    """Train with checkpoints, from the last whole one that there is; or die in the middle of a step."""
+    from torch.distributed.checkpoint import load, save
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    try:
+        model = nn.parallel.DistributedDataParallel(build())
+        optimizer = mupass.KFAC(model, 0.05, 1e-2, factor_every=2, root_every=3, kl_clip=1e-2)
+        state = {"model": model.module.state_dict(), "optimizer": optimizer}
+        whole = sorted(int(p.parent.name) for p in path.glob("*/.metadata"))  # written when all else is
+        first = whole[-1] if whole else 0
+        if first:
+            load(state, checkpoint_id=path / str(first))
+        x, y = data()
+        for at in range(first, TOTAL):
+            if at and at % SAVED == 0:
+                save(state, checkpoint_id=path / str(at))
+            rows = torch.randperm(16, generator=torch.Generator().manual_seed(at))[4 * rank : 4 * rank + 4]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            if at == BAD:
+                model.module[3].weight.grad.fill_(torch.nan)
+            if kill and at == KILLED and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+        if rank == 0:
+            loss = F.cross_entropy(model.module(x), y).item()
+            result = (first, loss, optimizer.stats(), [p.detach() for p in model.parameters()])
+            torch.save(result, path / "result.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_with_a_rank_killed_ends_where_a_clean_one_does(tmp_path: Path) -> None:
+    clean, faulty = tmp_path / "clean", tmp_path / "faulty"
+    for path in (clean, faulty):
+        path.mkdir()
+    mp.spawn(_killed_worker, (free_port(), clean, False), nprocs=2)
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.spawn(_killed_worker, (free_port(), faulty, True), nprocs=2)
+    assert not (faulty / "result.pt").exists()
+    mp.spawn(_killed_worker, (free_port(), faulty, False), nprocs=2)
+    start, loss, stats, parameters = torch.load(clean / "result.pt")
+    restart, end, counts, restored = torch.load(faulty / "result.pt")
+    assert (start, restart) == (0, 16)
+    assert counts == stats == {"steps": TOTAL - 1, "skipped_steps": 1}
+    assert end == loss < 0.5
+    assert all(torch.equal(p, q) for p, q in zip(restored, parameters, strict=True))
