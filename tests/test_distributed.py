@@ -102,6 +102,37 @@ def norms() -> nn.Module:
     return mupass.transform(net.double(), torch.zeros(2, 6, dtype=torch.float64), base=8)
 
 
+class Inner(nn.Module):
+    """Raw parameters of a unit of its own."""
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(w, w) / w**0.5)
+        self.gain = nn.Parameter(torch.rand(w) + 0.5)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.einsum("btd,dk->btk", h, self.up) * self.gain)
+
+
+class Code(nn.Module):
+    """Weights that other code uses: the root's, those of a unit, of attention, of a layer never called."""
+
+    def __init__(self, w: int = 8) -> None:
+        super().__init__()
+        self.first, self.inner, self.below = nn.Parameter(torch.randn(1, w)), Inner(w), nn.Linear(w, w)
+        self.attn, self.out = nn.MultiheadAttention(w, 2, batch_first=True), nn.Linear(w, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(torch.tanh(x[..., None] @ self.first))
+        h = torch.tanh(F.linear(h, self.below.weight, self.below.bias)) + h
+        return self.out((h + self.attn(h, h, h)[0]).mean(1))
+
+
+def code() -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(Code().double(), torch.zeros(2, 6, dtype=torch.float64), base=4)
+
+
 def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> list[torch.Tensor]:
     x, y = data()
     for i in at:
@@ -112,7 +143,7 @@ def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> l
     return [p.detach().clone() for p in whole]
 
 
-def _sharded_worker(rank: int, port: int, path: Path, ekfac: bool) -> None:
+def _sharded_worker(rank: int, port: int, path: Path, name: str) -> None:
     from torch.distributed.checkpoint import load, save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -124,16 +155,18 @@ def _sharded_worker(rank: int, port: int, path: Path, ekfac: bool) -> None:
     mesh = init_device_mesh("cpu", (2,))
 
     def kfac(model: nn.Module) -> mupass.KFAC:
-        how = {"weight_decay": 0.1, "kl_clip": 1e-2, "exclude": ["3.weight"], "ekfac": ekfac}
-        return mupass.KFAC(model, 0.05, 1e-2, root_every=3, **how)
+        how = {"strict": True} if name == "code" else {"exclude": ["3.weight"], "ekfac": name == "ekfac"}
+        return mupass.KFAC(model, 0.05, 1e-2, root_every=3, weight_decay=0.1, kl_clip=1e-2, **how)
+
+    build = code if name == "code" else norms
 
     def shard() -> nn.Module:
-        model = norms()
-        fully_shard(model[3], mesh=mesh)
+        model = build()
+        fully_shard(model.inner if name == "code" else model[3], mesh=mesh)
         return fully_shard(model, mesh=mesh)  # type: ignore[no-any-return]
 
     try:
-        wrapped = nn.parallel.DistributedDataParallel(norms())
+        wrapped = nn.parallel.DistributedDataParallel(build())
         want = steps(wrapped, kfac(wrapped), rows, range(8))
         model = shard()
         optimizer = kfac(model)
@@ -153,13 +186,29 @@ def _sharded_worker(rank: int, port: int, path: Path, ekfac: bool) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ekfac", [False, True], ids=["kfac", "ekfac"])
-def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(ekfac: bool, tmp_path: Path) -> None:
-    mp.spawn(_sharded_worker, (free_port(), tmp_path, ekfac), nprocs=2)
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "code"])
+def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
+    mp.spawn(_sharded_worker, (free_port(), tmp_path, name), nprocs=2)
     want, through, resumed = torch.load(tmp_path / "result.pt")
     for a, b, c in zip(want, through, resumed, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
         assert torch.equal(b, c)
+
+
+def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        model, mesh = code(), init_device_mesh("cpu", (1,))
+        model.inner.up = nn.Parameter(distribute_tensor(model.inner.up.detach(), mesh, [Shard(0)]))
+        found = {c.parameter: c for c in mupass.KFAC(model, 0.05).coverage()}
+        assert found["inner.up"].treatment == "adamw"
+        assert "called by inner, not by a plain module, and a sharded" in found["inner.up"].reason
+        assert found["first"].treatment == "kfac linear"
+    finally:
+        dist.destroy_process_group()
 
 
 # A rank that is killed -------------------------------------------------------------------------------------
