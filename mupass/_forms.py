@@ -133,7 +133,8 @@ class Convolution:
             g: Gradient of the output.
         """
         g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
-        return g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call, no-any-return]
+        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
+        return g.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
 
 
 def _pads(module: Any) -> tuple[int, ...]:
@@ -199,7 +200,10 @@ class Elementwise:
         if not self.count:
             return _rows(g[..., None])
         at = self.axis % g.dim()
-        rows = g.movedim(list(range(at, at + self.count)), list(range(-self.count, 0)))
+        last = at + self.count == g.dim()
+        first = g.movedim(list(range(at, at + self.count)), list(range(self.count)))
+        # Copied in long runs of memory, and seen as rows.
+        rows = g if last else first.contiguous().movedim(list(range(self.count)), list(range(-self.count, 0)))
         return _rows(rows.flatten(-self.count))
 
 

@@ -133,7 +133,7 @@ def code() -> nn.Module:
     return mupass.transform(Code().double(), torch.zeros(2, 6, dtype=torch.float64), base=4)
 
 
-def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> list[torch.Tensor]:
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, at: range) -> list[torch.Tensor]:
     x, y = data()
     for i in at:
         optimizer.zero_grad()
@@ -143,7 +143,22 @@ def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> l
     return [p.detach().clone() for p in whole]
 
 
-def _sharded_worker(rank: int, port: int, path: Path, name: str) -> None:
+def kfac(model: nn.Module, **options: bool) -> mupass.KFAC:
+    how = {"root_every": 3, "weight_decay": 0.1, "kl_clip": 1e-2, "exclude": ["3.weight"], **options}
+    return mupass.KFAC(model, 0.05, 1e-2, **how)
+
+
+SHARDED = {
+    "kfac": kfac,
+    "ekfac": lambda model: kfac(model, ekfac=True),
+    "code": lambda model: mupass.KFAC(model, 0.05, 1e-2, root_every=3, kl_clip=1e-2, strict=True),
+    "shampoo": lambda model: mupass.Shampoo(model, 0.01, root_every=3, graft="adam", block_size=8),
+    "soap": lambda model: mupass.SOAP(model, 0.01, basis_every=2, eigh_every=2, block_size=3),
+    "muon": lambda model: mupass.Muon(model, 0.01, fallback="sgd"),
+}
+
+
+def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
     from torch.distributed.checkpoint import load, save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -152,12 +167,7 @@ def _sharded_worker(rank: int, port: int, path: Path, name: str) -> None:
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     rows = slice(8 * rank, 8 * rank + 8)
-    mesh = init_device_mesh("cpu", (2,))
-
-    def kfac(model: nn.Module) -> mupass.KFAC:
-        how = {"strict": True} if name == "code" else {"exclude": ["3.weight"], "ekfac": name == "ekfac"}
-        return mupass.KFAC(model, 0.05, 1e-2, root_every=3, weight_decay=0.1, kl_clip=1e-2, **how)
-
+    mesh, make = init_device_mesh("cpu", (2,)), SHARDED[name]
     build = code if name == "code" else norms
 
     def shard() -> nn.Module:
@@ -167,14 +177,14 @@ def _sharded_worker(rank: int, port: int, path: Path, name: str) -> None:
 
     try:
         wrapped = nn.parallel.DistributedDataParallel(build())
-        want = steps(wrapped, kfac(wrapped), rows, range(8))
+        want = steps(wrapped, make(wrapped), rows, range(8))
         model = shard()
-        optimizer = kfac(model)
+        optimizer = make(model)
         steps(model, optimizer, rows, range(4))
         save({"model": model.state_dict(), "optimizer": optimizer}, checkpoint_id=path / "saved")
         through = steps(model, optimizer, rows, range(4, 8))
         other = shard()
-        restarted = kfac(other)
+        restarted = make(other)
         state = {"model": other.state_dict(), "optimizer": restarted}
         load(state, checkpoint_id=path / "saved")
         other.load_state_dict(state["model"])
@@ -186,9 +196,9 @@ def _sharded_worker(rank: int, port: int, path: Path, name: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "code"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
-    mp.spawn(_sharded_worker, (free_port(), tmp_path, name), nprocs=2)
+    mp.spawn(_sharded_worker, (free_port(), name, tmp_path), nprocs=2)
     want, through, resumed = torch.load(tmp_path / "result.pt")
     for a, b, c in zip(want, through, resumed, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)

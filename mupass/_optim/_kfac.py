@@ -89,8 +89,6 @@ class KFAC(PlannedOptimizer):
         PlanError: The model was not transformed.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         model: nn.Module,

@@ -67,6 +67,7 @@ class Kronecker:
             if not p.block.a
         }
         self.rooted = False
+        self.moved = True  # whether averages have changed since roots were last looked over
 
     def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
         pairs = []
@@ -106,6 +107,7 @@ class Kronecker:
             decay: Weight of the past.
             count: Called with (incident, place) for factors that overflowed.
         """
+        self.moved = True
         new: dict[str, Tensor] = {}
         tied: dict[str, tuple[Tensor, Tensor] | None] = {}
         for name, (block, factor) in self.sources.items():
@@ -156,12 +158,14 @@ class Kronecker:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
-        for i, bank in enumerate(self._all):
-            phase = self.phase[i] % (period - 1) + 1 if spare else self.phase[i]
-            turn = (phase - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
-            slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
-            if len(slots):
-                found[i] = slots
+        for i, (bank, own) in enumerate(zip(self._all, self.phase, strict=True)):
+            at = (phase % (period - 1) + 1 if spare else phase for phase in own)
+            turn = {slot for slot, phase in enumerate(at) if (phase - step) % period == 0 or not self.rooted}
+            if self.moved:
+                turn.update(bank.drifted(drift).nonzero().flatten().tolist())
+            if turn:
+                found[i] = torch.tensor(sorted(turn), device=bank.weight.device)
+        self.moved = False
         return found
 
     def refresh(
@@ -287,6 +291,6 @@ class Kronecker:
             for bank, saved in zip(banks, state["banks"][side], strict=True):
                 bank.load_state_dict(saved)
         self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
-        self.rooted = state["rooted"]
+        self.rooted, self.moved = state["rooted"], True
         if self.ekfac:
             self.moments.load_state_dict(state["moments"])
