@@ -262,6 +262,7 @@ class _Maker:
         return g.name in self.blocks
 
     def _open(self, places: tuple[Place, ...], layer: Layer) -> None:
+        layer = replace(layer, block=self.options.block)
         for place in places:
             self.layers[place] = reduced(layer) if self.options.reduce else layer
 
