@@ -50,26 +50,24 @@ class Contraction:
         placed = set(self.w) <= set(self.x) | set(self.y) and set(self.x) <= set(self.w) | set(self.y)
         return bool(distinct and placed and self.in_axes and self.out_axes)
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
-        """Lay the activation out as ``[groups, rows, fan_in]``, axes in the order of the parameter's.
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Lay the activation out as ``[groups, samples, positions, fan_in]``, in the parameter's order.
 
         Args:
-            x: The activation.
-            reduce: Average over all rows but the first (batch) axis of them.
+            x: The activation; samples are the first axis that is neither a group nor summed.
         """
-        return self._rows(x, self.x, self.in_axes, "mean" if reduce else "")
+        return self._rows(x, self.x, self.in_axes)
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Lay the output's gradient out as ``[groups, rows, *fan_out axes]``.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Lay the output's gradient out as ``[groups, samples, positions, *fan_out axes]``.
 
         Args:
             g: Gradient of the output.
-            reduce: Sum over all rows but the first (batch) axis of them.
         """
-        rows = self._rows(g, self.y, self.out_axes, "sum" if reduce else "")
+        rows = self._rows(g, self.y, self.out_axes)
         return rows.reshape(*rows.shape[:-1], *[self.sizes[i] for i in self.out_axes])
 
-    def _rows(self, t: Tensor, labels: str, axes: Sequence[int], reduce: str) -> Tensor:
+    def _rows(self, t: Tensor, labels: str, axes: Sequence[int]) -> Tensor:
         groups = [self.w[i] for i in self.group_axes]
         own = [self.w[i] for i in axes]
         rows = [n for n in labels if n not in groups and n not in own]
@@ -80,10 +78,7 @@ class Contraction:
         first = t.shape[len(groups)] if rows else 1
         # Lists, not generators: Dynamo cannot take those through an autograd function.
         count, size = prod([self.sizes[i] for i in self.group_axes]), prod([self.sizes[i] for i in axes])
-        t = t.reshape(count, first, -1, size)
-        if reduce:
-            return t.mean(2) if reduce == "mean" else t.sum(2)
-        return t.flatten(1, 2)
+        return t.reshape(count, first, -1, size)
 
 
 def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:

@@ -205,7 +205,7 @@ class _Maker:
             m.groups * prod(g.shape[i] for i in batch),
             inputs,
             tuple(sizes),
-            tuple(replace(f, axis=2 + m.out_axes.index(f.axis)) for f in m.fusions),
+            tuple(replace(f, axis=3 + m.out_axes.index(f.axis)) for f in m.fusions),
             diagonal_in=kind == "embedding" or self._large(g, m.in_axes),
             diagonal_out=self._large(g, m.out_axes),
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mupass._contraction import Contraction, einsum, linear, matmul
 from mupass._errors import OptimizerError
 from mupass._forms import Elementwise, Features, Lookup
-from mupass._taps import Tap
+from mupass._leaves import Tap
 
 ATTRIBUTE = "_mupass_taps"
 VIEW = "_mupass_view"  # for each axis of a transposed parameter, the parameter's axis

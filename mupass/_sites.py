@@ -130,14 +130,14 @@ def _product(
     else:
         bias = None
     if bias is seen and isinstance(operands[-1], Node):
-        return site("bias", weight=_parameter(captured, _root(operands[-1]))), ""
+        return site("bias", weight=_parameter(captured, root_of(operands[-1]))), ""
     if name.startswith(CONVOLUTIONS):
         return site("", reason=f"{user.target} does not use it as it is"), ""
     at = [i for i, a in enumerate(operands) if a is seen]
     others = [a for a in operands if isinstance(a, Node) and a is not seen]
     if len(at) != 1 or len(others) != 1 or len(operands) != 2:
         return site("", reason=f"{user.target} multiplies it with itself or with several tensors"), ""
-    if _root(others[0]) in captured.parameters:
+    if root_of(others[0]) in captured.parameters:
         return site(
             "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
         ), ""
@@ -173,7 +173,7 @@ def _elementwise(
 ) -> tuple[Site, str]:
     other = user.args[1 - slot]
     wide = [i for i, n in enumerate(shape) if n > 1]
-    if not isinstance(other, Node) or _root(other) in captured.parameters or user.kwargs:
+    if not isinstance(other, Node) or root_of(other) in captured.parameters or user.kwargs:
         return site("", reason=f"{user.target} joins it to another parameter or a number"), ""
     if len(wide) > 1 or len(shape) > len(_shape(other)):
         return site("", reason="it is a table that is added to or multiplied with activations"), ""
@@ -182,8 +182,12 @@ def _elementwise(
     return site(kind, out_axes=(axis,) if shape else ()), _source(other)
 
 
-def _root(node: Any) -> Any:
-    """Follow moves and transposes back."""
+def root_of(node: Any) -> Any:
+    """Follow moves and transposes back to what they show.
+
+    Args:
+        node: An operand.
+    """
     while isinstance(node, Node) and node.op == "call_function" and node.args:
         name, source = _name(node), node.args[0]
         if not isinstance(source, Node):

@@ -127,7 +127,7 @@ def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
         return torch.optim.Adam([g for g in groups if g["params"]])
 
     found = mupass.coord_check(mlp(), vectors(), optimizer=swapped)
-    assert found.first.site.parameter == layer and found.first.quantity == "update", str(found)
+    assert found.first.site.parameter == layer and found.first.quantity in ("update", "aligned"), str(found)
     assert found.first.slope.power == pytest.approx(power, abs=0.15)
     assert "as if fan_in were fan_out" in found.blame
     assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
@@ -156,18 +156,23 @@ def test_a_constant_initialization_is_named() -> None:
     assert "initialization" in found.blame and "width^-0.5" in found.blame
 
 
-def test_a_normalization_to_unit_length_is_named() -> None:
+def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_where_not() -> None:
     class Unit(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, seen: bool) -> None:
             super().__init__()
+            self.seen = seen
             self.enter, self.mid, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+            nn.init.zeros_(self.mid.bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.mid(F.normalize(self.enter(x), dim=-1))))
+            x = self.enter(x)
+            unit = F.normalize(x, dim=-1) if self.seen else x * x.square().sum(-1, keepdim=True).rsqrt()
+            return self.head(torch.relu(self.mid(unit)))
 
-    model = Unit()
-    nn.init.zeros_(model.mid.bias)
-    found = mupass.coord_check(model, vectors())
+    for optimizer in ("adam", "sgd"):
+        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer)
+        assert found.ok, str(found)
+    found = mupass.coord_check(Unit(False), vectors())
     assert found.first.site.parameter == "mid.weight"
     assert "normalization to unit length" in found.blame
 
@@ -192,10 +197,15 @@ class Raw(nn.Module):
 def test_the_probe_sees_what_each_parameter_does() -> None:
     model = Raw().double()
     ids = torch.randint(9, (4, 10))
+    targets = torch.randn(4, 3).double()
     inputs: dict[str, Tensor] = {}
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return (output - targets).square().sum()
+
     for name in ("table", "conv", "norm", "rnn", "head"):
         getattr(model, name).register_forward_pre_hook(lambda m, a, name=name: inputs.update({name: a[0]}))
-    probe = Probe(model, Batch((ids,), {}, None))
+    probe = Probe(model, Batch((ids,), {}, targets), loss)
     start = {n: x.detach().clone() for n, x in inputs.items()}
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
@@ -224,6 +234,10 @@ def test_the_probe_sees_what_each_parameter_does() -> None:
     assert found["head", "linear", "head.weight"] == pytest.approx(
         rms(start["head"] @ moved["head.weight"].T)
     )
+    along = {s.parameter: v for s, q, v in probe.now() if q == "aligned"}
+    slope = 2 * (start["head"] @ old["head.weight"].T + old["head.bias"] - targets)
+    y = start["head"] @ moved["head.weight"].T
+    assert along["head.weight"] == pytest.approx(abs((y * slope).sum() / slope.norm()).item() / 12**0.5)
     hidden = nn.GRU(7, 4, batch_first=True).double()
     hidden.load_state_dict({n[4:]: v for n, v in old.items() if n.startswith("rnn.")})
     before = hidden(start["rnn"])[0]
@@ -240,7 +254,7 @@ def test_a_module_that_runs_twice_has_two_places() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.mid(torch.relu_(self.mid(x)))
 
-    probe = Probe(Twice(), Batch((torch.randn(3, 6),), {}, None))
+    probe = Probe(Twice(), Batch((torch.randn(3, 6),), {}, None), lambda out, _: out.square().mean())
     places = [s for s in probe.start if s.parameter == "mid.weight"]
     assert [s.call for s in places] == [0, 1]
     assert Site("", OUTPUT) in probe.start

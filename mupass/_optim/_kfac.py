@@ -16,6 +16,7 @@ from mupass._optim._base import PlannedOptimizer
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._curvature import Curvature, Loss
 from mupass._optim._damping import MODES
+from mupass._optim._eigen import not_rescaled
 from mupass._optim._kronecker import Kronecker
 from mupass._optim._parallel import sharded_like, whole, world_size
 from mupass._plan import OptimizerSpec
@@ -63,6 +64,10 @@ class KFAC(PlannedOptimizer):
             drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
             ``reduce`` averages inputs and sums gradients over the positions of a sample (arXiv 2311.00636).
+        ekfac: Scale the gradient in the eigenbases of A and B by its own second moments there instead of the
+            products of eigenvalues (EKFAC; George et al., arXiv 1806.03884), see `mupass` docs: scale table.
+            For weights with two full factors; the others keep K-FAC, and `coverage` says why. ``e_a`` and
+            ``e_b`` must be 1.
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
             sides that grow with the width never do, because that would change the exponents.
         norms: Whether gains and shifts (of norms, or in code) are preconditioned; else they fall back.
@@ -84,8 +89,6 @@ class KFAC(PlannedOptimizer):
         PlanError: The model was not transformed.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -106,6 +109,7 @@ class KFAC(PlannedOptimizer):
         kl_clip: float | None = None,
         fisher: str = "empirical",
         sharing: str = "expand",
+        ekfac: bool = False,
         diagonal_above: int = 8192,
         norms: bool = True,
         exclude: Sequence[str] = (),
@@ -128,6 +132,12 @@ class KFAC(PlannedOptimizer):
         self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
         self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
+        self.ekfac = ekfac
+        if ekfac and ((e_a, e_b) != (1, 1) or damping_mode == "pi"):
+            raise OptimizerError(
+                f"ekfac=True divides by second moments: e_a and e_b must be 1, not {e_a:g} and {e_b:g}, and "
+                "damping_mode not 'pi', which gives a factor several roots"
+            )
         self.loss_scale = loss_scale
         self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
@@ -162,15 +172,21 @@ class KFAC(PlannedOptimizer):
             {e.geometry.name: e.scales for e in self.plan.entries},
             stagger,
             check_number("damping_floor", damping_floor),
+            ekfac,
         )
+        self._curvature.rescale(self._kronecker.moments.bases())
         self._all_seen = self._due = False
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         self._parameters = {n: p for p, n in self.names.items()}
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
-        own = {b.parameter: f"kfac {b.kind}" for b in self._cover.blocks}
-        return own, self._cover.reasons
+        plain = {b.parameter: not_rescaled(b, self._cover.layers) for b in self._cover.blocks if self.ekfac}
+        own = {
+            b.parameter: f"kfac {b.kind}" if plain.get(b.parameter, "kfac") else f"ekfac {b.kind}"
+            for b in self._cover.blocks
+        }
+        return own, {**self._cover.reasons, **plain}
 
     @property
     def _banks(self) -> dict[str, list[Bank]]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mupass._blocks import Block, Factor, Place
 from mupass._factors import Layer, factor_dtype
-from mupass._optim._banks import Bank
-from mupass._optim._curvature import Raw, nearest_product, observed
+from mupass._leaves import Sums
+from mupass._optim._banks import Bank, times
+from mupass._optim._curvature import nearest_product, observed
 from mupass._optim._damping import damp
-from mupass._optim._pairs import Pair, line_up, phases, slot_name, times
+from mupass._optim._eigen import EigenBank, Moments, not_rescaled
+from mupass._optim._pairs import Pair, line_up, phases, slot_name
 from mupass._scales import Scales
 
 Count = Callable[[str, str], None]
@@ -37,7 +39,9 @@ class Kronecker:
         scales: Mapping[str, Scales],
         stagger: bool,
         floor: float,
+        ekfac: bool = False,
     ) -> None:
+        self.ekfac = ekfac
         self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
@@ -50,6 +54,9 @@ class Kronecker:
             for bank in self._all
             for name, _ in bank.keys
         }
+        # Pairs that EKFAC rescales; none without it.
+        taken = {b.parameter for b, _ in self.blocks if ekfac and not not_rescaled(b, layers)}
+        self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
         self.phase = phases(self._all, stagger)
         self.kinds = line_up(self.pairs, self._all, parameters, scales)
         # Dampings of the number 1, the input factor of vectors.
@@ -60,6 +67,7 @@ class Kronecker:
             if not p.block.a
         }
         self.rooted = False
+        self.moved = True  # whether averages have changed since roots were last looked over
 
     def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
         pairs = []
@@ -88,9 +96,10 @@ class Kronecker:
                 weight = self.parameters[block.parameter]
                 slots = [(name, g) for g in range(shape[0])]
                 alike[shape[1:], factor_dtype(weight), weight.device] += slots
-        return [Bank(slots, *kind) for kind, slots in alike.items()]
+        full = EigenBank if self.ekfac else Bank
+        return [(full if len(kind[0]) > 1 else Bank)(slots, *kind) for kind, slots in alike.items()]
 
-    def average(self, taken: Mapping[Place, Raw], decay: float, count: Count) -> None:
+    def average(self, taken: Mapping[Place, Sums], decay: float, count: Count) -> None:
         """Add the factors of one step to the averages.
 
         Args:
@@ -98,6 +107,7 @@ class Kronecker:
             decay: Weight of the past.
             count: Called with (incident, place) for factors that overflowed.
         """
+        self.moved = True
         new: dict[str, Tensor] = {}
         tied: dict[str, tuple[Tensor, Tensor] | None] = {}
         for name, (block, factor) in self.sources.items():
@@ -114,6 +124,7 @@ class Kronecker:
             seen = {(name, 0): value for name, value in new.items() if self.at[name][0] is bank}
             for name, _ in bank.average(seen, decay):
                 count("overflowed_factors", self._place(name))
+        self.moments.average(taken, decay, count)
 
     @property
     def _all(self) -> list[Bank]:
@@ -147,12 +158,14 @@ class Kronecker:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
-        for i, bank in enumerate(self._all):
-            phase = self.phase[i] % (period - 1) + 1 if spare else self.phase[i]
-            turn = (phase - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
-            slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
-            if len(slots):
-                found[i] = slots
+        for i, (bank, own) in enumerate(zip(self._all, self.phase, strict=True)):
+            at = (phase % (period - 1) + 1 if spare else phase for phase in own)
+            turn = {slot for slot, phase in enumerate(at) if (phase - step) % period == 0 or not self.rooted}
+            if self.moved:
+                turn.update(bank.drifted(drift).nonzero().flatten().tolist())
+            if turn:
+                found[i] = torch.tensor(sorted(turn), device=bank.weight.device)
+        self.moved = False
         return found
 
     def refresh(
@@ -173,6 +186,7 @@ class Kronecker:
             failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
             for at in slots[failed].tolist():
                 count("failed_roots", self._place(bank.keys[at][0]))
+        self.moments.follow()
         self.rooted = True
         seen = set()  # under pi-damping a bias has a copy of its weight's factor
         for bank in self.banks["b"]:
@@ -221,7 +235,7 @@ class Kronecker:
         return found
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
-        """Return ``d^T F d``, with the averages of the factors for F and no damping.
+        """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
 
         Args:
             moves: Change of each parameter.
@@ -231,6 +245,10 @@ class Kronecker:
         for block, pairs in self.blocks:
             if block.parameter in moves:
                 for pair, d in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                    if pair in self.moments:
+                        turned = self.moments.turn(pair, d)
+                        total.append((turned.square() * self.moments.value(pair)).sum())
+                        continue
                     f = d
                     for slot, left in ((pair.b, True), (pair.a, False)):
                         if slot:
@@ -240,23 +258,13 @@ class Kronecker:
                     total.append((d * f).sum())
         return torch.stack(total).sum() if total else torch.zeros(())
 
-    def root(self, slot: str | None) -> Tensor | None:
-        """Return the roots of a slot, ``[groups, n, n]`` or ``[groups, n]``; a view into its bank.
-
-        Args:
-            slot: Its name.
-        """
-        if slot is None:
-            return None
-        bank, first, count = self.at[slot]
-        return bank.roots[first : first + count]
-
     def _apply(self, pair: Pair, stack: Tensor) -> Tensor:
-        a, b = self.root(pair.a), self.root(pair.b)
-        dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
-        stack = stack.to(dtype)
-        for root, left in ((b, True), (a, False)):
-            stack = stack if root is None else times(stack, root, left)
+        sides = [(*self.at[slot], slot == pair.b) for slot in (pair.b, pair.a) if slot]
+        stack = stack.to(sides[0][0].factors.dtype) if sides else stack
+        if pair in self.moments:
+            return self.moments.direction(pair, stack)
+        for bank, first, groups, left in sides:
+            stack = bank.apply(stack, first, groups, left)
         if not pair.block.a and self.powers[0] > 0:
             rho = self.unit_rho[f"{pair.block.parameter}.{pair.piece}"]
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
@@ -264,12 +272,14 @@ class Kronecker:
 
     def layout(self) -> Any:
         """Return what a saved state must agree in."""
-        return {side: [bank.layout() for bank in banks] for side, banks in self.banks.items()}
+        layout: dict[str, Any] = {side: [b.layout() for b in banks] for side, banks in self.banks.items()}
+        return {**layout, "ekfac": list(self.moments.pairs)} if self.ekfac else layout
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
         banks = {side: [bank.state_dict() for bank in banks] for side, banks in self.banks.items()}
-        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted}
+        moments = {"moments": self.moments.state_dict()} if self.ekfac else {}
+        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted, **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -281,4 +291,6 @@ class Kronecker:
             for bank, saved in zip(banks, state["banks"][side], strict=True):
                 bank.load_state_dict(saved)
         self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
-        self.rooted = state["rooted"]
+        self.rooted, self.moved = state["rooted"], True
+        if self.ekfac:
+            self.moments.load_state_dict(state["moments"])

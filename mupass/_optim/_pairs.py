@@ -123,19 +123,12 @@ def line_up(
     return found
 
 
-def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
-    if factor.dim() == 2:
-        return factor[..., None] * stack if left else stack * factor[:, None]
-    return factor @ stack if left else stack @ factor
-
-
-def phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:
+def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
     slots = [
         (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
     ]
-    phases = [torch.zeros(len(bank.keys), dtype=torch.long) for bank in banks]
+    phases = [[0] * len(bank.keys) for bank in banks]
     for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
         phases[i][at] = turn
     return phases

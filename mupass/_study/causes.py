@@ -90,7 +90,7 @@ def cause(
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
     if row.quantity == "activation":
-        found = list(_of_activation(site, geometry, power, measured))
+        found = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
         found = list(_of_update(site, geometry, power, measured, plan, spec))
     return "; or ".join(found) or (
@@ -111,19 +111,28 @@ def _of_scores(head_dims: tuple[int, ...]) -> str:
 
 
 def _of_activation(
-    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float]
+    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float], parameterization: str
 ) -> Iterator[str]:
     given, drawn = measured.get("input", 0.0), measured.get("weight", 0.0)
     if is_tied_readout(site, geometry):
         yield UNMULTIPLIED
         return
-    if abs(given) > NEAR and abs(given - power) < NEAR:
+    if abs(given - geometry.given) > NEAR and abs(given - power) < NEAR:
         yield GIVEN.format(power=given)
         return
-    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
-    right = (-1.0 if geometry.role == "output" else -0.5) if grows_in else 0.0
+    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    grows_in, grows_out = _growing(geometry)
+    right = p_in * grows_in + p_out * grows_out
     if abs(drawn - right) > NEAR / 2:
         yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+g}"
+
+
+def _growing(geometry: Geometry) -> tuple[bool, bool]:
+    """Return whether fan_in and fan_out grow."""
+    first, second = (
+        any(geometry.infinite[i] for i in axes) for axes in (geometry.fan_in_axes, geometry.fan_out_axes)
+    )
+    return first, second
 
 
 def _of_update(
@@ -137,12 +146,11 @@ def _of_update(
     if is_tied_readout(site, geometry) and measured.get("input", -1.0) > -0.5:
         yield UNMULTIPLIED
     given, rate = measured.get("input", 0.0), measured.get("rate")
-    if not is_tied_readout(site, geometry) and abs(given) > NEAR:
+    if not is_tied_readout(site, geometry) and abs(given - geometry.given) > NEAR:
         yield GIVEN.format(power=given)
     if spec is None:
         return
-    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
-    grows_out = any(geometry.infinite[i] for i in geometry.fan_out_axes)
+    grows_in, grows_out = _growing(geometry)
     p_in, p_out = powers(geometry, spec, plan.parameterization)["lr"]
     planned = p_in * grows_in + p_out * grows_out
     swapped = p_in * grows_out + p_out * grows_in

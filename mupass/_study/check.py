@@ -16,7 +16,7 @@ from mupass._init import InitChoice
 from mupass._optim._base import PlannedOptimizer
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
-from mupass._study.coords import CoordCheck, Coordinate
+from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.probe import OUTPUT, SCORES, Probe, Site
 from mupass._study.recipes import Make, recipe
@@ -104,7 +104,7 @@ def coord_check(
         for seed in range(seeds):
             trained = copies.draw(i, seed)
             made = make(trained) if lr is None else make(trained, lr=lr)
-            probe = Probe(trained, batches[0])
+            probe = Probe(trained, batches[0], loss)
             for key, value in _train(trained, made, probe, batches, loss, steps):
                 log[key][i].append(value)
             for name, rate in _rates(trained, made).items():
@@ -175,11 +175,13 @@ def _judge(
             raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
         if not all(map(math.isfinite, chain(*table))):
             raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
-        if quantity not in ("activation", "update", "change"):
+        if quantity not in NAMES:
             continue
         pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
         if all(value > floor * activation for value, activation in pairs):
-            slope, rule = fit(copies.widths, table), _rule(site, quantity, copies)
+            slope = fit(copies.widths, table)
+            both = quantity == "update" and (site, "aligned", step) in log
+            rule = "bounded" if both else _rule(site, quantity, copies)
             rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
         elif quantity == "update" and any(chain(*table)):
             silent.append(site)
@@ -188,7 +190,7 @@ def _judge(
 
 def _rule(site: Site, quantity: str, copies: Copies) -> str:
     """Return how a quantity is judged: see `Coordinate.rule`."""
-    if quantity == "update":
+    if quantity in ("update", "aligned"):
         return "flat"
     if site.operator in SCORES or site.operator == OUTPUT:
         return "bounded"

@@ -8,7 +8,12 @@ from pathlib import Path
 from mupass._study.probe import OUTPUT, Site
 from mupass._study.slopes import Slope
 
-NAMES = {"activation": "activation at the start", "update": "update dW h", "change": "change"}
+NAMES = {
+    "activation": "activation at the start",
+    "update": "update dW h",
+    "aligned": "update dW h along the gradient",
+    "change": "change",
+}
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,8 @@ class Coordinate:
     Attributes:
         site: Where: module, operator, parameter.
         quantity: ``activation`` (RMS of the operator's output before the first step), ``update`` (RMS of
-            dW h: what the parameter's update does to that output, at the activations of the start) or
-            ``change`` (RMS of all that moved the output since the start).
+            dW h: what the parameter's update does to that output, at the activations of the start),
+            ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change`` (RMS of all that moved the output since the start).
         step: Number of optimizer steps taken.
         slope: Power of width, its interval and the values.
         rule: ``flat`` when any power but 0 is a fault, ``bounded`` when only growth is, ``shown`` when the

@@ -4,6 +4,10 @@ A function mode sees every operator that the model calls, whether modules or raw
 that mixes a parameter with anything else is kept from the first pass with all it was given. In a later pass
 it is run on those same inputs with the parameter's new values: the difference is ``dW h`` of that parameter
 alone, at the activations of the start. Faults of other layers are not in it.
+
+Its part along the gradient of the loss is measured too. With more rows (samples times positions) than width,
+``dW h`` is mostly a sum of unrelated terms, which shrinks like ``1/sqrt(width)`` however right the learning
+rate is; that sum is orthogonal to the gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mupass._study.batches import Batch, StudyError, logits_of
+from mupass._study.batches import Batch, Loss, StudyError, logits_of
 
 MASKED = 1e9  # attention scores beyond are masks
 ATTENTION = "scaled_dot_product_attention"
@@ -77,15 +81,15 @@ class Probe:
     Args:
         model: The model, at its start.
         batch: What it is run on, always the same.
+        loss: Of its output and the batch's targets.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
         self.model, self.batch = model, batch
         self.names = {module: name for name, module in model.named_modules()}
-        self.calls: dict[tuple[Site, ...], _Call] = {}
-        self.start: dict[Site, Tensor] = {}
-        first = self._pass()
-        self.calls, self.start, self.head_dims = first.calls, first.made, first.head_dims
+        self.first = _Recorder(model)
+        self._pass(self.first, loss)
+        self.start, self.head_dims = self.first.made, self.first.head_dims
 
     def at_start(self) -> Iterator[tuple[Site, str, float]]:
         """Yield (place, quantity, RMS) before the first step.
@@ -95,7 +99,7 @@ class Probe:
         """
         for site, value in self.start.items():
             yield site, "activation", rms(value)
-        for call in self.calls.values():
+        for call in self.first.calls.values():
             others = [x for i, x in enumerate(call.given) if i not in call.at and _is_real(x)]
             for i, site in call.at.items():
                 yield site, "weight", rms(call.given[i])
@@ -103,22 +107,27 @@ class Probe:
                     yield site, "input", max(map(rms, others))
 
     def now(self) -> Iterator[tuple[Site, str, float]]:
-        """Yield (place, quantity, RMS): ``update`` is dW h, ``change`` the move of an output since the start.
+        """Yield (place, quantity, RMS) of how an operator's output moved since the start.
+
+        ``update`` is dW h, ``aligned`` the part of it along the gradient at the start, ``change`` all of it.
 
         Raises:
             StudyError: The model calls other operators than at the start.
         """
-        later = self._pass()
+        later = _Recorder(self.model, self.first)
+        self._pass(later)
         if later.made.keys() != self.start.keys():
             odd = next(iter(later.made.keys() ^ self.start.keys()))
             raise StudyError(f"the model calls other operators than before the first step: {odd}")
-        for site, size in later.updates.items():
-            yield site, "update", size
+        for site, update in later.updates.items():
+            yield site, "update", rms(update)
+            if site in self.first.slopes:
+                yield site, "aligned", _along(update, self.first.slopes[site])
         for site, value in later.made.items():
             yield site, "change", rms(value - self.start[site])
 
-    def _pass(self) -> _Recorder:
-        recorder = _Recorder(self.model, self.calls, self.start)
+    def _pass(self, recorder: _Recorder, loss: Loss | None = None) -> None:
+        """Run the model under a recorder; with a loss, find the gradient at every output too."""
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         handles = []
         for module, name in self.names.items():
@@ -126,9 +135,13 @@ class Probe:
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), recorder:
+            with torch.set_grad_enabled(loss is not None), torch.random.fork_rng(devices=list(devices)):
                 torch.manual_seed(0)
-                output = self.batch.run(self.model)
+                with recorder:
+                    output = self.batch.run(self.model)
+                if loss is not None:
+                    trained = [p for p in self.model.parameters() if p.requires_grad]
+                    torch.autograd.grad(loss(output, self.batch.targets), trained, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -136,20 +149,18 @@ class Probe:
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
         recorder.made[Site("", OUTPUT)] = logits_of(output).detach().clone()
-        return recorder
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees all functions of one forward pass."""
+    """Sees all functions of one forward pass; of a later one it tells what the updates did."""
 
-    def __init__(
-        self, model: nn.Module, calls: dict[tuple[Site, ...], _Call], start: dict[Site, Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, first: _Recorder | None = None) -> None:
         super().__init__()
-        self.before, self.start = calls, start
+        self.first = first
         self.calls: dict[tuple[Site, ...], _Call] = {}
         self.made: dict[Site, Tensor] = {}
-        self.updates: dict[Site, float] = {}
+        self.slopes: dict[Site, Tensor] = {}  # gradient of the loss
+        self.updates: dict[Site, Tensor] = {}
         self.head_dims: dict[Site, int] = {}
         self.stack = [""]
         self.seen: Counter[tuple[str, str, str]] = Counter()
@@ -191,7 +202,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(leaf, Tensor) and id(leaf) in self.weights:
                 at[i] = self._site(func, self.weights[id(leaf)])
         given = list(leaves)
-        if not self.before:  # kept for later passes: whatever comes next may write into it
+        if self.first is None:  # kept for later passes: whatever comes next may write into it
             given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         return _Call(func, given, spec, at)
 
@@ -208,10 +219,13 @@ class _Recorder(TorchFunctionMode):
         self.calls[key] = call
         kept = result.detach().clone()
         self.made.update(dict.fromkeys(key, kept))
-        old = self.before.get(key)
-        if old is not None:
+        if self.first is None:
+            if result.requires_grad:
+                result.register_hook(lambda slope: self.slopes.update(dict.fromkeys(key, slope.detach())))
+        elif key in self.first.calls:
+            old = self.first.calls[key]
             for i, site in call.at.items():
-                self.updates[site] = rms(old.run(i, leaves[i]) - self.start[site])
+                self.updates[site] = old.run(i, leaves[i]) - self.first.made[site]
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:
         name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
@@ -251,6 +265,13 @@ def rms(x: Tensor) -> float:
         x: Any tensor.
     """
     return x.double().square().mean().sqrt().item()
+
+
+def _along(update: Tensor, slope: Tensor) -> float:
+    """RMS of the part of an update along a direction."""
+    length = slope.double().norm().item()
+    part = (update.double() * slope.double()).sum().abs().item()
+    return part / length / update.numel() ** 0.5 if length else 0.0
 
 
 def _is_real(x: Any) -> bool:
