@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mupass
-from examples.fashion_mnist import mlp
+from benchmarks.grid import mlp
 
 LAYERS = {"0": "input", "2": "hidden", "4": "readout"}
 

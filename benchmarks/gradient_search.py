@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mupass
+from benchmarks.grid import mlp
 from examples.data import fashion_mnist
-from examples.fashion_mnist import mlp
 
 SEARCHES: dict[str, dict[str, list[float]]] = {
     "adam": {"lr": [2.0**p for p in range(-13, -3)]},

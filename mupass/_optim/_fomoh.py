@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mupass._errors import OptimizerError
 from mupass._optim._checks import check_choice, check_number
-from mupass._optim._parallel import refuse_sharded
+from mupass._optim._parallel import is_sharded
 from mupass._plan import plan_of
 from mupass._swap import call
 
@@ -79,7 +79,9 @@ class FoMoH(torch.optim.Optimizer):
         named = {n: p for n, p in self.root.named_parameters() if p.requires_grad}
         if not named:
             raise OptimizerError("every parameter of the model is frozen")
-        refuse_sharded(list(named.items()))
+        sharded = next((n for n, p in named.items() if is_sharded(p)), None)
+        if sharded is not None:
+            raise OptimizerError(f"{sharded} is sharded; FoMoH needs whole parameters on one process")
         self._named = named
         self._scales = {n: self._scale(n) for n in named}
         self._generator = torch.Generator().manual_seed(seed)
