@@ -130,6 +130,15 @@ def test_running_averages_move_once_and_dropout_is_drawn_once() -> None:
     assert int(model.norm.num_batches_tracked) == 1
 
 
+@pytest.mark.gpu
+def test_a_gpu_takes_the_same_step() -> None:
+    model, twin = odd().eval(), odd().eval().cuda()
+    mupass.FoMoH(model, directions=2).step(loss_of(model))
+    mupass.FoMoH(twin, directions=2).step(lambda: F.cross_entropy(twin(X.cuda()), Y.cuda()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q.cpu(), atol=1e-8)
+
+
 def test_directions_scale_with_the_plan() -> None:
     model = mlp(64)
     plan, normal = mupass.FoMoH(model), mupass.FoMoH(model, law="normal")

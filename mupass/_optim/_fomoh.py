@@ -120,9 +120,9 @@ class FoMoH(torch.optim.Optimizer):
         group = self.param_groups[0]
         tangents = [self._draw() for _ in range(self.directions)]
         states = _random_states(self._named.values())
-        loss = _scalar(closure())
-        after = _random_states(self._named.values())
         buffers = {n: b.clone() for n, b in self.root.named_buffers()}
+        loss = _scalar(closure())  # what moves with every forward pass moves once
+        after = _random_states(self._named.values())
 
         def at(*shifts: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
             """Return the loss beside the present parameters, with everything random as it was."""
