@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim._roots import inverse_roots
-from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe, symmetric
+from mupass._optim._roots import inverse_roots, symmetric
+from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 from mupass._scales import GRAFTS
@@ -130,7 +130,7 @@ class Shampoo(MatrixOptimizer):
     def _update(self) -> Callable[..., Tensor]:
         return {"none": _precondition, "sgd": _graft_sgd}.get(self.spec.graft, _graft_adaptive)
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         number = self._stacks.index(stack)
         sides = self._sides[number]
         state = stack.view(at)
@@ -207,15 +207,17 @@ def _graft_adaptive(
     square.mul_(second).addcmul_(g, g, value=1 - second)
     # Corrections for the start from zero are one number a block: they are left to the norm.
     root = weights[:, 1].sqrt()
-    damped = square.sqrt().add_(wide(epsilon * root, g))
+    scaled = square.sqrt().add_(wide(epsilon * root, g))
     if mean is None:
-        return _with_norm_of(g / damped, root, _precondition(g, sides, roots))
-    mean.lerp_(g, 1 - first)
-    return _with_norm_of(mean / damped, root / weights[:, 0], _precondition(g, sides, roots))
+        torch.div(g, scaled, out=scaled)
+    else:
+        torch.div(mean.lerp_(g, 1 - first), scaled, out=scaled)
+        root = root / weights[:, 0]
+    return _with_norm_of(scaled, root, _precondition(g, sides, roots))
 
 
 def _with_norm_of(magnitude: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
     """Return the directions with the norm of other blocks times a factor; a zero direction stays zero."""
     wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1) * factor
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return direction * wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction)
+    return direction.mul_(wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim._roots import eigenbases
+from mupass._optim._roots import eigenbases, symmetric
 from mupass._optim._shampoo import KERNELS
-from mupass._optim._sides import Schedule, add_weight, along, observe, symmetric
+from mupass._optim._sides import Schedule, add_weight, along, observe
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 
@@ -114,7 +114,7 @@ class SOAP(MatrixOptimizer):
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         number = self._stacks.index(stack)
         state = stack.view(at)
         bases = tuple(state[f"basis{side}"] for side in self._sides[number])
@@ -194,8 +194,8 @@ def _turned_adam(
     # Corrections for the start from zero are one number a block.
     total = weights.clamp(min=torch.finfo(g.dtype).tiny)
     root = total[:, 1].sqrt()
-    damped = square.sqrt().add_(wide(epsilon * root, g))
-    direction = torch.div(mean, damped).mul_(wide(root / total[:, 0], g))
+    direction = square.sqrt().add_(wide(epsilon * root, g))
+    torch.div(mean, direction, out=direction).mul_(wide(root / total[:, 0], g))
     for side, basis in enumerate(bases):
         direction = along(direction, basis, side)
     return direction
