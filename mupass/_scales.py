@@ -139,6 +139,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     m_in, m_out = geometry.m_in, geometry.m_out
     table = powers(geometry, optimizer, parameterization)
     factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
+    for name, power in depth_powers(optimizer, parameterization).items():
+        factors[name] *= geometry.depth**power
     return Scales(**factors, lr_powers=table["lr"])
 
 
@@ -182,6 +184,30 @@ def powers(
         "epsilon": epsilon_powers(optimizer, beta),
         "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
     }
+
+
+def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
+    """Powers of the relative depth L in the scales of a parameter inside one of L residual branches.
+
+    Branches are multiplied by ``1/L`` (Yang et al., arXiv 2310.02244; Qiu et al., arXiv 2512.05620), so
+    ``delta ~ 1/L`` there, and L branches together must move the output by Theta(1): ``delta . (dW h) = 1/L``.
+    With ``dW`` as in `lr_powers` the rate is ``L^(1 - 2 e)``, where e is the total power on ``delta``: 0 for
+    SGD, 1/2 where the size of the gradient drops out. Damping goes like ``|delta|^2``, epsilon like
+    ``delta``.
+
+    Args:
+        optimizer: Family and powers.
+        parameterization: Key of `PARAMETERIZATIONS`; ``standard`` scales nothing.
+    """
+    if row(parameterization).readout_power is None:
+        return {}
+    name = optimizer.name
+    if name == "shampoo":
+        e = {"none": optimizer.e, "sgd": 0.0}.get(optimizer.graft, 0.5)
+        return {"lr": 1 - 2 * e, "damping_in": -2.0, "damping_out": -2.0, "epsilon": -1.0}
+    if name in {"kfac", "foof"}:
+        return {"lr": 1 - 2 * optimizer.e_b, "damping_out": -2.0}
+    return {"lr": 1.0} if name == "sgd" else {"epsilon": 0.0 if name == "adamuon" else -1.0}
 
 
 def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:

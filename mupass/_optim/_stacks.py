@@ -55,8 +55,8 @@ class Stack:
             blocks: Parameter -> blocks of its gradient; parameters without a gradient are missing.
 
         Returns:
-            ``[K', *shape]``, valid until the next call; the slots that these are (None for all, in order); the
-            slots left out because the square of their norm is not finite: they would spoil every average.
+            ``[K', *shape]``, valid until the next call; the slots that these are (None for all, in order);
+            the slots left out, the square of whose norm is not finite: they would spoil every average.
         """
         at = [i for i, (name, _) in enumerate(self.slots) if name in blocks]
         if not at:
