@@ -26,7 +26,7 @@ from mupass._geometry import Geometry
 from mupass._parameterizations import row
 
 ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
-GRAFTS = ("none", "sgd", "adam", "rmsprop")
+GRAFTS = ("none", "sgd", "adam", "rmsprop", "spectral")
 ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
 OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
 
@@ -43,7 +43,8 @@ class OptimizerSpec:
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
-        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam``, ``rmsprop``, or Muon's:
+            ``spectral``.
         alignment: ``full`` or ``none`` for the largest rates at which every layer is stable when updates and
             activations are aligned so (Everett et al., arXiv 2407.05872): SGD and Adam families, any
             parameterization. None for the rates of the parameterization itself.
@@ -242,6 +243,7 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
         "shampoo": (optimizer.e, optimizer.e),
         "soap": (0.5, 0.5),
         "muon": (0.5, 0.5),
+        "spectral": (0.5, 0.5),
     }.get(name, (optimizer.e_a, optimizer.e_b))
     return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
 

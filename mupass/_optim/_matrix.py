@@ -12,6 +12,7 @@ from mupass._errors import OptimizerError
 from mupass._geometry import Geometry
 from mupass._optim._base import PlannedOptimizer
 from mupass._optim._blocks import WHOLE, Blocking
+from mupass._optim._spectral import with_unit_norm
 from mupass._optim._stacks import Slot, Stack, compiled, make_stacks
 from mupass._plan import OptimizerSpec
 
@@ -36,6 +37,7 @@ class MatrixOptimizer(PlannedOptimizer):
         roles: Collection[str] = ROLES,
         block_size: int = WHOLE,
         modes: bool = False,
+        spectral: bool = False,
         compile: bool = False,
         **common: Any,
     ) -> None:
@@ -47,7 +49,11 @@ class MatrixOptimizer(PlannedOptimizer):
         super().__init__(model, spec, lr, damping, **common)
         self._parameters = {n: p for p, n in self.names.items() if n in self._blockings}
         self._stacks = make_stacks(self._blockings, self._parameters)
-        self._function = self._update()
+        self._function = with_unit_norm if spectral else self._update()
+        self._spectral = spectral
+        if spectral:
+            for stack in self._stacks:
+                stack.state["top"] = stack.zeros(stack.shape[1:].numel())
         self._compiled = [compiled(self._function) for _ in self._stacks] if compile else None
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -89,6 +95,9 @@ class MatrixOptimizer(PlannedOptimizer):
         On CPU it is called for a few blocks at a time: what is made on the way then stays in the cache, where
         fresh memory for whole stacks would cost more than the arithmetic on it.
         """
+        if self._spectral:
+            top = pick(stack.state["top"], at)
+            arguments = (top, self._update(), *arguments)
         if self._compiled is not None and at is None:
             return self._compiled[self._stacks.index(stack)](*arguments).unbind()
         few = max(4, AT_A_TIME // stack.shape.numel()) if stack.device.type == "cpu" else len(stack.slots)
@@ -97,6 +106,8 @@ class MatrixOptimizer(PlannedOptimizer):
             self._function(*(_slots(a, slice(first, first + few)) for a in arguments))
             for first in range(0, count, few)
         ]
+        if self._spectral and at is not None:
+            stack.state["top"][at] = top
         return [block for part in parts for block in part.unbind()]
 
     def _directions(self) -> dict[Tensor, Tensor]:

@@ -30,8 +30,9 @@ class Shampoo(MatrixOptimizer):
     2512.05620, table of learning rates), so keep ``block_size`` the same at all widths.
 
     With a graft every block of the update keeps its direction and takes the norm that SGD's, Adam's or
-    RMSprop's update of the block has. The learning rate is then that of the graft, in value and in its
-    row of the scale table, and needs no correction for blocks.
+    RMSprop's update of the block has, or with ``graft="spectral"`` the spectral norm 1 of Muon's. The rate
+    is then that of the graft, in value and in its row of the scale table. Norms need no correction for
+    blocks; of spectral norms it is ``sqrt(blocks at base width / blocks)``.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -49,7 +50,7 @@ class Shampoo(MatrixOptimizer):
         sides: ``both``, ``left`` (fan_out), ``right`` (fan_in) or ``smaller``.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a factor of its own, with powers that add up to the same ``e``.
-        graft: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        graft: ``none``, ``sgd``, ``adam``, ``rmsprop`` or ``spectral``.
         roles: Roles that Shampoo takes.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
             with, and other roles.
@@ -100,6 +101,7 @@ class Shampoo(MatrixOptimizer):
             roles=roles,
             block_size=check_period("block_size", block_size),
             modes=kernels == "modes",
+            spectral=graft == "spectral",
             compile=compile,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -110,7 +112,7 @@ class Shampoo(MatrixOptimizer):
         self._sides = [active_sides(sides, stack.shape) if e > 0 else () for stack in self._stacks]
         self._schedule = Schedule(self._stacks, self._sides, root_every, staggered)
         for stack, active in zip(self._stacks, self._sides, strict=True):
-            stack.state = {"weight": stack.zeros()}
+            stack.state |= {"weight": stack.zeros()}
             for side in active:
                 n = stack.shape[side]
                 stack.state |= {f"factor{side}": stack.zeros(n, n), f"root{side}": stack.zeros(n, n)}
@@ -123,12 +125,14 @@ class Shampoo(MatrixOptimizer):
         ]
 
     def _correction(self, name: str) -> float:
-        # A graft has its norm block by block, whatever their number.
-        growth = self._blockings[name].growth() if self.spec.graft == "none" else 1.0
-        return float(growth**-self.spec.e)
+        # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
+        power = {"none": self.spec.e, "spectral": 0.5}.get(self.spec.graft, 0.0)
+        return float(self._blockings[name].growth() ** -power)
 
     def _update(self) -> Callable[..., Tensor]:
-        return {"none": _precondition, "sgd": _graft_sgd}.get(self.spec.graft, _graft_adaptive)
+        return {"none": _precondition, "spectral": _precondition, "sgd": _graft_sgd}.get(
+            self.spec.graft, _graft_adaptive
+        )
 
     def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         number = self._stacks.index(stack)

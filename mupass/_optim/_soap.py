@@ -27,7 +27,7 @@ class SOAP(MatrixOptimizer):
 
     Blocks of fixed size keep Adam's rate ``1/m_in``. In general it is ``sqrt(b_out b_in) / d_in`` for blocks
     ``b_out x b_in`` (Qiu et al., arXiv 2512.05620). Without blocks the rows of one step hold, but rates do
-    not transfer over training: keep ``block_size`` small and the same at all widths.
+    not transfer over training: keep ``block_size`` small and the same at all widths, or set ``spectral``.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -41,6 +41,8 @@ class SOAP(MatrixOptimizer):
         block_size: Largest side of a block.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a basis of its own.
+        spectral: Whether every block of the update is divided by its spectral norm. It is then no larger than
+            Muon's, and does not grow over training with the width of blocks.
         roles: Roles that SOAP takes.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
@@ -69,6 +71,7 @@ class SOAP(MatrixOptimizer):
         staggered: bool = True,
         block_size: int = 256,
         kernels: str = "matrix",
+        spectral: bool = False,
         roles: Collection[str] = ROLES,
         weight_decay: float = 0.0,
         fallback: str = "adamw",
@@ -88,6 +91,7 @@ class SOAP(MatrixOptimizer):
             roles=roles,
             block_size=check_period("block_size", block_size),
             modes=kernels == "modes",
+            spectral=spectral,
             compile=compile,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -98,7 +102,7 @@ class SOAP(MatrixOptimizer):
         self._sides = [tuple(range(len(stack.shape))) for stack in self._stacks]
         self._schedule = Schedule(self._stacks, self._sides, basis_every, staggered)
         for stack in self._stacks:
-            stack.state = {k: stack.zeros(*stack.shape) for k in ("mean", "square")}
+            stack.state |= {k: stack.zeros(*stack.shape) for k in ("mean", "square")}
             stack.state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
             for side, n in enumerate(stack.shape):
                 stack.state |= {f"factor{side}": stack.zeros(n, n), f"basis{side}": stack.zeros(n, n)}
