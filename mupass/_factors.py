@@ -11,6 +11,7 @@ from torch import Tensor
 from mupass._forms import Convolution, Elementwise, Form, Lookup
 from mupass._fused import split
 from mupass._geometry import Fusion
+from mupass._pieces import cut, pieces
 
 LEAF = 256  # sides of blocks that are multiplied whole
 BUFFER = 1 << 24  # numbers that gradients of single samples may take at a time
@@ -30,6 +31,7 @@ class Layer:
         diagonal_in: Whether only the diagonal of the input factor is kept.
         diagonal_out: Whether only the diagonal of the output factors is kept.
         gains: For vectors, whether the output's gradient is multiplied by the input, for every output.
+        block: Largest block of a factor that keeps blocks on its diagonal only; 0 for whole factors.
         reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
             arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
     """
@@ -43,14 +45,21 @@ class Layer:
     diagonal_out: bool = False
     gains: tuple[bool, ...] = ()
     reduce: bool = False
+    block: int = 0
 
     def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the input factor: ``[groups, n, n]``, or ``[groups, n]``."""
-        return (self.groups, self.inputs) if self.diagonal_in else (self.groups, self.inputs, self.inputs)
+        """Return the shape of the input factor: ``[groups * blocks, n, n]``, or ``[groups, n]``."""
+        return self._shape(self.inputs, self.diagonal_in)
 
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of every output factor, ``[groups, n, n]`` or ``[groups, n]``."""
-        return tuple((self.groups, n) if self.diagonal_out else (self.groups, n, n) for n in self.outputs)
+        """Return the shape of every output factor, ``[groups * blocks, n, n]`` or ``[groups, n]``."""
+        return tuple(self._shape(n, self.diagonal_out) for n in self.outputs)
+
+    def _shape(self, n: int, diagonal: bool) -> tuple[int, ...]:
+        if diagonal:
+            return (self.groups, n)
+        count, side = pieces(n, self.block)
+        return (self.groups * count, side, side)
 
 
 def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,13 +75,13 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
         zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
-    whole = not (layer.reduce or layer.diagonal_in)
+    whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
         with torch.autocast(x.device.type, enabled=False):
             return form.patch_gram(x.to(dtype))
     rows = form.input_rows(x)
     rows = rows.mean(2) if layer.reduce else rows.flatten(1, 2)
-    return squares(rows, dtype) if layer.diagonal_in else gram(rows, dtype)
+    return _factor(layer, rows, layer.diagonal_in, dtype)
 
 
 def raw_outputs(
@@ -92,14 +101,15 @@ def raw_outputs(
     together = layer.reduce
     if isinstance(form, Elementwise):
         inputs = form.input_rows(x.expand_as(g)) if any(layer.gains) else None
-        pieces = [rows if inputs is None or not gain else rows * inputs for gain in layer.gains]
+        parts = [rows if inputs is None or not gain else rows * inputs for gain in layer.gains]
         together |= not form.count  # one number has one gradient a sample
     else:
-        pieces = [p.flatten(3) for p in split(rows, layer.fusions)]
-    square = squares if layer.diagonal_out else gram
+        parts = [p.flatten(3) for p in split(rows, layer.fusions)]
     found = [
-        square(piece.sum(2) if together else piece.flatten(1, 2), dtype) if want else None
-        for piece, want in zip(pieces, wanted, strict=True)
+        _factor(layer, part.sum(2) if together else part.flatten(1, 2), layer.diagonal_out, dtype)
+        if want
+        else None
+        for part, want in zip(parts, wanted, strict=True)
     ]
     return found, rows.shape[1] * (1 if layer.reduce else rows.shape[2])
 
@@ -140,6 +150,12 @@ def _of_samples(outputs: Tensor, inputs: Tensor) -> Tensor:
         return (outputs.mT @ inputs).square().sum(1)
     pairs = zip(torch.split(outputs, step, 1), torch.split(inputs, step, 1), strict=True)
     return torch.stack([(o.mT @ i).square().sum(1) for o, i in pairs]).sum(0)
+
+
+def _factor(layer: Layer, rows: Tensor, diagonal: bool, dtype: torch.dtype) -> Tensor:
+    if diagonal:
+        return squares(rows, dtype)
+    return gram(cut(rows, *pieces(rows.shape[-1], layer.block)), dtype)
 
 
 def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mupass._optim._parallel import divided
 from mupass._optim._roots import diagonal_roots, inverse_roots
+from mupass._pieces import cut, paste
 
 
 class Bank:
@@ -177,9 +178,14 @@ def _run(slots: Tensor) -> Tensor | slice:
 
 
 def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
+    """Multiply ``[groups, out, in]`` from one side by ``[groups * blocks, n, n]`` or by ``[groups, n]``."""
     if factor.dim() == 2:
         return factor[..., None] * stack if left else stack * factor[:, None]
+    count = len(factor) // len(stack)
+    if count > 1:
+        rows = stack.mT if left else stack
+        found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
+        return found.mT if left else found
     return factor @ stack if left else stack @ factor
 
 

@@ -55,7 +55,7 @@ class KFAC(PlannedOptimizer):
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
         damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
-            branches that start behind a gate of zero.
+            queries and keys, whose gradients are small at first, and branches behind a gate of zero.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
@@ -70,6 +70,9 @@ class KFAC(PlannedOptimizer):
             ``e_b`` must be 1.
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
             sides that grow with the width never do, because that would change the exponents.
+        block_size: Longer sides are cut into equal blocks of at most this size, and their factors keep what
+            is inside the blocks. Steps are divided by what the number of blocks has grown since the base
+            width (to the powers ``e_a`` and ``e_b``), so that exponents stay. None keeps factors whole.
         norms: Whether gains and shifts (of norms, or in code) are preconditioned; else they fall back.
         exclude: Patterns (as in `fnmatch`) of parameters that are left to the fallback.
         fallback: ``adamw`` or ``sgd``, for parameters that K-FAC does not take (see `coverage`).
@@ -105,12 +108,13 @@ class KFAC(PlannedOptimizer):
         root_drift: float = 2.0,
         stagger: bool = True,
         damping_mode: str = "trace",
-        damping_floor: float = 1e-4,
+        damping_floor: float = 0.1,
         kl_clip: float | None = None,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,
         diagonal_above: int = 8192,
+        block_size: int | None = None,
         norms: bool = True,
         exclude: Sequence[str] = (),
         fallback: str = "adamw",
@@ -138,6 +142,11 @@ class KFAC(PlannedOptimizer):
                 f"ekfac=True divides by second moments: e_a and e_b must be 1, not {e_a:g} and {e_b:g}, and "
                 "damping_mode not 'pi', which gives a factor several roots"
             )
+        if block_size is not None and (ekfac or damping_mode == "pi"):
+            what = "ekfac=True" if ekfac else "damping_mode='pi'"
+            raise OptimizerError(
+                f"block_size cuts factors, and {what} needs whole ones: leave one of them out"
+            )
         self.loss_scale = loss_scale
         self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
@@ -149,6 +158,7 @@ class KFAC(PlannedOptimizer):
             norms,
             damping_mode != "pi",
             tuple(exclude),
+            0 if block_size is None else check_period("block_size", block_size),
         )
         super().__init__(
             model,
@@ -169,10 +179,11 @@ class KFAC(PlannedOptimizer):
             self._parameters,
             (e_a, e_b),
             damping_mode,
-            {e.geometry.name: e.scales for e in self.plan.entries},
+            {e.geometry.name: e for e in self.plan.entries},
             stagger,
             check_number("damping_floor", damping_floor),
             ekfac,
+            self._options.block,
         )
         self._curvature.rescale(self._kronecker.moments.bases())
         self._all_seen = self._due = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from mupass._optim._banks import Bank, times
 from mupass._optim._curvature import nearest_product, observed
 from mupass._optim._damping import damp
 from mupass._optim._eigen import EigenBank, Moments, not_rescaled
-from mupass._optim._pairs import Pair, line_up, phases, slot_name
-from mupass._scales import Scales
+from mupass._optim._pairs import Pair, in_blocks, line_up, phases, slot_name
+from mupass._plan import Entry
 
 Count = Callable[[str, str], None]
 
@@ -36,12 +37,14 @@ class Kronecker:
         parameters: Mapping[str, Tensor],
         powers: tuple[float, float],
         mode: str,
-        scales: Mapping[str, Scales],
+        entries: Mapping[str, Entry],
         stagger: bool,
         floor: float,
         ekfac: bool = False,
+        block: int = 0,
     ) -> None:
-        self.ekfac = ekfac
+        self.ekfac, self.block = ekfac, block
+        self.geometries = {name: entry.geometry for name, entry in entries.items()}
         self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
@@ -58,7 +61,7 @@ class Kronecker:
         taken = {b.parameter for b, _ in self.blocks if ekfac and not not_rescaled(b, layers)}
         self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
         self.phase = phases(self._all, stagger)
-        self.kinds = line_up(self.pairs, self._all, parameters, scales)
+        self.kinds = line_up(self.pairs, self._all, parameters, {n: e.scales for n, e in entries.items()})
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {
             f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
@@ -84,7 +87,9 @@ class Kronecker:
                         layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
                     )
             groups, outputs, inputs = stack.shape
-            pairs.append(Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs))
+            pair = Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs)
+            shapes = [self._shapes.get(slot or "", ()) for slot in (pair.a, pair.b)]
+            pairs.append(in_blocks(pair, shapes, self.block, self.geometries[block.parameter]))
         return pairs
 
     def _make_banks(self, side: str) -> list[Bank]:
@@ -215,8 +220,9 @@ class Kronecker:
             first = 0
             for pair in kind.pairs:
                 if not pair.block.a:
-                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = rho_a[first : first + pair.groups]
-                first += pair.groups
+                    own = rho_a[first : first + pair.groups * pair.repeats : pair.repeats]
+                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = own
+                first += pair.groups * pair.repeats
         return rho
 
     def directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,7 +274,8 @@ class Kronecker:
         if not pair.block.a and self.powers[0] > 0:
             rho = self.unit_rho[f"{pair.block.parameter}.{pair.piece}"]
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
-        return stack
+        shrink = prod(more**power for more, power in zip(pair.growth, self.powers, strict=True))
+        return stack if shrink == 1 else stack / shrink
 
     def layout(self) -> Any:
         """Return what a saved state must agree in."""
