@@ -20,7 +20,7 @@ Y = X[:, :4].argmax(1)
 
 def mlp(width: int = 8) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4)]
+    layers = [nn.Linear(10, width), nn.SiLU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4)]
     model = nn.Sequential(*layers)
     return mupass.transform(model.double(), X[:2], base=4)
 

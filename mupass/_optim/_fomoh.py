@@ -127,10 +127,13 @@ class FoMoH(torch.optim.Optimizer):
         def at(*shifts: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
             """Return the loss beside the present parameters, with everything random as it was."""
             _set_random_states(states)
-            moved = {n: sum((c.to(p) * v[n] for c, v in shifts), start=p) for n, p in self._named.items()}
-            return _scalar(
-                call(self.root, lambda _: closure(), moved, {n: b.clone() for n, b in buffers.items()})
-            )
+            still = {n: b.clone() for n, b in buffers.items()}
+            moved = {
+                n: sum((c.to(p) * v[n] for c, v in shifts), start=p.detach()) for n, p in self._named.items()
+            }
+            # Some forward derivatives (SiLU) can be differentiated again only where gradients are on.
+            with torch.enable_grad():
+                return _scalar(call(self.root, lambda _: closure(), moved, still))
 
         with _forward():
             self.slopes, self.curvature = plane(at, tangents)

@@ -1,4 +1,4 @@
-"""Descent: search by hypergradients, from the middle of the bounds."""
+"""Descent: search by hypergradients, from several starts."""
 
 from __future__ import annotations
 
