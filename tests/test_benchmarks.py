@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mupass
 from benchmarks import contestants, kfac_parity, kfac_time, to_target
+from benchmarks.false_alarms import interval
 from benchmarks.floor import Floor
 from benchmarks.parity_cases import CASES, MID, WIDTH, Experts
 
@@ -242,3 +243,10 @@ def test_text_batches_come_once_and_are_shifted_by_one() -> None:
         assert torch.equal(x[:, 1:], y[:, :-1])
     again, other = next(batches(0)), next(batches(1))
     assert torch.equal(seen[0][0], again[0]) and not torch.equal(seen[0][0], other[0])
+
+
+def test_intervals_of_a_rate_are_exact() -> None:
+    low, high = interval(3, 40)
+    assert low == pytest.approx(0.01574, abs=1e-5) and high == pytest.approx(0.20387, abs=1e-5)
+    assert interval(0, 20) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert interval(20, 20) == (pytest.approx(0.025 ** (1 / 20)), 1.0)
