@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
     "adam": lambda m: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
     "kfac (1,1)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, momentum=0, strict=True),
+    # Only the new moments: averaged with what they start from, half of the step would be K-FAC's.
+    "ekfac": lambda m: mupass.KFAC(m, 1e-2, 1e-2, ekfac=True, factor_decay=0, momentum=0, strict=True),
     "kfac (.5,.5)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=0.5, e_b=0.5, momentum=0, strict=True),
     "foof (1,0)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=1, e_b=0, momentum=0, strict=True),
     "shampoo e=1/2": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=0.5, momentum=0, **SHAMPOO),
@@ -104,7 +106,7 @@ def updates(
 ) -> dict[str, float]:
     """Take one step and return RMS(dW h) of every weight and RMS(db) of every bias.
 
-    SOAP's first gradient starts its bases and moves no matrix. There a second step with the same gradient is
+    The first gradient gives SOAP and EKFAC their bases. There a second step with the same gradient is
     measured; nothing moves at the first.
     """
     inputs: dict[str, Tensor] = {}
@@ -120,14 +122,18 @@ def updates(
     (y * model(x)).mean().backward()
     for handle in handles:
         handle.remove()
-    if isinstance(optimizer, mupass.SOAP):
+    if isinstance(optimizer, mupass.SOAP) or getattr(optimizer, "ekfac", False):
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
     optimizer.step()
+    for handle in handles:
+        handle.remove()
     moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
     result = {}
     for name, layer in layers.items():

@@ -17,6 +17,7 @@ from mupass._constants import constant_notes, find_constants
 from mupass._errors import InferenceError
 from mupass._fused import find_fusions
 from mupass._geometry import Analysis, Geometry
+from mupass._given import account, settle
 from mupass._infer import Inference
 from mupass._inputs import as_call, find_inputs
 from mupass._names import DimNames
@@ -109,7 +110,11 @@ def _assemble(
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
-    warnings += constant_notes(find_constants(captured, solved), names.term, sizes.of_any)
+    certain, doubtful = settle(find_constants(captured, solved), second)
+    geometries, left = account(
+        geometries, certain, captured, lambda d: solved.engine.space.size(d) / sizes.of_any(d)
+    )
+    warnings += constant_notes([*left, *doubtful], names.term, sizes.of_any)
     ratios = [
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]

@@ -1,14 +1,14 @@
 """Numbers in the forward pass that hold the width: multipliers ``size**p`` and normalization to unit length.
 
-A model that multiplies by ``d_model**-0.5`` scales with its width by itself, on top of the plan. The pass
-leaves such numbers alone and names them. Sizes are compared here, so a number that merely equals a power of a
-width is named too; nothing is decided on it.
+A model that multiplies by ``d_model**-0.5`` scales with its width by itself, on top of the plan. Sizes are
+compared here, so a number that merely equals a power of a width is found too. What is certain, and read by a
+weight, the plan takes into account (`mupass._given`); all else is named and left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isclose, prod
 from typing import Any
 
@@ -66,6 +66,7 @@ class Constant:
         value: The multiplier; 1 for unit length.
         power: Which power of the size it is.
         dims: The dimensions whose sizes it holds; their product is the size.
+        node: The operator.
     """
 
     where: str
@@ -73,6 +74,7 @@ class Constant:
     value: float
     power: float
     dims: tuple[int, ...]
+    node: Node = field(compare=False, repr=False)
 
 
 def find_constants(captured: Capture, solved: Inference) -> list[Constant]:
@@ -86,6 +88,40 @@ def find_constants(captured: Capture, solved: Inference) -> list[Constant]:
         One record a place, in execution order. Means over an axis are none of them.
     """
     return list(_Search(captured, solved).run())
+
+
+def multiplier(captured: Capture, node: Node) -> tuple[float, Sequence[Any]] | None:
+    """Return the number that an operator multiplies by, and the operands; None for other operators.
+
+    Args:
+        captured: The graph.
+        node: The operator.
+    """
+    operator, operands = operator_name(node.target).removesuffix("_"), node.args[:2]
+    if operator == "aten.baddbmm" and isinstance(alpha := node.kwargs.get("alpha"), (int, float)):
+        return (float(alpha), [node]) if alpha else None
+    if operator in MULTIPLY and len(operands) == 2:
+        number = next((x for a in operands if (x := _number(captured, a)) is not None), None)
+        return None if number is None else (number, operands)
+    if operator in DIVIDE and len(operands) == 2 and (number := _number(captured, operands[1])):
+        return 1 / number, operands[:1]
+    return None
+
+
+def _number(captured: Capture, value: Any) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, Node):
+        return None
+    if value in captured.numbers:
+        return captured.numbers[value]
+    operator, args = operator_name(value.target).removesuffix("_"), value.args
+    if operator in ("aten.full", "aten.scalar_tensor") and getattr(value.meta.get("val"), "ndim", 1) == 0:
+        return _number(captured, args[-1])
+    if operator in ("aten.to", "aten._to_copy", "aten.detach", "aten.lift_fresh_copy", "aten.sqrt"):
+        inner = _number(captured, args[0])
+        return inner**0.5 if operator == "aten.sqrt" and inner is not None and inner >= 0 else inner
+    return None
 
 
 class _Search:
@@ -107,7 +143,7 @@ class _Search:
             elif operator in PASSING or is_getitem(node):
                 for table in (self.summed, self.length, self.unit):
                     self._pass_on(table, node)
-            yield from self._multiplier(node, operator)
+            yield from self._multiplier(node)
             yield from self._unit_length(node, operator)
 
     def _pass_on(self, table: dict[Node, Any], node: Node) -> None:
@@ -115,12 +151,12 @@ class _Search:
             if source in table:
                 table[node] = table[source]
 
-    def _multiplier(self, node: Node, operator: str) -> Iterator[Constant]:
-        found = self._factor(node, operator)
+    def _multiplier(self, node: Node) -> Iterator[Constant]:
+        found = multiplier(self.captured, node)
         if found is None:
             return
         value, sources = found
-        source = next((n for n in sources if self._number(n) is None), None)
+        source = next((n for n in sources if _number(self.captured, n) is None), None)
         here = self.env.get(node)
         if not isinstance(here, Value) or source is None or here.static and not here.parametric:
             return  # tables of positions, computed from numbers alone
@@ -132,7 +168,7 @@ class _Search:
                 if self._is_width(dims) and isclose(abs(value), self._size(dims) ** power, rel_tol=1e-5):
                     what = self._what(node, here, source, dims)
                     if what != "multiplies attention by" or power != -1:
-                        yield Constant(self._where(node), what, value, power, dims)
+                        yield Constant(self._where(node), what, value, power, dims, node)
                     return
 
     def _what(self, node: Node, value: Value, source: Any, dims: tuple[int, ...]) -> str:
@@ -152,40 +188,13 @@ class _Search:
                 return True
         return False
 
-    def _factor(self, node: Node, operator: str) -> tuple[float, Sequence[Any]] | None:
-        """Return the number that an operator multiplies by, and the operands."""
-        operands = node.args[:2]
-        if operator == "aten.baddbmm" and isinstance(alpha := node.kwargs.get("alpha"), (int, float)):
-            return (float(alpha), [node]) if alpha else None
-        if operator in MULTIPLY and len(operands) == 2:
-            number = next((x for a in operands if (x := self._number(a)) is not None), None)
-            return None if number is None else (number, operands)
-        if operator in DIVIDE and len(operands) == 2 and (number := self._number(operands[1])):
-            return 1 / number, operands[:1]
-        return None
-
-    def _number(self, value: Any) -> float | None:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, Node):
-            return None
-        if value in self.captured.numbers:
-            return self.captured.numbers[value]
-        operator, args = operator_name(value.target).removesuffix("_"), value.args
-        if operator in ("aten.full", "aten.scalar_tensor") and getattr(value.meta.get("val"), "ndim", 1) == 0:
-            return self._number(args[-1])
-        if operator in ("aten.to", "aten._to_copy", "aten.detach", "aten.lift_fresh_copy", "aten.sqrt"):
-            inner = self._number(args[0])
-            return inner**0.5 if operator == "aten.sqrt" and inner is not None and inner >= 0 else inner
-        return None
-
     def _unit_length(self, node: Node, operator: str) -> Iterator[Constant]:
         """A tensor divided by its own length; it counts where a weight or a gain then reads it."""
         below = node.args[1] if operator in DIVIDE and len(node.args) > 1 else None
         if isinstance(below, Node) and below in self.length:
             dims = tuple(d for d in self.length[below] if self._is_width((d,)))
             if dims:
-                self.unit[node] = Constant(self._where(node), "unit length", 1.0, -0.5, dims)
+                self.unit[node] = Constant(self._where(node), "unit length", 1.0, -0.5, dims, node)
         used = any(map(self._parametric, node.all_input_nodes))
         for source in node.all_input_nodes if used else ():
             if source in self.unit:

@@ -115,6 +115,9 @@ class Geometry:
         aliases: Further qualified names of the same tensor.
         fusions: Output axes along which the tensor holds several matrices (qkv, gate and up, gates).
         sites: Where taps of a preconditioner can go.
+        given: Power of width that the entries of what it multiplies have, since the code scales them so
+            (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
+            none. For a tied embedding that of its readout.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
     """
@@ -134,6 +137,7 @@ class Geometry:
     aliases: tuple[str, ...] = ()
     fusions: tuple[Fusion, ...] = ()
     sites: tuple[Site, ...] = ()
+    given: float = 0.0
     depth: float = 1.0
 
     @property

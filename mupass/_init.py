@@ -58,7 +58,12 @@ def plan_init(
         Parameter name -> its `Init`.
     """
     findings, fixed = _findings(tensors, geometries, init)
-    return {g.name: fixed.get(g.name) or _init(findings[g.name], g, parameterization) for g in geometries}
+    return {
+        g.name: _constant(fixed[g.name], g, parameterization)
+        if g.name in fixed
+        else _init(findings[g.name], g, parameterization)
+        for g in geometries
+    }
 
 
 def own_init(
@@ -207,10 +212,20 @@ def _as_told(sample: Sample, kind: str, patterned: bool) -> Finding:
     return Finding(sample, kind, sample.gain(kind), "as told")
 
 
+def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
+    """Constants stay, but for a gain on what the code itself scales with the width."""
+    if not geometry.given or geometry.fan_in_axes or found.law == "zeros":
+        return found
+    p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][1]
+    return replace(found, factor=geometry.m_out**p_out)
+
+
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
-    exponent = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][0]
+    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
     present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
-    wanted = geometry.m_in ** (-2 * exponent)  # the same quotient after the transform
+    wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (
+        -2 * p_out
+    )  # the same quotient after the transform
     # Compared as ratios, so that a law that is right already gives exactly 1.0 and no rounding.
     factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
     std = None if found.std is None else found.std * factor

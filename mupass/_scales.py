@@ -14,6 +14,9 @@ and one step must move the model's output by Theta(1) *through this layer alone*
 Karakida, arXiv 2312.12226, conditions 11-13). With ``beta = 1/2`` hidden coordinates move by
 ``1/sqrt(m)``: the lazy limit.
 
+Where the code itself gives ``h`` the order ``m**given`` (a tensor of unit length has entries of order
+``m**-1/2``), the weight starts larger by ``m**-given`` and every ``|h|`` above has that order too.
+
 A parameter with no fan_in axis (bias, gain) has ``m_in = 1``; a finite fan has multiplier 1. So the
 rows "input", "hidden", "output" and "vector" of the papers' tables need no case of their own here.
 """
@@ -166,25 +169,32 @@ def powers(
             table["lr"] = aligned_powers(geometry, optimizer, 0.5)
             table["epsilon"] = epsilon_powers(optimizer, 0.5)
         return table
-    h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    h2, delta2 = _plus((1.0, 0.0), geometry, 2), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
     damping_in, damping_out = {
         "kfac": (h2, delta2),
         "foof": (h2, delta2),
         # R = G^T G and L = G G^T share their non-zero eigenvalues, |delta|^2 |h|^2
-        "shampoo": ((1.0, 1 - 2 * beta),) * 2,
+        "shampoo": ((h2[0], h2[1] + delta2[1]),) * 2,
     }.get(optimizer.name, (none, none))
     return {
-        "init": (-_weight_power(geometry, beta), 0.0),
+        "init": _plus((-_weight_power(geometry, beta), 0.0), geometry, -1),
         # A tied embedding has entries of Theta(1) where a readout has 1/m**beta; m is its kept axis.
-        "multiplier": (0.0, -beta) if geometry.readout_uses else none,
+        "multiplier": (0.0, -beta - geometry.given) if geometry.readout_uses else none,
         "lr": aligned_powers(geometry, optimizer, beta)
         if optimizer.alignment
         else lr_powers(geometry, optimizer, beta),
         "damping_in": damping_in,
         "damping_out": damping_out,
-        "epsilon": epsilon_powers(optimizer, beta),
+        "epsilon": _plus(epsilon_powers(optimizer, beta), geometry, 0 if optimizer.name == "adamuon" else 1),
         "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
     }
+
+
+def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tuple[float, float]:
+    """Add multiples of the power that the code gives what the parameter is multiplied with."""
+    more = 0.0 if geometry.readout_uses else geometry.given * times  # there the multiplier undoes it
+    p_in, p_out = powers
+    return (p_in + more, p_out) if geometry.fan_in_axes else (p_in, p_out + more)
 
 
 def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
@@ -235,7 +245,7 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
     grafted = optimizer.name == "shampoo" and optimizer.graft != "none"
     name = optimizer.graft if grafted else optimizer.name
     if name in {*ENTRYWISE, "rmsprop"}:
-        return (-1.0, beta - 1)
+        return _plus((-1.0, beta - 1), geometry, -1)
     if name == "adafactor":
         return (_weight_power(geometry, beta) - 1, beta - 1)
     e_in, e_out = {
@@ -245,7 +255,7 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
         "muon": (0.5, 0.5),
         "spectral": (0.5, 0.5),
     }.get(name, (optimizer.e_a, optimizer.e_b))
-    return (e_in - 1, (1 - 2 * beta) * (e_out - 1))
+    return _plus((e_in - 1, (1 - 2 * beta) * (e_out - 1)), geometry, 2 * (e_in - 1))
 
 
 def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
@@ -263,9 +273,11 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
     """
     terms = 1.0 if optimizer.alignment == "full" else 0.5
     if optimizer.name == "sgd":
-        return (-max(terms, beta) if geometry.role == "output" else -terms, beta)
-    weight = _weight_power(geometry, beta) if optimizer.name == "adafactor" else 0.0
-    return (weight - terms, 0.0)
+        bound = -max(terms, beta) if geometry.role == "output" else -terms
+        return _plus((bound, beta), geometry, -2)
+    if optimizer.name == "adafactor":
+        return (_weight_power(geometry, beta) - terms, 0.0)
+    return _plus((-terms, 0.0), geometry, -1)
 
 
 def _weight_power(geometry: Geometry, beta: float) -> float:

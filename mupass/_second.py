@@ -26,12 +26,16 @@ class Second:
         dims: The same for dimensions, also those that no parameter carries (a head_dim, say).
         sizes: Dimension -> size in the second instance.
         notes: What could not be compared.
+        captured: Its graph, where it runs the same operators.
+        twins: Operator of the first -> the same operator of the second.
     """
 
     axes: Mapping[tuple[str, int], tuple[bool, str]] = field(default_factory=dict)
     dims: Mapping[int, tuple[bool, str]] = field(default_factory=dict)
     sizes: Mapping[int, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    captured: Capture | None = None
+    twins: Mapping[Node, Node] = field(default_factory=dict)
 
 
 def compare(
@@ -79,7 +83,7 @@ def compare(
         sizes |= {alone.engine.space.find(d): s for d, s in zip(row, at, strict=True)}
     size = alone.engine.space.size
     dims = {d: (size(d) != s, f"the base model has size {s}, this one {size(d)}") for d, s in sizes.items()}
-    return Second(axes, dims, sizes)
+    return Second(axes, dims, sizes, (), other, dict(zip(captured.nodes, other.nodes, strict=True)))
 
 
 _UNSETTLED = "the base model settles parameter axes, but no factors of them,"

@@ -130,18 +130,18 @@ def _product(
     else:
         bias = None
     if bias is seen and isinstance(operands[-1], Node):
-        return site("bias", weight=_parameter(captured, _root(operands[-1]))), ""
+        return site("bias", weight=_parameter(captured, root_of(operands[-1]))), ""
     if name.startswith(CONVOLUTIONS):
         return site("", reason=f"{user.target} does not use it as it is"), ""
     at = [i for i, a in enumerate(operands) if a is seen]
     others = [a for a in operands if isinstance(a, Node) and a is not seen]
     if len(at) != 1 or len(others) != 1 or len(operands) != 2:
         return site("", reason=f"{user.target} multiplies it with itself or with several tensors"), ""
-    if _root(others[0]) in captured.parameters:
+    if root_of(others[0]) in captured.parameters:
         return site(
             "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
         ), ""
-    form = product_form(name, user.args[0], len(_shape(others[0])), view, shape, at[0])
+    form = product_form(name, user.args[0], _shape(others[0]), view, shape, at[0])
     if form is None or not form.proper:
         return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
     kind = "linear" if name == "aten.linear" and view == (0, 1) else "contraction"
@@ -149,23 +149,23 @@ def _product(
 
 
 def product_form(
-    name: str, equation: Any, rank: int, view: View, shape: tuple[int, ...], weight_at: int
+    name: str, equation: Any, x: tuple[int, ...], view: View, shape: tuple[int, ...], weight_at: int
 ) -> _contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
         name: ATen name without overload.
         equation: Of an einsum.
-        rank: Rank of the activation.
+        x: Shape of the activation.
         view: How the operator sees the parameter.
         shape: Shape of the parameter.
         weight_at: Place of the parameter among the two factors.
     """
     if name == "aten.einsum":
-        return _contraction.einsum(str(equation), rank, view, shape, weight_at)
+        return _contraction.einsum(str(equation), x, view, shape, weight_at)
     if name == "aten.linear":
-        return _contraction.linear(rank, view, shape) if weight_at == 1 else None
-    return _contraction.matmul(rank, view, shape, weight_at)
+        return _contraction.linear(len(x), view, shape) if weight_at == 1 else None
+    return _contraction.matmul(x, view, shape, weight_at)
 
 
 def _elementwise(
@@ -173,7 +173,7 @@ def _elementwise(
 ) -> tuple[Site, str]:
     other = user.args[1 - slot]
     wide = [i for i, n in enumerate(shape) if n > 1]
-    if not isinstance(other, Node) or _root(other) in captured.parameters or user.kwargs:
+    if not isinstance(other, Node) or root_of(other) in captured.parameters or user.kwargs:
         return site("", reason=f"{user.target} joins it to another parameter or a number"), ""
     if len(wide) > 1 or len(shape) > len(_shape(other)):
         return site("", reason="it is a table that is added to or multiplied with activations"), ""
@@ -182,8 +182,12 @@ def _elementwise(
     return site(kind, out_axes=(axis,) if shape else ()), _source(other)
 
 
-def _root(node: Any) -> Any:
-    """Follow moves and transposes back."""
+def root_of(node: Any) -> Any:
+    """Follow moves and transposes back to what they show.
+
+    Args:
+        node: An operand.
+    """
     while isinstance(node, Node) and node.op == "call_function" and node.args:
         name, source = _name(node), node.args[0]
         if not isinstance(source, Node):

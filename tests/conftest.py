@@ -1,5 +1,8 @@
 """Conditions that all tests share."""
 
+import random
+
+import numpy
 import pytest
 import torch
 
@@ -10,6 +13,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
 
 
 def pytest_collection_modifyitems(items):

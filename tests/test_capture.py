@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +53,78 @@ def test_the_model_is_not_touched(model: nn.Module, train: bool) -> None:
     assert flags == [m.training for m in model.modules()]
     assert torch.equal(random, torch.get_rng_state()) and torch.equal(x, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Dropped(nn.Module):
+    """Skips its layers at random."""
+
+    def __init__(self, draw: Callable[[], float | Tensor]) -> None:
+        super().__init__()
+        self.draw, self.head = draw, nn.Linear(8, 2)
+        self.layers = nn.ModuleList(nn.Linear(3 if i == 0 else 8, 8) for i in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            if self.training and self.draw() <= 0.9:
+                continue
+            x = x + layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: random.random(),
+        lambda: random.uniform(0, 1),
+        lambda: numpy.random.rand(),
+        lambda: numpy.random.uniform(),
+        lambda: numpy.random.uniform(0, 1),
+        lambda: 2 - numpy.random.uniform(2.0),
+        lambda: torch.rand([]),
+        lambda: torch.rand(()),
+    ],
+)
+def test_layers_that_are_dropped_at_random_are_seen(draw: Callable[[], float | Tensor]) -> None:
+    state, numpys = random.getstate(), numpy.random.get_state()[1].copy()
+    analysis = mupass.analyze(Dropped(draw), randn(4, 3))
+    assert not [w for w in analysis.warnings if "not read" in w]
+    assert all(analysis[f"layers.{i}.weight"].infinite == (True, True) for i in range(1, 9))
+    assert state == random.getstate() and (numpys == numpy.random.get_state()[1]).all()
+
+
+@dataclass
+class Prediction:
+    classes: Tensor
+    more: list[Tensor]
+
+
+class Cache:
+    """A class of its own that PyTorch cannot take apart."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.layers = [[x]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: torch.distributions.Categorical(logits=x, validate_args=False),
+        lambda x: {"logits": x, "cache": Cache(x)},
+        lambda x: Prediction(x, [x.exp()]),
+    ],
+)
+def test_outputs_of_any_class_are_read(wrap: Callable[[Tensor], object], device: str) -> None:
+    class Wrapped(Noisy):
+        def forward(self, x: Tensor) -> object:
+            return wrap(super().forward(x))
+
+    model = Wrapped().to(device)
+    analysis = mupass.analyze(model, randn(4, 3).to(device))
+    assert analysis.capture == "export"
+    assert analysis["head.weight"].infinite == (False, True)
+    assert type(model(randn(4, 3).to(device))) is type(wrap(randn(4, 2)))
 
 
 def test_a_branch_on_data_is_recorded_and_reported() -> None:

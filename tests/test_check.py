@@ -13,7 +13,8 @@ import mupass
 from mupass._rewrite import InputMultiplier
 from mupass._study.batches import Batch, cross_entropy, logits_of
 from mupass._study.copies import default_widths
-from mupass._study.probe import OUTPUT, Probe, Site
+from mupass._study.probe import Probe
+from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import fit, student
 
 OPTIMIZERS = ["adam", "sgd", "shampoo", "kfac"]
@@ -127,7 +128,7 @@ def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
         return torch.optim.Adam([g for g in groups if g["params"]])
 
     found = mupass.coord_check(mlp(), vectors(), optimizer=swapped)
-    assert found.first.site.parameter == layer and found.first.quantity == "update", str(found)
+    assert found.first.site.parameter == layer and found.first.quantity in ("update", "aligned"), str(found)
     assert found.first.slope.power == pytest.approx(power, abs=0.15)
     assert "as if fan_in were fan_out" in found.blame
     assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
@@ -145,6 +146,46 @@ def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
     assert by_heads.ok, str(by_heads)
 
 
+def bottleneck(width: int = 64) -> nn.Module:
+    """A readout in the middle: what comes out of it, and the gradient that comes back, start near zero."""
+    halves = [(12, width), (width, 3), (3, width), (width, 5)]
+    return nn.Sequential(*(layer for a, b in halves for layer in (nn.Linear(a, b), nn.Tanh())))[:-1]
+
+
+FIXED = {"2.weight:0": "finite"}
+
+
+def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_gradient() -> None:
+    below = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    for optimizer in ("sgd", "adam", "shampoo"):
+        found = mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer=optimizer)
+        assert found.ok, str(found)
+        assert {s.parameter for s in found.dimmed} == below and "hides the loss" in str(found)
+        relative = {r.site.parameter for r in found.rows if r.rule == "relative"}
+        assert optimizer != "sgd" or relative == below
+
+    def unscaled(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
+        groups = mupass.param_groups(model, lr, optimizer="sgd")
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p is not model[0].weight]
+        return torch.optim.SGD([*groups, {"params": [model[0].weight], "lr": lr}])
+
+    found = mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer=unscaled)
+    assert {r.site.parameter for r in found.failures} == {"0.weight"}, str(found)
+    assert "its learning rate scales like width^+0.00" in found.blame
+    kfac = mupass.coord_check(
+        bottleneck(), vectors(), dims=FIXED, optimizer="kfac", widths=[64, 256, 1024], steps=1, seeds=4
+    )
+    row = next(r for r in kfac.rows if r.site.parameter == "0.weight" and r.quantity == "update")
+    assert row.slope.power > 0.3  # 1/sqrt(m) of the gradient, divided by its square
+    assert {r.site.parameter for r in kfac.failures} <= below
+    assert kfac.ok or "K-FAC divides by the square" in kfac.blame
+    standard = mupass.coord_check(
+        bottleneck(), vectors(), dims=FIXED, optimizer="sgd", parameterization="standard"
+    )
+    assert not standard.ok and not standard.dimmed
+
+
 def test_a_constant_initialization_is_named() -> None:
     def constant(model: nn.Module) -> nn.Module:
         nn.init.normal_(model[2].weight, std=0.1)
@@ -156,18 +197,23 @@ def test_a_constant_initialization_is_named() -> None:
     assert "initialization" in found.blame and "width^-0.5" in found.blame
 
 
-def test_a_normalization_to_unit_length_is_named() -> None:
+def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_where_not() -> None:
     class Unit(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, seen: bool) -> None:
             super().__init__()
+            self.seen = seen
             self.enter, self.mid, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+            nn.init.zeros_(self.mid.bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.mid(F.normalize(self.enter(x), dim=-1))))
+            x = self.enter(x)
+            unit = F.normalize(x, dim=-1) if self.seen else x * x.square().sum(-1, keepdim=True).rsqrt()
+            return self.head(torch.relu(self.mid(unit)))
 
-    model = Unit()
-    nn.init.zeros_(model.mid.bias)
-    found = mupass.coord_check(model, vectors())
+    for optimizer in ("adam", "sgd"):
+        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer)
+        assert found.ok, str(found)
+    found = mupass.coord_check(Unit(False), vectors())
     assert found.first.site.parameter == "mid.weight"
     assert "normalization to unit length" in found.blame
 
@@ -192,10 +238,15 @@ class Raw(nn.Module):
 def test_the_probe_sees_what_each_parameter_does() -> None:
     model = Raw().double()
     ids = torch.randint(9, (4, 10))
+    targets = torch.randn(4, 3).double()
     inputs: dict[str, Tensor] = {}
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return (output - targets).square().sum()
+
     for name in ("table", "conv", "norm", "rnn", "head"):
         getattr(model, name).register_forward_pre_hook(lambda m, a, name=name: inputs.update({name: a[0]}))
-    probe = Probe(model, Batch((ids,), {}, None))
+    probe = Probe(model, Batch((ids,), {}, targets), loss)
     start = {n: x.detach().clone() for n, x in inputs.items()}
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
@@ -224,6 +275,10 @@ def test_the_probe_sees_what_each_parameter_does() -> None:
     assert found["head", "linear", "head.weight"] == pytest.approx(
         rms(start["head"] @ moved["head.weight"].T)
     )
+    along = {s.parameter: v for s, q, v in probe.now() if q == "aligned"}
+    slope = 2 * (start["head"] @ old["head.weight"].T + old["head.bias"] - targets)
+    y = start["head"] @ moved["head.weight"].T
+    assert along["head.weight"] == pytest.approx(abs((y * slope).sum() / slope.norm()).item() / 12**0.5)
     hidden = nn.GRU(7, 4, batch_first=True).double()
     hidden.load_state_dict({n[4:]: v for n, v in old.items() if n.startswith("rnn.")})
     before = hidden(start["rnn"])[0]
@@ -240,7 +295,7 @@ def test_a_module_that_runs_twice_has_two_places() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.mid(torch.relu_(self.mid(x)))
 
-    probe = Probe(Twice(), Batch((torch.randn(3, 6),), {}, None))
+    probe = Probe(Twice(), Batch((torch.randn(3, 6),), {}, None), lambda out, _: out.square().mean())
     places = [s for s in probe.start if s.parameter == "mid.weight"]
     assert [s.call for s in places] == [0, 1]
     assert Site("", OUTPUT) in probe.start

@@ -12,6 +12,7 @@ from mupass._errors import OptimizerError
 from mupass._geometry import Geometry
 from mupass._optim._base import PlannedOptimizer
 from mupass._optim._blocks import WHOLE, Blocking
+from mupass._optim._parallel import sharded_like, whole, world_size
 from mupass._optim._spectral import with_unit_norm
 from mupass._optim._stacks import Slot, Stack, compiled, make_stacks
 from mupass._plan import OptimizerSpec
@@ -39,12 +40,14 @@ class MatrixOptimizer(PlannedOptimizer):
         modes: bool = False,
         spectral: bool = False,
         compile: bool = False,
+        data_parallel: bool | None = None,
         **common: Any,
     ) -> None:
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
         self.roles, self.block_size, self.modes = frozenset(roles), block_size, modes
+        self._ranks = world_size(data_parallel)
         self._blockings: dict[str, Blocking] = {}
         super().__init__(model, spec, lr, damping, **common)
         self._parameters = {n: p for p, n in self.names.items() if n in self._blockings}
@@ -111,9 +114,8 @@ class MatrixOptimizer(PlannedOptimizer):
         return [block for part in parts for block in part.unbind()]
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        blocks = {
-            n: self._blockings[n].cut(p.grad) for n, p in self._parameters.items() if p.grad is not None
-        }
+        gradients = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        blocks = {n: self._blockings[n].cut(g) for n, g in gradients.items()}
         found: dict[Slot, Tensor] = {}
         for stack in self._stacks:
             g, at, lost = stack.gather(blocks)
@@ -126,7 +128,8 @@ class MatrixOptimizer(PlannedOptimizer):
         for name, pieces in blocks.items():
             parameter = self._parameters[name]
             parts = [found.get((name, i), torch.zeros_like(g)) for i, g in enumerate(pieces)]
-            directions[parameter] = self._blockings[name].paste(parts, parameter).to(parameter.dtype)
+            direction = self._blockings[name].paste(parts, gradients[name]).to(parameter.dtype)
+            directions[parameter] = sharded_like(direction, parameter)
         return directions
 
     def _layout(self) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
+from mupass._optim._parallel import divided
 from mupass._optim._roots import inverse_roots, symmetric
 from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe
 from mupass._optim._stacks import Stack
@@ -56,6 +57,8 @@ class Shampoo(MatrixOptimizer):
             with, and other roles.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
+        data_parallel: Whether ranks hold the same gradients, so that roots are divided over them. By default
+            yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -84,6 +87,7 @@ class Shampoo(MatrixOptimizer):
         fallback: str = "adamw",
         fallback_lr: float = 1e-3,
         compile: bool = False,
+        data_parallel: bool | None = None,
         strict: bool = False,
     ) -> None:
         check_number("e", e)
@@ -103,6 +107,7 @@ class Shampoo(MatrixOptimizer):
             modes=kernels == "modes",
             spectral=graft == "spectral",
             compile=compile,
+            data_parallel=data_parallel,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -162,27 +167,32 @@ class Shampoo(MatrixOptimizer):
             return
         stack = self._stacks[number]
         factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
-        weight = weight[due].clamp(min=torch.finfo(weight.dtype).tiny)
-        average = symmetric(factors[due]) / weight[:, None, None]
-        damping = self._damping(stack, side)[due]
-        if self.damping_mode == "trace":
-            damping = damping * average.diagonal(dim1=-2, dim2=-1).sum(-1)
-        relative = self.damping_mode == "relative"
-        power = self.spec.e / len(self._sides[number])
-        roots[due], failed = inverse_roots(average, damping, power, roots[due], relative)
+        damping, tiny = self._damping(stack, side), torch.finfo(weight.dtype).tiny
+        power, relative = self.spec.e / len(self._sides[number]), self.damping_mode == "relative"
+
+        def compute(at: Tensor) -> tuple[Tensor, Tensor]:
+            average = symmetric(factors[at]) / weight[at].clamp(min=tiny)[:, None, None]
+            rho = damping[at]
+            if self.damping_mode == "trace":
+                rho = rho * average.diagonal(dim1=-2, dim2=-1).sum(-1)
+            found, failed = inverse_roots(average, rho, power, roots[at], relative)
+            return found, failed.to(weight.dtype)
+
+        roots[due], failed = divided(due, self._ranks, compute)
         for i in failed.nonzero().flatten().tolist():
             name, block = stack.slots[int(due[i])]
             self.count("failed_roots", f"side {side} of {name}, block {block}")
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
-        damping = stack.each(self._dampings().__getitem__)
+        return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
+
+    def _damping_scale(self, stack: Stack, side: int) -> Tensor:
+        """Return the width factor on the damping of every slot."""
         if self.damping_mode != "absolute":
-            return damping
+            return stack.each(lambda name: 1.0)
         # A block's gradient is one of so many: its factors are smaller by their number.
         key = "damping_out" if side == 0 else "damping_in"
-        return damping * stack.each(
-            lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth()
-        )
+        return stack.each(lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth())
 
 
 def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:

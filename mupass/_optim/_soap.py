@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
+from mupass._optim._parallel import divided
 from mupass._optim._roots import eigenbases, symmetric
 from mupass._optim._shampoo import KERNELS
 from mupass._optim._sides import Schedule, add_weight, along, observe
@@ -49,6 +50,8 @@ class SOAP(MatrixOptimizer):
             with, and other roles.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
+        data_parallel: Whether ranks hold the same gradients, so that bases are divided over them. By default
+            yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -77,6 +80,7 @@ class SOAP(MatrixOptimizer):
         fallback: str = "adamw",
         fallback_lr: float = 1e-3,
         compile: bool = False,
+        data_parallel: bool | None = None,
         strict: bool = False,
     ) -> None:
         self.beta2 = check_number("beta2", beta2, 0, 1)
@@ -93,6 +97,7 @@ class SOAP(MatrixOptimizer):
             modes=kernels == "modes",
             spectral=spectral,
             compile=compile,
+            data_parallel=data_parallel,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -162,11 +167,16 @@ class SOAP(MatrixOptimizer):
         turned = factor @ old
         order = (old * turned).sum(-2).argsort(-1, descending=True)
         turned = turned.gather(-1, order[:, None, :].expand_as(turned))
-        rounds = self._steps // self.basis_every
-        if self.eigh_every and rounds % self.eigh_every == 0:
-            _, vectors, found = eigenbases(factor)
-            turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
-        new = torch.linalg.qr(turned).Q
+        exact = self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0
+
+        def compute(at: Tensor) -> tuple[Tensor]:
+            basis = turned[at]
+            if exact:
+                _, vectors, found = eigenbases(factor[at])
+                basis = torch.where(found[:, None, None], vectors.flip(-1), basis)
+            return (torch.linalg.qr(basis).Q,)
+
+        (new,) = divided(torch.arange(len(due), device=due.device), self._ranks, compute, symmetric=False)
         state[f"basis{side}"][due] = new
         state["mean"][due] = along(state["mean"][due], new.mT @ old, side)
         square = state["square"][due].movedim(side + 1, 1)

@@ -98,7 +98,7 @@ def make_stacks(blockings: Mapping[str, Blocking], parameters: Mapping[str, Tens
     """
     found: dict[Any, list[Slot]] = defaultdict(list)
     for name, parameter in parameters.items():
-        for i, block in enumerate(blockings[name].cut(parameter)):
+        for i, block in enumerate(blockings[name].cut(torch.empty(parameter.shape, device="meta"))):
             found[block.shape, factor_dtype(parameter), parameter.device].append((name, i))
     return [Stack(slots, *key) for key, slots in found.items()]
 

@@ -12,10 +12,14 @@ from mupass._optim._base import PlannedOptimizer
 from mupass._plan import Plan
 from mupass._scales import OptimizerSpec, powers
 from mupass._study.coords import Coordinate
-from mupass._study.probe import SCORES, Site
+from mupass._study.recorder import SCORES, Site
 
 NEAR = 0.3  # powers come in halves
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
+DIMMED = (
+    "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
+    "of a gradient near zero, so its first step grows: start with another optimizer, or clip (kl_clip=)"
+)
 GIVEN = (
     "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "
     "length, or a multiplication by a power of the width, before it"
@@ -65,6 +69,7 @@ def cause(
     plan: Plan,
     spec: OptimizerSpec | None,
     head_dims: tuple[int, ...],
+    dimmed: bool,
 ) -> str:
     """Return the likely cause of a quantity that scales with width.
 
@@ -75,6 +80,7 @@ def cause(
         plan: Plan of the widest copy.
         spec: Row of the optimizer.
         head_dims: Size of one head at each width, where the place is attention and tells it; else ().
+        dimmed: Whether the place lies below a readout in the middle of the model.
     """
     site, power = row.site, row.slope.power
     if plan.parameterization == "standard":
@@ -89,14 +95,15 @@ def cause(
     if site.parameter not in plan:
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
+    if dimmed and power > 0 and spec is not None and spec.name == "kfac":
+        return DIMMED
     if row.quantity == "activation":
-        found = list(_of_activation(site, geometry, power, measured))
+        found = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
         found = list(_of_update(site, geometry, power, measured, plan, spec))
     return "; or ".join(found) or (
         "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
-        "above it, or a fixed bottleneck behind which a second readout starts near zero (more steps with a "
-        "larger lr outgrow that)"
+        "above it, or sums over an axis that grows"
     )
 
 
@@ -111,19 +118,28 @@ def _of_scores(head_dims: tuple[int, ...]) -> str:
 
 
 def _of_activation(
-    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float]
+    site: Site, geometry: Geometry, power: float, measured: Mapping[str, float], parameterization: str
 ) -> Iterator[str]:
     given, drawn = measured.get("input", 0.0), measured.get("weight", 0.0)
     if is_tied_readout(site, geometry):
         yield UNMULTIPLIED
         return
-    if abs(given) > NEAR and abs(given - power) < NEAR:
+    if abs(given - geometry.given) > NEAR and abs(given - power) < NEAR:
         yield GIVEN.format(power=given)
         return
-    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
-    right = (-1.0 if geometry.role == "output" else -0.5) if grows_in else 0.0
+    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    grows_in, grows_out = _growing(geometry)
+    right = p_in * grows_in + p_out * grows_out
     if abs(drawn - right) > NEAR / 2:
         yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+g}"
+
+
+def _growing(geometry: Geometry) -> tuple[bool, bool]:
+    """Return whether fan_in and fan_out grow."""
+    first, second = (
+        any(geometry.infinite[i] for i in axes) for axes in (geometry.fan_in_axes, geometry.fan_out_axes)
+    )
+    return first, second
 
 
 def _of_update(
@@ -137,12 +153,11 @@ def _of_update(
     if is_tied_readout(site, geometry) and measured.get("input", -1.0) > -0.5:
         yield UNMULTIPLIED
     given, rate = measured.get("input", 0.0), measured.get("rate")
-    if not is_tied_readout(site, geometry) and abs(given) > NEAR:
+    if not is_tied_readout(site, geometry) and abs(given - geometry.given) > NEAR:
         yield GIVEN.format(power=given)
     if spec is None:
         return
-    grows_in = any(geometry.infinite[i] for i in geometry.fan_in_axes)
-    grows_out = any(geometry.infinite[i] for i in geometry.fan_out_axes)
+    grows_in, grows_out = _growing(geometry)
     p_in, p_out = powers(geometry, spec, plan.parameterization)["lr"]
     planned = p_in * grows_in + p_out * grows_out
     swapped = p_in * grows_out + p_out * grows_in

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mupass._study.coords import CoordCheck, Coordinate
 from mupass._study.page import Table, document, drawing, folded, new_figure, note, section
-from mupass._study.probe import Site
+from mupass._study.recorder import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = {"FAIL": "bad", "unclear": "doubt"}
+MOVED = ("aligned", "update")  # how a parameter moves its operator's output; the first is shown
 MANY = 40  # lines of text beyond which only what does not pass is listed
 
 
@@ -59,12 +61,13 @@ def figure(check: CoordCheck) -> Figure:
     Args:
         check: The check.
     """
-    panels = {"activation": 0, "update": check.steps}
+    panels = {0: ("activation",), check.steps: MOVED}
     drawn, axes = new_figure(2)
-    for axis, (quantity, step) in zip(axes, panels.items(), strict=True):
+    for axis, (step, quantities) in zip(axes, panels.items(), strict=True):
         labels = 0
-        for row in check.rows:
-            if row.quantity != quantity or row.step != step or row.rule == "shown":
+        for found in _places(check).values():
+            row = _chosen(found, quantities, step)
+            if row is None or row.rule == "shown":
                 continue
             bad = row.verdict == "FAIL"
             name = _short(row.site) if bad and labels < 6 else None
@@ -79,7 +82,10 @@ def figure(check: CoordCheck) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("width")
         axis.set_title(
-            "RMS of activations at the start" if step == 0 else f"RMS of dW h after step {step}", fontsize=10
+            "RMS of activations at the start"
+            if step == 0
+            else f"RMS of dW h along the gradient, step {step}",
+            fontsize=10,
         )
         if labels:
             more = f", {labels} fail" if labels > 6 else ""
@@ -88,19 +94,33 @@ def figure(check: CoordCheck) -> Figure:
 
 
 def _table(check: CoordCheck) -> Table:
-    places: dict[Site, dict[tuple[str, int], Coordinate]] = {}
-    for row in check.rows:
-        places.setdefault(row.site, {})[row.quantity, row.step] = row
+    places = _places(check)
     heads = ["place", "start", *(f"step {s}" for s in range(1, check.steps + 1)), "verdict"]
     rows, marks = [], []
     for site, found in places.items():
-        moved = "update" if site.parameter else "change"
-        cells = [found.get(("activation", 0)), *(found.get((moved, s)) for s in range(1, check.steps + 1))]
+        moved = MOVED if site.parameter else ("change",)
+        cells = [_chosen(found, ("activation",), 0)]
+        cells += [_chosen(found, moved, s) for s in range(1, check.steps + 1)]
         verdicts = {r.verdict for r in found.values()}
         verdict = next((v for v in ("FAIL", "unclear", "ok") if v in verdicts), "")
         rows.append([str(site), *map(_cell, cells), verdict])
         marks.append(MARKS.get(verdict, ""))
     return Table(heads, rows, marks)
+
+
+def _places(check: CoordCheck) -> dict[Site, dict[tuple[str, int], Coordinate]]:
+    places: dict[Site, dict[tuple[str, int], Coordinate]] = {}
+    for row in check.rows:
+        places.setdefault(row.site, {})[row.quantity, row.step] = row
+    return places
+
+
+def _chosen(
+    found: dict[tuple[str, int], Coordinate], quantities: tuple[str, ...], step: int
+) -> Coordinate | None:
+    """Return the first of some quantities, but one that fails before others."""
+    rows = [found[q, step] for q in quantities if (q, step) in found]
+    return next((r for r in rows if r.verdict == "FAIL"), rows[0] if rows else None)
 
 
 def _cell(row: Coordinate | None) -> str:
@@ -115,19 +135,30 @@ def _facts(check: CoordCheck) -> dict[str, str]:
     return {
         "widths": ", ".join(map(str, check.widths)),
         "trained": f"{check.optimizer}, {check.parameterization}, {check.steps} steps, {check.seeds} seeds",
-        "flat": f"a power within ± {check.tolerance:g}; it fails when its whole 95 % interval is beyond",
+        "flat": f"a power within ± {check.tolerance:g}; it fails when its whole 99 % interval is beyond",
         "columns": (
-            "powers of width of the activation at the start and of dW h (scores and output: of their change) "
-            "after each step; in brackets: not judged"
+            "powers of width of the activation at the start and of dW h along the gradient (all of dW h "
+            "where that fails; scores and output: of their change) after each step; in brackets: not judged"
         ),
     }
 
 
 def _remarks(check: CoordCheck) -> list[str]:
-    if not check.silent:
-        return []
-    some = ", ".join(map(_short, check.silent[:4])) + (" ..." if len(check.silent) > 4 else "")
-    return [f"{len(check.silent)} places hardly move at some width and are not judged: {some}"]
+    remarks = []
+    if check.silent:
+        remarks += [f"{_some(check.silent)} hardly move at some width and are not judged"]
+    if check.dimmed:
+        remarks += [
+            f"{_some(check.dimmed)} are below a readout in the middle of the model, which starts near zero "
+            "and hides the loss: their first step is judged relative to their gradient, later ones only for "
+            "growth"
+        ]
+    return remarks
+
+
+def _some(sites: Sequence[Site]) -> str:
+    more = " ..." if len(sites) > 4 else ""
+    return f"{len(sites)} places ({', '.join(map(_short, sites[:4]))}{more})"
 
 
 def _short(site: Site) -> str:
