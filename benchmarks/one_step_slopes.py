@@ -36,6 +36,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "shampoo blocks": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, momentum=0, **SHAMPOO | BLOCKS),
     "shampoo # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO),
     "blocks # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO | BLOCKS),
+    "# spectral": lambda m: mupass.Shampoo(m, 1e-2, 1e-4, graft="spectral", momentum=0, **SHAMPOO),
+    "blocks # spectral": lambda m: mupass.Shampoo(
+        m, 1e-2, 1e-4, graft="spectral", momentum=0, **SHAMPOO | BLOCKS
+    ),
     "shampoo # sgd": lambda m: mupass.Shampoo(m, 1e-2, 1e-4, graft="sgd", momentum=0, **SHAMPOO),
     "soap": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO),
     "soap blocks": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO | BLOCKS),
@@ -113,8 +117,8 @@ def updates(
     ]
     optimizer = make(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    # Linear in the outputs: their gradient is the same at all widths. A squared error would bring in the
-    # outputs themselves, which shrink with width under muP, and gradients with them for a few octaves.
+    # Linear in the outputs, whose gradient is then the same at all widths. A squared error would bring in the
+    # outputs themselves, which shrink with width under muP, and with them gradients, for a few octaves.
     (y * model(x)).mean().backward()
     for handle in handles:
         handle.remove()
