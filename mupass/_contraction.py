@@ -15,7 +15,7 @@ def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple
 
     Args:
         view: The order before.
-        kind: ``last`` swaps the last two axes, ``swap`` those in `args`, ``permute`` takes them in their order.
+        kind: ``last`` swaps the last two axes, ``swap`` those in `args`, ``permute`` takes them in order.
         args: Axes, counted from the end where negative.
     """
     if kind == "permute":

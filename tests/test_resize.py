@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mupass
+from benchmarks import resize_meta
 from mupass import ResizeError, resize
 from mupass._cli import main
 
@@ -271,3 +272,11 @@ def test_a_resized_hugging_face_model_is_saved_and_loaded(family: str, tmp_path)
         expected = wide(**inputs).logits
         torch.testing.assert_close(again(**inputs).logits, expected)
         torch.testing.assert_close(fresh(**inputs).logits, expected)
+
+
+@pytest.mark.zoo
+def test_the_benchmark_of_a_giant_runs(capsys, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["resize_meta", "--layers", "1"])
+    resize_meta.main()
+    assert "| 1 | 1,379,950,592 |" in capsys.readouterr().out
