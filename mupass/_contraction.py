@@ -10,6 +10,22 @@ from string import ascii_uppercase
 from torch import Tensor
 
 
+def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return the order of axes after a transpose.
+
+    Args:
+        view: The order before.
+        kind: ``last`` swaps the last two axes, ``swap`` those in `args`, ``permute`` takes them in order.
+        args: Axes, counted from the end where negative.
+    """
+    if kind == "permute":
+        return tuple(view[int(i) % len(view)] for i in args)
+    order = list(view)
+    a, b = (-2, -1) if kind == "last" else (int(args[0]), int(args[1]))
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
 @dataclass(frozen=True)
 class Contraction:
     """``y = sum x w``, one label an axis, as in einsum.

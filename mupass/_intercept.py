@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mupass._contraction import Contraction, einsum, linear, matmul
+from mupass._contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._errors import OptimizerError
 from mupass._forms import Elementwise, Features, Lookup
 from mupass._leaves import Tap
@@ -212,21 +212,18 @@ def _wanted(tap: Tap) -> bool:
     return tap.rows is not None and tap.rows.requires_grad
 
 
-def _order(func: Any, args: tuple[Any, ...]) -> list[int]:
-    rank = args[0].dim()
-    order = list(range(rank))
+def _order(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
+    view = range(args[0].dim())
     if func in TWO_AXES:
-        order[-2:] = order[-2:][::-1]
-    elif func in SWAPS:
-        a, b = args[1] % rank, args[2] % rank
-        order[a], order[b] = b, a
-    elif func in ORDERS:
-        axes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-        order = [i % rank for i in axes]
-    return order
+        return reordered(view, "last") if len(view) > 1 else tuple(view)
+    if func in SWAPS:
+        return reordered(view, "swap", args[1:3])
+    if func in ORDERS:
+        return reordered(view, "permute", args[1] if isinstance(args[1], (tuple, list)) else args[1:])
+    return tuple(view)
 
 
-def _turned(output: Tensor, weight: Tensor, order: list[int]) -> Tensor:
+def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return a view of a parameter that still knows its tap."""
     taps, view = _taps(weight), _view(weight)
     if taps is None or not isinstance(output, Tensor):
