@@ -9,7 +9,8 @@ the machine changes least.
 The floor is the time of the matrix products that the step cannot do without: those of forward and backward
 (recorded from a real step and replayed), ``x^T x`` and ``g^T g`` of every linear layer on curvature steps,
 and ``B^-1 G A^-1``. The inverses themselves (one Cholesky factorization and inversion for each factor and
-cycle) are listed apart.
+cycle) are listed apart. ``x^T x`` counts as a whole product over patches; mupass can be below this floor,
+because it leaves out what is symmetric, and takes convolutions of stride 1 as correlations.
 
     python -m benchmarks.kfac_time                        # about ten minutes on one core
     python -m benchmarks.kfac_time --models gpt --cycles 3 --no-compile
@@ -39,6 +40,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import mupass
 from benchmarks.contestants import CONTESTANTS, CYCLE, Contestant, Task, make_task, seeded
 from benchmarks.floor import Floor, timed
+
+BATCHES = {"gpt": (1, 4, 16), "cnn": (16, 64, 256)}
 
 
 def interleaved(steps: dict[str, Contestant], cycles: int, warm: int) -> dict[str, list[float]]:
@@ -179,9 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warm", type=int, default=1, help="cycles that are not")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16], help="for the overhead table")
+    parser.add_argument("--batches", type=int, nargs="*", help=f"for the overhead table (default: {BATCHES})")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-times", action="store_true", help="only overhead and memory")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -190,15 +194,17 @@ def main(arguments: list[str] | None = None) -> int:
     names = [n for n in options.only if not (options.no_compile and n.endswith("compiled"))]
     eager = [n for n in names if not n.endswith("compiled") and n != "AdamW"]
     for model in options.models:
-        task = make_task(model, width=options.width)
-        floor = Floor.of(task).parts(2 * options.cycles)
-        for every in (1, CYCLE):
-            torch._dynamo.reset()
-            steps, missing = started(task, names, every)
-            found = interleaved(steps, options.cycles, options.warm)
-            print(time_table(model, found, floor, every, missing), flush=True)
-        if options.batches:
-            print(overhead_table(model, options.batches, eager, max(1, options.cycles // 2)), flush=True)
+        if not options.no_times:
+            task = make_task(model, width=options.width)
+            floor = Floor.of(task).parts(2 * options.cycles)
+            for every in (1, CYCLE):
+                torch._dynamo.reset()
+                steps, missing = started(task, names, every)
+                found = interleaved(steps, options.cycles, options.warm)
+                print(time_table(model, found, floor, every, missing), flush=True)
+        batches = BATCHES[model] if options.batches is None else options.batches
+        if batches:
+            print(overhead_table(model, batches, eager, max(1, options.cycles // 2)), flush=True)
         if not options.no_memory:
             print(memory_table(model, ["AdamW", *eager]), flush=True)
     return 0
