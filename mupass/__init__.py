@@ -18,7 +18,7 @@ from mupass._errors import (
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
-from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
+from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Question, Report
 from mupass._resize import resize
@@ -38,6 +38,7 @@ __all__ = [
     "CaptureError",
     "CoordCheck",
     "Entry",
+    "FoMoH",
     "Fusion",
     "Geometry",
     "GroupGradient",

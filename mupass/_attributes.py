@@ -64,16 +64,20 @@ class Attributes:
         handled: Module path -> dimensions that the module or its descendants handle.
         slots: What was met so far, and in which modules.
         hints: (name, value) of a configuration's entry -> what modules that hold the same take for likely.
+        known: (module path, attribute) -> new value, where it is known.
     """
 
     sizes: NewSizes
     handled: Mapping[str, set[int]]
     slots: dict[Slot, set[str]] = field(default_factory=lambda: defaultdict(set))
     hints: dict[tuple[str, Number], Number] = field(default_factory=dict)
+    known: Mapping[tuple[str, str], float] = field(default_factory=dict)
     _tables: dict[str, dict[int, Counter[int]]] = field(default_factory=dict)
 
     def slot(self, path: str, holder: str, name: str, value: Number) -> Slot | None:
         """Return the slot of an attribute, or None where its value is no size."""
+        if (path, name) in self.known:
+            return Slot(holder, name, value, (self.known[path, name],))
         while path and path not in self.handled:
             path = path.rpartition(".")[0]
         options: tuple[Number, ...]

@@ -13,21 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mupass._capture import Capture, export, fresh_copy, parameter_names, quiet
 from mupass._dims.facts import Value
-from mupass._dims.graph import operator_name, shape_of
+from mupass._dims.graph import MOVES, operator_name, shape_of
 from mupass._errors import CaptureError
 from mupass._inputs import try_forward
 from mupass._record import record
 from mupass._sizes import NewSizes
 
-# Moves between devices and layouts may differ from device to device; they compute nothing.
-MOVES = (
-    "aten.to",
-    "aten._to_copy",
-    "aten._assert_tensor_metadata",
-    "aten.contiguous",
-    "aten.clone",
-    "aten.detach",
-)
 # Operators whose further results have sizes that depend on the device.
 FIRST_ONLY = ("aten.embedding_bag", "aten._embedding_bag")
 
@@ -166,7 +157,7 @@ def computing(captured: Capture) -> list[Node]:
     Args:
         captured: The graph.
     """
-    return [n for n in captured.nodes if operator_name(n.target) not in MOVES]
+    return [n for n in captured.nodes if operator_name(n.target) not in (*MOVES, "aten.detach")]
 
 
 def _tensors(node: Node) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from mupass._attributes import Attributes, handled_dims
 from mupass._builders import by_config, by_copy, has_constructor
 from mupass._draw import Draw, initialize
+from mupass._gains import follow_fan_in
 from mupass._init import InitChoice
 from mupass._inputs import as_call, find_inputs
 from mupass._prediction import target_of
@@ -75,7 +76,8 @@ def resize(
     own_code = (sizes.changes or home.type == "meta") and has_constructor(model)
     values = draw.parameters(target.shapes, own_code)
     new: dict[str, Tensor] = {n: nn.Parameter(t.to(place), trained[n]) for n, t in values.items()}
-    attributes = Attributes(sizes, handled_dims(captured, solved))
+    known = {} if own_code else follow_fan_in(model, target.shapes)
+    attributes = Attributes(sizes, handled_dims(captured, solved), known=known)
     if own_code:
         build = by_config(model, attributes, new, place, seed)
     else:

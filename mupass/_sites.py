@@ -11,17 +11,9 @@ from torch.fx import Node
 
 from mupass import _contraction
 from mupass._capture import Capture
-from mupass._dims.graph import shape_of
+from mupass._dims.graph import MOVES, shape_of
 from mupass._geometry import Site
 
-MOVES = (
-    "aten.to",
-    "aten._to_copy",
-    "aten.contiguous",
-    "aten.clone",
-    "aten.alias",
-    "aten._assert_tensor_metadata",
-)
 PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum")
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
@@ -78,19 +70,12 @@ def _name(node: Node) -> str:
 
 def _turn(node: Node, name: str, view: View) -> View | None:
     """Return how the result of a transpose shows the parameter, or None for other operators."""
-    rank = len(view)
-    if not rank:
-        return None
-    if name in ("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint") and rank == 2:
-        return view[::-1]
-    if name in ("aten.transpose", "aten.swapaxes"):
-        a, b = (int(i) % rank for i in node.args[1:3])  # type: ignore[arg-type]
-        order = list(range(rank))
-        order[a], order[b] = b, a
-        return tuple(view[i] for i in order)
-    if name == "aten.permute":
-        return tuple(view[int(i) % rank] for i in node.args[1])  # type: ignore[union-attr, arg-type]
-    return None
+    args: Any = node.args
+    if name in ("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint") and len(view) == 2:
+        return _contraction.reordered(view, "last")
+    if name in ("aten.transpose", "aten.swapaxes") and view:
+        return _contraction.reordered(view, "swap", args[1:3])
+    return _contraction.reordered(view, "permute", args[1]) if name == "aten.permute" else None
 
 
 def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View) -> tuple[Site, str]:
@@ -141,7 +126,7 @@ def _product(
         return site(
             "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
         ), ""
-    form = product_form(name, user.args[0], len(_shape(others[0])), view, shape, at[0])
+    form = product_form(name, user.args[0], _shape(others[0]), view, shape, at[0])
     if form is None or not form.proper:
         return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
     kind = "linear" if name == "aten.linear" and view == (0, 1) else "contraction"
@@ -149,23 +134,23 @@ def _product(
 
 
 def product_form(
-    name: str, equation: Any, rank: int, view: View, shape: tuple[int, ...], weight_at: int
+    name: str, equation: Any, x: tuple[int, ...], view: View, shape: tuple[int, ...], weight_at: int
 ) -> _contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
         name: ATen name without overload.
         equation: Of an einsum.
-        rank: Rank of the activation.
+        x: Shape of the activation.
         view: How the operator sees the parameter.
         shape: Shape of the parameter.
         weight_at: Place of the parameter among the two factors.
     """
     if name == "aten.einsum":
-        return _contraction.einsum(str(equation), rank, view, shape, weight_at)
+        return _contraction.einsum(str(equation), x, view, shape, weight_at)
     if name == "aten.linear":
-        return _contraction.linear(rank, view, shape) if weight_at == 1 else None
-    return _contraction.matmul(rank, view, shape, weight_at)
+        return _contraction.linear(len(x), view, shape) if weight_at == 1 else None
+    return _contraction.matmul(x, view, shape, weight_at)
 
 
 def _elementwise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from mupass._dims.space import Members
 from mupass._errors import ResizeError
 from mupass._infer import Inference
+from mupass._named_sizes import checked_size, named_sizes
 from mupass._names import DimNames
 
 COMBINE: dict[str, Callable[[list[Any]], Any]] = {"product": math.prod, "groups": math.prod, "sum": sum}
@@ -53,10 +54,12 @@ class NewSizes:
             raise ResizeError("give either width= or scale=")
         present = model_width(solved)
         if isinstance(width, Mapping):
-            given = _named(solved, names, width)
+            given = named_sizes(solved, names, width)
             sizes = NewSizes(solved, names, given, _common_factor(solved, names, given))
         elif width is not None:
-            sizes = NewSizes(solved, names, {}, _whole("width", width) / solved.engine.space.size(present))
+            sizes = NewSizes(
+                solved, names, {}, checked_size("width", width) / solved.engine.space.size(present)
+            )
         elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ResizeError(f"scale must be a positive number, not {scale!r}")
         else:
@@ -225,69 +228,6 @@ def model_width(solved: Inference) -> int:
             "dims={'PARAMETER:AXIS': 'infinite'}"
         )
     return max(grown, key=lambda d: (carried[d], space.size(d)))
-
-
-def _whole(name: str, size: object) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ResizeError(f"{name} must be a positive whole number, not {size!r}")
-    return size
-
-
-def _named(solved: Inference, names: DimNames, width: Mapping[str, int]) -> dict[int, int]:
-    """Return the sizes given by name, and those of products that they determine."""
-    given: dict[int, int] = {}
-    for name, size in width.items():
-        found = names.find(name)
-        if not found:
-            raise ResizeError(f"no dimension {name!r}; known are {sorted(names.all())}")
-        given.update(dict.fromkeys(found, _whole(name, size)))
-    if not given:
-        raise ResizeError("width names no dimension")
-    size_of = solved.engine.space.size
-    while implied := dict(_implied(solved, names, given)):
-        for dim, size in implied.items():  # the head_dim of queries is no other than that of values
-            twins = names.find(names.of(dim) or "")
-            given |= {t: size for t in (dim, *twins) if t not in given and size_of(t) == size_of(dim)}
-    return given
-
-
-def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield one size that follows from those given: a product of them, its last factor, or its equal parts.
-
-    Raises:
-        ResizeError: The last factor or the parts would not be whole numbers.
-    """
-    space = solved.engine.space
-
-    def certain(dim: int) -> bool:
-        verdict = solved.verdicts.get(dim)
-        return dim in given or verdict is None or not (verdict.infinite or verdict.policy)
-
-    for kind in ("product", "groups"):
-        for whole, members in space.terms(kind):
-            open_ = [m for m in members if not certain(m)]
-            rest = math.prod(given.get(m, space.size(m)) for m in members if m not in open_)
-            if whole not in given and not open_ and given.keys() & set(members):
-                yield whole, rest
-                return
-            told = kind == "groups" or given.keys() & set(members) or not solved.verdicts.grows(whole)
-            if whole in given and len(open_) == 1 and (told or solved.verdicts.grows(open_[0])):
-                if given[whole] % rest:
-                    raise ResizeError(
-                        f"{names.term(whole)} = {given[whole]} is not divisible by {rest}, so there is no "
-                        f"whole {names.of(open_[0]) or 'factor'}"
-                    )
-                yield open_[0], given[whole] // rest
-                return
-    for whole, members in space.terms("sum"):
-        halves = len({space.size(m) for m in members}) == 1 and not space.rests & set(members)
-        if whole in given and halves and not any(map(certain, members)):
-            if given[whole] % len(members):
-                raise ResizeError(
-                    f"{names.term(whole)} = {given[whole]} is cut into {len(members)} equal parts"
-                )
-            yield members[0], given[whole] // len(members)
-            return
 
 
 def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int]) -> float:

@@ -7,15 +7,18 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_examples import write
 from torch import Tensor
 
+import mupass
 from benchmarks import contestants, kfac_parity, kfac_time, to_target
+from benchmarks.false_alarms import interval
 from benchmarks.floor import Floor
-from benchmarks.parity_cases import CASES, MID
+from benchmarks.parity_cases import CASES, MID, WIDTH, Experts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:mupass:UserWarning"),
@@ -35,10 +38,29 @@ def _warnings_and_guards():
 # Parity ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in BY_NAME if n != "mixture of experts, einsum"])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_every_case_is_exact(name: str) -> None:
     worst, falls = kfac_parity.of_mupass(kfac_parity.problem(BY_NAME[name]))
     assert not falls and worst < 1e-10
+
+
+@pytest.mark.parametrize(
+    "dispatch",
+    [
+        lambda h, w: torch.einsum("ntd,edh->neth", h, w).transpose(0, 1),
+        lambda h, w: (h.flatten(0, 1) @ w).unflatten(1, h.shape[:2]),
+        lambda h, w: (h.flatten(0, 1)[None] @ w).unflatten(1, h.shape[:2]),
+    ],
+    ids=["einsum", "matmul", "broadcast"],
+)
+def test_experts_that_read_one_activation_are_matrices_of_their_own(dispatch: Any) -> None:
+    case = replace(BY_NAME["mixture of experts, einsum"], build=lambda: Experts(dispatch))
+    p = kfac_parity.problem(case)
+    worst, falls = kfac_parity.of_mupass(p)
+    assert not falls and worst < 1e-10
+    net = mupass.transform(case.build().double(), p.x, base=WIDTH)
+    slots = [b for b in mupass.KFAC(net, 1.0)._banks["a"] if any("experts" in name for name, _ in b.keys)]
+    assert sum("experts" in name for b in slots for name, _ in b.keys) == 1  # one A for all
 
 
 def exact_peer(p: kfac_parity.Problem) -> dict[str, tuple[Tensor, Tensor]]:
@@ -221,3 +243,10 @@ def test_text_batches_come_once_and_are_shifted_by_one() -> None:
         assert torch.equal(x[:, 1:], y[:, :-1])
     again, other = next(batches(0)), next(batches(1))
     assert torch.equal(seen[0][0], again[0]) and not torch.equal(seen[0][0], other[0])
+
+
+def test_intervals_of_a_rate_are_exact() -> None:
+    low, high = interval(3, 40)
+    assert low == pytest.approx(0.01574, abs=1e-5) and high == pytest.approx(0.20387, abs=1e-5)
+    assert interval(0, 20) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert interval(20, 20) == (pytest.approx(0.025 ** (1 / 20)), 1.0)

@@ -13,7 +13,8 @@ import mupass
 from mupass._rewrite import InputMultiplier
 from mupass._study.batches import Batch, cross_entropy, logits_of
 from mupass._study.copies import default_widths
-from mupass._study.probe import OUTPUT, Probe, Site
+from mupass._study.probe import Probe
+from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import fit, student
 
 OPTIMIZERS = ["adam", "sgd", "shampoo", "kfac"]
@@ -143,6 +144,46 @@ def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
         lambda width: TinyLM(width, heads=width // 16), text(), widths=[64, 128, 256, 512], lr=0.02
     )
     assert by_heads.ok, str(by_heads)
+
+
+def bottleneck(width: int = 64) -> nn.Module:
+    """A readout in the middle: what comes out of it, and the gradient that comes back, start near zero."""
+    halves = [(12, width), (width, 3), (3, width), (width, 5)]
+    return nn.Sequential(*(layer for a, b in halves for layer in (nn.Linear(a, b), nn.Tanh())))[:-1]
+
+
+FIXED = {"2.weight:0": "finite"}
+
+
+def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_gradient() -> None:
+    below = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    for optimizer in ("sgd", "adam", "shampoo"):
+        found = mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer=optimizer)
+        assert found.ok, str(found)
+        assert {s.parameter for s in found.dimmed} == below and "hides the loss" in str(found)
+        relative = {r.site.parameter for r in found.rows if r.rule == "relative"}
+        assert optimizer != "sgd" or relative == below
+
+    def unscaled(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
+        groups = mupass.param_groups(model, lr, optimizer="sgd")
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p is not model[0].weight]
+        return torch.optim.SGD([*groups, {"params": [model[0].weight], "lr": lr}])
+
+    found = mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer=unscaled)
+    assert {r.site.parameter for r in found.failures} == {"0.weight"}, str(found)
+    assert "its learning rate scales like width^+0.00" in found.blame
+    kfac = mupass.coord_check(
+        bottleneck(), vectors(), dims=FIXED, optimizer="kfac", widths=[64, 256, 1024], steps=1, seeds=4
+    )
+    row = next(r for r in kfac.rows if r.site.parameter == "0.weight" and r.quantity == "update")
+    assert row.slope.power > 0.3  # 1/sqrt(m) of the gradient, divided by its square
+    assert {r.site.parameter for r in kfac.failures} <= below
+    assert kfac.ok or "K-FAC divides by the square" in kfac.blame
+    standard = mupass.coord_check(
+        bottleneck(), vectors(), dims=FIXED, optimizer="sgd", parameterization="standard"
+    )
+    assert not standard.ok and not standard.dimmed
 
 
 def test_a_constant_initialization_is_named() -> None:

@@ -132,6 +132,18 @@ def test_both_modes_agree_with_finite_differences(name: str) -> None:
         assert reverse.logarithmic[key] == value * reverse.gradient[key]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sgd", "adamw", "absolute"])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_gpu_finds_the_same(name: str, mode: str) -> None:
+    make, point, build = CASES[name]
+    settings = {"optimizer": make, "steps": STEPS, "mode": mode}
+    here = mupass.hypergradient(build().eval(), BATCHES, point, **settings)
+    there = mupass.hypergradient(build().eval().cuda(), BATCHES, point, **settings)
+    assert there.loss == pytest.approx(here.loss, rel=1e-9)
+    assert there.gradient == pytest.approx(here.gradient, rel=1e-6)
+
+
 def test_a_training_loss_too() -> None:
     found = run("shampoo", evaluate=None)
     for key in TWO:

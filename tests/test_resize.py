@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mupass
+from benchmarks import resize_meta
 from mupass import ResizeError, resize
 from mupass._cli import main
 
@@ -167,6 +168,35 @@ def test_a_pattern_without_a_formula_is_refused() -> None:
         resize(model, 64)
 
 
+class Standardized(nn.Conv1d):
+    """A convolution with a gain divided by the root of its fan_in, held as one number."""
+
+    def __init__(self, n_in: int, n_out: int, gain: float = 1.7):
+        super().__init__(n_in, n_out, 3, padding=1)
+        self.scale = gain * self.weight[0].numel() ** -0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = (self.weight - self.weight.mean((1, 2), keepdim=True)) * self.scale
+        return nn.functional.conv1d(x, weight, self.bias, padding=1)
+
+
+def standardized(d: int, *gains: float) -> nn.Module:
+    sizes = pairwise((4, d, 2 * d))
+    return nn.Sequential(
+        *(Standardized(a, b, g) for (a, b), g in zip(sizes, gains, strict=True)), nn.Conv1d(2 * d, 3, 1)
+    )
+
+
+def test_a_gain_over_the_root_of_fan_in_follows_it_where_the_class_tells_and_is_named_where_not() -> None:
+    x = torch.randn(2, 4, 9)
+    new, truth = resize(standardized(16, 1.7, 1.7), 64, example_inputs=x), standardized(32, 1.7, 1.7)
+    assert [new[i].scale for i in (0, 1)] == pytest.approx([truth[i].scale for i in (0, 1)])
+    new.load_state_dict(truth.state_dict())
+    torch.testing.assert_close(new(x), truth(x))
+    with pytest.warns(UserWarning, match=r"Standardized.scale = 0.28\d* of 1 keeps its value"):
+        resize(standardized(16, 1.7, 2.0), 64, example_inputs=x)
+
+
 @pytest.mark.parametrize(
     ("fill", "mean", "std"),
     [
@@ -209,3 +239,44 @@ def test_the_command_line_prints_and_saves(tmp_path, capsys) -> None:
     assert 24 in torch.load(path)["0.weight"].shape
     assert main(["resize", target, "--input", "2x6", "--width", "wide"]) == 2
     assert "is not a number" in capsys.readouterr().err
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_a_resized_hugging_face_model_is_saved_and_loaded(family: str, tmp_path) -> None:
+    hf = pytest.importorskip("transformers")
+    common = {"vocab_size": 40, "use_cache": False}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, **common))
+    elif family == "llama":
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2, **common,
+            )
+        )  # fmt: skip
+    else:
+        model = hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, **common)
+        )
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    wide = resize(model, 64, example_inputs=inputs, seed=0).eval()
+    wide.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert shapes(again) == shapes(wide)
+    fresh = type(model)(again.config).eval()  # the saved configuration alone builds it
+    fresh.load_state_dict(wide.state_dict())
+    with torch.no_grad():
+        expected = wide(**inputs).logits
+        torch.testing.assert_close(again(**inputs).logits, expected)
+        torch.testing.assert_close(fresh(**inputs).logits, expected)
+
+
+@pytest.mark.zoo
+def test_the_benchmark_of_a_giant_runs(capsys, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["resize_meta", "--layers", "1"])
+    resize_meta.main()
+    assert "| 1 | 1,379,950,592 |" in capsys.readouterr().out

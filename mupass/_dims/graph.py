@@ -10,6 +10,16 @@ import torch
 from sympy import Integer, nextprime
 from torch.fx import Node
 
+# They compute nothing and let gradients through; which of them a graph has may differ from device to device.
+MOVES = (
+    "aten.to",
+    "aten._to_copy",
+    "aten.contiguous",
+    "aten.clone",
+    "aten.alias",
+    "aten._assert_tensor_metadata",
+)
+
 
 def operator_name(target: Any) -> str:
     """Return ``aten.linear`` for ``aten.linear.default``; other callables give their own name."""

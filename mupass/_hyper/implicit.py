@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mupass._hyper.rules import SGD, Key, Rule
-from mupass._hyper.run import call, gradients, on, refuse_once, score_of
+from mupass._hyper.run import gradients, on, refuse_once, score_of
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.jobs import Evaluate
+from mupass._swap import call
 
 SOLVERS = ("cg", "neumann")
 Vector = list[Tensor]

@@ -1,11 +1,10 @@
-"""A model as a function of its parameters, and training as a function of an optimizer's numbers."""
+"""A training run as a function of an optimizer's numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from mupass._hyper.rules import Key, Rule, State, Tensors
-from mupass._hyper.running import RunningAverages
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.jobs import Evaluate, Work, diverged
-
-
-class Body(nn.Module):
-    """A model inside of a module that calls any function of it: `functional_call` then swaps its tensors.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
-        """Return the function's result.
-
-        Args:
-            function: Called with the model.
-        """
-        return function(self.model)
-
-
-def call(model: nn.Module, function: Callable[[nn.Module], Any], *tensors: Mapping[str, Tensor]) -> Any:
-    """Return what a function of a model gives when the model has other parameters and buffers.
-
-    Args:
-        model: The model.
-        function: Called with the model.
-        *tensors: Values by name.
-    """
-    named = {f"model.{name}": tensor for part in tensors for name, tensor in part.items()}
-    with RunningAverages():
-        return torch.func.functional_call(Body(model), named, (function,))
+from mupass._swap import call
 
 
 @contextmanager

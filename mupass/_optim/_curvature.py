@@ -227,8 +227,7 @@ def _inputs(block: Block) -> Iterable[Factor]:
 
 def _tap(root: nn.Module, place: Place) -> Tap:
     if place.module is None:
-        parameter = root.get_parameter(place.parameter)
-        return intercept(parameter, place.parameter, place.key)
+        return intercept(root, place.parameter, place.key)
     tap = tap_of(root.get_submodule(place.module))
     if tap is None:
         raise OptimizerError(f"{place.module} has lost its tap; transform the model again")

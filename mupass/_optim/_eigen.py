@@ -19,7 +19,7 @@ from mupass._leaves import Sums
 from mupass._optim._banks import Bank, times
 from mupass._optim._curvature import observed_moments
 from mupass._optim._pairs import Pair
-from mupass._optim._parallel import share, sum_over_ranks
+from mupass._optim._parallel import divided
 from mupass._optim._roots import eigenbases
 
 At = Mapping[str, tuple[Bank, int, int]]
@@ -58,7 +58,8 @@ class EigenBank(Bank):
             Mask of failures among those decomposed; these keep what they had.
         """
         self.rooted[at] = self.traces()[at]
-        values, vectors, found = self._decompose(share(at, ranks), at, ranks)
+        values, vectors, success = divided(at, ranks, self._decompose, symmetric=False)
+        found = success > 0
         done, old = at[found], self.roots[at[found]]
         values, vectors = values[found].clamp(min=0), vectors[found]
         self.values[done], self.roots[done] = values, vectors
@@ -66,20 +67,12 @@ class EigenBank(Bank):
         self.turned = dict(zip(done.tolist(), (vectors.mT @ old).square(), strict=True))
         return ~found
 
-    def _decompose(self, mine: Tensor, at: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return eigenvalues, eigenvectors and successes of some slots, each worked out on one rank."""
-        bank = self.value()[mine]
+    def _decompose(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return eigenvalues, eigenvectors and successes (1 or 0) of some slots."""
+        bank = self.value(at)
         finite = bank.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], bank, torch.zeros_like(bank)))
-        found &= finite
-        if ranks == 1:
-            return values, vectors, found
-        # Flat: messages take square matrices for symmetric.
-        parts = [torch.zeros_like(m) for m in (self.values, self.roots.flatten(1), self.weight)]
-        for part, own in zip(parts, (values, vectors.flatten(1), found), strict=True):
-            part[mine] = own.to(part.dtype)
-        values, vectors, found = (part[at] for part in sum_over_ranks(parts))
-        return values, vectors.view(-1, *self.roots.shape[1:]), found > 0
+        return values, vectors, (found & finite).to(self.weight.dtype)
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply as `Bank.apply` does, by the damped inverses ``U (diag(values) + rho)^-1 U^T``."""

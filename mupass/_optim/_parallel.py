@@ -96,7 +96,7 @@ def divided(
     whole = [part.new_zeros(len(slots), *part.shape[1:]) for part in parts]
     for full, part in zip(whole, parts, strict=True):
         share(full, ranks).copy_(part)
-    sent = whole if symmetric else [full.flatten(1) for full in whole]
+    sent = whole if symmetric else [full.reshape(len(full), -1) for full in whole]
     return tuple(s.view_as(full) for s, full in zip(sum_over_ranks(sent), whole, strict=True))
 
 

@@ -12,10 +12,14 @@ from mupass._optim._base import PlannedOptimizer
 from mupass._plan import Plan
 from mupass._scales import OptimizerSpec, powers
 from mupass._study.coords import Coordinate
-from mupass._study.probe import SCORES, Site
+from mupass._study.recorder import SCORES, Site
 
 NEAR = 0.3  # powers come in halves
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
+DIMMED = (
+    "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
+    "of a gradient near zero, so its first step grows: start with another optimizer, or clip (kl_clip=)"
+)
 GIVEN = (
     "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "
     "length, or a multiplication by a power of the width, before it"
@@ -65,6 +69,7 @@ def cause(
     plan: Plan,
     spec: OptimizerSpec | None,
     head_dims: tuple[int, ...],
+    dimmed: bool,
 ) -> str:
     """Return the likely cause of a quantity that scales with width.
 
@@ -75,6 +80,7 @@ def cause(
         plan: Plan of the widest copy.
         spec: Row of the optimizer.
         head_dims: Size of one head at each width, where the place is attention and tells it; else ().
+        dimmed: Whether the place lies below a readout in the middle of the model.
     """
     site, power = row.site, row.slope.power
     if plan.parameterization == "standard":
@@ -89,14 +95,15 @@ def cause(
     if site.parameter not in plan:
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
+    if dimmed and power > 0 and spec is not None and spec.name == "kfac":
+        return DIMMED
     if row.quantity == "activation":
         found = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
         found = list(_of_update(site, geometry, power, measured, plan, spec))
     return "; or ".join(found) or (
         "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
-        "above it, or a fixed bottleneck behind which a second readout starts near zero (more steps with a "
-        "larger lr outgrow that)"
+        "above it, or sums over an axis that grows"
     )
 
 

@@ -14,17 +14,21 @@ from torch import nn
 
 from mupass._init import InitChoice
 from mupass._optim._base import PlannedOptimizer
+from mupass._scales import OptimizerSpec
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
-from mupass._study.probe import OUTPUT, SCORES, Probe, Site
+from mupass._study.dimmed import dimmed_places, relative
+from mupass._study.probe import Probe
 from mupass._study.recipes import Make, recipe
+from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 
 # An update that is a smaller part of the activation than this is rounding.
 FLOOR = {torch.float64: 1e-10}
 COARSE_FLOOR = 1e-5
+CONFIDENCE = 0.99  # of each interval: a large model has hundreds of them
 Key = tuple[Site, str, int]
 Log = dict[Key, list[list[float]]]
 
@@ -51,11 +55,12 @@ def coord_check(
 
     Under maximal-update parameterization the update of each parameter moves its operator's output by an
     amount that does not depend on width, ``RMS(dW h) ~ width^0`` (Yang et al., arXiv 2203.03466; Ishikawa &
-    Karakida, arXiv 2312.12226, conditions 11-13). Judged are: that update, at every step; activations before
+    Karakida, arXiv 2312.12226, conditions 11-13). Judged are: at every step, that all of it does not grow and
+    that its part along the gradient is flat (the rest is noise, which shrinks); activations before
     the first step (readouts and attention scores may shrink, as they should); and the growth of attention
     scores and of the model's output. Operators are seen whether a module or raw tensors call them.
 
-    A quantity fails when its whole 95 % interval lies beyond `tolerance`: the powers of a wrong
+    A quantity fails when its whole 99 % interval lies beyond `tolerance`: the powers of a wrong
     parameterization are multiples of 1/2. Below width 64, effects of finite width can look like such a power.
 
     Args:
@@ -112,7 +117,9 @@ def coord_check(
         for site, size in probe.head_dims.items():
             head_dims[site].append(size)
     floor = FLOOR.get(next(p.dtype for p in trained.parameters()), COARSE_FLOOR)
-    rows, silent = _judge(log, copies, tolerance, floor)
+    parameters = dict(trained.named_parameters())
+    dimmed = {s: spec_of(made, parameters.get(s.parameter)) for s in dimmed_places(probe, copies.plans[-1])}
+    rows, silent = _judge(log, copies, tolerance, floor, dimmed)
     found = CoordCheck(
         widths=copies.widths,
         optimizer=optimizer if isinstance(optimizer, str) else type(made).__name__,
@@ -122,6 +129,7 @@ def coord_check(
         tolerance=tolerance,
         rows=rows,
         silent=silent,
+        dimmed=tuple(s for s in dimmed if s.parameter),
         blame="",
     )
     if not any(r.quantity == "update" for r in rows):
@@ -137,8 +145,9 @@ def coord_check(
         if all(v > 0 for values in table for v in values)
     }
     sizes = tuple(head_dims.get(row.site, ()))
-    spec = spec_of(made, dict(trained.named_parameters()).get(row.site.parameter))
-    return replace(found, blame=cause(row, measured, copies.plans[-1], spec, sizes))
+    spec = spec_of(made, parameters.get(row.site.parameter))
+    blame = cause(row, measured, copies.plans[-1], spec, sizes, row.site in dimmed)
+    return replace(found, blame=blame)
 
 
 def _train(
@@ -165,7 +174,11 @@ def _train(
 
 
 def _judge(
-    log: Log, copies: Copies, tolerance: float, floor: float
+    log: Log,
+    copies: Copies,
+    tolerance: float,
+    floor: float,
+    dimmed: Mapping[Site, OptimizerSpec | None],
 ) -> tuple[tuple[Coordinate, ...], tuple[Site, ...]]:
     """Fit and judge all quantities; tell apart the places where nothing is learned."""
     rows, silent = [], []
@@ -179,9 +192,15 @@ def _judge(
             continue
         pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
         if all(value > floor * activation for value, activation in pairs):
-            slope = fit(copies.widths, table)
+            slope = fit(copies.widths, table, CONFIDENCE)
             both = quantity == "update" and (site, "aligned", step) in log
             rule = "bounded" if both else _rule(site, quantity, copies)
+            if site in dimmed and rule == "flat" and step and slope.power < tolerance:
+                spec, gradients = dimmed[site], log.get((site, "gradient", 0))
+                rule = "shown"
+                if step == 1 and spec is not None and gradients and all(chain(*gradients)):
+                    table = relative(table, gradients, site.parameter, copies.plans, spec)
+                    slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
             rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
         elif quantity == "update" and any(chain(*table)):
             silent.append(site)
@@ -207,7 +226,7 @@ def _verdict(slope: Slope, rule: str, tolerance: float) -> str:
     if rule == "shown":
         return ""
     beyond, surely = slope.power > tolerance, slope.low > tolerance
-    if rule == "flat":
+    if rule != "bounded":
         beyond, surely = beyond or slope.power < -tolerance, surely or slope.high < -tolerance
     return "FAIL" if surely else "unclear" if beyond else "ok"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mupass._study.probe import OUTPUT, Site
+from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import Slope
 
 NAMES = {
@@ -24,11 +24,13 @@ class Coordinate:
         site: Where: module, operator, parameter.
         quantity: ``activation`` (RMS of the operator's output before the first step), ``update`` (RMS of
             dW h: what the parameter's update does to that output, at the activations of the start),
-            ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change`` (RMS of all that moved the output since the start).
+            ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change``
+            (RMS of all that moved the output since the start).
         step: Number of optimizer steps taken.
         slope: Power of width, its interval and the values.
         rule: ``flat`` when any power but 0 is a fault, ``bounded`` when only growth is, ``shown`` when the
-            quantity is not judged.
+            quantity is not judged, ``relative`` when it was divided by what the size of the gradient explains
+            (`dimmed`) and should be flat then.
         verdict: ``ok``, ``FAIL``, ``unclear`` (the estimate lies beyond the tolerance, but not all of its
             interval) or ``""``.
     """
@@ -54,6 +56,7 @@ class CoordCheck:
         tolerance: Largest power that counts as flat.
         rows: All quantities; of one step in the order in which the operators ran.
         silent: Places whose parameter did not move its operator's output at some width.
+        dimmed: Places below a readout in the middle of the model, where the gradient starts near zero.
         blame: Likely cause of the first fault; empty when there is none.
     """
 
@@ -65,6 +68,7 @@ class CoordCheck:
     tolerance: float
     rows: tuple[Coordinate, ...]
     silent: tuple[Site, ...]
+    dimmed: tuple[Site, ...]
     blame: str
 
     @property

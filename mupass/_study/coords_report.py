@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mupass._study.coords import CoordCheck, Coordinate
 from mupass._study.page import Table, document, drawing, folded, new_figure, note, section
-from mupass._study.probe import Site
+from mupass._study.recorder import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,19 +135,30 @@ def _facts(check: CoordCheck) -> dict[str, str]:
     return {
         "widths": ", ".join(map(str, check.widths)),
         "trained": f"{check.optimizer}, {check.parameterization}, {check.steps} steps, {check.seeds} seeds",
-        "flat": f"a power within ± {check.tolerance:g}; it fails when its whole 95 % interval is beyond",
+        "flat": f"a power within ± {check.tolerance:g}; it fails when its whole 99 % interval is beyond",
         "columns": (
-            "powers of width of the activation at the start and of dW h along the gradient (all of dW h where "
-            "that fails; scores and output: of their change) after each step; in brackets: not judged"
+            "powers of width of the activation at the start and of dW h along the gradient (all of dW h "
+            "where that fails; scores and output: of their change) after each step; in brackets: not judged"
         ),
     }
 
 
 def _remarks(check: CoordCheck) -> list[str]:
-    if not check.silent:
-        return []
-    some = ", ".join(map(_short, check.silent[:4])) + (" ..." if len(check.silent) > 4 else "")
-    return [f"{len(check.silent)} places hardly move at some width and are not judged: {some}"]
+    remarks = []
+    if check.silent:
+        remarks += [f"{_some(check.silent)} hardly move at some width and are not judged"]
+    if check.dimmed:
+        remarks += [
+            f"{_some(check.dimmed)} are below a readout in the middle of the model, which starts near zero "
+            "and hides the loss: their first step is judged relative to their gradient, later ones only for "
+            "growth"
+        ]
+    return remarks
+
+
+def _some(sites: Sequence[Site]) -> str:
+    more = " ..." if len(sites) > 4 else ""
+    return f"{len(sites)} places ({', '.join(map(_short, sites[:4]))}{more})"
 
 
 def _short(site: Site) -> str:

@@ -1,10 +1,15 @@
-"""Descent: search by hypergradients, from the middle of the bounds."""
+"""Descent: search by hypergradients, from several starts."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from mupass._hyper.hypergradient import unrolled
 from mupass._study.batches import StudyError
@@ -13,27 +18,23 @@ from mupass._study.store import Store, digest
 from mupass._study.sweep import Study
 from mupass._study.trials import Trial, mean
 
-GROW, SHRINK = 1.2, 0.5  # of Rprop
-CLOSE = 0.02  # a step of so few natural logarithms ends the search
+CLOSE = 0.05  # a step of so few natural logarithms ends a descent
 OF_ONE = ("momentum", "beta1", "beta2")  # searched by the logarithm of what they lack to 1
 Point = tuple[tuple[str, float], ...]
-Vector = dict[str, float]
 
 
 def descend(
     study: Study, bounds: Mapping[str, Sequence[float]], trials: int, seeds: int, store: Store
 ) -> Iterator[Trial]:
-    """Follow the sign of each derivative with a step of its own (Rprop, Riedmiller & Braun 1993).
+    """Follow derivatives to a minimum from the middle of the bounds, then from other values of the first.
 
-    Coordinates are logarithms, and derivatives those of the mean log score over the seeds. A step grows while
-    its derivative keeps its sign, and halves when the sign changes. Where a run diverges,
-    or is worse than the best one with derivatives that point further away, the search goes half of the way
-    back to the best point.
+    The loss of a run is rugged at large steps, so that one descent may end beside a lower valley. Those that
+    follow begin at 1/4, 3/4, 1/8, ... of the first hyperparameter's bounds (lr, in the usual order).
 
     Args:
         study: The study, whose first width is searched.
         bounds: Smallest and largest value by name.
-        trials: Largest number of points.
+        trials: Number of points.
         seeds: Number of initializations of each point.
         store: Where results are kept.
 
@@ -43,43 +44,98 @@ def descend(
     for name in OF_ONE:
         if max(bounds.get(name, [0.0])) >= 1:
             raise StudyError(f"grid[{name!r}] must be below 1")
-    low, high = ({n: to(n, f(v)) for n, v in bounds.items()} for f in (min, max))
-    steps = {n: (high[n] - low[n]) / 4 for n in low}
-    x = {n: (high[n] + low[n]) / 2 for n in low}
-    first = next(iter(low))
-    # Before any point is good, less of the first: of lr, in the usual order.
-    best, lowest = {**x, first: low[first]}, math.inf
-    signs = dict.fromkeys(low, 0.0)
-    for _ in range(trials):
-        point = tuple((n, back(n, value)) for n, value in x.items())
-        runs = [_run(study, point, seed, store) for seed in range(seeds)]
-        yield from (Trial(study.copies.widths[0], point, seed, loss) for seed, (loss, _) in enumerate(runs))
-        loss = mean([loss for loss, _ in runs])
-        now = _signs(dict(point), runs)
-        away = sum(now[n] * (x[n] - best[n]) for n in x) < 0
-        if math.isinf(loss) or (loss > lowest and away):
-            x = {n: (x[n] + best[n]) / 2 for n in x}
-            steps, signs = {n: step * SHRINK for n, step in steps.items()}, dict.fromkeys(low, 0.0)
-        else:
-            if loss < lowest:
-                best, lowest = x, loss
-            for n in x:
-                steps[n] *= {1.0: GROW, -1.0: SHRINK}.get(now[n] * signs[n], 1.0)
-            x, signs = {n: min(max(x[n] - now[n] * steps[n], low[n]), high[n]) for n in x}, now
-        if max(abs(x[n] - to(n, value)) for n, value in point) < CLOSE:
+    low, high = (torch.tensor([to(n, f(v)) for n, v in bounds.items()]).double() for f in (min, max))
+    search = _Search(study, list(bounds), low, high, seeds, store)
+    left = trials
+    for start in itertools.count(1):
+        x = (low + high) / 2
+        x[0] = low[0] + (high[0] - low[0]) * _fraction(start)
+        for found in search.descend(x, left):
+            yield from found
+            left -= 1
+        if not left:
             return
 
 
-def _signs(point: Vector, runs: Sequence[tuple[float, Vector]]) -> Vector:
-    """Return the signs of the derivatives of the mean log score by the coordinates."""
-    slopes = {
-        n: math.fsum(gradient[n] / (abs(loss) or 1.0) for loss, gradient in runs) * chain(n, value)
-        for n, value in point.items()
-    }
-    return {n: math.copysign(1.0, slope) if slope else 0.0 for n, slope in slopes.items()}
+@dataclass(frozen=True)
+class _Search:
+    """What all descents share; vectors are coordinates in the order of the names."""
+
+    study: Study
+    names: list[str]
+    low: Tensor
+    high: Tensor
+    seeds: int
+    store: Store
+
+    def descend(self, x: Tensor, trials: int) -> Iterator[list[Trial]]:
+        """Follow derivatives by a quasi-Newton method (BFGS), one point for each step.
+
+        Coordinates are logarithms. The first step is a quarter of the bounds in each, and none is longer.
+        Where a run diverges, or is worse than the best one with derivatives that point further away, the next
+        point lies half of the way back to the best one.
+
+        Args:
+            x: Where to begin.
+            trials: Largest number of points.
+        """
+        longest = (self.high - self.low) / 4
+        best = x.clone()
+        best[0] = self.low[0]  # where the first point diverges less of the first is tried
+        lowest, slope, inverse = math.inf, torch.zeros_like(x), torch.eye(len(x)).double()
+        for _ in range(trials):
+            found, loss, here = self._measure(x)
+            yield found
+            moved = x - best
+            if math.isinf(loss) or (loss >= lowest and here @ moved < 0):
+                x = (x + best) / 2
+            else:
+                if math.isinf(lowest):
+                    inverse = torch.diag(longest / here.abs().clamp(min=1e-12))
+                else:
+                    inverse = _bfgs(inverse, moved, here - slope)
+                if loss < lowest:
+                    best, lowest, slope = x, loss, here
+                step = inverse @ slope
+                x = (best - step / max(1.0, float((step.abs() / longest).max()))).clamp(self.low, self.high)
+            if (x - best).abs().max() < CLOSE:
+                return
+
+    def _measure(self, x: Tensor) -> tuple[list[Trial], float, Tensor]:
+        """Return the runs of a point, their mean score, and the derivatives of its logarithm."""
+        values = map(back, self.names, x.tolist())
+        point = tuple(zip(self.names, values, strict=True))
+        runs = [_run(self.study, point, seed, self.store) for seed in range(self.seeds)]
+        width = self.study.copies.widths[0]
+        trials = [Trial(width, point, seed, loss) for seed, (loss, _) in enumerate(runs)]
+        return trials, mean([loss for loss, _ in runs]), _slope(point, runs)
 
 
-def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, Vector]:
+def _fraction(index: int) -> float:
+    """Return 1/2, 1/4, 3/4, 1/8, 5/8, ... (van der Corput)."""
+    return sum((index >> i & 1) / 2 ** (i + 1) for i in range(index.bit_length()))
+
+
+def _slope(point: Point, runs: Sequence[tuple[float, dict[str, float]]]) -> Tensor:
+    """Return the derivatives of the mean log score by the coordinates."""
+    weight = [1 / (len(runs) * (abs(loss) or 1.0)) for loss, _ in runs]
+    rows = [
+        sum(w * gradient[n] for w, (_, gradient) in zip(weight, runs, strict=True)) * chain(n, v)
+        for n, v in point
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _bfgs(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Return the next estimate of the inverse Hessian; where the curvature is negative, a larger one."""
+    bend = s @ y
+    if bend <= 0:
+        return 2 * inverse
+    left = torch.eye(len(s)).double() - torch.outer(s, y) / bend
+    return left @ inverse @ left.T + torch.outer(s, s) / bend
+
+
+def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, dict[str, float]]:
     """Return the score of a run and its derivatives, from the store where it has them."""
     key = digest(study.work.key(Job(0, point, seed)), "gradient")
     known = store.get(key)

@@ -1,9 +1,7 @@
 """Probe: what every operator of a model makes, and what the update of its parameter does to that.
 
-A function mode sees every operator that the model calls, whether modules or raw tensors make it. An operator
-that mixes a parameter with anything else is kept from the first pass with all it was given. In a later pass
-it is run on those same inputs with the parameter's new values: the difference is ``dW h`` of that parameter
-alone, at the activations of the start. Faults of other layers are not in it.
+An operator of the first pass is run again on its inputs of then with a parameter's new values: the difference
+is ``dW h`` of that parameter alone, at the activations of the start. Faults of other layers are not in it.
 
 Its part along the gradient of the loss is measured too. With more rows (samples times positions) than width,
 ``dW h`` is mostly a sum of unrelated terms, which shrinks like ``1/sqrt(width)`` however right the learning
@@ -12,67 +10,14 @@ rate is; that sum is orthogonal to the gradient.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mupass._study.batches import Batch, Loss, StudyError, logits_of
-
-MASKED = 1e9  # attention scores beyond are masks
-ATTENTION = "scaled_dot_product_attention"
-SCORES = (ATTENTION, "softmax")  # operators that are judged by the scores they are given
-OUTPUT = "output of the model"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the model.
-
-    Attributes:
-        module: Qualified name of the module whose forward is running; ``""`` is the root.
-        operator: Name of the function that it calls.
-        parameter: Name of the parameter that the function reads, or ``""``.
-        call: How many times the module had called the function on the parameter before.
-    """
-
-    module: str
-    operator: str
-    parameter: str = ""
-    call: int = 0
-
-    def __str__(self) -> str:
-        """Return the place in words."""
-        if self.operator == OUTPUT:
-            return self.operator
-        again = f" (call {self.call + 1})" if self.call else ""
-        what = f"{self.operator}{again} in {self.module or 'the root module'}"
-        return f"{self.parameter}: {what}" if self.parameter else what
-
-
-@dataclass(frozen=True)
-class _Call:
-    """An operator of the first pass: what it was given (copies), where its parameters stand in that."""
-
-    func: Callable[..., Any]
-    given: list[Any]
-    spec: Any
-    at: dict[int, Site]
-
-    def run(self, index: int, new: Tensor) -> Tensor:
-        """Return its output with one parameter changed."""
-        leaves = [*self.given[:index], new.detach(), *self.given[index + 1 :]]
-        if _works_in_place(self.func):
-            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        result = _first(_seeded(self.func, args, kwargs))
-        assert result is not None  # as in the first pass
-        return result
+from mupass._study.recorder import OUTPUT, Recorder, Site
 
 
 class Probe:
@@ -87,15 +32,27 @@ class Probe:
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
         self.model, self.batch = model, batch
         self.names = {module: name for name, module in model.named_modules()}
-        self.first = _Recorder(model)
+        self.first = Recorder(model)
+        self.gradients: dict[str, float] = {}
         self._pass(self.first, loss)
         self.start, self.head_dims = self.first.made, self.first.head_dims
+
+    def dimmed(self, readouts: set[Site], weights: set[Site]) -> set[Site]:
+        """Return the places below a readout whose output goes on to other weights.
+
+        Readouts start near zero, so at the start the gradient behind two of them nearly cancels.
+
+        Args:
+            readouts: All readouts.
+            weights: All places where a weight is read.
+        """
+        return self.first.before(readouts & self.first.before(weights, True), False)
 
     def at_start(self) -> Iterator[tuple[Site, str, float]]:
         """Yield (place, quantity, RMS) before the first step.
 
         ``activation`` is an operator's output, ``input`` the largest activation that it was given, ``weight``
-        its parameter.
+        its parameter, ``gradient`` that of its parameter.
         """
         for site, value in self.start.items():
             yield site, "activation", rms(value)
@@ -105,6 +62,8 @@ class Probe:
                 yield site, "weight", rms(call.given[i])
                 if others:
                     yield site, "input", max(map(rms, others))
+                if site.parameter in self.gradients:
+                    yield site, "gradient", self.gradients[site.parameter]
 
     def now(self) -> Iterator[tuple[Site, str, float]]:
         """Yield (place, quantity, RMS) of how an operator's output moved since the start.
@@ -114,7 +73,7 @@ class Probe:
         Raises:
             StudyError: The model calls other operators than at the start.
         """
-        later = _Recorder(self.model, self.first)
+        later = Recorder(self.model, self.first)
         self._pass(later)
         if later.made.keys() != self.start.keys():
             odd = next(iter(later.made.keys() ^ self.start.keys()))
@@ -126,7 +85,7 @@ class Probe:
         for site, value in later.made.items():
             yield site, "change", rms(value - self.start[site])
 
-    def _pass(self, recorder: _Recorder, loss: Loss | None = None) -> None:
+    def _pass(self, recorder: Recorder, loss: Loss | None = None) -> None:
         """Run the model under a recorder; with a loss, find the gradient at every output too."""
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         handles = []
@@ -140,8 +99,7 @@ class Probe:
                 with recorder:
                     output = self.batch.run(self.model)
                 if loss is not None:
-                    trained = [p for p in self.model.parameters() if p.requires_grad]
-                    torch.autograd.grad(loss(output, self.batch.targets), trained, allow_unused=True)
+                    self._find_gradients(loss(output, self.batch.targets))
         finally:
             for handle in handles:
                 handle.remove()
@@ -150,112 +108,12 @@ class Probe:
                     buffer.copy_(buffers[name])
         recorder.made[Site("", OUTPUT)] = logits_of(output).detach().clone()
 
-
-class _Recorder(TorchFunctionMode):
-    """Sees all functions of one forward pass; of a later one it tells what the updates did."""
-
-    def __init__(self, model: nn.Module, first: _Recorder | None = None) -> None:
-        super().__init__()
-        self.first = first
-        self.calls: dict[tuple[Site, ...], _Call] = {}
-        self.made: dict[Site, Tensor] = {}
-        self.slopes: dict[Site, Tensor] = {}  # gradient of the loss
-        self.updates: dict[Site, Tensor] = {}
-        self.head_dims: dict[Site, int] = {}
-        self.stack = [""]
-        self.seen: Counter[tuple[str, str, str]] = Counter()
-        # What is computed from parameters alone (views, transposes, concatenations) stands for them.
-        self.weights = {id(p): n for n, p in model.named_parameters()}
-        self.alive: list[Tensor] = list(model.parameters())
-
-    def enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.stack.append(name)
-
-        return hook
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.stack.pop()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        leaves, spec = tree_flatten((args, kwargs or {}))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        named = [x for x in tensors if id(x) in self.weights]
-        call = None
-        if named and len(named) < len(tensors) and not _is_bookkeeping(func):
-            call = self._call(func, leaves, spec)
-        if not call:
-            self._scores(func, args, kwargs or {}, tensors)
-        run = _seeded if call else _plain
-        out = run(func, args, kwargs or {})
-        if call:
-            self._record(call, leaves, out)
-        elif named and len(named) == len(tensors):
-            self._derive(named, out)
-        return out
-
-    def _call(self, func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> _Call:
-        at = {}
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and id(leaf) in self.weights:
-                at[i] = self._site(func, self.weights[id(leaf)])
-        given = list(leaves)
-        if self.first is None:  # kept for later passes: whatever comes next may write into it
-            given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-        return _Call(func, given, spec, at)
-
-    def _site(self, func: Callable[..., Any], parameter: str = "") -> Site:
-        key = (self.stack[-1], _name(func), parameter)
-        self.seen[key] += 1
-        return Site(*key, self.seen[key] - 1)
-
-    def _record(self, call: _Call, leaves: Sequence[Any], out: Any) -> None:
-        result = _first(out)
-        if result is None:
-            return
-        key = tuple(call.at.values())
-        self.calls[key] = call
-        kept = result.detach().clone()
-        self.made.update(dict.fromkeys(key, kept))
-        if self.first is None:
-            if result.requires_grad:
-                result.register_hook(lambda slope: self.slopes.update(dict.fromkeys(key, slope.detach())))
-        elif key in self.first.calls:
-            old = self.first.calls[key]
-            for i, site in call.at.items():
-                self.updates[site] = old.run(i, leaves[i]) - self.first.made[site]
-
-    def _derive(self, named: Sequence[Tensor], out: Any) -> None:
-        name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.weights[id(leaf)] = name
-                self.alive.append(leaf)  # an id is only good while its tensor lives
-
-    def _scores(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
-        """Record the logits of attention, which no module shows."""
-        name = _name(func)
-        if name == ATTENTION:
-            found, head_dim = _attention_scores(*args, **kwargs), tensors[0].shape[-1]
-        elif name == "softmax" and tensors and tensors[0].is_floating_point():
-            found, head_dim = tensors[0].detach(), 0
-        else:
-            return
-        site = self._site(func)
-        self.head_dims[site] = head_dim
-        self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
-
-
-def _plain(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return func(*args, **kwargs)
-
-
-def _seeded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run an operator that may hold dropout, with the same mask every time."""
-    torch.manual_seed(0)
-    return func(*args, **kwargs)
+    def _find_gradients(self, error: Tensor) -> None:
+        """Find those of all parameters; hooks of the recorder find those of outputs on the way."""
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if error.requires_grad:
+            slopes = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
+            self.gradients = {n: rms(g) for n, g in zip(trained, slopes, strict=True) if g is not None}
 
 
 def rms(x: Tensor) -> float:
@@ -276,30 +134,3 @@ def _along(update: Tensor, slope: Tensor) -> float:
 
 def _is_real(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0
-
-
-def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    q, k = q.detach(), k.detach()
-    if k.dim() > 2 and k.shape[-3] != q.shape[-3]:  # grouped queries
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    scale = kwargs.get("scale")
-    return q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _first(out: Any) -> Tensor | None:
-    return next((x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()), None)
-
-
-def _name(func: Callable[..., Any]) -> str:
-    return getattr(func, "__name__", str(func)).strip("_")
-
-
-def _is_bookkeeping(func: Callable[..., Any]) -> bool:
-    return getattr(func, "__name__", "") in ("__get__", "__set__", "__setitem__", "__delete__")
-
-
-def _works_in_place(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in ("batch_norm", "instance_norm") or (
-        name.startswith("__i") if name.endswith("__") else name.endswith("_")
-    )

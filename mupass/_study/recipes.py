@@ -46,9 +46,10 @@ RECIPES: Mapping[str, Make] = MappingProxyType(
 
 
 # The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
-# a factor: at once when it is 1, only beyond width 1/damping when there are more rows than that.
+# a factor: at once when it is 1 relative to the trace, only beyond width 1/damping when there are more rows
+# than that. Relative to the largest eigenvalue the rank still shows: it grows with the width up to the rows.
 FOR_CHECK: Mapping[str, Make] = MappingProxyType(
-    {"kfac": partial(_kfac, damping=1.0), "shampoo": partial(_shampoo, damping=1.0)}
+    {"kfac": partial(_kfac, damping=1.0), "shampoo": partial(_shampoo, damping=1.0, damping_mode="trace")}
 )
 
 

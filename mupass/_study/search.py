@@ -32,7 +32,7 @@ def search(
         study: The study.
         grid: Values by name; but for ``grid`` their smallest and largest are the bounds.
         driver: One of `DRIVERS`.
-        trials: Number of points that are tried; for ``gradient`` the largest number.
+        trials: Number of points that are tried, but for ``grid``.
         seeds: Number of initializations of each point.
         store: Where results are kept.
         jobs: Number of processes.

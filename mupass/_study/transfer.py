@@ -144,7 +144,7 @@ def transfer(
         evaluate: As for `mupass.sweep`; for ``driver="gradient"`` it must return a tensor of one number.
         driver: ``grid``; ``optuna`` (which must be installed), a seeded TPE sampler; or ``gradient``, descent
             by `mupass.hypergradient` for the optimizers that it knows.
-        trials: Number of points that Optuna tries, the largest number for ``gradient``.
+        trials: Number of points that ``optuna`` and ``gradient`` try.
         parameterization: ``mup``, ``ntk`` or ``mean_field``; under ``standard`` nothing transfers.
         dims: As for `mupass.transform`.
         prepare: Function applied to the transformed copy and to the transformed full model.

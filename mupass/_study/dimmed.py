@@ -1,0 +1,70 @@
+"""Places whose gradient starts near zero, for a readout in the middle of the model hides the loss from them.
+
+A readout starts at ``1/m``, so what comes out of it is near zero, and so is the gradient that a later readout
+sends back through the weights between them: a sum of ``m`` terms without correlation, ``1/sqrt(m)`` below the
+order that it has once both have learned. No scale of a parameter is to blame. What one step does there can
+be judged relative to the gradient; over several steps it follows no power of the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mupass._parameterizations import row
+from mupass._plan import Plan
+from mupass._scales import ENTRYWISE, OptimizerSpec, scales
+from mupass._study.causes import is_readout
+from mupass._study.probe import Probe
+from mupass._study.recorder import Site
+
+
+def dimmed_places(probe: Probe, plan: Plan) -> set[Site]:
+    """Return the places below a readout whose output goes on to other weights, the readout included.
+
+    Args:
+        probe: Of one copy.
+        plan: Its plan.
+    """
+    if row(plan.parameterization).readout_power != 1:  # readouts do not start near zero
+        return set()
+    geometries = {s: plan[s.parameter].geometry for s in probe.start if s.parameter in plan}
+    readouts = {s for s, g in geometries.items() if is_readout(s, g)}
+    weights = {s for s, g in geometries.items() if g.role in ("input", "hidden", "output")}
+    return probe.dimmed(readouts, weights)
+
+
+def relative(
+    table: Sequence[Sequence[float]],
+    gradients: Sequence[Sequence[float]],
+    parameter: str,
+    plans: Sequence[Plan],
+    spec: OptimizerSpec,
+) -> list[list[float]]:
+    """Return the sizes that updates would have if the gradient had the order that the plan counts on.
+
+    Args:
+        table: For each width the size of the update of every seed.
+        gradients: The same of the parameter's gradient.
+        parameter: The parameter.
+        plans: Plans of all widths.
+        spec: Row of the optimizer.
+    """
+    power = gradient_power(spec)
+    found = []
+    for plan, sizes, slopes in zip(plans, table, gradients, strict=True):
+        order = scales(plan[parameter].geometry, OptimizerSpec("adam"), plan.parameterization).epsilon
+        found.append([v / (g / order) ** power for v, g in zip(sizes, slopes, strict=True)])
+    return found
+
+
+def gradient_power(spec: OptimizerSpec) -> float:
+    """Return the power of the gradient's size in the size of one step, at damping relative to the factors.
+
+    Args:
+        spec: Row of the optimizer.
+    """
+    if spec.name == "shampoo" and spec.graft != "none":
+        return float(spec.graft == "sgd")
+    if spec.name in (*ENTRYWISE, "adafactor", "soap", "muon"):
+        return 0.0
+    return {"sgd": 1.0, "shampoo": 1 - 2 * spec.e}.get(spec.name, 1 - 2 * spec.e_b)

@@ -1,0 +1,224 @@
+"""Recorder: sees every operator of one forward pass that mixes a parameter with anything else.
+
+A function mode sees the operators that the model calls, whether modules or raw tensors make them. In the
+first pass each is kept with all it was given; a later pass runs it on those same inputs with the parameter's
+new values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+MASKED = 1e9  # attention scores beyond are masks
+ATTENTION = "scaled_dot_product_attention"
+SCORES = (ATTENTION, "softmax")  # operators that are judged by the scores they are given
+OUTPUT = "output of the model"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model.
+
+    Attributes:
+        module: Qualified name of the module whose forward is running; ``""`` is the root.
+        operator: Name of the function that it calls.
+        parameter: Name of the parameter that the function reads, or ``""``.
+        call: How many times the module had called the function on the parameter before.
+    """
+
+    module: str
+    operator: str
+    parameter: str = ""
+    call: int = 0
+
+    def __str__(self) -> str:
+        """Return the place in words."""
+        if self.operator == OUTPUT:
+            return self.operator
+        again = f" (call {self.call + 1})" if self.call else ""
+        what = f"{self.operator}{again} in {self.module or 'the root module'}"
+        return f"{self.parameter}: {what}" if self.parameter else what
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator of the first pass: what it was given (copies), where its parameters stand in that."""
+
+    func: Callable[..., Any]
+    given: list[Any]
+    spec: Any
+    at: dict[int, Site]
+
+    def run(self, index: int, new: Tensor) -> Tensor:
+        """Return its output with one parameter changed."""
+        leaves = [*self.given[:index], new.detach(), *self.given[index + 1 :]]
+        if _works_in_place(self.func):
+            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        result = _first(_seeded(self.func, args, kwargs))
+        assert result is not None  # as in the first pass
+        return result
+
+
+class Recorder(TorchFunctionMode):
+    """Sees all functions of one forward pass; of a later one it tells what the updates did."""
+
+    def __init__(self, model: nn.Module, first: Recorder | None = None) -> None:
+        super().__init__()
+        self.first = first
+        self.calls: dict[tuple[Site, ...], Call] = {}
+        self.made: dict[Site, Tensor] = {}
+        self.slopes: dict[Site, Tensor] = {}  # gradient of the loss
+        self.origins: dict[Any, tuple[Site, ...]] = {}  # node of the autograd graph -> its operator
+        self.updates: dict[Site, Tensor] = {}
+        self.head_dims: dict[Site, int] = {}
+        self.stack = [""]
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+        # What is computed from parameters alone (views, transposes, concatenations) stands for them.
+        self.weights = {id(p): n for n, p in model.named_parameters()}
+        self.alive: list[Tensor] = list(model.parameters())
+
+    def enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.stack.append(name)
+
+        return hook
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        named = [x for x in tensors if id(x) in self.weights]
+        call = None
+        if named and len(named) < len(tensors) and not _is_bookkeeping(func):
+            call = self._call(func, leaves, spec)
+        if not call:
+            self._scores(func, args, kwargs or {}, tensors)
+        run = _seeded if call else _plain
+        out = run(func, args, kwargs or {})
+        if call:
+            self._record(call, leaves, out)
+        elif named and len(named) == len(tensors):
+            self._derive(named, out)
+        return out
+
+    def _call(self, func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> Call:
+        at = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and id(leaf) in self.weights:
+                at[i] = self._site(func, self.weights[id(leaf)])
+        given = list(leaves)
+        if self.first is None:  # kept for later passes: whatever comes next may write into it
+            given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        return Call(func, given, spec, at)
+
+    def _site(self, func: Callable[..., Any], parameter: str = "") -> Site:
+        key = (self.stack[-1], _name(func), parameter)
+        self.seen[key] += 1
+        return Site(*key, self.seen[key] - 1)
+
+    def _record(self, call: Call, leaves: Sequence[Any], out: Any) -> None:
+        result = _first(out)
+        if result is None:
+            return
+        key = tuple(call.at.values())
+        self.calls[key] = call
+        kept = result.detach().clone()
+        self.made.update(dict.fromkeys(key, kept))
+        if self.first is None:
+            if result.grad_fn is not None:
+                result.register_hook(lambda slope: self.slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
+                self.origins[result.grad_fn] = key
+        elif key in self.first.calls:
+            old = self.first.calls[key]
+            for i, site in call.at.items():
+                self.updates[site] = old.run(i, leaves[i]) - self.first.made[site]
+
+    def before(self, sites: set[Site], strictly: bool) -> set[Site]:
+        """Return the places that some others depend on.
+
+        Args:
+            sites: The others.
+            strictly: Whether to leave out those that none of the others depends on.
+        """
+        found: set[Site] = set()
+        seen = {node for node, key in self.origins.items() if sites & set(key)}
+        todo = [n for node in seen for n, _ in node.next_functions] if strictly else list(seen)
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            if node is not None:
+                found |= set(self.origins.get(node, ()))
+                more = {n for n, _ in node.next_functions} - seen
+                seen |= more
+                todo += more
+        return found
+
+    def _derive(self, named: Sequence[Tensor], out: Any) -> None:
+        name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.weights[id(leaf)] = name
+                self.alive.append(leaf)  # an id is only good while its tensor lives
+
+    def _scores(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
+        """Record the logits of attention, which no module shows."""
+        name = _name(func)
+        if name == ATTENTION:
+            found, head_dim = _attention_scores(*args, **kwargs), tensors[0].shape[-1]
+        elif name == "softmax" and tensors and tensors[0].is_floating_point():
+            found, head_dim = tensors[0].detach(), 0
+        else:
+            return
+        site = self._site(func)
+        self.head_dims[site] = head_dim
+        self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
+
+
+def _plain(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _seeded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run an operator that may hold dropout, with the same mask every time."""
+    torch.manual_seed(0)
+    return func(*args, **kwargs)
+
+
+def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    q, k = q.detach(), k.detach()
+    if k.dim() > 2 and k.shape[-3] != q.shape[-3]:  # grouped queries
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    scale = kwargs.get("scale")
+    return q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _first(out: Any) -> Tensor | None:
+    return next((x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()), None)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func)).strip("_")
+
+
+def _is_bookkeeping(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "") in ("__get__", "__set__", "__setitem__", "__delete__")
+
+
+def _works_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in ("batch_norm", "instance_norm") or (
+        name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    )
