@@ -12,8 +12,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.grid import PARAMETERIZATIONS, Run, best, parse, plot, show, steps_moved, sweep, table
 from examples.data import fashion_mnist
-from examples.fashion_mnist import PARAMETERIZATIONS, Run, best, parse, plot, show, steps_moved, sweep, table
 
 SETTINGS = {"kfac": [], "shampoo": ["--root-every", "4"]}
 

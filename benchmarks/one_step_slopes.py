@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
     "adam": lambda m: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
     "kfac (1,1)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, momentum=0, strict=True),
+    # Only the new moments: averaged with what they start from, half of the step would be K-FAC's.
+    "ekfac": lambda m: mupass.KFAC(m, 1e-2, 1e-2, ekfac=True, factor_decay=0, momentum=0, strict=True),
     "kfac (.5,.5)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=0.5, e_b=0.5, momentum=0, strict=True),
     "foof (1,0)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=1, e_b=0, momentum=0, strict=True),
     "shampoo e=1/2": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=0.5, momentum=0, **SHAMPOO),
@@ -100,7 +102,7 @@ def updates(
 ) -> dict[str, float]:
     """Take one step and return RMS(dW h) of every weight and RMS(db) of every bias.
 
-    SOAP's first gradient starts its bases and moves no matrix. There a second step with the same gradient is
+    The first gradient gives SOAP and EKFAC their bases. There a second step with the same gradient is
     measured; nothing moves at the first.
     """
     inputs: dict[str, Tensor] = {}
@@ -111,17 +113,23 @@ def updates(
     ]
     optimizer = make(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    F.mse_loss(model(x), y).backward()
+    # Linear in the outputs: their gradient is the same at all widths. A squared error would bring in the
+    # outputs themselves, which shrink with width under muP, and gradients with them for a few octaves.
+    (y * model(x)).mean().backward()
     for handle in handles:
         handle.remove()
-    if isinstance(optimizer, mupass.SOAP):
+    if isinstance(optimizer, mupass.SOAP) or getattr(optimizer, "ekfac", False):
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
     optimizer.step()
+    for handle in handles:
+        handle.remove()
     moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
     result = {}
     for name, layer in layers.items():
@@ -143,7 +151,7 @@ def slopes(
     table: dict[str, list[float]] = {}
     for width in widths:
         total: dict[str, float] = {}
-        for seed in range(seeds if width <= 1024 else 1):
+        for seed in range(seeds):
             torch.manual_seed(seed)
             x = torch.randn(BATCH[model], *shape, dtype=torch.float64)
             y = 1 + 0.5 * torch.randn(BATCH[model], 4, dtype=torch.float64)
@@ -152,7 +160,7 @@ def slopes(
             for name, value in updates(net, OPTIMIZERS[optimizer], x, y).items():
                 total[name] = total.get(name, 0.0) + torch.tensor(value).log().item()
         for name, value in total.items():
-            table.setdefault(name, []).append(value / (seeds if width <= 1024 else 1))
+            table.setdefault(name, []).append(value / seeds)
     logs = torch.tensor(widths, dtype=torch.float64).log()
     return {n: _fit(logs, torch.tensor(v, dtype=torch.float64)) for n, v in table.items()}
 

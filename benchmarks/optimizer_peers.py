@@ -4,6 +4,7 @@ All optimizers train on copies of one model; each round takes one step of each, 
 all alike. Only the optimizer's step is timed. A round's gradients are the same for all: they come from one
 forward and backward pass of a model that stands still, and are copied. Recomputations (roots, bases) are due
 every PERIOD steps; the mean over whole periods is what training pays, the worst step is what it waits for.
+On CPU process time is taken, which other processes change least: run with OMP_NUM_THREADS=1.
 
     pip install heavyball pytorch_optimizer
     git clone https://github.com/facebookresearch/optimizers
@@ -77,11 +78,12 @@ class Entry:
     def step(self, gradients: list[Tensor]) -> float:
         for p, g in zip(self.model.parameters(), gradients, strict=True):
             p.grad = g.clone()
-        start = time.perf_counter()
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        start = clock()
         self.optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     def memory(self) -> float:
         """MiB of tensors in the state, each storage once."""

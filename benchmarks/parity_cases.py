@@ -364,6 +364,7 @@ CASES = (
     convolution("Conv2d, stride, padding", lambda: nn.Conv2d(2, WIDTH, 3, 2, 1), 2, 6, 5),
     convolution("Conv2d, padding 'same'", lambda: nn.Conv2d(2, WIDTH, 3, padding="same"), 2, 4, 5),
     convolution("Conv2d, dilation", lambda: nn.Conv2d(2, WIDTH, 3, dilation=2), 2, 7, 6),
+    convolution("Conv2d, 16 channels", lambda: nn.Conv2d(16, WIDTH, 3, padding=1), 16, 4, 5),
     convolution("Conv2d, groups", lambda: nn.Conv2d(4, WIDTH, 3, groups=2), 4, 5, 4),
     convolution("Conv3d, stride", lambda: nn.Conv3d(2, WIDTH, 2, 2), 2, 4, 4, 4),
     convolution("transposed convolution", conv_transpose, 2, 3, 3, transposed=True),

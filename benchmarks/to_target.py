@@ -3,11 +3,13 @@
 Two tasks: a CNN on Fashion-MNIST and a character-level GPT on the sources of Python's standard library.
 Every optimizer gets the same grid of learning rates at the base width, all of them constant over a run; the
 one that reaches the target in the fewest steps (averaged over seeds) is then used, unchanged, 8 times
-wider. The loss is the mean over the last 20 batches, and every batch is new to the model: one pass over the
-data, so that it is an unbiased estimate of the loss on unseen data. Time is that of training alone, on one
-thread: seconds of the process, with wall-clock beside them.
+wider. While tuning, a run is given up at twice the steps of the best one of its optimizer and seed, and a
+rate that missed the target with one seed is not run with the next. The loss is the mean over the last 20
+batches, and every batch is new to the model: one pass over the data, so that it is an unbiased estimate of
+the loss on unseen data. Time is that of training alone, on one thread: seconds of the process, with
+wall-clock beside them.
 
-    python -m benchmarks.to_target                          # all of it: 20 to 30 minutes on one core
+    python -m benchmarks.to_target                          # all of it: about 15 minutes on one core
     python -m benchmarks.to_target --tasks cnn --minutes 5  # a piece of it; call again to go on
 
 Runs are kept as lines of JSON in ``to_target.jsonl``; a run that is there is not done again. ``--report``
@@ -38,6 +40,7 @@ from examples.data import fashion_mnist, python_text
 GRID = [2.0**p for p in range(-11, 2, 2)]
 WIDER = 8
 SMOOTH = 20  # batches
+PATIENCE = 2  # times the steps of the best rate so far, after which a run at the base width is given up
 KRONECKER = {"momentum": 0.9, "root_every": 5}
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "kfac": lambda m, lr: mupass.KFAC(m, lr, 1e-2, **KRONECKER),
@@ -117,7 +120,7 @@ class Run:
         return self.task, self.optimizer, self.width, self.lr, self.seed
 
 
-def train(name: str, task: Task, optimizer: str, width: int, lr: float, seed: int) -> Run:
+def train(name: str, task: Task, optimizer: str, width: int, lr: float, seed: int, limit: int) -> Run:
     """Train until the target, the limit or divergence."""
     torch.manual_seed(seed)
     batches = task.batches(seed)
@@ -126,7 +129,7 @@ def train(name: str, task: Task, optimizer: str, width: int, lr: float, seed: in
     steps = OPTIMIZERS[optimizer](model, lr)
     losses: list[float] = []
     wall, cpu, smoothed, reached = 0.0, 0.0, math.inf, False
-    while len(losses) < task.limit:
+    while len(losses) < limit:
         start = time.perf_counter(), time.process_time()
         steps.zero_grad()
         loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
@@ -178,16 +181,22 @@ def tuned(log: Log, task: str, optimizer: str, base: int) -> float | None:
 
 def wanted(
     log: Log, name: str, task: Task, options: argparse.Namespace
-) -> Iterator[tuple[str, int, float, int]]:
-    """Yield the runs to do: the grid at the base width, then the best learning rate on the wide model."""
+) -> Iterator[tuple[str, int, float, int, int]]:
+    """Yield the runs to do, each with its limit: the grid at the base width, then the best rate when wide."""
+    middle = sorted(options.lrs)[len(options.lrs) // 2]
+    outwards = sorted(options.lrs, key=lambda lr: abs(math.log(lr / middle)))  # a good rate early saves most
     for optimizer in options.optimizers:
         for seed in range(options.seeds):
-            for lr in options.lrs:
-                yield optimizer, task.base, lr, seed
+            for lr in outwards:
+                if all(run.reached for run in log.some(name, optimizer, task.base, lr)):
+                    there = [
+                        r.steps for r in log.some(name, optimizer, task.base) if r.reached and r.seed == seed
+                    ]
+                    yield optimizer, task.base, lr, seed, min([task.limit, *(PATIENCE * n for n in there)])
         best = tuned(log, name, optimizer, task.base)
         if best is not None:
             for seed in range(options.seeds):
-                yield optimizer, WIDER * task.base, best, seed
+                yield optimizer, WIDER * task.base, best, seed, task.limit
 
 
 def cell(runs: Sequence[Run]) -> str:
@@ -245,11 +254,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, task in tasks.items():
         if options.report:
             break
-        for optimizer, width, lr, seed in wanted(log, name, task, options):
+        for optimizer, width, lr, seed, limit in wanted(log, name, task, options):
             late = time.perf_counter() - start > 60 * options.minutes
             if (name, optimizer, width, lr, seed) in log.runs or late:
                 continue
-            log.add(train(name, task, optimizer, width, lr, seed))
+            log.add(train(name, task, optimizer, width, lr, seed, limit))
     print(table(log, tasks, options.optimizers), flush=True)
     return 0
 

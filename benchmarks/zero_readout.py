@@ -16,8 +16,8 @@ import warnings
 import torch
 
 import mupass
+from benchmarks.grid import cnn, train
 from examples.data import Images, fashion_mnist
-from examples.fashion_mnist import cnn, train
 
 GRIDS = {"kfac": [2.0**p for p in (-9, -7, -5, -3, -1)], "sgd": [2.0**p for p in (-7, -5, -3, -1, 1)]}
 

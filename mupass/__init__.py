@@ -17,7 +17,8 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._geometry import Analysis, Fusion, Geometry, Use
-from mupass._optim import KFAC, SOAP, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
+from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
+from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Question, Report
 from mupass._resize import resize
@@ -37,8 +38,11 @@ __all__ = [
     "CaptureError",
     "CoordCheck",
     "Entry",
+    "FoMoH",
     "Fusion",
     "Geometry",
+    "GroupGradient",
+    "HyperGradient",
     "InferenceError",
     "KFAC",
     "LevenbergMarquardt",
@@ -64,6 +68,7 @@ __all__ = [
     "alignment",
     "analyze",
     "coord_check",
+    "hypergradient",
     "param_groups",
     "plan_of",
     "resize",

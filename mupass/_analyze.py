@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mupass._branches import find_branches
 from mupass._capture import Capture, parameter_names
 from mupass._constants import constant_notes, find_constants
 from mupass._errors import InferenceError
@@ -118,8 +119,9 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
+    branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules)
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
 
 
 def _width(

@@ -99,6 +99,8 @@ class Options:
         diagonal_above: Finite sides larger than this (vocabularies) keep a diagonal factor only.
         norms: Whether gains and shifts are preconditioned.
         share: Whether weights that read one activation share its input factor.
+        exclude: Patterns of parameters to leave out.
+        block: Largest block of a factor; 0 for whole factors.
     """
 
     reduce: bool = False
@@ -106,3 +108,4 @@ class Options:
     norms: bool = True
     share: bool = True
     exclude: tuple[str, ...] = ()
+    block: int = 0

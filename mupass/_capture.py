@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -19,6 +20,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from mupass._draws import settled_draws
 from mupass._errors import CaptureError
+
+# Leaves of an output that torch.export takes as they are.
+KNOWN = (int, float, bool, str, complex, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: Keyword inputs.
     """
     canonical, aliases = parameter_names(model)
-    with quiet(), settled_draws():
+    with quiet(), settled_draws(), plain_outputs(model):
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
 
@@ -135,6 +139,31 @@ def quiet() -> Any:
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Make the model return tensors and plain values alone, which is all that export takes.
+
+    An object that PyTorch cannot take apart (a distribution, a cache of keys and values) gives way to the
+    tensors among its attributes.
+
+    Args:
+        model: Its output is changed while the context lasts.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (Tensor, *KNOWN)):
+            return value
+        if dataclasses.is_dataclass(value):
+            return {f.name: tree_map(plain, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {n: x for n, x in getattr(value, "__dict__", {}).items() if isinstance(x, Tensor)} or None
+
+    handle = model.register_forward_hook(lambda module, args, output: tree_map(plain, output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _from_export(

@@ -31,7 +31,7 @@ class Contraction:
     """``y = sum x w``, one label an axis, as in einsum.
 
     Attributes:
-        x: Labels of the activation.
+        x: Labels of the activation; `ONE` for an axis of length 1 that the weight's is broadcast against.
         w: Labels of the weight, in the order of the *parameter's* axes (transposes undone).
         y: Labels of the output.
         sizes: Sizes of the parameter's axes.
@@ -63,43 +63,38 @@ class Contraction:
         """Whether each row of the input meets the weight once and nothing else is summed."""
         labels = (self.x, self.w, self.y)
         distinct = all(len(set(names)) == len(names) for names in labels)
-        placed = set(self.w) <= set(self.x) | set(self.y) and set(self.x) <= set(self.w) | set(self.y)
+        placed = set(self.w) <= set(self.x) | set(self.y) and set(self.x) - {ONE} <= set(self.w) | set(self.y)
         return bool(distinct and placed and self.in_axes and self.out_axes)
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
-        """Lay the activation out as ``[groups, rows, fan_in]``, axes in the order of the parameter's.
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Lay the activation out as ``[groups, samples, positions, fan_in]``, in the parameter's order.
 
         Args:
-            x: The activation.
-            reduce: Average over all rows but the first (batch) axis of them.
+            x: The activation; samples are the first axis that is neither a group nor summed.
         """
-        return self._rows(x, self.x, self.in_axes, "mean" if reduce else "")
+        return self._rows(x, self.x, self.in_axes)
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Lay the output's gradient out as ``[groups, rows, *fan_out axes]``.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Lay the output's gradient out as ``[groups, samples, positions, *fan_out axes]``.
 
         Args:
             g: Gradient of the output.
-            reduce: Sum over all rows but the first (batch) axis of them.
         """
-        rows = self._rows(g, self.y, self.out_axes, "sum" if reduce else "")
+        rows = self._rows(g, self.y, self.out_axes)
         return rows.reshape(*rows.shape[:-1], *[self.sizes[i] for i in self.out_axes])
 
-    def _rows(self, t: Tensor, labels: str, axes: Sequence[int], reduce: str) -> Tensor:
+    def _rows(self, t: Tensor, labels: str, axes: Sequence[int]) -> Tensor:
         groups = [self.w[i] for i in self.group_axes]
         own = [self.w[i] for i in axes]
         rows = [n for n in labels if n not in groups and n not in own]
         t = t.permute([labels.index(n) for n in (*groups, *rows, *own)])
-        for at, axis in enumerate(self.group_axes):  # an activation that all groups share is broadcast
-            if t.shape[at] == 1:
-                t = t.expand([self.sizes[axis] if i == at else -1 for i in range(t.dim())])
         first = t.shape[len(groups)] if rows else 1
         # Lists, not generators: Dynamo cannot take those through an autograd function.
         count, size = prod([self.sizes[i] for i in self.group_axes]), prod([self.sizes[i] for i in axes])
-        t = t.reshape(count, first, -1, size)
-        if reduce:
-            return t.mean(2) if reduce == "mean" else t.sum(2)
-        return t.flatten(1, 2)
+        return t.reshape(count, first, -1, size)
+
+
+ONE = "1"
 
 
 def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
@@ -111,36 +106,35 @@ def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
         sizes: Sizes of the parameter's axes.
     """
     rows = ascii_uppercase[: rank - 1]
-    return _seen(
-        rows + "i", "oi" if len(view) == 2 else "i", rows + ("o" if len(view) == 2 else ""), view, sizes
-    )
+    weight, y = ("oi", rows + "o") if len(view) == 2 else ("i", rows)
+    return Contraction(rows + "i", _in_order(weight, view), y, tuple(sizes))
 
 
-def matmul(rank: int, view: Sequence[int], sizes: Sequence[int], weight_at: int) -> Contraction:
+def matmul(shape: Sequence[int], view: Sequence[int], sizes: Sequence[int], weight_at: int) -> Contraction:
     """Return the form of ``matmul`` (and mm, bmm, addmm, baddbmm), batch axes aligned at the right.
 
     Args:
-        rank: Rank of the activation.
+        shape: Shape of the activation.
         view: As in `linear`.
         sizes: As in `linear`.
         weight_at: 1 where the weight is the right operand, 0 where it is the left one.
     """
-    left, right = (rank, len(view)) if weight_at else (len(view), rank)
+    left, right = (len(shape), len(view)) if weight_at else (len(view), len(shape))
     batch = ascii_uppercase[: max(left, right, 2) - 2]
     a = batch[len(batch) - max(left - 2, 0) :] + ("ik" if left > 1 else "k")
     b = batch[len(batch) - max(right - 2, 0) :] + ("kj" if right > 1 else "k")
     y = batch + ("i" if left > 1 else "") + ("j" if right > 1 else "")
-    return _seen(a, b, y, view, sizes) if weight_at else _seen(b, a, y, view, sizes)
+    return _seen(a, b, y, view, sizes, shape) if weight_at else _seen(b, a, y, view, sizes, shape)
 
 
 def einsum(
-    equation: str, rank: int, view: Sequence[int], sizes: Sequence[int], weight_at: int
+    equation: str, shape: Sequence[int], view: Sequence[int], sizes: Sequence[int], weight_at: int
 ) -> Contraction | None:
     """Return the form of an einsum of two operands, or None where it is none.
 
     Args:
         equation: Its equation.
-        rank: Rank of the activation.
+        shape: Shape of the activation.
         view: As in `linear`.
         sizes: As in `linear`.
         weight_at: Which operand is the weight, 0 or 1.
@@ -150,11 +144,21 @@ def einsum(
     if len(terms) != 2 or "->" not in equation or "." in terms[weight_at]:
         return None
     free = [n for n in ascii_uppercase if n not in equation]
-    hidden = "".join(free[: rank - len(terms[1 - weight_at].replace("...", ""))])
+    hidden = "".join(free[: len(shape) - len(terms[1 - weight_at].replace("...", ""))])
     x, y = (t.replace("...", hidden) for t in (terms[1 - weight_at], output))
-    return _seen(x, terms[weight_at], y, view, sizes)
+    return _seen(x, terms[weight_at], y, view, sizes, shape)
 
 
-def _seen(x: str, w: str, y: str, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
+def _seen(
+    x: str, w: str, y: str, view: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
+) -> Contraction:
+    """Find the axes along which the weight alone has entries: no more shared than if x did not have them."""
+    w = _in_order(w, view)
+    wide = {n for n, size in zip(w, sizes, strict=True) if size > 1}
+    x = "".join(ONE if size == 1 and n in wide else n for n, size in zip(x, shape, strict=True))
+    return Contraction(x, w, y, tuple(sizes))
+
+
+def _in_order(w: str, view: Sequence[int]) -> str:
     """Put the weight's labels in the order of the parameter's axes."""
-    return Contraction(x, "".join(w[list(view).index(i)] for i in range(len(view))), y, tuple(sizes))
+    return "".join(w[list(view).index(i)] for i in range(len(view)))

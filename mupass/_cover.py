@@ -18,6 +18,7 @@ from mupass._intercept import product_key
 from mupass._matrices import Matrices
 from mupass._optim._parallel import is_sharded
 from mupass._plan import Plan
+from mupass._sharded import is_collected
 from mupass._taps import NORMS, tap_of
 
 PRODUCTS = ("linear", "contraction")
@@ -129,18 +130,20 @@ class _Maker:
             if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
         }
         # A recorded run does not tell who called, nor which of two tied modules.
-        if not callers <= fitting and (callers <= owners or callers == {""}):
+        untold = callers == {""} and self.plan.capture != "export"
+        if not callers <= fitting and (callers <= owners or untold):
             callers = fitting
         if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
-        return (Place(None, g.name, key),) if key and not self._sharded(g) else None
+        return (Place(None, g.name, key),) if key and not self._apart(g) else None
 
-    def _sharded(self, g: Geometry) -> bool:
-        return is_sharded(self.model.get_parameter(g.name))
+    def _apart(self, g: Geometry) -> bool:
+        """Whether code sees shards: all of a parameter only where FSDP2 collects it."""
+        return is_sharded(self.model.get_parameter(g.name)) and not is_collected(self.model, g.name)
 
     def _misplaced(self, g: Geometry, site: Site) -> str:
         where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
-        return f"{where}, and a sharded parameter cannot carry a tap" if self._sharded(g) else where
+        return f"{where}, and a sharded parameter cannot carry a tap" if self._apart(g) else where
 
     def _vector(self, g: Geometry, sites: list[Site]) -> None:
         """Cover a gain or a shift by the gradients of every position."""
@@ -205,7 +208,7 @@ class _Maker:
             m.groups * prod(g.shape[i] for i in batch),
             inputs,
             tuple(sizes),
-            tuple(replace(f, axis=2 + m.out_axes.index(f.axis)) for f in m.fusions),
+            tuple(replace(f, axis=3 + m.out_axes.index(f.axis)) for f in m.fusions),
             diagonal_in=kind == "embedding" or self._large(g, m.in_axes),
             diagonal_out=self._large(g, m.out_axes),
         )
@@ -241,7 +244,7 @@ class _Maker:
     def _packed_attention(self, g: Geometry) -> bool:
         """Cover the packed projection of cross-attention: three matrices with inputs of their own."""
         path, _, leaf = g.name.rpartition(".")
-        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._sharded(g):
+        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._apart(g):
             return False
         third = g.shape[0] // 3
         fusions = (Fusion(0, (3, third), 0, (1, 1, 1)),)
@@ -259,6 +262,7 @@ class _Maker:
         return g.name in self.blocks
 
     def _open(self, places: tuple[Place, ...], layer: Layer) -> None:
+        layer = replace(layer, block=self.options.block)
         for place in places:
             self.layers[place] = reduced(layer) if self.options.reduce else layer
 

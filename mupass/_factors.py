@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mupass._forms import Elementwise, Form, Lookup
+from mupass._forms import Convolution, Elementwise, Form, Lookup
 from mupass._fused import split
 from mupass._geometry import Fusion
+from mupass._pieces import cut, pieces
 
 LEAF = 256  # sides of blocks that are multiplied whole
+BUFFER = 1 << 24  # numbers that gradients of single samples may take at a time
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Layer:
         inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
         outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm
             its gain and its bias.
-        fusions: How output rows ``[groups, rows, *fan_out axes]`` split into the matrices.
+        fusions: How output rows ``[groups, samples, positions, *fan_out axes]`` split into the matrices.
         diagonal_in: Whether only the diagonal of the input factor is kept.
         diagonal_out: Whether only the diagonal of the output factors is kept.
         gains: For vectors, whether the output's gradient is multiplied by the input, for every output.
+        block: Largest block of a factor that keeps blocks on its diagonal only; 0 for whole factors.
         reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
             arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
     """
@@ -42,14 +45,21 @@ class Layer:
     diagonal_out: bool = False
     gains: tuple[bool, ...] = ()
     reduce: bool = False
+    block: int = 0
 
     def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the input factor: ``[groups, n, n]``, or ``[groups, n]``."""
-        return (self.groups, self.inputs) if self.diagonal_in else (self.groups, self.inputs, self.inputs)
+        """Return the shape of the input factor: ``[groups * blocks, n, n]``, or ``[groups, n]``."""
+        return self._shape(self.inputs, self.diagonal_in)
 
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of every output factor, ``[groups, n, n]`` or ``[groups, n]``."""
-        return tuple((self.groups, n) if self.diagonal_out else (self.groups, n, n) for n in self.outputs)
+        """Return the shape of every output factor, ``[groups * blocks, n, n]`` or ``[groups, n]``."""
+        return tuple(self._shape(n, self.diagonal_out) for n in self.outputs)
+
+    def _shape(self, n: int, diagonal: bool) -> tuple[int, ...]:
+        if diagonal:
+            return (self.groups, n)
+        count, side = pieces(n, self.block)
+        return (self.groups * count, side, side)
 
 
 def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,8 +75,13 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
         zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
-    rows = form.input_rows(x, layer.reduce)
-    return squares(rows, dtype) if layer.diagonal_in else gram(rows, dtype)
+    whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
+    if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
+        with torch.autocast(x.device.type, enabled=False):
+            return form.patch_gram(x.to(dtype))
+    rows = form.input_rows(x)
+    rows = rows.mean(2) if layer.reduce else rows.flatten(1, 2)
+    return _factor(layer, rows, layer.diagonal_in, dtype)
 
 
 def raw_outputs(
@@ -82,21 +97,65 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
-    rows = form.output_rows(g, layer.reduce)
+    rows = form.output_rows(g)
+    together = layer.reduce
     if isinstance(form, Elementwise):
-        pieces = [_vector_rows(layer, form, x, g, rows, gain) for gain in layer.gains]
+        inputs = form.input_rows(x.expand_as(g)) if any(layer.gains) else None
+        parts = [rows if inputs is None or not gain else rows * inputs for gain in layer.gains]
+        together |= not form.count  # one number has one gradient a sample
     else:
-        pieces = [p.flatten(2) for p in split(rows, layer.fusions)]
-    square = squares if layer.diagonal_out else gram
-    found = [square(p, dtype) if want else None for p, want in zip(pieces, wanted, strict=True)]
-    return found, rows.shape[1]
+        parts = [p.flatten(3) for p in split(rows, layer.fusions)]
+    found = [
+        _factor(layer, part.sum(2) if together else part.flatten(1, 2), layer.diagonal_out, dtype)
+        if want
+        else None
+        for part, want in zip(parts, wanted, strict=True)
+    ]
+    return found, rows.shape[1] * (1 if layer.reduce else rows.shape[2])
 
 
-def _vector_rows(layer: Layer, form: Elementwise, x: Tensor, g: Tensor, rows: Tensor, gain: bool) -> Tensor:
-    rows = rows * form.input_rows(x.expand_as(g)) if gain else rows
-    # Rows run over the sample first, so that positions of one sample stand together.
-    together = layer.reduce or not form.count  # one number has one gradient a sample
-    return rows.reshape(1, g.shape[0], -1, rows.shape[-1]).sum(2) if together and g.dim() > 1 else rows
+def second_moments(
+    layer: Layer, form: Form, x: Tensor, g: Tensor, bases: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return ``sum (U_B^T G U_A)^2``, entry by entry, over the gradients G of samples, for every matrix.
+
+    A row is a sample of its own in the expand setting: ``G = g x^T``. In the reduce setting the rows of a
+    sample stand together, ``G = sum over positions of g x^T``, which is its true gradient (George et al.,
+    arXiv 1806.03884, eq. 10).
+
+    Args:
+        layer: Shapes.
+        form: Layout of the operator.
+        x: Its input.
+        g: Gradient of its output.
+        bases: U_A ``[groups, n, n]``, then the U_B of every matrix.
+        dtype: Precision of the moments.
+    """
+    with torch.autocast(g.device.type, enabled=False):
+        inputs = form.input_rows(x).to(dtype) @ bases[0][:, None]
+        found = []
+        for piece, basis in zip(split(form.output_rows(g), layer.fusions), bases[1:], strict=True):
+            outputs = piece.flatten(3).to(dtype) @ basis[:, None]
+            if layer.reduce and outputs.shape[2] > 1:
+                found.append(_of_samples(outputs, inputs))
+            else:
+                found.append(outputs.flatten(1, 2).square().mT @ inputs.flatten(1, 2).square())
+    return found
+
+
+def _of_samples(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Form the gradients of samples, as many at a time as fit into a buffer of `BUFFER` numbers."""
+    step = max(BUFFER // (outputs.shape[0] * outputs.shape[-1] * inputs.shape[-1]), 1)
+    if outputs.shape[1] <= step:
+        return (outputs.mT @ inputs).square().sum(1)
+    pairs = zip(torch.split(outputs, step, 1), torch.split(inputs, step, 1), strict=True)
+    return torch.stack([(o.mT @ i).square().sum(1) for o, i in pairs]).sum(0)
+
+
+def _factor(layer: Layer, rows: Tensor, diagonal: bool, dtype: torch.dtype) -> Tensor:
+    if diagonal:
+        return squares(rows, dtype)
+    return gram(cut(rows, *pieces(rows.shape[-1], layer.block)), dtype)
 
 
 def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:

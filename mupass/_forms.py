@@ -9,18 +9,24 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupass._correlation import patch_gram
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CHANNELS, TAPS = (
+    16,
+    27,
+)  # where a correlation is faster than patches: with fewer, or more, its products are small
 
 
 class Form(Protocol):
-    """Rows of one operator; ``reduce`` averages inputs and sums gradients over positions within a sample."""
+    """Rows of one operator, with the positions of a sample on an axis of their own."""
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[groups, rows, fan_in]``."""
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[groups, samples, positions, fan_in]``."""
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[groups, rows, *fan_out axes]``."""
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[groups, samples, positions, *fan_out axes]``."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,11 @@ class Convolution:
             transposed,
         )
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
-        """Unfold patches: ``[groups, rows, channels of a group x kernel]``.
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Unfold patches: ``[groups, batch, positions, channels of a group x kernel]``.
 
         Args:
             x: ``[batch, channels, *positions]``, batch left out or not.
-            reduce: Average over positions.
         """
         rank = len(self.kernel)
         x = x.unsqueeze(0) if x.dim() == rank + 1 else x
@@ -88,7 +93,30 @@ class Convolution:
         # Copied with positions innermost, in long runs of memory (three times faster), and seen as rows.
         order = [1, 2, *range(3 + rank, 3 + 2 * rank), 0, *range(3, 3 + rank)]
         x = x.permute(order).flatten(1, 1 + rank).flatten(3)  # [groups, fan_in, batch, positions]
-        return x.mean(3).mT if reduce else x.flatten(2).mT
+        return x.permute(0, 2, 3, 1)
+
+    def overlaps(self, inputs: int) -> bool:
+        """Return whether `patch_gram` serves: at stride 1, patches share most of their products.
+
+        Args:
+            inputs: Size of the input factor.
+        """
+        taps = prod(self.kernel)
+        plain = not self.transposed and set(self.stride) == {1}
+        return plain and 1 < taps <= TAPS and inputs >= CHANNELS * taps
+
+    def patch_gram(self, x: Tensor) -> Tensor:
+        """Return ``sum x x^T`` over the rows of `input_rows`, which are not formed.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not; in the precision of the factor.
+        """
+        x = x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+        padding = self.padding
+        if any(padding) and self.padding_mode != "constant":
+            x, padding = F.pad(x, padding, self.padding_mode), (0,) * len(padding)
+        x = x.unflatten(1, (self.groups, -1)).movedim(0, 2)  # type: ignore[no-untyped-call]
+        return patch_gram(x, list(self.kernel), list(self.dilation), list(padding))
 
     def _spread(self, x: Tensor) -> Tensor:
         """Put ``stride - 1`` zeros between positions."""
@@ -98,16 +126,15 @@ class Convolution:
         spread[strides] = x
         return spread
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[groups, rows, channels of a group]``.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[groups, batch, positions, channels of a group]``.
 
         Args:
             g: Gradient of the output.
-            reduce: Sum over positions.
         """
         g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
-        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call]
-        return g.sum(2) if reduce else g.flatten(1, 2)
+        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
+        return g.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
 
 
 def _pads(module: Any) -> tuple[int, ...]:
@@ -135,18 +162,17 @@ def _transposed_pads(module: Any) -> tuple[int, ...]:
 class Lookup:
     """A table read by index; its input factor is the diagonal of counts."""
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+    def input_rows(self, x: Tensor) -> Tensor:
         """Return the indices themselves: one-hot rows are never formed."""
         return x
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[1, rows, features]``.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
 
         Args:
             g: Gradient of the looked-up vectors.
-            reduce: Without effect: tables are read position by position.
         """
-        return g.reshape(1, -1, g.shape[-1])
+        return _rows(g)
 
 
 @dataclass(frozen=True)
@@ -161,50 +187,48 @@ class Elementwise:
     axis: int
     count: int = 1
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
+    def input_rows(self, x: Tensor) -> Tensor:
         """Return what a gain multiplies, as `output_rows` lays it out."""
         return self.output_rows(x)
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[1, rows, features]``; reduced only after the gain's input has been multiplied in.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
 
         Args:
             g: Gradient of the output.
-            reduce: Not here, see `_factors`.
         """
         if not self.count:
-            return g.reshape(1, -1, 1)
+            return _rows(g[..., None])
         at = self.axis % g.dim()
-        rows = g.movedim(list(range(at, at + self.count)), list(range(-self.count, 0)))
-        return rows.reshape(1, -1, prod(g.shape[at : at + self.count]))
+        last = at + self.count == g.dim()
+        first = g.movedim(list(range(at, at + self.count)), list(range(self.count)))
+        # Copied in long runs of memory, and seen as rows.
+        rows = g if last else first.contiguous().movedim(list(range(self.count)), list(range(-self.count, 0)))
+        return _rows(rows.flatten(-self.count))
 
 
 @dataclass(frozen=True)
 class Features:
     """A weight that acts on the last axis: rows are all others."""
 
-    def input_rows(self, x: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[1, rows, features]``.
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
 
         Args:
             x: ``[batch, ..., features]``, or one vector.
-            reduce: Average over all axes between.
         """
-        return x.reshape(1, x.shape[0], -1, x.shape[-1]).mean(2) if _long(x, reduce) else _rows(x)
+        return _rows(x)
 
-    def output_rows(self, g: Tensor, reduce: bool = False) -> Tensor:
-        """Return ``[1, rows, features]``.
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
 
         Args:
             g: Gradient of the output.
-            reduce: Sum over all axes between.
         """
-        return g.reshape(1, g.shape[0], -1, g.shape[-1]).sum(2) if _long(g, reduce) else _rows(g)
+        return _rows(g)
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(1, -1, t.shape[-1])
-
-
-def _long(t: Tensor, reduce: bool) -> bool:
-    return reduce and t.dim() > 2
+    """Lay ``[samples, ..., features]`` out; one vector is one sample with one position."""
+    t = t[None] if t.dim() == 1 else t
+    return (t[:, None] if t.dim() == 2 else t.flatten(1, -2))[None]

@@ -66,11 +66,17 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
     facts = solved.engine.facts
     enumerated = frozenset(space.find(d) for d in facts.enumerated)
     finder = _Finder(solved, enumerated, frozenset(space.find(d) for b in facts.bilinear for d in b.inner))
+    competing = {space.find(d) for d in facts.alternatives}
     found = []
     for axis in axes:
-        fusion = finder.find(solved.dims[parameter][axis])
+        dim = solved.dims[parameter][axis]
+        fusion = finder.find(dim)
+        size, verdict = space.size(dim), solved.verdicts.get(dim)
+        apart = space.find(dim) in competing and verdict is not None and not verdict.infinite
         if fusion:
             found.append(Fusion(axis, *fusion))
+        elif apart and len(axes) > 1 and 1 < size <= LIMIT:  # experts that all read one activation
+            found.append(Fusion(axis, (size,), 0, (1,) * size))
     return tuple(found)
 
 

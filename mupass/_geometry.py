@@ -78,6 +78,21 @@ class Fusion:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """One branch of a residual stream, the ``f(x)`` of a sum ``x + f(x)``.
+
+    Attributes:
+        modules: Whose outputs, added up, are the branch: where a multiplier goes.
+        parameters: Those that act on the model's output through this branch alone.
+        reason: Why no module ends the branch; ``""`` if one does.
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Width geometry of one parameter.
 
@@ -103,6 +118,8 @@ class Geometry:
         given: Power of width that the entries of what it multiplies have, since the code scales them so
             (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
             none. For a tied embedding that of its readout.
+        depth: Number of residual branches relative to the base depth, for a parameter that acts through one
+            of them alone; else 1.
     """
 
     name: str
@@ -121,6 +138,7 @@ class Geometry:
     fusions: tuple[Fusion, ...] = ()
     sites: tuple[Site, ...] = ()
     given: float = 0.0
+    depth: float = 1.0
 
     @property
     def fan_in(self) -> int:
@@ -154,6 +172,7 @@ class Analysis:
         capture: How the graph was obtained: ``export`` or ``recorded run``.
         warnings: What the reader must know: policies applied, operators treated by shape.
         modules: (qualified name, class name) of every module, in the model's own order.
+        branches: Residual branches, in the order of execution.
     """
 
     geometries: tuple[Geometry, ...]
@@ -162,6 +181,7 @@ class Analysis:
     capture: str
     warnings: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

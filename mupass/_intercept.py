@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from mupass._contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._errors import OptimizerError
 from mupass._forms import Elementwise, Features, Lookup
-from mupass._taps import Tap
+from mupass._leaves import Tap
+from mupass._optim._parallel import is_sharded
+from mupass._sharded import on_whole
 
 ATTRIBUTE = "_mupass_taps"
 VIEW = "_mupass_view"  # for each axis of a transposed parameter, the parameter's axis
@@ -81,23 +83,32 @@ class TappedParameter(_Intercepted, nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def intercept(parameter: nn.Parameter, name: str, key: str) -> Tap:
+def intercept(root: nn.Module, name: str, key: str) -> Tap:
     """Return the tap for one kind of use of a parameter; the parameter is made to look out for it.
 
     Args:
-        parameter: A plain parameter.
-        name: Its name, for the error.
+        root: The module that the name is relative to.
+        name: Name of a plain parameter, or of one that FSDP2 shards.
         key: Kind of use: `product_key` of its axes, ``embedding``, ``gain``, ``shift``, ``q``, ``k``, ``v``.
 
     Raises:
         OptimizerError: The parameter is of a class of its own.
     """
+    parameter = root.get_parameter(name)
+    taps: dict[str, Tap] = vars(parameter).setdefault(ATTRIBUTE, {})
+    if not is_sharded(parameter):
+        _look_out(parameter, name, taps)
+    elif not taps:
+        on_whole(root, name, lambda whole: _look_out(whole, name, taps))
+    return taps.setdefault(key, Tap())
+
+
+def _look_out(parameter: nn.Parameter, name: str, taps: dict[str, Tap]) -> None:
     if type(parameter) is nn.Parameter:
         parameter.__class__ = TappedParameter
-        setattr(parameter, ATTRIBUTE, {})
+        setattr(parameter, ATTRIBUTE, taps)
     if type(parameter) is not TappedParameter:
         raise OptimizerError(f"{name} is a {type(parameter).__name__}, which cannot carry a tap")
-    return vars(parameter).setdefault(ATTRIBUTE, {}).setdefault(key, Tap())  # type: ignore[no-any-return]
 
 
 def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
@@ -157,11 +168,11 @@ def _product(output: Tensor, left: Any, right: Any, how: Any) -> Tensor:
         sizes[axis] = weight.shape[at]
     form: Contraction | None
     if isinstance(how, str):
-        form = einsum(how, x.dim(), view, sizes, weight_at)
+        form = einsum(how, x.shape, view, sizes, weight_at)
     elif how is F.linear:
         form = linear(x.dim(), view, sizes)
     else:
-        form = matmul(x.dim(), view, sizes, weight_at)
+        form = matmul(x.shape, view, sizes, weight_at)
     if form is None or not form.proper:
         return output
     return _through(output, x, taps, product_key(form.in_axes, form.out_axes), form)

@@ -51,6 +51,8 @@ class Plan:
         capture: How the graph was obtained.
         warnings: What the reader must know.
         entries: One for each parameter, in the order of ``named_parameters()``.
+        depth: Number of residual branches relative to the base depth; 1 where depth is not scaled.
+        branches: Modules whose outputs are multiplied by ``1 / depth``.
     """
 
     version: int
@@ -61,6 +63,8 @@ class Plan:
     capture: str
     warnings: tuple[str, ...]
     entries: tuple[Entry, ...]
+    depth: float = 1.0
+    branches: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Entry:
         """Entry of a parameter, by its name or by any name it is tied under.

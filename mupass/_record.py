@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from mupass._capture import Capture, fresh_copy, number_in, quiet
+from mupass._capture import Capture, fresh_copy, number_in, plain_outputs, quiet
 from mupass._draws import settled_draws
 from mupass._errors import CaptureError
 
@@ -63,7 +63,7 @@ def record(
         return [x for _, x in found]
 
     try:
-        with quiet(), settled_draws(), torch.no_grad():
+        with quiet(), settled_draws(), plain_outputs(model), torch.no_grad():
             module = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 state, buffers, [leaves[i] for i in tensors]
             )

@@ -45,6 +45,32 @@ class InputMultiplier:
         return args, {**kwargs, "input": kwargs["input"] * self.factor}
 
 
+@dataclass(frozen=True)
+class OutputMultiplier:
+    """Forward hook that multiplies what a module puts out (of several results, the first).
+
+    Attributes:
+        factor: What the output is multiplied by.
+    """
+
+    factor: float
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Multiply the output.
+
+        Args:
+            module: Module that has run.
+            args: Its positional arguments.
+            output: Its result.
+
+        Returns:
+            The result with the output multiplied.
+        """
+        if isinstance(output, tuple):
+            return (output[0] * self.factor, *output[1:])
+        return output * self.factor
+
+
 def check_rewritable(model: nn.Module, plan: Plan) -> None:
     """Refuse a model that `rewrite` could not finish.
 
@@ -70,7 +96,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
 
 
 def rewrite(model: nn.Module, plan: Plan) -> None:
-    """Insert readout multipliers, rescale the initialization and leave the plan on the model.
+    """Insert multipliers of readouts and branches, rescale the initialization, leave the plan on the model.
 
     Args:
         model: Model that passed `check_rewritable`.
@@ -81,6 +107,10 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
             hook = InputMultiplier(entry.scales.multiplier)
             for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
+    if plan.depth != 1:
+        for name in plan.branches:
+            # After the taps: what a preconditioner sees is the gradient behind the multiplier.
+            model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
     setattr(model, ATTRIBUTE, plan)
     rescale(model, plan)
 

@@ -29,7 +29,7 @@ from mupass._geometry import Geometry
 from mupass._parameterizations import row
 
 ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
-GRAFTS = ("none", "sgd", "adam", "rmsprop")
+GRAFTS = ("none", "sgd", "adam", "rmsprop", "spectral")
 ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
 OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
 
@@ -46,7 +46,8 @@ class OptimizerSpec:
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.
-        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        graft: Whose magnitude Shampoo's update is given: ``none``, ``sgd``, ``adam``, ``rmsprop``, or Muon's:
+            ``spectral``.
         alignment: ``full`` or ``none`` for the largest rates at which every layer is stable when updates and
             activations are aligned so (Everett et al., arXiv 2407.05872): SGD and Adam families, any
             parameterization. None for the rates of the parameterization itself.
@@ -142,6 +143,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     m_in, m_out = geometry.m_in, geometry.m_out
     table = powers(geometry, optimizer, parameterization)
     factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
+    for name, power in depth_powers(optimizer, parameterization).items():
+        factors[name] *= geometry.depth**power
     return Scales(**factors, lr_powers=table["lr"])
 
 
@@ -166,7 +169,11 @@ def powers(
             table["lr"] = aligned_powers(geometry, optimizer, 0.5)
             table["epsilon"] = epsilon_powers(optimizer, 0.5)
         return table
-    h2, delta2 = _plus((1.0, 0.0), geometry, 2), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    if geometry.fan_in_axes:
+        h2 = _plus(h2, geometry, 2)
+    else:  # what a gain multiplies is part of its B
+        delta2 = _plus(delta2, geometry, 2)
     damping_in, damping_out = {
         "kfac": (h2, delta2),
         "foof": (h2, delta2),
@@ -192,6 +199,30 @@ def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tupl
     more = 0.0 if geometry.readout_uses else geometry.given * times  # there the multiplier undoes it
     p_in, p_out = powers
     return (p_in + more, p_out) if geometry.fan_in_axes else (p_in, p_out + more)
+
+
+def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
+    """Powers of the relative depth L in the scales of a parameter inside one of L residual branches.
+
+    Branches are multiplied by ``1/L`` (Yang et al., arXiv 2310.02244; Qiu et al., arXiv 2512.05620), so
+    ``delta ~ 1/L`` there, and L branches together must move the output by Theta(1): ``delta . (dW h) = 1/L``.
+    With ``dW`` as in `lr_powers` the rate is ``L^(1 - 2 e)``, where e is the total power on ``delta``: 0 for
+    SGD, 1/2 where the size of the gradient drops out. Damping goes like ``|delta|^2``, epsilon like
+    ``delta``.
+
+    Args:
+        optimizer: Family and powers.
+        parameterization: Key of `PARAMETERIZATIONS`; ``standard`` scales nothing.
+    """
+    if row(parameterization).readout_power is None:
+        return {}
+    name = optimizer.name
+    if name == "shampoo":
+        e = {"none": optimizer.e, "sgd": 0.0}.get(optimizer.graft, 0.5)
+        return {"lr": 1 - 2 * e, "damping_in": -2.0, "damping_out": -2.0, "epsilon": -1.0}
+    if name in {"kfac", "foof"}:
+        return {"lr": 1 - 2 * optimizer.e_b, "damping_out": -2.0}
+    return {"lr": 1.0} if name == "sgd" else {"epsilon": 0.0 if name == "adamuon" else -1.0}
 
 
 def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
@@ -226,8 +257,13 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
         "shampoo": (optimizer.e, optimizer.e),
         "soap": (0.5, 0.5),
         "muon": (0.5, 0.5),
+        "spectral": (0.5, 0.5),
     }.get(name, (optimizer.e_a, optimizer.e_b))
-    return _plus((e_in - 1, (1 - 2 * beta) * (e_out - 1)), geometry, 2 * (e_in - 1))
+    return _plus(
+        (e_in - 1, (1 - 2 * beta) * (e_out - 1)),
+        geometry,
+        2 * ((e_in if geometry.fan_in_axes else e_out) - 1),
+    )
 
 
 def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:

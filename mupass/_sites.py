@@ -126,7 +126,7 @@ def _product(
         return site(
             "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
         ), ""
-    form = product_form(name, user.args[0], len(_shape(others[0])), view, shape, at[0])
+    form = product_form(name, user.args[0], _shape(others[0]), view, shape, at[0])
     if form is None or not form.proper:
         return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
     kind = "linear" if name == "aten.linear" and view == (0, 1) else "contraction"
@@ -134,23 +134,23 @@ def _product(
 
 
 def product_form(
-    name: str, equation: Any, rank: int, view: View, shape: tuple[int, ...], weight_at: int
+    name: str, equation: Any, x: tuple[int, ...], view: View, shape: tuple[int, ...], weight_at: int
 ) -> _contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
         name: ATen name without overload.
         equation: Of an einsum.
-        rank: Rank of the activation.
+        x: Shape of the activation.
         view: How the operator sees the parameter.
         shape: Shape of the parameter.
         weight_at: Place of the parameter among the two factors.
     """
     if name == "aten.einsum":
-        return _contraction.einsum(str(equation), rank, view, shape, weight_at)
+        return _contraction.einsum(str(equation), x, view, shape, weight_at)
     if name == "aten.linear":
-        return _contraction.linear(rank, view, shape) if weight_at == 1 else None
-    return _contraction.matmul(rank, view, shape, weight_at)
+        return _contraction.linear(len(x), view, shape) if weight_at == 1 else None
+    return _contraction.matmul(x, view, shape, weight_at)
 
 
 def _elementwise(

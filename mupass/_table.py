@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mupass._geometry import Geometry, Use
 from mupass._parameterizations import row
-from mupass._scales import powers
+from mupass._scales import depth_powers, powers
 
 if TYPE_CHECKING:
     from mupass._plan import Entry, Plan
@@ -37,17 +37,18 @@ SOURCES = {
 }
 
 
-def formula(exponents: tuple[float, float], geometry: Geometry) -> str:
+def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0.0) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
     Args:
         exponents: Powers of ``(m_in, m_out)``.
         geometry: The parameter, whose finite fans are left out.
+        depth: Power of the relative depth L.
 
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
-    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1]
+    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth
     above: list[str] = []
     below: list[str] = []
     for symbol, power, axes in (
@@ -57,6 +58,8 @@ def formula(exponents: tuple[float, float], geometry: Geometry) -> str:
         if power and any(geometry.infinite[i] for i in axes):
             text = symbol if abs(power) == 1 else f"{symbol}^{abs(power):g}"
             (above if power > 0 else below).append(text)
+    if depth and geometry.depth != 1:
+        (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
     if not above and not below:
         return f"{value:.4g}"
     bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
@@ -78,10 +81,15 @@ def table(plan: Plan) -> str:
     head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier]
     scales = [*columns, *multiplier]
     rows = [head] + [_cells(plan, entry, scales) for entry in plan.entries]
+    deep = plan.depth != 1
     size = f"width {plan.width}, base {plan.base_width:g}, {len(plan)} parameters"
     lines = [
         f"{plan.parameterization} plan for {plan.optimizer}: {size}",
         "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
+        *(
+            [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
+            * deep
+        ),
         "",
         *_align(rows),
     ]
@@ -115,12 +123,16 @@ def explanation(plan: Plan, entry: Entry) -> str:
         f"scales of {plan.parameterization} for {plan.optimizer}",
     ]
     exponents = powers(g, plan.optimizer, plan.parameterization)
+    depths = depth_powers(plan.optimizer, plan.parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
     shown = ["init", *multiplier, *COLUMNS[plan.optimizer.name], "weight_decay"]
     sources = SOURCES
     if plan.optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
-    cells = [["  " + name, formula(exponents[name], g), f"[{sources[name]}]"] for name in shown]
+    cells = [
+        ["  " + name, formula(exponents[name], g, depths.get(name, 0)), f"[{sources[name]}]"]
+        for name in shown
+    ]
     lines += _align(cells)
     return "\n".join([*lines, f"source of the row: {row(plan.parameterization).source}"])
 
@@ -128,11 +140,12 @@ def explanation(plan: Plan, entry: Entry) -> str:
 def _cells(plan: Plan, entry: Entry, scales: Sequence[str]) -> list[str]:
     g = entry.geometry
     exponents = powers(g, plan.optimizer, plan.parameterization)
+    depths = depth_powers(plan.optimizer, plan.parameterization)
     init = f"{_std(entry)}, {entry.init_law}" if entry.init_std is not None else entry.init_law
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
-    return start + [formula(exponents[name], g) for name in scales]
+    return start + [formula(exponents[name], g, depths.get(name, 0)) for name in scales]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,13 +1,6 @@
-"""Taps: Kronecker factors as gradients of dummy leaves.
+"""Taps of modules that are one operator: forward hooks that hang leaves (`mupass._leaves`) on their output.
 
-The output of an operator that uses a weight goes through an autograd function with extra inputs, the leaves.
-The gradient of a leaf is *defined* as the factor that the operator adds to: ``sum x x^T``, ``sum g g^T`` and
-the number of rows. Autograd then does the book-keeping: accumulation over micro-batches, reused weights,
-checkpointing, and one graph under torch.compile. While no leaf requires a gradient a tap does nothing, so
-that toggling ``requires_grad`` gives exactly two graphs: a cheap one and a curvature one.
-
-A tap sits in a forward hook where a module is one such operator, and in the parameter itself where it is used
-by other code (`mupass._intercept`).
+Where a parameter is used by other code, the tap sits in the parameter itself (`mupass._intercept`).
 """
 
 from __future__ import annotations
@@ -20,134 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 
-from mupass._errors import OptimizerError
-from mupass._factors import Layer, raw_input, raw_outputs
 from mupass._forms import CONVOLUTIONS, TRANSPOSED, Convolution, Elementwise, Features, Form, Lookup
+from mupass._leaves import Tap
 from mupass._terms import TermsTap, is_terms_hook, terms_hook, terms_tap_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS)
 HOOKED = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED, *NORMS)
-
-
-class _Factors(torch.autograd.Function):
-    """Identity on the output; its backward pass computes the factors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        layer: Layer,
-        form: Form,
-        rows: Tensor,
-        a: Tensor | None,
-        *b: Tensor | None,
-    ) -> Tensor:
-        """Pass the output on; a copy, so that an activation may work in place on it."""
-        ctx.layer, ctx.form, ctx.dtype = layer, form, rows.dtype
-        ctx.save_for_backward(x)
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
-        (g,) = grads
-        (x,) = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        with torch.no_grad():
-            a = raw_input(ctx.layer, ctx.form, x, ctx.dtype) if wanted[5] else None
-            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[6:], ctx.dtype)
-            rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
-        return g, None, None, None, rows, a, *b
-
-
-class Tap:
-    """Leaves of one weight use; idle until an optimizer opens it.
-
-    Attributes:
-        layer: Shapes, or None before the tap is opened for the first time.
-        a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
-        b: Leaves whose gradients are ``sum g g^T``, one a matrix.
-        rows: Leaf whose gradient is the number of rows summed.
-    """
-
-    def __init__(self) -> None:
-        self.layer: Layer | None = None
-        self.a: Tensor | None = None
-        self.b: tuple[Tensor | None, ...] = ()
-        self.rows: Tensor | None = None
-
-    def through(self, output: Tensor, x: Tensor, form: Form) -> Tensor:
-        """Hang the factors on the gradient of an output.
-
-        Args:
-            output: Output of the operator.
-            x: Its input.
-            form: How both are laid out.
-
-        Returns:
-            The same values; the very tensor while no factors are wanted.
-        """
-        if self.rows is None or not self.rows.requires_grad or not output.requires_grad:
-            return output
-        if self.rows.device != output.device:
-            raise OptimizerError(
-                f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
-                "move the model first, then make the optimizer"
-            )
-        return _Factors.apply(output, x.detach(), self.layer, form, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
-
-    def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
-        """Make the leaves; a scalar seen as a matrix, so that they take no memory.
-
-        Args:
-            layer: Shapes of the factors.
-            device: Device of the weight.
-            dtype: Precision of the factors.
-            a: Whether the input factor is wanted.
-            b: Whether the output factors are wanted.
-        """
-        self.layer = layer
-        zero = torch.zeros((), device=device, dtype=dtype)
-        self.a = zero.expand(layer.input_shape()) if a and layer.inputs else None
-        self.b = tuple(zero.expand(shape) if b else None for shape in layer.output_shapes())
-        # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
-        self.rows = torch.zeros(1, device=device, dtype=dtype)
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """All leaves: rows, A, Bs, without those that are not wanted."""
-        return tuple(leaf for leaf in (self.rows, self.a, *self.b) if leaf is not None)
-
-    def collect(self, on: bool) -> None:
-        """Collect factors in the passes that follow, or stop.
-
-        Args:
-            on: Whether to collect.
-        """
-        for leaf in self.leaves:
-            leaf.requires_grad_(on)
-
-    def take(self) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor] | None:
-        """Take out A, the Bs and the rows summed since the last call, or None when no pass was collected."""
-        if self.rows is None or self.rows.grad is None:
-            return None
-        rows = self.rows.grad
-        a = None if self.a is None else self.a.grad
-        b = tuple(None if leaf is None else leaf.grad for leaf in self.b)
-        self.clear()
-        return a, b, rows
-
-    def clear(self) -> None:
-        """Forget what was summed."""
-        for leaf in self.leaves:
-            leaf.grad = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies of a model get idle taps: leaves belong to the optimizer that opened them."""
-        return {"layer": None, "a": None, "b": (), "rows": None}
 
 
 class ModuleTap(Tap):

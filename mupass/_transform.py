@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from math import inf
 from typing import Any, TypeVar
 
 from torch import nn
@@ -28,6 +30,7 @@ def transform(
     dims: Mapping[str, str] | None = None,
     init: InitChoice = "auto",
     inplace: bool = True,
+    depth: float | None = None,
     plan: Plan | None = None,
     strict: bool = True,
 ) -> Model:
@@ -51,8 +54,11 @@ def transform(
         init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
             ``"fan_avg"``, ``"constant"``, or ``{name pattern: law}``.
         inplace: Rewrite this very module (default), or a deep copy and leave this one alone.
+        depth: Number of residual branches ``x + f(x)`` at which hyperparameters mean what they say (two for
+            each layer of a transformer). The model's own are counted in its graph; with L times as many each
+            is multiplied by ``1/L``, and rates, damping and epsilon inside follow. None leaves depth alone.
         plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
-            ``parameterization`` and ``init``.
+            ``parameterization``, ``init`` and ``depth``.
         strict: Refuse operators without a rule; otherwise report them as ambiguous.
 
     Returns:
@@ -70,9 +76,9 @@ def transform(
         row(parameterization)  # a misspelt name is told before the model is captured
         spec = OptimizerSpec.of(optimizer or "kfac")
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
-        plan = make_plan(model, analysis, spec, parameterization, init)
+        plan = make_plan(model, analysis, spec, parameterization, init, depth)
     else:
-        given = {"example_inputs": example_inputs, "dims": dims}
+        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth}
         settled = [name for name, value in given.items() if value is not None]
         settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
         settled += ["base"] if not isinstance(base, int) or base != 256 else []
@@ -92,6 +98,7 @@ def make_plan(
     optimizer: OptimizerSpec,
     parameterization: str = "mup",
     init: InitChoice = "auto",
+    depth: float | None = None,
 ) -> Plan:
     """Put geometry, initialization and scales of every parameter into one record.
 
@@ -101,10 +108,18 @@ def make_plan(
         optimizer: Family and powers.
         parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
         init: Law of the present values, see `transform`.
+        depth: Number of residual branches at which hyperparameters mean what they say; None leaves depth
+            alone.
 
     Returns:
         The plan.
+
+    Raises:
+        TransformError: Depth is to be scaled, and there is no branch, or one has no module at its end.
     """
+    ratio = 1.0
+    if depth is not None and row(parameterization).readout_power is not None:
+        analysis, ratio = _deepened(analysis, depth)
     tensors = dict(model.named_parameters())
     inits = plan_init(tensors, analysis.geometries, parameterization, init)
     entries = []
@@ -128,7 +143,33 @@ def make_plan(
         capture=analysis.capture,
         warnings=warnings,
         entries=tuple(entries),
+        depth=ratio,
+        branches=tuple(m for branch in analysis.branches for m in branch.modules) if ratio != 1 else (),
     )
+
+
+def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
+    """Return the analysis with the relative depth of every parameter, and that depth.
+
+    Raises:
+        PlanError: ``depth`` is no positive number.
+        TransformError: There is no branch, or one has no module at its end.
+    """
+    if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 < depth < inf:
+        raise PlanError(f"depth must be a positive number of residual branches, not {depth!r}")
+    if not analysis.branches:
+        raise TransformError("depth= scales residual branches, and this model has no sum x + f(x)")
+    ratio = len(analysis.branches) / depth
+    for number, branch in enumerate(analysis.branches):
+        if branch.reason and ratio != 1:
+            raise TransformError(
+                f"residual branch {number} ({_some(branch.parameters) or 'shared weights'}) takes no "
+                f"multiplier: {branch.reason}. Let a module of its own put out what is added, for example "
+                "self.end = nn.Identity() and x + self.end(f(x))"
+            )
+    inside = {name for branch in analysis.branches for name in branch.parameters}
+    geometries = tuple(replace(g, depth=ratio) if g.name in inside else g for g in analysis.geometries)
+    return replace(analysis, geometries=geometries), ratio
 
 
 def _refuse(model: nn.Module) -> None:

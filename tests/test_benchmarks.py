@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_examples import write
 from torch import Tensor
 
+import mupass
 from benchmarks import contestants, kfac_parity, kfac_time, to_target
+from benchmarks.false_alarms import interval
 from benchmarks.floor import Floor
-from benchmarks.parity_cases import CASES, MID
+from benchmarks.parity_cases import CASES, MID, WIDTH, Experts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:mupass:UserWarning"),
@@ -34,10 +38,29 @@ def _warnings_and_guards():
 # Parity ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in BY_NAME if n != "mixture of experts, einsum"])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_every_case_is_exact(name: str) -> None:
     worst, falls = kfac_parity.of_mupass(kfac_parity.problem(BY_NAME[name]))
     assert not falls and worst < 1e-10
+
+
+@pytest.mark.parametrize(
+    "dispatch",
+    [
+        lambda h, w: torch.einsum("ntd,edh->neth", h, w).transpose(0, 1),
+        lambda h, w: (h.flatten(0, 1) @ w).unflatten(1, h.shape[:2]),
+        lambda h, w: (h.flatten(0, 1)[None] @ w).unflatten(1, h.shape[:2]),
+    ],
+    ids=["einsum", "matmul", "broadcast"],
+)
+def test_experts_that_read_one_activation_are_matrices_of_their_own(dispatch: Any) -> None:
+    case = replace(BY_NAME["mixture of experts, einsum"], build=lambda: Experts(dispatch))
+    p = kfac_parity.problem(case)
+    worst, falls = kfac_parity.of_mupass(p)
+    assert not falls and worst < 1e-10
+    net = mupass.transform(case.build().double(), p.x, base=WIDTH)
+    slots = [b for b in mupass.KFAC(net, 1.0)._banks["a"] if any("experts" in name for name, _ in b.keys)]
+    assert sum("experts" in name for b in slots for name, _ in b.keys) == 1  # one A for all
 
 
 def exact_peer(p: kfac_parity.Problem) -> dict[str, tuple[Tensor, Tensor]]:
@@ -157,8 +180,11 @@ def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, caps
     assert to_target.main(words) == 0
     first = (tmp_path / "log.jsonl").read_text()
     runs = [json.loads(line) for line in first.splitlines()]
-    assert len(runs) == 2 * 3 + 2  # the grid at the base width, the best one 8 times wider
-    assert [r["width"] for r in runs] == [8] * 6 + [64] * 2 and {r["lr"] for r in runs[6:]} == {0.1}
+    # The grid at the base width, with the second seed what reached the target, the best one 8 times wider.
+    assert [r["lr"] for r in runs] == [0.1, 0.001, 1e6, 0.1, 0.1, 0.1]
+    assert [r["seed"] for r in runs] == [0, 0, 0, 1, 0, 1] and [r["width"] for r in runs] == [8] * 4 + [
+        64
+    ] * 2
     assert all(r["reached"] and r["loss"] <= 2.0 for r in runs if r["lr"] == 0.1)
     assert all(math.isinf(r["loss"]) and r["steps"] < 24 for r in runs if r["lr"] == 1e6)
     printed = capsys.readouterr().out
@@ -176,6 +202,19 @@ def test_every_optimizer_trains(words: list[str], optimizer: str, tmp_path: Path
 
 def run(lr: float, reached: bool, steps: int, loss: float, seed: int = 0) -> to_target.Run:
     return to_target.Run("cnn", "sgd", 8, lr, seed, reached, steps, 1.0, 1.0, loss)
+
+
+def test_a_run_is_given_up_at_twice_the_steps_of_the_best(tmp_path: Path) -> None:
+    log, task = to_target.Log(tmp_path / "log"), to_target.Task(None, None, base=8, target=0.5, limit=500)  # type: ignore[arg-type]
+    options = argparse.Namespace(optimizers=["sgd"], seeds=1, lrs=[0.1, 0.2, 0.4])
+    todo = to_target.wanted(log, "cnn", task, options)
+    assert next(todo) == ("sgd", 8, 0.2, 0, 500)
+    log.add(run(0.2, True, 80, 0.5))
+    log.add(run(0.2, True, 30, 0.5, seed=1))  # another seed sets no limit
+    assert next(todo)[-1] == 160
+    log.add(run(0.1, False, 160, 0.7))
+    assert next(todo) == ("sgd", 8, 0.4, 0, 160)
+    assert next(todo) == ("sgd", 64, 0.2, 0, 500) and not list(todo)
 
 
 def test_the_best_rate_reaches_the_target_soonest_in_all_seeds(tmp_path: Path) -> None:
@@ -204,3 +243,10 @@ def test_text_batches_come_once_and_are_shifted_by_one() -> None:
         assert torch.equal(x[:, 1:], y[:, :-1])
     again, other = next(batches(0)), next(batches(1))
     assert torch.equal(seen[0][0], again[0]) and not torch.equal(seen[0][0], other[0])
+
+
+def test_intervals_of_a_rate_are_exact() -> None:
+    low, high = interval(3, 40)
+    assert low == pytest.approx(0.01574, abs=1e-5) and high == pytest.approx(0.20387, abs=1e-5)
+    assert interval(0, 20) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert interval(20, 20) == (pytest.approx(0.025 ** (1 / 20)), 1.0)

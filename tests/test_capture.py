@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy
 import pytest
@@ -90,6 +91,40 @@ def test_layers_that_are_dropped_at_random_are_seen(draw: Callable[[], float | T
     assert not [w for w in analysis.warnings if "not read" in w]
     assert all(analysis[f"layers.{i}.weight"].infinite == (True, True) for i in range(1, 9))
     assert state == random.getstate() and (numpys == numpy.random.get_state()[1]).all()
+
+
+@dataclass
+class Prediction:
+    classes: Tensor
+    more: list[Tensor]
+
+
+class Cache:
+    """A class of its own that PyTorch cannot take apart."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.layers = [[x]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: torch.distributions.Categorical(logits=x, validate_args=False),
+        lambda x: {"logits": x, "cache": Cache(x)},
+        lambda x: Prediction(x, [x.exp()]),
+    ],
+)
+def test_outputs_of_any_class_are_read(wrap: Callable[[Tensor], object], device: str) -> None:
+    class Wrapped(Noisy):
+        def forward(self, x: Tensor) -> object:
+            return wrap(super().forward(x))
+
+    model = Wrapped().to(device)
+    analysis = mupass.analyze(model, randn(4, 3).to(device))
+    assert analysis.capture == "export"
+    assert analysis["head.weight"].infinite == (False, True)
+    assert type(model(randn(4, 3).to(device))) is type(wrap(randn(4, 2)))
 
 
 def test_a_branch_on_data_is_recorded_and_reported() -> None:

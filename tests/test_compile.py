@@ -66,6 +66,8 @@ def cnn(w: int) -> nn.Module:
         nn.Conv2d(w, w, 3, stride=2, padding=1, groups=2, padding_mode="reflect", bias=False),
         nn.BatchNorm2d(w),
         nn.ReLU(),
+        nn.Conv2d(w, w, 3, padding=1, bias=False),
+        nn.Tanh(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(w, 3),

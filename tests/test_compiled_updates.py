@@ -17,6 +17,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo sgd": (mupass.Shampoo, {"graft": "sgd", "block_size": 5}),
     "shampoo adam": (mupass.Shampoo, {"graft": "adam", "block_size": 5}),
     "shampoo rmsprop": (mupass.Shampoo, {"graft": "rmsprop"}),
+    "shampoo spectral": (mupass.Shampoo, {"graft": "spectral"}),
     "shampoo modes": (mupass.Shampoo, {"kernels": "modes"}),
     "soap": (mupass.SOAP, {"basis_every": 2}),
     "muon": (mupass.Muon, {"roles": ["input", "hidden", "output"]}),

@@ -200,6 +200,38 @@ def test_update_equals_the_dense_formula(name: str, mode: str, compiled: bool) -
         assert (found - want).norm() < 1e-8 * want.norm(), use
 
 
+class Heads(nn.Module):
+    """Heads that read one activation: as one product, or as products along an axis of one."""
+
+    def __init__(self, broadcast: bool, w: int = W) -> None:
+        super().__init__()
+        self.broadcast = broadcast
+        self.inp, self.out = nn.Linear(5, w), nn.Linear(w, 3)
+        self.heads = nn.Parameter(torch.randn(w // 4, w, 4) / math.sqrt(w))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inp(x))
+        y = h[:, None] @ self.heads if self.broadcast else torch.einsum("btd,hdk->bhtk", h, self.heads)
+        return self.out(torch.tanh(y).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_heads_along_an_axis_of_one_are_one_matrix(compiled: bool) -> None:
+    """Blocks of a growing number would take larger steps the more there are."""
+    steps = []
+    for broadcast in (False, True):
+        torch.manual_seed(0)
+        (x, y), net = data(), Heads(broadcast).double()
+        net = mupass.transform(net, x, base=BASE)
+        optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, strict=True)
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        squares(run(x), y).mean().backward()
+        steps.append(moved(net, optimizer.step))
+    for name, want in steps[0].items():
+        assert want.norm() > 0
+        torch.testing.assert_close(steps[1][name], want, rtol=1e-8, atol=1e-10)
+
+
 def norms(w: int = W) -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(2, w, 3, padding=1),

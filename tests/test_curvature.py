@@ -284,14 +284,14 @@ def test_a_branch_behind_a_closed_gate_takes_bounded_steps() -> None:
             return self.out(h + torch.tanh(self.fc(h)) * self.gate)
 
     sizes = {}
-    for floor in (0.0, 1e-4):
+    for floor in (0.0, 1e-4, 0.1):
         torch.manual_seed(0)
         x, y = normal(6, 5)(), normal(6, 3)()
         net = mupass.transform(Gated().double(), x, base=BASE)
         optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, damping_floor=floor, strict=True)
         squares(net(x), y).mean().backward()
         sizes[floor] = float(moved(net, optimizer.step)["fc.weight"].norm())
-    assert sizes[0.0] > 1e4 and sizes[1e-4] < 1
+    assert sizes[0.0] > 1e4 and sizes[0.1] < sizes[1e-4] < 1
 
 
 # Faults ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Two gloo processes with half a batch each take the steps of one process with the whole batch."""
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -32,8 +34,12 @@ def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
     x, y = data()
     make = {
         "kfac": lambda: mupass.KFAC(model, 0.05, 1e-2),
+        # The large layer has fewer rows than inputs: a basis of what none reaches is rounding errors.
+        "ekfac": lambda: mupass.KFAC(
+            model, 0.05, 1e-2, ekfac=True, sharing="reduce", root_every=2, exclude=["3.weight"]
+        ),
         "shampoo": lambda: mupass.Shampoo(model, 0.01),
-        # Small blocks: a basis of what no gradient reaches is made of rounding errors.
+        # Small blocks, for the same reason.
         "soap": lambda: mupass.SOAP(model, 0.01, basis_every=2, block_size=3),
         "muon": lambda: mupass.Muon(model, 0.01),
     }
@@ -63,12 +69,15 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["kfac", "shampoo", "soap", "muon"])
-def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, name, tmp_path / "result.pt"), nprocs=2)
+        return probe.getsockname()[1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
+def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, (free_port(), name, tmp_path / "result.pt"), nprocs=2)
     apart, trained = torch.load(tmp_path / "result.pt")
     assert apart == 0
     for ours, theirs in zip(trained, train(build(), slice(0, 16), name), strict=True):
@@ -93,7 +102,38 @@ def norms() -> nn.Module:
     return mupass.transform(net.double(), torch.zeros(2, 6, dtype=torch.float64), base=8)
 
 
-def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> list[torch.Tensor]:
+class Inner(nn.Module):
+    """Raw parameters of a unit of its own."""
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(w, w) / w**0.5)
+        self.gain = nn.Parameter(torch.rand(w) + 0.5)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.einsum("btd,dk->btk", h, self.up) * self.gain)
+
+
+class Code(nn.Module):
+    """Weights that other code uses: the root's, those of a unit, of attention, of a layer never called."""
+
+    def __init__(self, w: int = 8) -> None:
+        super().__init__()
+        self.first, self.inner, self.below = nn.Parameter(torch.randn(1, w)), Inner(w), nn.Linear(w, w)
+        self.attn, self.out = nn.MultiheadAttention(w, 2, batch_first=True), nn.Linear(w, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(torch.tanh(x[..., None] @ self.first))
+        h = torch.tanh(F.linear(h, self.below.weight, self.below.bias)) + h
+        return self.out((h + self.attn(h, h, h)[0]).mean(1))
+
+
+def code() -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(Code().double(), torch.zeros(2, 6, dtype=torch.float64), base=4)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, at: range) -> list[torch.Tensor]:
     x, y = data()
     for i in at:
         optimizer.zero_grad()
@@ -103,11 +143,22 @@ def steps(model: nn.Module, optimizer: mupass.KFAC, rows: slice, at: range) -> l
     return [p.detach().clone() for p in whole]
 
 
-def kfac(model: nn.Module) -> mupass.KFAC:
-    return mupass.KFAC(model, 0.05, 1e-2, root_every=3, weight_decay=0.1, kl_clip=1e-2, exclude=["3.weight"])
+def kfac(model: nn.Module, **options: bool) -> mupass.KFAC:
+    how = {"root_every": 3, "weight_decay": 0.1, "kl_clip": 1e-2, "exclude": ["3.weight"], **options}
+    return mupass.KFAC(model, 0.05, 1e-2, **how)
 
 
-def _sharded_worker(rank: int, port: int, path: Path) -> None:
+SHARDED = {
+    "kfac": kfac,
+    "ekfac": lambda model: kfac(model, ekfac=True),
+    "code": lambda model: mupass.KFAC(model, 0.05, 1e-2, root_every=3, kl_clip=1e-2, strict=True),
+    "shampoo": lambda model: mupass.Shampoo(model, 0.01, root_every=3, graft="adam", block_size=8),
+    "soap": lambda model: mupass.SOAP(model, 0.01, basis_every=2, eigh_every=2, block_size=3),
+    "muon": lambda model: mupass.Muon(model, 0.01, fallback="sgd"),
+}
+
+
+def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
     from torch.distributed.checkpoint import load, save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -116,23 +167,24 @@ def _sharded_worker(rank: int, port: int, path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     rows = slice(8 * rank, 8 * rank + 8)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, make = init_device_mesh("cpu", (2,)), SHARDED[name]
+    build = code if name == "code" else norms
 
     def shard() -> nn.Module:
-        model = norms()
-        fully_shard(model[3], mesh=mesh)
+        model = build()
+        fully_shard(model.inner if name == "code" else model[3], mesh=mesh)
         return fully_shard(model, mesh=mesh)  # type: ignore[no-any-return]
 
     try:
-        wrapped = nn.parallel.DistributedDataParallel(norms())
-        want = steps(wrapped, kfac(wrapped), rows, range(8))
+        wrapped = nn.parallel.DistributedDataParallel(build())
+        want = steps(wrapped, make(wrapped), rows, range(8))
         model = shard()
-        optimizer = kfac(model)
+        optimizer = make(model)
         steps(model, optimizer, rows, range(4))
         save({"model": model.state_dict(), "optimizer": optimizer}, checkpoint_id=path / "saved")
         through = steps(model, optimizer, rows, range(4, 8))
         other = shard()
-        restarted = kfac(other)
+        restarted = make(other)
         state = {"model": other.state_dict(), "optimizer": restarted}
         load(state, checkpoint_id=path / "saved")
         other.load_state_dict(state["model"])
@@ -144,12 +196,89 @@ def _sharded_worker(rank: int, port: int, path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_sharded_worker, (port, tmp_path), nprocs=2)
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
+    mp.spawn(_sharded_worker, (free_port(), name, tmp_path), nprocs=2)
     want, through, resumed = torch.load(tmp_path / "result.pt")
     for a, b, c in zip(want, through, resumed, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
         assert torch.equal(b, c)
+
+
+def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        model, mesh = code(), init_device_mesh("cpu", (1,))
+        model.inner.up = nn.Parameter(distribute_tensor(model.inner.up.detach(), mesh, [Shard(0)]))
+        found = {c.parameter: c for c in mupass.KFAC(model, 0.05).coverage()}
+        assert found["inner.up"].treatment == "adamw"
+        assert "called by inner, not by a plain module, and a sharded" in found["inner.up"].reason
+        assert found["first"].treatment == "kfac linear"
+    finally:
+        dist.destroy_process_group()
+
+
+# A rank that is killed -------------------------------------------------------------------------------------
+
+TOTAL, SAVED, KILLED, BAD = (
+    30,
+    8,
+    21,
+    5,
+)  # steps in all, between checkpoints, at the kill, with a NaN gradient
+
+
+def _killed_worker(rank: int, port: int, path: Path, kill: bool) -> None:
+    """Train with checkpoints, from the last whole one that there is; or die in the middle of a step."""
+    from torch.distributed.checkpoint import load, save
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    try:
+        model = nn.parallel.DistributedDataParallel(build())
+        optimizer = mupass.KFAC(model, 0.05, 1e-2, factor_every=2, root_every=3, kl_clip=1e-2)
+        state = {"model": model.module.state_dict(), "optimizer": optimizer}
+        whole = sorted(int(p.parent.name) for p in path.glob("*/.metadata"))  # written when all else is
+        first = whole[-1] if whole else 0
+        if first:
+            load(state, checkpoint_id=path / str(first))
+        x, y = data()
+        for at in range(first, TOTAL):
+            if at and at % SAVED == 0:
+                save(state, checkpoint_id=path / str(at))
+            rows = torch.randperm(16, generator=torch.Generator().manual_seed(at))[4 * rank : 4 * rank + 4]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            if at == BAD:
+                model.module[3].weight.grad.fill_(torch.nan)
+            if kill and at == KILLED and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+        if rank == 0:
+            loss = F.cross_entropy(model.module(x), y).item()
+            result = (first, loss, optimizer.stats(), [p.detach() for p in model.parameters()])
+            torch.save(result, path / "result.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_with_a_rank_killed_ends_where_a_clean_one_does(tmp_path: Path) -> None:
+    clean, faulty = tmp_path / "clean", tmp_path / "faulty"
+    for path in (clean, faulty):
+        path.mkdir()
+    mp.spawn(_killed_worker, (free_port(), clean, False), nprocs=2)
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.spawn(_killed_worker, (free_port(), faulty, True), nprocs=2)
+    assert not (faulty / "result.pt").exists()
+    mp.spawn(_killed_worker, (free_port(), faulty, False), nprocs=2)
+    start, loss, stats, parameters = torch.load(clean / "result.pt")
+    restart, end, counts, restored = torch.load(faulty / "result.pt")
+    assert (start, restart) == (0, 16)
+    assert counts == stats == {"steps": TOTAL - 1, "skipped_steps": 1}
+    assert end == loss < 0.5
+    assert all(torch.equal(p, q) for p, q in zip(restored, parameters, strict=True))

@@ -1,13 +1,15 @@
-"""The example and its data loader, on files written here in the idx format."""
+"""The example, the sweep by hand beside it and the data loader, on files written here in the idx format."""
 
 import gzip
 import re
+import sqlite3
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import grid
 from examples import data, fashion_mnist
 from examples.data import DataError, read_idx
 
@@ -137,11 +139,36 @@ def test_text_is_ascii_of_this_python():
     assert text.isascii() and "import" in text
 
 
+@pytest.mark.parametrize("optimizer", ["kfac", "adam"])
+def test_example_checks_sweeps_and_transfers(tmp_path, capsys, optimizer):
+    folder, store = write(tmp_path / "root", compressed=True, train=256), tmp_path / "runs.db"
+    words = (
+        f"--data {folder} --out {tmp_path / 'curves.png'} --optimizer {optimizer} --quick --batch 64 "
+        f"--store {store}"
+    )
+    code = fashion_mnist.main(words.split())
+    printed = capsys.readouterr().out
+    verdicts = re.findall(r"^(mup|standard): (PASS|FAIL)", printed, re.M)
+    assert code == 0 and verdicts == [("mup", "PASS"), ("standard", "FAIL")]
+    assert len(re.findall(r"width 64 +width 128", printed)) == 2
+    assert "tuned at width 64, for a model of width 128" in printed
+    assert float(re.search(r"test accuracy ([\d.]+) %", printed)[1]) > 20
+    for parameterization in ("mup", "standard"):
+        assert (tmp_path / f"curves_{parameterization}.png").read_bytes().startswith(b"\x89PNG")
+    with sqlite3.connect(store) as runs:  # three rates, two widths, two parameterizations; the proxy is known
+        assert runs.execute("select count(*) from runs").fetchone() == (12,)
+
+
+def test_example_without_data_ends_with_code_2(tmp_path, capsys):
+    assert fashion_mnist.main(["--data", str(tmp_path), "--quick"]) == 2
+    assert "apt-get install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer", "widths"),
     [("mlp", "kfac", "16 32"), ("cnn", "shampoo", "4 8"), ("mlp", "adam", "16 32"), ("mlp", "sgd", "16 32")],
 )
-def test_example_runs_end_to_end(tmp_path, capsys, model, optimizer, widths):
+def test_the_sweep_by_hand_runs_end_to_end(tmp_path, capsys, model, optimizer, widths):
     folder, out = write(tmp_path / "root", compressed=True), tmp_path / "curves.png"
     lrs = {
         "kfac": "2^-9 2^-4 2^20",
@@ -149,7 +176,7 @@ def test_example_runs_end_to_end(tmp_path, capsys, model, optimizer, widths):
         "adam": "2^-14 2^-7 2^20",
         "sgd": "2^-9 2^-4 2^20",
     }
-    code = fashion_mnist.main(
+    code = grid.main(
         f"--data {folder} --out {out} --model {model} --optimizer {optimizer} --widths {widths} --epochs 2 "
         f"--batch 32 --lrs {lrs[optimizer]}".split()
     )
@@ -173,14 +200,14 @@ def test_all_runs_diverging_still_gives_a_report(tmp_path, capsys):
     words = (
         f"--data {folder} --out {out} --optimizer sgd --widths 16 32 --lrs 2^30 2^31 --epochs 2 --batch 32"
     )
-    assert fashion_mnist.main(words.split()) == 0
+    assert grid.main(words.split()) == 0
     printed = capsys.readouterr().out
     assert printed.count("diverged") == 8 and printed.count("16: none, 32: none") == 2
     assert "*" not in printed and out.exists()
 
 
 def test_missing_data_ends_with_code_2(tmp_path, capsys):
-    assert fashion_mnist.main(["--data", str(tmp_path), "--quick"]) == 2
+    assert grid.main(["--data", str(tmp_path), "--quick"]) == 2
     assert "apt-get install" in capsys.readouterr().err
 
 
@@ -190,12 +217,12 @@ def test_missing_data_ends_with_code_2(tmp_path, capsys):
 )
 def test_bad_arguments(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        fashion_mnist.parse(words.split())
+        grid.parse(words.split())
     assert caught.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
-def run(width: int, lr: float, loss: float) -> fashion_mnist.Run:
-    return fashion_mnist.Run("mup", width, lr, loss, 0.5)
+def run(width: int, lr: float, loss: float) -> grid.Run:
+    return grid.Run("mup", width, lr, loss, 0.5)
 
 
 def test_best_knows_the_edges_of_the_grid():
@@ -207,6 +234,6 @@ def test_best_knows_the_edges_of_the_grid():
         run(16, 0.2, 2.0),
         run(16, 0.4, 3.0),
     ]
-    assert fashion_mnist.best(runs, "mup", 8) == (runs[2], True)
-    assert fashion_mnist.best(runs, "mup", 16) == (runs[3], False)
-    assert fashion_mnist.steps_moved(runs, "mup") == 1
+    assert grid.best(runs, "mup", 8) == (runs[2], True)
+    assert grid.best(runs, "mup", 16) == (runs[3], False)
+    assert grid.steps_moved(runs, "mup") == 1

@@ -95,6 +95,37 @@ def test_blocks_grow_in_number_and_experts_do_not() -> None:
     assert analysis["gate.weight"].ambiguous == (True, False)
 
 
+class HeadWeights(nn.Module):
+    """A weight a head, for queries that all heads read from one activation; and one that each reads alone."""
+
+    def __init__(self, how: str, heads: int = 4, head_dim: int = 8):
+        super().__init__()
+        d = heads * head_dim
+        self.how = how
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(d, 5)
+        self.query = nn.Parameter(torch.randn(heads, d, head_dim) / d**0.5)
+        self.mix = nn.Parameter(torch.randn(heads, head_dim, head_dim) / head_dim**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x))
+        q = {
+            "einsum": lambda: torch.einsum("btd,hdk->bhtk", h, self.query),
+            "einsum, axis of one": lambda: torch.einsum("bhtd,hdk->bhtk", h[:, None], self.query),
+            "matmul, axis of one": lambda: h[:, None] @ self.query,
+        }[self.how]()
+        y = F.scaled_dot_product_attention(q, q, q) @ self.mix
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("how", ["einsum", "einsum, axis of one", "matmul, axis of one"])
+def test_an_axis_that_is_broadcast_is_not_shared(how: str) -> None:
+    analysis = mupass.analyze(HeadWeights(how), randn(2, 6, 5), base=HeadWeights(how, heads=2))
+    query, (mix,) = analysis["query"], analysis["mix"].uses
+    assert (query.role, query.fan_in_axes, query.fan_out_axes) == ("hidden", (1,), (0, 2))
+    assert (query.m_in, query.m_out) == (2, 2)
+    assert (mix.fan_in, mix.fan_out) == ((1,), (2,))  # here every head has an activation of its own
+
+
 def test_only_fixed_parts_of_a_table_are_read() -> None:
     class Relative(nn.Module):
         def __init__(self, d: int = 16):

@@ -89,16 +89,16 @@ def test_quintics_are_the_best_on_their_intervals(lower: float) -> None:
     assert high - low < 1e-2
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.115), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.2), (torch.bfloat16, 0.3)])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32), (24, 96), (72, 24)])
 def test_singular_values_come_out_near_one(
     shape: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(3, n, min(shape))).Q for n in shape)
-    s = torch.logspace(-2.5, 0, min(shape))
+    s = torch.logspace(-2.3, 0, min(shape))  # above 0.003 of the norm
     x = (u * s) @ v.mT
-    got = torch.linalg.svdvals(orthogonalize(x, torch.zeros(3), quintics(5), dtype))
+    got = torch.linalg.svdvals(orthogonalize(x, torch.zeros(3), quintics(4), dtype))
     if max(shape) >= 3 * min(shape) and dtype is torch.bfloat16:
         tolerance = 0.35  # through the Gram matrix, which holds squares: small singular values lose digits
     assert (got - 1).abs().max() < tolerance
@@ -109,7 +109,8 @@ def test_wide_matrices_take_the_same_polynomials(steps: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 10, 40, dtype=torch.float64)
     got = orthogonalize(x, torch.zeros(2, dtype=torch.float64), quintics(steps), x.dtype)
-    u, s, v = torch.linalg.svd(x / x.flatten(1).norm(dim=1)[:, None, None], full_matrices=False)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s /= s.norm(p=4, dim=1, keepdim=True)
     for a, b, c in quintics(steps):
         s = a * s + b * s**3 + c * s**5
     torch.testing.assert_close(got, (u * s[:, None, :]) @ v)

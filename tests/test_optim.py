@@ -74,6 +74,7 @@ def assert_equal(first: nn.Module, second: nn.Module) -> None:
 
 OPTIONS: dict[str, tuple[Make, dict[str, Any]]] = {
     "kfac": (mupass.KFAC, {"factor_every": 3, "root_every": 2, "weight_decay": 0.1}),
+    "ekfac": (mupass.KFAC, {"ekfac": True, "sharing": "reduce", "factor_every": 2, "root_every": 3}),
     "kfac pi": (mupass.KFAC, {"damping_mode": "pi", "e_a": 0.5, "e_b": 0.5, "fallback": "sgd"}),
     "foof": (mupass.KFAC, {"e_b": 0.0, "momentum": 0.0, "factor_every": 2}),
     "shampoo": (mupass.Shampoo, {"root_every": 3, "weight_decay": 0.1, "block_size": 5}),

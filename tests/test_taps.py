@@ -252,7 +252,7 @@ def test_raw_sums_are_those_of_the_definition(case: Case) -> None:
     assert taps.keys() == want.keys()
     terms = len(terms_of(case)(plain))
     for name, tap in taps.items():
-        a, (b,), rows = tap.take()
+        a, (b,), rows, _ = tap.take()
         assert rows == want[name].rows
         b_want = torch.stack(want[name].b) * terms
         torch.testing.assert_close(b, b_want, rtol=1e-9, atol=1e-12)
@@ -277,7 +277,7 @@ def test_open_taps_change_neither_output_nor_gradients(case: Case) -> None:
         assert torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
 
 
-def sums(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def sums(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Any]:
     """Raw sums of one backward pass."""
     with opened(model) as taps:
         run().backward()
@@ -290,7 +290,7 @@ def assert_same_sums(found: dict[str, Any], want: dict[str, Any]) -> None:
         torch.testing.assert_close(found[name], want[name])
 
 
-def layer_sums(layer: nn.Module, x: Tensor, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
+def layer_sums(layer: nn.Module, x: Tensor, **how: Any) -> Any:
     """Raw sums of a bare layer under the loss sum(y^2)."""
     copied = copy.deepcopy(layer)
     attach(copied)
@@ -410,7 +410,7 @@ def _float_taps(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Any]:
     with opened(model) as taps:
         run().backward()
     found = {n: t.take() for n, t in taps.items()}
-    return {n: (a, *b) for n, (a, b, _) in found.items()}
+    return {n: (s.a, *s.b) for n, s in found.items()}
 
 
 def test_copies_get_idle_taps_of_their_own() -> None:

@@ -1,13 +1,15 @@
 """transfer tunes a narrow copy, and makes the full model with what it found."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_sweep import data
-from torch import nn
+from torch import Tensor, nn
 
 import mupass
 
@@ -82,6 +84,65 @@ def test_optuna_searches_and_goes_on_after_a_break(tmp_path: Path) -> None:
     assert min(t.loss for t in long.search.trials) <= min(t.loss for t in grid.trials) * 1.25
 
 
+def held_out(model: nn.Module) -> Tensor:
+    x = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
+    return nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
+
+
+def plain_sgd(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"), momentum=momentum)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "grid"),
+    [
+        ("adam", GRID),
+        ("shampoo", {"lr": [2.0**p for p in range(-9, 1, 3)], "damping": [1e-4, 1e-2, 1.0]}),
+        (plain_sgd, {"lr": [2.0**p for p in range(-7, 2)], "momentum": [0.1, 0.5, 0.9]}),
+    ],
+    ids=["adam", "shampoo", "sgd"],
+)
+def test_gradients_find_what_a_grid_finds(optimizer: Any, grid: dict[str, list[float]]) -> None:
+    settings = {"grid": grid, "optimizer": optimizer, "evaluate": held_out, **QUICK, "steps": 15}
+    searched = mupass.transfer(mlp(), data(), driver="gradient", trials=20, **settings)
+    tried = mupass.transfer(mlp(), data(), **settings)
+    lowest, of_grid = (min(t.loss for t in found.search.trials) for found in (searched, tried))
+    assert lowest <= of_grid * 1.01
+    assert searched.search.driver == "gradient" and len(searched.search.trials) == 20
+    best = min(searched.search.trials, key=lambda t: t.loss)
+    assert dict(searched.hyperparameters) == dict(best.point)
+    assert searched.record()["driver"] == "gradient"
+    for name, values in grid.items():
+        assert min(values) * 0.999 <= searched.hyperparameters[name] <= max(values) * 1.001
+
+
+def test_a_gradient_search_goes_on_after_a_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"grid": GRID, "optimizer": "adam", "driver": "gradient", "seeds": 2, **QUICK}
+    store = tmp_path / "runs.db"
+    short = mupass.transfer(mlp(), data(), trials=3, store=store, **settings)
+    long = mupass.transfer(mlp(), data(), trials=6, store=store, **settings)
+    assert long.search.trials[:6] == short.search.trials and len(long.search.trials) == 12
+    fresh = mupass.transfer(mlp(), data(), trials=6, **settings)
+    assert fresh.search == long.search
+    monkeypatch.setattr("mupass._study.descent.unrolled", None)  # all is in the store
+    assert mupass.transfer(mlp(), data(), trials=6, store=store, **settings).search == long.search
+
+
+def test_a_gradient_search_leaves_what_diverges() -> None:
+    settings = {**QUICK, "optimizer": "sgd", "driver": "gradient", "trials": 14}
+    found = mupass.transfer(mlp(), data(), grid=[1e-2, 1e12], **settings)
+    losses = [t.loss for t in found.search.trials]
+    assert math.isinf(losses[0]) and math.isfinite(min(losses)) and min(losses) < 1.3
+
+
+def test_the_initial_law_can_be_stated() -> None:
+    before = mlp()[2].weight.std()
+    settings = {"grid": [0.01, 0.02], "optimizer": "sgd", **QUICK}
+    for init, factor in {"auto": 1.0, "constant": 0.5}.items():  # 1/sqrt(128/32)
+        found = mupass.transfer(mlp(), data(), init=init, **settings)
+        assert (found.model[2].weight.std() / before).item() == pytest.approx(factor)
+
+
 def test_what_cannot_be_transferred_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     before = [p.clone() for p in model.parameters()]
@@ -91,6 +152,14 @@ def test_what_cannot_be_transferred_is_refused(monkeypatch: pytest.MonkeyPatch) 
         "must be narrower": {"proxy": 128},
         "unknown driver": {"driver": "random"},
         "needs Optuna": {"driver": "optuna"},
+        "one process": {"driver": "gradient", "jobs": 2},
+        "two different values": {"driver": "gradient", "grid": [0.1]},
+        "must be below 1": {
+            "driver": "gradient",
+            "optimizer": plain_sgd,
+            "grid": {"lr": [0.1, 0.2], "momentum": [0.5, 1.0]},
+        },
+        "trials must be at least 1": {"driver": "gradient", "trials": 0},
         "every run on the proxy diverged": {"grid": [1e9], "optimizer": "sgd"},
     }.items():
         with pytest.raises(mupass.StudyError, match=message):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from zoo.case import Case, Cases
+from zoo.plain_blind import CASES as BLIND
 from zoo.plain_dense import CASES as DENSE
 from zoo.plain_kinds import CASES as KINDS
 from zoo.plain_more import CASES as MORE
@@ -24,6 +25,7 @@ PACKAGED = {
     "hf_text": ("transformers",),
     "hf_other": ("transformers",),
     "hf_more": ("transformers",),
+    "hf_blind": ("transformers",),
     "vision": ("timm", "torchvision"),
     "vision_more": ("timm", "torchvision", "transformers"),
     "generative": ("diffusers",),
@@ -51,7 +53,7 @@ def packaged() -> Iterator[pytest.param]:
         yield from (pytest.param(case, marks=pytest.mark.zoo, id=name) for name, case in cases.items())
 
 
-PLAIN = {**DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
+PLAIN = {**BLIND, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
 
 

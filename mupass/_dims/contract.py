@@ -16,7 +16,8 @@ def contract(
 
     This is also where parameters are recognized as weights: an axis that a parameter shares with an
     activation and that is summed is fan_in, one that only the parameter has is fan_out, and one that both
-    have and the output keeps is a batch of separate weights.
+    have and the output keeps is a batch of separate weights. An axis of length 1 that is broadcast against
+    the parameter's counts as one that the activation does not have.
     """
     table: dict[str, Axis] = {}
     for value, names in zip(operands, labels, strict=True):
@@ -27,13 +28,14 @@ def contract(
             call.unify(known, axis)
     weights = [i for i, v in enumerate(operands) if v.parametric]
     for i in weights:
-        _blocks(call, dict(zip(labels[i], operands[i].axes, strict=True)), labels, out)
+        own = dict(zip(labels[i], operands[i].axes, strict=True))
+        _blocks(call, own, _met(i, own, operands, labels), out)
     basis = len(weights) == len(operands) > 1
     if basis:
         weights = weights[-1:]  # both are parameters: the second acts on the first
     for i in weights:
-        others = {n for j, names in enumerate(labels) if j != i for n in names}
         own = dict(zip(labels[i], operands[i].axes, strict=True))
+        others = _met(i, own, operands, labels)
         summed = [a for n, a in own.items() if n in others and n not in out]
         made = [a for n, a in own.items() if n not in others and n in out]
         if summed or made:
@@ -62,9 +64,19 @@ def _bilinear(call: Call, table: dict[str, Axis], labels: Sequence[Labels], out:
     call.facts.bilinear.append(Bilinear(batch, inner, call.where))
 
 
-def _blocks(call: Call, own: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
+def _met(i: int, own: dict[str, Axis], operands: Sequence[Value], labels: Sequence[Labels]) -> set[str]:
+    """Return the labels of one operand that others have too, not as a single entry for all of its own."""
+    return {
+        name
+        for j, (names, value) in enumerate(zip(labels, operands, strict=True))
+        for name, axis in zip(names, value.axes, strict=True)
+        if j != i and name in own and (axis.size > 1 or own[name].size == 1)
+    }
+
+
+def _blocks(call: Call, own: dict[str, Axis], met: set[str], out: Labels) -> None:
     """A weight with a batch axis is one small weight for each block of the width."""
-    shared = {n for n in own if n in out and sum(n in names for names in labels) > 1 and own[n].size > 1}
+    shared = {n for n in own if n in out and n in met and own[n].size > 1}
     if shared and not call.static:
         inner = tuple(a.dim for n, a in own.items() if n not in shared and a.size > 1)
         call.facts.blocks.append(Bilinear(tuple(own[n].dim for n in shared), inner, call.where))

@@ -3,6 +3,7 @@
 from mupass._dims.elementwise import broadcast
 from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import NOWHERE, Axis
+from mupass._dims.graph import is_filled
 from mupass._dims.shape import split_axis
 
 
@@ -120,7 +121,8 @@ def select(call: Call) -> Result:
     """Take single positions of one axis; they mean different things, so it does not grow."""
     source = call.values[0]
     dim = call.get("dim", 0) % len(source.axes)
-    call.enumerate(source.axes[dim], "its positions are taken one by one")
+    if not is_filled(call.node.args[0]):  # all its entries are alike: the pick is made for its shape
+        call.enumerate(source.axes[dim], "its positions are taken one by one")
     rest = call.value(source.axes[:dim] + source.axes[dim + 1 :])
     return rest if call.operator.startswith("aten.select") else [rest] * len(call.shapes)
 

@@ -54,6 +54,8 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "aten.tril",
     "aten.triu",
     "aten.flip",
+    "aten.fliplr",
+    "aten.flipud",
     "aten.roll",
     "aten.fill_",
     "aten.fill",
@@ -195,6 +197,16 @@ def create(call: Call) -> Result:
     """New axes of literal size: nothing is known of them until they meet another tensor."""
     outputs = [call.value([call.new(s) for s in shape], static=True) for shape in call.shapes]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@rule("aten.rot90")
+def rotate(call: Call) -> Result:
+    """Turn a plane by right angles: an odd number of them swaps its axes."""
+    axes = list(call.values[0].axes)
+    i, j = call["dims"]
+    if call.get("k", 1) % 2:
+        axes[i], axes[j] = axes[j], axes[i]
+    return call.value(axes)
 
 
 @rule("aten.eye")

@@ -62,6 +62,13 @@ def is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem" and not hasattr(node.target, "_schema")
 
 
+def is_filled(node: Any) -> bool:
+    """Return whether a tensor is made of one number."""
+    return isinstance(node, Node) and operator_name(node.target).startswith(
+        ("aten.zeros", "aten.ones", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full")
+    )
+
+
 def broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
     return len(small) <= len(big) and all(s in (1, b) for s, b in zip(small[::-1], big[::-1], strict=False))
 

@@ -14,6 +14,8 @@ from mupass._dims.facts import Axis, Value
     "aten.log_softmax",
     "aten._log_softmax",
     "aten.softmin",
+    "aten.special_softmax",
+    "aten.special_log_softmax",
 )
 def softmax(call: Call) -> Result:
     """Entries along the axis compete: they are alternatives."""
@@ -56,6 +58,11 @@ def wrap(dims: int | Sequence[int] | None, rank: int) -> set[int]:
     "aten.aminmax",
     "aten.frobenius_norm",
     "aten.special_logsumexp",
+    "aten.linalg_norm",
+    "aten.native_norm",
+    "aten.nuclear_norm",
+    "aten.trapezoid",
+    "aten.trapz",
 )
 def reduce(call: Call) -> Result:
     """The reduced axes go, the others stay."""
@@ -63,13 +70,40 @@ def reduce(call: Call) -> Result:
     if len(values) == 2:  # max.other, min.other
         return pointwise(call)
     (source,) = values
-    gone = wrap(call.get("dim"), len(source.axes))
+    default = -1 if "trap" in call.operator else None
+    gone = wrap(call.get("dim", default), len(source.axes))
     kept = [a for i, a in enumerate(source.axes) if i not in gone]
     held = [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
     outputs = [
         call.value(kept if len(s) == len(kept) and not call.get("keepdim") else held) for s in call.shapes
     ]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@rule("aten.linalg_matrix_norm", "aten.linalg_cond")
+def matrix_norm(call: Call) -> Result:
+    """Two axes go, by default the last."""
+    call.arguments.setdefault("dim", [-2, -1])
+    return reduce(call)
+
+
+@rule("aten.dist")
+def distance(call: Call) -> Result:
+    """One number for two tensors that agree."""
+    left, right = call.values[:2]
+    broadcast(call, [left, right], max(len(left.axes), len(right.axes)))
+    return call.value(())
+
+
+@rule("aten.quantile", "aten.nanquantile")
+def quantile(call: Call) -> Result:
+    """As `reduce`; several quantiles are a new first axis."""
+    source = call.values[0]
+    gone = wrap(call.get("dim"), len(source.axes))
+    kept = [a for i, a in enumerate(source.axes) if i not in gone]
+    held = [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
+    axes = held if call.get("keepdim") else kept
+    return call.value([*(call.new(s) for s in call.shape[: len(call.shape) - len(axes)]), *axes])
 
 
 @rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.msort")

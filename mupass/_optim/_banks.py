@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim._parallel import share, sum_over_ranks
+from mupass._optim._parallel import divided
 from mupass._optim._roots import diagonal_roots, inverse_roots
+from mupass._pieces import cut, paste
 
 
 class Bank:
@@ -33,6 +34,7 @@ class Bank:
         # Total weight of what was averaged, for each factor; divides out the start from zero.
         self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
         self.rooted = torch.zeros_like(self.weight)
+        self._traces: Tensor | None = None  # until the averages change
 
     @property
     def diagonal(self) -> bool:
@@ -52,6 +54,7 @@ class Bank:
         Returns:
             Keys whose observation was not finite.
         """
+        self._traces = None
         firsts = [self.slot[key] for key in new]
         stacks = [m if m.dim() == self.factors.dim() else m[None] for m in new.values()]
         if not stacks:
@@ -75,15 +78,22 @@ class Bank:
         self.weight[kept] = 1.0 if decay == 1 else decay * self.weight[kept] + fresh
         return [self.keys[i] for i in at[~finite].tolist()]
 
-    def value(self) -> Tensor:
-        """Return the averages, corrected for the start from zero; zeros for what was never observed."""
-        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
-        return self.factors / weight.view(-1, *[1] * (self.factors.dim() - 1))
+    def value(self, at: Tensor | slice = slice(None)) -> Tensor:
+        """Return the averages, corrected for the start from zero; zeros for what was never observed.
+
+        Args:
+            at: Slots; all by default.
+        """
+        factors, weight = self.factors[at], self.weight[at]
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return factors / weight.view(-1, *[1] * (factors.dim() - 1))
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
-        weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
-        return _trace(self.factors) / weight
+        if self._traces is None:
+            weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+            self._traces = _trace(self.factors) / weight
+        return self._traces
 
     def drifted(self, ratio: float) -> Tensor:
         """Return which factors have grown or shrunk so much since their root was computed that it is stale.
@@ -116,20 +126,29 @@ class Bank:
         """
         self.rooted[at] = self.traces()[at]
         if self.diagonal:
-            value = self.value()[at]
+            value = self.value(at)
             rho = damping[at] * value.amax(-1) if relative else damping[at]
             self.roots[at] = diagonal_roots(value, rho, power)
             return torch.zeros(len(at), dtype=torch.bool)
-        mine = share(at, ranks)
-        found, failed = inverse_roots(self.value()[mine], damping[mine], power, self.roots[mine], relative)
-        if ranks == 1:
-            self.roots[mine] = found.to(self.roots.dtype)
-            return failed
-        roots, flags = torch.zeros_like(self.roots), torch.zeros_like(self.weight)
-        roots[mine], flags[mine] = found.to(roots.dtype), failed.to(flags.dtype)
-        roots, flags = sum_over_ranks([roots, flags])
-        self.roots[at] = roots[at]
-        return flags[at] > 0
+
+        def compute(slots: Tensor) -> tuple[Tensor, Tensor]:
+            mine = _run(slots)
+            root, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
+            return root.to(self.roots.dtype), failed.to(self.weight.dtype)
+
+        self.roots[at], failed = divided(at, ranks, compute)
+        return failed > 0
+
+    def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
+        """Multiply with the roots of some slots.
+
+        Args:
+            stack: ``[count, out, in]``.
+            first: First slot.
+            count: Number of slots.
+            left: From which side.
+        """
+        return times(stack, self.roots[first : first + count], left)
 
     def layout(self) -> list[Any]:
         """Return what a saved state must agree in: shape of the factors, and whose they are."""
@@ -149,6 +168,25 @@ class Bank:
         self.roots.copy_(state["roots"])
         self.weight.copy_(state["weight"])
         self.rooted.copy_(state["rooted"])
+        self._traces = None
+
+
+def _run(slots: Tensor) -> Tensor | slice:
+    """Return slots that stand together as a slice, which takes views where indices take copies."""
+    ends = slots[[0, -1]].tolist() if len(slots) else [0, -1]
+    return slice(ends[0], ends[1] + 1) if ends[1] - ends[0] + 1 == len(slots) else slots
+
+
+def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` from one side by ``[groups * blocks, n, n]`` or by ``[groups, n]``."""
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    count = len(factor) // len(stack)
+    if count > 1:
+        rows = stack.mT if left else stack
+        found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
+        return found.mT if left else found
+    return factor @ stack if left else stack @ factor
 
 
 def _trace(factors: Tensor) -> Tensor:

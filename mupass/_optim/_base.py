@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim._checks import Coverage, Covered, check_choice, check_number
 from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step, follow, momentum_state
-from mupass._optim._parallel import is_sharded, local, refuse_sharded, sum_over_ranks, whole
+from mupass._optim._parallel import is_sharded, local, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
@@ -28,7 +28,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    takes_shards = False
     smooths = True  # whether momentum is added to directions here, or they have it already
 
     def __init__(
@@ -57,15 +56,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self.names = {p: n for n, p in self.root.named_parameters() if p.requires_grad}
         if not self.names:
             raise OptimizerError("every parameter of the model is frozen")
-        if not self.takes_shards:
-            refuse_sharded([(n, p) for p, n in self.names.items()])
         self._steps = 0
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
         own, reasons = self._assign()
         self._coverage = Coverage(
-            Covered(n, own.get(n, fallback), "" if n in own else reasons.get(n, ""))
-            for n in self.names.values()
+            Covered(n, own.get(n, fallback), reasons.get(n, "")) for n in self.names.values()
         )
         left = [c for c in self._coverage if c.parameter not in own]
         if not own and self._wanted():

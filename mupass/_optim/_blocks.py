@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, prod
 
 import torch
@@ -32,7 +33,7 @@ class Blocking:
     size: int = WHOLE
     modes: bool = False
 
-    @property
+    @cached_property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
         """Return the axes that make up each side of a matrix."""
         g = self.geometry
@@ -45,14 +46,14 @@ class Blocking:
         Args:
             tensor: The parameter, or its gradient.
         """
-        stacks = self._whole.split(tensor)
-        return [tile for stack in stacks for matrix in stack for tile in _tiles(matrix, self.size)]
+        return self._cut(self._whole.split(tensor))
 
-    @property
+    @cached_property
     def _whole(self) -> Matrices:
         g = self.geometry
         return Matrices(g.shape, g.fan_out_axes, g.fan_in_axes, g.fusions, sides=self._sides)
 
+    @torch.no_grad()
     def paste(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """Put blocks together again.
 
@@ -60,11 +61,18 @@ class Blocking:
             blocks: Tensors of the shapes that `cut` gives.
             like: The parameter.
         """
-        rest, stacks = iter(blocks), []
-        for stack in self._whole.split(like):
-            matrices = [_untile(rest, stack.shape[1:], self.size) for _ in range(stack.shape[0])]
-            stacks.append(matrices[0] if len(matrices) == 1 else torch.stack(matrices))
+        stacks = [torch.empty(shape, dtype=blocks[0].dtype, device=like.device) for shape in self._shapes]
+        torch._foreach_copy_(self._cut(stacks), list(blocks))
         return self._whole.join(stacks, like)
+
+    @cached_property
+    def _shapes(self) -> list[torch.Size]:
+        """Return the shape of every stack of matrices."""
+        return [stack.shape for stack in self._whole.split(torch.empty(self.geometry.shape, device="meta"))]
+
+    def _cut(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the blocks of all matrices, as views."""
+        return [tile for stack in stacks for matrix in stack for tile in _tiles(matrix, self.size)]
 
     def growth(self) -> float:
         """Return the number of blocks relative to that at the base width."""
@@ -88,11 +96,3 @@ def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
         return [tensor]
     parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
     return [tile for part in parts for tile in _tiles(part, size, axis + 1)]
-
-
-def _untile(tiles: Iterator[Tensor], shape: Sequence[int], size: int, axis: int = 0) -> Tensor:
-    """Undo `_tiles`."""
-    if axis == len(shape):
-        return next(tiles)
-    parts = [_untile(tiles, shape, size, axis + 1) for _ in range(ceil(shape[axis] / size))]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

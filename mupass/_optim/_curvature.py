@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,10 @@ from mupass._blocks import Block, Cover, Factor, Place, Tied
 from mupass._errors import OptimizerError
 from mupass._factors import factor_dtype
 from mupass._intercept import intercept
+from mupass._leaves import Sums, Tap
 from mupass._optim._parallel import sum_over_ranks
-from mupass._taps import Tap, tap_of
+from mupass._taps import tap_of
 from mupass._terms import terms_tap_of
-
-Raw = tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,15 @@ class Curvature:
         if self.taps and sides[1] and loss.terms is None:
             terms.open(device)
 
+    def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
+        """Collect second moments as well.
+
+        Args:
+            bases: Tap -> basis of its input, then of the output of every matrix.
+        """
+        for place, own in bases.items():
+            self.taps[place].rescale(own)
+
     def collect(self, on: bool) -> None:
         """Collect factors in the passes that follow, or stop.
 
@@ -86,14 +94,11 @@ class Curvature:
         for tap in self.taps.values():
             tap.clear()
 
-    def take(self, scale: float = 1.0) -> dict[Place, Raw]:
+    def take(self, scale: float = 1.0) -> dict[Place, Sums]:
         """Take what was summed since the last call: A over rows, B over loss terms; empty if nothing was.
 
         Args:
             scale: What the loss was multiplied by (by a gradient scaler); B carries its square.
-
-        Returns:
-            Place -> A, the Bs, and the number of rows.
         """
         sums = {place: found for place, tap in self.taps.items() if (found := tap.take()) is not None}
         if not sums:
@@ -103,20 +108,26 @@ class Curvature:
             sums, terms = self._over_ranks(sums, terms)
         # In place: the gradients of the leaves are ours. Each rank's mean divides by its own share of terms.
         factor = (float(terms) / self.ranks**2 if self.loss.mean else 1 / float(terms)) / scale**2
-        for a, b, rows in sums.values():
-            if a is not None:
-                a.div_(rows)
-            for m in b:
+        for found in sums.values():
+            if found.a is not None:
+                found.a.div_(found.rows)
+            for m in (*found.b, *found.moments):
                 if m is not None:
                     m.mul_(factor)
         return sums
 
     def _over_ranks(
-        self, sums: Mapping[Place, Raw], terms: Tensor | float
-    ) -> tuple[dict[Place, Raw], Tensor]:
+        self, sums: Mapping[Place, Sums], terms: Tensor | float
+    ) -> tuple[dict[Place, Sums], Tensor]:
         """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
-        rows = next(iter(sums.values()))[2]
-        flat = [m for a, b, count in sums.values() for m in (a, *b, count) if m is not None]
+        rows = next(iter(sums.values())).rows
+        # Moments are not symmetric: sent flat, as all of their entries.
+        flat = [
+            m
+            for s in sums.values()
+            for m in (s.a, *s.b, s.rows, *(m.flatten(1) for m in s.moments))
+            if m is not None
+        ]
         *flat, total = sum_over_ranks([*flat, torch.as_tensor(terms, dtype=rows.dtype, device=rows.device)])
         rest = iter(flat)
 
@@ -124,8 +135,9 @@ class Curvature:
             return None if m is None else next(rest)
 
         found = {}
-        for place, (a, b, _) in sums.items():
-            found[place] = (summed(a), tuple(summed(m) for m in b), next(rest))
+        for place, s in sums.items():
+            a, b, count = summed(s.a), tuple(summed(m) for m in s.b), next(rest)
+            found[place] = Sums(a, b, count, tuple(next(rest).view_as(m) for m in s.moments))
         return found, total
 
     def _count_terms(self) -> Tensor | float:
@@ -142,7 +154,7 @@ class Curvature:
         return counted
 
 
-def observed(factor: Factor, taken: Mapping[Place, Raw]) -> Tensor | None:
+def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
     """Return one factor of this step, or None where none of its taps took part.
 
     Args:
@@ -151,15 +163,28 @@ def observed(factor: Factor, taken: Mapping[Place, Raw]) -> Tensor | None:
     """
     raw = [taken[p] for p in factor.places if p in taken]
     if factor.side == "b":
-        found = [m for _, b, _ in raw if (m := b[factor.piece]) is not None]
-        return None if not found else found[0] if len(found) == 1 else torch.stack(found).sum(0)
-    pairs = [(a, rows) for a, _, rows in raw if a is not None]
+        return _sum([m for sums in raw if (m := sums.b[factor.piece]) is not None])
+    pairs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
     if len(pairs) < 2:
         return pairs[0][0] if pairs else None
     return torch.stack([a * n for a, n in pairs]).sum(0) / torch.stack([n for _, n in pairs]).sum(0)
 
 
-def nearest_product(tied: Tied, taken: Mapping[Place, Raw]) -> tuple[Tensor, Tensor] | None:
+def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
+    """Return the second moments of this step, or None where none of their taps took part.
+
+    Args:
+        factor: Output factor of their matrix, which knows its taps.
+        taken: Result of `Curvature.take`.
+    """
+    return _sum([taken[p].moments[factor.piece] for p in factor.places if p in taken])
+
+
+def _sum(found: list[Tensor]) -> Tensor | None:
+    return None if not found else found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[Tensor, Tensor] | None:
     """Return the Kronecker product nearest to ``A1 (x) B1 + B2 (x) A2`` in the Frobenius norm.
 
     Its factors lie in the spans of (A1, B2) and (B1, A2), so that alternating least squares works on two
@@ -202,8 +227,7 @@ def _inputs(block: Block) -> Iterable[Factor]:
 
 def _tap(root: nn.Module, place: Place) -> Tap:
     if place.module is None:
-        parameter = root.get_parameter(place.parameter)
-        return intercept(parameter, place.parameter, place.key)
+        return intercept(root, place.parameter, place.key)
     tap = tap_of(root.get_submodule(place.module))
     if tap is None:
         raise OptimizerError(f"{place.module} has lost its tap; transform the model again")

@@ -84,7 +84,7 @@ def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor
     if "momentum" not in state:
         state["momentum"] = direction.clone()
     else:
-        state["momentum"].mul_(momentum).add_(direction)
+        torch.add(direction, state["momentum"], alpha=momentum, out=state["momentum"])  # one pass, not two
     return state["momentum"]  # type: ignore[no-any-return]
 
 

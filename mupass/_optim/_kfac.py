@@ -16,6 +16,7 @@ from mupass._optim._base import PlannedOptimizer
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._curvature import Curvature, Loss
 from mupass._optim._damping import MODES
+from mupass._optim._eigen import not_rescaled
 from mupass._optim._kronecker import Kronecker
 from mupass._optim._parallel import sharded_like, whole, world_size
 from mupass._plan import OptimizerSpec
@@ -54,7 +55,7 @@ class KFAC(PlannedOptimizer):
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
         damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
-            branches that start behind a gate of zero.
+            queries and keys, whose gradients are small at first, and branches behind a gate of zero.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
@@ -63,8 +64,15 @@ class KFAC(PlannedOptimizer):
             drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
             ``reduce`` averages inputs and sums gradients over the positions of a sample (arXiv 2311.00636).
+        ekfac: Scale the gradient in the eigenbases of A and B by its own second moments there instead of the
+            products of eigenvalues (EKFAC; George et al., arXiv 1806.03884), see `mupass` docs: scale table.
+            For weights with two full factors; the others keep K-FAC, and `coverage` says why. ``e_a`` and
+            ``e_b`` must be 1.
         diagonal_above: Sides of fixed size (a vocabulary) above this keep the diagonal of their factor only;
             sides that grow with the width never do, because that would change the exponents.
+        block_size: Longer sides are cut into equal blocks of at most this size, and their factors keep what
+            is inside the blocks. Steps are divided by what the number of blocks has grown since the base
+            width (to the powers ``e_a`` and ``e_b``), so that exponents stay. None keeps factors whole.
         norms: Whether gains and shifts (of norms, or in code) are preconditioned; else they fall back.
         exclude: Patterns (as in `fnmatch`) of parameters that are left to the fallback.
         fallback: ``adamw`` or ``sgd``, for parameters that K-FAC does not take (see `coverage`).
@@ -84,8 +92,6 @@ class KFAC(PlannedOptimizer):
         PlanError: The model was not transformed.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -102,11 +108,13 @@ class KFAC(PlannedOptimizer):
         root_drift: float = 2.0,
         stagger: bool = True,
         damping_mode: str = "trace",
-        damping_floor: float = 1e-4,
+        damping_floor: float = 0.1,
         kl_clip: float | None = None,
         fisher: str = "empirical",
         sharing: str = "expand",
+        ekfac: bool = False,
         diagonal_above: int = 8192,
+        block_size: int | None = None,
         norms: bool = True,
         exclude: Sequence[str] = (),
         fallback: str = "adamw",
@@ -128,6 +136,17 @@ class KFAC(PlannedOptimizer):
         self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
         self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
+        self.ekfac = ekfac
+        if ekfac and ((e_a, e_b) != (1, 1) or damping_mode == "pi"):
+            raise OptimizerError(
+                f"ekfac=True divides by second moments: e_a and e_b must be 1, not {e_a:g} and {e_b:g}, and "
+                "damping_mode not 'pi', which gives a factor several roots"
+            )
+        if block_size is not None and (ekfac or damping_mode == "pi"):
+            what = "ekfac=True" if ekfac else "damping_mode='pi'"
+            raise OptimizerError(
+                f"block_size cuts factors, and {what} needs whole ones: leave one of them out"
+            )
         self.loss_scale = loss_scale
         self.stagger = stagger
         if loss_terms is not None and not callable(loss_terms):
@@ -139,6 +158,7 @@ class KFAC(PlannedOptimizer):
             norms,
             damping_mode != "pi",
             tuple(exclude),
+            0 if block_size is None else check_period("block_size", block_size),
         )
         super().__init__(
             model,
@@ -159,18 +179,25 @@ class KFAC(PlannedOptimizer):
             self._parameters,
             (e_a, e_b),
             damping_mode,
-            {e.geometry.name: e.scales for e in self.plan.entries},
+            {e.geometry.name: e for e in self.plan.entries},
             stagger,
             check_number("damping_floor", damping_floor),
+            ekfac,
+            self._options.block,
         )
+        self._curvature.rescale(self._kronecker.moments.bases())
         self._all_seen = self._due = False
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         self._parameters = {n: p for p, n in self.names.items()}
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
-        own = {b.parameter: f"kfac {b.kind}" for b in self._cover.blocks}
-        return own, self._cover.reasons
+        plain = {b.parameter: not_rescaled(b, self._cover.layers) for b in self._cover.blocks if self.ekfac}
+        own = {
+            b.parameter: f"kfac {b.kind}" if plain.get(b.parameter, "kfac") else f"ekfac {b.kind}"
+            for b in self._cover.blocks
+        }
+        return own, {**self._cover.reasons, **plain}
 
     @property
     def _banks(self) -> dict[str, list[Bank]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from mupass._blocks import Block, Factor, Place
 from mupass._factors import Layer, factor_dtype
-from mupass._optim._banks import Bank
-from mupass._optim._curvature import Raw, nearest_product, observed
+from mupass._leaves import Sums
+from mupass._optim._banks import Bank, times
+from mupass._optim._curvature import nearest_product, observed
 from mupass._optim._damping import damp
-from mupass._optim._pairs import Pair, line_up, phases, slot_name, times
-from mupass._scales import Scales
+from mupass._optim._eigen import EigenBank, Moments, not_rescaled
+from mupass._optim._pairs import Pair, in_blocks, line_up, phases, slot_name
+from mupass._plan import Entry
 
 Count = Callable[[str, str], None]
 
@@ -34,10 +37,14 @@ class Kronecker:
         parameters: Mapping[str, Tensor],
         powers: tuple[float, float],
         mode: str,
-        scales: Mapping[str, Scales],
+        entries: Mapping[str, Entry],
         stagger: bool,
         floor: float,
+        ekfac: bool = False,
+        block: int = 0,
     ) -> None:
+        self.ekfac, self.block = ekfac, block
+        self.geometries = {name: entry.geometry for name, entry in entries.items()}
         self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
@@ -50,8 +57,11 @@ class Kronecker:
             for bank in self._all
             for name, _ in bank.keys
         }
+        # Pairs that EKFAC rescales; none without it.
+        taken = {b.parameter for b, _ in self.blocks if ekfac and not not_rescaled(b, layers)}
+        self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
         self.phase = phases(self._all, stagger)
-        self.kinds = line_up(self.pairs, self._all, parameters, scales)
+        self.kinds = line_up(self.pairs, self._all, parameters, {n: e.scales for n, e in entries.items()})
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {
             f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
@@ -60,6 +70,7 @@ class Kronecker:
             if not p.block.a
         }
         self.rooted = False
+        self.moved = True  # whether averages have changed since roots were last looked over
 
     def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
         pairs = []
@@ -76,7 +87,9 @@ class Kronecker:
                         layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
                     )
             groups, outputs, inputs = stack.shape
-            pairs.append(Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs))
+            pair = Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs)
+            shapes = [self._shapes.get(slot or "", ()) for slot in (pair.a, pair.b)]
+            pairs.append(in_blocks(pair, shapes, self.block, self.geometries[block.parameter]))
         return pairs
 
     def _make_banks(self, side: str) -> list[Bank]:
@@ -88,9 +101,10 @@ class Kronecker:
                 weight = self.parameters[block.parameter]
                 slots = [(name, g) for g in range(shape[0])]
                 alike[shape[1:], factor_dtype(weight), weight.device] += slots
-        return [Bank(slots, *kind) for kind, slots in alike.items()]
+        full = EigenBank if self.ekfac else Bank
+        return [(full if len(kind[0]) > 1 else Bank)(slots, *kind) for kind, slots in alike.items()]
 
-    def average(self, taken: Mapping[Place, Raw], decay: float, count: Count) -> None:
+    def average(self, taken: Mapping[Place, Sums], decay: float, count: Count) -> None:
         """Add the factors of one step to the averages.
 
         Args:
@@ -98,6 +112,7 @@ class Kronecker:
             decay: Weight of the past.
             count: Called with (incident, place) for factors that overflowed.
         """
+        self.moved = True
         new: dict[str, Tensor] = {}
         tied: dict[str, tuple[Tensor, Tensor] | None] = {}
         for name, (block, factor) in self.sources.items():
@@ -114,6 +129,7 @@ class Kronecker:
             seen = {(name, 0): value for name, value in new.items() if self.at[name][0] is bank}
             for name, _ in bank.average(seen, decay):
                 count("overflowed_factors", self._place(name))
+        self.moments.average(taken, decay, count)
 
     @property
     def _all(self) -> list[Bank]:
@@ -147,12 +163,14 @@ class Kronecker:
             Index of the bank -> slots, without banks that have none.
         """
         found = {}
-        for i, bank in enumerate(self._all):
-            phase = self.phase[i] % (period - 1) + 1 if spare else self.phase[i]
-            turn = (phase - step) % period == 0 if self.rooted else torch.ones(len(bank.keys)) > 0
-            slots = (turn.to(bank.weight.device) | bank.drifted(drift)).nonzero().flatten()
-            if len(slots):
-                found[i] = slots
+        for i, (bank, own) in enumerate(zip(self._all, self.phase, strict=True)):
+            at = (phase % (period - 1) + 1 if spare else phase for phase in own)
+            turn = {slot for slot, phase in enumerate(at) if (phase - step) % period == 0 or not self.rooted}
+            if self.moved:
+                turn.update(bank.drifted(drift).nonzero().flatten().tolist())
+            if turn:
+                found[i] = torch.tensor(sorted(turn), device=bank.weight.device)
+        self.moved = False
         return found
 
     def refresh(
@@ -173,6 +191,7 @@ class Kronecker:
             failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
             for at in slots[failed].tolist():
                 count("failed_roots", self._place(bank.keys[at][0]))
+        self.moments.follow()
         self.rooted = True
         seen = set()  # under pi-damping a bias has a copy of its weight's factor
         for bank in self.banks["b"]:
@@ -201,8 +220,9 @@ class Kronecker:
             first = 0
             for pair in kind.pairs:
                 if not pair.block.a:
-                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = rho_a[first : first + pair.groups]
-                first += pair.groups
+                    own = rho_a[first : first + pair.groups * pair.repeats : pair.repeats]
+                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = own
+                first += pair.groups * pair.repeats
         return rho
 
     def directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,7 +241,7 @@ class Kronecker:
         return found
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
-        """Return ``d^T F d``, with the averages of the factors for F and no damping.
+        """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
 
         Args:
             moves: Change of each parameter.
@@ -231,6 +251,10 @@ class Kronecker:
         for block, pairs in self.blocks:
             if block.parameter in moves:
                 for pair, d in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                    if pair in self.moments:
+                        turned = self.moments.turn(pair, d)
+                        total.append((turned.square() * self.moments.value(pair)).sum())
+                        continue
                     f = d
                     for slot, left in ((pair.b, True), (pair.a, False)):
                         if slot:
@@ -240,36 +264,29 @@ class Kronecker:
                     total.append((d * f).sum())
         return torch.stack(total).sum() if total else torch.zeros(())
 
-    def root(self, slot: str | None) -> Tensor | None:
-        """Return the roots of a slot, ``[groups, n, n]`` or ``[groups, n]``; a view into its bank.
-
-        Args:
-            slot: Its name.
-        """
-        if slot is None:
-            return None
-        bank, first, count = self.at[slot]
-        return bank.roots[first : first + count]
-
     def _apply(self, pair: Pair, stack: Tensor) -> Tensor:
-        a, b = self.root(pair.a), self.root(pair.b)
-        dtype = next((r.dtype for r in (a, b) if r is not None), stack.dtype)
-        stack = stack.to(dtype)
-        for root, left in ((b, True), (a, False)):
-            stack = stack if root is None else times(stack, root, left)
+        sides = [(*self.at[slot], slot == pair.b) for slot in (pair.b, pair.a) if slot]
+        stack = stack.to(sides[0][0].factors.dtype) if sides else stack
+        if pair in self.moments:
+            return self.moments.direction(pair, stack)
+        for bank, first, groups, left in sides:
+            stack = bank.apply(stack, first, groups, left)
         if not pair.block.a and self.powers[0] > 0:
             rho = self.unit_rho[f"{pair.block.parameter}.{pair.piece}"]
             stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
-        return stack
+        shrink = prod(more**power for more, power in zip(pair.growth, self.powers, strict=True))
+        return stack if shrink == 1 else stack / shrink
 
     def layout(self) -> Any:
         """Return what a saved state must agree in."""
-        return {side: [bank.layout() for bank in banks] for side, banks in self.banks.items()}
+        layout: dict[str, Any] = {side: [b.layout() for b in banks] for side, banks in self.banks.items()}
+        return {**layout, "ekfac": list(self.moments.pairs)} if self.ekfac else layout
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
         banks = {side: [bank.state_dict() for bank in banks] for side, banks in self.banks.items()}
-        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted}
+        moments = {"moments": self.moments.state_dict()} if self.ekfac else {}
+        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted, **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -281,4 +298,6 @@ class Kronecker:
             for bank, saved in zip(banks, state["banks"][side], strict=True):
                 bank.load_state_dict(saved)
         self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
-        self.rooted = state["rooted"]
+        self.rooted, self.moved = state["rooted"], True
+        if self.ekfac:
+            self.moments.load_state_dict(state["moments"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from mupass._errors import OptimizerError
 from mupass._geometry import Geometry
 from mupass._optim._base import PlannedOptimizer
 from mupass._optim._blocks import WHOLE, Blocking
+from mupass._optim._parallel import sharded_like, whole, world_size
+from mupass._optim._spectral import with_unit_norm
 from mupass._optim._stacks import Slot, Stack, compiled, make_stacks
 from mupass._plan import OptimizerSpec
 
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
+AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
 
 
 class MatrixOptimizer(PlannedOptimizer):
@@ -35,18 +38,25 @@ class MatrixOptimizer(PlannedOptimizer):
         roles: Collection[str] = ROLES,
         block_size: int = WHOLE,
         modes: bool = False,
+        spectral: bool = False,
         compile: bool = False,
+        data_parallel: bool | None = None,
         **common: Any,
     ) -> None:
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
         self.roles, self.block_size, self.modes = frozenset(roles), block_size, modes
+        self._ranks = world_size(data_parallel)
         self._blockings: dict[str, Blocking] = {}
         super().__init__(model, spec, lr, damping, **common)
         self._parameters = {n: p for p, n in self.names.items() if n in self._blockings}
         self._stacks = make_stacks(self._blockings, self._parameters)
-        self._function = self._update()
+        self._function = with_unit_norm if spectral else self._update()
+        self._spectral = spectral
+        if spectral:
+            for stack in self._stacks:
+                stack.state["top"] = stack.zeros(stack.shape[1:].numel())
         self._compiled = [compiled(self._function) for _ in self._stacks] if compile else None
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -78,20 +88,34 @@ class MatrixOptimizer(PlannedOptimizer):
         """Return the function that is compiled: pure tensor code, state changed in place."""
         raise NotImplementedError
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
-        """Take in gradients ``[K', *shape]`` of some slots (None: all) and return directions."""
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
+        """Take in gradients ``[K', *shape]`` of some slots (None: all) and return their directions."""
         raise NotImplementedError
 
-    def _run(self, stack: Stack, at: Tensor | None, *arguments: Any) -> Tensor:
-        """Call the update: compiled for whole stacks, eager for parts, whose size may be any."""
-        if self._compiled is None or at is not None:
-            return self._function(*arguments)
-        return self._compiled[self._stacks.index(stack)](*arguments)
+    def _run(self, stack: Stack, at: Tensor | None, *arguments: Any) -> Sequence[Tensor]:
+        """Call the update and return its parts: compiled for whole stacks, eager for parts of any size.
+
+        On CPU it is called for a few blocks at a time: what is made on the way then stays in the cache, where
+        fresh memory for whole stacks would cost more than the arithmetic on it.
+        """
+        if self._spectral:
+            top = pick(stack.state["top"], at)
+            arguments = (top, self._update(), *arguments)
+        if self._compiled is not None and at is None:
+            return self._compiled[self._stacks.index(stack)](*arguments).unbind()
+        few = max(4, AT_A_TIME // stack.shape.numel()) if stack.device.type == "cpu" else len(stack.slots)
+        count = len(stack.slots) if at is None else len(at)
+        parts = [
+            self._function(*(_slots(a, slice(first, first + few)) for a in arguments))
+            for first in range(0, count, few)
+        ]
+        if self._spectral and at is not None:
+            stack.state["top"][at] = top
+        return [block for part in parts for block in part.unbind()]
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        blocks = {
-            n: self._blockings[n].cut(p.grad) for n, p in self._parameters.items() if p.grad is not None
-        }
+        gradients = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        blocks = {n: self._blockings[n].cut(g) for n, g in gradients.items()}
         found: dict[Slot, Tensor] = {}
         for stack in self._stacks:
             g, at, lost = stack.gather(blocks)
@@ -99,12 +123,13 @@ class MatrixOptimizer(PlannedOptimizer):
                 self.count("overflowed_blocks", f"the squared gradient of {name}, block {i}")
             if len(g):
                 slots = stack.slots if at is None else [stack.slots[i] for i in at.tolist()]
-                found.update(zip(slots, self._advance(stack, g, at).unbind(), strict=True))
+                found.update(zip(slots, self._advance(stack, g, at), strict=True))
         directions: dict[Tensor, Tensor] = {}
         for name, pieces in blocks.items():
             parameter = self._parameters[name]
             parts = [found.get((name, i), torch.zeros_like(g)) for i, g in enumerate(pieces)]
-            directions[parameter] = self._blockings[name].paste(parts, parameter).to(parameter.dtype)
+            direction = self._blockings[name].paste(parts, gradients[name]).to(parameter.dtype)
+            directions[parameter] = sharded_like(direction, parameter)
         return directions
 
     def _layout(self) -> Any:
@@ -117,6 +142,13 @@ class MatrixOptimizer(PlannedOptimizer):
         for stack, saved in zip(self._stacks, state["stacks"], strict=True):
             for name, tensor in stack.state.items():
                 tensor.copy_(saved[name])
+
+
+def _slots(argument: Any, which: slice) -> Any:
+    """Return the entries of some slots: of a stacked tensor or several; what is no tensor is for all."""
+    if isinstance(argument, tuple):
+        return tuple(_slots(a, which) for a in argument)
+    return argument[which] if isinstance(argument, Tensor) else argument
 
 
 def pick(tensor: Tensor, at: Tensor | None) -> Tensor:

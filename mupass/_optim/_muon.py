@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ class Muon(MatrixOptimizer):
         lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay.
         momentum: Weight of the past in the moving average.
         nesterov: Whether the present gradient is mixed in once more.
-        steps: Number of polynomials; 5 brings singular values to within 12 % of 1.
+        steps: Number of polynomials. Singular values above 0.003 of the Schatten 4-norm come to within 20 %
+            of 1 with 4, and 0.5 % with 5.
         adaptive: AdaMuon.
         beta2: Weight of the past in AdaMuon's squares.
         roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
-        product_dtype: Precision of the matrix products; by default bfloat16 where the device has units for
-            it (CUDA), else that of the factors.
+        product_dtype: Precision of the matrix products; by default bfloat16 on CUDA, else that of the
+            factors. CPUs with AVX512-BF16 or AMX are twice as fast with ``torch.bfloat16``, others slower.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters.
         fallback_lr: Learning rate of the fallback at the base width.
@@ -61,7 +62,7 @@ class Muon(MatrixOptimizer):
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
-        steps: int = 5,
+        steps: int = 4,
         adaptive: bool = False,
         beta2: float = 0.95,
         roles: Collection[str] = ("hidden",),
@@ -103,7 +104,7 @@ class Muon(MatrixOptimizer):
     def _update(self) -> Callable[..., Tensor]:
         return _adaptive if self.adaptive else _orthogonal
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         momentum = pick(stack.each(self._setting("momentum").__getitem__), at)
         norm_epsilon, epsilon = (pick(e, at) for e in self._epsilons[self._stacks.index(stack)])
         dtype = self.product_dtype or (torch.bfloat16 if g.is_cuda else stack.dtype)

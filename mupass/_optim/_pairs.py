@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mupass._blocks import Block, Factor
 from mupass._factors import factor_dtype
+from mupass._geometry import Geometry
 from mupass._optim._banks import Bank
 from mupass._optim._damping import Sides
+from mupass._pieces import growth
 from mupass._scales import Scales
 
 
@@ -29,6 +31,8 @@ class Pair:
         groups: Number of separate matrices of equal shape.
         inputs: Size of the input side.
         outputs: Size of the output side.
+        blocks: Number of blocks on the diagonals of A and B.
+        growth: By what these numbers have grown since the base width.
     """
 
     block: Block
@@ -38,11 +42,43 @@ class Pair:
     groups: int
     inputs: int
     outputs: int
+    blocks: tuple[int, int] = (1, 1)
+    growth: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def repeats(self) -> int:
+        """How many rows a group takes where factors are lined up: one for each block of the longer side."""
+        return max(self.blocks)
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        """Yield for every row its number within A's slot, and within B's."""
+        a, b = self.blocks
+        for group in range(self.groups):
+            for i in range(self.repeats):
+                yield group * a + min(i, a - 1), group * b + min(i, b - 1)
+
+
+def in_blocks(pair: Pair, shapes: Sequence[tuple[int, ...]], size: int, geometry: Geometry) -> Pair:
+    """Return a pair with the numbers of blocks on the diagonals of its factors.
+
+    Args:
+        pair: The pair.
+        shapes: Shapes of all of its A and of all of its B; empty where there is none.
+        size: Largest block; 0 for whole factors.
+        geometry: Of the parameter.
+    """
+    matrices, blocks, grown = pair.block.matrices, [1, 1], [1.0, 1.0]
+    sides = ((pair.inputs, matrices.in_axes), (pair.outputs, matrices.out_axes))
+    for i, ((n, axes), shape) in enumerate(zip(sides, shapes, strict=True)):
+        if len(shape) == 3 and shape[1] < n:
+            blocks[i] = shape[0] // pair.groups
+            grown[i] = growth(n, size, geometry, matrices, axes)
+    return replace(pair, blocks=(blocks[0], blocks[1]), growth=(grown[0], grown[1]))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Pairs of one precision and device, lined up group by group.
+    """Pairs of one precision and device, lined up group by group and block by block.
 
     Attributes:
         banks: Indices of their banks.
@@ -71,7 +107,7 @@ class Kind:
             traces: Of all slots of the banks.
             dampings: Damping of each parameter.
         """
-        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in range(pair.groups)]
+        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in pair.rows()]
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -105,37 +141,30 @@ def line_up(
     for (dtype, device), alike in kinds.items():
         own = [i for i, b in enumerate(banks) if (b.factors.dtype, b.factors.device) == (dtype, device)]
         slots = {key: n for n, key in enumerate(key for i in own for key in banks[i].keys)}
-        rows = [(pair, g) for pair in alike for g in range(pair.groups)]
-        of = [scales[pair.block.parameter] for pair, _ in rows]
+        rows = [(pair, *at) for pair in alike for at in pair.rows()]
+        of = [(scales[pair.block.parameter], pair.growth) for pair, _, _ in rows]
         like = torch.zeros((), dtype=dtype, device=device)
         found.append(
             Kind(
                 banks=tuple(own),
                 pairs=tuple(alike),
-                at_a=torch.tensor([slots.get((p.a, g), -1) for p, g in rows], device=device),
-                at_b=torch.tensor([slots.get((p.b, g), -1) for p, g in rows], device=device),
-                dim_a=like.new_tensor([p.inputs for p, _ in rows]),
-                dim_b=like.new_tensor([p.outputs for p, _ in rows]),
-                scale_a=like.new_tensor([s.damping_in for s in of]),
-                scale_b=like.new_tensor([s.damping_out for s in of]),
+                at_a=torch.tensor([slots.get((p.a, i), -1) for p, i, _ in rows], device=device),
+                at_b=torch.tensor([slots.get((p.b, i), -1) for p, _, i in rows], device=device),
+                dim_a=like.new_tensor([p.inputs for p, _, _ in rows]),
+                dim_b=like.new_tensor([p.outputs for p, _, _ in rows]),
+                scale_a=like.new_tensor([s.damping_in / more[0] for s, more in of]),
+                scale_b=like.new_tensor([s.damping_out / more[1] for s, more in of]),
             )
         )
     return found
 
 
-def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` with ``[groups, n, n]`` or diagonals ``[groups, n]`` from one side."""
-    if factor.dim() == 2:
-        return factor[..., None] * stack if left else stack * factor[:, None]
-    return factor @ stack if left else stack @ factor
-
-
-def phases(banks: Sequence[Bank], stagger: bool) -> list[Tensor]:
+def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
     slots = [
         (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
     ]
-    phases = [torch.zeros(len(bank.keys), dtype=torch.long) for bank in banks]
+    phases = [[0] * len(bank.keys) for bank in banks]
     for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
         phases[i][at] = turn
     return phases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -69,23 +69,6 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
-def refuse_sharded(names: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse parameters of which this rank holds a shard only.
-
-    Args:
-        names: (name, parameter).
-
-    Raises:
-        OptimizerError: One is a DTensor, as FSDP2 and tensor parallelism make them.
-    """
-    for name, parameter in names:
-        if is_sharded(parameter):
-            raise OptimizerError(
-                f"{name} is sharded (a DTensor): factors of a shard are not the layer's. Use mupass.KFAC, "
-                "DistributedDataParallel, or torch.optim with mupass.param_groups, which takes shards"
-            )
-
-
 def share(slots: Tensor, ranks: int) -> Tensor:
     """Return the part of some work that this rank does.
 
@@ -94,6 +77,27 @@ def share(slots: Tensor, ranks: int) -> Tensor:
         ranks: Number of ranks that share it.
     """
     return slots if ranks == 1 else slots[dist.get_rank() :: ranks]
+
+
+def divided(
+    slots: Tensor, ranks: int, compute: Callable[[Tensor], tuple[Tensor, ...]], symmetric: bool = True
+) -> tuple[Tensor, ...]:
+    """Compute results ``[len(slots), ...]`` of some slots, each rank its share, and give all to all.
+
+    Args:
+        slots: What is to be computed.
+        ranks: Number of ranks that share the work.
+        compute: Slots -> results of these.
+        symmetric: Whether results that are square matrices are symmetric: one half of them is sent.
+    """
+    if ranks == 1:
+        return compute(slots)
+    parts = compute(share(slots, ranks))
+    whole = [part.new_zeros(len(slots), *part.shape[1:]) for part in parts]
+    for full, part in zip(whole, parts, strict=True):
+        share(full, ranks).copy_(part)
+    sent = whole if symmetric else [full.reshape(len(full), -1) for full in whole]
+    return tuple(s.view_as(full) for s, full in zip(sum_over_ranks(sent), whole, strict=True))
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:

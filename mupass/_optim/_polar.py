@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import sqrt
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 Quintic = tuple[float, float, float]  # a x + b x^3 + c x^5
 
-LOWER = 1e-3  # singular values below this part of the norm are not brought up all the way
+LOWER = 3e-3  # singular values below this part of the norm are not brought up all the way
 WIDE = 3  # from this ratio of sides on it pays to iterate on the Gram matrix
 MARGIN = 1.01  # in half precision a singular value may come out above 1
 
@@ -58,28 +59,37 @@ def _minimax(low: float, high: float) -> tuple[Quintic, float]:
 def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], dtype: torch.dtype) -> Tensor:
     """Replace the singular values of every matrix of a bank by 1, nearly.
 
+    Matrices are divided by their Schatten 4-norm, the root of the Frobenius norm of the Gram matrix that the
+    first polynomial needs anyway. It bounds the largest singular value, and is much closer to it than the
+    Frobenius norm where many are of the same size: then fewer polynomials do.
+
     Args:
         x: ``[K, rows, columns]``.
-        epsilon: ``[K]``, added to the Frobenius norm that matrices are divided by; matrices much smaller
-            stay small.
+        epsilon: ``[K]``, added to the norm that matrices are divided by; matrices much smaller stay small.
         polynomials: Result of `quintics`.
         dtype: Precision of the products.
 
     Returns:
         The same shape and precision as ``x``.
     """
+    tiny = torch.finfo(x.dtype).tiny
     tall = x.shape[-2] > x.shape[-1]
-    norm = torch.linalg.vector_norm(x.flatten(1), dim=1) + epsilon
-    y = x.to(dtype) * norm.clamp(min=torch.finfo(x.dtype).tiny).reciprocal().to(dtype)[:, None, None]
+    frobenius = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    # In range for a Gram matrix: the squares of small gradients are not.
+    y = (x / frobenius.clamp(min=tiny)[:, None, None]).to(dtype)
     y = y.mT if tall else y
+    gram = y @ y.mT
+    norm = torch.linalg.vector_norm(gram.flatten(1), dim=1, dtype=x.dtype).sqrt()
+    factor = (frobenius / (frobenius * norm + epsilon).clamp(min=tiny))[:, None, None]
+    y, gram = y * factor.to(dtype), gram * factor.square().to(dtype)
     half = dtype in {torch.bfloat16, torch.float16}
     safe = [shrink(q, MARGIN) if half else q for q in polynomials[:-1]] + [*polynomials[-1:]]
-    # Pairs, the odd one first: longer compositions lose the small singular values to rounding.
-    paired = y.shape[-1] >= WIDE * y.shape[-2]
-    odd = len(safe) % 2
-    pairs = [[q] for q in safe[:odd]] + [safe[i : i + 2] for i in range(odd, len(safe), 2)]
-    for group in pairs if paired else [[q] for q in safe]:
-        y = _apply(group[0], y) if len(group) == 1 else _apply_pair(group[0], group[1], y)
+    # The first alone, no more than two in one: a Gram matrix holds squares, and small ones drown in rounding.
+    length = 2 if y.shape[-1] >= WIDE * y.shape[-2] else 1
+    groups = [safe[:1], *(safe[i : i + length] for i in range(1, len(safe), length))]
+    y = _apply(groups[0], gram, y)
+    for group in groups[1:]:
+        y = _apply(group, y @ y.mT, y)
     return (y.mT if tall else y).to(x.dtype)
 
 
@@ -94,17 +104,13 @@ def shrink(polynomial: Quintic, margin: float) -> Quintic:
     return a / margin, b / margin**3, c / margin**5
 
 
-def _apply(polynomial: Quintic, y: Tensor) -> Tensor:
-    a, b, c = polynomial
-    gram = y @ y.mT
-    return torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-
-
-def _apply_pair(first: Quintic, second: Quintic, y: Tensor) -> Tensor:
-    """Return the composition of two polynomials in terms of one Gram matrix, small where y is wide."""
-    gram = y @ y.mT
-    inner = _even(first, gram)
-    return (_even(second, inner @ gram @ inner) @ inner) @ y
+def _apply(group: Sequence[Quintic], gram: Tensor, y: Tensor) -> Tensor:
+    """Return one polynomial of y, or the composition of two by one Gram matrix, small where y is wide."""
+    if len(group) == 1:
+        a, b, c = group[0]
+        return torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    inner = _even(group[0], gram)
+    return (_even(group[1], inner @ gram @ inner) @ inner) @ y
 
 
 def _even(polynomial: Quintic, gram: Tensor) -> Tensor:

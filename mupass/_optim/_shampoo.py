@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim._roots import inverse_roots
-from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe, symmetric
+from mupass._optim._parallel import divided
+from mupass._optim._roots import inverse_roots, symmetric
+from mupass._optim._sides import SIDES, Schedule, active_sides, add_weight, along, observe
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 from mupass._scales import GRAFTS
@@ -30,8 +31,9 @@ class Shampoo(MatrixOptimizer):
     2512.05620, table of learning rates), so keep ``block_size`` the same at all widths.
 
     With a graft every block of the update keeps its direction and takes the norm that SGD's, Adam's or
-    RMSprop's update of the block has. The learning rate is then that of the graft, in value and in its
-    row of the scale table, and needs no correction for blocks.
+    RMSprop's update of the block has, or with ``graft="spectral"`` the spectral norm 1 of Muon's. The rate
+    is then that of the graft, in value and in its row of the scale table. Norms need no correction for
+    blocks; of spectral norms it is ``sqrt(blocks at base width / blocks)``.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -49,12 +51,14 @@ class Shampoo(MatrixOptimizer):
         sides: ``both``, ``left`` (fan_out), ``right`` (fan_in) or ``smaller``.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a factor of its own, with powers that add up to the same ``e``.
-        graft: ``none``, ``sgd``, ``adam`` or ``rmsprop``.
+        graft: ``none``, ``sgd``, ``adam``, ``rmsprop`` or ``spectral``.
         roles: Roles that Shampoo takes.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
             with, and other roles.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
+        data_parallel: Whether ranks hold the same gradients, so that roots are divided over them. By default
+            yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -83,6 +87,7 @@ class Shampoo(MatrixOptimizer):
         fallback: str = "adamw",
         fallback_lr: float = 1e-3,
         compile: bool = False,
+        data_parallel: bool | None = None,
         strict: bool = False,
     ) -> None:
         check_number("e", e)
@@ -100,7 +105,9 @@ class Shampoo(MatrixOptimizer):
             roles=roles,
             block_size=check_period("block_size", block_size),
             modes=kernels == "modes",
+            spectral=graft == "spectral",
             compile=compile,
+            data_parallel=data_parallel,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -110,7 +117,7 @@ class Shampoo(MatrixOptimizer):
         self._sides = [active_sides(sides, stack.shape) if e > 0 else () for stack in self._stacks]
         self._schedule = Schedule(self._stacks, self._sides, root_every, staggered)
         for stack, active in zip(self._stacks, self._sides, strict=True):
-            stack.state = {"weight": stack.zeros()}
+            stack.state |= {"weight": stack.zeros()}
             for side in active:
                 n = stack.shape[side]
                 stack.state |= {f"factor{side}": stack.zeros(n, n), f"root{side}": stack.zeros(n, n)}
@@ -123,14 +130,16 @@ class Shampoo(MatrixOptimizer):
         ]
 
     def _correction(self, name: str) -> float:
-        # A graft has its norm block by block, whatever their number.
-        growth = self._blockings[name].growth() if self.spec.graft == "none" else 1.0
-        return float(growth**-self.spec.e)
+        # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
+        power = {"none": self.spec.e, "spectral": 0.5}.get(self.spec.graft, 0.0)
+        return float(self._blockings[name].growth() ** -power)
 
     def _update(self) -> Callable[..., Tensor]:
-        return {"none": _precondition, "sgd": _graft_sgd}.get(self.spec.graft, _graft_adaptive)
+        return {"none": _precondition, "spectral": _precondition, "sgd": _graft_sgd}.get(
+            self.spec.graft, _graft_adaptive
+        )
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         number = self._stacks.index(stack)
         sides = self._sides[number]
         state = stack.view(at)
@@ -158,27 +167,32 @@ class Shampoo(MatrixOptimizer):
             return
         stack = self._stacks[number]
         factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
-        weight = weight[due].clamp(min=torch.finfo(weight.dtype).tiny)
-        average = symmetric(factors[due]) / weight[:, None, None]
-        damping = self._damping(stack, side)[due]
-        if self.damping_mode == "trace":
-            damping = damping * average.diagonal(dim1=-2, dim2=-1).sum(-1)
-        relative = self.damping_mode == "relative"
-        power = self.spec.e / len(self._sides[number])
-        roots[due], failed = inverse_roots(average, damping, power, roots[due], relative)
+        damping, tiny = self._damping(stack, side), torch.finfo(weight.dtype).tiny
+        power, relative = self.spec.e / len(self._sides[number]), self.damping_mode == "relative"
+
+        def compute(at: Tensor) -> tuple[Tensor, Tensor]:
+            average = symmetric(factors[at]) / weight[at].clamp(min=tiny)[:, None, None]
+            rho = damping[at]
+            if self.damping_mode == "trace":
+                rho = rho * average.diagonal(dim1=-2, dim2=-1).sum(-1)
+            found, failed = inverse_roots(average, rho, power, roots[at], relative)
+            return found, failed.to(weight.dtype)
+
+        roots[due], failed = divided(due, self._ranks, compute)
         for i in failed.nonzero().flatten().tolist():
             name, block = stack.slots[int(due[i])]
             self.count("failed_roots", f"side {side} of {name}, block {block}")
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
-        damping = stack.each(self._dampings().__getitem__)
+        return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
+
+    def _damping_scale(self, stack: Stack, side: int) -> Tensor:
+        """Return the width factor on the damping of every slot."""
         if self.damping_mode != "absolute":
-            return damping
+            return stack.each(lambda name: 1.0)
         # A block's gradient is one of so many: its factors are smaller by their number.
         key = "damping_out" if side == 0 else "damping_in"
-        return damping * stack.each(
-            lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth()
-        )
+        return stack.each(lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth())
 
 
 def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
@@ -207,15 +221,17 @@ def _graft_adaptive(
     square.mul_(second).addcmul_(g, g, value=1 - second)
     # Corrections for the start from zero are one number a block: they are left to the norm.
     root = weights[:, 1].sqrt()
-    damped = square.sqrt().add_(wide(epsilon * root, g))
+    scaled = square.sqrt().add_(wide(epsilon * root, g))
     if mean is None:
-        return _with_norm_of(g / damped, root, _precondition(g, sides, roots))
-    mean.lerp_(g, 1 - first)
-    return _with_norm_of(mean / damped, root / weights[:, 0], _precondition(g, sides, roots))
+        torch.div(g, scaled, out=scaled)
+    else:
+        torch.div(mean.lerp_(g, 1 - first), scaled, out=scaled)
+        root = root / weights[:, 0]
+    return _with_norm_of(scaled, root, _precondition(g, sides, roots))
 
 
 def _with_norm_of(magnitude: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
     """Return the directions with the norm of other blocks times a factor; a zero direction stays zero."""
     wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1) * factor
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return direction * wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction)
+    return direction.mul_(wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction))

@@ -34,6 +34,8 @@ def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
         matrices: ``[K, m, n]`` with n the size of that side.
         side: Number of the side.
     """
+    if side == x.dim() - 2:  # the last one: the product is contiguous as it comes
+        return (x.flatten(1, -2) @ matrices.mT).view(*x.shape[:-1], -1)
     moved = x.movedim(side + 1, 1)
     return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
 
@@ -56,15 +58,6 @@ def observe(factors: Tensor, g: Tensor, side: int, decay: float) -> None:
         end = min(start + band, n)
         lower = factors[:, start:end, :end]
         lower.baddbmm_(rows[:, start:end], rows[:, :end].mT, beta=decay, alpha=fresh)
-
-
-def symmetric(factors: Tensor) -> Tensor:
-    """Return whole matrices from their lower triangles.
-
-    Args:
-        factors: ``[K, n, n]``.
-    """
-    return factors.tril() + factors.tril(-1).mT
 
 
 def add_weight(weight: Tensor, decay: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mupass._optim._checks import check_choice, check_number, check_period
 from mupass._optim._fallback import EPSILON
 from mupass._optim._matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim._roots import eigenbases
+from mupass._optim._parallel import divided
+from mupass._optim._roots import eigenbases, symmetric
 from mupass._optim._shampoo import KERNELS
-from mupass._optim._sides import Schedule, add_weight, along, observe, symmetric
+from mupass._optim._sides import Schedule, add_weight, along, observe
 from mupass._optim._stacks import Stack
 from mupass._plan import OptimizerSpec
 
@@ -27,7 +28,7 @@ class SOAP(MatrixOptimizer):
 
     Blocks of fixed size keep Adam's rate ``1/m_in``. In general it is ``sqrt(b_out b_in) / d_in`` for blocks
     ``b_out x b_in`` (Qiu et al., arXiv 2512.05620). Without blocks the rows of one step hold, but rates do
-    not transfer over training: keep ``block_size`` small and the same at all widths.
+    not transfer over training: keep ``block_size`` small and the same at all widths, or set ``spectral``.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -41,12 +42,16 @@ class SOAP(MatrixOptimizer):
         block_size: Largest side of a block.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a basis of its own.
+        spectral: Whether every block of the update is divided by its spectral norm. It is then no larger than
+            Muon's, and does not grow over training with the width of blocks.
         roles: Roles that SOAP takes.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
             with, and other roles.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
+        data_parallel: Whether ranks hold the same gradients, so that bases are divided over them. By default
+            yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -69,11 +74,13 @@ class SOAP(MatrixOptimizer):
         staggered: bool = True,
         block_size: int = 256,
         kernels: str = "matrix",
+        spectral: bool = False,
         roles: Collection[str] = ROLES,
         weight_decay: float = 0.0,
         fallback: str = "adamw",
         fallback_lr: float = 1e-3,
         compile: bool = False,
+        data_parallel: bool | None = None,
         strict: bool = False,
     ) -> None:
         self.beta2 = check_number("beta2", beta2, 0, 1)
@@ -88,7 +95,9 @@ class SOAP(MatrixOptimizer):
             roles=roles,
             block_size=check_period("block_size", block_size),
             modes=kernels == "modes",
+            spectral=spectral,
             compile=compile,
+            data_parallel=data_parallel,
             momentum=momentum,
             weight_decay=weight_decay,
             fallback=fallback,
@@ -98,7 +107,7 @@ class SOAP(MatrixOptimizer):
         self._sides = [tuple(range(len(stack.shape))) for stack in self._stacks]
         self._schedule = Schedule(self._stacks, self._sides, basis_every, staggered)
         for stack in self._stacks:
-            stack.state = {k: stack.zeros(*stack.shape) for k in ("mean", "square")}
+            stack.state |= {k: stack.zeros(*stack.shape) for k in ("mean", "square")}
             stack.state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
             for side, n in enumerate(stack.shape):
                 stack.state |= {f"factor{side}": stack.zeros(n, n), f"basis{side}": stack.zeros(n, n)}
@@ -114,7 +123,7 @@ class SOAP(MatrixOptimizer):
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Tensor:
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
         number = self._stacks.index(stack)
         state = stack.view(at)
         bases = tuple(state[f"basis{side}"] for side in self._sides[number])
@@ -158,11 +167,16 @@ class SOAP(MatrixOptimizer):
         turned = factor @ old
         order = (old * turned).sum(-2).argsort(-1, descending=True)
         turned = turned.gather(-1, order[:, None, :].expand_as(turned))
-        rounds = self._steps // self.basis_every
-        if self.eigh_every and rounds % self.eigh_every == 0:
-            _, vectors, found = eigenbases(factor)
-            turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
-        new = torch.linalg.qr(turned).Q
+        exact = self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0
+
+        def compute(at: Tensor) -> tuple[Tensor]:
+            basis = turned[at]
+            if exact:
+                _, vectors, found = eigenbases(factor[at])
+                basis = torch.where(found[:, None, None], vectors.flip(-1), basis)
+            return (torch.linalg.qr(basis).Q,)
+
+        (new,) = divided(torch.arange(len(due), device=due.device), self._ranks, compute, symmetric=False)
         state[f"basis{side}"][due] = new
         state["mean"][due] = along(state["mean"][due], new.mT @ old, side)
         square = state["square"][due].movedim(side + 1, 1)
@@ -194,8 +208,8 @@ def _turned_adam(
     # Corrections for the start from zero are one number a block.
     total = weights.clamp(min=torch.finfo(g.dtype).tiny)
     root = total[:, 1].sqrt()
-    damped = square.sqrt().add_(wide(epsilon * root, g))
-    direction = torch.div(mean, damped).mul_(wide(root / total[:, 0], g))
+    direction = square.sqrt().add_(wide(epsilon * root, g))
+    torch.div(mean, direction, out=direction).mul_(wide(root / total[:, 0], g))
     for side, basis in enumerate(bases):
         direction = along(direction, basis, side)
     return direction

@@ -33,6 +33,7 @@ class Stack:
     ) -> None:
         self.slots, self.shape, self.dtype, self.device = list(slots), shape, dtype, device
         self.state: dict[str, Tensor] = {}
+        self._room = self.zeros(*shape)  # for gradients, the same memory at every step: fresh pages cost time
 
     def zeros(self, *shape: int) -> Tensor:
         """Return ``[K, *shape]`` of zeros."""
@@ -54,13 +55,14 @@ class Stack:
             blocks: Parameter -> blocks of its gradient; parameters without a gradient are missing.
 
         Returns:
-            ``[K', *shape]``, the slots that these are (None for all, in order), and the slots left out
-            because the square of their norm is not finite: they would spoil every average.
+            ``[K', *shape]``, valid until the next call; the slots that these are (None for all, in order);
+            the slots left out, the square of whose norm is not finite: they would spoil every average.
         """
         at = [i for i, (name, _) in enumerate(self.slots) if name in blocks]
         if not at:
-            return self.zeros(*self.shape)[:0], torch.tensor(at, device=self.device), []
-        g = torch.stack([blocks[self.slots[i][0]][self.slots[i][1]] for i in at]).to(self.dtype)
+            return self._room[:0], torch.tensor(at, device=self.device), []
+        g = self._room[: len(at)]
+        torch.stack([blocks[self.slots[i][0]][self.slots[i][1]] for i in at], out=g)
         fine = torch.linalg.vector_norm(g.flatten(1), dim=1).square().isfinite()
         if bool(fine.all()):
             return g, None if len(at) == len(self.slots) else torch.tensor(at, device=self.device), []
@@ -96,7 +98,7 @@ def make_stacks(blockings: Mapping[str, Blocking], parameters: Mapping[str, Tens
     """
     found: dict[Any, list[Slot]] = defaultdict(list)
     for name, parameter in parameters.items():
-        for i, block in enumerate(blockings[name].cut(parameter)):
+        for i, block in enumerate(blockings[name].cut(torch.empty(parameter.shape, device="meta"))):
             found[block.shape, factor_dtype(parameter), parameter.device].append((name, i))
     return [Stack(slots, *key) for key, slots in found.items()]
 

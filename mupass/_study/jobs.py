@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from mupass._study.copies import Copies
 from mupass._study.recipes import Make
 from mupass._study.store import Store, digest
 
-Evaluate = Callable[[nn.Module], float]
+Evaluate = Callable[[nn.Module], Any]  # a number, or a tensor of one number
 DIVERGED = 1e3  # a loss beyond this many times the first one is given up
 
 
@@ -76,8 +77,7 @@ class Work:
             The score, infinite when the run diverged, and the seconds that it took.
         """
         begin = time.perf_counter()
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")  # of runs that diverge; their score says so
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(job.seed)
             score = self._train(job)
         return score, time.perf_counter() - begin
@@ -91,7 +91,7 @@ class Work:
             optimizer.zero_grad()
             error = self.loss(batch.run(model), batch.targets)
             losses.append(error.item())
-            if not math.isfinite(losses[-1]) or abs(losses[-1]) > DIVERGED * max(abs(losses[0]), 1e-3):
+            if diverged(losses[-1], losses[0]):
                 return math.inf
             error.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -102,6 +102,24 @@ class Work:
         with torch.no_grad():
             score = float(self.evaluate(model))
         return score if math.isfinite(score) else math.inf
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings of runs that diverge; their score says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def diverged(loss: float, first: float) -> bool:
+    """Return whether a run is given up.
+
+    Args:
+        loss: Its loss.
+        first: Its loss before the first step.
+    """
+    return not math.isfinite(loss) or abs(loss) > DIVERGED * max(abs(first), 1e-3)
 
 
 def run_all(work: Work, jobs: Sequence[Job], store: Store, processes: int) -> Iterator[tuple[Job, float]]:

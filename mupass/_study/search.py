@@ -1,17 +1,18 @@
-"""Search on one width: the grid, or Optuna within the bounds of the grid."""
+"""Search on one width: the grid, or within its bounds by Optuna or by hypergradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from mupass._study.batches import StudyError
+from mupass._study.descent import descend
 from mupass._study.jobs import Job
 from mupass._study.store import Store
 from mupass._study.sweep import Grid, Study, points_of
 from mupass._study.trials import Sweep, Trial, mean
 
-DRIVERS = ("grid", "optuna")
+DRIVERS = ("grid", "optuna", "gradient")
 
 
 def search(
@@ -29,16 +30,16 @@ def search(
 
     Args:
         study: The study.
-        grid: Values by name; for ``optuna`` their smallest and largest are the bounds.
-        driver: ``grid`` or ``optuna``.
-        trials: Number of points that Optuna tries.
+        grid: Values by name; but for ``grid`` their smallest and largest are the bounds.
+        driver: One of `DRIVERS`.
+        trials: Number of points that are tried, but for ``grid``.
         seeds: Number of initializations of each point.
         store: Where results are kept.
         jobs: Number of processes.
         progress: Whether to show progress.
 
     Raises:
-        StudyError: Unknown driver, or Optuna is missing.
+        StudyError: Unknown driver, Optuna is missing, or hypergradients cannot be had.
     """
     if driver not in DRIVERS:
         raise StudyError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
@@ -47,13 +48,22 @@ def search(
     if driver == "grid":
         plan = [Job(0, point, seed) for point in points for seed in range(seeds)]
         return study.result(study.run(plan, store, jobs, progress))
-    found = list(_by_optuna(study, points, trials, seeds, store, jobs))
-    return study.result(found, driver)
+    if trials < 1:
+        raise StudyError(f"trials must be at least 1, not {trials}")
+    bounds = {name: [dict(p)[name] for p in points] for name, _ in points[0]}
+    flat = next((name for name, values in bounds.items() if min(values) == max(values)), None)
+    if flat is not None:
+        raise StudyError(f"grid[{flat!r}] must hold two different values, the bounds of the search")
+    if driver == "optuna":
+        return study.result(list(_by_optuna(study, bounds, trials, seeds, store, jobs)), driver)
+    if jobs > 1:
+        raise StudyError("driver='gradient' goes from point to point in one process; leave jobs=1")
+    return study.result(list(descend(study, bounds, trials, seeds, store)), driver)
 
 
 def _by_optuna(
     study: Study,
-    points: list[tuple[tuple[str, float], ...]],
+    bounds: Mapping[str, Sequence[float]],
     trials: int,
     seeds: int,
     store: Store,
@@ -67,12 +77,6 @@ def _by_optuna(
         import optuna
     except ImportError as error:
         raise StudyError("driver='optuna' needs Optuna: pip install 'mupass[sweep]'") from error
-    if trials < 1:
-        raise StudyError(f"trials must be at least 1, not {trials}")
-    bounds = {name: [dict(p)[name] for p in points] for name, _ in points[0]}
-    flat = next((name for name, values in bounds.items() if min(values) == max(values)), None)
-    if flat is not None:
-        raise StudyError(f"grid[{flat!r}] must hold two different values, the bounds of the search")
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

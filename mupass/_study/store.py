@@ -84,6 +84,15 @@ class Store:
         row = self.connection.execute("select loss from runs where key = ?", (key,)).fetchone()
         return None if row is None else math.inf if row[0] is None else float(row[0])
 
+    def note(self, key: str) -> dict[str, Any]:
+        """Return what was written of a finished run for the reader.
+
+        Args:
+            key: Hash of the job.
+        """
+        (text,) = self.connection.execute("select job from runs where key = ?", (key,)).fetchone()
+        return dict(json.loads(text))
+
     def put(self, key: str, job: Mapping[str, Any], loss: float, seconds: float) -> None:
         """Write the result of a run.
 

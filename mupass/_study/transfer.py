@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._init import InitChoice
 from mupass._plan import plan_of
 from mupass._resize import resize
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
@@ -117,6 +118,7 @@ def transfer(
     parameterization: str = "mup",
     dims: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
+    init: InitChoice = "auto",
     store: str | Path | None = None,
     jobs: int = 1,
     progress: bool = True,
@@ -131,7 +133,7 @@ def transfer(
             done; if `target` is given a model of any width, which is not changed.
         data: As for `mupass.sweep`.
         target: Width of the full model, built by `mupass.resize`; that of `model` if left out.
-        grid: As for `mupass.sweep`; for ``driver="optuna"`` the smallest and the largest value of each
+        grid: As for `mupass.sweep`; for the other drivers the smallest and the largest value of each
             hyperparameter are the bounds.
         proxy: Width of the copy that is tuned, as for `mupass.resize`; if left out the model's own, halved
             while it is at least 128.
@@ -139,12 +141,14 @@ def transfer(
         optimizer: As for `mupass.sweep`.
         steps: Number of steps of each run.
         seeds: Number of initializations of each point.
-        evaluate: As for `mupass.sweep`.
-        driver: ``grid``, or ``optuna`` (which must be installed): a seeded TPE sampler.
-        trials: Number of points that Optuna tries.
+        evaluate: As for `mupass.sweep`; for ``driver="gradient"`` it must return a tensor of one number.
+        driver: ``grid``; ``optuna`` (which must be installed), a seeded TPE sampler; or ``gradient``, descent
+            by `mupass.hypergradient` for the optimizers that it knows.
+        trials: Number of points that ``optuna`` and ``gradient`` try.
         parameterization: ``mup``, ``ntk`` or ``mean_field``; under ``standard`` nothing transfers.
         dims: As for `mupass.transform`.
         prepare: Function applied to the transformed copy and to the transformed full model.
+        init: As for `mupass.transform`.
         store: As for `mupass.sweep`: a search that was killed goes on where it was.
         jobs: As for `mupass.sweep`.
         progress: As for `mupass.sweep`.
@@ -163,7 +167,7 @@ def transfer(
     width = analyze(model, inputs, dims=dims).width
     study = Study.of(
         model, data, [halved(width) if proxy is None else proxy], loss=loss, optimizer=optimizer, steps=steps,
-        evaluate=evaluate, parameterization=parameterization, dims=dims, prepare=prepare,
+        evaluate=evaluate, parameterization=parameterization, dims=dims, prepare=prepare, init=init,
     )  # fmt: skip
     narrow = study.copies.widths[0]
     full = width if target is None else target
@@ -180,8 +184,10 @@ def transfer(
     if not found.optimum(narrow, found.names[0]).loss < float("inf"):
         raise StudyError(f"every run on the proxy diverged; try smaller values of {', '.join(found.names)}")
     if target is not None:
-        model = resize(model, target, example_inputs=inputs, dims=dims, seed=0, fresh=True)
-    wide = transform(model, inputs, base=study.copies.narrow, parameterization=parameterization, inplace=True)
+        model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
+    wide = transform(
+        model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
+    )
     wide = prepare(wide) if prepare else wide
     made = study.work.make(wide, **best)
     return Transfer(wide, made, best, narrow, plan_of(wide)[1].width, found)

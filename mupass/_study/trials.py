@@ -68,7 +68,7 @@ class Sweep:
         parameterization: Under which parameterization.
         steps: Number of steps of each run.
         score: What the loss is: ``training loss`` or the name of the function that evaluated.
-        driver: ``grid`` or ``optuna``.
+        driver: ``grid``, ``optuna`` or ``gradient``.
     """
 
     trials: tuple[Trial, ...]

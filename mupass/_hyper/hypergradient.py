@@ -1,0 +1,220 @@
+"""hypergradient: how the score of a training run changes with its hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mupass._hyper.implicit import implicit
+from mupass._hyper.numbers import Numbers, read_numbers
+from mupass._hyper.rules import Key
+from mupass._hyper.run import Unrolled, dual, parts, twice
+from mupass._plan import plan_of
+from mupass._study.batches import Data, Loss, StudyError, cross_entropy, move, read_batches
+from mupass._study.copies import Copies
+from mupass._study.jobs import Evaluate, Work
+from mupass._study.recipes import Make, recipe
+
+FORMS = ("unrolled", "implicit")
+MODES = ("reverse", "forward")
+
+
+@dataclass(frozen=True)
+class GroupGradient:
+    """Derivative by one number of one parameter group.
+
+    Attributes:
+        parameters: The group's members.
+        entry: Name of the number: ``lr``, ``momentum``, ...
+        value: The number.
+        gradient: Derivative of the score by it.
+    """
+
+    parameters: tuple[str, ...]
+    entry: str
+    value: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class HyperGradient:
+    """Derivative of a score by hyperparameters; prints as a table.
+
+    Attributes:
+        loss: The score, infinite when the run diverged.
+        point: Hyperparameters by name.
+        gradient: Derivative by each; NaN when the run diverged.
+        groups: The same for the numbers of every parameter group by itself; empty in forward mode.
+    """
+
+    loss: float
+    point: Mapping[str, float]
+    gradient: Mapping[str, float]
+    groups: tuple[GroupGradient, ...]
+
+    @property
+    def logarithmic(self) -> dict[str, float]:
+        """Derivative by the logarithm of each hyperparameter."""
+        return {name: self.point[name] * g for name, g in self.gradient.items()}
+
+    def __str__(self) -> str:
+        """Return the score, and one line for each hyperparameter and each number of a group."""
+        lines = [f"score {self.loss:.6g}"]
+        lines += [
+            f"{name} = {self.point[name]:.4g}: d score / d {name} {g:+.4g}, by its logarithm "
+            f"{self.logarithmic[name]:+.4g}"
+            for name, g in self.gradient.items()
+        ]
+        for g in self.groups:
+            members = ", ".join(g.parameters[:3]) + (", ..." if len(g.parameters) > 3 else "")
+            lines.append(
+                f"  {g.entry} = {g.value:.4g} of {members}: by its logarithm {g.value * g.gradient:+.4g}"
+            )
+        return "\n".join(lines)
+
+
+def hypergradient(
+    model: nn.Module,
+    data: Data,
+    point: Mapping[str, float],
+    *,
+    loss: Loss = cross_entropy,
+    optimizer: str | Make = "adam",
+    steps: int = 20,
+    evaluate: Evaluate | None = None,
+    form: str = "unrolled",
+    mode: str = "reverse",
+    solver: str = "cg",
+    terms: int = 1000,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> HyperGradient:
+    """Differentiate the score of a training run by its hyperparameters.
+
+    ``unrolled`` differentiates through ``steps`` steps of the optimizer from the model's initial weights:
+    learning rate, momentum, betas, epsilon, weight decay and damping, one by one for every parameter group.
+    ``implicit`` takes a model that is trained to a stationary point, and differentiates that point by what
+    enters it, weight decay. Derivatives are exact in both; what is random in the model is drawn alike at
+    every call.
+
+    Args:
+        model: A transformed model, which is not changed. In its precision everything is computed.
+        data: As for `mupass.sweep`; for ``implicit`` all batches, which together are the training loss.
+        point: Hyperparameters by name, as `optimizer` takes them.
+        loss: As for `mupass.sweep`.
+        optimizer: As for `mupass.sweep`; `torch.optim.SGD`, Adam, AdamW and `mupass.Shampoo` are known.
+        steps: Number of steps that are differentiated through.
+        evaluate: Score of the trained model (a validation loss): a function of the model in eval mode that
+            returns a tensor of one number. If left out the mean training loss over the last tenth of the
+            steps.
+        form: ``unrolled`` or ``implicit``.
+        mode: ``reverse`` keeps all steps in memory and gives all derivatives at once; ``forward`` keeps one
+            step and takes one run for each hyperparameter.
+        solver: For ``implicit``: ``cg`` or ``neumann``.
+        terms: For ``implicit``: largest number of products with the Hessian.
+        tolerance: For ``implicit``: how far from stationary the model, and from exact the solution, may be.
+        seed: Seed of what is random in the model.
+
+    Returns:
+        The score and its derivatives.
+
+    Raises:
+        StudyError: An optimizer, option or hyperparameter that cannot be differentiated by; an operator
+            without second derivative; a score that is no tensor; a model that is not at a stationary point.
+        PlanError: The model was not transformed.
+    """
+    for what, word, known in (("form", form, FORMS), ("mode", mode, MODES)):
+        if word not in known:
+            raise StudyError(f"unknown {what} {word!r}; known: {', '.join(known)}")
+    if not isinstance(steps, int) or steps < 1:
+        raise StudyError(f"steps must be at least 1, not {steps!r}")
+    plan = plan_of(model)[1]
+    batches = read_batches(data, steps if form == "unrolled" else 1 << 30)
+    device = next(model.parameters()).device
+    own = deepcopy(model)
+    work = Work(
+        Copies((plan.width,), (own,), own), [move(b, device, None) for b in batches], loss, recipe(optimizer),
+        steps, evaluate,
+    )  # fmt: skip
+    if form == "unrolled":
+        return unrolled(work, own, dict(point), mode, seed)
+    if evaluate is None:
+        raise StudyError("form='implicit' needs evaluate=: at a minimum the training loss does not change")
+    numbers = read_numbers(work.make, own, point)
+    with twice(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        score, found = implicit(
+            own, work.batches, loss, numbers.rule, numbers.values, evaluate, solver=solver, terms=terms,
+            tolerance=tolerance,
+        )  # fmt: skip
+    return _result(score, dict(point), numbers, found)
+
+
+def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str, seed: int) -> HyperGradient:
+    """Differentiate through a run.
+
+    Args:
+        work: Batches, loss, steps and score.
+        model: A copy for this run alone.
+        point: Hyperparameters by name.
+        mode: ``reverse`` or ``forward``.
+        seed: Seed of what is random in the model.
+    """
+    numbers = read_numbers(work.make, model, point)
+    run = Unrolled(work, model, numbers.rule)
+    with twice(), torch.random.fork_rng():
+        if mode == "forward":
+            return _forward(run, numbers, point, seed)
+        torch.manual_seed(seed)
+        leaves = {key: _number(value).requires_grad_() for key, value in numbers.values.items()}
+        score = run.score(leaves, cut=False)
+        if score is None:
+            return _diverged(point)
+        found = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+        by_number = {key: 0.0 if g is None else g.item() for key, g in zip(leaves, found, strict=True)}
+    return _result(score.item(), point, numbers, by_number)
+
+
+def _forward(run: Unrolled, numbers: Numbers, point: Mapping[str, float], seed: int) -> HyperGradient:
+    gradient: dict[str, float] = {}
+    for name, slopes in numbers.slopes.items():
+        torch.manual_seed(seed)
+        with forward_ad.dual_level():
+            duals = {
+                key: dual(_number(value), _number(slopes.get(key, 0.0)))
+                for key, value in numbers.values.items()
+            }
+            score = run.score(duals, cut=True)
+            if score is None:
+                return _diverged(point)
+            primal, tangent = parts(score)
+            gradient[name] = 0.0 if tangent is None else tangent.item()
+    return HyperGradient(primal.item(), point, gradient, ())
+
+
+def _result(
+    score: float, point: Mapping[str, float], numbers: Numbers, by_number: Mapping[Key, float]
+) -> HyperGradient:
+    gradient = {
+        name: math.fsum(slope * by_number[key] for key, slope in slopes.items())
+        for name, slopes in numbers.slopes.items()
+    }
+    members = numbers.rule.members
+    groups = tuple(
+        GroupGradient(tuple(members[i]), key, numbers.values[i, key], g) for (i, key), g in by_number.items()
+    )
+    return HyperGradient(score, point, gradient, groups)
+
+
+def _diverged(point: Mapping[str, float]) -> HyperGradient:
+    return HyperGradient(math.inf, point, dict.fromkeys(point, math.nan), ())
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,82 @@
+"""Numbers: which entries of an optimizer's groups a hyperparameter sets, and how steeply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mupass._hyper.rules import Key, Rule, entry, rule_of
+from mupass._optim._base import PlannedOptimizer
+from mupass._study.batches import StudyError
+from mupass._study.recipes import Make
+
+STEP = 1e-4  # relative; what recipes do to a number is linear, for which a difference is exact
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An optimizer at one point of its hyperparameters.
+
+    Attributes:
+        rule: How it steps.
+        values: Entries of groups that some hyperparameter sets.
+        slopes: Hyperparameter -> derivative of the entries that it sets.
+    """
+
+    rule: Rule
+    values: Mapping[Key, float]
+    slopes: Mapping[str, Mapping[Key, float]]
+
+
+def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Numbers:
+    """Find what each hyperparameter sets, by making the optimizer with neighboring values.
+
+    Args:
+        make: Makes the optimizer.
+        model: The transformed model.
+        point: Hyperparameters by name.
+
+    Raises:
+        StudyError: A hyperparameter sets nothing that the step can be differentiated by, or something else.
+    """
+    made = make(model, **point)
+    rule = rule_of(made, {p: name for name, p in model.named_parameters()})
+    here, slopes = _entries(made), {}
+    for name, value in point.items():
+        step = STEP * (abs(value) or 1.0)
+        low = value - step if value else 0.0  # most numbers must not be negative
+        below, above = (_entries(make(model, **{**point, name: v})) for v in (low, value + step))
+        moved = {
+            key: (above[key] - below[key]) / (value + step - low) for key in here if above[key] != below[key]
+        }
+        foreign = sorted({key for _, key in moved} - set(rule.keys))
+        if foreign or not moved:
+            what = f"sets {', '.join(foreign)}" if foreign else "sets no number of its groups"
+            raise StudyError(
+                f"{type(made).__name__} cannot be differentiated by {name!r}, which {what}; possible: "
+                f"{', '.join(rule.keys)}"
+            )
+        slopes[name] = moved
+    keys = {key for moved in slopes.values() for key in moved}
+    return Numbers(rule, {key: here[key] for key in sorted(keys)}, slopes)
+
+
+def _entries(optimizer: torch.optim.Optimizer) -> dict[Key, float]:
+    """Return all numbers of an optimizer: those of its groups, and its own as those of group -1."""
+    found: dict[Key, float] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        keys = [k for k in group if k not in ("params", "betas")]
+        keys += ["beta1", "beta2"] if "betas" in group else []
+        found.update({(i, k): float(entry(group, k)) for k in keys if _is_number(entry(group, k))})
+    if isinstance(optimizer, PlannedOptimizer):
+        found.update({(-1, k): float(v) for k, v in vars(optimizer).items() if _is_number(v)})
+        found.update({(-1, k): v for k, v in vars(optimizer.spec).items() if _is_number(v)})
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

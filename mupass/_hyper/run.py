@@ -1,0 +1,205 @@
+"""A training run as a function of an optimizer's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from mupass._hyper.rules import Key, Rule, State, Tensors
+from mupass._study.batches import Batch, Loss, StudyError
+from mupass._study.jobs import Evaluate, Work, diverged
+from mupass._swap import call
+
+
+@contextmanager
+def twice() -> Iterator[None]:
+    """Let second derivatives through, and say by name what has none.
+
+    Raises:
+        StudyError: An operator has no second derivative.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has none
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        known = (
+            "derivative for",
+            "does not support",
+            "not implemented",
+            "not differentiable",
+        )
+        if not any(word in str(error) for word in known):
+            raise
+        raise StudyError(
+            f"an operator of the model has no second derivative, which hypergradients need: {error}"
+        ) from error
+
+
+def gradients(loss: Tensor, parameters: Tensors) -> Tensors:
+    """Return gradients that can be differentiated, without what the loss does not depend on.
+
+    Args:
+        loss: The loss.
+        parameters: The parameters.
+    """
+    found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def refuse_once(gradients: Iterable[Tensor]) -> None:
+    """Raise where a function of the model is marked as differentiable once.
+
+    Autograd leaves its path out without a word when it is asked for derivatives by given inputs.
+
+    Args:
+        gradients: Gradients of the loss, with their graph.
+
+    Raises:
+        StudyError: One is.
+    """
+    waiting = [g.grad_fn for g in gradients]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):
+            raise StudyError(
+                "an autograd function of the model has no second derivative, which hypergradients need: it "
+                "is marked with @once_differentiable"
+            )
+        waiting += [following for following, _ in node.next_functions]
+
+
+def refuse_buffers(before: Tensors, after: Tensors) -> None:
+    """Raise where a buffer follows the activations but not in a way that autograd sees.
+
+    Args:
+        before: Buffers before a forward pass.
+        after: The same afterwards.
+
+    Raises:
+        StudyError: One does.
+    """
+    for name, buffer in after.items():
+        real = buffer.is_floating_point() and not buffer.requires_grad
+        if real and not torch.equal(buffer, before[name]):
+            raise StudyError(
+                f"the buffer {name} changes in the forward pass without a derivative, so hypergradients "
+                "would miss what depends on it; update it outside of torch.no_grad and without detach"
+            )
+
+
+class Unrolled:
+    """A training run as a function of numbers of the optimizer.
+
+    Args:
+        work: Batches, loss, steps and score.
+        model: The model with its initial weights, which is not changed.
+        rule: How the optimizer steps.
+    """
+
+    def __init__(self, work: Work, model: nn.Module, rule: Rule) -> None:
+        self.work, self.model, self.rule = work, model, rule
+
+    def score(self, numbers: Mapping[Key, Tensor], cut: bool) -> Tensor | None:
+        """Train, and return the score as `Work.run` defines it, or None when the run diverged.
+
+        Args:
+            numbers: Entries of groups, that require gradients or carry tangents.
+            cut: Whether only tangents are kept from step to step: the graph of one step is freed at the next.
+        """
+        work, model = self.work, self.model
+        parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        buffers = dict(model.named_buffers())
+        state: State = {}
+        losses: list[Tensor] = []
+        for count in range(work.steps):
+            if cut:
+                parameters, buffers, state = tree_map(_seal, (parameters, buffers, state))
+            else:
+                parameters = {n: p if p.requires_grad else p.requires_grad_() for n, p in parameters.items()}
+            before, buffers = buffers, {n: b.clone() for n, b in buffers.items()}
+            batch = work.batches[count % len(work.batches)]
+            loss = call(model, on(batch, work.loss), parameters, buffers)
+            losses.append(loss)
+            if diverged(loss.item(), losses[0].item()):
+                return None
+            found = gradients(loss, parameters)
+            if count == 0:
+                refuse_once(found.values())
+                refuse_buffers(before, buffers)
+            parameters, state = self.rule.step(count, parameters, found, state, numbers)
+        if work.evaluate is None:
+            tail = losses[-max(1, work.steps // 10) :]
+            return torch.stack(tail).mean()
+        score = score_of(model, work.evaluate, parameters, buffers)
+        return score if math.isfinite(score.item()) else None
+
+
+def score_of(model: nn.Module, evaluate: Evaluate, *tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the score of a model in eval mode.
+
+    Args:
+        model: The model.
+        evaluate: Score of a model.
+        *tensors: Values of its parameters and buffers by name.
+
+    Raises:
+        StudyError: The score is no tensor of one number, or does not depend on the parameters.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    score = call(model, lambda model: evaluate(model.eval()), *tensors)
+    for module, training in modes:
+        module.training = training
+    if not isinstance(score, Tensor) or score.numel() != 1 or not score.requires_grad:
+        raise StudyError(
+            "evaluate= must return the score as a tensor of one number that autograd can follow, not "
+            f"{type(score).__name__}: no .item(), no torch.no_grad()"
+        )
+    return score.reshape(())
+
+
+def on(batch: Batch, loss: Loss) -> Callable[[nn.Module], Tensor]:
+    """Return the loss on a batch as a function of the model.
+
+    Args:
+        batch: The batch.
+        loss: Of output and targets.
+    """
+    return lambda model: loss(batch.run(model), batch.targets)
+
+
+def _seal(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    primal, tangent = parts(x)
+    primal = primal.detach().requires_grad_()
+    return primal if tangent is None else dual(primal, tangent.detach())
+
+
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Return a tensor with a tangent.
+
+    Args:
+        primal: The tensor.
+        tangent: Its derivative.
+    """
+    return forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor and its tangent, if it has one.
+
+    Args:
+        x: The tensor.
+    """
+    return tuple(forward_ad.unpack_dual(x))  # type: ignore[no-untyped-call,return-value]

@@ -1,0 +1,185 @@
+"""Descent: search by hypergradients, from several starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mupass._hyper.hypergradient import unrolled
+from mupass._study.batches import StudyError
+from mupass._study.jobs import Job, quiet
+from mupass._study.store import Store, digest
+from mupass._study.sweep import Study
+from mupass._study.trials import Trial, mean
+
+CLOSE = 0.05  # a step of so few natural logarithms ends a descent
+OF_ONE = ("momentum", "beta1", "beta2")  # searched by the logarithm of what they lack to 1
+Point = tuple[tuple[str, float], ...]
+
+
+def descend(
+    study: Study, bounds: Mapping[str, Sequence[float]], trials: int, seeds: int, store: Store
+) -> Iterator[Trial]:
+    """Follow derivatives to a minimum from the middle of the bounds, then from other values of the first.
+
+    The loss of a run is rugged at large steps, so that one descent may end beside a lower valley. Those that
+    follow begin at 1/4, 3/4, 1/8, ... of the first hyperparameter's bounds (lr, in the usual order).
+
+    Args:
+        study: The study, whose first width is searched.
+        bounds: Smallest and largest value by name.
+        trials: Number of points.
+        seeds: Number of initializations of each point.
+        store: Where results are kept.
+
+    Raises:
+        StudyError: A bound of momentum that is not below 1, or a derivative that is not finite.
+    """
+    for name in OF_ONE:
+        if max(bounds.get(name, [0.0])) >= 1:
+            raise StudyError(f"grid[{name!r}] must be below 1")
+    low, high = (torch.tensor([to(n, f(v)) for n, v in bounds.items()]).double() for f in (min, max))
+    search = _Search(study, list(bounds), low, high, seeds, store)
+    left = trials
+    for start in itertools.count(1):
+        x = (low + high) / 2
+        x[0] = low[0] + (high[0] - low[0]) * _fraction(start)
+        for found in search.descend(x, left):
+            yield from found
+            left -= 1
+        if not left:
+            return
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all descents share; vectors are coordinates in the order of the names."""
+
+    study: Study
+    names: list[str]
+    low: Tensor
+    high: Tensor
+    seeds: int
+    store: Store
+
+    def descend(self, x: Tensor, trials: int) -> Iterator[list[Trial]]:
+        """Follow derivatives by a quasi-Newton method (BFGS), one point for each step.
+
+        Coordinates are logarithms. The first step is a quarter of the bounds in each, and none is longer.
+        Where a run diverges, or is worse than the best one with derivatives that point further away, the next
+        point lies half of the way back to the best one.
+
+        Args:
+            x: Where to begin.
+            trials: Largest number of points.
+        """
+        longest = (self.high - self.low) / 4
+        best = x.clone()
+        best[0] = self.low[0]  # where the first point diverges less of the first is tried
+        lowest, slope, inverse = math.inf, torch.zeros_like(x), torch.eye(len(x)).double()
+        for _ in range(trials):
+            found, loss, here = self._measure(x)
+            yield found
+            moved = x - best
+            if math.isinf(loss) or (loss >= lowest and here @ moved < 0):
+                x = (x + best) / 2
+            else:
+                if math.isinf(lowest):
+                    inverse = torch.diag(longest / here.abs().clamp(min=1e-12))
+                else:
+                    inverse = _bfgs(inverse, moved, here - slope)
+                if loss < lowest:
+                    best, lowest, slope = x, loss, here
+                step = inverse @ slope
+                x = (best - step / max(1.0, float((step.abs() / longest).max()))).clamp(self.low, self.high)
+            if (x - best).abs().max() < CLOSE:
+                return
+
+    def _measure(self, x: Tensor) -> tuple[list[Trial], float, Tensor]:
+        """Return the runs of a point, their mean score, and the derivatives of its logarithm."""
+        values = map(back, self.names, x.tolist())
+        point = tuple(zip(self.names, values, strict=True))
+        runs = [_run(self.study, point, seed, self.store) for seed in range(self.seeds)]
+        width = self.study.copies.widths[0]
+        trials = [Trial(width, point, seed, loss) for seed, (loss, _) in enumerate(runs)]
+        return trials, mean([loss for loss, _ in runs]), _slope(point, runs)
+
+
+def _fraction(index: int) -> float:
+    """Return 1/2, 1/4, 3/4, 1/8, 5/8, ... (van der Corput)."""
+    return sum((index >> i & 1) / 2 ** (i + 1) for i in range(index.bit_length()))
+
+
+def _slope(point: Point, runs: Sequence[tuple[float, dict[str, float]]]) -> Tensor:
+    """Return the derivatives of the mean log score by the coordinates."""
+    weight = [1 / (len(runs) * (abs(loss) or 1.0)) for loss, _ in runs]
+    rows = [
+        sum(w * gradient[n] for w, (_, gradient) in zip(weight, runs, strict=True)) * chain(n, v)
+        for n, v in point
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _bfgs(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Return the next estimate of the inverse Hessian; where the curvature is negative, a larger one."""
+    bend = s @ y
+    if bend <= 0:
+        return 2 * inverse
+    left = torch.eye(len(s)).double() - torch.outer(s, y) / bend
+    return left @ inverse @ left.T + torch.outer(s, s) / bend
+
+
+def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, dict[str, float]]:
+    """Return the score of a run and its derivatives, from the store where it has them."""
+    key = digest(study.work.key(Job(0, point, seed)), "gradient")
+    known = store.get(key)
+    if known is None:
+        begin = time.perf_counter()
+        with quiet():
+            found = unrolled(study.work, study.copies.draw(0, seed), dict(point), "reverse", seed)
+        seconds = time.perf_counter() - begin
+        gradient = {n: g if math.isfinite(g) else 0.0 for n, g in found.gradient.items()}
+        if gradient != dict(found.gradient) and math.isfinite(found.loss):
+            raise StudyError(
+                f"the hypergradient is not finite at {dict(point)}, where the loss is {found.loss:.3g}"
+            )
+        note = {"width": study.copies.widths[0], "seed": seed, **dict(point), "gradient": gradient}
+        store.put(key, note, found.loss, seconds)
+        return found.loss, gradient
+    return known, store.note(key)["gradient"]
+
+
+def to(name: str, value: float) -> float:
+    """Return the coordinate of a hyperparameter.
+
+    Args:
+        name: The hyperparameter.
+        value: Its value.
+    """
+    return -math.log1p(-value) if name in OF_ONE else math.log(value)
+
+
+def back(name: str, coordinate: float) -> float:
+    """Return the value that a coordinate stands for.
+
+    Args:
+        name: The hyperparameter.
+        coordinate: Its coordinate.
+    """
+    return -math.expm1(-coordinate) if name in OF_ONE else math.exp(coordinate)
+
+
+def chain(name: str, value: float) -> float:
+    """Return the derivative of a value by its coordinate.
+
+    Args:
+        name: The hyperparameter.
+        value: Its value.
+    """
+    return 1 - value if name in OF_ONE else value
