@@ -169,7 +169,11 @@ def powers(
             table["lr"] = aligned_powers(geometry, optimizer, 0.5)
             table["epsilon"] = epsilon_powers(optimizer, 0.5)
         return table
-    h2, delta2 = _plus((1.0, 0.0), geometry, 2), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
+    if geometry.fan_in_axes:
+        h2 = _plus(h2, geometry, 2)
+    else:  # what a gain multiplies is part of its B
+        delta2 = _plus(delta2, geometry, 2)
     damping_in, damping_out = {
         "kfac": (h2, delta2),
         "foof": (h2, delta2),
@@ -255,7 +259,11 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
         "muon": (0.5, 0.5),
         "spectral": (0.5, 0.5),
     }.get(name, (optimizer.e_a, optimizer.e_b))
-    return _plus((e_in - 1, (1 - 2 * beta) * (e_out - 1)), geometry, 2 * (e_in - 1))
+    return _plus(
+        (e_in - 1, (1 - 2 * beta) * (e_out - 1)),
+        geometry,
+        2 * ((e_in if geometry.fan_in_axes else e_out) - 1),
+    )
 
 
 def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
