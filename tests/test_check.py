@@ -173,8 +173,13 @@ def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_
     found = mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer=unscaled)
     assert {r.site.parameter for r in found.failures} == {"0.weight"}, str(found)
     assert "its learning rate scales like width^+0.00" in found.blame
+    assert mupass.coord_check(bottleneck(), vectors(), dims=FIXED, optimizer="kfac").ok
+
+    def bare(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
+        return mupass.KFAC(model, lr, 1.0, momentum=0.0, damping_floor=0.0, fallback="sgd", fallback_lr=lr)
+
     kfac = mupass.coord_check(
-        bottleneck(), vectors(), dims=FIXED, optimizer="kfac", widths=[64, 256, 1024], steps=1, seeds=4
+        bottleneck(), vectors(), dims=FIXED, optimizer=bare, widths=[64, 256, 1024], steps=1, seeds=4
     )
     row = next(r for r in kfac.rows if r.site.parameter == "0.weight" and r.quantity == "update")
     assert row.slope.power > 0.3  # 1/sqrt(m) of the gradient, divided by its square

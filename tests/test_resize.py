@@ -168,6 +168,20 @@ def test_a_pattern_without_a_formula_is_refused() -> None:
         resize(model, 64)
 
 
+def test_a_group_norm_with_a_group_a_channel_keeps_it_so() -> None:
+    def build(c: int) -> nn.Module:
+        norms = nn.GroupNorm(c, c), nn.GroupNorm(4, c)
+        return nn.Sequential(
+            nn.Conv1d(2, c, 3), norms[0], nn.ReLU(), nn.Conv1d(c, c, 3), norms[1], nn.Conv1d(c, 3, 1)
+        )
+
+    x = torch.randn(2, 2, 9)
+    new, truth = resize(build(8), 16, example_inputs=x), build(16)
+    assert (new[1].num_groups, new[4].num_groups) == (16, 4)
+    new.load_state_dict(truth.state_dict())
+    torch.testing.assert_close(new(x), truth(x))
+
+
 class Standardized(nn.Conv1d):
     """A convolution with a gain divided by the root of its fan_in, held as one number."""
 

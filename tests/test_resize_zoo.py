@@ -19,7 +19,7 @@ import mupass
 
 # Spectral norm keeps singular vectors as buffers; which factor of a channel shuffle grows is a guess.
 REFUSED = {"normalized_weights", "shuffle_unit"}
-HEADS_STAY = {"set_transformer"}  # head_dim grows, where the author adds heads
+HEADS_STAY = {"set_transformer", "cvt"}  # head_dim grows, where the author adds heads
 # Their builders round to multiples of 8 or cut off below a size, where resize keeps every ratio.
 ROUNDED = {
     "timm_efficientnet",

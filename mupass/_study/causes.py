@@ -18,7 +18,7 @@ NEAR = 0.3  # powers come in halves
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
 DIMMED = (
     "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
-    "of a gradient near zero, so its first step grows: start with another optimizer, or clip (kl_clip=)"
+    "of a gradient near zero, so its first step grows: give it a damping_floor="
 )
 GIVEN = (
     "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "

@@ -19,7 +19,7 @@ from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, 
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
-from mupass._study.dimmed import dimmed_places, relative
+from mupass._study.dimmed import dimmed_places, gradient_power, relative
 from mupass._study.probe import Probe
 from mupass._study.recipes import Make, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
@@ -196,10 +196,10 @@ def _judge(
             both = quantity == "update" and (site, "aligned", step) in log
             rule = "bounded" if both else _rule(site, quantity, copies)
             if site in dimmed and rule == "flat" and step and slope.power < tolerance:
-                spec, gradients = dimmed[site], log.get((site, "gradient", 0))
+                power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", 0))
                 rule = "shown"
-                if step == 1 and spec is not None and gradients and all(chain(*gradients)):
-                    table = relative(table, gradients, site.parameter, copies.plans, spec)
+                if step == 1 and power is not None and gradients and all(chain(*gradients)):
+                    table = relative(table, gradients, site.parameter, copies.plans, power)
                     slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
             rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
         elif quantity == "update" and any(chain(*table)):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mupass._parameterizations import row
 from mupass._plan import Plan
-from mupass._scales import ENTRYWISE, OptimizerSpec, scales
+from mupass._scales import OptimizerSpec, scales
 from mupass._study.causes import is_readout
 from mupass._study.probe import Probe
 from mupass._study.recorder import Site
@@ -38,7 +38,7 @@ def relative(
     gradients: Sequence[Sequence[float]],
     parameter: str,
     plans: Sequence[Plan],
-    spec: OptimizerSpec,
+    power: float,
 ) -> list[list[float]]:
     """Return the sizes that updates would have if the gradient had the order that the plan counts on.
 
@@ -47,9 +47,8 @@ def relative(
         gradients: The same of the parameter's gradient.
         parameter: The parameter.
         plans: Plans of all widths.
-        spec: Row of the optimizer.
+        power: Of the gradient's size in the size of one step.
     """
-    power = gradient_power(spec)
     found = []
     for plan, sizes, slopes in zip(plans, table, gradients, strict=True):
         order = scales(plan[parameter].geometry, OptimizerSpec("adam"), plan.parameterization).epsilon
@@ -57,14 +56,16 @@ def relative(
     return found
 
 
-def gradient_power(spec: OptimizerSpec) -> float:
+def gradient_power(spec: OptimizerSpec | None) -> float | None:
     """Return the power of the gradient's size in the size of one step, at damping relative to the factors.
 
+    None where there is no one power: K-FAC divides by the square of the gradient down to its damping floor.
+
     Args:
-        spec: Row of the optimizer.
+        spec: Row of the optimizer, or None where it is not known.
     """
-    if spec.name == "shampoo" and spec.graft != "none":
-        return float(spec.graft == "sgd")
-    if spec.name in (*ENTRYWISE, "adafactor", "soap", "muon"):
-        return 0.0
-    return {"sgd": 1.0, "shampoo": 1 - 2 * spec.e}.get(spec.name, 1 - 2 * spec.e_b)
+    if spec is None or spec.name == "kfac":
+        return None
+    if spec.name in ("sgd", "foof"):
+        return 1.0
+    return 1 - 2 * spec.e if spec.name == "shampoo" and spec.graft == "none" else float(spec.graft == "sgd")
