@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mupass._hyper.roots import damped_root
 from mupass._optim import Shampoo
+from mupass._optim._blocks import Blocking
 from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._sides import along
 from mupass._study.batches import StudyError
@@ -227,7 +228,8 @@ class ShampooRule(Rule):
             pieces.update(zip(stack.slots, g.unbind(), strict=True))
         for name, cut in blocks.items():
             whole = [pieces[name, i] for i in range(len(cut))]
-            found[name] = blockings[name].paste(whole, gradients[name]).to(gradients[name].dtype)
+            pasted: Tensor = _Pasted.apply(blockings[name], gradients[name], *whole)  # type: ignore[no-untyped-call]
+            found[name] = pasted.to(gradients[name].dtype)
         return found
 
     def _root(
@@ -287,6 +289,24 @@ class ShampooRule(Rule):
             g = mean / (root + epsilon) if adamw else torch.atan2(mean, root) * (4 / pi)
         p = p * (1 - read["lr"] * read["weight_decay"])
         return p - read["lr"] * read["mupass_scale"] * g
+
+
+class _Pasted(torch.autograd.Function):
+    """`Blocking.paste`, which has no derivative of its own; it is linear, and its transpose is to cut."""
+
+    @staticmethod
+    def forward(ctx: Any, blocking: Blocking, like: Tensor, *blocks: Tensor) -> Tensor:
+        ctx.blocking, ctx.like = blocking, like
+        return blocking.paste(blocks, like)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: Tensor | None, *tangents: Tensor) -> Tensor:
+        pasted: Tensor = ctx.blocking.paste(tangents, ctx.like)
+        return pasted
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *ctx.blocking.cut(gradient))
 
 
 def rule_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Rule:
