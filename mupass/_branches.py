@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mupass._capture import Capture
-from mupass._dims.graph import flatten, operator_name
+from mupass._dims.graph import flatten, operator_name, shape_of
 from mupass._geometry import Branch
 
 SUMS = ("aten.add", "aten.add_")
@@ -104,7 +104,7 @@ def _branch_of(
     if operator_name(node.target) not in SUMS or len(operands) < 2:
         return None
     values = [x.meta.get("val") for x in (*operands, node)]
-    if len({v.shape if isinstance(v, Tensor) else None for v in values}) > 1:
+    if len({shape_of(v) if isinstance(v, Tensor) else None for v in values}) > 1:
         return None
     for stream, branch in (operands, operands[::-1]):
         for start in (stream, origin.get(stream, stream)):

@@ -119,11 +119,18 @@ class Call:
         self.facts.literal.setdefault(axis.dim, f"{why} ({self.where})")
 
     def use(
-        self, kind: str, fan_in: Iterable[Axis], fan_out: Iterable[Axis], weight: Value, basis: bool = False
+        self,
+        kind: str,
+        fan_in: Iterable[Axis],
+        fan_out: Iterable[Axis],
+        weight: Value,
+        basis: bool = False,
+        beside: Iterable[Axis] = (),
     ) -> None:
         """Record that a weight contracts the fan_in axes and makes the fan_out axes.
 
-        With ``basis``, what it is contracted with is a parameter too.
+        With ``basis``, what it is contracted with is a parameter too. Axes ``beside`` each other are made as
+        well (a batch of weights that all read the same), which is no sign that they grow.
         """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
         if not self.static:
@@ -135,7 +142,7 @@ class Call:
         for axis in fan_out:
             self.facts.fan_out.setdefault(axis.dim, self.where)
         rows = {p: ([], []) for a in weight.axes for p, _ in a.origin}  # type: ignore[var-annotated]
-        for side, axes in enumerate((fan_in, fan_out)):
+        for side, axes in enumerate((fan_in, (*fan_out, *beside))):
             for parameter, index in sorted({o for a in axes for o in a.origin}):
                 rows[parameter][side].append(index)
         for parameter, (i, o) in rows.items():
