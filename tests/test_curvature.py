@@ -313,7 +313,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
         x,
         base=32,
     )
-    optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-2)
+    optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-3)
     generator = torch.Generator().manual_seed(1)
     for step in range(200):
         rows = torch.randint(256, (64,), generator=generator)
@@ -328,7 +328,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
         if faults and step == 100:  # the process dies and starts again
             saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
             net = copy.deepcopy(net)
-            optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-2)
+            optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-3)
             net.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
     with torch.no_grad():
