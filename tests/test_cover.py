@@ -222,7 +222,8 @@ def test_heads_along_an_axis_of_one_are_one_matrix(compiled: bool) -> None:
     for broadcast in (False, True):
         torch.manual_seed(0)
         (x, y), net = data(), Heads(broadcast).double()
-        net = mupass.transform(net, x, base=BASE)
+        # A broadcast axis is no sign of a width: it may count an ensemble as well.
+        net = mupass.transform(net, x, base=BASE, dims={"heads:0": "infinite", "heads:2": "finite"})
         optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, strict=True)
         run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
         squares(run(x), y).mean().backward()

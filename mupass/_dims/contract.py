@@ -29,7 +29,7 @@ def contract(
     weights = [i for i, v in enumerate(operands) if v.parametric]
     for i in weights:
         own = dict(zip(labels[i], operands[i].axes, strict=True))
-        _blocks(call, own, labels, out)
+        _blocks(call, own, _met(i, own, operands, labels), out)
     basis = len(weights) == len(operands) > 1
     if basis:
         weights = weights[-1:]  # both are parameters: the second acts on the first
@@ -76,12 +76,9 @@ def _met(i: int, own: dict[str, Axis], operands: Sequence[Value], labels: Sequen
     }
 
 
-def _blocks(call: Call, own: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
-    """A weight with a batch axis is one small weight for each block of the width.
-
-    That is a matter of how the product is written, so an axis that is broadcast counts too.
-    """
-    shared = {n for n in own if n in out and sum(n in names for names in labels) > 1 and own[n].size > 1}
+def _blocks(call: Call, own: dict[str, Axis], met: set[str], out: Labels) -> None:
+    """A weight with a batch axis is one small weight for each block of the width."""
+    shared = {n for n in own if n in out and n in met and own[n].size > 1}
     if shared and not call.static:
         inner = tuple(a.dim for n, a in own.items() if n not in shared and a.size > 1)
         call.facts.blocks.append(Bilinear(tuple(own[n].dim for n in shared), inner, call.where))
