@@ -137,6 +137,7 @@ def _worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
                 results[name] = (scales_of(model), model(IDS).tolist())
         if rank == 0:
             queue.put(results)
+        dist.barrier()  # a rank whose peer is gone may abort while it closes its threads
     finally:
         dist.destroy_process_group()
 
