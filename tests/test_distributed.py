@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import free_port, one_of_two
 from torch import nn
 
 import mupass
@@ -52,10 +52,7 @@ def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
 
 
 def _worker(rank: int, port: int, name: str, path: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    try:
+    with one_of_two(rank, port):
         model = nn.parallel.DistributedDataParallel(build())
         trained = train(model, slice(8 * rank, 8 * rank + 8), name)
         other = [p.clone() for p in trained]
@@ -64,15 +61,6 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
         if rank == 0:
             apart = max((a - b).abs().max().item() for a, b in zip(trained, other, strict=True))
             torch.save((apart, trained), path)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
@@ -163,11 +151,7 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    rows = slice(8 * rank, 8 * rank + 8)
-    mesh, make = init_device_mesh("cpu", (2,)), SHARDED[name]
+    rows, make = slice(8 * rank, 8 * rank + 8), SHARDED[name]
     build = code if name == "code" else norms
 
     def shard() -> nn.Module:
@@ -175,7 +159,8 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
         fully_shard(model.inner if name == "code" else model[3], mesh=mesh)
         return fully_shard(model, mesh=mesh)  # type: ignore[no-any-return]
 
-    try:
+    with one_of_two(rank, port):
+        mesh = init_device_mesh("cpu", (2,))
         wrapped = nn.parallel.DistributedDataParallel(build())
         want = steps(wrapped, make(wrapped), rows, range(8))
         model = shard()
@@ -191,9 +176,6 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
         resumed = steps(other, restarted, rows, range(4, 8))
         if rank == 0:
             torch.save((want, through, resumed), path / "result.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -223,22 +205,15 @@ def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> Non
 
 # A rank that is killed -------------------------------------------------------------------------------------
 
-TOTAL, SAVED, KILLED, BAD = (
-    30,
-    8,
-    21,
-    5,
-)  # steps in all, between checkpoints, at the kill, with a NaN gradient
+# Steps: in all, between checkpoints, at the kill, with a NaN gradient.
+TOTAL, SAVED, KILLED, BAD = 30, 8, 21, 5
 
 
 def _killed_worker(rank: int, port: int, path: Path, kill: bool) -> None:
     """Train with checkpoints, from the last whole one that there is; or die in the middle of a step."""
     from torch.distributed.checkpoint import load, save
 
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    try:
+    with one_of_two(rank, port):
         model = nn.parallel.DistributedDataParallel(build())
         optimizer = mupass.KFAC(model, 0.05, 1e-2, factor_every=2, root_every=3, kl_clip=1e-2)
         state = {"model": model.module.state_dict(), "optimizer": optimizer}
@@ -262,9 +237,6 @@ def _killed_worker(rank: int, port: int, path: Path, kill: bool) -> None:
             loss = F.cross_entropy(model.module(x), y).item()
             result = (first, loss, optimizer.stats(), [p.detach() for p in model.parameters()])
             torch.save(result, path / "result.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_run_with_a_rank_killed_ends_where_a_clean_one_does(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What the pages say is what the package does: code runs, printed output is real, every name has an entry."""
 
 import re
-import socket
 import subprocess
 import sys
 import warnings
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port
 
 import mupass
 
@@ -39,10 +39,7 @@ def alone(monkeypatch):
     """Let pages compile without a C++ compiler, and make a process group of one."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, **k: compiled(m, **{"backend": "aot_eager", **k}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     torch.manual_seed(0)

@@ -3,12 +3,12 @@
 import copy
 import io
 import pickle
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import free_port, one_of_two
 from torch import Tensor, nn
 
 import mupass
@@ -113,9 +113,7 @@ def test_functional_call(model: nn.Module) -> None:
 
 
 def _worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
-    try:
+    with one_of_two(rank, port):
         from torch.distributed.fsdp import fully_shard
         from torch.nn.parallel import DistributedDataParallel
 
@@ -137,15 +135,6 @@ def _worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
                 results[name] = (scales_of(model), model(IDS).tolist())
         if rank == 0:
             queue.put(results)
-        dist.barrier()  # a rank whose peer is gone may abort while it closes its threads
-    finally:
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_ddp_and_fsdp2_train_like_one_process() -> None:
