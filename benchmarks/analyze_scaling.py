@@ -20,12 +20,12 @@ from torch import nn
 LAYERS = (10, 20, 40, 80)
 
 
-def llama(layers: int) -> tuple[nn.Module, dict[str, Any]]:
+def llama(layers: int, vocabulary: int = 128256) -> tuple[nn.Module, dict[str, Any]]:
     """Return a Llama with the width of the 70B model, and its inputs."""
     import transformers as hf
 
     config = hf.LlamaConfig(
-        vocab_size=128256,
+        vocab_size=vocabulary,
         hidden_size=8192,
         intermediate_size=28672,
         num_hidden_layers=layers,

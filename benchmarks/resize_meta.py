@@ -12,28 +12,11 @@ import resource
 import time
 
 import torch
-from torch import nn
 
 import mupass
+from benchmarks.analyze_scaling import llama
 
 PROXY = {"d_model": 16, "heads": 8, "kv_heads": 1, "head_dim": 2}
-
-
-def giant(layers: int) -> nn.Module:
-    """Llama 2 70B on the meta device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=layers,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
 
 
 def main() -> None:
@@ -45,9 +28,10 @@ def main() -> None:
     print("| layers | source parameters | proxy parameters | seconds | peak memory |")
     print("|---|---|---|---|---|")
     for layers in options.layers:
-        model = giant(layers)
+        with torch.device("meta"):
+            model, _ = llama(layers, 32000)
         started = time.perf_counter()
-        proxy = mupass.resize(model, PROXY, example_inputs={"input_ids": ids}, seed=0)
+        proxy = mupass.resize(model, PROXY, example_inputs={"input_ids": ids, "use_cache": False}, seed=0)
         seconds = time.perf_counter() - started
         assert proxy(ids).logits.isfinite().all()
         counts = [sum(p.numel() for p in m.parameters()) for m in (model, proxy)]
