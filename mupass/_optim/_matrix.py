@@ -127,7 +127,11 @@ class MatrixOptimizer(PlannedOptimizer):
         directions: dict[Tensor, Tensor] = {}
         for name, pieces in blocks.items():
             parameter = self._parameters[name]
-            parts = [found.get((name, i), torch.zeros_like(g)) for i, g in enumerate(pieces)]
+            own = [(name, i) for i in range(len(pieces))]
+            parts = [
+                found[slot] if slot in found else torch.zeros_like(g)
+                for slot, g in zip(own, pieces, strict=True)
+            ]
             direction = self._blockings[name].paste(parts, gradients[name]).to(parameter.dtype)
             directions[parameter] = sharded_like(direction, parameter)
         return directions
