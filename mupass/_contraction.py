@@ -9,6 +9,8 @@ from string import ascii_uppercase
 
 from torch import Tensor
 
+ONE = "1"  # label of an axis of length 1 that the weight's is broadcast against
+
 
 def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple[int, ...]:
     """Return the order of axes after a transpose.
@@ -31,7 +33,7 @@ class Contraction:
     """``y = sum x w``, one label an axis, as in einsum.
 
     Attributes:
-        x: Labels of the activation; `ONE` for an axis of length 1 that the weight's is broadcast against.
+        x: Labels of the activation, `ONE` among them.
         w: Labels of the weight, in the order of the *parameter's* axes (transposes undone).
         y: Labels of the output.
         sizes: Sizes of the parameter's axes.
@@ -92,9 +94,6 @@ class Contraction:
         # Lists, not generators: Dynamo cannot take those through an autograd function.
         count, size = prod([self.sizes[i] for i in self.group_axes]), prod([self.sizes[i] for i in axes])
         return t.reshape(count, first, -1, size)
-
-
-ONE = "1"
 
 
 def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:

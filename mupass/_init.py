@@ -223,9 +223,8 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
     p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
     present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
-    wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (
-        -2 * p_out
-    )  # the same quotient after the transform
+    # The same quotient after the transform.
+    wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)
     # Compared as ratios, so that a law that is right already gives exactly 1.0 and no rounding.
     factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
     std = None if found.std is None else found.std * factor

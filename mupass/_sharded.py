@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from mupass._optim._parallel import is_sharded
+
 
 def path_to(root: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules on the way to a parameter, the root first and its owner last.
@@ -45,7 +47,7 @@ def on_whole(root: nn.Module, name: str, change: Callable[[nn.Parameter], None])
 
     def hook(module: nn.Module, args: Any) -> None:
         parameter = getattr(path[-1], leaf)
-        if isinstance(parameter, nn.Parameter) and not hasattr(parameter, "device_mesh"):
+        if isinstance(parameter, nn.Parameter) and not is_sharded(parameter):
             change(parameter)
 
     for module in path:

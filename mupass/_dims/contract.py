@@ -27,15 +27,15 @@ def contract(
                 table[name] = axis
             call.unify(known, axis)
     weights = [i for i, v in enumerate(operands) if v.parametric]
+    owned = {i: dict(zip(labels[i], operands[i].axes, strict=True)) for i in weights}
+    met = {i: _met(i, owned[i], operands, labels) for i in weights}
     for i in weights:
-        own = dict(zip(labels[i], operands[i].axes, strict=True))
-        _blocks(call, own, _met(i, own, operands, labels), out)
+        _blocks(call, owned[i], met[i], out)
     basis = len(weights) == len(operands) > 1
     if basis:
         weights = weights[-1:]  # both are parameters: the second acts on the first
     for i in weights:
-        own = dict(zip(labels[i], operands[i].axes, strict=True))
-        others = _met(i, own, operands, labels)
+        own, others = owned[i], met[i]
         named = {n for j, names in enumerate(labels) if j != i for n in names}
         summed = [a for n, a in own.items() if n in others and n not in out]
         made = [a for n, a in own.items() if n not in named and n in out]

@@ -8,11 +8,11 @@ from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import Axis, Value
 
 
-def _square(call: Call, matrix: Value) -> tuple[tuple[Axis, ...], Axis, Axis]:
-    """State that rows and columns are the same things; return the batch axes and both."""
+def _square(call: Call, matrix: Value) -> list[Axis]:
+    """State that rows and columns are the same things; return the batch axes."""
     *batch, rows, columns = matrix.axes
     call.unify(rows, columns)
-    return tuple(batch), rows, columns
+    return batch
 
 
 @rule(
@@ -37,8 +37,7 @@ def of_square(call: Call) -> Result:
 def of_square_with_info(call: Call) -> Result:
     """The same, and an error code for each matrix of the batch."""
     matrix = call.values[0]
-    batch, _, _ = _square(call, matrix)
-    return call.value(matrix.axes), call.value(batch)
+    return call.value(matrix.axes), call.value(_square(call, matrix))
 
 
 @rule("aten.pinverse", "aten.linalg_pinv")
@@ -51,7 +50,7 @@ def pseudo_inverse(call: Call) -> Result:
 @rule("aten.det", "aten.linalg_det", "aten.logdet", "aten.slogdet", "aten.linalg_slogdet")
 def determinant(call: Call) -> Result:
     """One number, or sign and logarithm, for each matrix of the batch."""
-    batch, _, _ = _square(call, call.values[0])
+    batch = _square(call, call.values[0])
     outputs = [call.value(batch) for _ in call.shapes]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -71,7 +70,7 @@ def factorize(call: Call) -> Result:
     """Eigenvectors and singular vectors are as many as the shorter axis is long, and grow with it."""
     *batch, rows, columns = call.values[0].axes
     if "eig" in call.operator:
-        call.unify(rows, columns)
+        _square(call, call.values[0])
     short = rows if rows.size < columns.size else columns
     known = {rows.size: rows, columns.size: columns, short.size: short}
     outputs = []

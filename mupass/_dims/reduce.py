@@ -70,14 +70,18 @@ def reduce(call: Call) -> Result:
     if len(values) == 2:  # max.other, min.other
         return pointwise(call)
     (source,) = values
-    default = -1 if "trap" in call.operator else None
-    gone = wrap(call.get("dim", default), len(source.axes))
-    kept = [a for i, a in enumerate(source.axes) if i not in gone]
-    held = [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
+    kept, held = _left(call, source, -1 if "trap" in call.operator else None)
     outputs = [
         call.value(kept if len(s) == len(kept) and not call.get("keepdim") else held) for s in call.shapes
     ]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _left(call: Call, source: Value, default: int | None = None) -> tuple[list[Axis], list[Axis]]:
+    """Return the axes that a reduction leaves, and all axes with those that go of length 1."""
+    gone = wrap(call.get("dim", default), len(source.axes))
+    kept = [a for i, a in enumerate(source.axes) if i not in gone]
+    return kept, [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
 
 
 @rule("aten.linalg_matrix_norm", "aten.linalg_cond")
@@ -98,10 +102,7 @@ def distance(call: Call) -> Result:
 @rule("aten.quantile", "aten.nanquantile")
 def quantile(call: Call) -> Result:
     """As `reduce`; several quantiles are a new first axis."""
-    source = call.values[0]
-    gone = wrap(call.get("dim"), len(source.axes))
-    kept = [a for i, a in enumerate(source.axes) if i not in gone]
-    held = [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
+    kept, held = _left(call, call.values[0])
     axes = held if call.get("keepdim") else kept
     return call.value([*(call.new(s) for s in call.shape[: len(call.shape) - len(axes)]), *axes])
 

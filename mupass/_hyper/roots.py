@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim._roots import eigenbases
+from mupass._optim._roots import divided_differences, eigenbases
 
 
 def damped_root(bank: Tensor, damping: Tensor, power: float, relative: bool) -> Tensor:
@@ -40,9 +40,7 @@ class _DampedRoot(torch.autograd.Function):
         alive = (found & (x > 0).all(1))[:, None]
         x = torch.where(alive, x, torch.ones_like(x))
         slope = -power * x.pow(-power - 1) * alive
-        gap = x.log()[:, :, None] - x.log()[:, None, :]  # x_j = x_i e^-gap
-        ratio = torch.where(gap == 0, -power, torch.expm1(power * gap) / torch.expm1(-gap))
-        divided = x.pow(-power - 1)[:, :, None] * ratio * alive[:, :, None]
+        divided = divided_differences(x, power) * alive[:, :, None]
         saved = (vectors, divided, slope, damping, unit)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mupass._errors import OptimizerError
 from mupass._optim._checks import check_choice, check_number
 from mupass._optim._parallel import is_sharded
+from mupass._optim._roots import symmetric
 from mupass._plan import plan_of
 from mupass._swap import call
 
@@ -218,7 +219,7 @@ def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, T
     for j, v in enumerate(tangents):
         for k, w in enumerate(tangents[: j + 1]):
             slopes[j], curvature[j, k] = _jvp(partial(slope, v=v, w=w), zero, one)
-    return slopes, curvature.tril() + curvature.tril(-1).mT
+    return slopes, symmetric(curvature)
 
 
 def minimizer(slopes: Tensor, curvature: Tensor, damping: float) -> Tensor:

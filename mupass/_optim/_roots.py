@@ -16,7 +16,7 @@ def symmetric(matrices: Tensor) -> Tensor:
     """Return whole matrices from their lower triangles.
 
     Args:
-        matrices: ``[K, n, n]``.
+        matrices: ``[..., n, n]``.
     """
     return matrices.tril() + matrices.tril(-1).mT
 
@@ -129,16 +129,24 @@ def _refined(bank: Tensor, rho: Tensor, vectors: Tensor, power: float) -> Tensor
     turned = symmetric(vectors.mT @ product).double()  # rows of large eigenvalues lose more digits
     values = turned.diagonal(dim1=-2, dim2=-1) + rho.double()[:, None]
     values = values.clamp(min=torch.finfo(bank.dtype).tiny)
-    difference = values[:, :, None] - values[:, None, :]
-    middle = (values[:, :, None] + values[:, None, :]) / 2
-    near = difference.abs() < 1e-6 * middle
-    powers = values.pow(-power)
-    slopes = (powers[:, :, None] - powers[:, None, :]) / torch.where(
-        near, torch.ones_like(middle), difference
-    )
-    turned *= torch.where(near, -power * middle.pow(-power - 1), slopes)
-    turned.diagonal(dim1=-2, dim2=-1).copy_(powers)
+    turned *= divided_differences(values, power)
+    turned.diagonal(dim1=-2, dim2=-1).copy_(values.pow(-power))
     return vectors @ turned.to(bank.dtype) @ vectors.mT
+
+
+def divided_differences(x: Tensor, power: float) -> Tensor:
+    """Return ``(x_i^-power - x_j^-power) / (x_i - x_j)``, the derivative where both are equal.
+
+    Args:
+        x: ``[K, n]``, positive.
+        power: Positive power.
+
+    Returns:
+        ``[K, n, n]``, exact for values as close as may be.
+    """
+    gap = x.log()[:, :, None] - x.log()[:, None, :]  # x_j = x_i e^-gap
+    ratio = torch.where(gap == 0, -power, torch.expm1(power * gap) / torch.expm1(-gap))
+    return x.pow(-power - 1)[:, :, None] * ratio
 
 
 def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:

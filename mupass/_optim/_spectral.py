@@ -29,9 +29,8 @@ def with_unit_norm(top: Tensor, update: Callable[..., Tensor], *arguments: Any) 
     longest = torch.linalg.vector_norm(matrices, dim=2).argmax(1)[:, None, None]
     row = matrices.gather(1, longest.expand(-1, 1, matrices.shape[2]))[:, 0]
     x = torch.where(torch.linalg.vector_norm(top, dim=1, keepdim=True) > 0, top, row)
-    x = x + 1e-3 * row * (
-        _norm(x) / _norm(row).clamp(min=tiny)
-    )  # should the old one be orthogonal to the new
+    # Should the old one be orthogonal to the new.
+    x = x + 1e-3 * row * (_norm(x) / _norm(row).clamp(min=tiny))
     for _ in range(ITERATIONS):
         x = x / _norm(x).clamp(min=tiny)
         image = (matrices @ x[:, :, None])[:, :, 0]
