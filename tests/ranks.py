@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,12 +21,20 @@ def free_port() -> int:
 
 @contextmanager
 def one_of_two(rank: int, port: int) -> Iterator[None]:
-    """Be one of two ranks while the context lasts."""
+    """Be one of two ranks while the context lasts; a rank that got through leaves its process here.
+
+    It leaves without the interpreter's shutdown: meshes and wrapped models keep gloo's threads alive until
+    then, and a thread that frees a tensor during the shutdown aborts the process (pytorch#179291).
+    """
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     try:
         yield
-        dist.barrier()  # a rank whose peer is gone may abort while it closes its threads
-    finally:
+        dist.barrier()  # so that no rank waits for one that left
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
