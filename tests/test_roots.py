@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mupass._optim import _banks
 from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
 from mupass._optim._roots import inverse_roots
 
@@ -95,3 +96,19 @@ def test_a_failure_keeps_the_previous_root_and_a_zero_matrix_has_none() -> None:
 def test_only_whole_roots_are_iterated() -> None:
     assert [root_index(x) for x in (1.0, 0.5, 1 / 3, 0.25, 0.125)] == [1, 2, 3, 4, 8]
     assert [root_index(x) for x in (0.0, 0.3, 2.0, 0.75, 1 / 9)] == [None] * 5
+
+
+def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, 9, generator=generator, dtype=torch.float64)
+    factors = x @ x.mT
+    factors[3] = torch.nan
+    bank = _banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
+    bank.average({0: factors}, 0.0)
+    bank.factors[4] = torch.nan  # what no average lets in, to see which one is blamed
+    monkeypatch.setattr(_banks, "AT_ONCE", 32)  # two at a time
+    failed = bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, torch.tensor([0, 1, 2, 4]))
+    assert failed.tolist() == [False, False, False, True]
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(bank.roots[:3] @ (factors[:3] + 0.1 * eye), eye.expand(3, 4, 4))
+    assert not bank.roots[3:].any()

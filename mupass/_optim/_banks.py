@@ -12,6 +12,10 @@ from mupass._optim._parallel import divided
 from mupass._optim._roots import diagonal_roots, inverse_roots
 from mupass._pieces import cut, paste
 
+# Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
+# room for several copies of itself.
+AT_ONCE = 2**21
+
 
 class Bank:
     """Moving averages of equally shaped factors, and their inverse roots.
@@ -136,8 +140,11 @@ class Bank:
             root, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
             return root.to(self.roots.dtype), failed.to(self.weight.dtype)
 
-        self.roots[at], failed = divided(at, ranks, compute)
-        return failed > 0
+        failed = []
+        for part in torch.split(at, max(1, AT_ONCE // self.factors[0].numel()) * ranks):
+            self.roots[part], fails = divided(part, ranks, compute)
+            failed.append(fails > 0)
+        return torch.cat(failed)
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply with the roots of some slots.

@@ -259,16 +259,9 @@ class KFAC(PlannedOptimizer):
             self._discard()
 
     def _directions(self) -> dict[Tensor, Tensor]:
-        kronecker, curvature = self._kronecker, self._curvature
+        kronecker = self._kronecker
         if self._due and self._cover.blocks:
-            taken = curvature.take(1.0 if self.sampled else self._scale_of_loss())
-            if taken:
-                kronecker.average(taken, self.factor_decay, self.count)
-                self._due = False
-                self._refuse_unseen()
-            else:  # made up for at the next step
-                what = "observe() was not called" if self.sampled else "no tapped layer took part"
-                self.count("steps_without_factors", what)
+            self._average()
         if kronecker.rooted or not self._due:
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
             due = kronecker.due(self._steps, self.root_every, self.root_drift, spare)
@@ -281,6 +274,17 @@ class KFAC(PlannedOptimizer):
             directions = {n: d * factor.to(d.dtype) for n, d in directions.items()}
         parameters = self._parameters
         return {parameters[n]: sharded_like(d, parameters[n]) for n, d in directions.items()}
+
+    def _average(self) -> None:
+        """Add what the taps summed to the averages, and let go of it before roots need the memory."""
+        taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
+        if taken:
+            self._kronecker.average(taken, self.factor_decay, self.count)
+            self._due = False
+            self._refuse_unseen()
+        else:  # made up for at the next step
+            what = "observe() was not called" if self.sampled else "no tapped layer took part"
+            self.count("steps_without_factors", what)
 
     def _clip(self, directions: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor | None:
         """Return the factor that keeps the predictions from moving further than the bound."""
