@@ -32,7 +32,9 @@ def accuracy(
         torch.nn.init.zeros_(model[-1].weight)
         torch.nn.init.zeros_(model[-1].bias)
     if optimizer == "kfac":
-        steps = mupass.KFAC(model, lr, options.damping, momentum=0.0, fallback="sgd")
+        steps = mupass.KFAC(
+            model, lr, options.damping, momentum=0.0, damping_floor=options.damping_floor, fallback="sgd"
+        )
     else:
         steps = torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"), momentum=0.9)
     # Steps fall with the batch, so epochs rise with its root: large batches are not just undertrained.
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=10, help="at batches up to 64")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--damping", type=float, default=1e-2)
+    parser.add_argument("--damping-floor", type=float, default=0.1, help="of K-FAC; 0 is the paper's rule")
     parser.add_argument("--data")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
