@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -292,16 +293,27 @@ def test_models_that_cannot_be_optimized(cls: Make) -> None:
 
 
 @all_
-def test_closures_and_further_parameters_are_refused(cls: Make) -> None:
+def test_closures_are_refused(cls: Make) -> None:
     net = make()
     optimizer = cls(net, 0.1)
     before = values(net)
     with pytest.raises(mupass.OptimizerError, match="takes no closure"):
         optimizer.step(lambda: 0.0)
-    with pytest.raises(mupass.OptimizerError, match="plan"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     train(net, optimizer, range(1))
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, mupass.FoMoH])
+def test_an_optimizer_stays_with_its_model(cls: Make) -> None:
+    net = make()
+    optimizer = cls(net, 0.1)
+    for part in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(mupass.OptimizerError, match="make a .* for the copied model"):
+            part(optimizer)
+    with pytest.raises(mupass.OptimizerError, match="plan"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    twin = copy.deepcopy(net)
+    cls(twin, 0.1).load_state_dict(optimizer.state_dict())
 
 
 def test_a_detached_model_is_refused() -> None:

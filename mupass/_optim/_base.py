@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
+from mupass._optim._bound import BoundOptimizer
 from mupass._optim._checks import Coverage, Covered, check_choice, check_number
 from mupass._optim._fallback import FALLBACKS, average, fallback_state, fallback_step, follow, momentum_state
 from mupass._optim._parallel import is_sharded, local, sum_over_ranks, whole
 from mupass._plan import OptimizerSpec, Plan, plan_of
 
 
-class PlannedOptimizer(torch.optim.Optimizer):
+class PlannedOptimizer(BoundOptimizer):
     """Base of optimizers that precondition some parameters and hand the rest to a named fallback.
 
     A ``GradScaler`` hands its scale over (``_step_supports_amp_scaling``) instead of unscaling by itself.
@@ -89,19 +90,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if group["algorithm"] == self.spec.name:
             return momentum_state(parameter, group) if self.smooths else {}
         return fallback_state(parameter, group)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse further groups: the plan says which parameters there are.
-
-        Args:
-            param_group: As in torch.
-
-        Raises:
-            OptimizerError: Always, once the optimizer is made.
-        """
-        if getattr(self, "_complete", False):
-            raise OptimizerError("groups come from the model's plan; no others can be added")
-        super().add_param_group(param_group)
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return own parameters -> block type, and the others -> reason."""

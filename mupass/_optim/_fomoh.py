@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mupass._errors import OptimizerError
+from mupass._optim._bound import BoundOptimizer
 from mupass._optim._checks import check_choice, check_number
 from mupass._optim._parallel import is_sharded
 from mupass._optim._roots import symmetric
@@ -22,7 +23,7 @@ LAWS = ("plan", "normal")
 Closure = Callable[[], Tensor]
 
 
-class FoMoH(torch.optim.Optimizer):
+class FoMoH(BoundOptimizer):
     """Newton's step in the plane of K random directions (Cobb et al., arXiv 2408.10419, FoMoH-KD).
 
     With directions ``V = [v_1 ... v_K]`` the slopes ``g_j = v_j . grad`` and the curvature
@@ -90,6 +91,7 @@ class FoMoH(torch.optim.Optimizer):
         self.slopes = torch.zeros(directions)
         self.curvature = torch.zeros(directions, directions)
         super().__init__(list(named.values()), {"lr": lr, "damping": damping})
+        self._complete = True
 
     def _scale(self, name: str) -> float:
         """Return the standard deviation of a direction's entries."""

@@ -1,0 +1,40 @@
+"""Optimizers that belong to one model: groups from its plan, taps and names in its modules."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from mupass._errors import OptimizerError
+
+
+class BoundOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here; refuses what would part it from its model."""
+
+    _complete = False  # until the subclass has made its groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse further groups: the plan says which parameters there are.
+
+        Args:
+            param_group: As in torch.
+
+        Raises:
+            OptimizerError: Always, once the optimizer is made.
+        """
+        if self._complete:
+            raise OptimizerError("groups come from the model's plan; no others can be added")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> NoReturn:
+        """Refuse copies and pickles, which would hold parameters and taps of another model or of none.
+
+        Raises:
+            OptimizerError: Always.
+        """
+        name = type(self).__name__
+        raise OptimizerError(
+            f"{name} belongs to its model and cannot be copied or pickled: make a {name} for the copied "
+            "model and call its load_state_dict(optimizer.state_dict())"
+        )
