@@ -1,4 +1,4 @@
-"""Numbers: which entries of an optimizer's groups a hyperparameter sets, and how steeply."""
+"""Numbers: which entries of an optimizer's groups a hyperparameter sets, how steeply, and who reads them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mupass._hyper.rules import Key, Rule, entry, rule_of
+from mupass._hyper.rules import SGD, Adam, Key, Rule, entry
+from mupass._hyper.shampoo import ShampooRule
+from mupass._optim import Shampoo
 from mupass._optim._base import PlannedOptimizer
 from mupass._study.batches import StudyError
 from mupass._study.recipes import Make
@@ -30,6 +32,29 @@ class Numbers:
     rule: Rule
     values: Mapping[Key, float]
     slopes: Mapping[str, Mapping[Key, float]]
+
+
+def rule_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Rule:
+    """Return the rule by which an optimizer steps.
+
+    Args:
+        optimizer: The optimizer, before its first step.
+        names: Parameter -> name.
+
+    Raises:
+        StudyError: No rule is known for its class, or for one of its options.
+    """
+    if type(optimizer) is torch.optim.SGD:
+        return SGD(optimizer, names)
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        decoupled = bool(optimizer.param_groups[0].get("decoupled_weight_decay"))
+        return Adam(optimizer, names, decoupled or type(optimizer) is torch.optim.AdamW)
+    if type(optimizer) is Shampoo:
+        return ShampooRule(optimizer, names)
+    raise StudyError(
+        f"{type(optimizer).__name__} cannot be differentiated: its steps are known for torch.optim.SGD, Adam "
+        "and AdamW and for mupass.Shampoo; search with driver='grid' or 'optuna' instead"
+    )
 
 
 def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Numbers:
