@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,7 @@ from mupass._dims.verdicts import Verdict, Verdicts
 from mupass._geometry import Use
 
 HIDDEN_OUTPUTS = re.compile(
-    r"past_key_values|hidden_state|projected|pooler_output|attentions|cache_params|mems|features|embeds\b",
+    r"past_key_values|hidden_state|projected|pool(er|ed)_output|attentions|cache_params|mems|features|embeds\b",
     re.IGNORECASE,
 )
 
@@ -82,7 +83,18 @@ class Inference:
                 name, verdict = max(seen, key=lambda pair: pair[1].infinite)
                 why = f"policy: nothing reads it; {name} beside it has an axis of that size"
                 return Verdict(verdict.infinite, why, True)
+        if shape[axis] in self._unread_widths:
+            return Verdict(True, "policy: nothing reads it; others that nothing reads have that size", True)
         return Verdict(False, "policy: nothing reads it", True)
+
+    @cached_property
+    def _unread_widths(self) -> frozenset[int]:
+        """Sizes at which parameters that nothing reads fit together: of norms, of what several contract."""
+        shapes = {n: [self.engine.space.size(d) for d in self.dims[n]] for n in self.overlooked}
+        gains = {s[0] for n, s in shapes.items() if len(s) == 1 and n.endswith(".weight")}
+        read = Counter(s[1] for s in shapes.values() if len(s) > 1)
+        made = {s[0] for s in shapes.values() if len(s) > 1}
+        return frozenset(gains | {size for size, count in read.items() if count > 1 or size in made} - {1})
 
 
 def _numberless(name: str) -> str:

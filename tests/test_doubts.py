@@ -153,14 +153,14 @@ class Adapted(nn.Module):
 def test_a_rank_is_marked_and_the_override_settles_it() -> None:
     found = doubted(Adapted(32, 4), randn(2, 5))
     assert set(found) == {"down.weight:0", "down.bias:0", "up.weight:1"}
-    assert "no nonlinearity parts the weights around it (made of 32, read into 64)" in found["up.weight:1"]
+    assert "beside one that joins the same widths" in found["up.weight:1"]
     analysis = mupass.analyze(Adapted(32, 4), randn(2, 5))
     (question,) = analysis.report().questions()
-    assert (question.axis, question.size, question.count, question.infinite) == ("down.weight:0", 4, 3, True)
-    assert question.override == "{'down\\\\.weight:0': 'finite'}"
+    assert (question.axis, question.size, question.count, question.infinite) == ("down.weight:0", 4, 3, False)
+    assert question.override == "{'down\\\\.weight:0': 'infinite'}"
     assert question.override in str(analysis.report()) and "down.weight" in analysis.report().html()
-    settled = mupass.analyze(Adapted(32, 4), randn(2, 5), dims={r"down\.weight:0": "finite"})
-    assert settled["up.weight"].infinite == (True, False) and not settled.report().questions()
+    settled = mupass.analyze(Adapted(32, 4), randn(2, 5), dims={r"down\.weight:0": "infinite"})
+    assert settled["up.weight"].infinite == (True, True) and not settled.report().questions()
 
 
 def test_behind_an_activation_only_a_much_narrower_width_is_marked() -> None:

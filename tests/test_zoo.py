@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from zoo.case import Case, Cases
 from zoo.plain_blind import CASES as BLIND
+from zoo.plain_blind_more import CASES as BLINDER
 from zoo.plain_dense import CASES as DENSE
 from zoo.plain_kinds import CASES as KINDS
 from zoo.plain_more import CASES as MORE
@@ -53,7 +54,7 @@ def packaged() -> Iterator[pytest.param]:
         yield from (pytest.param(case, marks=pytest.mark.zoo, id=name) for name, case in cases.items())
 
 
-PLAIN = {**BLIND, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
+PLAIN = {**BLIND, **BLINDER, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
 
 

@@ -1,7 +1,7 @@
 """Rules for attention: fused kernels, packed projections, score functions."""
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.contract import add_bias, contract, letters
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import Bilinear, Value
 from mupass._dims.shape import merge_axes, split_axis
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mupass._dims.engine import Call, Result, rule
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.facts import NOWHERE, Axis, Bilinear, Value, bare
 from mupass._dims.shape import merge_axes
 

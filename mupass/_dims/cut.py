@@ -1,7 +1,7 @@
 """Rules for operators that join tensors, cut them, pad them or slide along them."""
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.elementwise import broadcast
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import NOWHERE, Axis
 from mupass._dims.graph import is_filled
 from mupass._dims.shape import split_axis
@@ -122,7 +122,7 @@ def select(call: Call) -> Result:
     source = call.values[0]
     dim = call.get("dim", 0) % len(source.axes)
     if not is_filled(call.node.args[0]):  # all its entries are alike: the pick is made for its shape
-        call.enumerate(source.axes[dim], "its positions are taken one by one")
+        call.pick(source.axes[dim], call.get("index"))
     rest = call.value(source.axes[:dim] + source.axes[dim + 1 :])
     return rest if call.operator.startswith("aten.select") else [rest] * len(call.shapes)
 

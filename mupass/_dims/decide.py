@@ -39,7 +39,7 @@ def decide(
         The verdicts; `Verdicts.get` is None for dimensions that no parameter and no weight touches.
 
     """
-    verdicts, outputs = Verdicts(space, facts), tuple(outputs)
+    verdicts, outputs, made = Verdicts(space, facts), tuple(outputs), tuple(made)
     verdicts.impose({dim: Verdict(infinite, why) for dim, (infinite, why) in overrides.items()})
     for dim, why in inputs:
         verdicts.settle([dim], Verdict(False, why))
@@ -50,15 +50,17 @@ def decide(
     policies.settle_blocks(verdicts)
     policies.settle_groups(verdicts)
     policies.settle_alternatives(verdicts)
+    policies.settle_adapters(verdicts)
     policies.settle_rests(verdicts)
     unmade = policies.unmade(verdicts, made)
-    policies.settle_fans(verdicts, unmade)
+    policies.settle_fans(verdicts, unmade, made)
     policies.settle_unmade(verdicts, unmade)
     for dim, where in facts.basis.items():
         verdicts.settle(
             [dim], Verdict(False, f"policy: two parameters are contracted along it ({where})", True)
         )
     policies.settle_joined(verdicts)
+    policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
     for dim, why in hidden.items():
         if verdicts.grows(dim):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mupass._dims.engine import Call, Result, rule
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.facts import NOWHERE, Axis, Value
 
 
@@ -135,6 +135,7 @@ def pointwise(call: Call) -> Result:
     for value in values:
         if value.parametric and moving:
             call.pointwise_use("pointwise", value)
+            call.facts.spread.update(_spread(value, moving))
     outputs = []
     for shape in call.shapes:
         axes = broadcast(call, values, max(len(shape), max(len(v.axes) for v in values)))[
@@ -142,6 +143,13 @@ def pointwise(call: Call) -> Result:
         ]
         outputs.append(call.value(axes if shape else ()))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _spread(vector: Value, moving: Sequence[Value]) -> list[int]:
+    """Return the one axis of a parameter that what it meets has as a single entry."""
+    long = [(back, a) for back, a in enumerate(vector.axes[::-1]) if a.size > 1]
+    met = [v.axes[-1 - back] for back, _ in long for v in moving if back < len(v.axes)]
+    return [long[0][1].dim] if len(long) == 1 and met and all(a.size == 1 for a in met) else []
 
 
 @rule("aten.where")

@@ -13,145 +13,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mupass._dims.facts import NOWHERE, Axis, Facts, ParameterUse, Value
-from mupass._dims.graph import broadcasts, flatten, is_getitem, is_graph, operator_name, shape_of, subgraphs
+from mupass._dims.call import PICKED, RULES, Call, Result
+from mupass._dims.facts import NOWHERE, Axis, Facts, Value, bare
+from mupass._dims.graph import (
+    broadcasts,
+    flatten,
+    is_getitem,
+    is_graph,
+    subgraphs,
+    viewed,
+    written,
+)
 from mupass._dims.space import Space
 from mupass._dims.straight import keeps_straight
 from mupass._errors import InferenceError
-from mupass._geometry import Use
-
-Result = Any  # a Value, or a tuple or list of results, or None for outputs that are no tensors
-Rule = Callable[["Call"], Result]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators named without overload, such as ``aten.linear``."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise AssertionError(f"two rules for {name}")
-            RULES[name] = function
-        return function
-
-    return register
-
-
-class Call:
-    """One operator call: arguments by schema name, output shapes, and the space."""
-
-    def __init__(self, engine: Engine, node: Node, arguments: dict[str, Any]):
-        self.engine, self.node, self.arguments = engine, node, arguments
-        self.space, self.facts = engine.space, engine.facts
-        self.operator = operator_name(node.target)
-        self.module = engine.module_of(node)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return an argument by schema name, or a default where the operator has none of it."""
-        value = self.arguments.get(name)
-        return default if value is None else value
-
-    @property
-    def where(self) -> str:
-        """Operator and module, for evidence."""
-        return f"{self.operator} in {self.module or 'the root module'}"
-
-    @property
-    def values(self) -> list[Value]:
-        """All tensor arguments, lists flattened, in order."""
-        return [v for v in flatten(self.arguments.values()) if isinstance(v, Value)]
-
-    @property
-    def static(self) -> bool:
-        """Whether no tensor argument depends on the model's inputs."""
-        return all(v.static for v in self.values)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of all output tensors, flattened."""
-        outputs = flatten([self.node.meta.get("val")])
-        return [shape_of(t) for t in outputs if isinstance(t, torch.Tensor)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the single output tensor."""
-        return self.shapes[0]
-
-    def new(self, size: int) -> Axis:
-        """Return an axis about which nothing is known."""
-        return Axis(self.space.new(size), size)
-
-    def derive(self, axis: Axis, size: int) -> Axis:
-        """Return an axis of another size that grows when the given one does."""
-        return Axis(self.space.derive(axis.dim, size), size, axis.origin)
-
-    def value(self, axes: Iterable[Axis], static: bool | None = None) -> Value:
-        """Return an output; parameter origins survive only in static tensors."""
-        static = self.static if static is None else static
-        axes = tuple(axes)
-        return Value(axes if static else tuple(Axis(a.dim, a.size) for a in axes), static)
-
-    def unify(self, a: Axis, b: Axis) -> None:
-        """State that two axes agree; a size of 1 broadcasts and states nothing."""
-        if a.size == b.size and a.size != 1:
-            self.space.unify(a.dim, b.dim)
-
-    def finite(self, axis: Axis, why: str) -> None:
-        """Record certain evidence that an axis does not grow."""
-        self.facts.finite.setdefault(axis.dim, f"{why} ({self.where})")
-
-    def enumerate(self, axis: Axis, why: str) -> None:
-        """Record that positions along an axis are separate things, such as query, key and value."""
-        if self.node.users:  # a pick that nothing reads was made for its shape only
-            self.finite(axis, why)
-            self.facts.enumerated.setdefault(axis.dim, why)
-
-    def alternative(self, axis: Axis, why: str) -> None:
-        """Record that entries along an axis compete, such as experts or memory slots."""
-        self.facts.alternatives.setdefault(axis.dim, f"{why} ({self.where})")
-
-    def literal(self, axis: Axis, why: str) -> None:
-        """Record a hint, used only where the constraints leave a choice."""
-        self.facts.literal.setdefault(axis.dim, f"{why} ({self.where})")
-
-    def use(
-        self,
-        kind: str,
-        fan_in: Iterable[Axis],
-        fan_out: Iterable[Axis],
-        weight: Value,
-        basis: bool = False,
-        beside: Iterable[Axis] = (),
-    ) -> None:
-        """Record that a weight contracts the fan_in axes and makes the fan_out axes.
-
-        With ``basis``, what it is contracted with is a parameter too. Axes ``beside`` each other are made as
-        well (a batch of weights that all read the same), which is no sign that they grow.
-        """
-        fan_in, fan_out = tuple(fan_in), tuple(fan_out)
-        if not self.static:
-            straight = any(map(self.engine.is_straight, self.node.all_input_nodes))
-            (self.facts.straight if straight else self.facts.bent).update(a.dim for a in fan_in)
-        self.facts.weights.append((tuple(a.dim for a in fan_in), tuple(a.dim for a in fan_out)))
-        for axis in fan_in:
-            (self.facts.basis if basis else self.facts.fan_in).setdefault(axis.dim, self.where)
-        for axis in fan_out:
-            self.facts.fan_out.setdefault(axis.dim, self.where)
-        rows = {p: ([], []) for a in weight.axes for p, _ in a.origin}  # type: ignore[var-annotated]
-        for side, axes in enumerate((fan_in, (*fan_out, *beside))):
-            for parameter, index in sorted({o for a in axes for o in a.origin}):
-                rows[parameter][side].append(index)
-        for parameter, (i, o) in rows.items():
-            use = Use(str(self.node.target), self.module, kind, tuple(i), tuple(o))
-            self.facts.uses.append(ParameterUse(parameter, use))
-
-    def pointwise_use(self, kind: str, parameter: Value) -> None:
-        """Record that a parameter multiplies or shifts an activation elementwise."""
-        self.use(kind, (), (), parameter)
 
 
 class Engine:
@@ -180,7 +55,20 @@ class Engine:
         """Apply a rule to every operator, then close the books."""
         self._interpret(nodes)
         self.space.where = "slices"
+        self._close_picks()
         self.space.close_slices()
+
+    def _close_picks(self) -> None:
+        """Positions taken alone are separate things, but where weights read all the others: then a part."""
+        read = {self.space.find(d) for d in self.facts.fan_in}
+        for whole, parts in self.space.terms("sum"):
+            read |= set(parts) if whole in read else set()
+        for dim, index, where in self.facts.picks:
+            if self.space.others(dim, index) in read:
+                self.space.part(dim, index, index + 1)
+            else:
+                self.facts.finite.setdefault(dim, f"{PICKED} ({where})")
+                self.facts.enumerated.setdefault(dim, PICKED)
 
     def _interpret(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
@@ -202,12 +90,22 @@ class Engine:
         weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
+        if isinstance(result, Value) and not result.static:
+            self._unsettle(written(node))
         made = any(out for _, out in self.facts.weights[weights:])
         pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
         if not call.static and keeps_straight(node, call.operator, call.values, pointwise):
             if made or any(map(self.is_straight, node.all_input_nodes)):
                 self._straight.add(node)
         return result
+
+    def _unsettle(self, target: Node | None) -> None:
+        """What was written into a tensor, or into a view of it, depends on the inputs from then on."""
+        while target and target.op == "call_function":
+            value = self.env.get(target)
+            if isinstance(value, Value) and value.static:
+                self.env[target] = Value(bare(value.axes))
+            target = viewed(target)
 
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""

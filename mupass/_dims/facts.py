@@ -83,6 +83,8 @@ class Facts:
     enumerated: dict[int, str] = field(
         default_factory=dict
     )  # finite dims whose positions are separate things
+    picks: list[tuple[int, int, str]] = field(default_factory=list)  # dim, the one position taken, where
+    spread: set[int] = field(default_factory=set)  # dims of vectors that multiply data without that axis
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index
     basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone

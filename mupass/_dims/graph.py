@@ -42,6 +42,24 @@ def _prime_for(symbol: str) -> Integer:
     return Integer(nextprime(17389 + 100 * int("".join(filter(str.isdigit, symbol)) or 0)))
 
 
+def written(node: Node) -> Node | None:
+    """Return the tensor that an operator writes into."""
+    return _aliased(node, write=True)
+
+
+def viewed(node: Node) -> Node | None:
+    """Return the tensor that an operator's result is a view of."""
+    return _aliased(node, write=False)
+
+
+def _aliased(node: Node, write: bool) -> Node | None:
+    schema = getattr(node.target, "_schema", None)
+    for argument, value in zip(schema.arguments, node.args, strict=False) if schema else ():
+        if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write >= write:
+            return value
+    return None
+
+
 def is_graph(node: Node, argument: Any) -> bool:
     return isinstance(argument, Node) and argument.op == "get_attr" and _attribute(node, argument) is not None
 

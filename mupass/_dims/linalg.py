@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.contract import contract, letters
 from mupass._dims.elementwise import broadcast
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import Axis, Value
 
 

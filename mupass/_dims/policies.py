@@ -57,7 +57,8 @@ def settle_blocks(verdicts: Verdicts) -> None:
 def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     """Return the open dimensions that weights read and none makes: features that the code computes."""
     space, facts = verdicts.space, verdicts.facts
-    reached = verdicts.relatives([*made, *facts.fan_out])
+    spread = set(map(space.find, facts.spread))  # frequencies: a vector times a number
+    reached = verdicts.relatives([*(d for d in made if space.find(d) not in spread), *facts.fan_out])
     found = {space.find(d): where for d, where in facts.fan_in.items() if verdicts.is_open(d)}
     return {d: where for d, where in found.items() if d not in reached}
 
@@ -76,7 +77,7 @@ def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
         for dim in out
         if verdicts.grows(dim)
     }
-    for dim, where in unmade.items():
+    for dim, where in sorted(unmade.items(), key=lambda item: bool(space.terms_of(item[0], "product"))):
         grown = space.size(dim) in widths
         why = "as many features of the code as the first layer has units" if grown else "features of the code"
         verdicts.settle([dim], Verdict(grown, f"policy: {why} ({where})", True))
@@ -88,6 +89,24 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     for dim, why in verdicts.facts.alternatives.items():
         if verdicts.space.find(dim) not in read:
             verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+
+
+def settle_adapters(verdicts: Verdicts) -> None:
+    """Policy: the rank of an adapter is fixed: two weights in a row, beside one that joins the same widths.
+
+    Between a width and itself (cross networks) the two need be no correction of the one.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    weights = [tuple(frozenset(map(space.find, side)) for side in weight) for weight in facts.weights]
+    joined = set(weights)
+    straight = set(map(space.find, facts.straight)) - set(map(space.find, facts.bent))
+    for rank in sorted(filter(verdicts.is_open, straight)):
+        makers = [into for into, out in weights if out == {rank}]
+        readers = [out for into, out in weights if into == {rank}]
+        pair = (*makers, *readers)
+        if len(makers) == len(readers) == 1 and pair in joined and makers != readers:
+            why = "policy: the rank of two weights in a row, beside one that joins the same widths"
+            verdicts.settle([rank], Verdict(False, why, True))
 
 
 def settle_rests(verdicts: Verdicts) -> None:
@@ -105,32 +124,67 @@ def settle_rests(verdicts: Verdicts) -> None:
                 progress = True
 
 
+def _fixed_heads(verdicts: Verdicts) -> set[int]:
+    """Return what the policy of heads fixed: the sizes per head."""
+    inner = {verdicts.space.find(d) for product in verdicts.facts.bilinear for d in product.inner}
+    return {d for d in inner if (v := verdicts.get(d)) and v.policy and not v.infinite}
+
+
 def settle_groups(verdicts: Verdicts) -> None:
-    """Policy: a grouped convolution keeps its number of groups, unless the size of a group is fixed."""
+    """Policy: a grouped convolution keeps its number of groups, unless the size of a group is fixed.
+
+    It is fixed too where the channels are cut into heads of just that size: a group is a head then.
+    """
     space = verdicts.space
-    free = {
-        group
-        for _, (group, channels) in ((w, m) for w, m in space.terms("groups") if len(m) == 2)
-        if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1
-    }
+    heads, free = _fixed_heads(verdicts), set()
+    for whole, (group, channels) in ((w, m) for w, m in space.terms("groups") if len(m) == 2):
+        if space.size(channels) in map(space.size, heads & verdicts.relatives([whole])):
+            verdicts.settle([channels], Verdict(False, "policy: a group is a head of fixed size", True))
+        if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1:
+            free.add(group)
     for dim, where in verdicts.facts.groups.items():
         if space.find(dim) not in free:
             verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
 
 
-def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
+def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[int]) -> None:
     """Default: what weights contract or make, and nothing certain touches, is a width.
 
-    Wholes first would hide which of their members grow, so members with evidence of their own go first.
+    So is a part of a concatenation that a weight contracts, where parameters bring that part along. Wholes
+    first would hide which of their members grow, so members with evidence of their own go first.
     """
     facts, space = verdicts.facts, verdicts.space
     fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
+    brought = set(map(space.find, made))
+    for dim, where in list(facts.fan_in.items()):
+        parts = {p for term in space.terms_of(dim, "sum") for p in term}
+        fans = {p: where for p in sorted(parts & brought)} | fans
     fans = {d: w for d, w in fans.items() if d not in unmade}
     atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
     for dim in [*atoms, *fans]:
         verdicts.settle(
             [dim], Verdict(True, f"a width: no data, kernel or class axis touches it ({fans[dim]})")
         )
+
+
+def settle_scores(verdicts: Verdicts) -> None:
+    """Policy: a part of a growing width that only scores of positions contract is one head of that width.
+
+    A state of fixed size is contracted with positions as well, but it also meets the width.
+    """
+    space = verdicts.space
+    apart = {p for whole, term in space.terms("sum") if verdicts.grows(whole) for p in term}
+    met: dict[int, bool] = {}
+    where: dict[int, str] = {}
+    for product in verdicts.facts.bilinear:
+        inner = {space.find(d) for d in product.inner}
+        for dim in inner & apart:
+            others = inner - {dim} | {space.find(d) for d in product.batch}
+            met[dim] = met.get(dim, False) or any(map(verdicts.grows, others))
+            where[dim] = product.where
+    for dim in sorted(d for d, grown in met.items() if not grown):
+        why = f"policy: one head of a width that grows, compared between positions ({where[dim]})"
+        verdicts.settle([dim], Verdict(True, why, True))
 
 
 def settle_joined(verdicts: Verdicts) -> None:

@@ -1,6 +1,6 @@
 """Rules for operators that pool, resample or warp positions; channels stay."""
 
-from mupass._dims.engine import Call, Result, rule
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.facts import Axis, bare
 
 

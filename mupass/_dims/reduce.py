@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.elementwise import broadcast, pointwise
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import Axis, Value
+from mupass._dims.graph import is_getitem
 
 
 @rule(
@@ -70,11 +71,23 @@ def reduce(call: Call) -> Result:
     if len(values) == 2:  # max.other, min.other
         return pointwise(call)
     (source,) = values
+    if len(call.shapes) == 2 and call.operator in ("aten.max", "aten.min") and _places_are_read(call):
+        _rank(call, source.axes[call["dim"] % len(source.axes)])
     kept, held = _left(call, source, -1 if "trap" in call.operator else None)
     outputs = [
         call.value(kept if len(s) == len(kept) and not call.get("keepdim") else held) for s in call.shapes
     ]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _places_are_read(call: Call) -> bool:
+    """Whether something reads where the extremes are, as `argmax` would tell."""
+    return any(is_getitem(user) and user.args[1] == 1 and user.users for user in call.node.users)
+
+
+def _rank(call: Call, axis: Axis) -> None:
+    call.finite(axis, "its entries are ranked")
+    call.facts.ranked.append(axis.dim)
 
 
 def _left(call: Call, source: Value, default: int | None = None) -> tuple[list[Axis], list[Axis]]:
@@ -114,8 +127,7 @@ def select_by_value(call: Call) -> Result:
     dim = call.get("dim", -1)
     axis = dim % max(len(source.axes), 1)
     if source.axes:
-        call.finite(source.axes[axis], "its entries are ranked")
-        call.facts.ranked.append(source.axes[axis].dim)
+        _rank(call, source.axes[axis])
     outputs = []
     for shape in call.shapes:
         if len(shape) < len(source.axes):

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.elementwise import broadcast
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import NOWHERE, Axis, product_of
 
 

@@ -1,7 +1,7 @@
 """Rules for grids and signals: pixel shuffle, patches, complex numbers, Fourier transforms."""
 
+from mupass._dims.call import Call, Result, rule
 from mupass._dims.elementwise import broadcast
-from mupass._dims.engine import Call, Result, rule
 from mupass._dims.facts import product_of
 from mupass._dims.shape import merge_axes, split_axis
 

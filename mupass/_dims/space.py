@@ -120,6 +120,13 @@ class Space:
             spans[start, stop] = self.new(stop - start)
         return spans[start, stop]
 
+    def others(self, whole: int, index: int) -> int | None:
+        """Return the dimension of the slice that takes all of ``whole`` but its first or last position."""
+        size = self._sizes[whole]
+        span = {0: (1, size), size - 1: (0, size - 1)}.get(index)
+        part = self._slices.get(self.find(whole), {}).get(span) if span else None
+        return None if part is None else self.find(part)
+
     def derive(self, source: int, size: int) -> int:
         """Return a dimension of another size that grows exactly when ``source`` grows."""
         if size == self._sizes[source] and size == 1:

@@ -112,17 +112,24 @@ class Verdicts:
             self._known[self.space.find(dim)] = Verdict(self.grows(dim), why, True)
 
     def relatives(self, dims: Iterable[int]) -> set[int]:
-        """Return the classes reached from dimensions through products, sums and derivations."""
-        todo = [self.space.find(d) for d in dims]
+        """Return the classes reached from dimensions through products, sums and derivations.
+
+        Nothing is reached through what is fixed: the factors beside data are not data.
+        """
+        todo = [d for d in map(self.space.find, dims) if not self._is_certain(d)]
         seen = set(todo)
         while todo:
             for index in self._of[todo.pop()]:
                 whole, members = self._terms[index]
                 for other in (whole, *members):
-                    if other not in seen and self.space.size(other) > 1:
+                    if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
                         seen.add(other)
                         todo.append(other)
         return seen
+
+    def _is_certain(self, dim: int) -> bool:
+        verdict = self._known.get(dim)
+        return verdict is not None and not verdict.infinite and not verdict.policy
 
     def open_terms(self) -> list[tuple[int, Members]]:
         """Return products and sums that must grow but do not say through which member."""

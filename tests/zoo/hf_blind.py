@@ -164,3 +164,91 @@ def timesformer(k: int) -> nn.Module:
     return hf.TimesformerForVideoClassification(
         hf.TimesformerConfig(**vision(k, num_frames=4, num_labels=10))
     )
+
+
+@CASES(PLAIN)
+def zaya(k: int) -> nn.Module:
+    return hf.ZayaForCausalLM(
+        hf.ZayaConfig(
+            **decoder(k, head_dim=8, moe_intermediate_size=20 * k, num_experts=4, num_experts_per_tok=1),
+            router_hidden_size=12 * k,
+        )
+    )
+
+
+@CASES(PLAIN)
+def zamba2(k: int) -> nn.Module:
+    return hf.Zamba2ForCausalLM(
+        hf.Zamba2Config(
+            **decoder(k, num_hidden_layers=3),
+            layers_block_type=["mamba", "hybrid", "mamba"],
+            hybrid_layer_ids=[1],
+            mamba_d_state=4,
+            n_mamba_heads=8 * k,
+            mamba_headdim=8,
+            mamba_ngroups=1,
+            num_mem_blocks=1,
+            chunk_size=4,
+            adapter_rank=6,
+        )
+    )
+
+
+@CASES(keywords(pixel_values=lambda: randn(2, 3, 32, 32), labels=lambda: randint(VOCAB, 2, LENGTH)))
+def vision_encoder_decoder(k: int) -> nn.Module:
+    sizes = dict(n_positions=32, n_embd=24 * k, n_layer=1, n_head=3 * k, bos_token_id=1, eos_token_id=2)
+    text = hf.GPT2Config(vocab_size=VOCAB, add_cross_attention=True, **sizes)
+    both = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**vision(k)), text)
+    both.pad_token_id, both.decoder_start_token_id = 0, 1
+    return hf.VisionEncoderDecoderModel(both)
+
+
+@CASES(keywords(pixel_values_videos=lambda: randn(2, 4, 3, 32, 32)))
+def vjepa2(k: int) -> nn.Module:
+    return hf.VJEPA2ForVideoClassification(
+        hf.VJEPA2Config(
+            patch_size=8,
+            crop_size=32,
+            frames_per_clip=4,
+            hidden_size=24 * k,
+            num_attention_heads=3 * k,
+            num_hidden_layers=1,
+            num_pooler_layers=1,
+            pred_hidden_size=16 * k,
+            pred_num_attention_heads=2 * k,
+            pred_num_hidden_layers=1,
+            num_labels=5,
+        )
+    )
+
+
+@CASES(keywords(past_values=lambda: randn(2, 64), freq=lambda: torch.zeros(2, 1, dtype=torch.long)))
+def timesfm(k: int) -> nn.Module:
+    return hf.TimesFmModelForPrediction(
+        hf.TimesFmConfig(
+            patch_length=8,
+            context_length=64,
+            horizon_length=16,
+            num_hidden_layers=1,
+            hidden_size=24 * k,
+            intermediate_size=28 * k,
+            head_dim=8,
+            num_attention_heads=3 * k,
+        )
+    )
+
+
+@CASES(keywords(input_values=lambda: randn(2, 1, 320)), r"in_proj.*:0|codebook.*:1|out_proj\.weight:1")
+def dac(k: int) -> nn.Module:
+    return hf.DacModel(
+        hf.DacConfig(
+            encoder_hidden_size=8 * k,
+            downsampling_ratios=[2, 4],
+            upsampling_ratios=[4, 2],
+            decoder_hidden_size=24 * k,
+            n_codebooks=2,
+            codebook_size=16,
+            codebook_dim=4,
+            hidden_size=32 * k,
+        )
+    )
