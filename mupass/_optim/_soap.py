@@ -174,11 +174,13 @@ class SOAP(MatrixOptimizer):
             if exact:
                 _, vectors, found = eigenbases(factor[at])
                 basis = torch.where(found[:, None, None], vectors.flip(-1), basis)
-            return (torch.linalg.qr(basis).Q,)
+            # No `torch.linalg.qr`: that makes R, too.
+            return (torch.linalg.householder_product(*torch.geqrf(basis)),)
 
         (new,) = divided(torch.arange(len(due), device=due.device), self._ranks, compute, symmetric=False)
         state[f"basis{side}"][due] = new
-        state["mean"][due] = along(state["mean"][due], new.mT @ old, side)
+        # One after the other: together they are a product of two squares, which takes longer.
+        state["mean"][due] = along(along(state["mean"][due], old, side), new.mT, side)
         square = state["square"][due].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
         state["square"][due] = square.gather(1, rows).movedim(1, side + 1)
