@@ -10,6 +10,7 @@ from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
 # Condition numbers between which an eigendecomposition in single precision is refined. Below it is good to
 # 1e-5; above, the rounding of the matrix itself moves small eigenvalues by more than a refinement mends.
 REFINED = (1e2, 2e4)
+TILE = 64
 
 
 def symmetric(matrices: Tensor) -> Tensor:
@@ -18,7 +19,15 @@ def symmetric(matrices: Tensor) -> Tensor:
     Args:
         matrices: ``[..., n, n]``.
     """
-    return matrices.tril() + matrices.tril(-1).mT
+    whole, n = matrices.clone(), matrices.shape[-1]
+    for start in range(0, n, TILE):  # copies of tiles, where a mask over all entries costs several times more
+        tile = matrices[..., start : start + TILE, start : start + TILE]
+        whole[..., start : start + TILE, start : start + TILE] = tile.tril() + tile.tril(-1).mT
+        if start + TILE < n:
+            whole[..., start : start + TILE, start + TILE :] = matrices[
+                ..., start + TILE :, start : start + TILE
+            ].mT
+    return whole
 
 
 def inverse_roots(
@@ -49,34 +58,42 @@ def inverse_roots(
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
     """
-    if power == 1 and not relative and method == "auto" and bool(_regular(bank, damping)):
-        root, solved = _cholesky(bank, damping)
-        if bool(solved.all()):
-            return root, ~solved
+    if bool(_regular(bank, damping)):
+        root, solved = _solve(bank, damping, power, relative, method)
+        solved &= _finite(root)
+        return root if bool(solved.all()) else torch.where(solved[:, None, None], root, previous), ~solved
     finite = bank.isfinite().flatten(1).all(1) & damping.isfinite()
     vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
     empty = finite & vanishing & ((damping <= 0) | relative)
     eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
     usable = (finite & ~empty)[:, None, None]
-    safe = torch.where(usable, bank, eye)
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
-    p = root_index(power)
-    if power == 1 and not relative and method == "auto":
-        root, solved = _cholesky(safe, rho)
-    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
-        root, solved = _newton(safe, rho, p, relative)
-    else:
-        root, solved = _eigh(safe, rho, power, relative)
-    solved &= root.isfinite().flatten(1).all(1)
+    root, solved = _solve(torch.where(usable, bank, eye), rho, power, relative, method)
+    solved &= _finite(root)
     root = torch.where(empty[:, None, None], torch.zeros_like(root), root)
     failed = ~(finite & (solved | empty))
     return torch.where(failed[:, None, None], previous, root), failed
 
 
 def _regular(bank: Tensor, rho: Tensor) -> Tensor:
-    """Return whether no matrix is zero or holds NaN or infinity; semi-definite, they show it in the trace."""
+    """Return whether no matrix is zero or holds NaN or infinity."""
     traces = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return ((traces > 0) & traces.isfinite() & rho.isfinite()).all()
+    return ((traces > 0) & rho.isfinite() & _finite(bank)).all()
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """Return ``[K]``, which matrices have finite entries only: a product with 0 of any other is NaN."""
+    return (matrices * 0).flatten(1).sum(1) == 0
+
+
+def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> tuple[Tensor, Tensor]:
+    """Return roots of matrices that are finite and not zero, and which of them were found."""
+    p = root_index(power)
+    if power == 1 and not relative and method == "auto":
+        return _cholesky(bank, rho)
+    if p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        return _newton(bank, rho, p, relative)
+    return _eigh(bank, rho, power, relative)
 
 
 def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,12 +104,7 @@ def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(solved.all()):
         eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
         factor = torch.where(solved[:, None, None], factor, eye)
-    root = torch.cholesky_inverse(factor)
-    return root, solved & _trace_is_finite(root)
-
-
-def _trace_is_finite(root: Tensor) -> Tensor:
-    return root.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return torch.cholesky_inverse(factor), solved
 
 
 def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> tuple[Tensor, Tensor]:
@@ -110,43 +122,48 @@ def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tens
     damped = values.clamp(min=0) + rho[:, None]
     solved = found & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
-    root = scaled @ vectors.mT
     condition = damped[:, -1] / damped[:, 0]
-    rough = solved & (condition > REFINED[0]) & (condition < REFINED[1])
-    if bank.dtype == torch.float32 and bool(rough.any()):
-        root[rough] = _refined(bank[rough], rho[rough], vectors[rough], power)
-    return root, solved
+    rough = solved & (condition > REFINED[0]) & (condition < REFINED[1]) & (bank.dtype == torch.float32)
+    for i in rough.nonzero().flatten().tolist():  # one by one: what is made on the way stays in the cache
+        torch.mm(vectors[i], _refined(bank[i], rho[i], values[i], vectors[i], power), out=scaled[i])
+    return scaled @ vectors.mT, solved
 
 
-def _refined(bank: Tensor, rho: Tensor, vectors: Tensor, power: float) -> Tensor:
-    """Correct a root to first order for what is left of the matrix off the diagonal of its eigenbasis.
+def _refined(matrix: Tensor, rho: Tensor, values: Tensor, vectors: Tensor, power: float) -> Tensor:
+    """Return a root in the eigenbasis, to first order in what is left of the matrix off its diagonal there.
 
     Rounding errors of the decomposition are of the order of the largest eigenvalue, and the root is made of
-    the smallest ones. One product in double precision shows them. The derivative of a function of a matrix
-    is, in its eigenbasis, a product entry by entry with divided differences (Daleckii and Krein).
+    the smallest ones. A product with their vectors in double precision shows them. The derivative of a
+    function of a matrix is, in its eigenbasis, a product entry by entry with divided differences (Daleckii
+    and Krein).
     """
-    product = (bank.double() @ vectors.double()).to(bank.dtype)
-    turned = symmetric(vectors.mT @ product).double()  # rows of large eigenvalues lose more digits
-    values = turned.diagonal(dim1=-2, dim2=-1) + rho.double()[:, None]
-    values = values.clamp(min=torch.finfo(bank.dtype).tiny)
-    turned *= divided_differences(values, power)
-    turned.diagonal(dim1=-2, dim2=-1).copy_(values.pow(-power))
-    return vectors @ turned.to(bank.dtype) @ vectors.mT
+    small = int((values + rho < (values[-1] + rho) / REFINED[0]).sum())
+    turned = values.diag()
+    # The lower triangle only: rows of large eigenvalues lose more digits.
+    product = (matrix.double() @ vectors[:, :small].double()).to(matrix.dtype)
+    torch.mm(vectors.mT, product, out=turned[:, :small])
+    turned = symmetric(turned)
+    values = (turned.diagonal() + rho).clamp(min=torch.finfo(matrix.dtype).tiny)
+    # Of values near 1, which may have any power in single precision.
+    unit = values[-1]
+    values = values / unit
+    turned.div_(unit).mul_(divided_differences(values, power)).diagonal().copy_(values.pow(-power))
+    return turned.mul_(unit.pow(-power))
 
 
 def divided_differences(x: Tensor, power: float) -> Tensor:
     """Return ``(x_i^-power - x_j^-power) / (x_i - x_j)``, the derivative where both are equal.
 
     Args:
-        x: ``[K, n]``, positive.
+        x: ``[..., n]``, positive.
         power: Positive power.
 
     Returns:
-        ``[K, n, n]``, exact for values as close as may be.
+        ``[..., n, n]``, exact for values as close as may be.
     """
-    gap = x.log()[:, :, None] - x.log()[:, None, :]  # x_j = x_i e^-gap
+    gap = x.log()[..., :, None] - x.log()[..., None, :]  # x_j = x_i e^-gap
     ratio = torch.where(gap == 0, -power, torch.expm1(power * gap) / torch.expm1(-gap))
-    return x.pow(-power - 1)[:, :, None] * ratio
+    return x.pow(-power - 1)[..., :, None] * ratio
 
 
 def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:

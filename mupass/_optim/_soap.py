@@ -164,9 +164,9 @@ class SOAP(MatrixOptimizer):
         due = due[state["weight"][due] > 0]
         old = state[f"basis{side}"][due]
         factor = symmetric(state[f"factor{side}"][due])
-        turned = factor @ old
-        order = (old * turned).sum(-2).argsort(-1, descending=True)
-        turned = turned.gather(-1, order[:, None, :].expand_as(turned))
+        turned = old.mT @ factor  # columns as rows, which are sorted faster and decomposed without a copy
+        order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
+        turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
         exact = self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0
 
         def compute(at: Tensor) -> tuple[Tensor]:
@@ -174,11 +174,13 @@ class SOAP(MatrixOptimizer):
             if exact:
                 _, vectors, found = eigenbases(factor[at])
                 basis = torch.where(found[:, None, None], vectors.flip(-1), basis)
-            return (torch.linalg.qr(basis).Q,)
+            # No `torch.linalg.qr`: that makes R, too.
+            return (torch.linalg.householder_product(*torch.geqrf(basis)),)
 
         (new,) = divided(torch.arange(len(due), device=due.device), self._ranks, compute, symmetric=False)
         state[f"basis{side}"][due] = new
-        state["mean"][due] = along(state["mean"][due], new.mT @ old, side)
+        # One after the other: together they are a product of two squares, which takes longer.
+        state["mean"][due] = along(along(state["mean"][due], old, side), new.mT, side)
         square = state["square"][due].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
         state["square"][due] = square.gather(1, rows).movedim(1, side + 1)
