@@ -94,12 +94,14 @@ def settle_alternatives(verdicts: Verdicts) -> None:
 def settle_adapters(verdicts: Verdicts) -> None:
     """Policy: the rank of an adapter is fixed: two weights in a row, beside one that joins the same widths.
 
-    Between a width and itself (cross networks) the two need be no correction of the one.
+    Between a width and itself (cross networks) the two need be no correction of the one, nor with a product
+    of activations in between (values of attention).
     """
     space, facts = verdicts.space, verdicts.facts
     weights = [tuple(frozenset(map(space.find, side)) for side in weight) for weight in facts.weights]
     joined = set(weights)
     straight = set(map(space.find, facts.straight)) - set(map(space.find, facts.bent))
+    straight -= {space.find(d) for product in facts.bilinear for d in (*product.batch, *product.inner)}
     for rank in sorted(filter(verdicts.is_open, straight)):
         makers = [into for into, out in weights if out == {rank}]
         readers = [out for into, out in weights if into == {rank}]
