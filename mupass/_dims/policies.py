@@ -89,7 +89,7 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     What is read flattened, so many features for each of those that a softmax weighs, are the features.
     """
     space = verdicts.space
-    read = verdicts.kin(verdicts.facts.fan_in)
+    read = verdicts.relatives(verdicts.facts.fan_in)
     counts: dict[int, bool] = {}  # factor -> whether it stands beside an open one wherever it is a part
     for kind in ("product", "sum"):
         for _, term in space.terms(kind):
