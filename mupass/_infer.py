@@ -92,8 +92,8 @@ class Inference:
         """Sizes at which parameters that nothing reads fit together: of norms, of what several contract."""
         shapes = {n: [self.engine.space.size(d) for d in self.dims[n]] for n in self.overlooked}
         gains = {s[0] for n, s in shapes.items() if len(s) == 1 and n.endswith(".weight")}
-        read = Counter(s[1] for s in shapes.values() if len(s) > 1)
-        made = {s[0] for s in shapes.values() if len(s) > 1}
+        matrices = [s for s in shapes.values() if len(s) == 2]
+        made, read = {m[0] for m in matrices}, Counter(m[1] for m in matrices)
         return frozenset(gains | {size for size, count in read.items() if count > 1 or size in made} - {1})
 
 

@@ -187,9 +187,12 @@ class Engine:
         if schema is None:
             bound: dict[str, Any] = {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
         else:
-            bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-            bound |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
-            bound |= node.kwargs
+            given = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+            bound = {  # in the schema's order: what is transformed comes before its options
+                a.name: given.get(a.name, a.default_value)
+                for a in schema.arguments
+                if a.name in given or a.has_default_value()
+            }
         return {name: self._lookup(value) for name, value in bound.items()}
 
     def _lookup(self, value: Any) -> Any:

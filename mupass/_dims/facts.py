@@ -87,6 +87,7 @@ class Facts:
     spread: set[int] = field(default_factory=set)  # dims of vectors that multiply data without that axis
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index
+    softmaxed: set[int] = field(default_factory=set)  # those of them that are softmaxed
     basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone
     bilinear: list[Bilinear] = field(default_factory=list)
     blocks: list[Bilinear] = field(default_factory=list)  # the same for a weight that is a batch of weights

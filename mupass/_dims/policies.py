@@ -12,7 +12,7 @@ from mupass._dims.verdicts import Verdict, Verdicts
 
 def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
-    hidden = verdicts.relatives(verdicts.facts.fan_in)
+    hidden = verdicts.kin(verdicts.facts.fan_in)
     read: dict[int, str] = {}
     for dim, why in outputs:
         if verdicts.space.find(dim) not in hidden:
@@ -84,22 +84,37 @@ def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
 
 
 def settle_alternatives(verdicts: Verdicts) -> None:
-    """Policy: alternatives (experts, slots, bins) are fixed, unless weights read them as features."""
+    """Policy: alternatives (experts, slots, bins) are fixed, unless weights read them as features.
+
+    What is read flattened, so many features for each of those that a softmax weighs, are the features.
+    """
+    space = verdicts.space
     read = verdicts.relatives(verdicts.facts.fan_in)
+    counts: dict[int, bool] = {}  # factor -> whether it stands beside an open one wherever it is a part
+    for kind in ("product", "sum"):
+        for _, term in space.terms(kind):
+            for dim in term:
+                beside = kind == "product" and any(m != dim and verdicts.is_open(m) for m in term)
+                counts[dim] = counts.get(dim, True) and beside
+    direct = set(map(space.find, verdicts.facts.fan_in))
     for dim, why in verdicts.facts.alternatives.items():
-        if verdicts.space.find(dim) not in read:
+        root = space.find(dim)
+        flat = dim in verdicts.facts.softmaxed and root not in direct and counts.get(root, False)
+        if root not in read or flat:
             verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
     """Policy: the rank of an adapter is fixed: two weights in a row, beside one that joins the same widths.
 
-    Between a width and itself (cross networks) the two need be no correction of the one.
+    Between a width and itself (cross networks) the two need be no correction of the one, nor with a product
+    of activations in between (values of attention).
     """
     space, facts = verdicts.space, verdicts.facts
     weights = [tuple(frozenset(map(space.find, side)) for side in weight) for weight in facts.weights]
     joined = set(weights)
     straight = set(map(space.find, facts.straight)) - set(map(space.find, facts.bent))
+    straight -= {space.find(d) for product in facts.bilinear for d in (*product.batch, *product.inner)}
     for rank in sorted(filter(verdicts.is_open, straight)):
         makers = [into for into, out in weights if out == {rank}]
         readers = [out for into, out in weights if into == {rank}]

@@ -22,7 +22,9 @@ def softmax(call: Call) -> Result:
     """Entries along the axis compete: they are alternatives."""
     source = call.values[0]
     if source.axes:
-        call.alternative(source.axes[call["dim"] % len(source.axes)], "its entries compete in a softmax")
+        axis = source.axes[call["dim"] % len(source.axes)]
+        call.alternative(axis, "its entries compete in a softmax")
+        call.facts.softmaxed.add(axis.dim)
     return call.value(source.axes)
 
 

@@ -127,6 +127,23 @@ class Verdicts:
                         todo.append(other)
         return seen
 
+    def kin(self, dims: Iterable[int]) -> set[int]:
+        """Return what dimensions are part of and what is part of them, but not what only shares a part."""
+        starts = {d for d in map(self.space.find, dims) if not self._is_certain(d)}
+        found = set(starts)
+        for up in (True, False):
+            todo, seen = list(starts), set(starts)
+            while todo:
+                dim = todo.pop()
+                for index in self._of[dim]:
+                    whole, members = self._terms[index]
+                    for other in (whole,) if up else members if whole == dim else ():
+                        if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
+                            seen.add(other)
+                            todo.append(other)
+            found |= seen
+        return found
+
     def _is_certain(self, dim: int) -> bool:
         verdict = self._known.get(dim)
         return verdict is not None and not verdict.infinite and not verdict.policy

@@ -165,3 +165,55 @@ class Adapters(nn.Module):
 @CASES(tokens())
 def adapters(k: int) -> nn.Module:
     return Adapters(32 * k, 4 * k)
+
+
+class Modulated(nn.Module):
+    """A generator whose kernels are scaled for each sample, as a convolution with one group a sample."""
+
+    def __init__(self, width: int, channels: int, latent: int = 8) -> None:
+        super().__init__()
+        self.style = nn.Sequential(nn.Linear(latent, width), nn.LeakyReLU(0.2), nn.Linear(width, width))
+        self.start = nn.Parameter(torch.randn(1, channels, 4, 4))
+        self.scales = nn.ModuleList(nn.Linear(width, channels) for _ in range(2))
+        shapes = (channels, channels, 3, 3), (3, channels, 1, 1)
+        self.kernels = nn.ParameterList(nn.Parameter(torch.randn(s) / math.prod(s[1:])) for s in shapes)
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def convolve(self, x: Tensor, style: Tensor, layer: int) -> Tensor:
+        batch, kernel = len(x), self.kernels[layer]
+        scaled = kernel * (1 + self.scales[layer](style))[:, None, :, None, None]
+        scaled = scaled * (scaled.pow(2).sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        x = x.reshape(1, -1, *x.shape[2:])
+        return F.conv2d(x, scaled.flatten(0, 1), padding="same", groups=batch).unflatten(1, (batch, -1))[0]
+
+    def forward(self, z: Tensor) -> Tensor:
+        style = self.style(F.normalize(z))
+        x = F.leaky_relu(self.convolve(self.start.expand(len(z), -1, -1, -1), style, 0), 0.2)
+        return self.convolve(x, style, 1) + self.bias[:, None, None]
+
+
+@CASES(normal(2, 8))
+def modulated_convolutions(k: int) -> nn.Module:
+    return Modulated(24 * k, 16 * k)
+
+
+class SpeechPooling(nn.Module):
+    """A spectrogram by short-time transform, and clusters of frames that a readout sees flattened."""
+
+    def __init__(self, d: int, mels: int = 12, clusters: int = 4) -> None:
+        super().__init__()
+        self.register_buffer("filters", torch.rand(mels, 33))
+        self.register_buffer("window", torch.hann_window(64))
+        self.enter, self.assign = nn.Conv1d(mels, d, 3, padding=1), nn.Linear(d, clusters)
+        self.mix, self.readout = nn.Linear(d, d), nn.Linear(clusters * d, 5)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        power = torch.stft(wave, 64, 16, window=self.window, return_complex=True).abs().square()
+        x = F.gelu(self.enter((self.filters @ power).clamp(min=1e-6).log())).mT
+        x = x + F.gelu(self.mix(x))
+        return self.readout((self.assign(x).softmax(-1).mT @ x).flatten(1))
+
+
+@CASES(normal(2, 320), r"assign\.(weight|bias):0")
+def speech_pooling(k: int) -> nn.Module:
+    return SpeechPooling(24 * k)
