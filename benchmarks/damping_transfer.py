@@ -2,6 +2,7 @@
 
     python -m benchmarks.damping_transfer                  # widths 64 to 512
     python -m benchmarks.damping_transfer --optimizers kfac --widths 64 512
+    python -m benchmarks.damping_transfer --optimizers "shampoo input" "shampoo output" --widths 64 256 1024
 
 An MLP on 1024 images of Fashion-MNIST, squared error on one-hot labels, as in the paper. Initialization and
 learning rates are muP's for all; only the rule of damping differs:
@@ -9,6 +10,10 @@ learning rates are muP's for all; only the rule of damping differs:
 * rescaled: the default, relative to the trace (K-FAC) or to the largest eigenvalue (Shampoo);
 * table: absolute, times the width factors of the scale table;
 * constant: absolute, the same at all widths.
+
+Shampoo takes all layers, or one ("shampoo input", "shampoo output") beside SGD for the others: the table's
+factor is 1 / width for the first layer, width for the last and 1 between, so that in all of them together the
+errors of a constant pull both ways, and the hidden layer not at all.
 
 At each width damping is moved by factors of 4 until the best value has worse ones on both sides. Printed are
 all losses, by how many factors of 2 the best value moves from the narrowest to the widest network, and the
@@ -34,14 +39,9 @@ from mupass import OptimizerSpec
 RULES = ("rescaled", "table", "constant")
 FACTOR = 4
 SPECS = {"kfac": OptimizerSpec("kfac"), "shampoo": OptimizerSpec("shampoo", e=1.0)}
-STARTS = {
-    ("kfac", "rescaled"): 2.0**-2,
-    ("kfac", "table"): 2.0**-6,
-    ("kfac", "constant"): 2.0**-6,
-    ("shampoo", "rescaled"): 2.0**-2,
-    ("shampoo", "table"): 2.0**-10,
-    ("shampoo", "constant"): 2.0**-10,
-}
+ROLES = {"shampoo input": ("input",), "shampoo output": ("output",)}
+NAMES = [*SPECS, *ROLES]
+STARTS = {"kfac": 2.0**-6, "shampoo": 2.0**-10}  # absolute damping; relative damping starts from 2^-2
 
 
 def mlp(inputs: int, width: int) -> nn.Module:
@@ -55,9 +55,11 @@ def mlp(inputs: int, width: int) -> nn.Module:
     )
 
 
-def make(model: nn.Module, name: str, rule: str, lr: float, damping: float) -> torch.optim.Optimizer:
+def make(
+    model: nn.Module, name: str, rule: str, damping: float, o: argparse.Namespace
+) -> torch.optim.Optimizer:
     """Return the optimizer under one rule of damping."""
-    spec = SPECS[name]
+    spec = SPECS[name.split()[0]]
     if rule == "constant":
         plan = model.mupass_plan.for_optimizer(spec)
         ones = {"damping_in": 1.0, "damping_out": 1.0}
@@ -65,8 +67,11 @@ def make(model: nn.Module, name: str, rule: str, lr: float, damping: float) -> t
         model.mupass_plan = replace(plan, entries=entries)
     mode = {} if rule == "rescaled" else {"damping_mode": "absolute"}
     if name == "kfac":
-        return mupass.KFAC(model, lr, damping, root_every=2, damping_floor=0.0, **mode)
-    return mupass.Shampoo(model, lr, damping, e=spec.e, root_every=2, **mode)
+        return mupass.KFAC(model, o.kfac_lr, damping, root_every=2, damping_floor=0.0, **mode)
+    if name in ROLES:
+        rest = {"roles": ROLES[name], "fallback": "sgd", "fallback_lr": o.sgd_lr}
+        return mupass.Shampoo(model, o.layer_lr, damping, e=spec.e, root_every=2, **rest, **mode)
+    return mupass.Shampoo(model, o.shampoo_lr, damping, e=spec.e, root_every=2, **mode)
 
 
 def train(
@@ -76,7 +81,7 @@ def train(
     x, y = data
     torch.manual_seed(o.seed)
     model = mupass.transform(mlp(x.shape[1], width), x[:4], base=min(o.widths))
-    optimizer = make(model, name, rule, o.lr[name], damping)
+    optimizer = make(model, name, rule, damping, o)
     order = torch.Generator().manual_seed(o.seed)
     for _ in range(o.epochs):
         for at in torch.randperm(len(x), generator=order).split(o.batch):
@@ -93,7 +98,7 @@ def train(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizers", nargs="+", default=list(SPECS), choices=list(SPECS))
+    parser.add_argument("--optimizers", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--samples", type=int, default=1024)
@@ -102,8 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kfac-lr", type=float, default=2.0**-7)
     parser.add_argument("--shampoo-lr", type=float, default=2.0**-9)
+    parser.add_argument("--layer-lr", type=float, default=2.0**-5, help="of Shampoo in one layer")
+    parser.add_argument("--sgd-lr", type=float, default=2.0**-4, help="of the other layers")
     options = parser.parse_args(arguments)
-    options.lr = {"kfac": options.kfac_lr, "shampoo": options.shampoo_lr}
     options.widths.sort()
     warnings.simplefilter("ignore")
     images = fashion_mnist(None, options.samples, 1)
@@ -114,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(vars(options), flush=True)
     for name in options.optimizers:
         for rule in options.rules:
-            start = STARTS[name, rule]
+            start = 2.0**-2 if rule == "rescaled" else STARTS[name.split()[0]]
             found = {}
             for width in options.widths:
                 loss = partial(train, width, name, rule, data=data, o=options)
