@@ -185,10 +185,12 @@ def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[in
 def settle_scores(verdicts: Verdicts) -> None:
     """Policy: a part of a growing width that only scores of positions contract is one head of that width.
 
-    A state of fixed size is contracted with positions as well, but it also meets the width.
+    A state of fixed size is contracted with positions as well, but it also meets the width, or is made twice:
+    once to write and once to read.
     """
     space = verdicts.space
-    apart = {p for whole, term in space.terms("sum") if verdicts.grows(whole) for p in term}
+    sums = [list(map(space.find, term)) for whole, term in space.terms("sum") if verdicts.grows(whole)]
+    apart = {p for parts in sums for p in parts if parts.count(p) == 1}
     met: dict[int, bool] = {}
     where: dict[int, str] = {}
     for product in verdicts.facts.bilinear:
