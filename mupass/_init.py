@@ -123,7 +123,8 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
     """Return the fan_in of another weight by which PyTorch draws this parameter, or None.
 
     A bias is drawn from ``U(+-1/sqrt(fan_in of its weight))``; all that a recurrent layer holds is drawn
-    from ``U(+-1/sqrt(hidden size))``, the fan_in of its ``weight_hh``.
+    from ``U(+-1/sqrt(hidden size))``, the fan_in of its ``weight_hh``. What PyTorch takes for the fan_in of a
+    transposed convolution is its fan_out.
 
     Args:
         geometry: The parameter.
@@ -143,6 +144,9 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
     lender = twins[0] if twins else near[0] if certain else None
     if lender is None or lender is geometry:
         return None
+    if any(use.kind == "conv_transpose" for use in lender.uses):
+        fans = own_fans(lender)
+        return Fans(fans.fan_out, None, fans.m_out, 1.0, lender.name)
     return Fans(lender.fan_in, None, lender.m_in, 1.0, lender.name)
 
 

@@ -194,7 +194,8 @@ def _judge(
         if all(value > floor * activation for value, activation in pairs):
             slope = fit(copies.widths, table, CONFIDENCE)
             both = quantity == "update" and (site, "aligned", step) in log
-            rule = "bounded" if both else _rule(site, quantity, copies)
+            shared = quantity == "aligned" and _shared(site, log, copies)
+            rule = "bounded" if both or shared else _rule(site, quantity, copies)
             if site in dimmed and rule == "flat" and step and slope.power < tolerance:
                 power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", 0))
                 rule = "shown"
@@ -220,6 +221,16 @@ def _rule(site: Site, quantity: str, copies: Copies) -> str:
     if is_readout(site, geometry):
         return "bounded"
     return "flat" if geometry.role in ("input", "hidden") else "shown"
+
+
+def _shared(site: Site, log: Log, copies: Copies) -> bool:
+    """Whether a parameter of fixed shape acts on more entries the wider the model is, as a norm of all heads.
+
+    At the start its gradient is a sum of unrelated terms from them, and its update is along few of them.
+    """
+    plan, entries = copies.plans[-1], log[site, "entries", 0]
+    fixed = site.parameter in plan and not any(plan[site.parameter].geometry.infinite)
+    return fixed and entries[-1][0] > entries[0][0]
 
 
 def _verdict(slope: Slope, rule: str, tolerance: float) -> str:

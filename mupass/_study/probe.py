@@ -52,10 +52,11 @@ class Probe:
         """Yield (place, quantity, RMS) before the first step.
 
         ``activation`` is an operator's output, ``input`` the largest activation that it was given, ``weight``
-        its parameter, ``gradient`` that of its parameter.
+        its parameter, ``gradient`` that of its parameter. ``entries`` is the number of the output's entries.
         """
         for site, value in self.start.items():
             yield site, "activation", rms(value)
+            yield site, "entries", float(value.numel())
         for call in self.first.calls.values():
             others = [x for i, x in enumerate(call.given) if i not in call.at and _is_real(x)]
             for i, site in call.at.items():
