@@ -1,6 +1,8 @@
 """coord_check passes muP, fails the standard parameterization, and names planted faults."""
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,21 @@ class TinyLM(nn.Module):
         h = self.norm(x)
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.last(x + self.out(y.transpose(1, 2).flatten(2))))
+
+
+class Normed(TinyLM):
+    """With norms of queries and keys, whose parameters all heads share."""
+
+    def __init__(self, width: int = 64, heads: int = 4):
+        super().__init__(width, heads)
+        self.of_q, self.of_k = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        h = self.norm(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.of_q(q), self.of_k(k), v, is_causal=True)
         return self.head(self.last(x + self.out(y.transpose(1, 2).flatten(2))))
 
 
@@ -200,6 +217,26 @@ def test_a_constant_initialization_is_named() -> None:
     assert found.first.site == Site("2", "linear", "2.weight") and found.first.quantity == "activation"
     assert found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "initialization" in found.blame and "width^-0.5" in found.blame
+
+
+def test_a_probe_leaves_nothing_behind() -> None:
+    x, y = vectors()
+    probe = Probe(mlp(), Batch((x,), {}, y), cross_entropy)
+    assert probe.first.slopes
+    first = weakref.ref(probe.first)
+    del probe
+    gc.collect()
+    assert first() is None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_what_all_heads_share_may_move_less_along_the_gradient(optimizer: str) -> None:
+    found = mupass.coord_check(Normed(), text(), init=LAW, optimizer=optimizer)
+    assert found.ok, str(found)
+    rules = {
+        row.rule for row in found.rows if row.site.parameter == "of_q.weight" and row.quantity == "aligned"
+    }
+    assert rules == {"bounded"}
 
 
 def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_where_not() -> None:

@@ -306,3 +306,14 @@ def test_no_draw_of_a_default_model_is_misread(seed: int) -> None:
     analysis = mupass.analyze(nn.Sequential(*layers), torch.zeros(2, 30), base=16)
     found = plan_init(dict(nn.Sequential(*layers).named_parameters()), analysis.geometries)
     assert all(init.law.startswith("fan_in") and not init.doubtful for init in found.values())
+
+
+def test_a_bias_of_a_transposed_convolution_follows_the_fan_that_it_is_drawn_by() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.ConvTranspose2d(64, 64, 3), nn.ReLU())
+    net.append(nn.ConvTranspose2d(64, 1, 3))
+    bias = net[4].bias.detach().clone()
+    mupass.transform(net, torch.zeros(2, 1, 8, 8), base=16)
+    # As at width 16: torch draws biases from U(+-1/sqrt(out_channels * 9)).
+    assert math.isclose(net[2].bias.std().item(), 1 / math.sqrt(3 * 16 * 9), rel_tol=0.2)
+    assert torch.equal(net[4].bias, bias)

@@ -139,7 +139,9 @@ class Recorder(TorchFunctionMode):
         self.made.update(dict.fromkeys(key, kept))
         if self.first is None:
             if result.grad_fn is not None:
-                result.register_hook(lambda slope: self.slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
+                # Not self: it holds the graph that holds the hook, and no collector sees through autograd.
+                slopes = self.slopes
+                result.register_hook(lambda slope: slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
                 self.origins[result.grad_fn] = key
         elif key in self.first.calls:
             old = self.first.calls[key]
