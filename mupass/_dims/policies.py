@@ -153,7 +153,8 @@ def settle_groups(verdicts: Verdicts) -> None:
     space = verdicts.space
     heads, free = _fixed_heads(verdicts), set()
     for whole, (group, channels) in ((w, m) for w, m in space.terms("groups") if len(m) == 2):
-        if space.size(channels) in map(space.size, heads & verdicts.relatives([whole])):
+        alike = {head for head in heads if space.size(head) == space.size(channels)}
+        if alike and alike & verdicts.relatives([whole]):
             verdicts.settle([channels], Verdict(False, "policy: a group is a head of fixed size", True))
         if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1:
             free.add(group)
@@ -171,10 +172,11 @@ def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[in
     facts, space = verdicts.facts, verdicts.space
     fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
     brought = set(map(space.find, made))
-    for dim, where in list(facts.fan_in.items()):
+    parted: dict[int, str] = {}  # those that are read last come first
+    for dim, where in reversed(facts.fan_in.items()):
         parts = {p for term in space.terms_of(dim, "sum") for p in term}
-        fans = {p: where for p in sorted(parts & brought)} | fans
-    fans = {d: w for d, w in fans.items() if d not in unmade}
+        parted.update(dict.fromkeys(sorted(parts & brought), where))
+    fans = {d: w for d, w in (parted | fans).items() if d not in unmade}
     atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
     for dim in [*atoms, *fans]:
         verdicts.settle(

@@ -6,7 +6,7 @@ A product is infinite exactly when a factor is, a sum when a part is, a derived 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mupass._dims.facts import Facts
@@ -112,37 +112,30 @@ class Verdicts:
             self._known[self.space.find(dim)] = Verdict(self.grows(dim), why, True)
 
     def relatives(self, dims: Iterable[int]) -> set[int]:
-        """Return the classes reached from dimensions through products, sums and derivations.
+        """Return the classes reached from dimensions through products, sums and derivations."""
+        return self._reach(dims, lambda dim, whole, members: (whole, *members))
+
+    def kin(self, dims: Iterable[int]) -> set[int]:
+        """Return what dimensions are part of and what is part of them, but not what only shares a part."""
+        dims = tuple(dims)
+        up = self._reach(dims, lambda dim, whole, members: (whole,))
+        return up | self._reach(dims, lambda dim, whole, members: members if whole == dim else ())
+
+    def _reach(self, dims: Iterable[int], step: Callable[[int, int, Members], Iterable[int]]) -> set[int]:
+        """Return the classes reached from dimensions by steps within terms.
 
         Nothing is reached through what is fixed: the factors beside data are not data.
         """
         todo = [d for d in map(self.space.find, dims) if not self._is_certain(d)]
         seen = set(todo)
         while todo:
-            for index in self._of[todo.pop()]:
-                whole, members = self._terms[index]
-                for other in (whole, *members):
+            dim = todo.pop()
+            for index in self._of[dim]:
+                for other in step(dim, *self._terms[index]):
                     if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
                         seen.add(other)
                         todo.append(other)
         return seen
-
-    def kin(self, dims: Iterable[int]) -> set[int]:
-        """Return what dimensions are part of and what is part of them, but not what only shares a part."""
-        starts = {d for d in map(self.space.find, dims) if not self._is_certain(d)}
-        found = set(starts)
-        for up in (True, False):
-            todo, seen = list(starts), set(starts)
-            while todo:
-                dim = todo.pop()
-                for index in self._of[dim]:
-                    whole, members = self._terms[index]
-                    for other in (whole,) if up else members if whole == dim else ():
-                        if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
-                            seen.add(other)
-                            todo.append(other)
-            found |= seen
-        return found
 
     def _is_certain(self, dim: int) -> bool:
         verdict = self._known.get(dim)

@@ -60,16 +60,14 @@ def inverse_roots(
     """
     if bool(_regular(bank, damping)):
         root, solved = _solve(bank, damping, power, relative, method)
-        solved &= _finite(root)
         return root if bool(solved.all()) else torch.where(solved[:, None, None], root, previous), ~solved
-    finite = bank.isfinite().flatten(1).all(1) & damping.isfinite()
+    finite = _finite(bank) & damping.isfinite()
     vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
     empty = finite & vanishing & ((damping <= 0) | relative)
     eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
     usable = (finite & ~empty)[:, None, None]
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
     root, solved = _solve(torch.where(usable, bank, eye), rho, power, relative, method)
-    solved &= _finite(root)
     root = torch.where(empty[:, None, None], torch.zeros_like(root), root)
     failed = ~(finite & (solved | empty))
     return torch.where(failed[:, None, None], previous, root), failed
@@ -90,10 +88,12 @@ def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str)
     """Return roots of matrices that are finite and not zero, and which of them were found."""
     p = root_index(power)
     if power == 1 and not relative and method == "auto":
-        return _cholesky(bank, rho)
-    if p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
-        return _newton(bank, rho, p, relative)
-    return _eigh(bank, rho, power, relative)
+        root, solved = _cholesky(bank, rho)
+    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        root, solved = _newton(bank, rho, p, relative)
+    else:
+        root, solved = _eigh(bank, rho, power, relative)
+    return root, solved & _finite(root)
 
 
 def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:

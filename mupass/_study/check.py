@@ -193,9 +193,7 @@ def _judge(
         pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
         if all(value > floor * activation for value, activation in pairs):
             slope = fit(copies.widths, table, CONFIDENCE)
-            both = quantity == "update" and (site, "aligned", step) in log
-            shared = quantity == "aligned" and _shared(site, log, copies)
-            rule = "bounded" if both or shared else _rule(site, quantity, copies)
+            rule = _rule((site, quantity, step), log, copies)
             if site in dimmed and rule == "flat" and step and slope.power < tolerance:
                 power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", 0))
                 rule = "shown"
@@ -208,10 +206,13 @@ def _judge(
     return tuple(rows), tuple(dict.fromkeys(silent))
 
 
-def _rule(site: Site, quantity: str, copies: Copies) -> str:
+def _rule(key: Key, log: Log, copies: Copies) -> str:
     """Return how a quantity is judged: see `Coordinate.rule`."""
-    if quantity in ("update", "aligned"):
-        return "flat"
+    site, quantity, step = key
+    if quantity == "update":
+        return "bounded" if (site, "aligned", step) in log else "flat"
+    if quantity == "aligned":
+        return "bounded" if _shared(site, log, copies) else "flat"
     if site.operator in SCORES or site.operator == OUTPUT:
         return "bounded"
     plan = copies.plans[-1]
