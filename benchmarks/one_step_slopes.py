@@ -178,13 +178,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, default=4)
+    both = ["mup", "standard"]
+    parser.add_argument("--parameterizations", nargs="+", default=both, choices=both)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     ok = True
     print(f"log-log slope in width of RMS(dW h) and RMS(db), widths {options.widths}, float64, one step")
     for model in options.models:
         for optimizer in options.optimizers:
-            for parameterization in ("mup", "standard"):
+            for parameterization in options.parameterizations:
                 start = time.perf_counter()
                 found = slopes(model, optimizer, parameterization, options.widths, options.seeds)
                 flat = all(abs(s) <= LIMIT for s in found.values())

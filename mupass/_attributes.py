@@ -185,14 +185,17 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
         pick: Gives the new numbers.
     """
     done: set[int] = set()
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    # A group a channel, unless that is the number of groups where channels are more.
+    constant = {m.num_groups for m in norms if m.num_groups < m.num_channels}
+    alone = {m for m in norms if m.num_groups == m.num_channels and m.num_groups not in constant}
     for path, module in model.named_modules():
-        alone = isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
         for name, value in list(vars(module).items()):
             if name not in MODULE_TABLES and not name.endswith("_hooks"):
                 new = _rewritten(value, path, type(module).__name__, name, pick, done)
                 if new is not value:
                     vars(module)[name] = new
-        if isinstance(module, nn.GroupNorm) and alone:  # no shape shows the number of groups
+        if isinstance(module, nn.GroupNorm) and module in alone:  # no shape shows the number of groups
             module.num_groups = module.num_channels
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]

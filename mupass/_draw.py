@@ -63,8 +63,9 @@ class Draw:
         for name, old in source.items():
             if tuple(old.shape) != shapes[name] and (value := pattern(old, axes[name])) is not None:
                 made[name] = value
-        random = [n for n in source if n not in made]  # a pattern has no law, and must not speak for one
-        laws = own_init(source, [self._geometry(n, shapes[n]) for n in random], self.init)
+        # A pattern has no law, and must not speak for one.
+        random = {n: p for n, p in source.items() if n not in made}
+        laws = own_init(random, [self._geometry(n, shapes[n]) for n in source], self.init)
         doubtful = [n for n in random if laws[n].doubtful]
         if doubtful and not own_code:
             warnings.warn(
@@ -72,8 +73,12 @@ class Draw:
                 "settle it with init={pattern: law}",
                 stacklevel=3,
             )
-        for name in random if not own_code else [n for n in random if n not in doubtful]:
-            old, law = source[name], laws[name]
+        # What no width changes comes first: one seed draws it alike at every width.
+        grows = {n: any(g for axis in axes[n] for s in axis for g in s.grows) for n in random}
+        for name, old in sorted(random.items(), key=lambda item: grows[item[0]]):
+            if own_code and name in doubtful:
+                continue
+            law = laws[name]
             if tuple(old.shape) == shapes[name] and not self.fresh:
                 # It may change all the same: the bias of a readout has the range 1/sqrt(fan_in).
                 made[name] = old.clone() if math.isclose(law.factor, 1) else old * law.factor

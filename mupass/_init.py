@@ -73,7 +73,8 @@ def own_init(
 
     Args:
         tensors: Parameters by name, with the user's initial values.
-        geometries: Their geometry; the base shapes are the shapes asked about.
+        geometries: Geometry of all parameters; the base shapes are the shapes asked about. Those that are not
+            among the tensors only lend their fans (a weight of zeros to its bias).
         init: As for `plan_init`.
 
     Returns:
@@ -180,6 +181,8 @@ def _measure(
     """
     samples, fixed = [], {}
     for g in geometries:
+        if g.name not in tensors:
+            continue
         tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
         found = Sample(g.name, tensor.numel(), None, False, own_fans(g))
         if not tensor.is_meta:

@@ -82,7 +82,9 @@ class NewSizes:
         Raises:
             ResizeError: It would not be a whole number.
         """
-        exact = self.exact(dim)
+        return self._whole(dim, self.exact(dim))
+
+    def _whole(self, dim: int, exact: float) -> int:
         size = round(exact)
         if abs(size - exact) > 1e-6 or size < min(1, self.solved.engine.space.size(dim)):
             raise ResizeError(
@@ -118,15 +120,15 @@ class NewSizes:
         """
         dim = self.solved.dims[parameter][axis]
         if parameter in self.solved.overlooked and self.solved.verdict(parameter, axis).infinite:
-            return NewSizes(self.solved, self.names, {}, self.factor).of_dim(self._like(dim))
+            return NewSizes(self.solved, self.names, {}, self.factor)._as_its_equals(dim)
         return self.of_dim(dim)
 
-    def _like(self, dim: int) -> int:
-        """Return a growing dimension of the same size as one that nothing reads, else itself."""
+    def _as_its_equals(self, dim: int) -> int:
+        """Return the new size of a dimension that nothing reads: that of one of its size that grows."""
         space = self.solved.engine.space
         rows = (d for dims in self.solved.dims.values() for d in dims)
         twins = [d for d in rows if space.size(d) == space.size(dim) and self.solved.verdicts.grows(d)]
-        return twins[0] if twins else dim
+        return self.of_dim(twins[0]) if twins else self._whole(dim, self.factor * space.size(dim))
 
     @cached_property
     def _carried(self) -> frozenset[int]:

@@ -133,9 +133,10 @@ def test_a_missing_readout_multiplier_is_named() -> None:
         assert "lacks its multiplier 1/m" in found.blame
 
 
-@pytest.mark.parametrize(("layer", "power"), [("0.weight", -1), ("4.weight", 1)])
-def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
-    def swapped(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+def swapped(layer: str):
+    """Adam with the axes of one layer mixed up."""
+
+    def make(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
         groups = mupass.param_groups(model, lr, optimizer="adam")
         weight = model.get_parameter(layer)
         geometry = model.mupass_plan[layer].geometry
@@ -144,18 +145,37 @@ def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
         groups.append({"params": [weight], "lr": lr / geometry.m_out})  # Adam's rule is 1/m_in
         return torch.optim.Adam([g for g in groups if g["params"]])
 
-    found = mupass.coord_check(mlp(), vectors(), optimizer=swapped)
+    return make
+
+
+@pytest.mark.parametrize(("layer", "power"), [("0.weight", -1), ("4.weight", 1)])
+def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
+    found = mupass.coord_check(mlp(), vectors(), optimizer=swapped(layer))
     assert found.first.site.parameter == layer and found.first.quantity in ("update", "aligned"), str(found)
     assert found.first.slope.power == pytest.approx(power, abs=0.15)
     assert "as if fan_in were fan_out" in found.blame
     assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
 
 
+@pytest.mark.filterwarnings("ignore:mupass.KFAC. zero traces")
+@pytest.mark.parametrize("build", [mlp, lambda: bottleneck()])
+def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) -> None:
+    model = build()
+    nn.init.zeros_(model[-1].weight)
+    dims = FIXED if isinstance(model[-3], nn.Linear) and model[-3].in_features == 3 else None
+    found = mupass.coord_check(model, vectors(), dims=dims, optimizer=swapped("0.weight"))
+    assert {(r.site.parameter, r.step) for r in found.failures} >= {("0.weight", 2)}, str(found)
+    assert found.first.site.parameter == "0.weight" and "as if fan_in were fan_out" in found.blame
+    assert found.first.slope.power == pytest.approx(-1, abs=0.3)
+    for optimizer in OPTIMIZERS:
+        found = mupass.coord_check(model, vectors(), dims=dims, optimizer=optimizer)
+        assert found.ok, str(found)
+
+
 def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
-    found = mupass.coord_check(
-        lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512], lr=0.02
-    )
+    found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
     assert found.first.site.operator == "scaled_dot_product_attention", str(found)
+    assert found.first.quantity == "reach" and found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "head_dim grows (32 to 256)" in found.blame and "1/head_dim" in found.blame
     by_heads = mupass.coord_check(
         lambda width: TinyLM(width, heads=width // 16), text(), widths=[64, 128, 256, 512], lr=0.02
@@ -203,7 +223,13 @@ def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_
     assert {r.site.parameter for r in kfac.failures} <= below
     assert kfac.ok or "K-FAC divides by the square" in kfac.blame
     standard = mupass.coord_check(
-        bottleneck(), vectors(), dims=FIXED, optimizer="sgd", parameterization="standard"
+        bottleneck(),
+        vectors(),
+        dims=FIXED,
+        optimizer="sgd",
+        parameterization="standard",
+        widths=[64, 256, 1024],
+        steps=1,
     )
     assert not standard.ok and not standard.dimmed
 

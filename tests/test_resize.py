@@ -182,6 +182,18 @@ def test_a_group_norm_with_a_group_a_channel_keeps_it_so() -> None:
     torch.testing.assert_close(new(x), truth(x))
 
 
+def test_a_number_of_groups_that_other_norms_have_for_more_channels_stays() -> None:
+    layers = (
+        nn.Conv1d(2, 8, 3),
+        nn.GroupNorm(8, 8),
+        nn.Conv1d(8, 16, 3),
+        nn.GroupNorm(8, 16),
+        nn.Conv1d(16, 3, 1),
+    )
+    new = resize(nn.Sequential(*layers), 32, example_inputs=torch.randn(2, 2, 9))
+    assert (new[1].num_groups, new[3].num_groups) == (8, 8)
+
+
 class Standardized(nn.Conv1d):
     """A convolution with a gain divided by the root of its fan_in, held as one number."""
 
@@ -242,6 +254,9 @@ def test_orthogonal_weights_stay_orthogonal() -> None:
 def test_a_readout_bias_shrinks_with_its_fan_in() -> None:
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 500))
     bias = resize(model, 256, seed=0)[2].bias
+    assert bias.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.1)
+    nn.init.zeros_(model[2].weight)  # it has no law, and its fan_in is still the bias'
+    bias = resize(model, 256, seed=0, init={"0.*": "fan_in"})[2].bias
     assert bias.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.1)
 
 

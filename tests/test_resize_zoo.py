@@ -23,6 +23,7 @@ HEADS_STAY = {"set_transformer", "cvt"}  # head_dim grows, where the author adds
 # Their builders round to multiples of 8 or cut off below a size, where resize keeps every ratio.
 ROUNDED = {
     "timm_efficientnet",
+    "timm_ghostnet",
     "timm_mobilenet_v3",
     "timm_regnet",
     "timm_resnest",

@@ -70,10 +70,15 @@ def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
     the size tells them apart, so the verdict is marked as a policy.
     """
     space = verdicts.space
+    weights = verdicts.facts.weights
+    # What is made of these features is no input of a first layer, also where the caller fixes its size.
+    behind = {
+        space.find(d) for into, out in weights if unmade.keys() & set(map(space.find, into)) for d in out
+    }
     widths = {
         space.size(dim)
-        for into, out in verdicts.facts.weights
-        if not any(verdicts.is_open(d) or verdicts.grows(d) for d in into)
+        for into, out in weights
+        if not any(verdicts.is_open(d) or verdicts.grows(d) or space.find(d) in behind for d in into)
         for dim in out
         if verdicts.grows(dim)
     }

@@ -150,10 +150,11 @@ def _of_update(
     plan: Plan,
     spec: OptimizerSpec | None,
 ) -> Iterator[str]:
-    if is_tied_readout(site, geometry) and measured.get("input", -1.0) > -0.5:
-        yield UNMULTIPLIED
-    given, rate = measured.get("input", 0.0), measured.get("rate")
-    if not is_tied_readout(site, geometry) and abs(given - geometry.given) > NEAR:
+    given, rate = measured.get("input"), measured.get("rate")
+    if given is not None and is_tied_readout(site, geometry):
+        if given > NEAR - 1:  # T5's code itself has brought it down to -1/2
+            yield UNMULTIPLIED
+    elif given is not None and abs(given - geometry.given) > NEAR:
         yield GIVEN.format(power=given)
     if spec is None:
         return

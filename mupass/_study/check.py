@@ -184,20 +184,25 @@ def _judge(
     rows, silent = [], []
     seeds = max(len(values) for table in log.values() for values in table)
     for (site, quantity, step), table in log.items():
+        if quantity not in NAMES:
+            continue
         if any(len(values) < seeds for values in table):
             raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
         if not all(map(math.isfinite, chain(*table))):
             raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
-        if quantity not in NAMES:
-            continue
         pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
         if all(value > floor * activation for value, activation in pairs):
             slope = fit(copies.widths, table, CONFIDENCE)
-            rule = _rule((site, quantity, step), log, copies)
+            rule = _rule((site, quantity, step), log, copies, tolerance)
             if site in dimmed and rule == "flat" and step and slope.power < tolerance:
-                power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", 0))
+                # There is one before its first step only, except at the start.
+                power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", step - 1), [])
                 rule = "shown"
-                if step == 1 and power is not None and gradients and all(chain(*gradients)):
+                if (
+                    power is not None
+                    and all(chain(*gradients))
+                    and sum(map(len, gradients)) == seeds * len(table)
+                ):
                     table = relative(table, gradients, site.parameter, copies.plans, power)
                     slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
             rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
@@ -206,13 +211,13 @@ def _judge(
     return tuple(rows), tuple(dict.fromkeys(silent))
 
 
-def _rule(key: Key, log: Log, copies: Copies) -> str:
+def _rule(key: Key, log: Log, copies: Copies, tolerance: float) -> str:
     """Return how a quantity is judged: see `Coordinate.rule`."""
     site, quantity, step = key
     if quantity == "update":
         return "bounded" if (site, "aligned", step) in log else "flat"
     if quantity == "aligned":
-        return "bounded" if _shared(site, log, copies) else "flat"
+        return "bounded" if _shared(site, log, copies) or _starved(site, log, copies, tolerance) else "flat"
     if site.operator in SCORES or site.operator == OUTPUT:
         return "bounded"
     plan = copies.plans[-1]
@@ -232,6 +237,18 @@ def _shared(site: Site, log: Log, copies: Copies) -> bool:
     plan, entries = copies.plans[-1], log[site, "entries", 0]
     fixed = site.parameter in plan and not any(plan[site.parameter].geometry.infinite)
     return fixed and entries[-1][0] > entries[0][0]
+
+
+def _starved(site: Site, log: Log, copies: Copies, tolerance: float) -> bool:
+    """Whether what an operator is given shrinks at the start, as what comes out of a readout does.
+
+    Then so does its update for a while. A fault above it shows in the activation there.
+    """
+    plan, given = copies.plans[-1], log.get((site, "input", 0), [])
+    if site.parameter not in plan or not given or not all(chain(*given)):
+        return False
+    geometry = plan[site.parameter].geometry
+    return not is_readout(site, geometry) and fit(copies.widths, given).power < geometry.given - tolerance
 
 
 def _verdict(slope: Slope, rule: str, tolerance: float) -> str:

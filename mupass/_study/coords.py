@@ -10,6 +10,7 @@ from mupass._study.slopes import Slope
 
 NAMES = {
     "activation": "activation at the start",
+    "reach": "attention score of a query along a key",
     "update": "update dW h",
     "aligned": "update dW h along the gradient",
     "change": "change",
@@ -22,7 +23,8 @@ class Coordinate:
 
     Attributes:
         site: Where: module, operator, parameter.
-        quantity: ``activation`` (RMS of the operator's output before the first step), ``update`` (RMS of
+        quantity: ``activation`` (RMS of the operator's output before the first step), ``reach`` (score of a
+            query and a key that point the same way, as training makes them), ``update`` (RMS of
             dW h: what the parameter's update does to that output, at the activations of the start),
             ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change``
             (RMS of all that moved the output since the start).

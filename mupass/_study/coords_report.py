@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = {"FAIL": "bad", "unclear": "doubt"}
+START = ("activation", "reach")
 MOVED = ("aligned", "update")  # how a parameter moves its operator's output; the first is shown
 MANY = 40  # lines of text beyond which only what does not pass is listed
 
@@ -61,7 +62,7 @@ def figure(check: CoordCheck) -> Figure:
     Args:
         check: The check.
     """
-    panels = {0: ("activation",), check.steps: MOVED}
+    panels = {0: START, check.steps: MOVED}
     drawn, axes = new_figure(2)
     for axis, (step, quantities) in zip(axes, panels.items(), strict=True):
         labels = 0
@@ -99,7 +100,7 @@ def _table(check: CoordCheck) -> Table:
     rows, marks = [], []
     for site, found in places.items():
         moved = MOVED if site.parameter else ("change",)
-        cells = [_chosen(found, ("activation",), 0)]
+        cells = [_chosen(found, START, 0)]
         cells += [_chosen(found, moved, s) for s in range(1, check.steps + 1)]
         verdicts = {r.verdict for r in found.values()}
         verdict = next((v for v in ("FAIL", "unclear", "ok") if v in verdicts), "")

@@ -30,12 +30,12 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.loss = model, batch, loss
         self.names = {module: name for name, module in model.named_modules()}
         self.first = Recorder(model)
-        self.gradients: dict[str, float] = {}
-        self._pass(self.first, loss)
+        self.gradients = self._pass(self.first, slopes=True)
         self.start, self.head_dims = self.first.made, self.first.head_dims
+        self.slopes = dict(self.first.slopes)
 
     def dimmed(self, readouts: set[Site], weights: set[Site]) -> set[Site]:
         """Return the places below a readout whose output goes on to other weights.
@@ -52,11 +52,14 @@ class Probe:
         """Yield (place, quantity, RMS) before the first step.
 
         ``activation`` is an operator's output, ``input`` the largest activation that it was given, ``weight``
-        its parameter, ``gradient`` that of its parameter. ``entries`` is the number of the output's entries.
+        its parameter, ``gradient`` that of its parameter. ``entries`` is the number of the output's entries,
+        ``reach`` the size of attention scores of aligned queries and keys.
         """
         for site, value in self.start.items():
             yield site, "activation", rms(value)
             yield site, "entries", float(value.numel())
+            if site in self.first.reach:
+                yield site, "reach", self.first.reach[site]
         for call in self.first.calls.values():
             others = [x for i, x in enumerate(call.given) if i not in call.at and _is_real(x)]
             for i, site in call.at.items():
@@ -70,24 +73,31 @@ class Probe:
         """Yield (place, quantity, RMS) of how an operator's output moved since the start.
 
         ``update`` is dW h, ``aligned`` the part of it along the gradient at the start, ``change`` all of it.
+        Behind zeros (of a readout, of the last gain of a branch) the gradient at the start is zero: there it
+        is that of the first step with one, and ``gradient`` is yielded for that step too.
 
         Raises:
             StudyError: The model calls other operators than at the start.
         """
+        idle = {site for site, slope in self.slopes.items() if not slope.any()}
         later = Recorder(self.model, self.first)
-        self._pass(later)
+        gradients = self._pass(later, slopes=bool(idle))
         if later.made.keys() != self.start.keys():
             odd = next(iter(later.made.keys() ^ self.start.keys()))
             raise StudyError(f"the model calls other operators than before the first step: {odd}")
         for site, update in later.updates.items():
             yield site, "update", rms(update)
-            if site in self.first.slopes:
-                yield site, "aligned", _along(update, self.first.slopes[site])
+            if site in self.slopes:
+                yield site, "aligned", _along(update, self.slopes[site])
         for site, value in later.made.items():
             yield site, "change", rms(value - self.start[site])
+        for site in idle & later.slopes.keys():
+            self.slopes[site] = later.slopes[site]
+            if site.parameter in gradients:
+                yield site, "gradient", gradients[site.parameter]
 
-    def _pass(self, recorder: Recorder, loss: Loss | None = None) -> None:
-        """Run the model under a recorder; with a loss, find the gradient at every output too."""
+    def _pass(self, recorder: Recorder, slopes: bool) -> dict[str, float]:
+        """Run the model under a recorder; with slopes, find them and return sizes of gradients."""
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         handles = []
         for module, name in self.names.items():
@@ -95,12 +105,11 @@ class Probe:
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         try:
-            with torch.set_grad_enabled(loss is not None), torch.random.fork_rng(devices=list(devices)):
+            with torch.set_grad_enabled(slopes), torch.random.fork_rng(devices=list(devices)):
                 torch.manual_seed(0)
                 with recorder:
                     output = self.batch.run(self.model)
-                if loss is not None:
-                    self._find_gradients(loss(output, self.batch.targets))
+                gradients = self._gradients(self.loss(output, self.batch.targets)) if slopes else {}
         finally:
             for handle in handles:
                 handle.remove()
@@ -108,13 +117,15 @@ class Probe:
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
         recorder.made[Site("", OUTPUT)] = logits_of(output).detach().clone()
+        return gradients
 
-    def _find_gradients(self, error: Tensor) -> None:
-        """Find those of all parameters; hooks of the recorder find those of outputs on the way."""
+    def _gradients(self, error: Tensor) -> dict[str, float]:
+        """Return the RMS of parameters' gradients; hooks of the recorder find those at outputs on the way."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if error.requires_grad:
-            slopes = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
-            self.gradients = {n: rms(g) for n, g in zip(trained, slopes, strict=True) if g is not None}
+        if not error.requires_grad:
+            return {}
+        found = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
+        return {n: rms(g) for n, g in zip(trained, found, strict=True) if g is not None}
 
 
 def rms(x: Tensor) -> float:

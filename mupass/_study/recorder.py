@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self.origins: dict[Any, tuple[Site, ...]] = {}  # node of the autograd graph -> its operator
         self.updates: dict[Site, Tensor] = {}
         self.head_dims: dict[Site, int] = {}
+        self.reach: dict[Site, float] = {}
         self.stack = [""]
         self.seen: Counter[tuple[str, str, str]] = Counter()
         # What is computed from parameters alone (views, transposes, concatenations) stands for them.
@@ -137,13 +138,12 @@ class Recorder(TorchFunctionMode):
         self.calls[key] = call
         kept = result.detach().clone()
         self.made.update(dict.fromkeys(key, kept))
-        if self.first is None:
-            if result.grad_fn is not None:
-                # Not self: it holds the graph that holds the hook, and no collector sees through autograd.
-                slopes = self.slopes
-                result.register_hook(lambda slope: slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
-                self.origins[result.grad_fn] = key
-        elif key in self.first.calls:
+        if result.grad_fn is not None:
+            # Not self: it holds the graph that holds the hook, and no collector sees through autograd.
+            slopes = self.slopes
+            result.register_hook(lambda slope: slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
+            self.origins[result.grad_fn] = key
+        if self.first is not None and key in self.first.calls:
             old = self.first.calls[key]
             for i, site in call.at.items():
                 self.updates[site] = old.run(i, leaves[i]) - self.first.made[site]
@@ -179,13 +179,14 @@ class Recorder(TorchFunctionMode):
         """Record the logits of attention, which no module shows."""
         name = _name(func)
         if name == ATTENTION:
-            found, head_dim = _attention_scores(*args, **kwargs), tensors[0].shape[-1]
+            found, reach = _attention_scores(*args, **kwargs)
+            head_dim = tensors[0].shape[-1]
         elif name == "softmax" and tensors and tensors[0].is_floating_point():
-            found, head_dim = tensors[0].detach(), 0
+            found, reach, head_dim = tensors[0].detach(), 0.0, 0
         else:
             return
         site = self._site(func)
-        self.head_dims[site] = head_dim
+        self.head_dims[site], self.reach[site] = head_dim, reach
         self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
 
 
@@ -199,12 +200,17 @@ def _seeded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+    """Return the logits, and how large they are where a query and a key point the same way.
+
+    At the start they are unrelated; training aligns them (Yang et al., arXiv 2203.03466, definition 4.1).
+    """
     q, k = q.detach(), k.detach()
     if k.dim() > 2 and k.shape[-3] != q.shape[-3]:  # grouped queries
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    scale = kwargs.get("scale")
-    return q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else kwargs["scale"]
+    reach = float(scale * q.norm(dim=-1).mean() * k.norm(dim=-1).mean())
+    return q @ k.transpose(-1, -2) * scale, abs(reach)
 
 
 def _first(out: Any) -> Tensor | None:
