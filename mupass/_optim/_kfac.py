@@ -253,9 +253,8 @@ class KFAC(PlannedOptimizer):
             set_to_none: As in torch.
         """
         super().zero_grad(set_to_none)
-        if (
-            hasattr(self, "_curvature") and not self.sampled
-        ):  # what `observe` collected is not these gradients'
+        # What `observe` collected is not of these gradients; torch calls this before there is anything.
+        if hasattr(self, "_curvature") and not self.sampled:
             self._discard()
 
     def _directions(self) -> dict[Tensor, Tensor]:
