@@ -76,6 +76,7 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
+    whole &= not x.requires_grad  # correlations have no derivative
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
         with torch.autocast(x.device.type, enabled=False):
             return form.patch_gram(x.to(dtype))

@@ -151,6 +151,21 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     return output
 
 
+def look_out_for(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a tensor that taps its uses as a parameter does, to be used in its place.
+
+    Args:
+        value: The tensor.
+        parameter: The parameter, tapped or not.
+    """
+    taps = _taps(parameter)
+    if taps is None:
+        return value
+    seen = value.as_subclass(TappedView)
+    setattr(seen, ATTRIBUTE, taps)
+    return seen
+
+
 def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form: Any) -> Tensor:
     tap = taps.get(key) if taps else None
     return output if tap is None or not isinstance(x, Tensor) else tap.through(output, x, form)
@@ -194,7 +209,7 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
     """Tap the gain and the shift of a norm: a gain multiplies what the norm gives without them."""
     found = {key: _taps(bound.get(name)) for key, name in (("gain", "weight"), ("shift", "bias"))}
-    if not any(_wanted(tap) for taps in found.values() for tap in (taps or {}).values()):
+    if all(tap.idle for taps in found.values() for tap in (taps or {}).values()):
         return output
     batch = bool(bound.get("training"))
     stats: dict[str, Any] = {n: None for n in ("running_mean", "running_var") if n in bound and batch}
@@ -206,10 +221,6 @@ def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
     for key, taps in found.items():
         output = _through(output, x, taps, key, form)
     return output
-
-
-def _wanted(tap: Tap) -> bool:
-    return tap.rows is not None and tap.rows.requires_grad
 
 
 def _order(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -246,7 +257,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     separate = [kwargs.get(f"{n}_proj_weight") for n in "qkv"]
     weights = [w for w in (packed, out, *separate) if w is not None]
     taps = [tap for w in weights for tap in (_taps(w) or {}).values()]
-    if not any(_wanted(tap) for tap in taps):
+    if all(tap.idle for tap in taps):
         return function(*args, **kwargs)
     if packed is not None and query is key and key is value:
         whole = _product(F.linear(query, packed, biases), query, packed, F.linear)

@@ -100,9 +100,12 @@ class Tap:
         rows: Leaf whose gradient is the number of rows summed.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
+        uses: Outputs, inputs and layouts of the passes since it was set to an empty list. While it is a list
+            nothing is hung on outputs: factors that can be differentiated are made of these, see `fill`.
     """
 
     def __init__(self) -> None:
+        self.uses: list[tuple[Tensor, Tensor, Form]] | None = None
         self.layer: Layer | None = None
         self.a: Tensor | None = None
         self.b: tuple[Tensor | None, ...] = ()
@@ -121,8 +124,12 @@ class Tap:
         Returns:
             The same values; the very tensor while no factors are wanted.
         """
-        if self.rows is None or not self.rows.requires_grad or not output.requires_grad:
+        if self.idle or not output.requires_grad:
             return output
+        if self.uses is not None:
+            self.uses.append((output, x, form))
+            return output.clone()  # an activation may work in place on it
+        assert self.rows is not None
         if self.rows.device != output.device:
             raise OptimizerError(
                 f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
@@ -161,6 +168,29 @@ class Tap:
         self.bases = tuple(bases)
         zero = bases[0].new_zeros(())
         self.moments = tuple(zero.expand(*b.shape[:2], bases[0].shape[-1]) for b in bases[1:])
+
+    @property
+    def idle(self) -> bool:
+        """Whether outputs pass as they are."""
+        return self.uses is None and (self.rows is None or not self.rows.requires_grad)
+
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put the factors of `uses` where a backward pass would leave them, and forget these.
+
+        Args:
+            gradients: Those of the outputs; None where the loss does not depend on one.
+        """
+        uses, self.uses = self.uses, None
+        assert self.layer is not None and self.rows is not None
+        wanted, dtype = [leaf is not None for leaf in self.b], self.rows.dtype
+        for (_, x, form), g in zip(uses or (), gradients, strict=True):
+            if g is not None:
+                b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
+                a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
+                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
+                for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
+                    if leaf is not None and found is not None:
+                        leaf.grad = found if leaf.grad is None else leaf.grad + found
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

@@ -41,10 +41,10 @@ class ModuleTap(Tap):
             kwargs: Its named arguments.
             output: Its output.
         """
-        if self.rows is None or not self.rows.requires_grad:
+        if self.idle:
             return None
         x = args[0] if args else kwargs["input"]
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.uses is not None):
             x = normalized(module, x)
         return self.through(output, x, self.form)
 

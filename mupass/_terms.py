@@ -26,6 +26,11 @@ class _Terms(torch.autograd.Function):
         (count,) = ctx.saved_tensors
         return grads[0], torch.full_like(count, ctx.terms)
 
+    @staticmethod
+    def jvp(ctx: Any, y: Tensor, _: Tensor | None) -> Tensor:
+        """Return the output's tangent."""
+        return y.clone()
+
 
 def loss_terms(shape: tuple[int, ...]) -> int:
     """Return how many terms a mean loss on an output of this shape averages over.

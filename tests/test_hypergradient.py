@@ -242,8 +242,8 @@ class Once(torch.autograd.Function):
         return 2 * g
 
 
-def kfac(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return mupass.KFAC(model, lr)
+def muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return mupass.Muon(model, lr)
 
 
 class Counts(nn.Module):
@@ -268,7 +268,7 @@ def test_a_buffer_that_autograd_cannot_follow_is_refused() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "KFAC cannot be differentiated": {"optimizer": kfac},
+    "Muon cannot be differentiated": {"optimizer": muon},
     "amsgrad=True of Adam": {
         "optimizer": lambda model, lr: torch.optim.Adam(mupass.param_groups(model, lr), amsgrad=True)
     },

@@ -98,9 +98,10 @@ def plain_sgd(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optim
     [
         ("adam", GRID),
         ("shampoo", {"lr": [2.0**p for p in range(-9, 1, 3)], "damping": [1e-4, 1e-2, 1.0]}),
+        ("kfac", {"lr": [2.0**p for p in range(-8, 0)], "damping": [1e-2, 1e-1, 1.0]}),
         (plain_sgd, {"lr": [2.0**p for p in range(-7, 2)], "momentum": [0.1, 0.5, 0.9]}),
     ],
-    ids=["adam", "shampoo", "sgd"],
+    ids=["adam", "shampoo", "kfac", "sgd"],
 )
 def test_gradients_find_what_a_grid_finds(optimizer: Any, grid: dict[str, list[float]]) -> None:
     settings = {"grid": grid, "optimizer": optimizer, "evaluate": held_out, **QUICK, "steps": 15}

@@ -108,7 +108,8 @@ def hypergradient(
         data: As for `mupass.sweep`; for ``implicit`` all batches, which together are the training loss.
         point: Hyperparameters by name, as `optimizer` takes them.
         loss: As for `mupass.sweep`.
-        optimizer: As for `mupass.sweep`; `torch.optim.SGD`, Adam, AdamW and `mupass.Shampoo` are known.
+        optimizer: As for `mupass.sweep`; `torch.optim.SGD`, Adam, AdamW, `mupass.Shampoo` and
+            `mupass.KFAC` are known.
         steps: Number of steps that are differentiated through.
         evaluate: Score of the trained model (a validation loss): a function of the model in eval mode that
             returns a tensor of one number. If left out the mean training loss over the last tenth of the

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mupass._hyper.kfac import KFACRule
 from mupass._hyper.rules import SGD, Adam, Key, Rule, entry
 from mupass._hyper.shampoo import ShampooRule
-from mupass._optim import Shampoo
+from mupass._optim import KFAC, Shampoo
 from mupass._optim._base import PlannedOptimizer
 from mupass._study.batches import StudyError
 from mupass._study.recipes import Make
@@ -51,9 +52,11 @@ def rule_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Ru
         return Adam(optimizer, names, decoupled or type(optimizer) is torch.optim.AdamW)
     if type(optimizer) is Shampoo:
         return ShampooRule(optimizer, names)
+    if type(optimizer) is KFAC:
+        return KFACRule(optimizer, names)
     raise StudyError(
         f"{type(optimizer).__name__} cannot be differentiated: its steps are known for torch.optim.SGD, Adam "
-        "and AdamW and for mupass.Shampoo; search with driver='grid' or 'optuna' instead"
+        "and AdamW and for mupass.KFAC and Shampoo; search with driver='grid' or 'optuna' instead"
     )
 
 

@@ -6,7 +6,7 @@ the same step from tensors that autograd can follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ class Rule:
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in self.groups):
                 raise StudyError(f"{option}=True of {type(optimizer).__name__} cannot be differentiated here")
+
+    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, Tensors]:
+        """Run the model before a step.
+
+        Args:
+            forward: Loss as a function of the parameters.
+            parameters: Values by name.
+
+        Returns:
+            The loss, and what `step` is to get the gradients of as well, by names that no parameter has.
+        """
+        return forward(parameters), {}
 
     def step(
         self, count: int, parameters: Tensors, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +130,11 @@ class Unrolled:
                 parameters = {n: p if p.requires_grad else p.requires_grad_() for n, p in parameters.items()}
             before, buffers = buffers, {n: b.clone() for n, b in buffers.items()}
             batch = work.batches[count % len(work.batches)]
-            loss = call(model, on(batch, work.loss), parameters, buffers)
+            loss, watched = self.rule.watch(partial(call, model, on(batch, work.loss), buffers), parameters)
             losses.append(loss)
             if diverged(loss.item(), losses[0].item()):
                 return None
-            found = gradients(loss, parameters)
+            found = gradients(loss, {**parameters, **watched})
             if count == 0:
                 refuse_once(found.values())
                 refuse_buffers(before, buffers)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import pi
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
-from mupass._hyper.rules import Entries, Key, Rule, State, Tensors, adam_averages
+from mupass._hyper.rules import Entries, Key, State, Tensors
 from mupass._optim import Shampoo
 from mupass._optim._blocks import Blocking
-from mupass._optim._fallback import BETAS, EPSILON
 from mupass._optim._sides import along
 from mupass._study.batches import StudyError
 
 
-class ShampooRule(Rule):
+class ShampooRule(PlannedRule):
     """`mupass.Shampoo` with its fallbacks, without grafts of Adam's or RMSprop's norm."""
-
-    keys = ("lr", "weight_decay", "momentum", "damping")
 
     def __init__(self, optimizer: Shampoo, names: Mapping[Tensor, str]) -> None:
         super().__init__(optimizer, names)
@@ -108,21 +105,6 @@ class ShampooRule(Rule):
             value = Entries(index, self.groups[index], numbers)["damping"]
             rho.append(torch.as_tensor(value, dtype=stack.dtype, device=stack.device))
         return torch.stack(rho) * self.made._damping_scale(stack, side)
-
-    def update(self, count: int, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
-        """Return the new value of one parameter, see `Rule`."""
-        algorithm = read["algorithm"]
-        if algorithm in ("shampoo", "sgd"):
-            past = own.get("momentum")
-            g = g if past is None else read["momentum"] * past + g
-            own["momentum"] = g
-        else:
-            mean, root = adam_averages(count, g, own, *BETAS)
-            adamw = algorithm == "adamw"
-            epsilon = EPSILON * read["mupass_epsilon"]
-            g = mean / (root + epsilon) if adamw else torch.atan2(mean, root) * (4 / pi)
-        p = p * (1 - read["lr"] * read["weight_decay"])
-        return p - read["lr"] * read["mupass_scale"] * g
 
 
 class _Pasted(torch.autograd.Function):

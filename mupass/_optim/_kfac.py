@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mupass._blocks import Options
 from mupass._cover import cover
 from mupass._errors import OptimizerError
+from mupass._factors import factor_dtype
 from mupass._optim._banks import Bank
 from mupass._optim._base import PlannedOptimizer
 from mupass._optim._checks import check_choice, check_number, check_period
@@ -293,7 +294,7 @@ class KFAC(PlannedOptimizer):
         for group in self.param_groups:
             for name in (self.names[p] for p in group["params"]):
                 if name in directions:
-                    dot = (directions[name] * grads[name]).sum(dtype=torch.float32)
+                    dot = (directions[name] * grads[name]).sum(dtype=factor_dtype(self._parameters[name]))
                     moves.append(dot * (group["lr"] ** 2 * group["mupass_scale"]))
         return (self.kl_clip / torch.stack(moves).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
 

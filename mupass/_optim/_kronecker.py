@@ -174,7 +174,7 @@ class Kronecker:
         return found
 
     def refresh(
-        self, dampings: Mapping[str, float], count: Count, ranks: int, due: Mapping[int, Tensor]
+        self, dampings: Mapping[str, float | Tensor], count: Count, ranks: int, due: Mapping[int, Tensor]
     ) -> None:
         """Recompute inverse roots, those of a bank together.
 
@@ -205,15 +205,13 @@ class Kronecker:
                     f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
                 )
 
-    def _damp(self, dampings: Mapping[str, float]) -> list[Tensor]:
+    def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         rho: list[Tensor] = [bank.weight for bank in self._all]
         for kind in self.kinds:
             traces = torch.cat([self._all[i].traces() for i in kind.banks])
             rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
-            both = torch.zeros_like(traces)
-            for at, values in ((kind.at_a, rho_a), (kind.at_b, rho_b)):
-                both[at[at >= 0]] = values[at >= 0]
+            both = torch.cat([rho_a, rho_b])[kind.row]
             counts = [len(self._all[i].keys) for i in kind.banks]
             for i, part in zip(kind.banks, torch.split(both, counts), strict=True):
                 rho[i] = part

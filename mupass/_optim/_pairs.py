@@ -85,6 +85,7 @@ class Kind:
         pairs: The pairs.
         at_a: Slot of each row's input factor, counted through the banks; -1 for none.
         at_b: The same for output factors.
+        row: Row of each slot, those of B counted on after those of A: where its damping is found.
         dim_a: Sizes of the input sides.
         dim_b: Sizes of the output sides.
         scale_a: Width factors of absolute damping of A.
@@ -95,12 +96,13 @@ class Kind:
     pairs: tuple[Pair, ...]
     at_a: Tensor
     at_b: Tensor
+    row: Tensor
     dim_a: Tensor
     dim_b: Tensor
     scale_a: Tensor
     scale_b: Tensor
 
-    def sides(self, traces: Tensor, dampings: Mapping[str, float]) -> Sides:
+    def sides(self, traces: Tensor, dampings: Mapping[str, float | Tensor]) -> Sides:
         """Return what damping is made of; a side without a factor counts as the identity.
 
         Args:
@@ -108,6 +110,7 @@ class Kind:
             dampings: Damping of each parameter.
         """
         values = [dampings[pair.block.parameter] for pair in self.pairs for _ in pair.rows()]
+        tensors = [v.to(traces) for v in values if isinstance(v, Tensor)]  # to be differentiated by
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -115,7 +118,7 @@ class Kind:
             dim_b=self.dim_b,
             scale_a=self.scale_a,
             scale_b=self.scale_b,
-            damping=traces.new_tensor(values),
+            damping=torch.stack(tensors) if tensors else traces.new_tensor(values),
         )
 
 
@@ -142,14 +145,20 @@ def line_up(
         own = [i for i, b in enumerate(banks) if (b.factors.dtype, b.factors.device) == (dtype, device)]
         slots = {key: n for n, key in enumerate(key for i in own for key in banks[i].keys)}
         rows = [(pair, *at) for pair in alike for at in pair.rows()]
+        at_a, at_b = (
+            [slots.get((p.a, i), -1) for p, i, _ in rows],
+            [slots.get((p.b, i), -1) for p, _, i in rows],
+        )
+        row = {slot: i for i, slot in enumerate(at_a + at_b) if slot >= 0}
         of = [(scales[pair.block.parameter], pair.growth) for pair, _, _ in rows]
         like = torch.zeros((), dtype=dtype, device=device)
         found.append(
             Kind(
                 banks=tuple(own),
                 pairs=tuple(alike),
-                at_a=torch.tensor([slots.get((p.a, i), -1) for p, i, _ in rows], device=device),
-                at_b=torch.tensor([slots.get((p.b, i), -1) for p, _, i in rows], device=device),
+                at_a=torch.tensor(at_a, device=device),
+                at_b=torch.tensor(at_b, device=device),
+                row=torch.tensor([row[i] for i in range(len(slots))], device=device),
                 dim_a=like.new_tensor([p.inputs for p, _, _ in rows]),
                 dim_b=like.new_tensor([p.outputs for p, _, _ in rows]),
                 scale_a=like.new_tensor([s.damping_in / more[0] for s, more in of]),

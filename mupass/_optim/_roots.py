@@ -196,4 +196,7 @@ def diagonal_roots(bank: Tensor, damping: Tensor, power: float) -> Tensor:
         power: Positive power.
     """
     damped = bank.clamp(min=0) + damping[:, None]
-    return torch.where(damped > 0, damped.pow(-power), torch.zeros_like(damped))
+    alive = damped > 0
+    # Twice, so that the derivative is zero where the result is.
+    safe = torch.where(alive, damped, torch.ones_like(damped))
+    return torch.where(alive, safe.pow(-power), torch.zeros_like(damped))
