@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,6 @@ class _Terms(torch.autograd.Function):
         """Return the output's gradient, and as gradient of the leaf the number of terms."""
         (count,) = ctx.saved_tensors
         return grads[0], torch.full_like(count, ctx.terms)
-
-    @staticmethod
-    def jvp(ctx: Any, y: Tensor, _: Tensor | None) -> Tensor:
-        """Return the output's tangent."""
-        return y.clone()
 
 
 def loss_terms(shape: tuple[int, ...]) -> int:
@@ -58,7 +54,10 @@ class TermsTap:
 
     Attributes:
         count: The leaf; None while idle.
+        uses: Outputs since it was set to an empty list, see `fill`. While it is a list the leaf is left out.
     """
+
+    uses: list[tuple[Tensor]] | None = None
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
@@ -75,14 +74,29 @@ class TermsTap:
             The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
             models that return their loss.
         """
-        if self.count is None or not self.count.requires_grad:
+        if self.count is None or (self.uses is None and not self.count.requires_grad):
             return None
         leaves, spec = tree_flatten(output)
         at = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
         if at is None or leaves[at].dim() == 0 or not leaves[at].requires_grad:
             return None
-        leaves[at] = _Terms.apply(leaves[at], self.count)  # type: ignore[no-untyped-call]
+        if self.uses is None:
+            leaves[at] = _Terms.apply(leaves[at], self.count)  # type: ignore[no-untyped-call]
+        else:
+            self.uses.append((leaves[at],))
+            leaves[at] = leaves[at].clone()
         return tree_unflatten(leaves, spec)
+
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Count the terms of `uses` where a backward pass would, and forget these.
+
+        Args:
+            gradients: Those of the outputs; None where the loss does not depend on one.
+        """
+        uses, self.uses = self.uses or (), None
+        found = [loss_terms(y.shape) for (y,), g in zip(uses, gradients, strict=True) if g is not None]
+        if self.count is not None and found:
+            self.count.grad = torch.full_like(self.count, sum(found), requires_grad=False)
 
     def open(self, device: torch.device) -> None:
         """Make the leaf.

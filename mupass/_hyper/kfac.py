@@ -7,7 +7,8 @@ where the optimizer's own overwrite theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
 from mupass._intercept import look_out_for
+from mupass._leaves import Tap
 from mupass._optim import KFAC
 from mupass._optim._banks import Bank
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
+from mupass._terms import TermsTap
 
 STATE = ("factors", "roots", "weight", "rooted")
 
@@ -31,8 +34,9 @@ class KFACRule(PlannedRule):
         super().__init__(optimizer, names)
         self.made = optimizer
         self.kronecker, self.curvature = optimizer._kronecker, optimizer._curvature
+        self.seen: list[Tap | TermsTap] = [*self.curvature.taps.values(), self.curvature.terms]
         self.blank = {}
-        for i, bank in enumerate(self.kronecker._all):
+        for i, bank in enumerate(self.kronecker._all):  # the optimizer was made for this rule alone
             bank.__class__ = _Following
             self.blank[f"\0{i}"] = {key: getattr(bank, key) for key in STATE}
         self.blank["\0rho"] = dict(self.kronecker.unit_rho)
@@ -72,34 +76,27 @@ class KFACRule(PlannedRule):
 
     def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, Tensors]:
         """Run the model with taps that note the outputs of layers, see `Rule`."""
-        real, taps = self.made._parameters, self.curvature.taps
+        real, seen = self.made._parameters, self.seen
         self.curvature.clear()
         self.curvature.collect(False)  # making the optimizer switched its own collection on
-        terms = self.curvature.terms
-        if terms.count is not None:  # a new leaf: the one before is in the graph that parameters come from
-            terms.open(terms.count.device)
-        terms.collect(True)
-        for tap in taps.values():
+        for tap in seen:
             tap.uses = []
         try:
             loss = forward({n: look_out_for(p, real[n]) for n, p in parameters.items()})  # type: ignore[arg-type]
-            self.uses = {place: tap.uses or [] for place, tap in taps.items()}
+            self.uses: list[Sequence[tuple[Any, ...]]] = [tap.uses or [] for tap in seen]
         finally:
-            for tap in taps.values():
+            for tap in seen:
                 tap.uses = None
-        watched = {
-            f"\0{i}.{j}": output
-            for i, uses in enumerate(self.uses.values())
-            for j, (output, _, _) in enumerate(uses)
+        outputs = {
+            f"\0{i}.{j}": output for i, uses in enumerate(self.uses) for j, (output, *_) in enumerate(uses)
         }
-        return loss, watched if terms.count is None else {**watched, "\0terms": terms.count}
+        return loss, outputs
 
     def directions(
         self, count: int, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]
     ) -> Tensors:
         """Return gradients between their roots, see `Rule`."""
         made = self.made
-        self.curvature.terms.collect(False)  # only now: the gradient by the leaf has been taken
         self._load(count, state, numbers)
         if made.factors_due:
             self._fill(gradients)
@@ -128,22 +125,17 @@ class KFACRule(PlannedRule):
                 setattr(bank, key, value)
             bank._traces = None
         kronecker.unit_rho = dict(state["\0rho"])
-        kronecker.rooted = kronecker.moved = count > 0
+        kronecker.rooted, kronecker.moved = count > 0, False
         made._steps, made._amp_scale = count, 1.0
         made._due = bool(made._cover.blocks) and count % made.factor_every == 0
-        kronecker.moved = False
         for (i, key), value in numbers.items():
             made.param_groups[i][key] = value
 
     def _fill(self, gradients: Tensors) -> None:
         """Put factors and the number of loss terms where a backward pass would leave them."""
-        for i, (place, uses) in enumerate(self.uses.items()):
-            tap = self.curvature.taps[place]
-            tap.uses = uses
+        for i, (tap, uses) in enumerate(zip(self.seen, self.uses, strict=True)):
+            tap.uses = list(uses)
             tap.fill([gradients.get(f"\0{i}.{j}") for j in range(len(uses))])
-        terms = self.curvature.terms.count
-        if terms is not None:
-            terms.grad = gradients.get("\0terms")
 
 
 class _Following(Bank):
