@@ -95,16 +95,14 @@ class Search:
 
 def search(loss: Callable[[float], float], start: float, factor: float) -> Search:
     """Walk from a start until the best value has worse ones on both sides."""
-    start = float(f"{start:.6g}")
-    losses = {start: loss(start)}
+    losses = {0: loss(start)}  # by power of the factor: products of rounded numbers would not meet again
     for _ in range(12):
         best = min(losses, key=losses.__getitem__)
-        # Six digits: 1e-5 times 10 is not 1e-4.
-        missing = [x for x in (float(f"{best * f:.6g}") for f in (1 / factor, factor)) if x not in losses]
+        missing = [k for k in (best - 1, best + 1) if k not in losses]
         if not missing:
             break
-        losses[missing[0]] = loss(missing[0])
-    return Search(losses)
+        losses[missing[0]] = loss(start * factor ** missing[0])
+    return Search({start * factor**k: value for k, value in losses.items()})
 
 
 def train(

@@ -16,6 +16,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +25,41 @@ from torch import Tensor, nn
 
 import mupass
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "sgd": lambda m: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
-    "adam": lambda m: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
-    "kfac (1,1)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, momentum=0, strict=True),
+
+class Damping(NamedTuple):
+    """Relative to the trace for K-FAC, to the largest eigenvalue for Shampoo."""
+
+    kfac: float
+    shampoo: float
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Damping], torch.optim.Optimizer]] = {
+    "sgd": lambda m, d: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
+    "adam": lambda m, d: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
+    "kfac (1,1)": lambda m, d: mupass.KFAC(m, 1e-2, damping=d.kfac, momentum=0, strict=True),
     # Only the new moments: averaged with what they start from, half of the step would be K-FAC's.
-    "ekfac": lambda m: mupass.KFAC(m, 1e-2, 1e-2, ekfac=True, factor_decay=0, momentum=0, strict=True),
-    "kfac (.5,.5)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=0.5, e_b=0.5, momentum=0, strict=True),
-    "foof (1,0)": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, e_a=1, e_b=0, momentum=0, strict=True),
-    "shampoo e=1/2": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=0.5, momentum=0, **SHAMPOO),
-    "shampoo e=1": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, e=1.0, momentum=0, **SHAMPOO),
-    "shampoo blocks": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, momentum=0, **SHAMPOO | BLOCKS),
-    "shampoo # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO),
-    "blocks # adam": lambda m: mupass.Shampoo(m, 1e-3, 1e-4, graft="adam", momentum=0, **SHAMPOO | BLOCKS),
-    "# spectral": lambda m: mupass.Shampoo(m, 1e-2, 1e-4, graft="spectral", momentum=0, **SHAMPOO),
-    "blocks # spectral": lambda m: mupass.Shampoo(
-        m, 1e-2, 1e-4, graft="spectral", momentum=0, **SHAMPOO | BLOCKS
+    "ekfac": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, ekfac=True, factor_decay=0, momentum=0, strict=True),
+    "kfac (.5,.5)": lambda m, d: mupass.KFAC(
+        m, 1e-2, damping=d.kfac, e_a=0.5, e_b=0.5, momentum=0, strict=True
     ),
-    "shampoo # sgd": lambda m: mupass.Shampoo(m, 1e-2, 1e-4, graft="sgd", momentum=0, **SHAMPOO),
-    "soap": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO),
-    "soap blocks": lambda m: mupass.SOAP(m, 1e-3, **SHAMPOO | BLOCKS),
-    "muon": lambda m: mupass.Muon(m, 1e-2, roles=ROLES, fallback="sgd", fallback_lr=1e-2),
-    "adamuon": lambda m: mupass.Muon(m, 1e-3, adaptive=True, roles=ROLES, fallback="adam_atan2"),
-    "adam-atan2": lambda m: mupass.Muon(m, 0.0, roles=(), fallback="adam_atan2"),
+    "foof (1,0)": lambda m, d: mupass.KFAC(m, 1e-2, damping=d.kfac, e_a=1, e_b=0, momentum=0, strict=True),
+    "shampoo e=1/2": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, e=0.5, momentum=0, **SHAMPOO),
+    "shampoo e=1": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, e=1.0, momentum=0, **SHAMPOO),
+    "shampoo blocks": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, momentum=0, **SHAMPOO | BLOCKS),
+    "shampoo # adam": lambda m, d: mupass.Shampoo(m, 1e-3, d.shampoo, graft="adam", momentum=0, **SHAMPOO),
+    "blocks # adam": lambda m, d: mupass.Shampoo(
+        m, 1e-3, d.shampoo, graft="adam", momentum=0, **SHAMPOO | BLOCKS
+    ),
+    "# spectral": lambda m, d: mupass.Shampoo(m, 1e-2, d.shampoo, graft="spectral", momentum=0, **SHAMPOO),
+    "blocks # spectral": lambda m, d: mupass.Shampoo(
+        m, 1e-2, d.shampoo, graft="spectral", momentum=0, **SHAMPOO | BLOCKS
+    ),
+    "shampoo # sgd": lambda m, d: mupass.Shampoo(m, 1e-2, d.shampoo, graft="sgd", momentum=0, **SHAMPOO),
+    "soap": lambda m, d: mupass.SOAP(m, 1e-3, **SHAMPOO),
+    "soap blocks": lambda m, d: mupass.SOAP(m, 1e-3, **SHAMPOO | BLOCKS),
+    "muon": lambda m, d: mupass.Muon(m, 1e-2, roles=ROLES, fallback="sgd", fallback_lr=1e-2),
+    "adamuon": lambda m, d: mupass.Muon(m, 1e-3, adaptive=True, roles=ROLES, fallback="adam_atan2"),
+    "adam-atan2": lambda m, d: mupass.Muon(m, 0.0, roles=(), fallback="adam_atan2"),
 }
 # Vectors go to SGD here: with its own row of the table it must be flat too.
 SHAMPOO = {"fallback": "sgd", "fallback_lr": 1e-2, "block_size": 1 << 20}
@@ -76,7 +90,7 @@ class Attention(nn.Module):
         super().__init__()
         self.inp, self.norm = nn.Linear(20, width), nn.LayerNorm(width, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
         self.head = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +113,14 @@ BATCH = {
     "cnn": 8,
     "transformer": 8,
 }  # the theory is for rows (samples x positions) fixed as width grows
+# Under muP logits start out near 1/sqrt(width), and the last norm of the transformer sends them back with the
+# gradient. A damping far below that part resolves it, brings it up to the size of the rest, and shows how it
+# vanishes with width instead of how a step scales.
+DAMPING = {
+    "mlp": Damping(1e-2, 1e-4),
+    "cnn": Damping(1e-2, 1e-4),
+    "transformer": Damping(1e-1, 1e-1),
+}
 
 
 def updates(
@@ -159,7 +181,8 @@ def slopes(
             y = 1 + 0.5 * torch.randn(BATCH[model], 4, dtype=torch.float64)
             net = build(width).double()
             net = mupass.transform(net, x, base=min(widths), parameterization=parameterization, dims=None)
-            for name, value in updates(net, OPTIMIZERS[optimizer], x, y).items():
+            make = partial(OPTIMIZERS[optimizer], d=DAMPING[model])
+            for name, value in updates(net, make, x, y).items():
                 total[name] = total.get(name, 0.0) + torch.tensor(value).log().item()
         for name, value in total.items():
             table.setdefault(name, []).append(value / seeds)

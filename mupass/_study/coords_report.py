@@ -73,8 +73,9 @@ def figure(check: CoordCheck) -> Figure:
             bad = row.verdict == "FAIL"
             name = _short(row.site) if bad and labels < 6 else None
             labels += bad
+            marker = "osv^DP"[labels - 1] if name else "."
             axis.plot(
-                check.widths, row.slope.values, marker=".", alpha=0.85, label=name,
+                check.widths, row.slope.values, marker=marker, ms=4, alpha=0.85, label=name,
                 color="#cf222e" if bad else "#0969da", lw=1.8 if bad else 0.9, zorder=3 if bad else 2,
             )  # fmt: skip
         axis.set_xscale("log", base=2)
@@ -89,8 +90,11 @@ def figure(check: CoordCheck) -> Figure:
             fontsize=10,
         )
         if labels:
-            more = f", {labels} fail" if labels > 6 else ""
-            axis.legend(frameon=False, fontsize=7, title="fails" + more, title_fontsize=7)
+            title = "fails" if labels <= 6 else f"{labels} fail, first of all"
+            axis.legend(
+                frameon=False, fontsize=7, title=title, title_fontsize=7, alignment="left",
+                loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0,
+            )  # fmt: skip
     return drawn
 
 
