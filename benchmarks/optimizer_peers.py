@@ -131,10 +131,11 @@ def ours(compile: bool) -> dict[str, tuple[Make, str]]:
             lambda m, size=size: mupass.SOAP(m, 1e-3, basis_every=PERIOD, block_size=size, compile=compile),
             "HeavyBall SOAP",
         )
-    table[f"mupass Muon{suffix}"] = (
-        lambda m: mupass.Muon(m, 1e-2, product_dtype=torch.bfloat16, compile=compile),
-        "torch Muon",
-    )
+    for note, dtype in {"": None, " bfloat16": torch.bfloat16}.items():  # torch's has no other
+        table[f"mupass Muon{note}{suffix}"] = (
+            lambda m, dtype=dtype: mupass.Muon(m, 1e-2, product_dtype=dtype, compile=compile),
+            "torch Muon",
+        )
     return table
 
 
