@@ -119,7 +119,7 @@ BATCH = {
 DAMPING = {
     "mlp": Damping(1e-2, 1e-4),
     "cnn": Damping(1e-2, 1e-4),
-    "transformer": Damping(1e-1, 1e-1),
+    "transformer": Damping(1e-1, 1.0),
 }
 
 
