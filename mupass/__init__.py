@@ -25,6 +25,7 @@ from mupass._resize import resize
 from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
 from mupass._study.coords import CoordCheck
+from mupass._study.report import report
 from mupass._study.sweep import sweep
 from mupass._study.transfer import Transfer, transfer
 from mupass._study.trials import Optimum, Sweep, Trial
@@ -71,6 +72,7 @@ __all__ = [
     "hypergradient",
     "param_groups",
     "plan_of",
+    "report",
     "resize",
     "sample_targets",
     "sweep",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mupass._study.coords import CoordCheck, Coordinate
-from mupass._study.page import Table, document, drawing, folded, new_figure, note, section
+from mupass._study.page import Page, Table, drawing, folded, logarithmic, new_figure, note, section
 from mupass._study.recorder import Site
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def text(check: CoordCheck) -> str:
     return "\n".join(lines + _remarks(check))
 
 
-def page(check: CoordCheck) -> str:
-    """Return one self-contained page.
+def page(check: CoordCheck) -> Page:
+    """Return what is shown.
 
     Args:
         check: The check.
@@ -53,7 +53,7 @@ def page(check: CoordCheck) -> str:
         parts += [section("Powers of width", every)]
     parts += [note(remark) for remark in _remarks(check)]
     mark = "bad" if not check.ok else "doubt" if any(table.marks) else "good"
-    return document("Coordinate check", mark, check.verdict(), _facts(check), *parts)
+    return Page("Coordinate check", mark, check.verdict(), _facts(check), parts)
 
 
 def figure(check: CoordCheck) -> Figure:
@@ -79,7 +79,7 @@ def figure(check: CoordCheck) -> Figure:
                 color="#cf222e" if bad else "#0969da", lw=1.8 if bad else 0.9, zorder=3 if bad else 2,
             )  # fmt: skip
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        logarithmic(axis)
         axis.set_xticks(check.widths, [str(w) for w in check.widths])
         axis.minorticks_off()
         axis.set_xlabel("width")

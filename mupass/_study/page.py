@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from mupass._study.batches import StudyError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+HTML = (".html", ".htm")
 STYLE = """
 :root{color-scheme:light}
 body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1.5rem;max-width:70rem}
@@ -32,7 +33,8 @@ td:first-child{font-family:ui-monospace,monospace;font-size:.92em}
 tr.bad td{color:#cf222e} tr.doubt td{color:#9a6700} tr.best td{font-weight:600}
 svg{max-width:100%;height:auto} details summary{cursor:pointer;color:#0550ae;margin:.6rem 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1.2rem;margin:.5rem 0}
-dt{color:#59636e} dd{margin:0}
+dt{color:#59636e} dd{margin:0} pre{overflow-x:auto;font-size:.85em;line-height:1.35}
+article{border-top:1px solid #d1d9e0;margin-top:2rem;padding-top:1.2rem} nav ol{padding-left:1.4rem}
 """
 
 
@@ -79,22 +81,42 @@ class Table:
         return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def document(title: str, mark: str, verdict: str, facts: dict[str, str], *parts: str) -> str:
-    """Return one self-contained page.
+@dataclass(frozen=True)
+class Page:
+    """What a study has to show.
 
-    Args:
+    Attributes:
         title: Its heading.
         mark: ``good``, ``bad`` or ``doubt``: the color of the verdict.
         verdict: One sentence.
         facts: What was done, by name.
-        *parts: HTML of the sections.
+        parts: HTML of the sections.
     """
-    rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
+
+    title: str
+    mark: str
+    verdict: str
+    facts: Mapping[str, str]
+    parts: Sequence[str]
+
+    def html(self) -> str:
+        """Return everything as HTML, the heading first."""
+        rows = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.facts.items())
+        verdict = f'<p class="verdict {self.mark}">{html.escape(self.verdict)}</p>'
+        return f"<h1>{html.escape(self.title)}</h1>{verdict}<dl>{rows}</dl>{''.join(self.parts)}"
+
+
+def document(title: str, body: str) -> str:
+    """Return one self-contained HTML file.
+
+    Args:
+        title: Of its window.
+        body: HTML.
+    """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f'<p class="verdict {mark}">{html.escape(verdict)}</p><dl>{rows}</dl>{"".join(parts)}</body></html>'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
     )
 
 
@@ -125,6 +147,15 @@ def folded(title: str, content: str) -> str:
         content: HTML.
     """
     return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def listing(text: str) -> str:
+    """Return text whose columns stay aligned.
+
+    Args:
+        text: Plain text.
+    """
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 def drawing(make: Callable[[], Figure]) -> str:
@@ -164,15 +195,28 @@ def new_figure(columns: int) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def logarithmic(axis: Any) -> None:
+    """Make the vertical axis logarithmic, with readable numbers also where it spans less than a decade.
+
+    Args:
+        axis: Axes of a figure.
+    """
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
 def write(
-    path: str | Path | None, text: Callable[[], str], page: Callable[[], str], figure: Callable[[], Figure]
+    path: str | Path | None, text: Callable[[], str], page: Callable[[], Page], figure: Callable[[], Figure]
 ) -> str:
     """Return the text of a report, or write a file whose ending tells what.
 
     Args:
         path: File, or None for the text.
         text: Makes the text.
-        page: Makes the HTML.
+        page: Makes the page.
         figure: Draws the picture.
 
     Returns:
@@ -183,6 +227,9 @@ def write(
     path = Path(path)
     if path.suffix in (".png", ".svg", ".pdf"):
         figure().savefig(path, dpi=150)
+    elif path.suffix in HTML:
+        shown = page()
+        path.write_text(document(shown.title, shown.html()), encoding="utf-8")
     else:
-        path.write_text(page() if path.suffix in (".html", ".htm") else text() + "\n", encoding="utf-8")
+        path.write_text(text() + "\n", encoding="utf-8")
     return str(path)

@@ -86,19 +86,14 @@ class Transfer:
         Returns:
             The text, or the path that was written.
         """
-        from mupass._study.page import document, write
-        from mupass._study.trials_report import facts_of, figure, sections
+        from mupass._study.page import write
+        from mupass._study.report import page_of
+        from mupass._study.trials_report import figure
 
         if path is not None and Path(path).suffix == ".json":
             Path(path).write_text(json.dumps(self.record(), indent=1), encoding="utf-8")
             return str(path)
-        mark = "doubt" if self.search.open_ends() else "good"
-
-        def page() -> str:
-            facts = {"full model": type(self.model).__name__, **facts_of(self.search)}
-            return document("Transfer", mark, self.verdict(), facts, *sections(self.search))
-
-        return write(path, lambda: str(self), page, lambda: figure(self.search))
+        return write(path, lambda: str(self), lambda: page_of(self), lambda: figure(self.search))
 
 
 def transfer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mupass._study.page import Table, document, drawing, new_figure, note, section
+from mupass._study.page import Page, Table, drawing, logarithmic, new_figure, note, section
 from mupass._study.trials import Sweep, mean
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ def text(sweep: Sweep) -> str:
     return "\n".join([sweep.verdict(), "", *facts, "", optima(sweep).text(), "", losses(sweep).text()])
 
 
-def page(sweep: Sweep) -> str:
-    """Return one self-contained page.
+def page(sweep: Sweep) -> Page:
+    """Return what is shown.
 
     Args:
         sweep: The sweep.
     """
     mark = "doubt" if sweep.open_ends() else "bad" if moved(sweep) else "good"
-    return document("Sweep", mark, sweep.verdict(), facts_of(sweep), *sections(sweep))
+    return Page("Sweep", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
 
 
 def sections(sweep: Sweep) -> list[str]:
@@ -108,7 +108,6 @@ def figure(sweep: Sweep) -> Figure:
     names = [n for n in sweep.names if len(sweep.curve(sweep.widths[0], n)) > 1] or list(sweep.names)
     drawn, axes = new_figure(len(names))
     import matplotlib
-    import matplotlib.ticker
 
     shades = matplotlib.colormaps["viridis_r"]
     for axis, name in zip(axes, names, strict=True):
@@ -131,9 +130,7 @@ def figure(sweep: Sweep) -> Figure:
         )
         axis.set_xticks(marked, [f"{value:.3g}" for value in marked])
         if all(t.loss > 0 for t in sweep.trials):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
+            logarithmic(axis)
         axis.minorticks_off()
         axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
         axis.set_ylabel(sweep.score)

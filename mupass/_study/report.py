@@ -1,0 +1,90 @@
+"""One page of several studies, to attach to a pull request."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from mupass._plan import Plan, plan_of
+from mupass._study import coords_report, trials_report
+from mupass._study.batches import StudyError
+from mupass._study.coords import CoordCheck
+from mupass._study.page import HTML, Page, document, folded, listing
+from mupass._study.transfer import Transfer
+from mupass._study.trials import Sweep
+
+Study = CoordCheck | Sweep | Transfer | Plan
+
+
+def report(path: str | Path, *studies: Study, title: str = "mupass") -> str:
+    """Write one self-contained HTML page of several studies, their verdicts first.
+
+    Args:
+        path: File to write, ``.html``.
+        *studies: What `mupass.coord_check`, `mupass.sweep` and `mupass.transfer` returned, or a plan, in the
+            order to be shown.
+        title: Heading of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        StudyError: No study, something that is none, or a file of another kind.
+    """
+    if Path(path).suffix not in HTML:
+        raise StudyError(f"{path}: a page of several studies is written as .html")
+    if not studies:
+        raise StudyError("a report needs at least one study, such as the result of mupass.coord_check")
+    pages = [page_of(study) for study in studies]
+    summary = "".join(
+        f'<li><a href="#study{i}">{html.escape(page.title)}</a>'
+        f'<p class="verdict {page.mark}">{html.escape(page.verdict)}</p></li>'
+        for i, page in enumerate(pages)
+    )
+    articles = "".join(f'<article id="study{i}">{page.html()}</article>' for i, page in enumerate(pages))
+    body = f"<h1>{html.escape(title)}</h1><nav><ol>{summary}</ol></nav>{articles}"
+    Path(path).write_text(document(title, body), encoding="utf-8")
+    return str(path)
+
+
+def page_of(study: Study) -> Page:
+    """Return what one study has to show.
+
+    Args:
+        study: The study.
+
+    Raises:
+        StudyError: It is none.
+    """
+    if isinstance(study, CoordCheck):
+        return coords_report.page(study)
+    if isinstance(study, Sweep):
+        return trials_report.page(study)
+    if isinstance(study, Transfer):
+        return _transfer(study)
+    if isinstance(study, Plan):
+        return _plan(study)
+    raise StudyError(
+        f"a report has no page for {type(study).__name__}; give what mupass.coord_check, mupass.sweep or "
+        "mupass.transfer returned, or a plan"
+    )
+
+
+def _transfer(study: Transfer) -> Page:
+    mark = "doubt" if study.search.open_ends() else "good"
+    facts = {"full model": type(study.model).__name__, **trials_report.facts_of(study.search)}
+    # An optimizer of this package has the plan with its own scales.
+    plan = getattr(study.optimizer, "plan", plan_of(study.model)[1])
+    scales = folded("Scales of every parameter", listing(str(plan)))
+    return Page("Transfer", mark, study.verdict(), facts, (*trials_report.sections(study.search), scales))
+
+
+def _plan(plan: Plan) -> Page:
+    mark = "doubt" if plan.warnings else "good"
+    verdict = "; ".join(plan.warnings) or f"scales of {len(plan)} parameters, no warnings"
+    facts = {
+        "optimizer": str(plan.optimizer),
+        "parameterization": plan.parameterization,
+        "widths": f"{plan.width}, base width {plan.base_width:g}",
+    }
+    return Page("Plan", mark, verdict, facts, (listing(str(plan)),))
