@@ -28,6 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.data import DataError, Images, fashion_mnist
 
+PARAMETERIZATIONS = ("mup", "standard")
 # Learning rates at the base width, as powers of two.
 GRIDS = {"kfac": range(-8, -1), "shampoo": range(-9, -2), "adam": range(-11, -4), "sgd": range(-6, 1)}
 
@@ -44,20 +45,21 @@ def batches(data: Images, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(data.train_x.split(size), data.train_y.split(size), strict=True))
 
 
-def check(model: nn.Module, data: Images, optimizer: str) -> bool:
+def check(model: nn.Module, data: Images, optimizer: str) -> list[mupass.CoordCheck]:
     """Print whether updates scale as they should under mup, and that they do not under the standard one."""
     small = batches(data, 32)[:3]  # the theory is for fewer rows than width
-    for parameterization in ("mup", "standard"):
+    checks = []
+    for parameterization in PARAMETERIZATIONS:
         found = mupass.coord_check(model, small, optimizer=optimizer, parameterization=parameterization)
         print(f"{parameterization}: {found.verdict()}")
-        if parameterization == "mup":
-            passed = found.ok
-    return passed
+        checks.append(found)
+    return checks
 
 
-def sweep(model: nn.Module, data: Images, options: argparse.Namespace) -> None:
+def sweep(model: nn.Module, data: Images, options: argparse.Namespace) -> list[mupass.Sweep]:
     """Print the best learning rate of every width, and write the curves."""
-    for parameterization in ("mup", "standard"):
+    sweeps = []
+    for parameterization in PARAMETERIZATIONS:
         found = mupass.sweep(
             model, batches(data, options.batch), options.lrs, options.widths, optimizer=options.optimizer,
             steps=options.steps, seeds=options.seeds, parameterization=parameterization, store=options.store,
@@ -66,10 +68,12 @@ def sweep(model: nn.Module, data: Images, options: argparse.Namespace) -> None:
         print(f"\n{parameterization}\n{found}")
         path = options.out.with_stem(f"{options.out.stem}_{parameterization}")
         print(f"wrote {found.report(path)}")
+        sweeps.append(found)
+    return sweeps
 
 
-def transfer(model: nn.Module, data: Images, options: argparse.Namespace) -> float:
-    """Tune the narrowest copy, train the model with what was found, and return its test accuracy."""
+def transfer(model: nn.Module, data: Images, options: argparse.Namespace) -> mupass.Transfer:
+    """Tune the narrowest copy, train the model with what was found, and print its test accuracy."""
     found = mupass.transfer(
         model, batches(data, options.batch), grid={"lr": options.lrs}, proxy=options.widths[0],
         optimizer=options.optimizer, steps=options.steps, seeds=options.seeds, store=options.store,
@@ -82,7 +86,9 @@ def transfer(model: nn.Module, data: Images, options: argparse.Namespace) -> flo
             F.cross_entropy(found.model(x), y).backward()
             found.optimizer.step()
     with torch.no_grad():
-        return float((found.model(data.test_x).argmax(1) == data.test_y).float().mean())
+        accuracy = float((found.model(data.test_x).argmax(1) == data.test_y).float().mean())
+    print(f"test accuracy {100 * accuracy:.1f} % after {options.epochs} epochs of {options.samples} images")
+    return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -123,14 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     model: Any = mlp(options.width)
     print(f"=== check: do updates scale as they should? ({options.optimizer})")
-    passed = check(model, data, options.optimizer)
+    checks = check(model, data, options.optimizer)
     print("\n=== sweep: does the best learning rate stay where it is?")
-    sweep(model, data, options)
+    sweeps = sweep(model, data, options)
     print(f"\n=== transfer: tune width {options.widths[0]}, train width {options.width}")
-    accuracy = transfer(model, data, options)
-    print(f"test accuracy {100 * accuracy:.1f} % after {options.epochs} epochs of {options.samples} images")
+    tuned = transfer(model, data, options)
+    page = options.out.with_suffix(".html")
+    print(f"wrote {mupass.report(page, *checks, *sweeps, tuned, title='Width of an MLP on Fashion-MNIST')}")
     print(f"{time.perf_counter() - begin:.0f} s")
-    return 0 if passed else 1
+    return 0 if checks[0].ok else 1
 
 
 if __name__ == "__main__":
