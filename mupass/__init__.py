@@ -5,7 +5,7 @@ optimizer = mupass.KFAC(model, lr=0.1)
 model = torch.compile(model)
 """
 
-from mupass._alignment import Alignment, AlignmentProbe, alignment
+from mupass._alignment import Alignment, AlignmentProbe, alignment, measured_exponents
 from mupass._analyze import analyze
 from mupass._errors import (
     CaptureError,
@@ -70,6 +70,7 @@ __all__ = [
     "analyze",
     "coord_check",
     "hypergradient",
+    "measured_exponents",
     "param_groups",
     "plan_of",
     "report",

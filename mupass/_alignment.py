@@ -105,9 +105,9 @@ class AlignmentProbe:
 def alignment(model: nn.Module) -> AlignmentProbe:
     """Return a probe of how updates and activations align while a model trains.
 
-    ``probe = mupass.alignment(model)`` before training, ``probe(x)`` at any time. It tells which
-    ``alignment=`` of `param_groups` fits: rates for ``none`` are larger by the root of the width, and are
-    stable only where alpha is near 1/2 (Everett et al., arXiv 2407.05872).
+    ``probe = mupass.alignment(model)`` before training, ``probe(x)`` at any time. The result is also an
+    ``alignment=`` of `param_groups`. Rates for ``none`` are larger by the root of the width, and are stable
+    only where alpha is near 1/2 (Everett et al., arXiv 2407.05872).
 
     Args:
         model: A transformed model, compiled or wrapped or not; its weights now are the start.
@@ -117,6 +117,26 @@ def alignment(model: nn.Module) -> AlignmentProbe:
         PlanError: It was not transformed.
     """
     return AlignmentProbe(model)
+
+
+def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
+    """Return the alignment of updates with activations by parameter, for rates that follow it.
+
+    It is ``alpha``, kept between 1/2 (independent terms) and 1 (all of one sign), where theory has rates.
+
+    Args:
+        found: What a probe measured, after a few steps of training.
+
+    Raises:
+        MupassError: A layer has not moved, or was given zeros.
+    """
+    unknown = [name for name, layer in found.items() if math.isnan(layer.alpha)]
+    if unknown:
+        raise MupassError(
+            f"no alignment was measured for {', '.join(unknown)}: the weight has not moved since the probe "
+            "was made, or its inputs are zero; call the probe after a few steps of training"
+        )
+    return {f"{name}.weight".removeprefix("."): min(max(a.alpha, 0.5), 1.0) for name, a in found.items()}
 
 
 def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:

@@ -15,7 +15,7 @@ from mupass._scales import OptimizerSpec, Scales, scales
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 3
+VERSION = 4
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 

@@ -50,11 +50,14 @@ class OptimizerSpec:
             ``spectral``.
         alignment: ``full`` or ``none`` for the largest rates at which every layer is stable when updates and
             activations are aligned so (Everett et al., arXiv 2407.05872): SGD and Adam families, any
-            parameterization. None for the rates of the parameterization itself.
+            parameterization; ``measured`` for the `exponents` of each parameter. None for the rates of the
+            parameterization itself.
+        exponents: Parameter and its exponent, from 1/2 (``none``) to 1 (``full``), for ``measured``; those
+            left out count as aligned. `mupass.measured_exponents` makes them.
 
     Raises:
         PlanError: Unknown name; a power that is NaN, infinite or negative; an alignment for an optimizer
-            that has none.
+            that has none; exponents out of range, or without ``measured``.
     """
 
     name: str
@@ -63,14 +66,20 @@ class OptimizerSpec:
     e: float = 0.5
     graft: str = "none"
     alignment: str | None = None
+    exponents: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
         if self.graft not in GRAFTS:
             raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
-        if self.alignment not in {None, "full", "none"}:
-            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none")
+        if self.alignment not in {None, "full", "none", "measured"}:
+            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
+        if (self.alignment == "measured") != bool(self.exponents):
+            raise PlanError("alignment='measured' needs exponents, and exponents need alignment='measured'")
+        for name, power in self.exponents:
+            if not 0.5 <= power <= 1:
+                raise PlanError(f"the alignment exponent of {name} must be from 1/2 to 1, not {power!r}")
         if self.alignment and self.name not in ALIGNED:
             raise PlanError(f"alignment= has rows for {', '.join(ALIGNED)}, not for {self.name}")
         for field in ("e_a", "e_b", "e"):
@@ -270,7 +279,8 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
     """Powers of ``(m_in, m_out)`` in the largest stable rate of each layer: ``RMS(dW h) = Theta(1)``.
 
     Everett et al., arXiv 2407.05872, table 1, in the gauge without multipliers. An entry of ``dW h`` is a sum
-    of ``m_in`` terms: of that order when they are aligned, of its root when they are not. What one entry of
+    of ``m_in`` terms: of that order when they are aligned, of its root when they are not, of a power in
+    between as measured. What one entry of
     ``dW`` is: ``m_out^-beta`` for SGD, 1 for Adam, ``RMS(W)`` for Adafactor. One thing more bounds SGD's
     readout: gradients of the layers below are made of its weights, which must not grow beyond their start.
 
@@ -279,7 +289,9 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
         optimizer: One of `ALIGNED` with an alignment.
         beta: Readout power of the parameterization.
     """
-    terms = 1.0 if optimizer.alignment == "full" else 0.5
+    terms = {"full": 1.0, "none": 0.5}.get(optimizer.alignment or "")
+    if terms is None:  # measured, at least of some
+        terms = dict(optimizer.exponents).get(geometry.name, 1.0)
     if optimizer.name == "sgd":
         bound = -max(terms, beta) if geometry.role == "output" else -terms
         return _plus((bound, beta), geometry, -2)

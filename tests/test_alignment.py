@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,3 +111,67 @@ def test_param_groups_take_an_alignment(optimizer: str) -> None:
     explained = net.mupass_plan.for_optimizer(mupass.OptimizerSpec(optimizer, alignment="none"))
     assert "arXiv 2407.05872" in explained.explain("2.weight")
     assert mupass.Plan.from_json(explained.to_json()) == explained
+
+
+def rates(net: nn.Module, optimizer: str, alignment: object) -> dict[str, float]:
+    names = {p: n for n, p in net.named_parameters()}
+    groups = mupass.param_groups(net, 1.0, optimizer=optimizer, alignment=alignment)  # type: ignore[arg-type]
+    return {names[p]: g["lr"] for g in groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_rates_follow_what_was_measured_on_a_narrow_copy(optimizer: str) -> None:
+    narrow, x = make(64)
+    probe = mupass.alignment(narrow)
+    steps = torch.optim.Adam(mupass.param_groups(narrow, 1e-2, optimizer="adam"))
+    for _ in range(3):
+        steps.zero_grad()
+        (narrow(torch.randn(8, 6)) - 1).square().mean().backward()
+        steps.step()
+    found = probe(x)
+    wide, _ = make(256)  # four times its base width
+    got, full, none = (rates(wide, optimizer, a) for a in (found, "full", "none"))
+    for layer, measured in found.items():
+        name = f"{layer}.weight"
+        assert 0.5 < measured.alpha < 1
+        # A sum of n terms is of order n^alpha, which the rate undoes; SGD's readout is bound otherwise.
+        power = 1.0 if optimizer == "sgd" and layer == "4" else measured.alpha
+        assert got[name] == pytest.approx(full[name] * 4 ** (1 - power))
+        assert full[name] <= got[name] <= none[name]
+    rest = [n for n in got if n not in ("2.weight", "4.weight")]
+    assert all(got[n] == full[n] == none[n] for n in rest)
+
+
+def test_a_measured_alignment_is_a_spec_like_any_other() -> None:
+    net, x = make(64)
+    probe = mupass.alignment(net)
+    with torch.no_grad():
+        net[2].weight += net[2].weight.sign() / 64
+        net[4].weight += torch.outer(torch.ones(3), net[:4](x)[0].sign()) / 64
+    exponents = mupass.measured_exponents(probe(x))
+    assert list(exponents) == ["2.weight", "4.weight"] and 0.9 < exponents["4.weight"] <= 1.0
+    spec = mupass.OptimizerSpec("adam", alignment="measured", exponents=tuple(exponents.items()))
+    plan = net.mupass_plan.for_optimizer(spec)
+    assert mupass.Plan.from_json(plan.to_json()) == plan
+    assert f"m_in^{exponents['2.weight']:g}" in plan.explain("2.weight")
+    fresh = mupass.transform(mlp(64), x, base=16, optimizer=spec)
+    assert fresh.mupass_plan["2.weight"].scales == plan["2.weight"].scales
+
+
+def test_measured_alignments_that_are_refused() -> None:
+    net, x = make(64)
+    still = mupass.alignment(net)(x)
+    with pytest.raises(
+        mupass.MupassError, match="no alignment was measured for 2, 4: the weight has not moved"
+    ):
+        mupass.param_groups(net, 0.1, optimizer="adam", alignment=still)
+    moved = {n: replace(a, alpha=0.8) for n, a in still.items()}
+    with pytest.raises(mupass.PlanError, match=r"no parameter '3\.weight'"):
+        mupass.param_groups(net, 0.1, optimizer="adam", alignment={"3": moved["2"]})
+    with pytest.raises(mupass.PlanError, match="alignment= has rows for sgd, adam"):
+        mupass.param_groups(net, 0.1, optimizer="muon", alignment=moved)
+    for wrong in ({"exponents": (("2.weight", 0.7),)}, {"alignment": "measured"}):
+        with pytest.raises(mupass.PlanError, match="needs exponents"):
+            mupass.OptimizerSpec("adam", **wrong)
+    with pytest.raises(mupass.PlanError, match=r"exponent of 2\.weight must be from 1/2 to 1, not 1\.2"):
+        mupass.OptimizerSpec("adam", alignment="measured", exponents=(("2.weight", 1.2),))

@@ -188,7 +188,7 @@ def test_alignments_without_rows_are_refused() -> None:
     for optimizer in ("kfac", "shampoo", "muon", "soap"):
         with pytest.raises(mupass.PlanError, match="alignment= has rows for sgd, adam"):
             OptimizerSpec(optimizer, alignment="full")
-    with pytest.raises(mupass.PlanError, match="unknown alignment 'half'; known: full, none"):
+    with pytest.raises(mupass.PlanError, match="unknown alignment 'half'; known: full, none, measured"):
         OptimizerSpec("adam", alignment="half")
 
 

@@ -1,11 +1,13 @@
 """Parameter groups: the plan's scales for any optimizer of ``torch.optim``."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 from torch import nn
 
+from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
 from mupass._plan import OptimizerSpec, plan_of
 from mupass._scales import Scales
@@ -18,7 +20,7 @@ def param_groups(
     optimizer: str | OptimizerSpec = "adamw",
     weight_decay: float = 0.0,
     eps: float | None = None,
-    alignment: str | None = None,
+    alignment: str | Mapping[str, Alignment] | None = None,
 ) -> list[dict[str, Any]]:
     """Few parameter groups that give an optimizer of ``torch.optim`` the plan's scales.
 
@@ -42,7 +44,8 @@ def param_groups(
         weight_decay: Weight decay at the base width.
         eps: Adam's epsilon at the base width, 1e-8 if left out; only for ``adam`` and ``adamw``.
         alignment: ``full`` or ``none``: the largest stable rate of each layer under that alignment of
-            updates with activations, see `OptimizerSpec`; `mupass.alignment` measures it.
+            updates with activations, see `OptimizerSpec`. Or what a probe of `mupass.alignment` measured, at
+            any width: each layer's own exponent.
 
     Returns:
         Groups in the order of their first parameter; frozen parameters are left out.
@@ -50,9 +53,16 @@ def param_groups(
     Raises:
         OptimizerError: ``lr``, ``weight_decay`` or ``eps`` is NaN, infinite or negative; ``eps`` for an
             optimizer that has none; every parameter is frozen.
+        PlanError: An unknown alignment, one for an optimizer that has no rows, or one measured on a layer
+            that this model lacks.
+        MupassError: An alignment measured on a layer that has not moved.
     """
     spec = OptimizerSpec.of(optimizer)
-    spec = replace(spec, alignment=alignment) if alignment else spec
+    if isinstance(alignment, Mapping):
+        exponents = tuple(measured_exponents(alignment).items())
+        spec = replace(spec, alignment="measured", exponents=exponents)
+    elif alignment:
+        spec = replace(spec, alignment=alignment)
     adaptive = spec.name in {"adam", "adamw"}
     if eps is not None and not adaptive:
         raise OptimizerError(f"eps belongs to adam and adamw, not to {spec.name}")
@@ -63,6 +73,8 @@ def param_groups(
     root, plan = plan_of(model)
     plan = plan.for_optimizer(spec)
     plan.check(root)
+    for name, _ in spec.exponents:
+        plan[name]  # one that the model lacks is refused, with names near it
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for name, parameter in root.named_parameters():
         if not parameter.requires_grad:
