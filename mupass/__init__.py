@@ -16,12 +16,12 @@ from mupass._errors import (
     ResizeError,
     TransformError,
 )
-from mupass._geometry import Analysis, Fusion, Geometry, Use
 from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
 from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
-from mupass._plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._report import Question, Report
-from mupass._resize import resize
+from mupass._resize.resize import resize
+from mupass._roles.geometry import Analysis, Fusion, Geometry, Use
+from mupass._scales.plan import Entry, OptimizerSpec, Plan, Scales, plan_of
 from mupass._study.batches import StudyError
 from mupass._study.check import coord_check
 from mupass._study.coords import CoordCheck

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mupass._errors import MupassError
-from mupass._resize import resize
+from mupass._resize.resize import resize
 
 
 def add_resize(commands: Any) -> None:

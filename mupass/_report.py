@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from mupass._geometry import Analysis, Geometry
-from mupass._scales import OptimizerSpec, Scales, scales
+from mupass._roles.geometry import Analysis, Geometry
+from mupass._scales.scales import Scales, scales
+from mupass._scales.spec import OptimizerSpec
 
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#1b1f24;background:#fff}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mupass._errors import TransformError
-from mupass._geometry import Use
-from mupass._plan import ATTRIBUTE, Entry, Plan
+from mupass._roles.geometry import Use
+from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
 READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

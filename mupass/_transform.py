@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mupass._errors import PlanError, TransformError
-from mupass._geometry import Analysis
-from mupass._init import Init, InitChoice, plan_init
-from mupass._parameterizations import row
-from mupass._plan import ATTRIBUTE, VERSION, Entry, Plan
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._scales import OptimizerSpec, scales
+from mupass._roles.geometry import Analysis
+from mupass._scales.init import Init, InitChoice, plan_init
+from mupass._scales.parameterizations import row
+from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan
+from mupass._scales.scales import scales
+from mupass._scales.spec import OptimizerSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -193,7 +194,7 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _apply(model: nn.Module, plan: Plan) -> None:
-    from mupass._taps import attach
+    from mupass._taps.taps import attach
 
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):

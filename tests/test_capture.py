@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zoo.case import randint, randn
 
 import mupass
-from mupass._capture import capture
-from mupass._inputs import as_call, find_inputs
+from mupass._capture.capture import capture
+from mupass._capture.inputs import as_call, find_inputs
 
 
 class Noisy(nn.Module):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mupass._correlation import patch_gram
-from mupass._factors import Layer, raw_input
-from mupass._forms import Convolution
+from mupass._taps.correlation import patch_gram
+from mupass._taps.factors import Layer, raw_input
+from mupass._taps.forms import Convolution
 
 CONVS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "1-D": (lambda: nn.Conv1d(16, 4, 4, padding=2), (9,)),

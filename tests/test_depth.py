@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import mupass
 from mupass import OptimizerSpec, Plan, TransformError
-from mupass._branches import find_branches
-from mupass._capture import capture
+from mupass._capture.capture import capture
+from mupass._roles.branches import find_branches
 
 WIDTH, BASE = 32, 2
 

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import mupass
 from mupass._optim import _eigen
-from mupass._optim._pairs import Pair
+from mupass._optim.pairs import Pair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
@@ -179,7 +179,7 @@ def test_samples_are_taken_a_few_at_a_time_where_their_gradients_are_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = Ran(*(EXACT["convolution"][i] for i in (0, 1, 2)))
-    monkeypatch.setattr("mupass._factors.BUFFER", 2 * whole.weight.numel())
+    monkeypatch.setattr("mupass._taps.factors.BUFFER", 2 * whole.weight.numel())
     torch.testing.assert_close(Ran(*(EXACT["convolution"][i] for i in (0, 1, 2))).step, whole.step)
 
 

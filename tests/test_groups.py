@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mupass
-from mupass._optim._groups import param_groups
+from mupass._optim.groups import param_groups
 from mupass._transform import transform
 
 WIDTH, BASE = 128, 16

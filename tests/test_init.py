@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import mupass
-from mupass._init import Init, InitChoice, plan_init
-from mupass._laws import FEW, Fans, Sample, find_laws
+from mupass._scales.init import Init, InitChoice, plan_init
+from mupass._scales.laws import FEW, Fans, Sample, find_laws
 
 WIDTH, BASE = 256, 16
 M = WIDTH / BASE

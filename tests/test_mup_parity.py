@@ -20,9 +20,9 @@ from mup import MuAdam, MuReadout, MuSGD, set_base_shapes
 from torch import Tensor, nn
 
 import mupass
-from mupass._plan import Plan
 from mupass._rewrite import rescale
-from mupass._scales import OptimizerSpec
+from mupass._scales.plan import Plan
+from mupass._scales.spec import OptimizerSpec
 from mupass._transform import make_plan
 
 BASE, DELTA = 32, 48

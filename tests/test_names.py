@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from mupass._dims.names import DimNames
 from mupass._dims.space import Space
-from mupass._names import DimNames
 
 
 class Attention(nn.Module):

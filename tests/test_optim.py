@@ -318,7 +318,7 @@ def test_an_optimizer_stays_with_its_model(cls: Make) -> None:
 
 def test_a_detached_model_is_refused() -> None:
     net = make()
-    mupass._taps.detach(net)
+    mupass._taps.taps.detach(net)
     with pytest.raises(mupass.OptimizerError, match="lost its tap"):
         mupass.KFAC(net, 0.1)
     mupass.Shampoo(net, 0.1)

@@ -12,7 +12,7 @@ from ranks import free_port, one_of_two
 from torch import Tensor, nn
 
 import mupass
-from mupass._plan import plan_of
+from mupass._scales.plan import plan_of
 
 
 class Net(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mupass._optim import _banks
-from mupass._optim._newton import largest_eigenvalues, newton_roots, root_index
-from mupass._optim._roots import inverse_roots
+from mupass._optim.newton import largest_eigenvalues, newton_roots, root_index
+from mupass._optim.roots import inverse_roots
 
 N = 48
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mupass
-from mupass._blocks import Cover, Options
-from mupass._cover import cover
-from mupass._factors import Layer
-from mupass._taps import ModuleTap, attach, detach, hookable, tap_of
+from mupass._taps.blocks import Cover, Options
+from mupass._taps.cover import cover
+from mupass._taps.factors import Layer
+from mupass._taps.taps import ModuleTap, attach, detach, hookable, tap_of
 
 # torch warns that 'same' needs a copy where more zeros go behind than before.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -492,4 +492,4 @@ def test_which_modules_are_one_operator(layer: nn.Module, plain: bool) -> None:
     ids=str,
 )
 def test_loss_terms_leave_the_class_axis_out(shape: tuple[int, ...], terms: int) -> None:
-    assert mupass._terms.loss_terms(shape) == terms
+    assert mupass._taps.terms.loss_terms(shape) == terms

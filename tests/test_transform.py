@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import mupass
 import mupass._rewrite
-from mupass._optim._groups import param_groups
-from mupass._plan import Plan
+from mupass._optim.groups import param_groups
 from mupass._rewrite import InputMultiplier
+from mupass._scales.plan import Plan
 from mupass._transform import transform
 
 
@@ -306,7 +306,7 @@ def test_bad_arguments_leave_the_model_untouched(arguments: dict[str, Any], erro
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("stage", ["mupass._taps.attach", "mupass._rewrite.rescale"])
+@pytest.mark.parametrize("stage", ["mupass._taps.taps.attach", "mupass._rewrite.rescale"])
 def test_failure_halfway_is_undone(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: nn.Module, *args: Any) -> None:
         model.get_submodule("up").register_forward_hook(lambda *a: None)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from mupass._dims.facts import Axis, ParameterUse, Value
 from mupass._dims.graph import flatten, operator_name, shape_of
-from mupass._geometry import Use
+from mupass._roles.geometry import Use
 
 if TYPE_CHECKING:
     from mupass._dims.engine import Engine

@@ -15,7 +15,7 @@ from mupass._hyper.implicit import implicit
 from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
 from mupass._hyper.run import Unrolled, dual, parts, twice
-from mupass._plan import plan_of
+from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, move, read_batches
 from mupass._study.copies import Copies
 from mupass._study.jobs import Evaluate, Work

@@ -16,13 +16,13 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
-from mupass._intercept import look_out_for
-from mupass._leaves import Tap
 from mupass._optim import KFAC
-from mupass._optim._banks import Bank
+from mupass._optim.banks import Bank
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
-from mupass._terms import TermsTap
+from mupass._taps.intercept import look_out_for
+from mupass._taps.leaves import Tap
+from mupass._taps.terms import TermsTap
 
 STATE = ("factors", "roots", "weight", "rooted")
 

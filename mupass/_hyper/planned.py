@@ -1,4 +1,4 @@
-"""Planned optimizers: momentum, decay and fallbacks of `mupass._optim._base`, as functions."""
+"""Planned optimizers: momentum, decay and fallbacks of `mupass._optim.base`, as functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mupass._hyper.rules import Entries, Rule, adam_averages
-from mupass._optim._fallback import BETAS, EPSILON
+from mupass._optim.fallback import BETAS, EPSILON
 
 
 class PlannedRule(Rule):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mupass._capture.inputs import as_call
 from mupass._errors import MupassError
-from mupass._inputs import as_call
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from mupass._geometry import Geometry
-from mupass._optim._base import PlannedOptimizer
-from mupass._plan import Plan
-from mupass._scales import OptimizerSpec, powers
+from mupass._optim.base import PlannedOptimizer
+from mupass._roles.geometry import Geometry
+from mupass._scales.plan import Plan
+from mupass._scales.scales import powers
+from mupass._scales.spec import OptimizerSpec
 from mupass._study.coords import Coordinate
 from mupass._study.recorder import SCORES, Site
 

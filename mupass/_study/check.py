@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._init import InitChoice
-from mupass._optim._base import PlannedOptimizer
-from mupass._scales import OptimizerSpec
+from mupass._optim.base import PlannedOptimizer
+from mupass._scales.init import InitChoice
+from mupass._scales.spec import OptimizerSpec
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mupass._inputs import find_inputs
+from mupass._capture.inputs import find_inputs
 from mupass._study.batches import StudyError, cross_entropy, random_batch
 from mupass._study.check import coord_check
 from mupass._study.recipes import RECIPES

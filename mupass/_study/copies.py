@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._init import InitChoice
-from mupass._plan import Plan, plan_of
-from mupass._resize import resize
+from mupass._resize.resize import resize
+from mupass._scales.init import InitChoice
+from mupass._scales.plan import Plan, plan_of
 from mupass._study.batches import Batch, StudyError, move
 from mupass._transform import transform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from mupass._plan import Plan, plan_of
+from mupass._scales.plan import Plan, plan_of
 from mupass._study import coords_report, trials_report
 from mupass._study.batches import StudyError
 from mupass._study.coords import CoordCheck

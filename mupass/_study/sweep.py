@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._init import InitChoice
+from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.jobs import Evaluate, Job, Work, bar_of, run_all

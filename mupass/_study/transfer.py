@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._init import InitChoice
-from mupass._plan import plan_of
-from mupass._resize import resize
+from mupass._resize.resize import resize
+from mupass._scales.init import InitChoice
+from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Prepare, Width, halved
 from mupass._study.jobs import Evaluate

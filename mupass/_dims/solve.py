@@ -1,0 +1,103 @@
+"""solve: from a model to its dimensions, with what a second instance and the caller settle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mupass._capture.capture import Capture, capture
+from mupass._dims.infer import Inference, infer
+from mupass._dims.names import DimNames, name_dims
+from mupass._dims.second import Second, compare
+from mupass._dims.space import SizeConflict
+from mupass._errors import InferenceError
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A model's graph with its dimensions solved.
+
+    Attributes:
+        captured: The graph.
+        alone: What one model tells.
+        solved: The same, with what a second instance and the caller settle.
+        names: Names of dimensions.
+        second: What the second instance tells.
+    """
+
+    captured: Capture
+    alone: Inference
+    solved: Inference
+    names: DimNames
+    second: Second
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """Where verdicts contradict each other, once each."""
+        return tuple(dict.fromkeys(self.solved.verdicts.conflicts))
+
+
+def solve(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    base: nn.Module | None,
+    dims: Mapping[str, str],
+    strict: bool,
+) -> Solution:
+    """Capture a model and infer its dimensions.
+
+    Args:
+        model: The module.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        base: A second instance at another width, or None.
+        dims: Verdicts that the caller settles, as for `analyze`.
+        strict: Whether an operator without a rule is an error.
+
+    Raises:
+        InferenceError: The caller's verdicts contradict each other or the graph.
+    """
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    captured = capture(model, args, kwargs)
+    try:
+        alone = infer(captured, {}, strict)
+    except SizeConflict as error:
+        captured = capture(model, args, kwargs, error)
+        alone = infer(captured, {}, strict)
+    first, second = alone, Second()
+    if base is not None:
+        second = compare(captured, alone, shapes, base, args, kwargs)
+        first = infer(captured, second.axes, strict, second.dims)
+    names = name_dims(model, first, alone)
+    by_axis, by_dim = _overrides(dims, shapes, first, names)
+    overrides = {**second.axes, **by_axis}
+    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
+    found = Solution(captured, alone, solved, names, second)
+    if found.conflicts and not second.axes:
+        raise InferenceError(found.conflicts[0])
+    return found
+
+
+def _overrides(
+    dims: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], first: Inference, names: DimNames
+) -> tuple[dict[tuple[str, int], tuple[bool, str]], dict[int, tuple[bool, str]]]:
+    """Read the caller's verdicts, by parameter axis and by dimension (a head_dim inside a product, say)."""
+    by_axis: dict[tuple[str, int], tuple[bool, str]] = {}
+    by_dim: dict[int, tuple[bool, str]] = {}
+    for pattern, verdict in dims.items():
+        if verdict not in ("finite", "infinite"):
+            raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
+        named = names.find(pattern)
+        axes = [(name, axis) for name, shape in shapes.items() for axis in range(len(shape))]
+        hits = [] if named else [(n, i) for n, i in axes if re.fullmatch(pattern, f"{n}:{i}")]
+        if not named and not hits:
+            raise InferenceError(f"dims[{pattern!r}] matches no dimension and no parameter:axis")
+        settled = (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}")
+        by_axis.update(dict.fromkeys(hits, settled))
+        by_dim.update(dict.fromkeys(named, settled))
+    return by_axis, by_dim

@@ -1,0 +1,103 @@
+"""Parameter groups: the plan's scales for any optimizer of ``torch.optim``."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+from torch import nn
+
+from mupass._alignment import Alignment, measured_exponents
+from mupass._errors import OptimizerError
+from mupass._scales.plan import OptimizerSpec, plan_of
+from mupass._scales.scales import Scales
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    optimizer: str | OptimizerSpec = "adamw",
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+    alignment: str | Mapping[str, Alignment] | None = None,
+) -> list[dict[str, Any]]:
+    """Few parameter groups that give an optimizer of ``torch.optim`` the plan's scales.
+
+    ``torch.optim.AdamW(mupass.param_groups(model, lr=3e-4, weight_decay=0.1))``. Parameters of equal
+    scales share a group. ``mupass_scale`` in each group is the factor that ``lr`` was multiplied by, so
+    schedulers that multiply (LambdaLR, StepLR, CosineAnnealingLR with ``eta_min=0``, ...) work as they
+    are. One that sets absolute values needs them by group:
+    ``OneCycleLR(opt, max_lr=[lr * g["mupass_scale"] for g in groups], ...)``; a scalar there would
+    overwrite the factors.
+
+    Weight decay is Theta(1) in width when it does not depend on the learning rate. ``AdamW`` and ``SGD``
+    multiply it by the group's learning rate, which is undone here: ``lr * weight_decay`` is the same in
+    all groups. ``Adam`` adds it to the gradient *before* the normalization, so there it also carries the
+    order of a gradient entry, the factor of epsilon. Use the ``optimizer`` that matches your class.
+
+    Args:
+        model: Transformed model, compiled or wrapped or not.
+        lr: Learning rate at the base width.
+        optimizer: ``sgd``, ``adam``, ``adamw`` or another name of the scale table, for optimizers of
+            that family (RMSprop and NAdam are ``adam``).
+        weight_decay: Weight decay at the base width.
+        eps: Adam's epsilon at the base width, 1e-8 if left out; only for ``adam`` and ``adamw``.
+        alignment: ``full`` or ``none``: the largest stable rate of each layer under that alignment of
+            updates with activations, see `OptimizerSpec`. Or what a probe of `mupass.alignment` measured, at
+            any width: each layer's own exponent.
+
+    Returns:
+        Groups in the order of their first parameter; frozen parameters are left out.
+
+    Raises:
+        OptimizerError: ``lr``, ``weight_decay`` or ``eps`` is NaN, infinite or negative; ``eps`` for an
+            optimizer that has none; every parameter is frozen.
+        PlanError: An unknown alignment, one for an optimizer that has no rows, or one measured on a layer
+            that this model lacks.
+        MupassError: An alignment measured on a layer that has not moved.
+    """
+    spec = OptimizerSpec.of(optimizer)
+    if isinstance(alignment, Mapping):
+        exponents = tuple(measured_exponents(alignment).items())
+        spec = replace(spec, alignment="measured", exponents=exponents)
+    elif alignment:
+        spec = replace(spec, alignment=alignment)
+    adaptive = spec.name in {"adam", "adamw"}
+    if eps is not None and not adaptive:
+        raise OptimizerError(f"eps belongs to adam and adamw, not to {spec.name}")
+    epsilon = 1e-8 if eps is None else eps
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": epsilon}.items():
+        if not isfinite(value) or value < 0:
+            raise OptimizerError(f"{name} must be finite and >= 0, not {value!r}")
+    root, plan = plan_of(model)
+    plan = plan.for_optimizer(spec)
+    plan.check(root)
+    for name, _ in spec.exponents:
+        plan[name]  # one that the model lacks is refused, with names near it
+    groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    for name, parameter in root.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scales = plan[name].scales
+        decay = _decay_factor(spec, scales)
+        # Twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
+        key = tuple(float(f"{x:.12g}") for x in (scales.lr, decay, scales.epsilon if adaptive else 1.0))
+        if key not in groups:
+            groups[key] = {
+                "params": [],
+                "lr": lr * scales.lr,
+                "weight_decay": weight_decay * decay,
+                "mupass_scale": scales.lr,
+                **({"eps": epsilon * scales.epsilon} if adaptive else {}),
+            }
+        groups[key]["params"].append(parameter)
+    if not groups:
+        raise OptimizerError("every parameter of the model is frozen")
+    return list(groups.values())
+
+
+def _decay_factor(spec: OptimizerSpec, scales: Scales) -> float:
+    """Return what ``weight_decay`` is multiplied by, so that its effect is the same at all widths."""
+    l2_in_adam = scales.epsilon if spec.name == "adam" else 1.0
+    return scales.weight_decay * l2_in_adam / scales.lr

@@ -1,0 +1,156 @@
+"""Muon with width-aware learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mupass._optim.checks import check_number, check_period
+from mupass._optim.matrix import MatrixOptimizer, pick, wide
+from mupass._optim.polar import Quintic, orthogonalize, quintics
+from mupass._optim.stacks import Stack
+from mupass._scales.plan import OptimizerSpec
+
+EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
+ADAPTIVE_EPSILON = 1e-8
+
+
+class Muon(MatrixOptimizer):
+    """Muon, ``dW = -lr U V^T`` of the momentum ``U S V^T``, for hidden matrices.
+
+    Momentum is a moving average, with Nesterov's look-ahead. Its singular values are brought to 1 by
+    polynomials in the matrix; each is the best of its kind for what the ones before leave (Amsel et al.,
+    arXiv 2505.16932). Matrices are ``[fan_out, fan_in]`` by the plan's axes, whatever the layout: kernels
+    are flattened into fan_in, fused parameters (qkv) are split into their matrices. Embeddings, readouts
+    and vectors go to the fallback, by their role in the plan.
+
+    The learning rate carries ``sqrt(m_out / m_in)`` and epsilon its inverse (Qiu et al., arXiv 2512.05620).
+    With ``adaptive=True`` the orthogonal matrix is divided by the root of the moving average of its
+    squared entries (AdaMuon), whose rates are Adam's, ``1 / m_in``.
+
+    Args:
+        model: A transformed model, compiled or wrapped or not.
+        lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay.
+        momentum: Weight of the past in the moving average.
+        nesterov: Whether the present gradient is mixed in once more.
+        steps: Number of polynomials. Singular values above 0.003 of the Schatten 4-norm come to within 20 %
+            of 1 with 4, and 0.5 % with 5.
+        adaptive: AdaMuon.
+        beta2: Weight of the past in AdaMuon's squares.
+        roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
+        product_dtype: Precision of the matrix products; by default bfloat16 on CUDA, else that of the
+            factors. CPUs with AVX512-BF16 or AMX are twice as fast with ``torch.bfloat16``, others slower.
+        weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
+        fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters.
+        fallback_lr: Learning rate of the fallback at the base width.
+        compile: Whether the update of each shape is compiled with `torch.compile`.
+        strict: Raise when any parameter falls back.
+
+    Raises:
+        OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
+        PlanError: The model was not transformed.
+    """
+
+    smooths = False  # the momentum is in the stacks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        steps: int = 4,
+        adaptive: bool = False,
+        beta2: float = 0.95,
+        roles: Collection[str] = ("hidden",),
+        product_dtype: torch.dtype | None = None,
+        weight_decay: float = 0.0,
+        fallback: str = "adamw",
+        fallback_lr: float = 1e-3,
+        compile: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
+        self.beta2 = check_number("beta2", beta2, 0, 1)
+        self._polynomials = quintics(check_period("steps", steps))
+        super().__init__(
+            model,
+            OptimizerSpec("adamuon" if adaptive else "muon"),
+            lr,
+            roles=roles,
+            compile=compile,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fallback=fallback,
+            fallback_lr=fallback_lr,
+            strict=strict,
+        )
+        norms = self.plan.for_optimizer("muon")
+        for stack in self._stacks:
+            stack.state["average"] = stack.zeros(*stack.shape)
+            if adaptive:
+                stack.state |= {"square": stack.zeros(*stack.shape), "weight": stack.zeros()}
+        self._epsilons = [
+            (
+                EPSILON * stack.each(lambda name: norms[name].scales.epsilon),
+                ADAPTIVE_EPSILON * stack.each(lambda name: self.plan[name].scales.epsilon),
+            )
+            for stack in self._stacks
+        ]
+
+    def _update(self) -> Callable[..., Tensor]:
+        return _adaptive if self.adaptive else _orthogonal
+
+    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
+        momentum = pick(stack.each(self._setting("momentum").__getitem__), at)
+        norm_epsilon, epsilon = (pick(e, at) for e in self._epsilons[self._stacks.index(stack)])
+        dtype = self.product_dtype or (torch.bfloat16 if g.is_cuda else stack.dtype)
+        state = stack.view(at)
+        polar = (momentum, norm_epsilon, self._polynomials, self.nesterov, dtype)
+        if self.adaptive:
+            beta2 = torch.full_like(momentum, self.beta2)
+            average, square, weight = (state[k] for k in ("average", "square", "weight"))
+            direction = self._run(stack, at, g, average, *polar, square, weight, beta2, epsilon)
+        else:
+            direction = self._run(stack, at, g, state["average"], *polar)
+        stack.put(at, state)
+        return direction
+
+
+def _orthogonal(
+    g: Tensor,
+    average: Tensor,
+    momentum: Tensor,
+    epsilon: Tensor,
+    polynomials: tuple[Quintic, ...],
+    nesterov: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``U V^T`` of the momentum, all ``[K, rows, columns]``; the average is changed in place."""
+    past = wide(momentum, g)
+    average.lerp_(g, 1 - past)
+    ahead = torch.lerp(g, average, past) if nesterov else average
+    return orthogonalize(ahead, epsilon, polynomials, dtype)
+
+
+def _adaptive(
+    g: Tensor,
+    average: Tensor,
+    momentum: Tensor,
+    norm_epsilon: Tensor,
+    polynomials: tuple[Quintic, ...],
+    nesterov: bool,
+    dtype: torch.dtype,
+    square: Tensor,
+    weight: Tensor,
+    beta2: Tensor,
+    epsilon: Tensor,
+) -> Tensor:
+    """Return ``U V^T`` over the root of the average of its squares, corrected for the start from zero."""
+    turned = _orthogonal(g, average, momentum, norm_epsilon, polynomials, nesterov, dtype)
+    square.lerp_(turned.square(), 1 - wide(beta2, g))
+    weight.lerp_(torch.ones_like(weight), 1 - beta2)
+    return turned / ((square / wide(weight, g)).sqrt() + wide(epsilon, g))

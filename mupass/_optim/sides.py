@@ -1,0 +1,117 @@
+"""Products along the sides of stacked blocks, their second moments, and when each is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mupass._optim.stacks import Stack
+
+BANDS, NARROW = 4, 128  # narrower bands than this cost more in overhead than they save
+SIDES = ("both", "left", "right", "smaller")
+
+
+def active_sides(choice: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the sides of a block that are preconditioned.
+
+    Args:
+        choice: One of `SIDES`: all, fan_out, all but fan_out, or the shortest one.
+        shape: Sizes of the block, fan_out first.
+    """
+    every = tuple(range(len(shape)))
+    if choice == "smaller":
+        return (min(every, key=lambda i: shape[i]),)
+    return {"both": every, "left": every[:1], "right": every[1:]}[choice]
+
+
+def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
+    """Multiply one side of every block by a matrix.
+
+    Args:
+        x: ``[K, *shape]``.
+        matrices: ``[K, m, n]`` with n the size of that side.
+        side: Number of the side.
+    """
+    if side == x.dim() - 2:  # the last one: the product is contiguous as it comes
+        return (x.flatten(1, -2) @ matrices.mT).view(*x.shape[:-1], -1)
+    moved = x.movedim(side + 1, 1)
+    return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
+
+
+def observe(factors: Tensor, g: Tensor, side: int, decay: float) -> None:
+    """Add the second moments of one side to their moving average, in place.
+
+    Only the lower triangle is kept up, in bands of rows: that takes little more than half the arithmetic.
+
+    Args:
+        factors: ``[K, n, n]``.
+        g: Gradients, ``[K, *shape]``.
+        side: Number of the side.
+        decay: Weight of the past; 1 sums without forgetting.
+    """
+    rows = g.movedim(side + 1, 1).flatten(2)
+    n, fresh = factors.shape[-1], 1.0 if decay == 1 else 1 - decay
+    band = -(-n // min(BANDS, max(1, n // NARROW)))
+    for start in range(0, n, band):
+        end = min(start + band, n)
+        lower = factors[:, start:end, :end]
+        lower.baddbmm_(rows[:, start:end], rows[:, :end].mT, beta=decay, alpha=fresh)
+
+
+def add_weight(weight: Tensor, decay: float) -> None:
+    """Count one more observation in the total weight that corrects an average for its start from zero.
+
+    Args:
+        weight: ``[K]``, changed in place.
+        decay: As for `observe`.
+    """
+    if decay == 1:
+        weight.fill_(1)
+    else:
+        weight.mul_(decay).add_(1 - decay)
+
+
+class Schedule:
+    """Which slots are due at which step.
+
+    All are due at step 0. After that each is due once in every period, and with ``staggered`` the work is
+    spread over the period such that no step has much more of it than another.
+    """
+
+    def __init__(
+        self, stacks: Sequence[Stack], sides: Sequence[Sequence[int]], period: int, staggered: bool
+    ) -> None:
+        jobs = [
+            (stack.shape[side] ** 3, number, side, slot)
+            for number, stack in enumerate(stacks)
+            for side in sides[number]
+            for slot in range(len(stack.slots))
+        ]
+        load = [0] * period
+        at: list[dict[tuple[int, int], list[int]]] = [{} for _ in load]
+        # The largest first, each to the phase with the least work so far.
+        for cost, number, side, slot in sorted(jobs, key=lambda job: (-job[0], *job[1:])):
+            phase = min(range(period), key=load.__getitem__) if staggered else 0
+            load[phase] += cost
+            at[phase].setdefault((number, side), []).append(slot)
+        every = {(n, s): list(range(len(stacks[n].slots))) for n, sides_ in enumerate(sides) for s in sides_}
+        self._first, *self._at = (
+            {key: torch.tensor(sorted(slots), device=stacks[key[0]].device) for key, slots in phase.items()}
+            for phase in (every, *at)
+        )
+
+    def due(self, step: int, stack: int, side: int) -> Tensor | None:
+        """Return the slots to work on.
+
+        Args:
+            step: Number of the step.
+            stack: Number of the stack.
+            side: Number of the side.
+
+        Returns:
+            Their numbers, or None when there is nothing to do.
+        """
+        phase = self._first if step == 0 else self._at[step % len(self._at)]
+        return phase.get((stack, side))

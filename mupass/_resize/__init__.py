@@ -1,0 +1,1 @@
+"""Resize: the same architecture at another width, from one model."""

@@ -1,0 +1,196 @@
+"""The shapes that every operator of a resized model must have, and what a candidate lacks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mupass._capture.capture import Capture, export, fresh_copy, parameter_names, quiet
+from mupass._capture.inputs import try_forward
+from mupass._capture.record import record
+from mupass._dims.facts import Value
+from mupass._dims.graph import MOVES, operator_name, shape_of
+from mupass._errors import CaptureError
+from mupass._resize.sizes import NewSizes
+
+# Operators whose further results have sizes that depend on the device.
+FIRST_ONLY = ("aten.embedding_bag", "aten._embedding_bag")
+
+Shapes = list[tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How far a candidate got: parameters that fit, whether it ran, operators that fit; what went wrong."""
+
+    parameters: int
+    ran: bool
+    operators: int
+    where: str
+    message: str
+
+    @property
+    def score(self) -> tuple[int, bool, int]:
+        """Order of failures; more is nearer to success."""
+        return self.parameters, self.ran, self.operators
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the resized model must look like.
+
+    Attributes:
+        shapes: Parameter -> shape.
+        operators: Shapes of every operator's results; None for a size that cannot be told.
+        owners: Module of every operator.
+        inputs: Positional and keyword inputs, on the new model's device.
+        exported: Whether torch.export captured the source.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    operators: list[Shapes]
+    owners: list[str]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    exported: bool
+
+    def failure(self, candidate: nn.Module) -> Failure | None:
+        """Run a candidate and compare shapes; None when all are as predicted.
+
+        Args:
+            candidate: The resized model, on a real device.
+        """
+        got = {n: tuple(p.shape) for n, p in candidate.named_parameters()}
+        wrong = [n for n, shape in self.shapes.items() if got.get(n) != shape]
+        if wrong or len(got) != len(self.shapes):
+            name = wrong[0] if wrong else next(n for n in got if n not in self.shapes)
+            message = f"{name} has shape {got.get(name)}, not {self.shapes.get(name)}"
+            return Failure(len(self.shapes) - len(wrong), False, 0, name.rpartition(".")[0], message)
+        try:
+            with quiet():
+                again = self._captured(candidate)
+        except Exception as error:  # a wrong number may raise anything
+            where = _blamed(candidate, error)
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            message = f"{type(error).__name__} in {where or 'the root module'}: {text}"
+            with quiet():
+                return Failure(len(got), False, self._progress(candidate), where, message)
+        return self._difference(again)
+
+    def _captured(self, candidate: nn.Module) -> Capture:
+        args, kwargs = self.inputs
+        if self.exported:
+            return export(candidate, args, kwargs)
+        reason = CaptureError("recorded as the source was")
+        return record(candidate, args, kwargs, *parameter_names(candidate), reason)
+
+    def _progress(self, candidate: nn.Module) -> int:
+        """Return the number of operators up to the last module that a failing run completes."""
+        done: set[str] = set()
+        handles = [
+            module.register_forward_hook(lambda *_, path=path: done.add(path))
+            for path, module in candidate.named_modules()
+        ]
+        args, kwargs = self.inputs
+        try:
+            if self.exported:
+                try_forward(candidate, args, kwargs)
+            else:
+                state = {n: t.detach().clone() for n, t in candidate.state_dict(keep_vars=True).items()}
+                torch.func.functional_call(candidate, state, *fresh_copy((args, kwargs)), tie_weights=True)
+        except Exception:  # that it fails is known
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max((at + 1 for at, owner in enumerate(self.owners) if owner in done), default=0)
+
+    def _difference(self, again: Capture) -> Failure | None:
+        nodes, count = computing(again), len(self.shapes)
+        for at, (node, want) in enumerate(zip(nodes, self.operators, strict=False)):
+            have = [shape_of(t) for t in _tensors(node)]
+            if not _fit(have, want):
+                where = again.owners.get(node, "")
+                message = (
+                    f"{operator_name(node.target)} in {where or 'the root module'} gives {have}, not {want}"
+                )
+                return Failure(count, True, at, where, message)
+        if len(nodes) != len(self.operators):
+            message = f"it runs {len(nodes)} operators instead of {len(self.operators)} at the new width"
+            return Failure(count, True, min(len(nodes), len(self.operators)), "", message)
+        return None
+
+
+def target_of(
+    model: nn.Module, captured: Capture, sizes: NewSizes, inputs: Any, device: torch.device
+) -> Target:
+    """Predict the shapes of the resized model.
+
+    Args:
+        model: The source.
+        captured: Its graph.
+        sizes: The new sizes.
+        inputs: Positional and keyword inputs of the source.
+        device: Device of the resized model.
+    """
+    shapes = {n: tuple(sizes.of_axis(n, i) for i in range(p.dim())) for n, p in model.named_parameters()}
+    nodes = computing(captured)
+    env = sizes.solved.engine.env
+    predicted = []
+    for node in nodes:
+        values = [v for v in tree_leaves(env.get(node)) if isinstance(v, Value)]
+        values = values[:1] if operator_name(node.target) in FIRST_ONLY else values
+        predicted.append([tuple(sizes.predicted(a.dim) for a in v.axes) for v in values])
+    owners = [captured.owners.get(n, "") for n in nodes]
+    moved = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
+    return Target(shapes, predicted, owners, moved, captured.method == "export")
+
+
+def computing(captured: Capture) -> list[Node]:
+    """Return the operators of a graph that compute.
+
+    Args:
+        captured: The graph.
+    """
+    return [n for n in captured.nodes if operator_name(n.target) not in (*MOVES, "aten.detach")]
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    return [t for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+
+
+def _fit(have: list[tuple[int, ...]], want: Shapes) -> bool:
+    if not want:  # no tensors, or nothing known of them
+        return True
+    pairs = zip(have, want, strict=False)
+    return len(have) >= len(want) and all(
+        len(h) == len(w) and all(b in (None, a) for a, b in zip(h, w, strict=True)) for h, w in pairs
+    )
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """Move an input to the new model's device; one without values becomes zeros."""
+    return torch.zeros_like(x, device=device) if x.is_meta else x.to(device)
+
+
+def _blamed(candidate: nn.Module, error: BaseException) -> str:
+    """Return the module in whose code an exception was raised."""
+    paths = {id(m): n for n, m in candidate.named_modules()}
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    found = ""
+    for link in reversed(chain):
+        trace = link.__traceback__
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            found = paths.get(id(owner), found) if isinstance(owner, nn.Module) else found
+            trace = trace.tb_next
+        if found:
+            break
+    return found

@@ -1,0 +1,69 @@
+"""Builds a model at new sizes and proves it: every operator must have the shape that the terms predict.
+
+A Hugging Face model is built anew from its rewritten configuration, any other is copied with its numbers
+rewritten. Which number stands for which dimension is searched for: a run that goes wrong points at a module,
+and other options of the numbers near it are tried for as long as the run gets further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from mupass._errors import ResizeError
+from mupass._resize.attributes import Attributes, Slot, nearest
+from mupass._resize.builders import Builder
+from mupass._resize.prediction import Target
+
+TRIES = 60
+
+
+def rebuild(build: Builder, attributes: Attributes, target: Target, name: str) -> nn.Module:
+    """Search for the numbers with which the model runs as predicted.
+
+    Args:
+        build: Builds a candidate from a choice of options.
+        attributes: The options.
+        target: What it must look like.
+        name: The model's class, for the error.
+
+    Returns:
+        The resized model.
+
+    Raises:
+        ResizeError: None was found.
+    """
+    choice: dict[Slot, int] = {}
+    candidate = build(choice)
+    failure = target.failure(candidate)
+    first, tries = failure, 0
+    while failure is not None:
+        for trial in _trials(attributes, choice, failure.where):
+            tries += 1
+            candidate = build(trial)
+            found = target.failure(candidate)
+            if found is None or found.score > failure.score:
+                choice, failure = trial, found
+                break
+            if tries >= TRIES:
+                break
+        else:
+            tries = TRIES
+        if failure is not None and tries >= TRIES:
+            raise ResizeError(
+                f"{name} cannot be resized, for its code holds a size that no attribute tells: "
+                f"{failure.message}"
+                + (f" (at first: {first.message})" if first and first.message != failure.message else "")
+            )
+    return candidate
+
+
+def _trials(attributes: Attributes, choice: Mapping[Slot, int], where: str) -> list[dict[Slot, int]]:
+    """Return the choices that differ from the present one in a slot, those near the blamed module first."""
+    trials = []
+    for slot in nearest(attributes.slots, where):
+        for option in range(len(slot.options)):
+            if option != choice.get(slot, 0):
+                trials.append({**choice, slot: option})
+    return trials

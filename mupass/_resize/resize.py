@@ -1,0 +1,89 @@
+"""resize: the same architecture at another width, from one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mupass._capture.inputs import as_call, find_inputs
+from mupass._dims.solve import solve
+from mupass._resize.attributes import Attributes, handled_dims
+from mupass._resize.builders import by_config, by_copy, has_constructor
+from mupass._resize.draw import Draw, initialize
+from mupass._resize.gains import follow_fan_in
+from mupass._resize.prediction import target_of
+from mupass._resize.rebuild import rebuild
+from mupass._resize.sizes import NewSizes
+from mupass._scales.init import InitChoice
+
+
+def resize(
+    model: nn.Module,
+    width: int | Mapping[str, int] | None = None,
+    *,
+    scale: float | None = None,
+    example_inputs: Any = None,
+    dims: Mapping[str, str] | None = None,
+    init: InitChoice = "auto",
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    fresh: bool = False,
+) -> nn.Module:
+    """Build a narrower or wider copy of a model: same class, same parameter names, new sizes.
+
+    Every growing dimension keeps its ratio to the width unless it is named. Parameters that change are drawn
+    by the model's own initialization law at the new sizes, all others are copied. Integer attributes and
+    configuration entries that hold a size are rewritten, and the result is captured again: each operator must
+    have exactly the shape that the dimension terms predict, or the resize is refused. A Hugging Face model is
+    built anew from its rewritten configuration, and its own code initializes what no law explains.
+
+    Args:
+        model: The module, with its initial weights; not changed. A meta-device model gives a real copy of any
+            width, initialized by the modules' own code.
+        width: New size of the model's width, or new sizes by dimension name (as `analyze` prints them).
+        scale: Alternatively, the factor on every growing dimension.
+        example_inputs: As for `mupass.analyze`.
+        dims: As for `mupass.analyze`.
+        init: Law of the present values, as for `mupass.transform`.
+        device: Device of the copy; by default that of the model, or the CPU for a meta-device model.
+        seed: Seed of the new parameters; the global random state is left alone when given.
+        fresh: Draw all parameters anew, those of unchanged size too.
+
+    Returns:
+        The resized copy.
+
+    Raises:
+        ResizeError: A dimension would not be a whole number, a name is unknown, sizes contradict each other,
+            values follow a pattern that is not known, or the code holds a size that cannot be found.
+    """
+    args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
+    home = next(iter(model.parameters())).device
+    args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
+    found = solve(model, args, kwargs, None, dims or {}, strict=True)
+    captured, solved = found.captured, found.solved
+    sizes = NewSizes.of(solved, found.names, width, scale)
+    place = (
+        torch.device(device) if device is not None else home if home.type != "meta" else torch.device("cpu")
+    )
+    target = target_of(model, captured, sizes, (args, kwargs), place)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    draw = Draw(model, captured, sizes, init, fresh, generator)
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    own_code = (sizes.changes or home.type == "meta") and has_constructor(model)
+    values = draw.parameters(target.shapes, own_code)
+    new: dict[str, Tensor] = {n: nn.Parameter(t.to(place), trained[n]) for n, t in values.items()}
+    known = {} if own_code else follow_fan_in(model, target.shapes)
+    attributes = Attributes(sizes, handled_dims(captured, solved), known=known)
+    if own_code:
+        build = by_config(model, attributes, new, place, seed)
+    else:
+        buffers = {n: b.to(place) for n, b in draw.buffers(attributes).items()}
+        build = by_copy(model, attributes, {**new, **buffers})
+    resized = rebuild(build, attributes, target, type(model).__name__)
+    if home.type == "meta" and not own_code:
+        initialize(resized, seed)
+    return resized

@@ -1,0 +1,254 @@
+"""New sizes of a model's dimensions, from one width, one factor, or sizes by name."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mupass._dims.infer import Inference
+from mupass._dims.names import DimNames
+from mupass._dims.space import Members
+from mupass._errors import ResizeError
+from mupass._resize.named_sizes import checked_size, named_sizes
+
+COMBINE: dict[str, Callable[[list[Any]], Any]] = {"product": math.prod, "groups": math.prod, "sum": sum}
+
+
+@dataclass(frozen=True)
+class NewSizes:
+    """New size of every dimension: given, or fixed, or made of other dimensions, or scaled by one factor.
+
+    Attributes:
+        solved: The inference.
+        names: Names of dimensions.
+        given: Representative -> new size, for dimensions that the caller named and what follows from these.
+        factor: Factor on every other growing dimension.
+    """
+
+    solved: Inference
+    names: DimNames
+    given: Mapping[int, int]
+    factor: float
+    _cache: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def of(
+        solved: Inference, names: DimNames, width: int | Mapping[str, int] | None, scale: float | None
+    ) -> NewSizes:
+        """Read the caller's wish.
+
+        Args:
+            solved: The inference.
+            names: Names of dimensions.
+            width: New width, or sizes by name.
+            scale: Factor instead.
+
+        Raises:
+            ResizeError: Neither or both are given, a name is unknown, or the sizes contradict each other.
+        """
+        if (width is None) == (scale is None):
+            raise ResizeError("give either width= or scale=")
+        present = model_width(solved)
+        if isinstance(width, Mapping):
+            given = named_sizes(solved, names, width)
+            sizes = NewSizes(solved, names, given, _common_factor(solved, names, given))
+        elif width is not None:
+            sizes = NewSizes(
+                solved, names, {}, checked_size("width", width) / solved.engine.space.size(present)
+            )
+        elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ResizeError(f"scale must be a positive number, not {scale!r}")
+        else:
+            sizes = NewSizes(solved, names, {}, scale)
+        sizes.check()
+        return sizes
+
+    @property
+    def changes(self) -> bool:
+        """Whether any dimension gets another size."""
+        space = self.solved.engine.space
+        return self.factor != 1 or any(size != space.size(dim) for dim, size in self.given.items())
+
+    def of_dim(self, dim: int) -> int:
+        """Return the new size of a dimension.
+
+        Args:
+            dim: Handle.
+
+        Raises:
+            ResizeError: It would not be a whole number.
+        """
+        return self._whole(dim, self.exact(dim))
+
+    def _whole(self, dim: int, exact: float) -> int:
+        size = round(exact)
+        if abs(size - exact) > 1e-6 or size < min(1, self.solved.engine.space.size(dim)):
+            raise ResizeError(
+                f"dimension {self.names.term(dim)} of size {self.solved.engine.space.size(dim)} "
+                f"would become {exact:g}, which is no whole number; give it a size by its name, or ask for "
+                "another width"
+            )
+        return size
+
+    def maybe(self, dim: int) -> int | None:
+        """Return the new size of a dimension, or None where it would be no whole number.
+
+        Args:
+            dim: Handle.
+        """
+        exact = self.exact(dim)
+        return round(exact) if abs(round(exact) - exact) <= 1e-6 else None
+
+    def predicted(self, dim: int) -> int | None:
+        """Return the size that an operator's result must have; None where nothing certain is known of it.
+
+        Args:
+            dim: Handle.
+        """
+        return None if self.solved.engine.space.find(dim) in self._contested else self.maybe(dim)
+
+    def of_axis(self, parameter: str, axis: int) -> int:
+        """Return the new size of a parameter's axis, also where the forward pass never reads it.
+
+        Args:
+            parameter: Its name.
+            axis: The axis.
+        """
+        dim = self.solved.dims[parameter][axis]
+        if parameter in self.solved.overlooked and self.solved.verdict(parameter, axis).infinite:
+            return NewSizes(self.solved, self.names, {}, self.factor)._as_its_equals(dim)
+        return self.of_dim(dim)
+
+    def _as_its_equals(self, dim: int) -> int:
+        """Return the new size of a dimension that nothing reads: that of one of its size that grows."""
+        space = self.solved.engine.space
+        rows = (d for dims in self.solved.dims.values() for d in dims)
+        twins = [d for d in rows if space.size(d) == space.size(dim) and self.solved.verdicts.grows(d)]
+        return self.of_dim(twins[0]) if twins else self._whole(dim, self.factor * space.size(dim))
+
+    @cached_property
+    def _carried(self) -> frozenset[int]:
+        """Dimensions of parameters; those without a verdict are fixed: no weight is contracted along them."""
+        space = self.solved.engine.space
+        return frozenset(space.find(d) for dims in self.solved.dims.values() for d in dims)
+
+    @cached_property
+    def _contested(self) -> frozenset[int]:
+        """Factors of a growing product of which one has no verdict: any of them may be the one that grows."""
+        verdicts, space = self.solved.verdicts, self.solved.engine.space
+        grown = [members for whole, members in space.terms("product") if verdicts.grows(whole)]
+        return frozenset(m for ms in grown if any(map(verdicts.is_open, ms)) for m in ms) - self._carried
+
+    @cached_property
+    def _grown(self) -> frozenset[int]:
+        """Dimensions without a verdict that grow as their equals do: one half of a chunk as the other."""
+        verdicts, space = self.solved.verdicts, self.solved.engine.space
+        found: set[int] = set()
+        for whole, members in space.terms("sum"):
+            sizes = {space.size(m) for m in members if verdicts.grows(m)}
+            if verdicts.grows(whole):
+                found |= {m for m in members if verdicts.is_open(m) and space.size(m) in sizes}
+        return frozenset(found) - self._carried
+
+    def grows(self, dim: int) -> bool:
+        """Whether a dimension grows with the width.
+
+        Args:
+            dim: Handle.
+        """
+        return self.solved.verdicts.grows(dim) or self.solved.engine.space.find(dim) in self._grown
+
+    def exact(self, dim: int) -> float:
+        """Return the new size of a dimension before it is asked to be a whole number.
+
+        Args:
+            dim: Handle.
+        """
+        root = self.solved.engine.space.find(dim)
+        if root not in self._cache:
+            self._cache[root] = self.factor * self.solved.engine.space.size(dim)  # ends circular terms
+            self._cache[root] = self._computed(root)
+        return self._cache[root]
+
+    def _computed(self, root: int) -> float:
+        space = self.solved.engine.space
+        size = space.size(root)
+        if root in self.given:
+            return self.given[root]
+        if not self.grows(root):
+            return size
+        for kind in ("product", "sum"):
+            for members in self.terms(root, kind):
+                if any(self.grows(m) or m in self.given for m in members):
+                    return float(COMBINE[kind]([self.exact(m) for m in members]))
+        for derived, source in space.derived:
+            if space.find(derived) == root and space.find(source) != root:
+                old, new = space.size(source), self.exact(source)
+                return size * new / old if size % old == 0 or old % size == 0 else size + new - old
+        return size * self.factor
+
+    def terms(self, root: int, kind: str) -> list[Members]:
+        """Return what a dimension is made of; what slices leave uncovered makes nothing."""
+        space = self.solved.engine.space
+        rests = {space.find(d) for d in space.rests}
+        return [m for m in space.terms_of(root, kind) if not rests & set(m)]
+
+    def check(self) -> None:
+        """Compare every product and sum of dimensions that parameters carry with its members.
+
+        Raises:
+            ResizeError: They differ, or a dimension would not be a whole number.
+        """
+        for kind, combine in COMBINE.items():
+            for whole in self._carried:
+                for members in self.terms(whole, kind):
+                    parts = [self.of_dim(m) for m in members]
+                    if self.of_dim(whole) != combine(parts):
+                        sign = " + " if kind == "sum" else " * "
+                        text = sign.join(
+                            f"{self.names.of(m) or 'fixed'} = {p}"
+                            for m, p in zip(members, parts, strict=True)
+                        )
+                        raise ResizeError(
+                            f"dimension {self.names.term(whole)} would become {self.of_dim(whole)}, "
+                            f"but it is made of {text}"
+                        )
+
+
+def model_width(solved: Inference) -> int:
+    """Return the growing dimension that most parameters carry (ties: the widest)."""
+    space = solved.engine.space
+    carried = Counter(d for dims in solved.dims.values() for d in {space.find(d) for d in dims})
+    grown = [d for d in carried if solved.verdicts.grows(d)]
+    if not grown:
+        raise ResizeError(
+            "no dimension of the model grows, so it has no width; name one: "
+            "dims={'PARAMETER:AXIS': 'infinite'}"
+        )
+    return max(grown, key=lambda d: (carried[d], space.size(d)))
+
+
+def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int]) -> float:
+    """Return the factor on what was not named: the width's own, where it is given.
+
+    Raises:
+        ResizeError: The sizes given differ in ratio, and the width is not among them.
+    """
+    space = solved.engine.space
+    width = model_width(solved)
+    told = NewSizes(solved, names, given, math.nan).exact(width)  # nan wherever the factor is needed
+    if not math.isnan(told):
+        return told / space.size(width)
+    factors = {size / space.size(dim) for dim, size in given.items()}
+    if len(factors) > 1:
+        open_ = {n for d, n in names.table.items() if d not in given and solved.verdicts.grows(d)}
+        if open_:
+            raise ResizeError(
+                f"the sizes given differ in ratio, so name the width ({names.term(width)}) or these too: "
+                f"{sorted(open_)}"
+            )
+    return factors.pop()

@@ -1,0 +1,163 @@
+"""Residual branches: the sums ``x + f(x)`` of a captured model, and the parameters behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.fx import Node
+
+from mupass._capture.capture import Capture
+from mupass._dims.graph import flatten, operator_name, shape_of
+from mupass._roles.geometry import Branch
+
+SUMS = ("aten.add", "aten.add_")
+# Operators on one activation that leave a factor on it alone.
+PASSING = (
+    "dropout",
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "contiguous",
+    "clone",
+    "to",
+    "_to_copy",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "getitem",
+    "mul",
+    "div",
+    "type_as",
+)
+
+
+def find_branches(captured: Capture) -> tuple[Branch, ...]:
+    """Find the residual branches of a model, in the order of execution.
+
+    A sum is residual when one operand is computed from the other, or from what a stream was before the sum
+    that the other is (parallel branches). The computed one is the branch, if there is a weight in it.
+    Branches inside branches belong to the outer one.
+
+    Args:
+        captured: The graph.
+    """
+    order = [*captured.parameters, *captured.inputs, *captured.states, *captured.nodes]
+    before = _ancestors(order)
+    number = {node: i for i, node in enumerate(order)}
+    origin: dict[Node, Node] = {}  # a residual sum -> where its stream began
+    ends: dict[Node, Node] = {}  # branch -> the sum it goes into
+    weighted = _weighted(captured, before)
+    for node in captured.nodes:
+        found = _branch_of(node, before, number, origin)
+        if found:
+            stream, start, end = found
+            origin[node] = origin.get(stream, stream)
+            # Without a weight on the way it is arithmetic, such as a hand-written activation.
+            if any(before[n] >> number[start] & 1 and before[end] >> number[n] & 1 for n in weighted):
+                ends[end] = node
+    outputs = {node for _, node in captured.outputs}
+    reached = _reached(order, outputs, ends)
+    # A branch whose sum reaches nothing but one other branch is part of that one.
+    ends = {e: into for e, into in ends.items() if len(reached[e]) != 1 or None in reached[e]}
+    reached = _reached(order, outputs, ends)
+    parameters = {name: reached[node] for node, name in captured.parameters.items()}
+    found_branches = []
+    for end, into in ends.items():
+        own = tuple(name for name, ways in parameters.items() if ways == {end})
+        modules, reason = _modules(end, into, captured.owners)
+        reason = reason or _shared(modules, captured)
+        found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason))
+    return tuple(found_branches)
+
+
+def _ancestors(order: Iterable[Node]) -> dict[Node, int]:
+    """Return every node -> a set of the nodes it depends on, as bits."""
+    before: dict[Node, int] = {}
+    for i, node in enumerate(order):
+        bits = 1 << i
+        for source in node.all_input_nodes:
+            bits |= before.get(source, 0)
+        before[node] = bits
+    return before
+
+
+def _weighted(captured: Capture, before: Mapping[Node, int]) -> list[Node]:
+    """Return the operators with an operand that is made of parameters and no input."""
+    inputs, parameters = (
+        sum(before[node] for node in group) for group in (captured.inputs, captured.parameters)
+    )
+
+    def weight(operand: Node) -> bool:
+        return bool(before.get(operand, 0) & parameters) and not before[operand] & inputs
+
+    return [node for node in captured.nodes if any(map(weight, node.all_input_nodes))]
+
+
+def _branch_of(
+    node: Node, before: Mapping[Node, int], number: Mapping[Node, int], origin: Mapping[Node, Node]
+) -> tuple[Node, Node, Node] | None:
+    """Return (stream, where the branch leaves it, branch) of a residual sum, or None for another operator."""
+    operands = [x for x in node.args[:2] if isinstance(x, Node)]
+    if operator_name(node.target) not in SUMS or len(operands) < 2:
+        return None
+    values = [x.meta.get("val") for x in (*operands, node)]
+    if len({shape_of(v) if isinstance(v, Tensor) else None for v in values}) > 1:
+        return None
+    for stream, branch in (operands, operands[::-1]):
+        for start in (stream, origin.get(stream, stream)):
+            if start is not branch and before[branch] >> number[start] & 1:
+                return stream, start, branch
+    return None
+
+
+def _reached(
+    order: list[Node], outputs: set[Node], ends: Mapping[Node, Node]
+) -> dict[Node, frozenset[Node | None]]:
+    """Return every node -> the ends of branches that it reaches first on its ways; None is an output.
+
+    Args:
+        order: Nodes in the order of execution.
+        outputs: Outputs of the model.
+        ends: The branches' last nodes.
+    """
+    known: dict[Node, frozenset[Node | None]] = {}
+    for node in reversed(order):
+        found: set[Node | None] = {None} if node in outputs else set()
+        for user in node.users:
+            found |= {user} if user in ends else known.get(user, frozenset())
+        known[node] = frozenset(found)
+    return known
+
+
+def _modules(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
+    """Walk back from the end of a branch to the nodes it is made of that are outputs of modules.
+
+    Returns:
+        Node -> module, and the reason why there is none.
+    """
+    here, module = owners.get(into, ""), owners.get(end, "")
+    others = [user for user in end.users if user is not into]
+    if others:
+        return {}, f"what it adds is also read by {operator_name(others[0].target)} ({others[0]})"
+    if module != here and (module.startswith(f"{here}.") or not here):
+        return {end: module}, ""
+    name = operator_name(end.target)
+    sources = [x for x in flatten(end.args) if isinstance(x, Node) and x in owners]
+    if (name in SUMS and len(sources) == 2) or (
+        name.rpartition(".")[2].rstrip("_") in PASSING and len(sources) == 1
+    ):
+        parts = [_modules(source, end, owners) for source in sources]
+        return {n: m for part, _ in parts for n, m in part.items()}, next((r for _, r in parts if r), "")
+    return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"
+
+
+def _shared(modules: Mapping[Node, str], captured: Capture) -> str:
+    """Return why a multiplier on the outputs of these modules would reach further than the branch."""
+    for node, module in captured.owners.items():
+        if module in modules.values() and node not in modules:
+            if any(not f"{captured.owners.get(u, '')}.".startswith(f"{module}.") for u in node.users):
+                return f"{module} has other outputs or calls ({node}) that are no branch"
+    return ""

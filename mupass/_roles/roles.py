@@ -1,0 +1,73 @@
+"""Roles: which axes of a parameter are fan_in and fan_out, and which row of the scale table it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mupass._roles.geometry import Role, Use
+
+
+def main_use(uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:
+    """Return the use that decides a parameter's role.
+
+    A weight that is read twice, once as a lookup table or first layer and once as a readout, takes the
+    input row; the readout use is then compensated by a multiplier.
+
+    Args:
+        uses: All uses of the parameter.
+        infinite: Verdict of each of its axes.
+
+    Returns:
+        The deciding use, or None for parameters that only multiply or shift activations.
+    """
+    weights = [u for u in uses if u.fan_in or u.fan_out]
+    for row in ("input", "hidden", "output"):
+        for use in weights:
+            if role_of(use, infinite) == row:
+                return use
+    return weights[0] if weights else None
+
+
+def role_of(use: Use | None, infinite: Sequence[bool]) -> Role:
+    """Return the row of the scale table for one use.
+
+    Args:
+        use: A contraction of the parameter, or None when it has none.
+        infinite: Verdict of each of its axes.
+
+    Returns:
+        ``input``, ``hidden`` or ``output`` for weights with a growing axis, ``vector`` for growing
+        parameters that no activation is contracted with, ``scalar`` when no axis grows.
+    """
+    if not any(infinite):
+        return "scalar"
+    if use is None:
+        return "vector"
+    grows_in = any(infinite[i] for i in use.fan_in)
+    grows_out = any(infinite[i] for i in use.fan_out)
+    if grows_in and grows_out:
+        return "hidden"
+    return "output" if grows_in else "input" if grows_out else "vector"
+
+
+def readout_uses(uses: Sequence[Use], role: Role, infinite: Sequence[bool]) -> tuple[Use, ...]:
+    """Return the uses in which an input-row parameter also acts as a readout (a tied embedding)."""
+    if role != "input":
+        return ()
+    return tuple(u for u in uses if role_of(u, infinite) == "output")
+
+
+def separate(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give every axis one side; a weight mixed with its transpose (``W - W^T``) has its axes on both.
+
+    Args:
+        fan_in: Axes that are contracted.
+        fan_out: Axes that are kept.
+
+    Returns:
+        Disjoint fan_in and fan_out; of a symmetric pair the last axis is fan_in.
+    """
+    if not set(fan_in) & set(fan_out):
+        return fan_in, fan_out
+    inside = tuple(i for i in fan_in if i not in fan_out) or fan_in[-1:]
+    return inside, tuple(i for i in fan_out if i not in inside)

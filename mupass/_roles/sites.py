@@ -1,0 +1,194 @@
+"""Sites: the operators of a captured graph that use a parameter, and how they see it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mupass._capture.capture import Capture
+from mupass._dims.graph import MOVES, shape_of
+from mupass._roles import contraction
+from mupass._roles.geometry import Site
+
+PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum")
+CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
+View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
+
+
+def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
+    """Find every operator that uses each parameter.
+
+    Args:
+        captured: The graph.
+
+    Returns:
+        Parameter name -> its sites. Calls that differ only in their input are one site, with all sources.
+    """
+    found = {}
+    for node, name in captured.parameters.items():
+        sites: dict[Site, list[str]] = defaultdict(list)
+        rank = len(_shape(node))
+        for user, seen, view in _users(node, tuple(range(rank))):
+            site, source = _site(captured, name, user, seen, view)
+            sites[site].append(source)
+        found[name] = tuple(_with_sources(s, sources) for s, sources in sites.items())
+    return found
+
+
+def _with_sources(site: Site, sources: list[str]) -> Site:
+    return Site(**{**vars(site), "sources": tuple(sources)})
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return shape_of(value) if isinstance(value, torch.Tensor) else ()
+
+
+def _users(node: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
+    """Yield (operator, the node it reads, how it sees the parameter), through moves and transposes."""
+    for user in node.users:
+        if user.op == "output":
+            continue
+        name = _name(user)
+        turned = _turn(user, name, view)
+        if name in MOVES and user.args and user.args[0] is node:
+            yield from _users(user, view)
+        elif turned is not None:
+            yield from _users(user, turned)
+        else:
+            yield user, node, view
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    return str(target).rsplit(".", 1)[0] if node.op == "call_function" else str(target)
+
+
+def _turn(node: Node, name: str, view: View) -> View | None:
+    """Return how the result of a transpose shows the parameter, or None for other operators."""
+    args: Any = node.args
+    if name in ("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint") and len(view) == 2:
+        return contraction.reordered(view, "last")
+    if name in ("aten.transpose", "aten.swapaxes") and view:
+        return contraction.reordered(view, "swap", args[1:3])
+    return contraction.reordered(view, "permute", args[1]) if name == "aten.permute" else None
+
+
+def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View) -> tuple[Site, str]:
+    name, module = _name(user), captured.owners.get(user, "")
+    slots = [i for i, a in enumerate(user.args) if a is seen]
+    shape = _shape(next(n for n, p in captured.parameters.items() if p == parameter))
+
+    def site(kind: str, **more: Any) -> Site:
+        return Site(kind, str(user.target), module, **more)
+
+    if name == "aten.embedding" and slots == [0] and view == (0, 1):
+        return site("embedding", in_axes=(0,), out_axes=(1,)), _source(user.args[1])
+    if name.startswith(CONVOLUTIONS) and slots == [1] and view == tuple(range(len(view))):
+        return site("conv", in_axes=view[1:], out_axes=view[:1]), _source(user.args[0])
+    if name in PRODUCTS or name.startswith(CONVOLUTIONS):
+        return _product(captured, user, name, seen, view, shape, site)
+    if "norm" in name and len(slots) == 1 and len(shape) >= 1:
+        arguments: Any = user.target
+        name = arguments._schema.arguments[slots[0]].name
+        if name in ("weight", "bias"):
+            return site("norm gain" if name == "weight" else "norm shift"), _source(user.args[0])
+    if name in ("aten.mul", "aten.add") and len(slots) == 1:
+        return _elementwise(captured, user, name, slots[0], shape, site)
+    return site("", reason=f"{user.target} uses it in a way that has no Kronecker form here"), ""
+
+
+def _product(
+    captured: Capture, user: Node, name: str, seen: Node, view: View, shape: tuple[int, ...], site: Any
+) -> tuple[Site, str]:
+    arguments: Any = user.args[1] if name == "aten.einsum" else user.args
+    operands: list[Any] = list(arguments)
+    if name in ("aten.addmm", "aten.baddbmm"):
+        bias, *operands = operands
+    elif name == "aten.linear" or name.startswith(CONVOLUTIONS):
+        bias = operands[2] if len(operands) > 2 else None
+        operands = operands[:2]
+    else:
+        bias = None
+    if bias is seen and isinstance(operands[-1], Node):
+        return site("bias", weight=_parameter(captured, root_of(operands[-1]))), ""
+    if name.startswith(CONVOLUTIONS):
+        return site("", reason=f"{user.target} does not use it as it is"), ""
+    at = [i for i, a in enumerate(operands) if a is seen]
+    others = [a for a in operands if isinstance(a, Node) and a is not seen]
+    if len(at) != 1 or len(others) != 1 or len(operands) != 2:
+        return site("", reason=f"{user.target} multiplies it with itself or with several tensors"), ""
+    if root_of(others[0]) in captured.parameters:
+        return site(
+            "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
+        ), ""
+    form = product_form(name, user.args[0], _shape(others[0]), view, shape, at[0])
+    if form is None or not form.proper:
+        return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
+    kind = "linear" if name == "aten.linear" and view == (0, 1) else "contraction"
+    return site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(others[0])
+
+
+def product_form(
+    name: str, equation: Any, x: tuple[int, ...], view: View, shape: tuple[int, ...], weight_at: int
+) -> contraction.Contraction | None:
+    """Return the form of a product of an activation with a parameter, or None.
+
+    Args:
+        name: ATen name without overload.
+        equation: Of an einsum.
+        x: Shape of the activation.
+        view: How the operator sees the parameter.
+        shape: Shape of the parameter.
+        weight_at: Place of the parameter among the two factors.
+    """
+    if name == "aten.einsum":
+        return contraction.einsum(str(equation), x, view, shape, weight_at)
+    if name == "aten.linear":
+        return contraction.linear(len(x), view, shape) if weight_at == 1 else None
+    return contraction.matmul(x, view, shape, weight_at)
+
+
+def _elementwise(
+    captured: Capture, user: Node, name: str, slot: int, shape: tuple[int, ...], site: Any
+) -> tuple[Site, str]:
+    other = user.args[1 - slot]
+    wide = [i for i, n in enumerate(shape) if n > 1]
+    if not isinstance(other, Node) or root_of(other) in captured.parameters or user.kwargs:
+        return site("", reason=f"{user.target} joins it to another parameter or a number"), ""
+    if len(wide) > 1 or len(shape) > len(_shape(other)):
+        return site("", reason="it is a table that is added to or multiplied with activations"), ""
+    kind = "gain" if name == "aten.mul" else "shift"
+    axis = (wide or [len(shape) - 1])[0] if shape else 0
+    return site(kind, out_axes=(axis,) if shape else ()), _source(other)
+
+
+def root_of(node: Any) -> Any:
+    """Follow moves and transposes back to what they show.
+
+    Args:
+        node: An operand.
+    """
+    while isinstance(node, Node) and node.op == "call_function" and node.args:
+        name, source = _name(node), node.args[0]
+        if not isinstance(source, Node):
+            break
+        if name not in MOVES and _turn(node, name, tuple(range(len(_shape(source))))) is None:
+            break
+        node = source
+    return node
+
+
+def _parameter(captured: Capture, node: Any) -> str:
+    return captured.parameters.get(node, "")
+
+
+def _source(node: Any) -> str:
+    root = node
+    while isinstance(root, Node) and root.op == "call_function" and _name(root) in MOVES:
+        root = root.args[0]
+    return str(root)

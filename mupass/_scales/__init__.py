@@ -1,0 +1,1 @@
+"""Scales: parameterization x optimizer x geometry -> a frozen plan."""

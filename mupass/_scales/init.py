@@ -1,0 +1,239 @@
+"""Initialization: the factor that turns the user's own initialization into the plan's.
+
+The plan wants ``std = (std that the user's law gives at the base width) x (init scale)``. So the law
+must be known: a constant 0.02 is already the value at the base width, ``1/sqrt(fan_in)`` is not. It is
+read off the values by `mupass._scales.laws` or given by ``init=``; gain and distribution are kept.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import isfinite, prod, sqrt
+
+import torch
+
+from mupass._errors import PlanError
+from mupass._roles.geometry import Geometry
+from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
+from mupass._scales.scales import powers
+from mupass._scales.spec import OptimizerSpec
+
+InitChoice = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initialization of one parameter.
+
+    Attributes:
+        law: What the present values were taken for, and how that was decided.
+        std: Standard deviation to be had; None for zeros, constants and tensors without values.
+        factor: What the tensor is multiplied by; exactly 1.0 at the base width.
+        doubtful: Whether another law fits as well and would give another factor.
+    """
+
+    law: str
+    std: float | None
+    factor: float
+    doubtful: bool = False
+
+
+def plan_init(
+    tensors: Mapping[str, torch.Tensor],
+    geometries: Sequence[Geometry],
+    parameterization: str = "mup",
+    init: InitChoice = "auto",
+) -> dict[str, Init]:
+    """Initialization of every parameter.
+
+    Args:
+        tensors: Parameters by name, with the user's initial values.
+        geometries: Their geometry.
+        parameterization: Key of `mupass._scales.scales.PARAMETERIZATIONS`.
+        init: ``"auto"`` reads each law off the values. ``"fan_in"``, ``"fan_out"``, ``"fan_avg"`` or
+            ``"constant"`` states it for all parameters, ``{pattern: law}`` for those whose name matches
+            a shell pattern; a later pattern wins.
+
+    Returns:
+        Parameter name -> its `Init`.
+    """
+    findings, fixed = _findings(tensors, geometries, init)
+    return {
+        g.name: _constant(fixed[g.name], g, parameterization)
+        if g.name in fixed
+        else _init(findings[g.name], g, parameterization)
+        for g in geometries
+    }
+
+
+def own_init(
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice = "auto"
+) -> dict[str, Init]:
+    """Tell what the user's own law would give at the base shapes.
+
+    Args:
+        tensors: Parameters by name, with the user's initial values.
+        geometries: Geometry of all parameters; the base shapes are the shapes asked about. Those that are not
+            among the tensors only lend their fans (a weight of zeros to its bias).
+        init: As for `plan_init`.
+
+    Returns:
+        Parameter name -> law, its standard deviation there, and the factor from the present one to that.
+    """
+    findings, fixed = _findings(tensors, geometries, init)
+    found = dict(fixed)
+    for name, f in findings.items():
+        factor = sqrt(f.sample.fans.ratio(f.kind))
+        found[name] = Init(f.text, None if f.std is None else f.std * factor, factor, f.doubtful)
+    return found
+
+
+def _findings(
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice
+) -> tuple[dict[str, Finding], dict[str, Init]]:
+    """Return the laws of random parameters, and the answer for the others."""
+    told = _told(init, [g.name for g in geometries])
+    samples, fixed = _measure(tensors, geometries, told)
+    findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
+    for sample in samples:
+        if sample.name in told:
+            patterned = not isinstance(init, str)
+            findings[sample.name] = _as_told(sample, told[sample.name], patterned)
+    return findings, fixed
+
+
+def own_fans(geometry: Geometry) -> Fans:
+    """Return the fans of a parameter that an initialization law can refer to.
+
+    Args:
+        geometry: The parameter.
+    """
+    # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
+    conv = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
+    fan_out = geometry.fan_out * prod(geometry.shape[2:]) if conv else geometry.fan_out
+    grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
+    return Fans(
+        geometry.fan_in if geometry.fan_in_axes else None,
+        fan_out if geometry.fan_in_axes or grows else None,
+        geometry.m_in,
+        geometry.m_out,
+    )
+
+
+def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None:
+    """Return the fan_in of another weight by which PyTorch draws this parameter, or None.
+
+    A bias is drawn from ``U(+-1/sqrt(fan_in of its weight))``; all that a recurrent layer holds is drawn
+    from ``U(+-1/sqrt(hidden size))``, the fan_in of its ``weight_hh``. What PyTorch takes for the fan_in of a
+    transposed convolution is its fan_out.
+
+    Args:
+        geometry: The parameter.
+        geometries: All parameters.
+    """
+    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
+    recurrent = any(use.kind == "recurrent" for use in geometry.uses)
+    if not modules or (geometry.fan_in_axes and not recurrent):
+        return None
+    near = [g for g in geometries if any(use.module in modules and use.fan_in for use in g.uses)]
+    names = (
+        geometry.name.replace("bias", "weight"),
+        re.sub("(weight|bias)_[ih]h", "weight_hh", geometry.name),
+    )
+    twins = [g for name in reversed(names) for g in near if g.name == name]
+    certain = len(near) == 1 and all(use.kind == "bias" for use in geometry.uses)
+    lender = twins[0] if twins else near[0] if certain else None
+    if lender is None or lender is geometry:
+        return None
+    if any(use.kind == "conv_transpose" for use in lender.uses):
+        fans = own_fans(lender)
+        return Fans(fans.fan_out, None, fans.m_out, 1.0, lender.name)
+    return Fans(lender.fan_in, None, lender.m_in, 1.0, lender.name)
+
+
+def _told(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
+    """Return parameter name -> law, for the parameters whose law the user states.
+
+    Raises:
+        PlanError: Unknown law, or a pattern that matches no parameter.
+    """
+    rules = {"*": init} if isinstance(init, str) else init
+    if not isinstance(rules, Mapping):
+        raise PlanError(f"init must be a law or a mapping from name pattern to law, not {init!r}")
+    told: dict[str, str] = {}
+    for pattern, kind in rules.items():
+        if kind not in ("auto", *KINDS):
+            raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise PlanError(f"init: pattern {pattern!r} matches no parameter")
+        told.update(dict.fromkeys(hits, kind))
+    return {name: kind for name, kind in told.items() if kind != "auto"}
+
+
+def _measure(
+    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], told: Mapping[str, str]
+) -> tuple[list[Sample], dict[str, Init]]:
+    """Return statistics of the random parameters, and the answer for those that are not random.
+
+    Raises:
+        PlanError: A parameter holds NaN or infinite values.
+    """
+    samples, fixed = [], {}
+    for g in geometries:
+        if g.name not in tensors:
+            continue
+        tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
+        found = Sample(g.name, tensor.numel(), None, False, own_fans(g))
+        if not tensor.is_meta:
+            values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
+            low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
+            if not (isfinite(low) and isfinite(high)):
+                raise PlanError(f"{g.name} holds NaN or infinite values; initialize the model first")
+            lone = len(values) == 1 and low != 0 and lent is not None
+            if low == high and not lone:
+                fixed[g.name] = Init("zeros" if low == 0 else f"constant {low:.4g}", None, 1.0)
+                continue
+            # Of a single draw its size is all there is to see.
+            std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
+            uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
+            found = replace(found, std=std, uniform=uniform)
+        if lent is not None:
+            borrowed = replace(found, fans=lent)
+            if found.std is None or borrowed.drawn_by_default or (g.name in told and not g.fan_in_axes):
+                found = borrowed
+        samples.append(found)
+    return samples, fixed
+
+
+def _as_told(sample: Sample, kind: str, patterned: bool) -> Finding:
+    """Return the stated law; a law for all parameters skips those that have no such fan.
+
+    Raises:
+        PlanError: A pattern gives a law to a parameter without that fan.
+    """
+    if sample.fans.denominator(kind) is None:
+        if patterned:
+            raise PlanError(f"init: {sample.name} has no fan for the law {kind!r}; use 'constant'")
+        kind = "constant"
+    return Finding(sample, kind, sample.gain(kind), "as told")
+
+
+def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
+    """Constants stay, but for a gain on what the code itself scales with the width."""
+    if not geometry.given or geometry.fan_in_axes or found.law == "zeros":
+        return found
+    p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][1]
+    return replace(found, factor=geometry.m_out**p_out)
+
+
+def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
+    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
+    # The same quotient after the transform.
+    wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)
+    # Compared as ratios, so that a law that is right already gives exactly 1.0 and no rounding.
+    factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
+    std = None if found.std is None else found.std * factor
+    return Init(found.text, std, factor, found.doubtful)

@@ -1,0 +1,246 @@
+"""The plan: for every parameter of one model its geometry, its initialization and its scales."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from mupass._errors import PlanError
+from mupass._roles.geometry import Geometry
+from mupass._scales.scales import Scales, scales
+from mupass._scales.spec import OptimizerSpec
+
+__all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
+
+VERSION = 4
+ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
+
+
+@dataclass(frozen=True)
+class Entry:
+    """All that is planned for one parameter.
+
+    Attributes:
+        geometry: Fans, role and evidence.
+        init_law: What the user's initialization was taken to be, and how that was decided.
+        init_std: Standard deviation after the transform; None for zeros and constants.
+        init_factor: What the transform multiplies the tensor by.
+        scales: Width factors.
+    """
+
+    geometry: Geometry
+    init_law: str
+    init_std: float | None
+    init_factor: float
+    scales: Scales
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen answers to every width question about one model, keyed by parameter name.
+
+    Attributes:
+        version: Format of the JSON form.
+        optimizer: Optimizer that the scales are for.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+        width: Size of the dimension that names the model's width.
+        base_width: Width at which the plan equals standard parameterization.
+        capture: How the graph was obtained.
+        warnings: What the reader must know.
+        entries: One for each parameter, in the order of ``named_parameters()``.
+        depth: Number of residual branches relative to the base depth; 1 where depth is not scaled.
+        branches: Modules whose outputs are multiplied by ``1 / depth``.
+    """
+
+    version: int
+    optimizer: OptimizerSpec
+    parameterization: str
+    width: int
+    base_width: float
+    capture: str
+    warnings: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    depth: float = 1.0
+    branches: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Entry:
+        """Entry of a parameter, by its name or by any name it is tied under.
+
+        Args:
+            name: Qualified name.
+
+        Returns:
+            The entry.
+
+        Raises:
+            PlanError: No parameter of that name.
+        """
+        if name in self._index:
+            return self._index[name]
+        near = get_close_matches(name, list(self._index), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise PlanError(f"the plan has no parameter {name!r}{hint}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Return an iterator over names, in the order of ``named_parameters()``; aliases left out."""
+        return (entry.geometry.name for entry in self.entries)
+
+    def __len__(self) -> int:
+        """Return the number of distinct parameters."""
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a parameter goes by that name."""
+        return name in self._index
+
+    @cached_property
+    def _index(self) -> dict[str, Entry]:
+        return {name: e for e in self.entries for name in (e.geometry.name, *e.geometry.aliases)}
+
+    def __str__(self) -> str:
+        """Return the table of all parameters."""
+        from mupass._scales.table import table
+
+        return table(self)
+
+    def explain(self, name: str) -> str:
+        """Why the scales of one parameter are what they are.
+
+        Args:
+            name: Qualified name, an alias included.
+
+        Returns:
+            Evidence operator by operator, then each scale with its formula and source.
+        """
+        from mupass._scales.table import explanation
+
+        return explanation(self, self[name])
+
+    def for_optimizer(self, optimizer: str | OptimizerSpec) -> "Plan":
+        """The same plan with the scales of another optimizer.
+
+        Initialization and forward multipliers do not depend on the optimizer, so a model that was
+        transformed for one can be trained with another.
+
+        Args:
+            optimizer: Name, or name with its powers.
+
+        Returns:
+            A new plan; this one is unchanged.
+        """
+        spec = OptimizerSpec.of(optimizer)
+        if spec == self.optimizer:
+            return self
+        entries = tuple(
+            replace(e, scales=scales(e.geometry, spec, self.parameterization)) for e in self.entries
+        )
+        return replace(self, optimizer=spec, entries=entries)
+
+    def check(self, model: nn.Module) -> None:
+        """Make sure that the plan is one of this model.
+
+        Args:
+            model: Module whose parameter names are those of the plan (no wrapper around it).
+
+        Raises:
+            PlanError: A name, a shape or a tie differs.
+        """
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        faults = [_fault(entry.geometry, shapes) for entry in self.entries]
+        for name in shapes.keys() - set(self):
+            if name in self:
+                root = self[name].geometry.name
+                faults.append(f"{name}: the plan ties it to {root}, here it is a tensor of its own")
+            else:
+                faults.append(f"{name}: not in the plan")
+        found = [fault for fault in faults if fault]
+        if found:
+            more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
+            raise PlanError("plan of another model:\n  " + "\n  ".join(found[:8]) + more)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; `from_json` gives back an equal plan."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read a plan written by `to_json`.
+
+        Args:
+            text: JSON text.
+
+        Returns:
+            A plan equal to the one written.
+
+        Raises:
+            PlanError: Not JSON, another version, or fields missing.
+        """
+        try:
+            data = json.loads(text)
+            version = data["version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise PlanError(f"not the JSON of a mupass plan: {error!r}") from error
+        if version != VERSION:
+            raise PlanError(f"plan has format version {version!r}; this mupass reads {VERSION}")
+        try:
+            plan: Plan = _decode(Plan, data)
+        except PlanError:
+            raise
+        except (TypeError, ValueError, KeyError) as error:
+            raise PlanError(f"plan is incomplete or damaged: {error}") from error
+        return plan
+
+
+def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
+    """Find the plan that `transform` left on a model, through any wrapper.
+
+    Args:
+        model: Transformed model, or ``torch.compile``, DDP or another module around it.
+
+    Returns:
+        ``(root, plan)``: the module that the plan's names are relative to, and the plan.
+
+    Raises:
+        PlanError: No plan, or more than one, in the module tree.
+    """
+    # vars, not getattr: OptimizedModule forwards attribute reads and would pose as the root.
+    found = [(m, vars(m)[ATTRIBUTE]) for m in model.modules() if ATTRIBUTE in vars(m)]
+    if not found:
+        raise PlanError("the model carries no plan; call mupass.transform(model, ...) first")
+    if len(found) > 1:
+        raise PlanError("the model holds several transformed models; give them one by one")
+    return found[0]
+
+
+def _fault(geometry: Geometry, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Return what is wrong with one planned parameter in a model of these shapes."""
+    shape = shapes.get(geometry.name)
+    if shape is None:
+        return f"{geometry.name}: missing from the model"
+    if shape != geometry.shape:
+        return f"{geometry.name}: planned with shape {geometry.shape}, has {shape}"
+    return None
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """Return the record, tuple or plain value of a declared type from its JSON form.
+
+    Raises:
+        KeyError: A record lacks a field or has an unknown one.
+        TypeError: Something else stands where a record or a tuple is declared.
+    """
+    if is_dataclass(kind) and isinstance(kind, type):
+        types = get_type_hints(kind)
+        odd = types.keys() ^ dict(value).keys()
+        if odd:
+            raise KeyError(f"fields of {kind.__name__}: {', '.join(sorted(odd))}")
+        return kind(**{name: _decode(types[name], v) for name, v in value.items()})
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"a list is expected, not {value!r}")
+        return tuple(_decode(get_args(kind)[0], item) for item in value)
+    return value

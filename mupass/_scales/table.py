@@ -1,0 +1,175 @@
+"""Text forms of a plan: the table that ``print(plan)`` shows and the reasons behind one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mupass._roles.geometry import Geometry, Use
+from mupass._scales.parameterizations import row
+from mupass._scales.scales import depth_powers, powers
+
+if TYPE_CHECKING:
+    from mupass._scales.plan import Entry, Plan
+
+# Scales that an optimizer reads, with the heading each has there.
+COLUMNS = {
+    "sgd": {"lr": "lr"},
+    "adam": {"lr": "lr", "epsilon": "epsilon"},
+    "adamw": {"lr": "lr", "epsilon": "epsilon"},
+    "adam_atan2": {"lr": "lr"},
+    "adafactor": {"lr": "lr"},
+    "adamuon": {"lr": "lr", "epsilon": "epsilon"},
+    "kfac": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
+    "foof": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
+    "shampoo": {"lr": "lr", "damping_in": "damping R", "damping_out": "damping L"},
+    "soap": {"lr": "lr", "epsilon": "epsilon"},
+    "muon": {"lr": "lr", "epsilon": "epsilon"},
+}
+SOURCES = {
+    "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
+    "multiplier": "a tied embedding is Theta(1), a readout 1/m: arXiv 2203.03466, table 8",
+    "lr": "delta . (dW h) = Theta(1): arXiv 2312.12226, conditions 11-13",
+    "damping_in": "order of the factor's eigenvalues: arXiv 2312.12226, d_A (d_R)",
+    "damping_out": "order of the factor's eigenvalues: arXiv 2312.12226, d_B (d_L)",
+    "epsilon": "order of what it is added to: arXiv 2512.05620, table of epsilons",
+    "weight_decay": "independent decay is Theta(1): arXiv 2512.05620",
+}
+
+
+def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0.0) -> str:
+    """Readable power law, such as ``m_out/m_in = 0.25``.
+
+    Args:
+        exponents: Powers of ``(m_in, m_out)``.
+        geometry: The parameter, whose finite fans are left out.
+        depth: Power of the relative depth L.
+
+    Returns:
+        The formula and its value; ``1`` where nothing depends on width.
+    """
+    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth
+    above: list[str] = []
+    below: list[str] = []
+    for symbol, power, axes in (
+        ("m_out", exponents[1], geometry.fan_out_axes),
+        ("m_in", exponents[0], geometry.fan_in_axes),
+    ):
+        if power and any(geometry.infinite[i] for i in axes):
+            text = symbol if abs(power) == 1 else f"{symbol}^{abs(power):g}"
+            (above if power > 0 else below).append(text)
+    if depth and geometry.depth != 1:
+        (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
+    if not above and not below:
+        return f"{value:.4g}"
+    bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
+    return f"{' '.join(above) or '1'}{'/' if below else ''}{bottom} = {value:.4g}"
+
+
+def table(plan: Plan) -> str:
+    """Aligned table of all parameters, one a line, under two lines about the plan as a whole.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Several lines without a newline at the end.
+    """
+    columns = COLUMNS[plan.optimizer.name]
+    tied = any(entry.geometry.readout_uses for entry in plan.entries)
+    multiplier = ["multiplier"] if tied else []
+    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier]
+    scales = [*columns, *multiplier]
+    rows = [head] + [_cells(plan, entry, scales) for entry in plan.entries]
+    deep = plan.depth != 1
+    size = f"width {plan.width}, base {plan.base_width:g}, {len(plan)} parameters"
+    lines = [
+        f"{plan.parameterization} plan for {plan.optimizer}: {size}",
+        "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
+        *(
+            [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
+            * deep
+        ),
+        "",
+        *_align(rows),
+    ]
+    if plan.warnings:
+        lines += ["", *(f"warning: {warning}" for warning in plan.warnings)]
+    return "\n".join(lines)
+
+
+def explanation(plan: Plan, entry: Entry) -> str:
+    """Evidence for one parameter, operator by operator, then each scale with formula and source.
+
+    Args:
+        plan: Plan that holds the entry.
+        entry: One of its entries.
+
+    Returns:
+        Several lines without a newline at the end.
+    """
+    g = entry.geometry
+    lines = [f"{g.name}: {g.role}, shape {_shape(g)} ({', '.join(g.dims)})"]
+    lines += [f"  also known as {alias}" for alias in g.aliases]
+    lines += ["evidence", *(f"  {fact}" for fact in g.evidence)]
+    note = {use: ", as a readout: takes the multiplier" for use in g.readout_uses}
+    lines += ["uses", *(f"  {_use(use)}{note.get(use, '')}" for use in g.uses)]
+    lines += [
+        "fans",
+        f"  m_in  = {_fan(g, g.fan_in_axes)} = {g.m_in:.4g}",
+        f"  m_out = {_fan(g, g.fan_out_axes)} = {g.m_out:.4g}",
+        f"initialization: {entry.init_law}",
+        f"  {_std(entry)}; the tensor is multiplied by {entry.init_factor:.4g}",
+        f"scales of {plan.parameterization} for {plan.optimizer}",
+    ]
+    exponents = powers(g, plan.optimizer, plan.parameterization)
+    depths = depth_powers(plan.optimizer, plan.parameterization)
+    multiplier = ["multiplier"] if g.readout_uses else []
+    shown = ["init", *multiplier, *COLUMNS[plan.optimizer.name], "weight_decay"]
+    sources = SOURCES
+    if plan.optimizer.alignment:
+        sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
+    cells = [
+        ["  " + name, formula(exponents[name], g, depths.get(name, 0)), f"[{sources[name]}]"]
+        for name in shown
+    ]
+    lines += _align(cells)
+    return "\n".join([*lines, f"source of the row: {row(plan.parameterization).source}"])
+
+
+def _cells(plan: Plan, entry: Entry, scales: Sequence[str]) -> list[str]:
+    g = entry.geometry
+    exponents = powers(g, plan.optimizer, plan.parameterization)
+    depths = depth_powers(plan.optimizer, plan.parameterization)
+    init = f"{_std(entry)}, {entry.init_law}" if entry.init_std is not None else entry.init_law
+    if entry.init_factor != 1:
+        init += f" (times {entry.init_factor:.4g})"
+    start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
+    return start + [formula(exponents[name], g, depths.get(name, 0)) for name in scales]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in rows]
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
+def _shape(g: Geometry) -> str:
+    return " x ".join(str(size) for size in g.shape) or "scalar"
+
+
+def _std(entry: Entry) -> str:
+    return "std not set" if entry.init_std is None else f"std {entry.init_std:.3g}"
+
+
+def _use(use: Use) -> str:
+    axes = f", contracts axes {use.fan_in}, keeps {use.fan_out}" if use.fan_in or use.fan_out else ""
+    return f"{use.operator} in {use.module or 'the root module'} ({use.kind}{axes})"
+
+
+def _fan(g: Geometry, axes: tuple[int, ...]) -> str:
+    if not axes:
+        return "no such axis"
+    now = "*".join(str(g.shape[i]) for i in axes)
+    base = "*".join(f"{g.base_shape[i]:g}" for i in axes)
+    return f"({now})/({base})" if len(axes) > 1 else f"{now}/{base}"

@@ -1,0 +1,234 @@
+"""Forms: how an operator that uses a weight lays out its input and its output's gradient as rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mupass._taps.correlation import patch_gram
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CHANNELS, TAPS = (
+    16,
+    27,
+)  # where a correlation is faster than patches: with fewer, or more, its products are small
+
+
+class Form(Protocol):
+    """Rows of one operator, with the positions of a sample on an axis of their own."""
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[groups, samples, positions, fan_in]``."""
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[groups, samples, positions, *fan_out axes]``."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution module, transposed or not.
+
+    Attributes:
+        groups: Number of separate convolutions.
+        outputs: Channels of one of them.
+        kernel: Kernel sizes.
+        stride: Strides.
+        padding: Entries before and after each position axis, last axis first, as `F.pad` takes them.
+        dilation: Dilations.
+        padding_mode: As `torch.nn.functional.pad` names it.
+        transposed: Whether stride spreads the input instead of skipping outputs.
+    """
+
+    groups: int
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    transposed: bool
+
+    @staticmethod
+    def of(module: Any) -> Convolution:
+        """Describe a convolution module.
+
+        Args:
+            module: One of `CONVOLUTIONS` or `TRANSPOSED`.
+        """
+        transposed = isinstance(module, TRANSPOSED)
+        return Convolution(
+            module.groups,
+            module.out_channels // module.groups,
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            _transposed_pads(module) if transposed else _pads(module),
+            tuple(module.dilation),
+            "constant" if module.padding_mode == "zeros" else str(module.padding_mode),
+            transposed,
+        )
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Unfold patches: ``[groups, batch, positions, channels of a group x kernel]``.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not.
+        """
+        rank = len(self.kernel)
+        x = x.unsqueeze(0) if x.dim() == rank + 1 else x
+        if self.transposed:
+            x = self._spread(x)
+        if any(self.padding):
+            x = F.pad(x, self.padding, self.padding_mode)
+        steps = (1,) * rank if self.transposed else self.stride
+        for axis, (size, step, gap) in enumerate(zip(self.kernel, steps, self.dilation, strict=True)):
+            x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
+        if self.transposed:  # a transposed convolution meets its kernel back to front
+            x = x.flip(list(range(2 + rank, 2 + 2 * rank)))
+        x = x.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+        # Copied with positions innermost, in long runs of memory (three times faster), and seen as rows.
+        order = [1, 2, *range(3 + rank, 3 + 2 * rank), 0, *range(3, 3 + rank)]
+        x = x.permute(order).flatten(1, 1 + rank).flatten(3)  # [groups, fan_in, batch, positions]
+        return x.permute(0, 2, 3, 1)
+
+    def overlaps(self, inputs: int) -> bool:
+        """Return whether `patch_gram` serves: at stride 1, patches share most of their products.
+
+        Args:
+            inputs: Size of the input factor.
+        """
+        taps = prod(self.kernel)
+        plain = not self.transposed and set(self.stride) == {1}
+        return plain and 1 < taps <= TAPS and inputs >= CHANNELS * taps
+
+    def patch_gram(self, x: Tensor) -> Tensor:
+        """Return ``sum x x^T`` over the rows of `input_rows`, which are not formed.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not; in the precision of the factor.
+        """
+        x = x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
+        padding = self.padding
+        if any(padding) and self.padding_mode != "constant":
+            x, padding = F.pad(x, padding, self.padding_mode), (0,) * len(padding)
+        x = x.unflatten(1, (self.groups, -1)).movedim(0, 2)  # type: ignore[no-untyped-call]
+        return patch_gram(x, list(self.kernel), list(self.dilation), list(padding))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Put ``stride - 1`` zeros between positions."""
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        strides: Any = (..., *(slice(None, None, s) for s in self.stride))
+        spread[strides] = x
+        return spread
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[groups, batch, positions, channels of a group]``.
+
+        Args:
+            g: Gradient of the output.
+        """
+        g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
+        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
+        return g.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
+
+
+def _pads(module: Any) -> tuple[int, ...]:
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":  # the extra element goes behind, as in torch
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            size = 0 if module.padding == "valid" else int(module.padding[axis])
+            pads += [size, size]
+    return tuple(pads)
+
+
+def _transposed_pads(module: Any) -> tuple[int, ...]:
+    """Return what surrounds the spread input so that a plain convolution gives the output's positions."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
+        pads += [reach, reach + module.output_padding[axis]]
+    return tuple(pads)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table read by index; its input factor is the diagonal of counts."""
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return the indices themselves: one-hot rows are never formed."""
+        return x
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
+
+        Args:
+            g: Gradient of the looked-up vectors.
+        """
+        return _rows(g)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A gain or a shift along one axis.
+
+    Attributes:
+        axis: The first feature axis of the output, counted from the last one (-1) where negative.
+        count: Number of feature axes; 0 for one number that acts on all of them.
+    """
+
+    axis: int
+    count: int = 1
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return what a gain multiplies, as `output_rows` lays it out."""
+        return self.output_rows(x)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
+
+        Args:
+            g: Gradient of the output.
+        """
+        if not self.count:
+            return _rows(g[..., None])
+        at = self.axis % g.dim()
+        last = at + self.count == g.dim()
+        first = g.movedim(list(range(at, at + self.count)), list(range(self.count)))
+        # Copied in long runs of memory, and seen as rows.
+        rows = g if last else first.contiguous().movedim(list(range(self.count)), list(range(-self.count, 0)))
+        return _rows(rows.flatten(-self.count))
+
+
+@dataclass(frozen=True)
+class Features:
+    """A weight that acts on the last axis: rows are all others."""
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
+
+        Args:
+            x: ``[batch, ..., features]``, or one vector.
+        """
+        return _rows(x)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, samples, positions, features]``.
+
+        Args:
+            g: Gradient of the output.
+        """
+        return _rows(g)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Lay ``[samples, ..., features]`` out; one vector is one sample with one position."""
+    t = t[None] if t.dim() == 1 else t
+    return (t[:, None] if t.dim() == 2 else t.flatten(1, -2))[None]

@@ -1,0 +1,227 @@
+"""Leaves: Kronecker factors as gradients of dummy leaves.
+
+The output of an operator that uses a weight goes through an autograd function with extra inputs, the leaves.
+The gradient of a leaf is *defined* as the factor that the operator adds to: ``sum x x^T``, ``sum g g^T`` and
+the number of rows. Autograd then does the book-keeping: accumulation over micro-batches, reused weights,
+checkpointing, and one graph under torch.compile. While no leaf requires a gradient a tap does nothing, so
+that toggling ``requires_grad`` gives exactly two graphs: a cheap one and a curvature one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mupass._errors import OptimizerError
+from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
+from mupass._taps.forms import Form
+
+
+class _Factors(torch.autograd.Function):
+    """Identity on the output; its backward pass computes the factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        layer: Layer,
+        form: Form,
+        rows: Tensor,
+        a: Tensor | None,
+        *b: Tensor | None,
+    ) -> Tensor:
+        """Pass the output on; a copy, so that an activation may work in place on it."""
+        ctx.layer, ctx.form, ctx.dtype = layer, form, rows.dtype
+        ctx.save_for_backward(x)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
+        (g,) = grads
+        (x,) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        with torch.no_grad():
+            a = raw_input(ctx.layer, ctx.form, x, ctx.dtype) if wanted[5] else None
+            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[6:], ctx.dtype)
+            rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
+        return g, None, None, None, rows, a, *b
+
+
+class _Moments(torch.autograd.Function):
+    """Identity on the output; its backward pass computes second moments in given bases."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, layer: Layer, form: Form, bases: int, *tensors: Tensor
+    ) -> Tensor:
+        """Pass the output on; the first of the tensors are the bases, the others the leaves."""
+        ctx.layer, ctx.form = layer, form
+        ctx.save_for_backward(x, *tensors[:bases])
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the output's gradient, and as gradients of the leaves the moments of every matrix."""
+        (g,) = grads
+        x, *bases = ctx.saved_tensors
+        with torch.no_grad():
+            moments = second_moments(ctx.layer, ctx.form, x, g, bases, bases[0].dtype)
+        return g, None, None, None, None, *[None for _ in bases], *moments
+
+
+class Sums(NamedTuple):
+    """What a tap summed.
+
+    Attributes:
+        a: ``sum x x^T``, where wanted.
+        b: ``sum g g^T`` of every matrix, where wanted.
+        rows: Number of rows.
+        moments: Second moments in the bases of every matrix; none without bases.
+    """
+
+    a: Tensor | None
+    b: tuple[Tensor | None, ...]
+    rows: Tensor
+    moments: tuple[Tensor, ...] = ()
+
+
+class Tap:
+    """Leaves of one weight use; idle until an optimizer opens it.
+
+    Attributes:
+        layer: Shapes, or None before the tap is opened for the first time.
+        a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
+        b: Leaves whose gradients are ``sum g g^T``, one a matrix.
+        rows: Leaf whose gradient is the number of rows summed.
+        bases: Of the second moments: that of the input, and that of every matrix' output.
+        moments: Leaves whose gradients are the second moments, one a matrix.
+        uses: Outputs, inputs and layouts of the passes since it was set to an empty list. While it is a list
+            nothing is hung on outputs: factors that can be differentiated are made of these, see `fill`.
+    """
+
+    def __init__(self) -> None:
+        self.uses: list[tuple[Tensor, Tensor, Form]] | None = None
+        self.layer: Layer | None = None
+        self.a: Tensor | None = None
+        self.b: tuple[Tensor | None, ...] = ()
+        self.rows: Tensor | None = None
+        self.bases: tuple[Tensor, ...] = ()
+        self.moments: tuple[Tensor, ...] = ()
+
+    def through(self, output: Tensor, x: Tensor, form: Form) -> Tensor:
+        """Hang the factors on the gradient of an output.
+
+        Args:
+            output: Output of the operator.
+            x: Its input.
+            form: How both are laid out.
+
+        Returns:
+            The same values; the very tensor while no factors are wanted.
+        """
+        if self.idle or not output.requires_grad:
+            return output
+        if self.uses is not None:
+            self.uses.append((output, x, form))
+            return output.clone()  # an activation may work in place on it
+        assert self.rows is not None
+        if self.rows.device != output.device:
+            raise OptimizerError(
+                f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
+                "move the model first, then make the optimizer"
+            )
+        x = x.detach()
+        output = _Factors.apply(output, x, self.layer, form, self.rows, self.a, *self.b)  # type: ignore[no-untyped-call]
+        if not self.bases:
+            return output
+        return _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-any-return, no-untyped-call]
+
+    def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
+        """Make the leaves; a scalar seen as a matrix, so that they take no memory.
+
+        Args:
+            layer: Shapes of the factors.
+            device: Device of the weight.
+            dtype: Precision of the factors.
+            a: Whether the input factor is wanted.
+            b: Whether the output factors are wanted.
+        """
+        self.layer = layer
+        zero = torch.zeros((), device=device, dtype=dtype)
+        self.a = zero.expand(layer.input_shape()) if a and layer.inputs else None
+        self.b = tuple(zero.expand(shape) if b else None for shape in layer.output_shapes())
+        # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
+        self.rows = torch.zeros(1, device=device, dtype=dtype)
+        self.bases = self.moments = ()
+
+    def rescale(self, bases: Sequence[Tensor]) -> None:
+        """Collect second moments as well, in bases that their owner changes in place.
+
+        Args:
+            bases: ``[groups, n, n]`` of the input, then of the output of every matrix.
+        """
+        self.bases = tuple(bases)
+        zero = bases[0].new_zeros(())
+        self.moments = tuple(zero.expand(*b.shape[:2], bases[0].shape[-1]) for b in bases[1:])
+
+    @property
+    def idle(self) -> bool:
+        """Whether outputs pass as they are."""
+        return self.uses is None and (self.rows is None or not self.rows.requires_grad)
+
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put the factors of `uses` where a backward pass would leave them, and forget these.
+
+        Args:
+            gradients: Those of the outputs; None where the loss does not depend on one.
+        """
+        uses, self.uses = self.uses, None
+        assert self.layer is not None and self.rows is not None
+        wanted, dtype = [leaf is not None for leaf in self.b], self.rows.dtype
+        for (_, x, form), g in zip(uses or (), gradients, strict=True):
+            if g is not None:
+                b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
+                a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
+                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
+                for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
+                    if leaf is not None and found is not None:
+                        leaf.grad = found if leaf.grad is None else leaf.grad + found
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """All leaves: rows, A, Bs, moments, without those that are not wanted."""
+        return tuple(leaf for leaf in (self.rows, self.a, *self.b, *self.moments) if leaf is not None)
+
+    def collect(self, on: bool) -> None:
+        """Collect factors in the passes that follow, or stop.
+
+        Args:
+            on: Whether to collect.
+        """
+        for leaf in self.leaves:
+            leaf.requires_grad_(on)
+
+    def take(self) -> Sums | None:
+        """Take out what was summed since the last call, or None when no pass was collected."""
+        if self.rows is None or self.rows.grad is None:
+            return None
+        a = None if self.a is None else self.a.grad
+        b = tuple(None if leaf is None else leaf.grad for leaf in self.b)
+        moments = tuple(leaf.grad for leaf in self.moments if leaf.grad is not None)
+        found = Sums(a, b, self.rows.grad, moments)
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        """Forget what was summed."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of a model get idle taps: leaves belong to the optimizer that opened them."""
+        return vars(Tap())

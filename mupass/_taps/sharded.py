@@ -1,0 +1,54 @@
+"""Taps in parameters that FSDP2 shards: in a pass code sees a whole parameter in the place of the shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mupass._optim.parallel import is_sharded
+
+
+def path_to(root: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules on the way to a parameter, the root first and its owner last.
+
+    Args:
+        root: The module that the name is relative to.
+        name: Name of the parameter.
+    """
+    parts = name.split(".")[:-1]
+    return [root.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def is_collected(root: nn.Module, name: str) -> bool:
+    """Return whether FSDP2 collects a sharded parameter before the code that uses it runs.
+
+    Args:
+        root: The module that the name is relative to.
+        name: Name of the parameter.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in path_to(root, name))
+
+
+def on_whole(root: nn.Module, name: str, change: Callable[[nn.Parameter], None]) -> None:
+    """Change the whole parameter wherever code may see it first.
+
+    The module that FSDP2 collects for is the owner or above it, and its own hook runs before this one.
+
+    Args:
+        root: The module that the name is relative to.
+        name: Name of a sharded parameter.
+        change: Called with the whole parameter, before every pass of a module on the way to it.
+    """
+    path, leaf = path_to(root, name), name.rpartition(".")[2]
+
+    def hook(module: nn.Module, args: Any) -> None:
+        parameter = getattr(path[-1], leaf)
+        if isinstance(parameter, nn.Parameter) and not is_sharded(parameter):
+            change(parameter)
+
+    for module in path:
+        module.register_forward_pre_hook(hook)

@@ -1,0 +1,149 @@
+"""Taps of modules that are one operator: forward hooks that hang leaves on their output.
+
+Where a parameter is used by other code, the tap sits in the parameter itself (`mupass._taps.intercept`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
+
+from mupass._taps.forms import CONVOLUTIONS, TRANSPOSED, Convolution, Elementwise, Features, Form, Lookup
+from mupass._taps.leaves import Tap
+from mupass._taps.terms import TermsTap, is_terms_hook, terms_hook, terms_tap_of
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS)
+HOOKED = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED, *NORMS)
+
+
+class ModuleTap(Tap):
+    """Forward hook on a module that is one operator."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.form = _form_of(module)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Send the output through the tap.
+
+        Args:
+            module: The module.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+            output: Its output.
+        """
+        if self.idle:
+            return None
+        x = args[0] if args else kwargs["input"]
+        with torch.set_grad_enabled(self.uses is not None):
+            x = normalized(module, x)
+        return self.through(output, x, self.form)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of a model get idle taps."""
+        return {**super().__getstate__(), "form": self.form}
+
+
+def _form_of(module: nn.Module) -> Form:
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return Convolution.of(module)
+    if isinstance(module, nn.Embedding):
+        return Lookup()
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return Elementwise(-len(module.normalized_shape), len(module.normalized_shape))
+    return Elementwise(1) if isinstance(module, NORMS) else Features()
+
+
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm's gain multiplies; for other modules the input itself.
+
+    Args:
+        module: Any module of `HOOKED`.
+        x: Its input.
+    """
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        batch = module.training or module.running_mean is None
+        stats = (None, None) if batch else (module.running_mean, module.running_var)
+        if isinstance(module, INSTANCE_NORMS):
+            return F.instance_norm(x, *stats, None, None, batch, 0.0, module.eps)
+        return F.batch_norm(x, *stats, None, None, batch, 0.0, module.eps)
+    return x
+
+
+def hookable(module: nn.Module) -> bool:
+    """Return whether a module's whole forward is one operator that a hook can tap.
+
+    Args:
+        module: Any module; subclasses that keep the forward of a class of `HOOKED` count.
+    """
+    known = next((cls for cls in HOOKED if isinstance(module, cls)), None)
+    if known is None or type(module).forward is not known.forward:
+        return False
+    return not isinstance(module, nn.Embedding) or (not module.sparse and module.max_norm is None)
+
+
+def attach(model: nn.Module) -> None:
+    """Hang an idle tap on every module that is one operator.
+
+    Before the model is compiled: torch.compile does not notice hooks that come later.
+
+    Args:
+        model: The module that the plan's names are relative to.
+    """
+    _let_dynamo_see(model)
+    for module in model.modules():
+        if hookable(module) and tap_of(module) is None:
+            module.register_forward_hook(ModuleTap(module), with_kwargs=True)
+    if terms_tap_of(model) is None:
+        model.register_forward_hook(terms_hook(TermsTap()))
+
+
+def _let_dynamo_see(model: nn.Module) -> None:
+    """Make torch.compile tell a model with hooks from one without.
+
+    By default Dynamo guards on no hooks, and finds compiled code by the code of ``forward``: it would run a
+    transformed model by the graph of a plain one of the same class, without taps and multipliers. Guards on
+    hooks are switched on, and what was compiled without them is dropped.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    for cls in {type(module) for module in model.modules()}:
+        code = getattr(cls.forward, "__code__", None)
+        if code is not None:
+            reset_code(code)
+
+
+def tap_of(module: nn.Module) -> ModuleTap | None:
+    """Return the tap that hangs on a module, or None.
+
+    Args:
+        module: Any module.
+    """
+    return next((h for h in module._forward_hooks.values() if isinstance(h, ModuleTap)), None)
+
+
+def detach(model: nn.Module) -> None:
+    """Take all hooks off a model.
+
+    Args:
+        model: The module that `attach` was given.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, ModuleTap) or is_terms_hook(hook):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
