@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import mupass
-from mupass._optim import _eigen
+from mupass._optim import eigen
 from mupass._optim.pairs import Pair
 
 pytestmark = [
@@ -331,7 +331,7 @@ def test_a_failed_decomposition_keeps_the_old_one_with_its_moments(monkeypatch: 
         return bank[..., 0], bank * torch.nan, torch.zeros(len(bank)) > 0
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="failed roots"):
-        patch.setattr(_eigen, "eigenbases", failing)
+        patch.setattr(eigen, "eigenbases", failing)
         steps(case, net, optimizer, range(1, 2))
     for bank, (roots, values) in zip(banks, kept, strict=True):
         assert torch.equal(bank.roots, roots) and torch.equal(bank.values, values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mupass._optim import _banks
+from mupass._optim import banks
 from mupass._optim.newton import largest_eigenvalues, newton_roots, root_index
 from mupass._optim.roots import inverse_roots
 
@@ -103,10 +103,10 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     x = torch.randn(5, 4, 9, generator=generator, dtype=torch.float64)
     factors = x @ x.mT
     factors[3] = torch.nan
-    bank = _banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
+    bank = banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
     bank.average({0: factors}, 0.0)
     bank.factors[4] = torch.nan  # what no average lets in, to see which one is blamed
-    monkeypatch.setattr(_banks, "AT_ONCE", 32)  # two at a time
+    monkeypatch.setattr(banks, "AT_ONCE", 32)  # two at a time
     failed = bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, torch.tensor([0, 1, 2, 4]))
     assert failed.tolist() == [False, False, False, True]
     eye = torch.eye(4, dtype=torch.float64)
