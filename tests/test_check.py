@@ -78,7 +78,7 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "soap", "muon"])
 @pytest.mark.parametrize(("build", "data", "init"), [(mlp, vectors, "auto"), (TinyLM, text, LAW)])
 def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> None:
     mup = mupass.coord_check(build(), data(), init=init, optimizer=optimizer)

@@ -69,8 +69,8 @@ def coord_check(
         data: Batches ``(inputs, targets)``, a function that returns them, or one batch. The first batch is
             also what is measured on. Fewer batches than steps are used in turn.
         loss: Function of the model's output and the targets.
-        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``shampoo``, or a function of a transformed model
-            and ``lr``, such as ``lambda model, lr: mupass.KFAC(model, lr=lr)``.
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``shampoo``, ``soap``, ``muon``, or a function of a
+            transformed model and ``lr``, such as ``lambda model, lr: mupass.KFAC(model, lr=lr)``.
         lr: Learning rate at the base width, such that a few steps do not fit the batch; by default the
             recipe's own.
         widths: At least two, as for `mupass.resize`, or what the function takes. If left out three that are

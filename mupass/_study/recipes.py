@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._optim import KFAC, Shampoo, param_groups
+from mupass._optim import KFAC, SOAP, Muon, Shampoo, param_groups
 from mupass._study.batches import StudyError
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -40,16 +40,39 @@ def _shampoo(
     return Shampoo(model, lr, damping, **{"momentum": 0.0, "fallback": "sgd", "fallback_lr": lr, **options})
 
 
+def _soap(model: nn.Module, lr: float = 1e-3, **options: Any) -> torch.optim.Optimizer:
+    return SOAP(model, lr, **{"fallback_lr": lr, **options})
+
+
+def _muon(
+    model: nn.Module, lr: float = 0.01, fallback_lr: float = 1e-3, **options: Any
+) -> torch.optim.Optimizer:
+    return Muon(model, lr, fallback_lr=fallback_lr, **options)
+
+
 RECIPES: Mapping[str, Make] = MappingProxyType(
-    {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "kfac": _kfac, "shampoo": _shampoo}
+    {
+        "sgd": _sgd,
+        "adam": _adam,
+        "adamw": _adamw,
+        "kfac": _kfac,
+        "shampoo": _shampoo,
+        "soap": _soap,
+        "muon": _muon,
+    }
 )
 
 
 # The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
 # a factor: at once when it is 1 relative to the trace, only beyond width 1/damping when there are more rows
 # than that. Relative to the largest eigenvalue the rank still shows: it grows with the width up to the rows.
+# SOAP's rows are those of blocks, and a check may be narrower than those of training.
 FOR_CHECK: Mapping[str, Make] = MappingProxyType(
-    {"kfac": partial(_kfac, damping=1.0), "shampoo": partial(_shampoo, damping=1.0, damping_mode="trace")}
+    {
+        "kfac": partial(_kfac, damping=1.0),
+        "shampoo": partial(_shampoo, damping=1.0, damping_mode="trace"),
+        "soap": partial(_soap, block_size=32),
+    }
 )
 
 
