@@ -254,6 +254,20 @@ def test_grids_that_make_no_sense_are_refused(grid) -> None:
         mupass.sweep(mlp(), data(), grid, **SMALL)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "soap", "muon", lambda model, lr: None])
+def test_hyperparameters_that_the_optimizer_does_not_take_are_refused(optimizer) -> None:
+    wanted = {"lr": [0.1], "damping": [0.1]}
+    with pytest.raises(mupass.StudyError, match="takes no damping; it takes lr"):
+        mupass.sweep(mlp(), data(), wanted, optimizer=optimizer, steps=1, progress=False)
+    with pytest.raises(mupass.StudyError, match="takes no damping; it takes lr"):
+        mupass.transfer(mlp(), data(), 64, grid=wanted, optimizer=optimizer, progress=False)
+    model = mupass.transform(mlp(), data()[0][0])
+    with pytest.raises(mupass.StudyError, match="takes no damping; it takes lr"):
+        mupass.hypergradient(model, data(), {"lr": 0.1, "damping": 0.1}, optimizer=optimizer, steps=1)
+    with pytest.raises(mupass.StudyError, match="takes no lr; it takes rate"):
+        mupass.coord_check(mlp(), data(), optimizer=lambda model, rate: None, lr=0.1)
+
+
 def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "loky", None)
     with pytest.raises(mupass.StudyError, match="loky"):

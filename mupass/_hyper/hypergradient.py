@@ -19,7 +19,7 @@ from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, move, read_batches
 from mupass._study.copies import Copies
 from mupass._study.jobs import Evaluate, Work
-from mupass._study.recipes import Make, recipe
+from mupass._study.recipes import Make, check_names, recipe
 
 FORMS = ("unrolled", "implicit")
 MODES = ("reverse", "forward")
@@ -136,13 +136,13 @@ def hypergradient(
     if not isinstance(steps, int) or steps < 1:
         raise StudyError(f"steps must be at least 1, not {steps!r}")
     plan = plan_of(model)[1]
+    make = recipe(optimizer)
+    check_names(make, point)
     batches = read_batches(data, steps if form == "unrolled" else 1 << 30)
     device = next(model.parameters()).device
     own = deepcopy(model)
-    work = Work(
-        Copies((plan.width,), (own,), own), [move(b, device, None) for b in batches], loss, recipe(optimizer),
-        steps, evaluate,
-    )  # fmt: skip
+    copies = Copies((plan.width,), (own,), own)
+    work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
     if form == "unrolled":
         return unrolled(work, own, dict(point), mode, seed)
     if evaluate is None:

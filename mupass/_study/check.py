@@ -21,7 +21,7 @@ from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
 from mupass._study.probe import Probe
-from mupass._study.recipes import Make, recipe
+from mupass._study.recipes import Make, check_names, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 
@@ -90,12 +90,14 @@ def coord_check(
         Slopes and verdicts.
 
     Raises:
-        StudyError: Fewer than two widths, no batch, an unknown optimizer, or nothing is trained.
+        StudyError: Fewer than two widths, no batch, an unknown optimizer or one without `lr`, or nothing is
+            trained.
         MupassError: The model cannot be resized or transformed.
     """
     if steps < 1 or seeds < 1:
         raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
     make = recipe(optimizer, for_check=True)
+    check_names(make, [] if lr is None else ["lr"])
     copies, batches = make_copies(
         model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
         prepare=prepare, init=init, dtype=dtype,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +64,12 @@ RECIPES: Mapping[str, Make] = MappingProxyType(
 )
 
 
+# What a recipe hands on by **options.
+CLASSES: Mapping[Make, type[torch.optim.Optimizer]] = MappingProxyType(
+    {_kfac: KFAC, _shampoo: Shampoo, _soap: SOAP, _muon: Muon}
+)
+
+
 # The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
 # a factor: at once when it is 1 relative to the trace, only beyond width 1/damping when there are more rows
 # than that. Relative to the largest eigenvalue the rank still shows: it grows with the width up to the rows.
@@ -74,6 +81,27 @@ FOR_CHECK: Mapping[str, Make] = MappingProxyType(
         "soap": partial(_soap, block_size=32),
     }
 )
+
+
+def check_names(make: Make, names: Iterable[str]) -> None:
+    """Refuse hyperparameters that an optimizer does not take, before anything is trained.
+
+    Args:
+        make: Result of `recipe`.
+        names: Names of the hyperparameters.
+
+    Raises:
+        StudyError: It takes no such hyperparameter.
+    """
+    sources: list[Callable[..., Any]] = [make, *([CLASSES[make]] if make in CLASSES else [])]
+    kinds = {n: p.kind for source in sources for n, p in list(signature(source).parameters.items())[1:]}
+    anything = {name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD}
+    if anything and make not in CLASSES:
+        return
+    unknown = [name for name in names if name not in kinds.keys() - anything]
+    if unknown:
+        known = ", ".join(name for name in kinds if name not in anything)
+        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {known}")
 
 
 def recipe(optimizer: str | Make, for_check: bool = False) -> Make:

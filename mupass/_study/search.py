@@ -9,7 +9,7 @@ from mupass._study.batches import StudyError
 from mupass._study.descent import descend
 from mupass._study.jobs import Job
 from mupass._study.store import Store
-from mupass._study.sweep import Grid, Study, points_of
+from mupass._study.sweep import Grid, Study
 from mupass._study.trials import Sweep, Trial, mean
 
 DRIVERS = ("grid", "optuna", "gradient")
@@ -43,7 +43,7 @@ def search(
     """
     if driver not in DRIVERS:
         raise StudyError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
-    points = points_of(grid)
+    points = study.points(grid)
     study.claim(store)
     if driver == "grid":
         plan = [Job(0, point, seed) for point in points for seed in range(seeds)]

@@ -15,7 +15,7 @@ from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.jobs import Evaluate, Job, Work, bar_of, run_all
-from mupass._study.recipes import Make, recipe
+from mupass._study.recipes import Make, check_names, recipe
 from mupass._study.store import Store, called, digest
 from mupass._study.trials import Sweep, Trial
 
@@ -76,8 +76,8 @@ def sweep(
         All losses, and the optimum of each width with an interval.
 
     Raises:
-        StudyError: A grid that is empty or not positive, no batch, an unknown optimizer, a store of another
-            study, or several processes without loky.
+        StudyError: A grid that is empty or not positive, or names what the optimizer does not take; no batch,
+            an unknown optimizer, a store of another study, or several processes without loky.
         MupassError: The model cannot be resized or transformed.
     """
     study = Study.of(
@@ -86,7 +86,7 @@ def sweep(
     )  # fmt: skip
     if not isinstance(seeds, int) or seeds < 1 or not isinstance(jobs, int) or jobs < 1:
         raise StudyError(f"seeds and jobs must be at least 1, not {seeds!r} and {jobs!r}")
-    points = points_of(grid)
+    points = study.points(grid)
     plan = [
         Job(i, point, seed)
         for i in range(len(study.copies.widths))
@@ -155,6 +155,19 @@ class Study:
         name = optimizer if isinstance(optimizer, str) else called(make)
         structure = digest(_structure(model), loss, make, steps, evaluate, parameterization, prepare, dtype)
         return Study(copies, Work(copies, batches, loss, make, steps, evaluate), name, structure, values)
+
+    def points(self, grid: Grid) -> list[tuple[tuple[str, float], ...]]:
+        """Return all points of a grid.
+
+        Args:
+            grid: See `sweep`.
+
+        Raises:
+            StudyError: It is empty, a value is not positive, or the optimizer takes no such hyperparameter.
+        """
+        points = points_of(grid)
+        check_names(self.work.make, dict(points[0]))
+        return points
 
     def claim(self, store: Store) -> None:
         """Refuse a store that holds this study with other weights or data.
