@@ -304,10 +304,15 @@ def failing(matrices: Tensor, *args: Any, solve: Any = torch.linalg.cholesky_ex)
 
 
 def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str, int]]:
-    """200 steps of a small classifier, with or without bad gradients, failing roots and a restart."""
+    """200 steps of a small classifier, with or without bad gradients, failing roots and a restart.
+
+    A fifth of the labels is random: where the loss comes near zero, K-FAC's factors vanish, and two runs are
+    far from each other with or without faults. Returned is the mean loss after the last 50 steps.
+    """
     torch.manual_seed(0)
-    x = torch.randn(256, 10)
+    x, tail = torch.randn(2048, 10), []
     y = (x @ torch.randn(10, 4)).argmax(1)
+    y = torch.where(torch.rand(2048) < 0.2, torch.randint(4, (2048,)), y)
     net = mupass.transform(
         nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)),
         x,
@@ -316,7 +321,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
     optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-3)
     generator = torch.Generator().manual_seed(1)
     for step in range(200):
-        rows = torch.randint(256, (64,), generator=generator)
+        rows = torch.randint(2048, (64,), generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(net(x[rows]), y[rows]).backward()
         if faults and step % 20 == 7:
@@ -331,8 +336,10 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
             optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-3)
             net.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
-    with torch.no_grad():
-        return float(F.cross_entropy(net(x), y)), optimizer.stats()
+        if step >= 150:
+            with torch.no_grad():
+                tail.append(F.cross_entropy(net(x), y).item())
+    return sum(tail) / len(tail), optimizer.stats()
 
 
 @pytest.mark.filterwarnings("ignore:mupass.KFAC. (skipped steps|failed roots|overflowed factors)")
@@ -341,7 +348,7 @@ def test_two_hundred_steps_with_faults_end_where_clean_ones_do(monkeypatch: pyte
     faulty, stats = run(True, monkeypatch)
     assert healthy == {"steps": 200}
     assert stats["skipped_steps"] == 10 and stats["steps"] == 190 and stats["failed_roots"] > 0
-    assert clean < 0.2 and abs(faulty - clean) < 0.05
+    assert clean < 0.8 and abs(faulty - clean) < 0.05
 
 
 def gates(**options: Any) -> None:
