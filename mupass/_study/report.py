@@ -13,10 +13,10 @@ from mupass._study.page import HTML, Page, document, folded, listing
 from mupass._study.transfer import Transfer
 from mupass._study.trials import Sweep
 
-Study = CoordCheck | Sweep | Transfer | Plan
+Reported = CoordCheck | Sweep | Transfer | Plan
 
 
-def report(path: str | Path, *studies: Study, title: str = "mupass") -> str:
+def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
     """Write one self-contained HTML page of several studies, their verdicts first.
 
     Args:
@@ -47,7 +47,7 @@ def report(path: str | Path, *studies: Study, title: str = "mupass") -> str:
     return str(path)
 
 
-def page_of(study: Study) -> Page:
+def page_of(study: Reported) -> Page:
     """Return what one study has to show.
 
     Args:
