@@ -172,6 +172,7 @@ def slopes(
 ) -> dict[str, float]:
     """Fit the log-log slope in width of every layer's update, averaged over seeds."""
     build, shape = MODELS[model]
+    make = partial(OPTIMIZERS[optimizer], d=DAMPING[model])
     table: dict[str, list[float]] = {}
     for width in widths:
         total: dict[str, float] = {}
@@ -181,7 +182,6 @@ def slopes(
             y = 1 + 0.5 * torch.randn(BATCH[model], 4, dtype=torch.float64)
             net = build(width).double()
             net = mupass.transform(net, x, base=min(widths), parameterization=parameterization, dims=None)
-            make = partial(OPTIMIZERS[optimizer], d=DAMPING[model])
             for name, value in updates(net, make, x, y).items():
                 total[name] = total.get(name, 0.0) + torch.tensor(value).log().item()
         for name, value in total.items():

@@ -168,6 +168,13 @@ def test_measured_alignments_that_are_refused() -> None:
     moved = {n: replace(a, alpha=0.8) for n, a in still.items()}
     with pytest.raises(mupass.PlanError, match=r"no parameter '3\.weight'"):
         mupass.param_groups(net, 0.1, optimizer="adam", alignment={"3": moved["2"]})
+    before, other = (
+        mlp(64),
+        mupass.OptimizerSpec("adam", alignment="measured", exponents=(("3.weight", 0.8),)),
+    )
+    with pytest.raises(mupass.PlanError, match=r"no parameter '3\.weight'"):
+        mupass.transform(before, x, optimizer=other)
+    assert not hasattr(before, "mupass_plan")
     with pytest.raises(mupass.PlanError, match="alignment= has rows for sgd, adam"):
         mupass.param_groups(net, 0.1, optimizer="muon", alignment=moved)
     for wrong in ({"exponents": (("2.weight", 0.7),)}, {"alignment": "measured"}):

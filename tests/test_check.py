@@ -429,6 +429,9 @@ def test_what_cannot_be_checked_is_refused() -> None:
         "widths= is needed": lambda: mupass.coord_check(mlp, (x, y)),
         "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e300),
         "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0),
+        "takes no lr; it takes rate": lambda: mupass.coord_check(
+            model, (x, y), optimizer=lambda model, rate: None, lr=0.1
+        ),
     }.items():
         with pytest.raises(mupass.StudyError, match=message):
             call()

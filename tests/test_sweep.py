@@ -264,8 +264,6 @@ def test_hyperparameters_that_the_optimizer_does_not_take_are_refused(optimizer)
     model = mupass.transform(mlp(), data()[0][0])
     with pytest.raises(mupass.StudyError, match="takes no damping; it takes lr"):
         mupass.hypergradient(model, data(), {"lr": 0.1, "damping": 0.1}, optimizer=optimizer, steps=1)
-    with pytest.raises(mupass.StudyError, match="takes no lr; it takes rate"):
-        mupass.coord_check(mlp(), data(), optimizer=lambda model, rate: None, lr=0.1)
 
 
 def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

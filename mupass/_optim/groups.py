@@ -73,8 +73,6 @@ def param_groups(
     root, plan = plan_of(model)
     plan = plan.for_optimizer(spec)
     plan.check(root)
-    for name, _ in spec.exponents:
-        plan[name]  # one that the model lacks is refused, with names near it
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for name, parameter in root.named_parameters():
         if not parameter.requires_grad:

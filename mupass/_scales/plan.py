@@ -54,6 +54,9 @@ class Plan:
         entries: One for each parameter, in the order of ``named_parameters()``.
         depth: Number of residual branches relative to the base depth; 1 where depth is not scaled.
         branches: Modules whose outputs are multiplied by ``1 / depth``.
+
+    Raises:
+        PlanError: The optimizer's alignment names a parameter that has no entry.
     """
 
     version: int
@@ -66,6 +69,10 @@ class Plan:
     entries: tuple[Entry, ...]
     depth: float = 1.0
     branches: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, _ in self.optimizer.exponents:
+            self[name]  # an alignment measured on a parameter that is not there is refused
 
     def __getitem__(self, name: str) -> Entry:
         """Entry of a parameter, by its name or by any name it is tied under.

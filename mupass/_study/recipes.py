@@ -45,10 +45,8 @@ def _soap(model: nn.Module, lr: float = 1e-3, **options: Any) -> torch.optim.Opt
     return SOAP(model, lr, **{"fallback_lr": lr, **options})
 
 
-def _muon(
-    model: nn.Module, lr: float = 0.01, fallback_lr: float = 1e-3, **options: Any
-) -> torch.optim.Optimizer:
-    return Muon(model, lr, fallback_lr=fallback_lr, **options)
+def _muon(model: nn.Module, lr: float = 0.01, **options: Any) -> torch.optim.Optimizer:
+    return Muon(model, lr, **options)
 
 
 RECIPES: Mapping[str, Make] = MappingProxyType(
@@ -93,15 +91,15 @@ def check_names(make: Make, names: Iterable[str]) -> None:
     Raises:
         StudyError: It takes no such hyperparameter.
     """
-    sources: list[Callable[..., Any]] = [make, *([CLASSES[make]] if make in CLASSES else [])]
-    kinds = {n: p.kind for source in sources for n, p in list(signature(source).parameters.items())[1:]}
-    anything = {name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD}
-    if anything and make not in CLASSES:
+    taken = list(signature(make).parameters.values())[1:]
+    if make in CLASSES:
+        taken += list(signature(CLASSES[make]).parameters.values())[1:]
+    elif any(p.kind is Parameter.VAR_KEYWORD for p in taken):
         return
-    unknown = [name for name in names if name not in kinds.keys() - anything]
+    known = dict.fromkeys(p.name for p in taken if p.kind is not Parameter.VAR_KEYWORD)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        known = ", ".join(name for name in kinds if name not in anything)
-        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {known}")
+        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {', '.join(known)}")
 
 
 def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
