@@ -1,4 +1,4 @@
-"""Every error that mupass raises on purpose: one base class, one subclass for each stage."""
+"""Every error that mupass raises on purpose, and the category of its warnings."""
 
 
 class MupassError(Exception):
@@ -27,3 +27,7 @@ class ResizeError(MupassError):
 
 class OptimizerError(MupassError, ValueError):
     """An optimizer was given an argument it cannot use."""
+
+
+class MupassWarning(UserWarning):
+    """Something changes a result or asks for an answer: which parameter or operator, why, what to write."""
