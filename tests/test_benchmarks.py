@@ -193,6 +193,7 @@ def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, caps
     assert "sgd" in printed and "2^-3.32" in printed and "!" not in printed.split("mean +-")[0]
 
 
+@pytest.mark.sample("adamw")
 @pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "adamw"])
 def test_every_optimizer_trains(words: list[str], optimizer: str, tmp_path: Path) -> None:
     assert to_target.main([*words, "--optimizers", optimizer, "--lrs", "0.002", "--seeds", "1"]) == 0

@@ -79,7 +79,10 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "soap", "muon"])
-@pytest.mark.parametrize(("build", "data", "init"), [(mlp, vectors, "auto"), (TinyLM, text, LAW)])
+@pytest.mark.parametrize(
+    ("build", "data", "init"),
+    [(mlp, vectors, "auto"), pytest.param(TinyLM, text, LAW, marks=pytest.mark.slow)],
+)
 def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> None:
     mup = mupass.coord_check(build(), data(), init=init, optimizer=optimizer)
     assert mup.ok and mup.verdict().startswith("PASS"), str(mup)
@@ -93,6 +96,7 @@ def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> Non
 ZOO = [("deep_sets", "adam"), ("deep_sets", "kfac"), ("actor_critic", "adam"), ("mixture_of_experts", "adam")]
 
 
+@pytest.mark.sample("actor_critic-adam")
 @pytest.mark.parametrize(("name", "optimizer"), ZOO)
 def test_other_architectures(name: str, optimizer: str) -> None:
     case = DENSE[name]
@@ -157,6 +161,7 @@ def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
     assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mupass.KFAC. zero traces")
 @pytest.mark.parametrize("build", [mlp, lambda: bottleneck()])
 def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) -> None:
@@ -172,6 +177,7 @@ def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) ->
         assert found.ok, str(found)
 
 
+@pytest.mark.slow
 def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
     found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
     assert found.first.site.operator == "scaled_dot_product_attention", str(found)
@@ -192,6 +198,7 @@ def bottleneck(width: int = 64) -> nn.Module:
 FIXED = {"2.weight:0": "finite"}
 
 
+@pytest.mark.slow
 def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_gradient() -> None:
     below = {"0.weight", "0.bias", "2.weight", "2.bias"}
     for optimizer in ("sgd", "adam", "shampoo"):
@@ -255,6 +262,7 @@ def test_a_probe_leaves_nothing_behind() -> None:
     assert first() is None
 
 
+@pytest.mark.sample("sgd")
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_what_all_heads_share_may_move_less_along_the_gradient(optimizer: str) -> None:
     found = mupass.coord_check(Normed(), text(), init=LAW, optimizer=optimizer)

@@ -139,6 +139,7 @@ def test_text_is_ascii_of_this_python():
     assert text.isascii() and "import" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["kfac", "adam"])
 def test_example_checks_sweeps_and_transfers(tmp_path, capsys, optimizer):
     folder, store = write(tmp_path / "root", compressed=True, train=256), tmp_path / "runs.db"
@@ -164,6 +165,7 @@ def test_example_without_data_ends_with_code_2(tmp_path, capsys):
     assert "apt-get install" in capsys.readouterr().err
 
 
+@pytest.mark.sample("mlp-sgd-16 32", "cnn-shampoo-4 8")
 @pytest.mark.parametrize(
     ("model", "optimizer", "widths"),
     [("mlp", "kfac", "16 32"), ("cnn", "shampoo", "4 8"), ("mlp", "adam", "16 32"), ("mlp", "sgd", "16 32")],

@@ -10,9 +10,10 @@ import re
 
 import pytest
 import torch
-from test_zoo import ALL, third_party
+from test_zoo import ALL
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from zoo.analyses import third_party, truth
 from zoo.case import Case
 
 import mupass
@@ -46,7 +47,7 @@ def conventions(case: Case) -> dict[str, str]:
     """Settle what one model cannot tell."""
     return {
         f"{re.escape(name)}:{axis}": "infinite" if grows else "finite"
-        for (name, axis), grows in (case.truth() if case.ambiguous else {}).items()
+        for (name, axis), grows in (truth(case) if case.ambiguous else {}).items()
         if case.conventional(name, axis)
     }
 
@@ -57,6 +58,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (1, 1)])
 def test_equals_the_architecture_built_at_that_width(case: Case, source: int, target: int) -> None:

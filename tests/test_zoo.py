@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+from zoo.analyses import alone, beside_a_second, third_party, truth
 from zoo.case import Case, Cases
 from zoo.plain_blind import CASES as BLIND
 from zoo.plain_blind_more import CASES as BLINDER
@@ -32,14 +31,6 @@ PACKAGED = {
     "generative": ("diffusers",),
     "graphs": ("torch_geometric",),
 }
-
-
-@contextmanager
-def third_party() -> Iterator[None]:
-    """Builders are other people's code; their warnings are not ours to fail on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def packaged() -> Iterator[pytest.param]:
@@ -65,7 +56,7 @@ UNMARKED = {"train": {"wav2vec2_pretraining"}, "eval": set()}
 def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
     """Say where the analysis differs from the truth; axes that are a convention count only when asked."""
     found = []
-    for (name, axis), grows in case.truth().items():
+    for (name, axis), grows in truth(case).items():
         if analysis[name].infinite[axis] != grows and (conventional or not case.conventional(name, axis)):
             found.append(f"{name}:{axis} should be {grows}: {analysis[name].evidence[axis]}")
     return found
@@ -89,15 +80,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", ALL)
 def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
-    with third_party():
-        torch.manual_seed(0)
-        model, inputs = case.build(1).train(mode == "train"), case.inputs()
-        analysis = mupass.analyze(model, inputs)
-        assert not wrong(case, analysis, conventional=False)
-        assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
+    analysis = alone(case, 1, mode)
+    assert not wrong(case, analysis, conventional=False)
+    assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
 
 
 @pytest.mark.zoo
@@ -112,10 +101,8 @@ def test_regnet_is_read_right_once_its_groups_are_said_to_grow() -> None:
 
 @pytest.mark.parametrize("case", ALL)
 def test_a_second_instance_settles_everything(case: Case) -> None:
-    with third_party():
-        model, base, inputs = case.build(2), case.build(1), case.inputs()
-        analysis = mupass.analyze(model, inputs, base=base)
-        assert not wrong(case, analysis, conventional=True)
+    analysis = beside_a_second(case)
+    assert not wrong(case, analysis, conventional=True)
     for geometry in analysis.geometries:
         assert not any(geometry.ambiguous)
 
@@ -125,6 +112,11 @@ def verdicts(model: nn.Module, inputs: tuple, order: list[int] | None = None) ->
     analysis = mupass.analyze(model, inputs)
     by_id = {id(p): analysis[n].infinite for n, p in model.named_parameters()}
     return [by_id[i] for i in order or by_id]
+
+
+def of_all(analysis: mupass.Analysis) -> list[tuple[bool, ...]]:
+    """Return the verdicts on all parameters, in the model's order."""
+    return [geometry.infinite for geometry in analysis.geometries]
 
 
 def permute(model: nn.Module) -> None:
@@ -157,14 +149,14 @@ def rename(model: nn.Module) -> None:
 UNPARAMETRIZED = {n: c for n, c in PLAIN.items() if n not in ("normalized_weights",)}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", UNPARAMETRIZED.values(), ids=UNPARAMETRIZED)
 @pytest.mark.parametrize("change", [permute, rename])
 def test_order_and_names_do_not_matter(case: Case, change) -> None:
     model, inputs = case.build(1).eval(), case.inputs()
     order = [id(p) for p in model.parameters()]
-    before = verdicts(model, inputs)
     change(model)
-    assert verdicts(model, inputs, order) == before
+    assert verdicts(model, inputs, order) == of_all(alone(case, 1, "eval"))
 
 
 class Coincidence(nn.Module):
@@ -226,6 +218,4 @@ def test_features_of_the_code_are_a_policy(features: int, grows: bool) -> None:
 
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_verdicts_do_not_depend_on_the_width_they_are_taken_at(case: Case) -> None:
-    inputs = case.inputs()
-    narrow, wide = verdicts(case.build(1).eval(), inputs), verdicts(case.build(3).eval(), inputs)
-    assert narrow == wide
+    assert of_all(alone(case, 1, "eval")) == of_all(alone(case, 3, "eval"))
