@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class LogError(ValueError):
@@ -76,6 +79,7 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+@cache
 def commit() -> str:
     """Return the commit that runs, with ``+`` where files differ from it; ``unknown`` outside a checkout."""
     here = Path(__file__).parent

@@ -27,6 +27,7 @@ from benchmarks.models import GPT, CharacterLSTM, ViT, cnn, mlp, plain_cnn, resn
 from examples.data import fashion_mnist, python_text
 
 HEAD = 16
+IMAGES = 32_000  # more than any run here sees
 CHUNK = 256  # samples that are evaluated at once
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -102,7 +103,7 @@ def images(
     tests: int = 512,
 ) -> Task:
     """Fashion-MNIST, at 28 x 28 or averaged to 14 x 14."""
-    data = fashion_mnist(folder, 60_000, tests)
+    data = fashion_mnist(folder, IMAGES, tests)
     halves = [F.avg_pool2d(x, 28 // size) for x in (data.train_x, data.test_x)]
     train, test = (x.flatten(1) if flat else x for x in halves)
     return Task(build, partial(passes, train, data.train_y), cross_entropy, (test, data.test_y), base)
