@@ -1,7 +1,7 @@
 """mupass: one call to maximal-update parameterization, for first- and second-order optimizers.
 
 model = mupass.transform(model)
-optimizer = mupass.KFAC(model, lr=0.1)
+optimizer = mupass.KFAC(model)
 model = torch.compile(model)
 """
 

@@ -19,7 +19,9 @@ from mupass._optim.fallback import (
     Fallback,
     average_state,
     averages,
+    adam_rate,
     fallback_directions,
+    fallback_rate,
     fallback_state,
     heavy_ball,
     real,
@@ -57,7 +59,7 @@ class PlannedOptimizer(BoundOptimizer):
         self,
         model: nn.Module,
         spec: OptimizerSpec,
-        lr: float,
+        lr: float | None,
         damping: float,
         *,
         momentum: float,
@@ -69,7 +71,8 @@ class PlannedOptimizer(BoundOptimizer):
         fallback_lr: float | None,
         strict: bool,
     ) -> None:
-        check_number("lr", lr)
+        if lr is not None:
+            check_number("lr", lr)
         check_number("damping", damping)
         check_number("momentum", momentum, 0, 1)
         check_number("weight_decay", weight_decay)
@@ -104,6 +107,7 @@ class PlannedOptimizer(BoundOptimizer):
             )
         if strict and left:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
+        lr = self._default_rate() if lr is None else lr
         shared = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping}
         groups = self._groups(spec.name, own, shared)
         others = [c.parameter for c in left]
@@ -116,11 +120,15 @@ class PlannedOptimizer(BoundOptimizer):
                 self.state[p].update(self._first_state(p, group))
         self._complete = True
 
+    def _default_rate(self) -> float:
+        """Return the learning rate at the base width where none is given: that of Adam."""
+        return adam_rate(self.plan.base_width)
+
     def _fallback_settings(self, weight_decay: float) -> dict[str, Any]:
         fallback = self.fallback
         own_decay = fallback.weight_decay
         return {
-            "lr": fallback.lr,
+            "lr": fallback_rate(fallback, self.plan.base_width),
             "weight_decay": weight_decay if own_decay is None else own_decay,
             "momentum": fallback.momentum,
             "betas": tuple(fallback.betas),

@@ -16,6 +16,18 @@ from mupass._optim.checks import check_choice, check_number
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
 EPSILON = 1e-8  # at the base width
 BETAS = (0.9, 0.999)
+# Rates of Adam and what moves like it, chosen by `benchmarks/defaults.py` at base widths up to 64. Those of
+# matrices fall like 1/width, so at a wider base they start lower.
+ADAM_RATE, RATE_WIDTH = 8e-3, 64
+
+
+def adam_rate(base_width: float) -> float:
+    """Return the default learning rate of Adam and what moves like it.
+
+    Args:
+        base_width: Width that rates are those of.
+    """
+    return ADAM_RATE * min(1.0, RATE_WIDTH / base_width)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Fallback:
 
     Attributes:
         name: ``adamw``, ``adam_atan2`` or ``sgd``.
-        lr: Learning rate at the base width.
+        lr: Learning rate at the base width; None for `ADAM_RATE` (0.1 under ``sgd``).
         betas: Weights of the past in Adam's averages of gradients and of their squares.
         eps: Adam's epsilon at the base width.
         weight_decay: Decoupled weight decay; None for that of the optimizer.
@@ -37,7 +49,7 @@ class Fallback:
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
+    lr: float | None = None
     betas: tuple[float, float] = BETAS
     eps: float = EPSILON
     weight_decay: float | None = None
@@ -45,7 +57,8 @@ class Fallback:
 
     def __post_init__(self) -> None:
         check_choice("fallback", self.name, FALLBACKS)
-        check_number("fallback_lr", self.lr)
+        if self.lr is not None:
+            check_number("fallback_lr", self.lr)
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise OptimizerError(f"betas must be two numbers, not {self.betas!r}")
         for beta in self.betas:
@@ -70,6 +83,18 @@ class Fallback:
             return fallback if lr is None else Fallback(**{**vars(fallback), "lr": lr})
         check_choice("fallback", fallback, FALLBACKS)
         return Fallback(fallback) if lr is None else Fallback(fallback, check_number("fallback_lr", lr))
+
+
+def fallback_rate(fallback: Fallback, base_width: float) -> float:
+    """Return the learning rate of a fallback at the base width.
+
+    Args:
+        fallback: The fallback.
+        base_width: Width that rates are those of.
+    """
+    if fallback.lr is not None:
+        return fallback.lr
+    return 0.1 if fallback.name == "sgd" else adam_rate(base_width)
 
 
 def real(tensor: Tensor) -> Tensor:

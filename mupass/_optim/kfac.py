@@ -23,9 +23,12 @@ from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
 from mupass._taps.leaves import Sums
 
-LR = 0.03
-DAMPING = 1e-2
+# Chosen by `benchmarks/defaults.py`.
+LR = 0.1
+DAMPING = 1e-3
+MOMENTUM = 0.8
 STEP_BOUND = 0.3
+KL_CLIP = 1e-3
 
 
 class KFAC(PlannedOptimizer):
@@ -106,20 +109,20 @@ class KFAC(PlannedOptimizer):
         *,
         e_a: float = 1.0,
         e_b: float = 1.0,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         momentum_of: str = "gradients",
         weight_decay: float = 0.0,
         decay: str = "all",
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
         factor_every: int = 1,
-        root_every: int = 1,
+        root_every: int = 10,
         stagger: bool = True,
         damping_mode: str = "trace",
         damping_floor: float = 0.1,
         damping_memory: float = 0.99,
         step_bound: float | None = STEP_BOUND,
-        kl_clip: float | None = None,
+        kl_clip: float | None = KL_CLIP,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,

@@ -35,7 +35,7 @@ class MatrixOptimizer(PlannedOptimizer):
         self,
         model: nn.Module,
         spec: OptimizerSpec,
-        lr: float,
+        lr: float | None,
         damping: float = 0.0,
         *,
         roles: Collection[str] = ROLES,

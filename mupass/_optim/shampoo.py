@@ -22,7 +22,8 @@ from mupass._scales.spec import GRAFTS
 
 MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")
-LR = 2e-3
+# Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
+RATES = {"none": 0.02, "spectral": 0.02, "sgd": 0.1}
 
 
 class Shampoo(MatrixOptimizer):
@@ -73,7 +74,7 @@ class Shampoo(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = LR,
+        lr: float | None = None,
         damping: float = 1e-6,
         *,
         e: float = 0.5,
@@ -83,7 +84,7 @@ class Shampoo(MatrixOptimizer):
         decay: str = "all",
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
-        root_every: int = 1,
+        root_every: int = 10,
         staggered: bool = True,
         damping_mode: str = "relative",
         damping_memory: float = 0.99,
@@ -148,6 +149,9 @@ class Shampoo(MatrixOptimizer):
             self._graft_eps * stack.each(lambda name: self.plan[name].scales.epsilon)
             for stack in self._stacks
         ]
+
+    def _default_rate(self) -> float:
+        return RATES.get(self.spec.graft) or super()._default_rate()
 
     def _active(self, stack: Stack) -> tuple[int, ...]:
         """Return the sides of a stack's blocks that are preconditioned."""

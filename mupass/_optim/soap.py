@@ -18,8 +18,6 @@ from mupass._optim.sides import Schedule, add_weight, along, observe
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 
-LR = 3e-3
-
 
 class SOAP(MatrixOptimizer):
     """SOAP: Adam on ``Q_L^T G Q_R``, turned back, with the eigenbases of Shampoo's ``L`` and ``R``.
@@ -67,7 +65,7 @@ class SOAP(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = LR,
+        lr: float | None = None,
         *,
         momentum: float = 0.95,
         beta2: float = 0.95,
