@@ -293,7 +293,7 @@ class KFAC(PlannedOptimizer):
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
         kronecker = self._kronecker
-        clipped = self._clipping.take(self._ranks)
+        clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(ok, clipped)
         if kronecker.rooted or not self._due:
@@ -302,7 +302,7 @@ class KFAC(PlannedOptimizer):
             if due:
                 kronecker.refresh(self._dampings(), due)
         directions, changes = kronecker.directions(means)
-        self._bound(directions, changes, means)
+        self._bound(directions, changes, means, clipped)
         if self._owner:
             own = {name: self._parameters[name] for name in self._owner}
             like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
@@ -313,8 +313,8 @@ class KFAC(PlannedOptimizer):
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
         if taken:
-            if clipped is not None and self._mean_loss:
-                _scale_outputs(taken, self._true_factor(clipped))
+            if clipped is not None:
+                _scale_outputs(taken, clipped)
             memory = self.damping_memory**self.factor_every
             self._kronecker.average(taken, self.factor_decay, memory, ok)
             self._due = False
@@ -323,13 +323,24 @@ class KFAC(PlannedOptimizer):
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
 
-    def _true_factor(self, clipped: Tensor) -> Tensor:
-        """Return the factor of clipping alone, where gradients were unscaled before they were clipped."""
+    def _clipped(self) -> Tensor | None:
+        """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
+
+        A sum over terms may be divided by their number there, which is no change of the loss.
+        """
+        factor = self._clipping.take(self._ranks)
+        if factor is None or not self._mean_loss:
+            return None
+        # Gradients that were unscaled before they were clipped carry the scale's inverse, too.
         given = self.loss_scale
-        return clipped * float(given() if callable(given) else given) if given is not None else clipped
+        return factor if given is None else factor * float(given() if callable(given) else given)
 
     def _bound(
-        self, directions: Mapping[str, Tensor], changes: Mapping[str, Tensor], means: Mapping[str, Tensor]
+        self,
+        directions: Mapping[str, Tensor],
+        changes: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        clipped: Tensor | None,
     ) -> None:
         """Shorten directions, in place, so that the step stays within its bounds.
 
@@ -353,6 +364,8 @@ class KFAC(PlannedOptimizer):
                 lr, scale, _ = rates[name]
                 moves.append((direction * means[name]).sum() * (lr**2 * scale / rest[name] ** 2))
             total = sum_of(moves or [torch.zeros((), device=self._device)], self._ranks if self._owner else 1)
+            # Predictions change as they do without clipping, whose factor is in the gradients.
+            total = total if clipped is None else total / clipped.to(total)
             factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             for direction in directions.values():
                 direction.mul_(factor.to(direction.device, direction.dtype))
