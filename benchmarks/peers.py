@@ -124,6 +124,7 @@ class Flattened(torch.optim.Optimizer):
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         self.inner.step()
+        self.inner.zero_grad()  # a gradient that the user frees is not kept here
 
 
 def torch_muon(model: nn.Module, lr: float, rest_lr: float = 1e-3) -> Optimizers:
