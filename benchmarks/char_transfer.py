@@ -70,7 +70,7 @@ class Search:
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=self.losses.__getitem__)
+        return min(self.losses, key=lambda x: (self.losses[x], x))
 
     @property
     def bracketed(self) -> bool:
@@ -81,7 +81,7 @@ def search(loss: Callable[[float], float], start: float, factor: float) -> Searc
     """Walk from a start until the best value has worse ones on both sides."""
     losses = {0: loss(start)}  # by power of the factor: products of rounded numbers would not meet again
     for _ in range(12):
-        best = min(losses, key=losses.__getitem__)
+        best = min(losses, key=lambda k: (losses[k], k))  # where all diverge, downwards
         missing = [k for k in (best - 1, best + 1) if k not in losses]
         if not missing:
             break

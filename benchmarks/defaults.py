@@ -48,7 +48,7 @@ from torch import nn
 
 import mupass
 from benchmarks.log import RESULTS, Log, commit, digest
-from benchmarks.tasks import Task, task, training
+from benchmarks.tasks import TASKS, Task, task, training
 
 STEPS = {
     "mlp": 120,
@@ -148,10 +148,10 @@ class Cell:
         return {power: row for power, row in found.items() if row is not None}
 
 
-def cells(choices: Choices, only: Sequence[str] = ()) -> list[Cell]:
-    """Return all cells, the tasks outermost: their data is then read once."""
+def cells(only: Sequence[str] = ()) -> list[Cell]:
+    """Return all cells, or those whose name a regular expression finds."""
     every = [
-        Cell(optimizer, name, factor * task(name, choices.data).base, batch)
+        Cell(optimizer, name, factor * TASKS[name][0], batch)
         for name in STEPS
         for factor in (1, WIDER)
         for batch in BATCHES
@@ -356,7 +356,7 @@ def powers_table(outcomes: Sequence[Outcome]) -> list[str]:
     lines.append(" " * 28 + "".join(f"{name:>11}" for name in names))
     rows: dict[tuple[str, str, int], dict[str, str]] = {}
     for o in outcomes:
-        wide = "4 x base" if o.cell.width > task_base(o, outcomes) else "base"
+        wide = "4 x base" if o.cell.width > TASKS[o.cell.task][0] else "base"
         mark = "=" if o.near(0) else "x" if o.diverged([0]) else ""
         text = "none" if o.best is None else f"{o.best:+d}"
         rows.setdefault((o.cell.optimizer, wide, o.cell.batch), {})[o.cell.task] = mark + text
@@ -364,11 +364,6 @@ def powers_table(outcomes: Sequence[Outcome]) -> list[str]:
         head = f"{optimizer:<14}{wide:<9}{batch:>4} "
         lines.append(head + "".join(f"{found.get(name, ''):>11}" for name in names))
     return lines
-
-
-def task_base(outcome: Outcome, outcomes: Sequence[Outcome]) -> int:
-    """Return the narrowest width that a task has here."""
-    return min(o.cell.width for o in outcomes if o.cell.task == outcome.cell.task)
 
 
 def table(todo: Sequence[Cell], choices: Choices) -> str:
@@ -464,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, choices = parse(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    todo = cells(choices, options.only)
+    todo = cells(options.only)
     if options.estimate:
         print(estimate(todo, choices))
         return 0

@@ -75,8 +75,15 @@ class Log:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return a short hash of settings; a run under other settings is another run."""
-    text = json.dumps(settings, sort_keys=True, default=repr)
+    text = json.dumps(settings, sort_keys=True, default=_text)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _text(value: Any) -> Any:
+    """Write what JSON cannot hold, the same in every process: no addresses, no order of a set."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 @cache

@@ -185,26 +185,28 @@ def vit(width: int) -> nn.Module:
     return ViT(width, 1, 28, 7, HEAD)
 
 
-# A folder with Fashion-MNIST, or None to look for it -> task. The first ten are those of `defaults`.
-TASKS: dict[str, Callable[[str | None], Task]] = {
-    "mlp": lambda folder: images(folder, partial(mlp, inputs=196), 32, flat=True),
-    "cnn": lambda folder: images(folder, plain_cnn, 8),
-    "cnn_norm": lambda folder: images(folder, cnn, 4),
-    "resnet": lambda folder: images(folder, resnet, 8),
-    "gpt": lambda folder: characters(gpt, 32),
-    "gpt_tied": lambda folder: characters(partial(gpt, tied=True), 32),
-    "vit": lambda folder: images(folder, vit, 32, size=28),
-    "lstm": lambda folder: characters(CharacterLSTM, 32),
-    "regression": lambda folder: made(noisy_teacher, partial(mlp, inputs=32, outputs=4), 32),
-    "staircase": lambda folder: made(staircase, partial(mlp, inputs=128, outputs=1), 64),
-    "mlp_28": lambda folder: images(folder, mlp, 128, size=28, flat=True),
-    "cnn_28": lambda folder: images(folder, plain_cnn, 32, size=28),
-    "gpt_64": lambda folder: characters(partial(gpt, layers=2, length=64), 64),
-    "gpt_128": lambda folder: characters(partial(gpt, layers=2, length=64), 128),
+# Base width; and the task, of the base width and a folder with Fashion-MNIST (None: look for it). The first
+# ten are those of `defaults`, the others those of `quality`.
+TASKS: dict[str, tuple[int, Callable[[int, str | None], Task]]] = {
+    "mlp": (32, lambda base, folder: images(folder, partial(mlp, inputs=196), base, flat=True)),
+    "cnn": (8, lambda base, folder: images(folder, plain_cnn, base)),
+    "cnn_norm": (4, lambda base, folder: images(folder, cnn, base)),
+    "resnet": (8, lambda base, folder: images(folder, resnet, base)),
+    "gpt": (32, lambda base, folder: characters(gpt, base)),
+    "gpt_tied": (32, lambda base, folder: characters(partial(gpt, tied=True), base)),
+    "vit": (32, lambda base, folder: images(folder, vit, base, size=28)),
+    "lstm": (32, lambda base, folder: characters(CharacterLSTM, base)),
+    "regression": (32, lambda base, folder: made(noisy_teacher, partial(mlp, inputs=32, outputs=4), base)),
+    "staircase": (64, lambda base, folder: made(staircase, partial(mlp, inputs=128, outputs=1), base)),
+    "mlp_28": (128, lambda base, folder: images(folder, mlp, base, size=28, flat=True)),
+    "cnn_28": (32, lambda base, folder: images(folder, plain_cnn, base, size=28)),
+    "gpt_64": (64, lambda base, folder: characters(partial(gpt, layers=2, length=64), base, 64)),
+    "gpt_128": (128, lambda base, folder: characters(partial(gpt, layers=2, length=64), base, 64)),
 }
 
 
 @cache
 def task(name: str, folder: str | None = None) -> Task:
     """Return a task with its data, which is read once a process."""
-    return TASKS[name](folder)
+    base, make = TASKS[name]
+    return make(base, folder)
