@@ -122,6 +122,7 @@ def test_the_model_is_left_alone() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_a_missing_readout_multiplier_is_named() -> None:
     def remove(model: nn.Module) -> nn.Module:
         hooks = model.head._forward_pre_hooks

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from test_zoo import ALL
+from test_zoo import ALL, SOME
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo.analyses import third_party, truth
@@ -58,7 +58,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample
+@pytest.mark.sample(*[f"1-2-{name}" for name in SOME], *[f"2-1-{name}" for name in SOME])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (1, 1)])
 def test_equals_the_architecture_built_at_that_width(case: Case, source: int, target: int) -> None:

@@ -138,7 +138,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_gives_the_same_table(tmp_path: Path, jobs: int) -> None:
     if jobs > 1:
         pytest.importorskip("loky")

@@ -94,6 +94,7 @@ def plain_sgd(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optim
     return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"), momentum=momentum)
 
 
+@pytest.mark.sample("adam")
 @pytest.mark.parametrize(
     ("optimizer", "grid"),
     [
