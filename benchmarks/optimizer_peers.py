@@ -30,38 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from benchmarks.models import GPT
 
 VOCABULARY, PERIOD = 256, 10
 
 
-class Block(nn.Module):
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, d)
-        x = x + self.out(h)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    def __init__(self, d: int = 256, layers: int = 4, heads: int = 4, length: int = 128) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, d), nn.Embedding(length, d)
-        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, VOCABULARY, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+def gpt(width: int) -> nn.Module:
+    """Four blocks of four heads, on sequences of 128 tokens."""
+    return GPT(width, 4, VOCABULARY, 128, width // 4)
 
 
 @dataclass
@@ -212,7 +188,7 @@ class Both(torch.optim.Optimizer):
 
 def run(options: argparse.Namespace) -> list[Entry]:
     torch.manual_seed(0)
-    source = GPT(options.width)
+    source = gpt(options.width)
     ids = torch.randint(VOCABULARY, (4, 129))
     mine = {}
     for compile in [False, True] if options.compile else [False]:
@@ -224,7 +200,7 @@ def run(options: argparse.Namespace) -> list[Entry]:
     for name, make, to in chosen:
         if options.only and not any(re.search(word, name) for word in options.only):
             continue
-        model = GPT(options.width)
+        model = gpt(options.width)
         model.load_state_dict(source.state_dict())
         if to:
             mupass.transform(model, ids[:, :-1], base=options.width)

@@ -1,7 +1,7 @@
 """mupass: one call to maximal-update parameterization, for first- and second-order optimizers.
 
 model = mupass.transform(model)
-optimizer = mupass.KFAC(model, lr=0.1)
+optimizer = mupass.KFAC(model)
 model = torch.compile(model)
 """
 
@@ -18,7 +18,17 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
-from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
+from mupass._optim import (
+    KFAC,
+    SOAP,
+    Fallback,
+    FoMoH,
+    LevenbergMarquardt,
+    Muon,
+    Shampoo,
+    param_groups,
+    sample_targets,
+)
 from mupass._report import Question, Report
 from mupass._resize.resize import resize
 from mupass._roles.geometry import Analysis, Fusion, Geometry, Use
@@ -40,6 +50,7 @@ __all__ = [
     "CaptureError",
     "CoordCheck",
     "Entry",
+    "Fallback",
     "FoMoH",
     "Fusion",
     "Geometry",

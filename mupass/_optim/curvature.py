@@ -94,7 +94,7 @@ class Curvature:
         for tap in self.taps.values():
             tap.clear()
 
-    def take(self, scale: float = 1.0) -> dict[Place, Sums]:
+    def take(self, scale: Tensor | float = 1.0) -> dict[Place, Sums]:
         """Take what was summed since the last call: A over rows, B over loss terms; empty if nothing was.
 
         Args:
@@ -107,13 +107,13 @@ class Curvature:
         if self.ranks > 1:
             sums, terms = self._over_ranks(sums, terms)
         # In place: the gradients of the leaves are ours. Each rank's mean divides by its own share of terms.
-        factor = (float(terms) / self.ranks**2 if self.loss.mean else 1 / float(terms)) / scale**2
+        factor = (terms / self.ranks**2 if self.loss.mean else 1 / terms) / scale**2
         for found in sums.values():
             if found.a is not None:
                 found.a.div_(found.rows)
             for m in (*found.b, *found.moments):
                 if m is not None:
-                    m.mul_(factor)
+                    m.mul_(factor.to(m) if isinstance(factor, Tensor) else factor)
         return sums
 
     def _over_ranks(

@@ -152,13 +152,13 @@ class Geometry:
 
     @property
     def m_in(self) -> float:
-        """Width multiplier fan_in / base fan_in; 1 where fan_in is finite."""
-        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes)
+        """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
+        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes) if self.fan_in else 1.0
 
     @property
     def m_out(self) -> float:
-        """Width multiplier fan_out / base fan_out; 1 where fan_out is finite."""
-        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes)
+        """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
+        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes) if self.fan_out else 1.0
 
 
 @dataclass(frozen=True)
