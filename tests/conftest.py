@@ -86,6 +86,13 @@ def _only_short(config):
     return not config.option.markexpr and not _by_name(config)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave a file of slow tests that takes many seconds to import, unless it is asked for."""
+    heavy = collection_path.name == "test_zoo_packages.py"
+    asked = any(argument.endswith(collection_path.name) for argument in config.args)
+    return True if heavy and _only_short(config) and not asked else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest itself reads the markers
 def pytest_collection_modifyitems(config, items):
     """Sort tests into tiers, gather those of one case, skip what needs a GPU where there is none."""

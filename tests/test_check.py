@@ -5,6 +5,7 @@ import math
 import weakref
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,7 @@ def test_the_model_is_left_alone() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_a_missing_readout_multiplier_is_named() -> None:
     def remove(model: nn.Module) -> nn.Module:
         hooks = model.head._forward_pre_hooks
@@ -378,7 +380,6 @@ def test_a_module_that_runs_twice_has_two_places() -> None:
 
 
 def test_slopes_against_a_reference() -> None:
-    numpy = pytest.importorskip("numpy")
     widths, powers = [64, 128, 256, 512], []
     draw = torch.Generator().manual_seed(0)
     inside = 0
@@ -418,9 +419,14 @@ def test_reports(tmp_path: Path) -> None:
     assert page.startswith("<!doctype html>") and page.count("<h1>") == 1
     assert found.first.site.parameter in page and not any(s in page for s in ("<script", "src="))
     assert Path(found.report(tmp_path / "check.txt")).read_text() == str(found) + "\n"
+
+
+@pytest.mark.slow
+def test_reports_have_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    found = mupass.coord_check(mlp(), vectors(), steps=1, parameterization="standard")
+    assert "<svg" in Path(found.report(tmp_path / "check.html")).read_text()
     assert Path(found.report(tmp_path / "check.png")).stat().st_size > 10_000
-    assert "<svg" in page
 
 
 def test_what_cannot_be_checked_is_refused() -> None:
