@@ -17,6 +17,7 @@ from mupass._errors import (
     ResizeError,
     TransformError,
 )
+from mupass._fold import fold
 from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
 from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._report import Question, Report
@@ -71,6 +72,7 @@ __all__ = [
     "alignment",
     "analyze",
     "coord_check",
+    "fold",
     "hypergradient",
     "measured_exponents",
     "param_groups",

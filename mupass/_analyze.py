@@ -21,6 +21,7 @@ from mupass._dims.second import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
 from mupass._roles.branches import find_branches
+from mupass._roles.carriers import readout_carriers
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
@@ -121,7 +122,8 @@ def _assemble(
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
+    held = readout_carriers(captured, geometries)
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held)
 
 
 def _width(

@@ -10,7 +10,7 @@ from torch import nn
 
 from mupass._errors import PlanError, TransformError
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._roles.geometry import Analysis
+from mupass._roles.geometry import Analysis, Carrier
 from mupass._scales.init import Init, InitChoice, plan_init
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan
@@ -59,7 +59,8 @@ def transform(
             each layer of a transformer). The model's own are counted in its graph; with L times as many each
             is multiplied by ``1/L``, and rates, damping and epsilon inside follow. None leaves depth alone.
         plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
-            ``parameterization``, ``init`` and ``depth``.
+            ``parameterization``, ``init`` and ``depth``. The plan of a folded model leaves the weights as
+            they are: they hold everything already, see `mupass.fold`.
         strict: Refuse operators without a rule; otherwise report them as ambiguous.
 
     Returns:
@@ -146,6 +147,7 @@ def make_plan(
         entries=tuple(entries),
         depth=ratio,
         branches=tuple(m for branch in analysis.branches for m in branch.modules) if ratio != 1 else (),
+        carriers=_carriers(analysis, entries, ratio),
     )
 
 
@@ -171,6 +173,15 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
     inside = {name for branch in analysis.branches for name in branch.parameters}
     geometries = tuple(replace(g, depth=ratio) if g.name in inside else g for g in analysis.geometries)
     return replace(analysis, geometries=geometries), ratio
+
+
+def _carriers(analysis: Analysis, entries: Sequence[Entry], depth: float) -> tuple[Carrier, ...]:
+    """Return what can hold the multipliers that this plan has."""
+    scaled = {e.geometry.name for e in entries if e.scales.multiplier != 1}
+    found = [carrier for carrier in analysis.carriers if carrier.tied in scaled]
+    if depth != 1:
+        found += [branch.carrier for branch in analysis.branches]
+    return tuple(found)
 
 
 def _refuse(model: nn.Module) -> None:

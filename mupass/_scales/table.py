@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mupass._roles.geometry import Geometry, Use
 from mupass._scales.parameterizations import row
-from mupass._scales.scales import depth_powers, powers
+from mupass._scales.scales import depth_powers, folded_powers, powers
 
 if TYPE_CHECKING:
     from mupass._scales.plan import Entry, Plan
@@ -37,18 +37,25 @@ SOURCES = {
 }
 
 
-def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0.0) -> str:
+def formula(
+    exponents: tuple[float, float],
+    geometry: Geometry,
+    depth: float = 0.0,
+    folded: tuple[float, float] = (0.0, 0.0),
+) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
     Args:
         exponents: Powers of ``(m_in, m_out)``.
         geometry: The parameter, whose finite fans are left out.
         depth: Power of the relative depth L.
+        folded: Powers of what `mupass.fold` put into the parameter, `folded_powers`.
 
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
-    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth
+    held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
+    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth * held
     above: list[str] = []
     below: list[str] = []
     for symbol, power, axes in (
@@ -60,6 +67,8 @@ def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0
             (above if power > 0 else below).append(text)
     if depth and geometry.depth != 1:
         (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
+    if held != 1:
+        above.append(f"{held:.4g}")
     if not above and not below:
         return f"{value:.4g}"
     bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
@@ -129,8 +138,14 @@ def explanation(plan: Plan, entry: Entry) -> str:
     sources = SOURCES
     if plan.optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
+    held = folded_powers(plan.optimizer)
+    none = (0.0, 0.0)
     cells = [
-        ["  " + name, formula(exponents[name], g, depths.get(name, 0)), f"[{sources[name]}]"]
+        [
+            "  " + name,
+            formula(exponents[name], g, depths.get(name, 0), held.get(name, none)),
+            f"[{sources[name]}]",
+        ]
         for name in shown
     ]
     lines += _align(cells)
@@ -145,7 +160,9 @@ def _cells(plan: Plan, entry: Entry, scales: Sequence[str]) -> list[str]:
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
-    return start + [formula(exponents[name], g, depths.get(name, 0)) for name in scales]
+    held = folded_powers(plan.optimizer)
+    none = (0.0, 0.0)
+    return start + [formula(exponents[n], g, depths.get(n, 0), held.get(n, none)) for n in scales]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
