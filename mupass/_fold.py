@@ -97,8 +97,8 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
     for name, reason in work.untied.items():
         modules = ", ".join(sorted({u.module for u in plan[name].geometry.readout_uses}))
         warnings.warn(
-            f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since nothing "
-            f"else can hold its multiplier ({reason}); trained on, the two learn apart. A norm with a gain "
+            f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
+            f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A norm with a gain "
             "before the readout keeps the tie",
             MupassWarning,
             stacklevel=2,
@@ -150,7 +150,7 @@ def _work(root: nn.Module, plan: Plan) -> Work:
     if blocked:
         raise TransformError(
             f"no parameter can hold the multiplier 1/{plan.depth:g} of {len(blocked)} residual branches: "
-            f"{blocked[0]}. End each branch with a layer or a gain, such as self.end = nn.Linear(width, width)"
+            f"{blocked[0]}. End each branch with a layer or a gain, such as nn.Linear(width, width)"
         )
     return work
 
@@ -174,7 +174,9 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
         # All products first: what can fail (memory) fails before the first parameter changes.
         values = {n: parameters[n] * (c.made * c.met) + c.shift for n, c in work.changes.items()}
         heads = {
-            name: nn.Parameter(parameters[name] * plan[name].scales.multiplier, parameters[name].requires_grad)
+            name: nn.Parameter(
+                parameters[name] * plan[name].scales.multiplier, parameters[name].requires_grad
+            )
             for name in work.untied
         }
         for name, value in values.items():
@@ -193,11 +195,11 @@ def _untie_configuration(model: nn.Module) -> None:
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
         if getattr(module, "all_tied_weights_keys", None):
-            module.all_tied_weights_keys = {}
+            module.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
 def _folded_plan(plan: Plan, work: Work) -> Plan:
-    """Return the plan of the folded model: scales of folded parameters follow what they were multiplied by."""
+    """Return the plan of the folded model: scales follow what a parameter was multiplied by."""
     entries: list[Entry] = []
     for entry in plan.entries:
         name = entry.geometry.name
@@ -210,7 +212,7 @@ def _folded_plan(plan: Plan, work: Work) -> Plan:
         if name in work.untied:
             entries += _parted(plan, entry, geometry)
         else:
-            # Without its multiplier the readout use is an ordinary one, and takes what the code gives with it.
+            # Without its multiplier the readout is an ordinary use, and takes what the code gives it along.
             if geometry.readout_uses:
                 geometry = replace(geometry, readout_uses=(), given=0.0)
             entries.append(_entry(plan, entry, geometry, change.made * change.met))

@@ -97,8 +97,8 @@ class SaveNotice:
         self.told = True
         where = prefix.rstrip(".") or type(module).__name__
         warnings.warn(
-            f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is the "
-            "first): loaded without mupass they compute something else. To give them away, save "
+            f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is "
+            "the first): loaded without mupass they compute something else. To give them away, save "
             "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right",
             MupassWarning,
             stacklevel=2,
@@ -145,12 +145,12 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
             hook = InputMultiplier(entry.scales.multiplier)
             for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
-                module.register_state_dict_pre_hook(notice)
+                module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
             model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
-            model.get_submodule(name).register_state_dict_pre_hook(notice)
+            model.get_submodule(name).register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     rescale(model, plan)
 
 

@@ -205,12 +205,14 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _apply(model: nn.Module, plan: Plan) -> None:
+    from mupass._optim.schedules import watch_model
     from mupass._taps.taps import attach
 
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):
         attach(model)
         rewrite(model, plan)
+    watch_model(model)
 
 
 def _warnings(inits: Mapping[str, Init], meta: Sequence[str]) -> list[str]:

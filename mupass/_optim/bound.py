@@ -7,12 +7,17 @@ from typing import Any, NoReturn
 import torch
 
 from mupass._errors import OptimizerError
+from mupass._optim.schedules import watch_rates
 
 
 class BoundOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; refuses what would part it from its model."""
 
     _complete = False  # until the subclass has made its groups
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        watch_rates(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the plan says which parameters there are.

@@ -1,7 +1,7 @@
 """Carriers: the plain parameters that can hold a factor which a hook puts on a value of the forward pass.
 
-A factor on a value is pushed backwards through the operators that made it, until parameters hold it: through a
-linear layer into its weight and bias, through a norm into its gain and shift, through dropout, reshapes and
+A factor on a value is pushed backwards through the operators that made it, until parameters hold it: through
+a linear layer into its weight and bias, through a norm into its gain and shift, through dropout, reshapes and
 sums as they are. Nothing else that reads the model may notice.
 """
 
@@ -20,8 +20,8 @@ from mupass._roles.geometry import Carrier, Geometry
 HOMOGENEOUS = frozenset(
     "dropout feature_dropout native_dropout view _unsafe_view view_as reshape reshape_as transpose permute t "
     "numpy_T movedim moveaxis swapaxes swapdims contiguous clone to _to_copy alias detach type_as flatten "
-    "unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave tile neg negative sum mean cumsum slice "
-    "select narrow diagonal index index_select gather take_along_dim flip roll tril triu lift_fresh_copy "
+    "unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave tile neg negative sum mean cumsum "
+    "slice select narrow diagonal index index_select gather take_along_dim flip roll tril triu lift_fresh_copy "
     "relu leaky_relu abs amax max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d "
     "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d pixel_shuffle pixel_unshuffle".split()
@@ -183,7 +183,7 @@ class _Push:
         return self.scaled(operand, frozenset([node]))
 
     def _first_of_several(self, node: Node) -> tuple[Held, ...]:
-        """Push through ``op(...)[0]`` of an operator whose other results are statistics that nothing reads."""
+        """Push through ``op(...)[0]`` of an operator whose other results nothing reads."""
         source, index = node.args[0], node.args[1]
         if not isinstance(source, Node) or index != 0 or not _short(source).startswith(FIRST_OF_SEVERAL):
             raise Blocked(f"{self._say(node)} takes one of several results")
@@ -255,7 +255,7 @@ def carriers(captured: Capture, requests: Sequence[tuple[Node, Iterable[Node]]])
             found.append(tuple(dict.fromkeys(push.scaled(node, frozenset(readers)))))
         except Blocked as reason:
             found.append(str(reason))
-    # A weight that several requests share is multiplied once, for all its readers: these must be all there are.
+    # A weight that several requests share is multiplied once: their readers must be all that it has.
     covered: dict[Node, set[Node]] = {}
     for held in found:
         for h in held if not isinstance(held, str) else ():

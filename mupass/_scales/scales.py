@@ -160,8 +160,9 @@ def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
     """Powers of a factor that `mupass.fold` put into a parameter, in its scales: training goes on as before.
 
     ``W' = c W`` in the place of a multiplier ``c`` behind ``W`` must change by ``c dW``, from gradients
-    ``G' = G/c``, ``delta' = delta/c``. With e the total power on ``delta`` the rate goes like ``c^(2 - 2 e)``.
-    Where ``W'`` undoes ``c`` in front of it, the same holds with ``h`` in the place of ``delta``.
+    ``G' = G/c``, ``delta' = delta/c``. With e the total power on ``delta`` the rate
+    goes like ``c^(2 - 2 e)``. Where ``W'`` undoes ``c`` in front of it, the same holds
+    with ``h`` in the place of ``delta``.
 
     Args:
         optimizer: Family and powers.

@@ -119,7 +119,7 @@ def release(parameter: nn.Parameter) -> None:
     """
     vars(parameter).pop(ATTRIBUTE, None)
     if type(parameter) is TappedParameter:
-        parameter.__class__ = nn.Parameter
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
