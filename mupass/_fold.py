@@ -98,8 +98,8 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         modules = ", ".join(sorted({u.module for u in plan[name].geometry.readout_uses}))
         warnings.warn(
             f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
-            f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A norm with a gain "
-            "before the readout keeps the tie",
+            f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A "
+            "norm with a gain before the readout keeps the tie",
             MupassWarning,
             stacklevel=2,
         )

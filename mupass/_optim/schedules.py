@@ -152,8 +152,8 @@ def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: 
     low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
     warnings.warn(
         f"{name} gives parameters of a transformed {type(root).__name__} one learning rate where its plan "
-        f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its width factors "
-        f"are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of model.parameters()",
+        f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its "
+        f"width factors are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of model.parameters()",
         MupassWarning,
         stacklevel=4,
     )
@@ -164,15 +164,16 @@ def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
     if own:
         text = (
             f"mupass.{name}: the learning rates of its groups no longer have the ratio that lr and "
-            'fallback_lr gave them: a scheduler or a loop sets absolute rates. (Width factors, g["mupass_scale"], are '
-            "kept.) Use a schedule that multiplies (LambdaLR, eta_min=0), or give rates by group: "
+            "fallback_lr gave them: a scheduler or a loop sets absolute rates. (Width factors, "
+            'g["mupass_scale"], are kept.) '
+            "Use a schedule that multiplies (LambdaLR, eta_min=0), or give rates by group: "
             'OneCycleLR(optimizer, max_lr=[g["lr"] for g in optimizer.param_groups], ...)'
         )
     else:
         text = (
             f"{name}: the learning rates of its groups no longer have the ratios that mupass.param_groups "
-            "gave them: a scheduler or a loop sets absolute rates, and the width factors are lost. Use a schedule "
-            "that multiplies (LambdaLR, eta_min=0), or give rates by group: "
+            "gave them: a scheduler or a loop sets absolute rates, and the width factors are lost. "
+            "Use a schedule that multiplies (LambdaLR, eta_min=0), or give rates by group: "
             'OneCycleLR(optimizer, max_lr=[lr * g["mupass_scale"] for g in optimizer.param_groups], ...); '
             'g["lr"] = lr * g["mupass_scale"]'
         )

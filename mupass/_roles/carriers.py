@@ -18,13 +18,14 @@ from mupass._roles.geometry import Carrier, Geometry
 
 # f(c x) = c f(x) for c > 0, x the first argument.
 HOMOGENEOUS = frozenset(
-    "dropout feature_dropout native_dropout view _unsafe_view view_as reshape reshape_as transpose permute t "
-    "numpy_T movedim moveaxis swapaxes swapdims contiguous clone to _to_copy alias detach type_as flatten "
-    "unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave tile neg negative sum mean cumsum "
-    "slice select narrow diagonal index index_select gather take_along_dim flip roll tril triu lift_fresh_copy "
-    "relu leaky_relu abs amax max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d "
-    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
-    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d pixel_shuffle pixel_unshuffle".split()
+    "dropout feature_dropout native_dropout view _unsafe_view view_as reshape reshape_as transpose "
+    "permute t numpy_T movedim moveaxis swapaxes swapdims contiguous clone to _to_copy alias detach "
+    "type_as flatten unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave tile neg "
+    "negative sum mean cumsum slice select narrow diagonal index index_select gather take_along_dim "
+    "flip roll tril triu lift_fresh_copy relu leaky_relu abs amax max_pool1d max_pool2d max_pool3d "
+    "max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d "
+    "upsample_bicubic2d pixel_shuffle pixel_unshuffle".split()
 )
 # c in one of two operands; the position of a third operand that is added to the product.
 PRODUCTS = {
