@@ -6,12 +6,14 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from mupass._roles.geometry import Analysis, Geometry
 from mupass._scales.scales import Scales, scales
 from mupass._scales.spec import OptimizerSpec
+
+if TYPE_CHECKING:
+    import networkx
 
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#1b1f24;background:#fff}
@@ -89,14 +91,16 @@ class Report:
             f"{''.join(body)}</table><ul>{notes}</ul></html>"
         )
 
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> networkx.DiGraph:
         """Return parameters and dimensions as a bipartite graph.
 
         A parameter points to the dimensions that it makes (fan_out); the dimensions that it contracts
         (fan_in) point to it. Nodes have ``kind`` (``parameter`` or ``dimension``) and ``infinite`` or
         ``role``.
         """
-        graph = nx.DiGraph()
+        import networkx
+
+        graph = networkx.DiGraph()
         for g in self.analysis.geometries:
             graph.add_node(g.name, kind="parameter", role=g.role)
             for i, (term, infinite) in enumerate(zip(g.dims, g.infinite, strict=True)):

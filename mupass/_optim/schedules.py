@@ -153,7 +153,8 @@ def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: 
     warnings.warn(
         f"{name} gives parameters of a transformed {type(root).__name__} one learning rate where its plan "
         f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its "
-        f"width factors are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of model.parameters()",
+        f"width factors are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of "
+        "model.parameters()",
         MupassWarning,
         stacklevel=4,
     )
