@@ -27,14 +27,15 @@ from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 
-Base = int | float | Mapping[str, float] | nn.Module
+Base = int | float | Mapping[str, float] | nn.Module | None
+BASE = 256  # of wider models, unless stated
 
 
 def analyze(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    base: Base = 256,
+    base: Base = None,
     dims: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> Analysis:
@@ -48,7 +49,8 @@ def analyze(
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device
-            suffices) gives them all and settles the verdict on every parameter axis.
+            suffices) gives them all and settles the verdict on every parameter axis. If left out 256, or
+            the model's own width where that is less, so that a narrow model is not scaled at all.
         dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
             dimension name, or a regular expression that must match all of ``parameter:axis``.
         strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
@@ -70,7 +72,9 @@ def analyze(
 
 
 def _check_base(base: Base) -> None:
-    sizes = base.values() if isinstance(base, Mapping) else [] if isinstance(base, nn.Module) else [base]
+    if base is None or isinstance(base, nn.Module):
+        return
+    sizes = base.values() if isinstance(base, Mapping) else [base]
     for size in sizes:
         if (
             isinstance(size, bool)
@@ -98,6 +102,7 @@ def _assemble(
             "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, shapes, infinite)
+    base = min(BASE, width) if base is None else base
     sizes = _BaseSizes(solved, names, base, second, width)
     geometries = []
     sites = find_sites(captured)

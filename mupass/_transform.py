@@ -18,6 +18,7 @@ from mupass._scales.scales import scales
 from mupass._scales.spec import OptimizerSpec
 
 Model = TypeVar("Model", bound=nn.Module)
+UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -25,7 +26,7 @@ def transform(
     model: Model,
     example_inputs: Any = None,
     *,
-    base: Any = 256,
+    base: Any = None,
     optimizer: str | OptimizerSpec | None = None,
     parameterization: str = "mup",
     dims: Mapping[str, str] | None = None,
@@ -46,10 +47,13 @@ def transform(
         model: Module with its initial weights, not compiled and not wrapped.
         example_inputs: A batch for capture; may be left out where the model tells its input.
         base: Reference width: at this width everything equals PyTorch's standard parameterization, and
-            hyperparameters mean what they mean there. Also sizes by dimension name, or another model.
+            hyperparameters mean what they mean there. Also sizes by dimension name, or another model. If left
+            out 256, or the model's own width where that is less: then nothing is scaled. Name the width at
+            which hyperparameters were tuned; ``print(model.mupass_plan)`` says which it is.
         optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof``, ``shampoo`` or an `OptimizerSpec`
-            with its powers; ``kfac`` if left out. It only chooses what the plan shows: the rewritten
-            model is the same for all, and optimizers take their own scales from the plan.
+            with its powers. It only chooses what the plan shows: the rewritten model is the same for all,
+            and optimizers take their own scales from the plan. If left out the plan shows the rates of
+            all, until an optimizer is made; then those of that one.
         parameterization: ``mup``, ``standard`` (nothing is scaled), ``ntk`` or ``mean_field``.
         dims: Verdicts that you settle, such as ``{"d_head": "finite"}``.
         init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
@@ -76,14 +80,14 @@ def transform(
         from mupass._analyze import analyze
 
         row(parameterization)  # a misspelt name is told before the model is captured
-        spec = OptimizerSpec.of(optimizer or "kfac")
+        spec = OptimizerSpec.of(optimizer or UNDECIDED)
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
         plan = make_plan(model, analysis, spec, parameterization, init, depth)
+        plan = plan if optimizer is None else plan.for_optimizer(spec)
     else:
-        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth}
+        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         settled = [name for name, value in given.items() if value is not None]
         settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
-        settled += ["base"] if not isinstance(base, int) or base != 256 else []
         settled += ["init"] if init != "auto" else []
         if settled:
             raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")

@@ -56,6 +56,7 @@ class Plan:
         branches: Modules whose outputs are multiplied by ``1 / depth``.
         carriers: What can hold the forward multipliers in the place of hooks, see `mupass.fold`.
         folded: Whether the weights hold all multipliers already.
+        decided: Whether an optimizer was named or made; until then the print shows the rates of all.
 
     Raises:
         PlanError: The optimizer's alignment names a parameter that has no entry.
@@ -73,6 +74,7 @@ class Plan:
     branches: tuple[str, ...] = ()
     carriers: tuple[Carrier, ...] = ()
     folded: bool = False
+    decided: bool = False
 
     def __post_init__(self) -> None:
         for name, _ in self.optimizer.exponents:
@@ -145,11 +147,11 @@ class Plan:
         """
         spec = OptimizerSpec.of(optimizer)
         if spec == self.optimizer:
-            return self
+            return self if self.decided else replace(self, decided=True)
         entries = tuple(
             replace(e, scales=scales(e.geometry, spec, self.parameterization)) for e in self.entries
         )
-        return replace(self, optimizer=spec, entries=entries)
+        return replace(self, optimizer=spec, entries=entries, decided=True)
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the plan is one of this model.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mupass._roles.geometry import Geometry, Use
 from mupass._scales.parameterizations import row
 from mupass._scales.scales import depth_powers, folded_powers, powers
+from mupass._scales.spec import ENTRYWISE
 
 if TYPE_CHECKING:
     from mupass._scales.plan import Entry, Plan
@@ -26,6 +27,7 @@ COLUMNS = {
     "soap": {"lr": "lr", "epsilon": "epsilon"},
     "muon": {"lr": "lr", "epsilon": "epsilon"},
 }
+SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
     "multiplier": "a tied embedding is Theta(1), a readout 1/m: arXiv 2203.03466, table 8",
@@ -84,16 +86,25 @@ def table(plan: Plan) -> str:
     Returns:
         Several lines without a newline at the end.
     """
-    columns = COLUMNS[plan.optimizer.name]
+    columns = COLUMNS[plan.optimizer.name] if plan.decided else {}
     tied = any(entry.geometry.readout_uses for entry in plan.entries)
     multiplier = ["multiplier"] if tied else []
-    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier]
+    others = () if plan.decided else SHOWN
+    rates = [f"lr {name}" for name in others]
+    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *rates]
     scales = [*columns, *multiplier]
-    rows = [head] + [_cells(plan, entry, scales) for entry in plan.entries]
+    plans = [plan.for_optimizer(name) for name in others]
+    rows = [head]
+    for entry in plan.entries:
+        factors = [f"{other[entry.geometry.name].scales.lr:.4g}" for other in plans]
+        rows.append(_cells(plan, entry, scales) + factors)
     deep = plan.depth != 1
     size = f"width {plan.width}, base {plan.base_width:g}, {len(plan)} parameters"
+    whose = plan.optimizer if plan.decided else "any optimizer"
     lines = [
-        f"{plan.parameterization} plan for {plan.optimizer}: {size}",
+        f"{plan.parameterization} plan for {whose}: {size}",
+        _base(plan),
+        *_whose(plan),
         "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
         *(
             [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
@@ -105,6 +116,28 @@ def table(plan: Plan) -> str:
     if plan.warnings:
         lines += ["", *(f"warning: {warning}" for warning in plan.warnings)]
     return "\n".join(lines)
+
+
+def _base(plan: Plan) -> str:
+    """Say what the base width means."""
+    if plan.width == plan.base_width:
+        return (
+            f"base {plan.base_width:g}: this model's own width, at which nothing is scaled; a model of another "
+            f"width takes its hyperparameters over with base={plan.base_width:g}"
+        )
+    return (
+        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}; at that "
+        "width nothing is scaled"
+    )
+
+
+def _whose(plan: Plan) -> list[str]:
+    """Say which optimizer's scales are shown."""
+    if not plan.decided:
+        return ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
+    if plan.optimizer.name in ENTRYWISE or plan.optimizer.name in {"sgd", "adafactor"}:
+        return []
+    return ["what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"]
 
 
 def explanation(plan: Plan, entry: Entry) -> str:
