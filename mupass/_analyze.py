@@ -148,7 +148,7 @@ class _BaseSizes:
     def __init__(self, solved: Inference, names: DimNames, base: Base, second: Second, width: int):
         self.solved, self.space = solved, solved.engine.space
         self.given: dict[int, float] = dict(second.sizes)
-        self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
+        self.base_width: float = base if isinstance(base, (int, float)) else width
         if isinstance(base, Mapping):
             for name, size in base.items():
                 found = names.find(name)

@@ -60,7 +60,7 @@ class Report:
 
         Growing axes carry ``*``, axes that a policy decided ``?``. Of blocks that are alike one is shown.
         """
-        rows = [("parameter", "shape", "role", "init", f"lr ({self.optimizer})")]
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "role", "init", f"lr ({self.optimizer})")]
         for label, g, depth in _folded(list(self._lines()), self._likeness):
             name, *cells = self._cells(g) if g else (label, "", "", "", "")
             rows.append((_cut("  " * depth + name, NAMES), *cells))
@@ -188,7 +188,7 @@ class Report:
         name = a.modules[0][1] if a.modules else "model"
         return (
             f"{name}: width {a.width}, base width {a.base_width:g}, {self.parameterization}, "
-            f"captured by {a.capture}; * grows with width, ? settled by a policy"
+            f"captured by {a.capture}; * grows with width, ? by policy"
         )
 
     def questions(self) -> list[Question]:

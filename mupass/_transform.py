@@ -83,7 +83,7 @@ def transform(
         spec = OptimizerSpec.of(optimizer or UNDECIDED)
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
         plan = make_plan(model, analysis, spec, parameterization, init, depth)
-        plan = plan if optimizer is None else plan.for_optimizer(spec)
+        plan = replace(plan, decided=optimizer is not None)
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         settled = [name for name, value in given.items() if value is not None]

@@ -89,21 +89,21 @@ def one_of(known: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
-def number(low: float, whole: bool = False) -> Callable[[str], Any]:
-    """Return a reader of a finite number.
+def number(whole: bool = False) -> Callable[[str], Any]:
+    """Return a reader of a finite positive number.
 
     Args:
-        low: Bound that it must be above.
         whole: Whether it must be whole.
     """
+    wanted = "a whole number, at least 1" if whole else "a positive number"
 
     def read(word: str) -> float:
         try:
             value: float = int(word) if whole else float(word)
         except ValueError:
             value = math.nan
-        if not low < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a {'whole ' * whole}number above {low:g}")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{word!r} is not {wanted}")
         return value
 
     return read
@@ -213,13 +213,13 @@ def parser() -> argparse.ArgumentParser:
     _study(transfer, widths=False)
     _tuned(transfer)
     transfer.add_argument(
-        "--proxy", type=number(0, True), metavar="N", help="width of the copy that is tuned"
+        "--proxy", type=number(whole=True), metavar="N", help="width of the copy that is tuned"
     )
     transfer.add_argument(
-        "--width", type=number(0, True), metavar="N", help="of the full model (default: its own)"
+        "--width", type=number(whole=True), metavar="N", help="of the full model (default: its own)"
     )
     transfer.add_argument("--driver", type=one_of(("grid", "optuna", "gradient")), default="grid")
-    transfer.add_argument("--trials", type=number(0, True), default=32, help="of optuna and gradient")
+    transfer.add_argument("--trials", type=number(whole=True), default=32, help="of optuna and gradient")
     transfer.add_argument(
         "--state", type=file(), metavar="FILE", help="save the full model's state_dict, folded"
     )
@@ -246,7 +246,7 @@ def _target(command: argparse.ArgumentParser, device: str, inputs: bool = True) 
 def _analyze(command: argparse.ArgumentParser) -> None:
     _target(command, "meta")
     command.add_argument(
-        "--base", type=number(0), help="reference width (default: 256, or the model's own if that is less)"
+        "--base", type=number(), help="reference width (default: 256, or the model's own if that is less)"
     )
     command.add_argument(
         "--base-target", metavar="TARGET", help="a second instance, which settles every verdict"
@@ -274,7 +274,7 @@ def _study(command: argparse.ArgumentParser, widths: bool = True, out: bool = Tr
     command.add_argument("--loss", metavar="MODULE:FUNCTION", help="of output and targets")
     command.add_argument("--optimizer", type=one_of(TRAINED), default="adam")
     if widths:
-        command.add_argument("--widths", type=number(0, True), nargs="+", help="default: three from 64")
+        command.add_argument("--widths", type=number(whole=True), nargs="+", help="default: three from 64")
     command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
     command.add_argument("--seed", type=int, default=0, help="of the model's initial weights (default: 0)")
     if out:
@@ -286,28 +286,26 @@ def _study(command: argparse.ArgumentParser, widths: bool = True, out: bool = Tr
 
 def _checked(command: argparse.ArgumentParser, rates: bool = True) -> None:
     command.add_argument(
-        "--batch", type=number(0, True), default=16, help="samples of random numbers (default: 16)"
+        "--batch", type=number(whole=True), default=16, help="samples of random numbers (default: 16)"
     )
-    command.add_argument(
-        "--tolerance", type=number(0), default=0.25, help="largest power that counts as flat"
-    )
+    command.add_argument("--tolerance", type=number(), default=0.25, help="largest power that counts as flat")
     if rates:
         command.add_argument("--data", help="module:function that returns batches (default: random numbers)")
-        command.add_argument("--lr", type=number(0))
-        command.add_argument("--steps", type=number(0, True), default=3)
-        command.add_argument("--seeds", type=number(0, True), default=3)
+        command.add_argument("--lr", type=number())
+        command.add_argument("--steps", type=number(whole=True), default=3)
+        command.add_argument("--seeds", type=number(whole=True), default=3)
 
 
 def _tuned(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--data", required=required, help="module:function that returns batches (inputs, targets)"
     )
-    command.add_argument("--lr", type=number(0), nargs="+", required=required)
-    command.add_argument("--damping", type=number(0), nargs="+", help="for kfac and shampoo")
-    command.add_argument("--steps", type=number(0, True), default=100)
-    command.add_argument("--seeds", type=number(0, True), default=1)
+    command.add_argument("--lr", type=number(), nargs="+", required=required)
+    command.add_argument("--damping", type=number(), nargs="+", help="for kfac and shampoo")
+    command.add_argument("--steps", type=number(whole=True), default=100)
+    command.add_argument("--seeds", type=number(whole=True), default=1)
     command.add_argument("--store", type=file(), metavar="FILE", help="keeps results; a killed sweep goes on")
-    command.add_argument("--jobs", type=number(0, True), default=1, help="number of processes")
+    command.add_argument("--jobs", type=number(whole=True), default=1, help="number of processes")
 
 
 def _resize(command: argparse.ArgumentParser) -> None:
@@ -320,6 +318,6 @@ def _resize(command: argparse.ArgumentParser) -> None:
         metavar="N | NAME=N",
         help="new width, or the new size of a dimension by its name (may be given more than once)",
     )
-    command.add_argument("--scale", type=number(0), help="factor on every growing dimension instead")
+    command.add_argument("--scale", type=number(), help="factor on every growing dimension instead")
     command.add_argument("--seed", type=int, help="seed of the new parameters")
     command.add_argument("--output", type=file(), metavar="FILE", help="save the state_dict of the copy")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
@@ -74,7 +74,7 @@ class Plan:
     branches: tuple[str, ...] = ()
     carriers: tuple[Carrier, ...] = ()
     folded: bool = False
-    decided: bool = False
+    decided: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         for name, _ in self.optimizer.exponents:

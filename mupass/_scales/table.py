@@ -103,8 +103,6 @@ def table(plan: Plan) -> str:
     whose = plan.optimizer if plan.decided else "any optimizer"
     lines = [
         f"{plan.parameterization} plan for {whose}: {size}",
-        _base(plan),
-        *_whose(plan),
         "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
         *(
             [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
@@ -112,6 +110,9 @@ def table(plan: Plan) -> str:
         ),
         "",
         *_align(rows),
+        "",
+        _base(plan),
+        *_whose(plan),
     ]
     if plan.warnings:
         lines += ["", *(f"warning: {warning}" for warning in plan.warnings)]
@@ -122,12 +123,12 @@ def _base(plan: Plan) -> str:
     """Say what the base width means."""
     if plan.width == plan.base_width:
         return (
-            f"base {plan.base_width:g}: this model's own width, at which nothing is scaled; a model of another "
-            f"width takes its hyperparameters over with base={plan.base_width:g}"
+            f"base {plan.base_width:g}: the width of this very model, at which nothing is scaled; a model of "
+            f"another width takes its hyperparameters over with base={plan.base_width:g}"
         )
     return (
-        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}; at that "
-        "width nothing is scaled"
+        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}, at which "
+        "nothing is scaled"
     )
 
 
