@@ -123,12 +123,12 @@ def _base(plan: Plan) -> str:
     """Say what the base width means."""
     if plan.width == plan.base_width:
         return (
-            f"base {plan.base_width:g}: the width of this very model, at which nothing is scaled; a model of "
+            f"base {plan.base_width:g}: the width of this model, at which nothing is scaled; a model of "
             f"another width takes its hyperparameters over with base={plan.base_width:g}"
         )
     return (
-        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}, at which "
-        "nothing is scaled"
+        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}, at "
+        "which nothing is scaled"
     )
 
 
