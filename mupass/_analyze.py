@@ -21,19 +21,21 @@ from mupass._dims.second import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
 from mupass._roles.branches import find_branches
+from mupass._roles.carriers import readout_carriers
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 
-Base = int | float | Mapping[str, float] | nn.Module
+Base = int | float | Mapping[str, float] | nn.Module | None
+BASE = 256  # of wider models, unless stated
 
 
 def analyze(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    base: Base = 256,
+    base: Base = None,
     dims: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> Analysis:
@@ -47,7 +49,8 @@ def analyze(
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device
-            suffices) gives them all and settles the verdict on every parameter axis.
+            suffices) gives them all and settles the verdict on every parameter axis. If left out 256, or
+            the model's own width where that is less, so that a narrow model is not scaled at all.
         dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
             dimension name, or a regular expression that must match all of ``parameter:axis``.
         strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
@@ -69,7 +72,9 @@ def analyze(
 
 
 def _check_base(base: Base) -> None:
-    sizes = base.values() if isinstance(base, Mapping) else [] if isinstance(base, nn.Module) else [base]
+    if base is None or isinstance(base, nn.Module):
+        return
+    sizes = base.values() if isinstance(base, Mapping) else [base]
     for size in sizes:
         if (
             isinstance(size, bool)
@@ -97,6 +102,7 @@ def _assemble(
             "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, shapes, infinite)
+    base = min(BASE, width) if base is None else base
     sizes = _BaseSizes(solved, names, base, second, width)
     geometries = []
     sites = find_sites(captured)
@@ -121,7 +127,8 @@ def _assemble(
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
+    held = readout_carriers(captured, geometries)
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held)
 
 
 def _width(
@@ -141,7 +148,7 @@ class _BaseSizes:
     def __init__(self, solved: Inference, names: DimNames, base: Base, second: Second, width: int):
         self.solved, self.space = solved, solved.engine.space
         self.given: dict[int, float] = dict(second.sizes)
-        self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
+        self.base_width: float = base if isinstance(base, (int, float)) else width
         if isinstance(base, Mapping):
             for name, size in base.items():
                 found = names.find(name)

@@ -1,5 +1,6 @@
 """Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import TransformError
+from mupass._errors import MupassWarning, TransformError
 from mupass._roles.geometry import Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
@@ -71,6 +72,39 @@ class OutputMultiplier:
         return output * self.factor
 
 
+@dataclass
+class SaveNotice:
+    """State-dict hook that says once that the saved weights are right behind live multipliers only.
+
+    Attributes:
+        model: Class of the model.
+        told: Whether it has been said.
+    """
+
+    model: str
+    told: bool = False
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Warn once.
+
+        Args:
+            module: Module with a multiplier, whose state is being saved.
+            prefix: Its name in the state.
+            keep_vars: Whether the state keeps graphs alive, as torch.export asks for: nothing is saved then.
+        """
+        if self.told or keep_vars:
+            return
+        self.told = True
+        where = prefix.rstrip(".") or type(module).__name__
+        warnings.warn(
+            f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is "
+            "the first): loaded without mupass they compute something else. To give them away, save "
+            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right",
+            MupassWarning,
+            stacklevel=2,
+        )
+
+
 def check_rewritable(model: nn.Module, plan: Plan) -> None:
     """Refuse a model that `rewrite` could not finish.
 
@@ -83,7 +117,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
             that must be rescaled is a view with shared memory.
     """
     parameters = dict(model.named_parameters())
-    for entry in plan.entries:
+    for entry in () if plan.folded else plan.entries:
         parameter = parameters[entry.geometry.name]
         if entry.scales.multiplier != 1:
             for use in entry.geometry.readout_uses:
@@ -102,16 +136,21 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
         model: Model that passed `check_rewritable`.
         plan: Its plan.
     """
+    setattr(model, ATTRIBUTE, plan)
+    if plan.folded:  # the weights hold everything
+        return
+    notice = SaveNotice(type(model).__name__)
     for entry in plan.entries:
         if entry.scales.multiplier != 1:
             hook = InputMultiplier(entry.scales.multiplier)
             for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
+                module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
             model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
-    setattr(model, ATTRIBUTE, plan)
+            model.get_submodule(name).register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     rescale(model, plan)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mupass._errors import PlanError, TransformError
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._roles.geometry import Analysis
+from mupass._roles.geometry import Analysis, Carrier
 from mupass._scales.init import Init, InitChoice, plan_init
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan
@@ -18,6 +18,7 @@ from mupass._scales.scales import scales
 from mupass._scales.spec import OptimizerSpec
 
 Model = TypeVar("Model", bound=nn.Module)
+UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -25,7 +26,7 @@ def transform(
     model: Model,
     example_inputs: Any = None,
     *,
-    base: Any = 256,
+    base: Any = None,
     optimizer: str | OptimizerSpec | None = None,
     parameterization: str = "mup",
     dims: Mapping[str, str] | None = None,
@@ -46,10 +47,13 @@ def transform(
         model: Module with its initial weights, not compiled and not wrapped.
         example_inputs: A batch for capture; may be left out where the model tells its input.
         base: Reference width: at this width everything equals PyTorch's standard parameterization, and
-            hyperparameters mean what they mean there. Also sizes by dimension name, or another model.
+            hyperparameters mean what they mean there. Also sizes by dimension name, or another model. If left
+            out 256, or the model's own width where that is less: then nothing is scaled. Name the width at
+            which hyperparameters were tuned; ``print(model.mupass_plan)`` says which it is.
         optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof``, ``shampoo`` or an `OptimizerSpec`
-            with its powers; ``kfac`` if left out. It only chooses what the plan shows: the rewritten
-            model is the same for all, and optimizers take their own scales from the plan.
+            with its powers. It only chooses what the plan shows: the rewritten model is the same for all,
+            and optimizers take their own scales from the plan. If left out the plan shows the rates of
+            all, until an optimizer is made; then those of that one.
         parameterization: ``mup``, ``standard`` (nothing is scaled), ``ntk`` or ``mean_field``.
         dims: Verdicts that you settle, such as ``{"d_head": "finite"}``.
         init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
@@ -59,7 +63,8 @@ def transform(
             each layer of a transformer). The model's own are counted in its graph; with L times as many each
             is multiplied by ``1/L``, and rates, damping and epsilon inside follow. None leaves depth alone.
         plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
-            ``parameterization``, ``init`` and ``depth``.
+            ``parameterization``, ``init`` and ``depth``. The plan of a folded model leaves the weights as
+            they are: they hold everything already, see `mupass.fold`.
         strict: Refuse operators without a rule; otherwise report them as ambiguous.
 
     Returns:
@@ -75,14 +80,14 @@ def transform(
         from mupass._analyze import analyze
 
         row(parameterization)  # a misspelt name is told before the model is captured
-        spec = OptimizerSpec.of(optimizer or "kfac")
+        spec = OptimizerSpec.of(optimizer or UNDECIDED)
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
         plan = make_plan(model, analysis, spec, parameterization, init, depth)
+        plan = replace(plan, decided=optimizer is not None)
     else:
-        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth}
+        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         settled = [name for name, value in given.items() if value is not None]
         settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
-        settled += ["base"] if not isinstance(base, int) or base != 256 else []
         settled += ["init"] if init != "auto" else []
         if settled:
             raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
@@ -146,6 +151,7 @@ def make_plan(
         entries=tuple(entries),
         depth=ratio,
         branches=tuple(m for branch in analysis.branches for m in branch.modules) if ratio != 1 else (),
+        carriers=_carriers(analysis, entries, ratio),
     )
 
 
@@ -173,6 +179,15 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
     return replace(analysis, geometries=geometries), ratio
 
 
+def _carriers(analysis: Analysis, entries: Sequence[Entry], depth: float) -> tuple[Carrier, ...]:
+    """Return what can hold the multipliers that this plan has."""
+    scaled = {e.geometry.name for e in entries if e.scales.multiplier != 1}
+    found = [carrier for carrier in analysis.carriers if carrier.tied in scaled]
+    if depth != 1:
+        found += [branch.carrier for branch in analysis.branches]
+    return tuple(found)
+
+
 def _refuse(model: nn.Module) -> None:
     """Refuse what cannot be transformed, before anything is captured.
 
@@ -194,12 +209,14 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _apply(model: nn.Module, plan: Plan) -> None:
+    from mupass._optim.schedules import watch_model
     from mupass._taps.taps import attach
 
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):
         attach(model)
         rewrite(model, plan)
+    watch_model(model)
 
 
 def _warnings(inits: Mapping[str, Init], meta: Sequence[str]) -> list[str]:

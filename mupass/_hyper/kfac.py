@@ -16,8 +16,8 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
-from mupass._optim import KFAC
 from mupass._optim.banks import Bank
+from mupass._optim.kfac import KFAC
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
 from mupass._taps.intercept import look_out_for

@@ -11,8 +11,8 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Entries, Key, State, Tensors
-from mupass._optim import Shampoo
 from mupass._optim.blocks import Blocking
+from mupass._optim.shampoo import Shampoo
 from mupass._optim.sides import along
 from mupass._study.batches import StudyError
 

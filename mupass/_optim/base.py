@@ -30,6 +30,7 @@ from mupass._optim.fallback import (
 )
 from mupass._optim.parallel import from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._optim.saved import check_state, copy_state, saved_kind
+from mupass._optim.schedules import watch_rates
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 MOMENTUM_OF = ("gradients", "directions")
@@ -119,6 +120,7 @@ class PlannedOptimizer(BoundOptimizer):
             for p in group["params"]:
                 self.state[p].update(self._first_state(p, group))
         self._complete = True
+        watch_rates(self)
 
     def _default_rate(self) -> float:
         """Return the learning rate at the base width where none is given: that of Adam."""

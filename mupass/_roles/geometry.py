@@ -78,6 +78,25 @@ class Fusion:
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """Plain parameters that can hold a factor on a value of the forward pass in the place of a hook.
+
+    Attributes:
+        parameters: Those to be multiplied by the factor.
+        divided: Those to be divided by it: other readers of the value, which must not notice.
+        offsets: Parameter -> constant that the code adds to it: ``c (w + 1) = (c w + c - 1) + 1``.
+        tied: Of a readout, the tied parameter; ``""`` for a branch.
+        reason: Why no parameters can; ``""`` if some can.
+    """
+
+    parameters: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
+    offsets: tuple[tuple[str, float], ...] = ()
+    tied: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Branch:
     """One branch of a residual stream, the ``f(x)`` of a sum ``x + f(x)``.
 
@@ -85,11 +104,13 @@ class Branch:
         modules: Whose outputs, added up, are the branch: where a multiplier goes.
         parameters: Those that act on the model's output through this branch alone.
         reason: Why no module ends the branch; ``""`` if one does.
+        carrier: What can hold the branch's multiplier in the place of a hook.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     reason: str = ""
+    carrier: Carrier = Carrier()
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,8 @@ class Geometry:
             none. For a tied embedding that of its readout.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
+        folded: What `mupass.fold` multiplied the parameter by, to hold a factor on what it makes.
+        folded_in: What `mupass.fold` multiplied it by, to undo a factor on what it is multiplied with.
     """
 
     name: str
@@ -139,6 +162,8 @@ class Geometry:
     sites: tuple[Site, ...] = ()
     given: float = 0.0
     depth: float = 1.0
+    folded: float = 1.0
+    folded_in: float = 1.0
 
     @property
     def fan_in(self) -> int:
@@ -173,6 +198,7 @@ class Analysis:
         warnings: What the reader must know: policies applied, operators treated by shape.
         modules: (qualified name, class name) of every module, in the model's own order.
         branches: Residual branches, in the order of execution.
+        carriers: For every tied readout, what can hold its multiplier in the place of a hook.
     """
 
     geometries: tuple[Geometry, ...]
@@ -182,6 +208,7 @@ class Analysis:
     warnings: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
     branches: tuple[Branch, ...] = ()
+    carriers: tuple[Carrier, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

@@ -20,6 +20,7 @@ from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
+from mupass._study.plain import untransformed
 from mupass._study.probe import Probe
 from mupass._study.recipes import Make, check_names, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
@@ -64,8 +65,8 @@ def coord_check(
     parameterization are multiples of 1/2. Below width 64, effects of finite width can look like such a power.
 
     Args:
-        model: The model, with its initial weights, not transformed; it is not changed. Or a function of a
-            width that builds it.
+        model: The model, with its initial weights; it is not changed. Of a transformed one a copy is taken
+            with that undone, and the result says so. Or a function of a width that builds it.
         data: Batches ``(inputs, targets)``, a function that returns them, or one batch. The first batch is
             also what is measured on. Fewer batches than steps are used in turn.
         loss: Function of the model's output and the targets.
@@ -97,6 +98,7 @@ def coord_check(
     if steps < 1 or seeds < 1:
         raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
     make = recipe(optimizer, for_check=True)
+    model, notes = untransformed(model)
     check_names(make, [] if lr is None else ["lr"])
     copies, batches = make_copies(
         model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
@@ -133,6 +135,7 @@ def coord_check(
         silent=silent,
         dimmed=tuple(s for s in dimmed if s.parameter),
         blame="",
+        notes=notes,
     )
     if not any(r.quantity == "update" for r in rows):
         raise StudyError("no parameter moved the output of its operator; is all frozen, or lr zero?")

@@ -19,7 +19,7 @@ from mupass._taps.factors import Layer, reduced
 from mupass._taps.forms import CONVOLUTIONS, TRANSPOSED
 from mupass._taps.intercept import product_key
 from mupass._taps.sharded import is_collected
-from mupass._taps.taps import NORMS, tap_of
+from mupass._taps.taps import NORMS, attach, tap_of
 
 PRODUCTS = ("linear", "contraction")
 MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
@@ -48,6 +48,8 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
     Raises:
         OptimizerError: A pattern of ``exclude`` fits no parameter.
     """
+    if plan.folded:
+        attach(model)  # fold took the taps off
     maker = _Maker(model, plan, options)
     weights = [e.geometry for e in plan.entries if any(s.kind != "bias" for s in e.geometry.sites)]
     for geometry in weights:

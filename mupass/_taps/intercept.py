@@ -111,6 +111,17 @@ def _look_out(parameter: nn.Parameter, name: str, taps: dict[str, Tap]) -> None:
         raise OptimizerError(f"{name} is a {type(parameter).__name__}, which cannot carry a tap")
 
 
+def release(parameter: nn.Parameter) -> None:
+    """Make a parameter that looks out for its uses a plain one again.
+
+    Args:
+        parameter: Any parameter.
+    """
+    vars(parameter).pop(ATTRIBUTE, None)
+    if type(parameter) is TappedParameter:
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
 def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
     """Return the name of a product's tap: which axes of the parameter are summed, and which are made.
 
