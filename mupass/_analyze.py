@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from mupass._dims.constants import constant_notes, find_constants
 from mupass._dims.given import account, settle
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
+from mupass._dims.scaled import Scaled
 from mupass._dims.second import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
@@ -152,21 +153,18 @@ class _BaseSizes:
             self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
         self.factor = self.base_width / width
 
+    @cached_property
+    def _scaled(self) -> Scaled:
+        return Scaled(self.solved, self.given, self.factor)
+
     def of_any(self, dim: int) -> float:
-        return self.of(dim, self.solved.verdicts.grows(dim))
+        return self._scaled.exact(dim)
 
     def of(self, dim: int, infinite: bool) -> float:
-        root, size = self.space.find(dim), self.space.size(dim)
-        if root in self.given:
-            return self.given[root]
-        if not infinite or (self.factor == 1 and not self.given):
-            return size
-        for kind, combine in (("product", prod), ("sum", sum)):
-            for members in self.space.terms_of(root, kind):
-                parts = [self.of_any(m) for m in members]
-                if any(self.solved.verdicts.grows(m) for m in members):
-                    return float(combine(parts))
-        return size * self.factor
+        """Return the base size of an axis, whose verdict may be settled apart from its equals'."""
+        if infinite == self.solved.verdicts.grows(dim) or self.space.find(dim) in self.given:
+            return self._scaled.exact(dim)
+        return self.space.size(dim) * self.factor if infinite else self.space.size(dim)
 
 
 def geometry_of(

@@ -62,6 +62,7 @@ def decide(
     policies.settle_joined(verdicts)
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
+    policies.settle_cuts(verdicts)
     for dim, why in hidden.items():
         if verdicts.grows(dim):
             verdicts.question(dim, f"policy: hidden state, since weights read it again ({why})")

@@ -48,6 +48,7 @@ class Engine:
         for index, size in enumerate(shape):
             origin = frozenset({(parameter, index)}) if parameter else NOWHERE
             axes.append(Axis(self.space.new(int(size)), int(size), origin))
+        self.facts.carried += [a.dim for a in axes if parameter]
         self.env[node] = Value(tuple(axes), static)
         return self.env[node]
 

@@ -237,3 +237,40 @@ def settle_products(verdicts: Verdicts) -> None:
             progress = True
         if not progress:
             break
+
+
+def settle_cuts(verdicts: Verdicts) -> None:
+    """Default: where a width is cut, what no weight reads of it and what is joined again grows with the rest.
+
+    Partial convolutions keep most channels as they are. Policy: what other activations meet instead, such as
+    the state of a scan, is fixed; as many as a part that grows are the other half of it.
+    """
+    space = verdicts.space
+    rests = set(map(space.find, space.rests))
+    joined = _wholes(verdicts, map(space.find, verdicts.facts.parts))
+    carried = set(map(space.find, verdicts.facts.carried))
+    settled = True
+    while settled:  # a part may be cut again
+        settled = False
+        for whole, parts in space.cuts:
+            top = verdicts.get(whole)
+            open_ = {p for p in map(space.find, parts) if verdicts.is_open(p)} - rests
+            if not open_ or top is None or not top.infinite:
+                continue
+            halves = {space.size(p) for p in parts if verdicts.grows(p)}
+            for part in sorted(open_):
+                grows = part in joined or part not in carried and space.size(part) in halves
+                why = f"a part of a width that is cut ({top.why})"
+                verdicts.settle([part], Verdict(grows, why if grows else f"policy: {why}", not grows))
+            settled = True
+
+
+def _wholes(verdicts: Verdicts, members: Iterable[int]) -> set[int]:
+    """Return dimensions, and all that is cut or viewed into them."""
+    space = verdicts.space
+    found, terms = set(members), [*space.cuts, *space.terms("product")]
+    while True:
+        more = {space.find(w) for w, parts in terms if not found.isdisjoint(map(space.find, parts))} - found
+        if not more:
+            return found
+        found |= more

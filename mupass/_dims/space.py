@@ -44,6 +44,7 @@ class Space:
         self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "groups": {}, "sum": {}}
         self._slices: dict[int, dict[tuple[int, int], int]] = {}
         self.derived: list[tuple[int, int]] = []
+        self.cuts: list[tuple[int, Members]] = []  # wholes that were there before their parts
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
         self.links: list[Link] = []
         self.where = "input"
@@ -111,6 +112,11 @@ class Space:
         """State whole = concatenation of parts, in this order."""
         self._state("sum", whole, tuple(p for p in parts if self._sizes[p] != 0))
 
+    def cut(self, whole: int, parts: Members) -> None:
+        """State that a dimension is cut into parts, in this order: unlike those of a sum, they come of it."""
+        self.cuts.append((whole, parts))
+        self.sum(whole, parts)
+
     def part(self, whole: int, start: int, stop: int) -> int:
         """Return the dimension of ``whole[start:stop]``; the same span gives the same dimension."""
         if (start, stop) == (0, self._sizes[whole]):
@@ -143,10 +149,10 @@ class Space:
             root = self.find(whole)
             ordered = sorted(spans)
             if all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
-                self.sum(root, self._tile(root, [(span, spans[span]) for span in ordered]))
+                self.cut(root, self._tile(root, [(span, spans[span]) for span in ordered]))
             else:  # overlapping spans: each with its own complement
                 for span in ordered:
-                    self.sum(root, self._tile(root, [(span, spans[span])]))
+                    self.cut(root, self._tile(root, [(span, spans[span])]))
         self._slices.clear()
 
     def _tile(self, whole: int, pieces: list[tuple[tuple[int, int], int]]) -> Members:
