@@ -28,6 +28,8 @@ from mupass._dims.space import Space
 from mupass._dims.straight import keeps_straight
 from mupass._errors import InferenceError
 
+COUNTED = "it counts equal parts, each of which the code takes on its own"
+
 
 class Engine:
     """Interprets a graph in the domain of axes."""
@@ -48,7 +50,8 @@ class Engine:
         for index, size in enumerate(shape):
             origin = frozenset({(parameter, index)}) if parameter else NOWHERE
             axes.append(Axis(self.space.new(int(size)), int(size), origin))
-        self.facts.carried += [a.dim for a in axes if parameter]
+            if parameter:
+                self.facts.carried[parameter, index] = axes[-1].dim
         self.env[node] = Value(tuple(axes), static)
         return self.env[node]
 
@@ -58,6 +61,9 @@ class Engine:
         self.space.where = "slices"
         self._close_picks()
         self.space.close_slices()
+        for dim, where in self.space.counts.items():
+            self.facts.finite.setdefault(dim, f"{COUNTED} ({where})")
+            self.facts.enumerated.setdefault(dim, COUNTED)
 
     def _close_picks(self) -> None:
         """Positions taken alone are separate things, but where weights read all the others: then a part."""

@@ -69,7 +69,7 @@ class Facts:
     uses: list[ParameterUse] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)  # dims along which parameters are concatenated
     parts: list[int] = field(default_factory=list)  # dims of what activations are joined of
-    carried: list[int] = field(default_factory=list)  # dims of parameter axes
+    carried: dict[tuple[str, int], int] = field(default_factory=dict)  # parameter axis -> dim
     finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
     literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
     weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(

@@ -248,7 +248,7 @@ def settle_cuts(verdicts: Verdicts) -> None:
     space = verdicts.space
     rests = set(map(space.find, space.rests))
     joined = _wholes(verdicts, map(space.find, verdicts.facts.parts))
-    carried = set(map(space.find, verdicts.facts.carried))
+    carried = set(map(space.find, verdicts.facts.carried.values()))
     settled = True
     while settled:  # a part may be cut again
         settled = False

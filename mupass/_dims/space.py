@@ -45,6 +45,7 @@ class Space:
         self._slices: dict[int, dict[tuple[int, int], int]] = {}
         self.derived: list[tuple[int, int]] = []
         self.cuts: list[tuple[int, Members]] = []  # wholes that were there before their parts
+        self.counts: dict[int, str] = {}  # factors that count equal parts -> where
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
         self.links: list[Link] = []
         self.where = "input"
@@ -95,6 +96,7 @@ class Space:
             for span, part in self._slices.pop(rb, {}).items():
                 known = self._slices.setdefault(ra, {}).setdefault(span, part)
                 todo.append((known, part))
+            self._join_terms(ra)
 
     def _weight(self, root: int) -> int:
         terms = sum(len(table.get(root, ())) for table in self._terms.values())
@@ -186,6 +188,18 @@ class Space:
         self.links.append(Link((whole, *members), kind if len(members) > 1 else "equal", self.where))
         for a, b in self._add(kind, self.find(whole), members):
             self.unify(a, b)
+        if kind in ("sum", "product"):
+            self._join_terms(self.find(whole))
+
+    def _join_terms(self, whole: int) -> None:
+        """Equal parts of a product whose first factor counts them: each of them is the other factors."""
+        for parts in list(self._terms["sum"].get(whole, {}).values()):
+            sizes = {self._sizes[p] for p in parts}
+            for count, *rest in list(self._terms["product"].get(whole, {}).values()):
+                if len(sizes) == 1 and self._sizes[count] == len(parts):
+                    self.counts[count] = self.where
+                    for part in parts:
+                        self._state("product", part, tuple(rest))
 
     def _add(self, kind: str, whole: int, members: Members) -> list[tuple[int, int]]:
         """Store a term and return the equalities that follow from the terms already known."""
