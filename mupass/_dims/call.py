@@ -60,7 +60,7 @@ class Call:
 
     @property
     def values(self) -> list[Value]:
-        """All tensor arguments, lists flattened, in order, but for those that only lend their type or shape."""
+        """All tensor arguments in order, lists flattened, but for those that lend their type or shape."""
         lender = LENDERS.get(self.operator)
         lent = [v for name, v in self.arguments.items() if name != lender]
         return [v for v in flatten(lent) if isinstance(v, Value)]

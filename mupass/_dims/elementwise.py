@@ -133,8 +133,8 @@ def pointwise(call: Call) -> Result:
     """Every axis is kept; operands broadcast against each other."""
     values = [v for v in call.values if v is not None]
     moving = [v for v in values if not v.static]
-    # mul(w, s): a matrix times one number that depends on the data is still that matrix.
-    if moving and all(_single(v) for v in moving) and any(v.parametric and _matrix(v) for v in values):
+    # mul(w, s): a matrix times one number of the data, or one a sample or a matrix, is still that matrix.
+    if moving and any(v.parametric and _is_matrix(v, moving) for v in values):
         return call.value(broadcast(call, values, len(call.shape)), static=True)
     for value in values:
         if value.parametric and moving:
@@ -149,12 +149,11 @@ def pointwise(call: Call) -> Result:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def _single(value: Value) -> bool:
-    return all(a.size == 1 for a in value.axes)
-
-
-def _matrix(value: Value) -> bool:
-    return sum(a.size > 1 for a in value.axes) > 1
+def _is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
+    """Whether a parameter has two axes along which all that it meets has single entries."""
+    long = [back for back, a in enumerate(parameter.axes[::-1]) if a.size > 1]
+    alone = [b for b in long if all(b >= len(v.axes) or v.axes[-1 - b].size == 1 for v in moving)]
+    return len(alone) > 1
 
 
 def _spread(vector: Value, moving: Sequence[Value]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from mupass._dims.call import PICKED, RULES, Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Facts, Value, bare
+from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, Value, bare
 from mupass._dims.graph import (
     broadcasts,
     flatten,
@@ -34,9 +34,10 @@ COUNTED = "it counts equal parts, each of which the code takes on its own"
 class Engine:
     """Interprets a graph in the domain of axes."""
 
-    def __init__(self, module_of: Callable[[Node], str], strict: bool = True):
+    def __init__(self, module_of: Callable[[Node], str], strict: bool = True, mixed: Origin = NOWHERE):
         self.space, self.facts = Space(), Facts()
         self.module_of, self.strict = module_of, strict
+        self.mixed = mixed  # parameter axes along which whole weights are mixed into one a sample
         self.env: dict[Node, Result] = {}
         self._straight: set[Node] = set()  # what linear operators made of the output of a weight
 

@@ -15,7 +15,7 @@ def split_axis(call: Call, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 
 def _own_origin(call: Call, axis: Axis, factor: Axis) -> Origin:
-    """Return the parameter axes that a factor is, where an axis was merged of several and is cut as before."""
+    """Return the parameter axes that a factor is, where an axis was merged and is cut as before."""
     find, carried = call.space.find, call.facts.carried
     own = frozenset(o for o in axis.origin if find(carried[o]) == find(factor.dim))
     return own or axis.origin
