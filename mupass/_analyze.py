@@ -24,6 +24,7 @@ from mupass._errors import InferenceError
 from mupass._roles.branches import find_branches
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
+from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 
@@ -107,7 +108,8 @@ def _assemble(
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
         geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
-        geometries.append(replace(geometry, sites=sites.get(name, ())))
+        normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
+        geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
@@ -120,6 +122,7 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
+    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized)
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
     return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
@@ -232,3 +235,14 @@ def _attention_notes(solved: Inference) -> tuple[str, ...]:
             instead = ", not 1/sqrt(head_dim)" if usual else f"; see that the scale given, {scale:.6g}, does"
             notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
     return tuple(notes.values())
+
+
+def _normalized_note(geometry: Geometry) -> str:
+    """Say of a readout that is normalized what that does, and what to write instead."""
+    axes = ", ".join(f"'{geometry.name}:{i}': 'infinite'" for i in geometry.fan_out_axes)
+    return (
+        f"{geometry.name}: {geometry.normalized} divides what this readout puts out by its own size. That "
+        "undoes its start at 1/sqrt(fan_in), and no scale keeps both its first step and the layers below it "
+        "independent of the width. Normalize what it reads instead, put a fixed number in place of the "
+        f"normalizer, or widen its output with the rest: dims={{{axes}}}"
+    )

@@ -1,4 +1,4 @@
-"""Casts, copies and products with one that stand between a weight and its operator change nothing of its role."""
+"""Casts, copies and products with one that stand between a weight and its operator hide nothing of it."""
 
 from __future__ import annotations
 

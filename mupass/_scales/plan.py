@@ -16,7 +16,7 @@ from mupass._scales.spec import OptimizerSpec
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 4
+VERSION = 5
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
