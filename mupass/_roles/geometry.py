@@ -139,6 +139,7 @@ class Geometry:
         given: Power of width that the entries of what it multiplies have, since the code scales them so
             (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
             none. For a tied embedding that of its readout.
+        normalized: Of a readout, the operator that divides its output by the output's own size; else ``""``.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
         folded: What `mupass.fold` multiplied the parameter by, to hold a factor on what it makes.
@@ -161,6 +162,7 @@ class Geometry:
     fusions: tuple[Fusion, ...] = ()
     sites: tuple[Site, ...] = ()
     given: float = 0.0
+    normalized: str = ""
     depth: float = 1.0
     folded: float = 1.0
     folded_in: float = 1.0

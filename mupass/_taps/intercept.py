@@ -44,7 +44,7 @@ MATMULS = (torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bm
 ADDED = (torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
-SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as)
+SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
@@ -157,9 +157,15 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _elementwise(output, args[0], args[1], "gain" if func in GAINS else "shift")
     if func in NORMS:
         return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
-    if func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
+    whole = func is T.__getitem__ and _takes_all(args[1])
+    if whole or func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
         return _turned(output, args[0], _order(func, args))
     return output
+
+
+def _takes_all(index: Any) -> bool:
+    """Whether an index is ``[:]``, ``[:, :]`` and so on, which takes all of a tensor as it is."""
+    return all(i == slice(None) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def look_out_for(value: Tensor, parameter: nn.Parameter) -> Tensor:
