@@ -26,6 +26,7 @@ class Bank:
         roots: Inverse roots of the same shape.
         weight: ``[K]``, see `value`.
         rooted: ``[K]``, trace of every factor when its root was computed.
+        likely: Slot -> another slot whose factor is often the same: of weights that read one activation.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Bank:
         self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
         self.rooted = torch.zeros_like(self.weight)
         self._traces: Tensor | None = None  # until the averages change
+        self.likely: dict[int, int] = {}
 
     @property
     def diagonal(self) -> bool:
@@ -107,6 +109,31 @@ class Bank:
         """
         now, then = self.traces(), self.rooted
         return (now > ratio * then) | (now * ratio < then) | ((then == 0) & (now > 0))
+
+    def copies(self, damping: Tensor, at: Tensor) -> dict[int, int]:
+        """Return slots that have the same factor and damping as another one: slot -> the other one.
+
+        Args:
+            damping: ``[K]``.
+            at: Slots to look for, and at.
+        """
+        own = set(at.tolist()) if self.likely else set()
+        pairs = [(slot, other) for slot, other in self.likely.items() if {slot, other} <= own]
+        if not pairs:
+            return {}
+        ours, others = torch.tensor(pairs, device=at.device).T
+        same = (damping[ours] == damping[others]) & (self.weight[ours] == self.weight[others])
+        same &= (self.factors[ours] == self.factors[others]).flatten(1).all(1)
+        return dict(pair for pair, equal in zip(pairs, same.tolist(), strict=True) if equal)
+
+    def copy(self, slots: Tensor, others: Tensor) -> None:
+        """Take over the roots of other slots.
+
+        Args:
+            slots: Where to.
+            others: Where from.
+        """
+        self.rooted[slots], self.roots[slots] = self.rooted[others], self.roots[others]
 
     def refresh(
         self,

@@ -67,6 +67,13 @@ class EigenBank(Bank):
         self.turned = dict(zip(done.tolist(), (vectors.mT @ old).square(), strict=True))
         return ~found
 
+    def copy(self, slots: Tensor, others: Tensor) -> None:
+        """Take over bases and eigenvalues, see `Bank.copy`."""
+        old = self.roots[slots]
+        super().copy(slots, others)
+        self.values[slots], self.rho[slots] = self.values[others], self.rho[others]
+        self.turned |= dict(zip(slots.tolist(), (self.roots[slots].mT @ old).square(), strict=True))
+
     def _decompose(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return eigenvalues, eigenvectors and successes (1 or 0) of some slots."""
         bank = self.value(at)

@@ -157,7 +157,6 @@ class KFAC(PlannedOptimizer):
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
             norms,
-            damping_mode != "pi",
             tuple(exclude),
             0 if block_size is None else check_period("block_size", block_size),
         )
@@ -185,6 +184,7 @@ class KFAC(PlannedOptimizer):
             check_number("damping_floor", damping_floor),
             ekfac,
             self._options.block,
+            self._cover.together,
         )
         self._curvature.rescale(self._kronecker.moments.bases())
         self._all_seen = self._due = False

@@ -42,6 +42,7 @@ class Kronecker:
         floor: float,
         ekfac: bool = False,
         block: int = 0,
+        together: tuple[tuple[Place, ...], ...] = (),
     ) -> None:
         self.ekfac, self.block = ekfac, block
         self.geometries = {name: entry.geometry for name, entry in entries.items()}
@@ -57,6 +58,7 @@ class Kronecker:
             for bank in self._all
             for name, _ in bank.keys
         }
+        self._expect_copies(together)
         # Pairs that EKFAC rescales; none without it.
         taken = {b.parameter for b, _ in self.blocks if ekfac and not not_rescaled(b, layers)}
         self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
@@ -103,6 +105,16 @@ class Kronecker:
                 alike[shape[1:], factor_dtype(weight), weight.device] += slots
         full = EigenBank if self.ekfac else Bank
         return [(full if len(kind[0]) > 1 else Bank)(slots, *kind) for kind, slots in alike.items()]
+
+    def _expect_copies(self, together: tuple[tuple[Place, ...], ...]) -> None:
+        """Tell banks of slots that have the same factor as long as their weights take part together."""
+        names = {f.places: name for name, (_, f) in self.sources.items() if f.side == "a"}
+        for group in together:
+            first, *others = [names[(place,)] for place in group if (place,) in names] or [""]
+            for name in others:
+                (bank, at, count), (other, start, _) = self.at[name], self.at[first]
+                if bank is other:
+                    bank.likely.update({at + i: start + i for i in range(count)})
 
     def average(self, taken: Mapping[Place, Sums], decay: float, count: Count) -> None:
         """Add the factors of one step to the averages.
@@ -188,9 +200,14 @@ class Kronecker:
         for i, slots in due.items():
             bank = self._all[i]
             power = self.powers[i >= len(self.banks["a"])]
-            failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
-            for at in slots[failed].tolist():
+            copies = bank.copies(rho[i], slots)
+            own = slots[[at not in copies for at in slots.tolist()]] if copies else slots
+            failed = bank.refresh(rho[i], power, own, self.mode == "eigen", ranks)
+            for at in own[failed].tolist():
                 count("failed_roots", self._place(bank.keys[at][0]))
+                copies = {slot: other for slot, other in copies.items() if other != at}
+            if copies:
+                bank.copy(*torch.tensor(list(copies.items()), device=slots.device).T)
         self.moments.follow()
         self.rooted = True
         seen = set()  # under pi-damping a bias has a copy of its weight's factor

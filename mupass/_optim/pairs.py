@@ -171,11 +171,17 @@ def line_up(
 def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
     slots = [
-        (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
+        (bank.factors.shape[-1] ** 3, i, at)
+        for i, bank in enumerate(banks)
+        for at in range(len(bank.keys))
+        if at not in bank.likely
     ]
     phases = [[0] * len(bank.keys) for bank in banks]
     for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
         phases[i][at] = turn
+    for own, bank in zip(phases, banks, strict=True):
+        for slot, other in bank.likely.items():  # no work, where the factors are the same
+            own[slot] = own[other]
     return phases
 
 

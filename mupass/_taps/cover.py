@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -57,12 +58,11 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
             maker.bias(entry.geometry)
     maker.exclude()
     maker.blocks = {n: b for n, b in maker.blocks.items() if n in trained}
-    if options.share:
-        maker.share_inputs()
     order = {e.geometry.name: i for i, e in enumerate(plan.entries)}
     blocks = tuple(sorted(maker.blocks.values(), key=lambda b: order[b.parameter]))
     read = {p for b in blocks for f in (*b.a, *b.b, *_second(b)) for p in f.places}
-    return Cover(blocks, {p: layer for p, layer in maker.layers.items() if p in read}, maker.reasons)
+    layers = {p: layer for p, layer in maker.layers.items() if p in read}
+    return Cover(blocks, layers, maker.reasons, maker.together())
 
 
 def _second(block: Block) -> tuple[Factor, ...]:
@@ -129,10 +129,6 @@ class _Maker:
             for m in owners
             if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
         }
-        # A recorded run does not tell who called, nor which of two tied modules.
-        untold = callers == {""} and self.plan.capture != "export"
-        if not callers <= fitting and (callers <= owners or untold):
-            callers = fitting
         if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
         return (Place(None, g.name, key),) if key and not self._apart(g) else None
@@ -276,15 +272,13 @@ class _Maker:
                 self.blocks.pop(name, None)
                 self.reasons[name] = f"exclude={pattern!r}"
 
-    def share_inputs(self) -> None:
-        """Let linear weights that read the same activations share one input factor."""
-        leaders: dict[tuple[str, ...], Factor] = {}
+    def together(self) -> tuple[tuple[Place, ...], ...]:
+        """Group the taps of linear weights that read the same activations."""
+        groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
         for name, block in self.blocks.items():
             sites = [s for s in self.plan[name].geometry.sites if s.kind == "linear"]
             places = block.a[0].places if block.a else ()
             alone = len(sites) == 1 and block.tied is None and len(places) == 1 and len(set(block.a)) == 1
-            if not alone or self.layers[places[0]].diagonal_in or not all(sites[0].sources):
-                continue
-            leader = leaders.setdefault(sites[0].sources, block.a[0])
-            if leader != block.a[0]:
-                self.blocks[name] = replace(block, a=(leader,) * len(block.a))
+            if alone and not self.layers[places[0]].diagonal_in and all(sites[0].sources):
+                groups[sites[0].sources].append(places[0])
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
