@@ -35,12 +35,13 @@ class _Factors(torch.autograd.Function):
         layer: Layer,
         form: Form,
         tap: Tap | None,
+        copied: bool,
         rows: Tensor,
         a: Tensor | None,
         *b: Tensor | None,
     ) -> Tensor:
         """Pass the output on; a copy, so that an activation may work in place on it."""
-        ctx.layer, ctx.form, ctx.tap, ctx.dtype = layer, form, tap, rows.dtype
+        ctx.layer, ctx.form, ctx.tap, ctx.copied, ctx.dtype = layer, form, tap, copied, rows.dtype
         ctx.save_for_backward(x)
         return y.clone()
 
@@ -55,12 +56,13 @@ class _Factors(torch.autograd.Function):
         once = None if ctx.tap is None else ctx.tap.once
         with torch.no_grad():
             a = None
-            if wanted[6]:
+            if wanted[7]:
                 make = raw_input if once is None else once.raw_input
                 a = make(ctx.layer, ctx.form, x, ctx.dtype)
-            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[7:], ctx.dtype)
+                a = a.clone() if ctx.copied else a
+            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[8:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
-        return g, None, None, None, None, rows, a, *b
+        return g, None, None, None, None, None, rows, a, *b
 
 
 class _Moments(torch.autograd.Function):
@@ -105,7 +107,8 @@ class Once:
     """The last input factor of taps that read one activation: several of them multiply it once in a pass.
 
     Each tap still has a factor of its own, so that it does not matter which of them take part in a step.
-    In a compiled graph equal products are one product without this.
+    In a compiled graph equal products become one without this, if they are not results of the graph
+    themselves: there factors are copies.
     """
 
     def __init__(self) -> None:
@@ -191,9 +194,10 @@ class Tap:
         x = x.detach()
         if self.bases:
             output = _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-untyped-call]
-        tap = None if torch.compiler.is_compiling() else self
+        traced = torch.compiler.is_compiling()
+        tap, copied = None if traced else self, traced and self.once is not None
         # Last, and so first in the backward pass: it says that one has begun.
-        return _Factors.apply(output, x, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
+        return _Factors.apply(output, x, self.layer, form, tap, copied, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
 
     def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.
