@@ -210,7 +210,8 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
     """
     raw = [taken[p] for p in factor.places if p in taken]
     if factor.side == "b":
-        return _sum([m for sums in raw if (m := sums.b[factor.piece]) is not None])
+        found = _sum([m for sums in raw if (m := sums.b[factor.piece]) is not None])
+        return found if found is None or factor.scale == 1 else found * factor.scale
     pairs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
     if len(pairs) < 2:
         return pairs[0][0] if pairs else None

@@ -32,11 +32,13 @@ class Factor:
         side: ``a`` or ``b``.
         places: Taps that add to it.
         piece: Which of a tap's output factors; 0 for ``a``.
+        scale: What the sums are multiplied by.
     """
 
     side: str
     places: tuple[Place, ...]
     piece: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

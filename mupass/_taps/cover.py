@@ -69,6 +69,17 @@ def _second(block: Block) -> tuple[Factor, ...]:
     return block.tied.second if block.tied else ()
 
 
+def _of_bias(g: Geometry, weight: Matrices) -> Matrices | None:
+    """Return how a bias splits into vectors as its weight does into matrices, or None where it does not."""
+    out, size = weight.out_axes[0], prod(g.shape)
+    batch = prod(n for i, n in enumerate(weight.shape) if i not in (*weight.out_axes, *weight.in_axes))
+    outputs = weight.shape[out] * (weight.groups if out else 1)  # groups divide the first axis
+    if batch > 1 or size != outputs or max(g.shape, default=1) != size:
+        return None
+    fusions = tuple(replace(f, axis=f.axis - out) for f in weight.fusions)
+    return Matrices((size,), (0,), (), fusions, weight.groups)
+
+
 class _Maker:
     """Builds blocks one parameter at a time."""
 
@@ -104,20 +115,28 @@ class _Maker:
         """Cover a bias by the output factors of the weight that it comes with."""
         partners = {s.weight for s in g.sites}
         block = self.blocks.get(next(iter(partners))) if len(partners) == 1 else None
+        odd = next((s.reason for s in g.sites if s.reason), "")
         if not g.sites:
             self.reasons[g.name] = "the captured forward pass does not read it"
+        elif odd:
+            self.reasons[g.name] = odd
         elif block is None or len(block.matrices.out_axes) != 1 or block.tied:
             where = ", ".join(sorted(partners)) or "several operators"
             self.reasons[g.name] = f"it shifts the output of {where}, which K-FAC does not take as one weight"
+        elif len({s.scale for s in g.sites}) > 1:
+            self.reasons[g.name] = "its uses multiply it by different numbers"
+        elif (matrices := _of_bias(g, block.matrices)) is None:
+            self.reasons[g.name] = (
+                f"its shape {list(g.shape)} is not one number for each output of {block.parameter}, "
+                f"{list(block.matrices.shape)}"
+            )
         else:
             owners = {s.module for s in g.sites}
             places = [
                 p for p in block.b[0].places if p.module is None or p.module in owners or owners == {""}
             ]
-            b = tuple(replace(f, places=tuple(places)) for f in block.b)
-            out = block.matrices.out_axes[0]
-            fusions = tuple(replace(f, axis=f.axis - out) for f in block.matrices.fusions)
-            matrices = Matrices(g.shape, (0,), (), fusions, block.matrices.groups)
+            scale = g.sites[0].scale ** 2
+            b = tuple(replace(f, places=tuple(places), scale=scale) for f in block.b)
             self.blocks[g.name] = Block(g.name, "bias", matrices, (), b)
 
     def _places(self, g: Geometry, sites: list[Site], key: str) -> tuple[Place, ...] | None:
