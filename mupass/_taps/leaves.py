@@ -103,6 +103,11 @@ class Sums(NamedTuple):
     moments: tuple[Tensor, ...] = ()
 
 
+def under_transform() -> bool:
+    """Return whether a transform of torch.func runs (vmap, grad, jvp): taps cannot see what it does."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Once:
     """The last input factor of taps that read one activation: several of them multiply it once in a pass.
 
@@ -181,6 +186,10 @@ class Tap:
             The same values; the very tensor while no factors are wanted.
         """
         if self.idle or not output.requires_grad:
+            return output
+        if under_transform():
+            if self.passes is not None:
+                self.passes.miss(self)
             return output
         if self.uses is not None:
             self.uses.append((output, x, form))

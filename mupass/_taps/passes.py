@@ -8,6 +8,7 @@ of the next one, before it adds to any of them, taps whose parameters have lost 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mupass._errors import MupassWarning
 from mupass._taps.blocks import Place
 from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
@@ -65,9 +67,28 @@ class Passes:
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
         self._running = False
+        self._warned = False
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
+
+    def miss(self, tap: Tap) -> None:
+        """Warn, once, of a use that a tap cannot see.
+
+        Args:
+            tap: The tap.
+        """
+        if not self._warned and self.watching:
+            self._warned = True
+            place = next(place for place, own in self.taps.items() if own is tap)
+            name = place.parameter or place.module
+            warnings.warn(
+                f"{name} is used under a transform of torch.func (vmap, grad, jvp): K-FAC takes no "
+                "statistics of that use. Where its gradients reach the step, call the model directly "
+                f"instead, or leave the parameter to the fallback with exclude=['{name}*']",
+                MupassWarning,
+                stacklevel=4,
+            )
 
     def restart(self) -> None:
         """Forget all passes: what they summed was taken or dropped."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mupass._taps.leaves import under_transform
+
 if TYPE_CHECKING:
     from mupass._taps.passes import Passes
 
@@ -87,6 +89,8 @@ class TermsTap:
             The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
             models that return their loss.
         """
+        if under_transform():
+            return None
         eager = not torch.compiler.is_compiling()
         if eager and self.collecting and self.passes is not None:
             self.passes.enter()
