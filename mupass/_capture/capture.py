@@ -199,7 +199,9 @@ def number_in(tensor: Any) -> float | None:
     """Return the value of a tensor that is one real number and is there to be read."""
     if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
         return None
-    return None if isinstance(tensor, FakeTensor) else float(tensor)
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return float(tensor)
 
 
 def _owner(node: Node) -> str:
