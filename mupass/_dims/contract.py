@@ -178,8 +178,10 @@ def matmul(call: Call) -> Result:
     left = letters(max(ra - 2, 0), batch - max(ra - 2, 0)) + (["i"] if ra > 1 else []) + ["k"]
     right = letters(max(rb - 2, 0), batch - max(rb - 2, 0)) + (["k", "j"] if rb > 1 else ["k"])
     out = letters(batch if max(ra, rb) > 2 else 0) + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
+    if call.operator == "aten.addbmm":  # sums over the batch axis as well
+        out = ["i", "j"]
     result = contract(call, "matmul", [a, b], [left, right], out)
-    if call.operator == "aten.baddbmm":
+    if call.operator in ("aten.baddbmm", "aten.addbmm"):
         for axis, other in zip(result.axes[::-1], call["self"].axes[::-1], strict=False):
             call.unify(axis, other)
         if call["self"].parametric:

@@ -56,7 +56,11 @@ class Bank:
         return {"factor": self._zeros(numbers), "root": self._zeros(numbers)}
 
     def average(
-        self, new: Mapping[Any, Tensor], decay: float, memory: float = 0.0, ok: Tensor | None = None
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
     ) -> None:
         """Add one observation of each factor to the moving averages.
 
@@ -64,20 +68,22 @@ class Bank:
         batch must not stay in it for good.
 
         Args:
-            new: Key -> observed factor, or several stacked, for the slots from that key on.
+            new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
+                was observed at all, a tensor of one entry.
             decay: Weight of the past; 0 keeps only the new ones.
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
         """
         self._traces = None
-        for key, found in new.items():
+        for key, (found, seen) in new.items():
             found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
             found = found.to(self.dtype)
             at = slice(self.slot[key], self.slot[key] + len(found))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
             finite = _trace(found).isfinite()
-            counts = finite if ok is None else finite & ok
-            self.overflowed[at] += ~finite if ok is None else ~finite & ok
+            there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
+            counts = finite & there
+            self.overflowed[at] += ~finite & there
             found = torch.where(_along(counts, found), found, 0.0)
             fresh = counts.to(self.dtype) * (1 - decay)
             self._blend(at, found, fresh)

@@ -17,9 +17,9 @@ from mupass._optim.bound import BoundOptimizer
 from mupass._optim.checks import Coverage, Covered, check_choice, check_number
 from mupass._optim.fallback import (
     Fallback,
+    adam_rate,
     average_state,
     averages,
-    adam_rate,
     fallback_directions,
     fallback_rate,
     fallback_state,

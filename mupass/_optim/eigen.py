@@ -158,14 +158,16 @@ class Moments:
             ok: Whether the observations count at all.
         """
         for name, pair in self.pairs.items():
-            new = observed_moments(pair.block.b[pair.piece], taken)
-            if new is None:
+            observation = observed_moments(pair.block.b[pair.piece], taken)
+            if observation is None:
                 continue
+            new, seen = observation
             total, weight = self.state[name]["sum"], self.state[name]["weight"]
             # They are not negative: what is not finite is so in the sum.
             finite = new.sum((1, 2)).isfinite()
-            self.overflowed[name] += (~finite & ok).any()
-            counts = finite & ok
+            there = seen.reshape(()) & ok
+            self.overflowed[name] += (~finite & there).any()
+            counts = finite & there
             fresh = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
             total.lerp_(torch.where(counts[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
             weight.lerp_(torch.ones_like(weight), fresh)

@@ -170,7 +170,6 @@ class KFAC(PlannedOptimizer):
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
             norms,
-            damping_mode != "pi",
             tuple(exclude),
             0 if block_size is None else check_period("block_size", block_size),
         )

@@ -166,15 +166,15 @@ class Kronecker:
             ok: 1, or 0 where the observations do not count.
         """
         self.moved = True
-        new: dict[str, Tensor] = {}
-        tied: dict[str, tuple[Tensor, Tensor] | None] = {}
+        new: dict[str, tuple[Tensor, Tensor]] = {}
+        tied: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
         for name in self.at:
             block, factor = self.sources[name]
             if block.tied and factor in (*block.a, *block.b):
                 if block.parameter not in tied:
                     tied[block.parameter] = nearest_product(block.tied, taken)
                 found = tied[block.parameter]
-                value = None if found is None else found[factor.side == "b"]
+                value = None if found is None else (found[0][factor.side == "b"], found[1])
             else:
                 value = observed(factor, taken)
             if value is not None:

@@ -48,6 +48,7 @@ class Site:
         weight: Of a bias, the weight whose output it shifts.
         sources: Names of the activations in the captured graph, one a call: equal names, one activation.
         reason: Why there is no Kronecker form.
+        scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Site:
     weight: str = ""
     sources: tuple[str, ...] = ()
     reason: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
