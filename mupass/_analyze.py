@@ -64,8 +64,11 @@ def analyze(
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     other = base if isinstance(base, nn.Module) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
-    notes = (*found.conflicts, *found.second.notes, *disagreements(found.alone, found.second.axes))
-    return _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    # A second instance is the truth: what it settles, and otherwise than one model would, is for the report.
+    settled = (*found.second.notes, *disagreements(found.alone, found.second.axes))
+    notes = (*found.conflicts, *settled)
+    analysis = _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    return replace(analysis, notes=(*analysis.notes, *settled))
 
 
 def _check_base(base: Base) -> None:
@@ -108,7 +111,10 @@ def _assemble(
         geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
         geometries.append(replace(geometry, sites=sites.get(name, ())))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
-    warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    unread = tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
+    noted = (*unread, *captured.warnings) if captured.method == "export" or not unread else ()
+    warnings += unread
     warnings += _attention_notes(solved)
     certain, doubtful = settle(find_constants(captured, solved), second)
     geometries, left = account(
@@ -121,7 +127,7 @@ def _assemble(
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
+    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches, noted)
 
 
 def _width(

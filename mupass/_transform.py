@@ -1,6 +1,6 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mupass._errors import PlanError, TransformError
+from mupass._errors import PlanError, TransformError, warn
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._roles.geometry import Analysis
 from mupass._scales.init import Init, InitChoice, plan_init
@@ -40,7 +40,8 @@ def transform(
     The class and the ``state_dict`` keys stay. Parameters are rescaled, tied readouts get a multiplier,
     K-FAC taps are attached (idle until `mupass.KFAC` uses them) and the plan is left on the model as
     ``model.mupass_plan``. At the base width not one bit of a parameter or an output changes. If
-    anything is refused, the model is as it was.
+    anything is refused, the model is as it was. What changes a result or asks for an answer is raised as a
+    `MupassWarning`; all of it stays in the plan's ``warnings``.
 
     Args:
         model: Module with its initial weights, not compiled and not wrapped.
@@ -78,6 +79,7 @@ def transform(
         spec = OptimizerSpec.of(optimizer or "kfac")
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
         plan = make_plan(model, analysis, spec, parameterization, init, depth)
+        alerts = [w for w in plan.warnings if w not in analysis.notes]
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth}
         settled = [name for name, value in given.items() if value is not None]
@@ -88,6 +90,9 @@ def transform(
             raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
         plan = plan if optimizer is None else plan.for_optimizer(optimizer)
         plan.check(model)
+        alerts = _late(model, plan.entries)
+    if any(e.geometry.shape != e.geometry.base_shape for e in plan.entries):  # else no scale matters
+        warn(alerts)
     target = model if inplace else deepcopy(model)
     _apply(target, plan)
     return target
@@ -128,7 +133,7 @@ def make_plan(
         found = inits[geometry.name]
         own = scales(geometry, optimizer, parameterization)
         entries.append(Entry(geometry, found.law, found.std, found.factor, own))
-    warnings = (*analysis.warnings, *_warnings(inits, [n for n, t in tensors.items() if t.is_meta]))
+    warnings = (*analysis.warnings, *_doubts(inits), *_late(model, entries))
     tied = [g.name for g in analysis.geometries if g.readout_uses]
     if parameterization == "ntk" and tied:
         warnings += (
@@ -202,20 +207,27 @@ def _apply(model: nn.Module, plan: Plan) -> None:
         rewrite(model, plan)
 
 
-def _warnings(inits: Mapping[str, Init], meta: Sequence[str]) -> list[str]:
-    found = []
+def _doubts(inits: Mapping[str, Init]) -> list[str]:
+    """Say whose initialization law one cannot read off the values."""
     doubtful = [name for name, init in inits.items() if init.doubtful]
-    if doubtful:
-        found.append(
-            f"initialization law in doubt for {_some(doubtful)}: settle it with init={{pattern: law}}, "
-            "or transform a model of the base width, where it does not matter"
-        )
-    late = [name for name in meta if inits[name].factor != 1]
-    if late:
-        found.append(
-            f"{_some(late)} on the meta device: multiply by plan[name].init_factor once they have values"
-        )
-    return found
+    if not doubtful:
+        return []
+    return [
+        f"initialization law in doubt for {_some(doubtful)}: settle it with init={{pattern: law}}, "
+        "or transform a model of the base width, where it does not matter"
+    ]
+
+
+def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
+    """Say which parameters have no values yet that could be rescaled."""
+    parameters = dict(model.named_parameters())
+    names = [e.geometry.name for e in entries if e.init_factor != 1]
+    late = [name for name in names if parameters[name].is_meta]
+    if not late:
+        return []
+    return [
+        f"{_some(late)} on the meta device: multiply by plan[name].init_factor once they have values",
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import OptimizerError
+from mupass._errors import MupassWarning, OptimizerError
 from mupass._optim.bound import BoundOptimizer
 from mupass._optim.checks import Coverage, Covered, check_choice, check_number
 from mupass._optim.fallback import FALLBACKS, average, fallback_state, fallback_step, follow, momentum_state
@@ -69,6 +69,7 @@ class PlannedOptimizer(BoundOptimizer):
             warnings.warn(
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to {fallback}. "
                 f"First reason: {left[0].parameter}: {left[0].reason}",
+                MupassWarning,
                 stacklevel=3,
             )
         if strict and left:
@@ -154,7 +155,8 @@ class PlannedOptimizer(BoundOptimizer):
         self._stats[what] += times
         if f"{what}:{where}" not in self._warned:
             self._warned.add(f"{what}:{where}")
-            warnings.warn(f"mupass.{type(self).__name__}: {what.replace('_', ' ')}: {where}", stacklevel=3)
+            message = f"mupass.{type(self).__name__}: {what.replace('_', ' ')}: {where}"
+            warnings.warn(message, MupassWarning, stacklevel=3)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

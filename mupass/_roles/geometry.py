@@ -173,6 +173,7 @@ class Analysis:
         warnings: What the reader must know: policies applied, operators treated by shape.
         modules: (qualified name, class name) of every module, in the model's own order.
         branches: Residual branches, in the order of execution.
+        notes: Those of the warnings that change no result; only the report shows them.
     """
 
     geometries: tuple[Geometry, ...]
@@ -182,6 +183,7 @@ class Analysis:
     warnings: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
     branches: tuple[Branch, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.
