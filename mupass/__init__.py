@@ -18,6 +18,7 @@ from mupass._errors import (
     TransformError,
 )
 from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
+from mupass._initialize import initialize
 from mupass._optim import KFAC, SOAP, FoMoH, LevenbergMarquardt, Muon, Shampoo, param_groups, sample_targets
 from mupass._report import Question, Report
 from mupass._resize.resize import resize
@@ -72,6 +73,7 @@ __all__ = [
     "analyze",
     "coord_check",
     "hypergradient",
+    "initialize",
     "measured_exponents",
     "param_groups",
     "plan_of",

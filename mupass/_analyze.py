@@ -134,10 +134,13 @@ def _width(
     solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
 ) -> int:
     """The width of a model is the growing dimension that most parameter axes carry (ties: the widest)."""
-    carried: Counter[int] = Counter()
+    read: Counter[int] = Counter()
+    unread: Counter[int] = Counter()
     space = solved.engine.space
     for name, dims in solved.dims.items():
-        carried.update({space.find(d): 1 for d, f in zip(dims, infinite[name], strict=True) if f})
+        grown = [d for d, f in zip(dims, infinite[name], strict=True) if f]
+        (unread if name in solved.overlooked else read).update({space.find(d): 1 for d in grown})
+    carried = read or unread
     return max((count, space.size(dim)) for dim, count in carried.items())[1]
 
 

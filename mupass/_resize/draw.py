@@ -18,7 +18,8 @@ from mupass._resize.attributes import Attributes
 from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
 from mupass._roles.geometry import Geometry
-from mupass._scales.init import InitChoice, own_init
+from mupass._scales.init import InitChoice, own_init, told_laws
+from mupass._scales.learned import learned
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,16 @@ class Draw:
                 made[name] = value
         # A pattern has no law, and must not speak for one.
         random = {n: p for n, p in source.items() if n not in made}
-        laws = own_init(random, [self._geometry(n, shapes[n]) for n in source], self.init)
+        geometries = [self._geometry(n, shapes[n]) for n in source]
+        laws = own_init(random, geometries, self.init)
+        if not own_code:
+            told = told_laws(self.init, list(source))
+            suspects = learned(random, [g for g in geometries if g.name in random and g.name not in told])
+            if suspects:
+                names = ", ".join(suspects[:4]) + (" ..." if suspects[4:] else "")
+                warn(
+                    [f"{names} look trained; a resized model is drawn anew by their size, as initial weights"]
+                )
         doubtful = [n for n in random if laws[n].doubtful]
         if doubtful and not own_code:
             names = ", ".join(doubtful[:4]) + (" ..." if doubtful[4:] else "")
