@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from mupass._fold import fold
     from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
+    from mupass._initialize import initialize
     from mupass._optim.adaptive import LevenbergMarquardt
     from mupass._optim.fallback import Fallback
     from mupass._optim.fomoh import FoMoH
@@ -87,6 +88,7 @@ __all__ = [
     "coord_check",
     "fold",
     "hypergradient",
+    "initialize",
     "measured_exponents",
     "param_groups",
     "plan_of",
@@ -140,6 +142,7 @@ _MODULES = {
     "coord_check": "mupass._study.check",
     "fold": "mupass._fold",
     "hypergradient": "mupass._hyper.hypergradient",
+    "initialize": "mupass._initialize",
     "measured_exponents": "mupass._alignment",
     "param_groups": "mupass._optim.groups",
     "plan_of": "mupass._scales.plan",

@@ -69,8 +69,11 @@ def analyze(
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     other = base if isinstance(base, nn.Module) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
-    notes = (*found.conflicts, *found.second.notes, *disagreements(found.alone, found.second.axes))
-    return _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    # A second instance is the truth: what it settles, and otherwise than one model would, is for the report.
+    settled = (*found.second.notes, *disagreements(found.alone, found.second.axes))
+    notes = (*found.conflicts, *settled)
+    analysis = _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    return replace(analysis, notes=(*analysis.notes, *settled))
 
 
 def _check_base(base: Base) -> None:
@@ -117,7 +120,10 @@ def _assemble(
         normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
         geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
-    warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    unread = tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
+    noted = (*unread, *captured.warnings) if captured.method == "export" or not unread else ()
+    warnings += unread
     warnings += _attention_notes(solved)
     certain, doubtful = settle(find_constants(captured, solved), second)
     geometries, left = account(
@@ -132,17 +138,22 @@ def _assemble(
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
     held = readout_carriers(captured, geometries)
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held)
+    return Analysis(
+        tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held, noted
+    )
 
 
 def _width(
     solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
 ) -> int:
     """The width of a model is the growing dimension that most parameter axes carry (ties: the widest)."""
-    carried: Counter[int] = Counter()
+    read: Counter[int] = Counter()
+    unread: Counter[int] = Counter()
     space = solved.engine.space
     for name, dims in solved.dims.items():
-        carried.update({space.find(d): 1 for d, f in zip(dims, infinite[name], strict=True) if f})
+        grown = [d for d, f in zip(dims, infinite[name], strict=True) if f]
+        (unread if name in solved.overlooked else read).update({space.find(d): 1 for d in grown})
+    carried = read or unread
     return max((count, space.size(dim)) for dim, count in carried.items())[1]
 
 

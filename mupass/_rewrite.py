@@ -1,7 +1,7 @@
 """Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import MupassWarning, TransformError
+from mupass._errors import MupassWarning, PlanError, TransformError
 from mupass._roles.geometry import Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
@@ -129,12 +129,13 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def rewrite(model: nn.Module, plan: Plan) -> None:
+def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
     """Insert multipliers of readouts and branches, rescale the initialization, leave the plan on the model.
 
     Args:
         model: Model that passed `check_rewritable`.
         plan: Its plan.
+        values: Whether the initialization is rescaled.
     """
     setattr(model, ATTRIBUTE, plan)
     if plan.folded:  # the weights hold everything
@@ -151,21 +152,27 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
             model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
             model.get_submodule(name).register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
-    rescale(model, plan)
+    if values:
+        rescale(model, {entry.geometry.name: entry.init_factor for entry in plan.entries})
 
 
-def rescale(model: nn.Module, plan: Plan) -> None:
-    """Multiply every parameter by its init factor; factors of exactly 1 touch nothing.
+def rescale(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """Multiply parameters by their init factors; factors of exactly 1 touch nothing.
 
     Args:
         model: Model with its user's initialization.
-        plan: Its plan.
+        factors: By parameter name.
+
+    Raises:
+        PlanError: A value would be infinite or NaN; nothing is changed then.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        factors = {e.geometry.name: e.init_factor for e in plan.entries if e.init_factor != 1}
-        # All products first: what can fail (memory) fails before the first parameter changes.
-        scaled = {name: parameters[name] * factor for name, factor in factors.items()}
+        # All products first: what can fail (memory, range) fails before the first parameter changes.
+        scaled = {name: parameters[name] * factor for name, factor in factors.items() if factor != 1}
+        for name, values in scaled.items():
+            if not values.is_meta and not bool(_local(values).isfinite().all()):
+                raise PlanError(f"{name} times {factors[name]:.6g} is not finite in {values.dtype}")
         for name, values in scaled.items():
             parameters[name].copy_(values)
 
@@ -224,3 +231,8 @@ def _overlaps(parameter: torch.Tensor) -> bool:
     return any(
         stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
     )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that FSDP2 may shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

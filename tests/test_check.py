@@ -181,7 +181,8 @@ def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) ->
 
 @pytest.mark.slow
 def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
-    found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
+    with pytest.warns(mupass.MupassWarning, match="head_dim grows"):
+        found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
     assert found.first.site.operator == "scaled_dot_product_attention", str(found)
     assert found.first.quantity == "reach" and found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "head_dim grows (32 to 256)" in found.blame and "1/head_dim" in found.blame

@@ -79,7 +79,8 @@ def _torch_round_trip(model: nn.Module) -> nn.Module:
 
 def test_meta_to_empty_then_load(model: nn.Module) -> None:
     with torch.device("meta"):
-        hollow = mupass.transform(Net(), IDS.to("meta"), base=8)
+        with pytest.warns(mupass.MupassWarning, match="on the meta device"):
+            hollow = mupass.transform(Net(), IDS.to("meta"), base=8)
     hollow = hollow.to_empty(device="cpu")
     with pytest.warns(mupass.MupassWarning, match=r"mupass\.fold"):
         hollow.load_state_dict(model.state_dict())

@@ -203,6 +203,7 @@ class Analysis:
         modules: (qualified name, class name) of every module, in the model's own order.
         branches: Residual branches, in the order of execution.
         carriers: For every tied readout, what can hold its multiplier in the place of a hook.
+        notes: Those of the warnings that change no result; only the report shows them.
     """
 
     geometries: tuple[Geometry, ...]
@@ -213,6 +214,7 @@ class Analysis:
     modules: tuple[tuple[str, str], ...] = ()
     branches: tuple[Branch, ...] = ()
     carriers: tuple[Carrier, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

@@ -57,6 +57,7 @@ class Plan:
         carriers: What can hold the forward multipliers in the place of hooks, see `mupass.fold`.
         folded: Whether the weights hold all multipliers already.
         decided: Whether an optimizer was named or made; until then the print shows the rates of all.
+        trained: Whether values and outputs of a trained model were left as they are.
 
     Raises:
         PlanError: The optimizer's alignment names a parameter that has no entry.
@@ -75,6 +76,7 @@ class Plan:
     carriers: tuple[Carrier, ...] = ()
     folded: bool = False
     decided: bool = field(default=True, compare=False)
+    trained: bool = False
 
     def __post_init__(self) -> None:
         for name, _ in self.optimizer.exponents:
@@ -149,7 +151,8 @@ class Plan:
         if spec == self.optimizer:
             return self if self.decided else replace(self, decided=True)
         entries = tuple(
-            replace(e, scales=scales(e.geometry, spec, self.parameterization)) for e in self.entries
+            replace(e, scales=entry_scales(e.geometry, spec, self.parameterization, self.trained))
+            for e in self.entries
         )
         return replace(self, optimizer=spec, entries=entries, decided=True)
 
@@ -206,6 +209,24 @@ class Plan:
         except (TypeError, ValueError, KeyError) as error:
             raise PlanError(f"plan is incomplete or damaged: {error}") from error
         return plan
+
+
+def entry_scales(
+    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str, trained: bool
+) -> Scales:
+    """Width factors of one parameter of a plan.
+
+    Args:
+        geometry: Its fans.
+        optimizer: Family and powers.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+        trained: Whether the outputs of a trained model must stay: a tied readout then has no multiplier, and
+            follows the row of a readout.
+    """
+    if trained and geometry.readout_uses:
+        into, out = geometry.fan_out_axes, geometry.fan_in_axes
+        geometry = replace(geometry, role="output", fan_in_axes=into, fan_out_axes=out, readout_uses=())
+    return scales(geometry, optimizer, parameterization)
 
 
 def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:

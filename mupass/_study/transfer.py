@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._errors import each_matter_once
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
@@ -106,6 +107,7 @@ class Transfer(Tabular):
         return write(path, lambda: str(self), lambda: page_of(self), lambda: figure(self.search))
 
 
+@each_matter_once()
 def transfer(
     model: nn.Module,
     data: Data,
