@@ -29,7 +29,8 @@ class Bank:
         state: Tensors whose first axis counts slots; all of them belong to the saved state.
             ``factor`` are the averages, packed (see `mupass._optim.packed`) or diagonals, not corrected for
             their start from zero; ``root`` inverse roots of the same shape; ``weight`` the total weight of
-            what was averaged; ``peak`` the largest trace seen, which fades; ``rooted`` the trace, and
+            what was averaged; ``peak`` the largest trace of an average, and ``recent`` that of a single
+            observation, both of which fade; ``rooted`` the trace, and
             ``rho`` the damping, when the root was computed.
         failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
             not finite, since they were last reported.
@@ -42,7 +43,7 @@ class Bank:
         self.slot = {key: i for i, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
-        numbers = {name: self._zeros() for name in ("weight", "peak", "rooted", "rho")}
+        numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
         self.state = {**self._matrices(), **numbers}
         self.failed, self.overflowed = self._zeros(), self._zeros()
         self._traces: Tensor | None = None  # until the averages change
@@ -80,7 +81,8 @@ class Bank:
             found = found.to(self.dtype)
             at = slice(self.slot[key], self.slot[key] + len(found))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
-            finite = _trace(found).isfinite()
+            traces = _trace(found)
+            finite = traces.isfinite()
             there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
             counts = finite & there
             self.overflowed[at] += ~finite & there
@@ -91,6 +93,8 @@ class Bank:
             weight.lerp_(torch.ones_like(weight), fresh)
             peak = self.state["peak"][at]
             torch.maximum(peak * memory, self._trace(at), out=peak)
+            recent = self.state["recent"][at]
+            torch.maximum(recent * decay, torch.where(counts, traces, 0.0), out=recent)
 
     def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
         """Move the averages of some slots towards new factors, each by its own fraction."""
@@ -132,12 +136,17 @@ class Bank:
         now, peak = self.traces(), self.state["peak"]
         return torch.where(now > 0, peak / now, torch.ones_like(now)).clamp(min=1.0)
 
-    def grown(self) -> Tensor:
+    def grown(self, jumps: bool = False) -> Tensor:
         """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
 
         It is infinite for a factor that was zero then: its root says nothing.
+
+        Args:
+            jumps: Whether a single observation counts as much as their average, where it is larger: a
+                gradient that jumps is in the mean of gradients sooner than in that of its squares.
         """
         now, then = self.traces(), self.state["rooted"]
+        now = torch.maximum(now, self.state["recent"]) if jumps else now
         return torch.where(now > then, now / then, torch.ones_like(now))
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:

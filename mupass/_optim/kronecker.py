@@ -386,7 +386,8 @@ class Kronecker:
         power = self.rules.powers[side == "b"]
         found = bank.apply(stack, first, count, side == "b")
         # Blocks of one factor are of one size: the first stands for all.
-        grown = bank.grown()[first : first + count].view(len(stack), -1).amax(1)
+        jumps = side == "b" and self.rules.memory > 0
+        grown = bank.grown(jumps)[first : first + count].view(len(stack), -1).amax(1)
         return found / grown.pow(power).view(-1, 1, 1)
 
     def _change(self, pair: Pair, half: Tensor, direction: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ VERSION = 2
 NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
-POSITIVE = ("weight", "square", "peak", "rooted", "rho", "values", "sum")
+POSITIVE = ("weight", "square", "peak", "recent", "rooted", "rho", "values", "sum")
 
 
 def saved_kind(name: str, spec: str) -> str:
