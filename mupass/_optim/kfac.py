@@ -24,7 +24,7 @@ from mupass._taps.cover import cover
 from mupass._taps.leaves import Sums
 
 # Chosen by `benchmarks/defaults.py`.
-LR = 0.1
+LR = 0.05
 DAMPING = 1e-3
 MOMENTUM = 0.8
 STEP_BOUND = 0.3
