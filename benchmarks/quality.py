@@ -179,12 +179,12 @@ def train(name: str, who: str, lr: float, seed: int, setup: Setup) -> dict[str, 
     losses = list(training(model, optimizers, work, batches, setup.steps, BLOWN_UP))
     seconds = time.process_time() - start
     whole = len(losses) == setup.steps and losses[-1] <= BLOWN_UP
-    buckets = [losses[i : i + BUCKET] for i in range(0, len(losses), BUCKET)]
+    curve = [statistics.fmean(losses[i : i + BUCKET]) for i in range(0, len(losses), BUCKET)]
     return {
         **setup.key("run", name, who, lr, seed),
-        "final": statistics.fmean(losses[-LAST:]) if whole else math.inf,
+        "final": trailing(curve, len(curve)) if whole else math.inf,
         "test": work.evaluate(model) if whole else math.inf,
-        "curve": [round(statistics.fmean(bucket), 5) for bucket in buckets],
+        "curve": curve,
         "cpu_seconds": round(seconds, 2),
         "commit": commit(),
     }
@@ -305,11 +305,15 @@ class Comparison:
         return f"{self.mean:+8.4f} +- {self.error:.4f} ({100 * self.mean / self.peer:+5.1f} %) {word:>4}"
 
 
+def trailing(curve: Sequence[float], end: int) -> float:
+    """Return the mean over the last 50 steps before the end of a bucket."""
+    return statistics.fmean(curve[end - LAST // BUCKET : end])
+
+
 def reaches(row: Mapping[str, Any], target: float) -> int | None:
     """Return the first step at which the mean over the last 50 losses is at the target."""
-    width = LAST // BUCKET
-    for end in range(width, len(row["curve"]) + 1):
-        if statistics.fmean(row["curve"][end - width : end]) <= target:
+    for end in range(LAST // BUCKET, len(row["curve"]) + 1):
+        if trailing(row["curve"], end) <= target:
             return end * BUCKET
     return None
 
@@ -483,6 +487,9 @@ def work_off(names: Sequence[str], setup: Setup, options: argparse.Namespace) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.steps % BUCKET or options.steps < LAST:
+        print(f"--steps {options.steps}: a multiple of {BUCKET}, from {LAST}", file=sys.stderr)
+        return 2
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     peers.look_into(options.peers)

@@ -291,6 +291,13 @@ def test_a_comparison_is_paired() -> None:
     assert quality.Comparison.of([1.009, 1.009], [1.0, 1.0]).holds
 
 
+def test_adamw_reaches_its_own_loss(setup: quality.Setup) -> None:
+    row = quality.train("regression", "AdamW", 2.0**-8, 1, setup)
+    assert len(row["curve"]) == 6 and row["final"] == pytest.approx(sum(row["curve"][1:]) / 5)
+    assert quality.to_target({1: row}, {1: row})[1] == 60
+    assert quality.main(["--steps", "55"]) == 2
+
+
 def test_steps_to_a_target_are_counted_by_the_trailing_mean() -> None:
     row = {"curve": [5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0]}
     assert quality.reaches(row, 3.0) == 50 and quality.reaches(row, 2.0) == 60
