@@ -1,7 +1,7 @@
 """mupass: one call to maximal-update parameterization, for first- and second-order optimizers.
 
 model = mupass.transform(model)
-optimizer = mupass.KFAC(model, lr=0.1)
+optimizer = mupass.KFAC(model)
 model = torch.compile(model)
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mupass._fold import fold
     from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
     from mupass._optim.adaptive import LevenbergMarquardt
+    from mupass._optim.fallback import Fallback
     from mupass._optim.fomoh import FoMoH
     from mupass._optim.groups import param_groups
     from mupass._optim.kfac import KFAC
@@ -52,6 +53,7 @@ __all__ = [
     "CaptureError",
     "CoordCheck",
     "Entry",
+    "Fallback",
     "FoMoH",
     "Fusion",
     "Geometry",
@@ -104,6 +106,7 @@ _MODULES = {
     "CaptureError": "mupass._errors",
     "CoordCheck": "mupass._study.coords",
     "Entry": "mupass._scales.plan",
+    "Fallback": "mupass._optim.fallback",
     "FoMoH": "mupass._optim.fomoh",
     "Fusion": "mupass._roles.geometry",
     "Geometry": "mupass._roles.geometry",

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from mupass._dims.constants import constant_notes, find_constants
 from mupass._dims.given import account, settle
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
+from mupass._dims.scaled import Scaled
 from mupass._dims.second import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
@@ -24,6 +25,7 @@ from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
+from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 
@@ -112,7 +114,8 @@ def _assemble(
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
         geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
-        geometries.append(replace(geometry, sites=sites.get(name, ())))
+        normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
+        geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     warnings += _attention_notes(solved)
@@ -125,6 +128,7 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
+    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized)
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
     held = readout_carriers(captured, geometries)
@@ -159,21 +163,18 @@ class _BaseSizes:
             self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
         self.factor = self.base_width / width
 
+    @cached_property
+    def _scaled(self) -> Scaled:
+        return Scaled(self.solved, self.given, self.factor)
+
     def of_any(self, dim: int) -> float:
-        return self.of(dim, self.solved.verdicts.grows(dim))
+        return self._scaled.exact(dim)
 
     def of(self, dim: int, infinite: bool) -> float:
-        root, size = self.space.find(dim), self.space.size(dim)
-        if root in self.given:
-            return self.given[root]
-        if not infinite or (self.factor == 1 and not self.given):
-            return size
-        for kind, combine in (("product", prod), ("sum", sum)):
-            for members in self.space.terms_of(root, kind):
-                parts = [self.of_any(m) for m in members]
-                if any(self.solved.verdicts.grows(m) for m in members):
-                    return float(combine(parts))
-        return size * self.factor
+        """Return the base size of an axis, whose verdict may be settled apart from its equals'."""
+        if infinite == self.solved.verdicts.grows(dim) or self.space.find(dim) in self.given:
+            return self._scaled.exact(dim)
+        return self.space.size(dim) * self.factor if infinite else self.space.size(dim)
 
 
 def geometry_of(
@@ -241,3 +242,14 @@ def _attention_notes(solved: Inference) -> tuple[str, ...]:
             instead = ", not 1/sqrt(head_dim)" if usual else f"; see that the scale given, {scale:.6g}, does"
             notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
     return tuple(notes.values())
+
+
+def _normalized_note(geometry: Geometry) -> str:
+    """Say of a readout that is normalized what that does, and what to write instead."""
+    axes = ", ".join(f"'{geometry.name}:{i}': 'infinite'" for i in geometry.fan_out_axes)
+    return (
+        f"{geometry.name}: {geometry.normalized} divides what this readout puts out by its own size. That "
+        "undoes its start at 1/sqrt(fan_in), and no scale keeps both its first step and the layers below it "
+        "independent of the width. Normalize what it reads instead, put a fixed number in place of the "
+        f"normalizer, or widen its output with the rest: dims={{{axes}}}"
+    )

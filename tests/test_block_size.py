@@ -67,6 +67,7 @@ def dense_update(case: Case, plain: nn.Module, mode: str, e_a: float, e_b: float
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("powers", [(1, 1), (0.5, 0.5), (1, 0)], ids=str)
 @pytest.mark.parametrize("mode", ["trace", "absolute"])
 @pytest.mark.parametrize(

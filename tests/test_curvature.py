@@ -154,6 +154,7 @@ def test_observed_factors_are_those_of_the_sampled_loss() -> None:
         mupass.KFAC(case.net(), LR).observe(lambda: torch.zeros(()))
 
 
+@pytest.mark.slow
 def test_the_sampled_fisher_is_the_fisher_on_average() -> None:
     """Of a softmax readout: B = diag(p) - p p^T, averaged over the batch."""
     torch.manual_seed(0)

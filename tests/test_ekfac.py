@@ -29,6 +29,7 @@ SMALL = 1e-6  # no step leads out of where gradients are of their usual size
 FIXED = {"factor_decay": 0.0, "root_every": 1000, "root_drift": 1e300, "stagger": False}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("mode", ["trace", "absolute"])
 @pytest.mark.parametrize("name", CASES)
 def test_with_the_eigenvalues_products_for_moments_it_is_kfac(name: str, mode: str) -> None:
@@ -354,6 +355,7 @@ def test_moments_that_overflow_are_left_out_and_counted() -> None:
     assert all(s.isfinite().all() for s in moments.sums.values())
 
 
+@pytest.mark.sample("mlp")
 @pytest.mark.parametrize("name", MODELS)
 def test_two_graphs_no_break_and_eager_parameters(name: str) -> None:
     options = {"lr": 0.01, "damping": 0.1, "factor_every": 5, "ekfac": True, "sharing": "reduce"}

@@ -106,6 +106,7 @@ def check_update(case: Case, mode: str, e_a: float, e_b: float, reduction: str =
         assert (got[name] - want[name]).abs().max() < 1e-8 * scale, name
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("mode", ["trace", "absolute", "pi"])
 @pytest.mark.parametrize("name", CASES)
 def test_update_equals_the_dense_formula(name: str, mode: str) -> None:
@@ -115,6 +116,7 @@ def test_update_equals_the_dense_formula(name: str, mode: str) -> None:
 POWERS = [(0.5, 0.5), (1, 0), (0, 1), (0, 0), (0.25, 2)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "mode, powers",
     # pi balances two factors; with one left out see below

@@ -95,6 +95,7 @@ both = pytest.mark.parametrize("cls", CLASSES[:2], ids=["kfac", "shampoo"])
 # Resuming --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample
 @every
 @pytest.mark.parametrize("cut", [1, 5])
 def test_a_resumed_run_goes_on_bit_for_bit(cls: Make, options: dict[str, Any], cut: int) -> None:
@@ -527,11 +528,12 @@ def test_training_lowers_the_loss(cls: Make) -> None:
 # Slopes in width -------------------------------------------------------------------------------------------
 
 # RMS(dW h) is Theta(1) only as the width grows: at 128..512 the finite width itself bends the fit. It does
-# so by up to 0.12 with these seeds, hence LIMIT; it fades with width, and the slow test holds 0.1 up to 2048.
+# so by up to 0.12 with these seeds, hence LIMIT; it fades with width, and the long test holds 0.1 up to 2048.
 LIMIT, WIDE_LIMIT = 0.15, 0.1
 NARROW, WIDE = [128, 256, 512], [128, 256, 512, 1024, 2048]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_updates_do_not_depend_on_width_under_mup(model: str, optimizer: str) -> None:
@@ -540,6 +542,7 @@ def test_updates_do_not_depend_on_width_under_mup(model: str, optimizer: str) ->
     assert max(abs(s) for s in found.values()) < LIMIT, found
 
 
+@pytest.mark.sample("soap blocks")
 @pytest.mark.parametrize("optimizer", ["blocks # adam", "soap blocks", "muon", "adam-atan2"])
 def test_updates_of_a_transformer_do_not_depend_on_width(optimizer: str) -> None:
     found = slopes("transformer", optimizer, "mup", NARROW, seeds=2)
@@ -547,13 +550,14 @@ def test_updates_of_a_transformer_do_not_depend_on_width(optimizer: str) -> None
     assert max(abs(s) for s in found.values()) < LIMIT, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_updates_of_a_transformer_under_all_optimizers(optimizer: str) -> None:
     found = slopes("transformer", optimizer, "mup", NARROW, seeds=4)
     assert max(abs(s) for s in found.values()) < LIMIT, found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_updates_depend_on_width_under_standard(model: str, optimizer: str) -> None:
@@ -561,7 +565,7 @@ def test_updates_depend_on_width_under_standard(model: str, optimizer: str) -> N
     assert max(abs(s) for s in found.values()) > 2 * LIMIT, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_updates_do_not_depend_on_width_up_to_2048(model: str, optimizer: str) -> None:

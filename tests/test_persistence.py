@@ -139,6 +139,7 @@ def _worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
             queue.put(results)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_train_like_one_process() -> None:
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_worker, (free_port(), queue), nprocs=2)

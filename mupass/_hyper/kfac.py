@@ -37,7 +37,7 @@ class KFACRule(PlannedRule):
         self.seen: list[Tap | TermsTap] = [*self.curvature.taps.values(), self.curvature.terms]
         self.blank = {}
         for i, bank in enumerate(self.kronecker._all):  # the optimizer was made for this rule alone
-            bank.__class__ = _Following
+            bank.__class__, bank.likely = _Following, {}  # copied roots would be changed in place
             self.blank[f"\0{i}"] = {key: getattr(bank, key) for key in STATE}
         self.blank["\0rho"] = dict(self.kronecker.unit_rho)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mupass._optim.parallel import divided
+from mupass._optim.packed import bands, pack, packed_diagonal, packed_size, unpack
 from mupass._optim.roots import diagonal_roots, inverse_roots
 from mupass._taps.pieces import cut, paste
 
@@ -20,12 +20,19 @@ AT_ONCE = 2**21
 class Bank:
     """Moving averages of equally shaped factors, and their inverse roots.
 
+    Nothing here waits for the device: what is not finite, or was never observed, is masked.
+
     Attributes:
         keys: What each slot belongs to.
-        factors: ``[K, n, n]`` averages, or ``[K, n]`` for diagonal factors; not corrected for bias.
-        roots: Inverse roots of the same shape.
-        weight: ``[K]``, see `value`.
-        rooted: ``[K]``, trace of every factor when its root was computed.
+        size: Size of the factors.
+        diagonal: Whether they are diagonal.
+        state: Tensors whose first axis counts slots; all of them belong to the saved state.
+            ``factor`` are the averages, packed (see `mupass._optim.packed`) or diagonals, not corrected for
+            their start from zero; ``root`` inverse roots of the same shape; ``weight`` the total weight of
+            what was averaged; ``peak`` the largest trace seen, which fades; ``rooted`` the trace, and
+            ``rho`` the damping, when the root was computed.
+        failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
+            not finite, since they were last reported.
     """
 
     def __init__(
@@ -33,118 +40,129 @@ class Bank:
     ) -> None:
         self.keys = keys
         self.slot = {key: i for i, key in enumerate(keys)}
-        self.factors = torch.zeros(len(keys), *shape, dtype=dtype, device=device)
-        self.roots = torch.zeros_like(self.factors)
-        # Total weight of what was averaged, for each factor; divides out the start from zero.
-        self.weight = torch.zeros(len(keys), dtype=dtype, device=device)
-        self.rooted = torch.zeros_like(self.weight)
+        self.size, self.diagonal = shape[-1], len(shape) == 1
+        self.dtype, self.device = dtype, device
+        numbers = {name: self._zeros() for name in ("weight", "peak", "rooted", "rho")}
+        self.state = {**self._matrices(), **numbers}
+        self.failed, self.overflowed = self._zeros(), self._zeros()
         self._traces: Tensor | None = None  # until the averages change
 
-    @property
-    def diagonal(self) -> bool:
-        """Whether the factors are diagonal."""
-        return self.factors.dim() == 2
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(len(self.keys), *shape, dtype=self.dtype, device=self.device)
 
-    def average(self, new: Mapping[Any, Tensor], decay: float) -> list[Any]:
+    def _matrices(self) -> dict[str, Tensor]:
+        """Return the averages and roots before the first step."""
+        numbers = self.size if self.diagonal else packed_size(self.size)
+        return {"factor": self._zeros(numbers), "root": self._zeros(numbers)}
+
+    def average(
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
+    ) -> None:
         """Add one observation of each factor to the moving averages.
 
         A factor with no observation, or with one that is not finite (an overflow), keeps its average: one bad
         batch must not stay in it for good.
 
         Args:
-            new: Key -> observed factor, or several stacked, for the slots from that key on.
-            decay: Weight of the past; 0 keeps only the new ones, 1 sums without forgetting.
-
-        Returns:
-            Keys whose observation was not finite.
+            new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
+                was observed at all, a tensor of one entry.
+            decay: Weight of the past; 0 keeps only the new ones.
+            memory: What is left of the largest trace seen so far.
+            ok: Whether the observations count at all; a scalar on the device.
         """
         self._traces = None
-        firsts = [self.slot[key] for key in new]
-        stacks = [m if m.dim() == self.factors.dim() else m[None] for m in new.values()]
-        if not stacks:
-            return []
-        at = torch.tensor([first + i for first, m in zip(firsts, stacks, strict=True) for i in range(len(m))])
-        at = at.to(self.weight.device)
-        # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal too.
-        finite = torch.cat([_trace(m) for m in stacks]).isfinite()
-        fresh = 1.0 if decay == 1 else 1 - decay
-        if bool(finite.all()):
-            views = [self.factors[first : first + len(m)] for first, m in zip(firsts, stacks, strict=True)]
-            stacks = [m.to(self.factors.dtype) for m in stacks]
-            if decay == 1:
-                torch._foreach_add_(views, stacks)
-            else:
-                torch._foreach_lerp_(views, stacks, fresh)
-        else:
-            seen = torch.cat(stacks)[finite].to(self.factors.dtype)
-            self.factors[at[finite]] = decay * self.factors[at[finite]] + fresh * seen
-        kept = at[finite]
-        self.weight[kept] = 1.0 if decay == 1 else decay * self.weight[kept] + fresh
-        return [self.keys[i] for i in at[~finite].tolist()]
+        for key, (found, seen) in new.items():
+            found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
+            found = found.to(self.dtype)
+            at = slice(self.slot[key], self.slot[key] + len(found))
+            # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
+            finite = _trace(found).isfinite()
+            there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
+            counts = finite & there
+            self.overflowed[at] += ~finite & there
+            found = torch.where(_along(counts, found), found, 0.0)
+            fresh = counts.to(self.dtype) * (1 - decay)
+            self._blend(at, found, fresh)
+            weight = self.state["weight"][at]
+            weight.lerp_(torch.ones_like(weight), fresh)
+            peak = self.state["peak"][at]
+            torch.maximum(peak * memory, self._trace(at), out=peak)
+
+    def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
+        """Move the averages of some slots towards new factors, each by its own fraction."""
+        factor = self.state["factor"][at]
+        if self.diagonal:
+            factor.lerp_(found, fresh[:, None])
+            return
+        for start, end, band in bands(factor, self.size):
+            band.lerp_(found[:, start:end, :end], fresh[:, None, None])
 
     def value(self, at: Tensor | slice = slice(None)) -> Tensor:
-        """Return the averages, corrected for the start from zero; zeros for what was never observed.
+        """Return the averages, whole and corrected for the start from zero; zeros for what was never seen.
 
         Args:
             at: Slots; all by default.
         """
-        factors, weight = self.factors[at], self.weight[at]
+        factors, weight = self._whole("factor", at), self.state["weight"][at]
         weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-        return factors / weight.view(-1, *[1] * (factors.dim() - 1))
+        return factors / _along(weight, factors)
+
+    def _whole(self, name: str, at: Tensor | slice) -> Tensor:
+        """Return ``factor`` or ``root`` of some slots, ``[K, n, n]`` or ``[K, n]``."""
+        kept = self.state[name][at]
+        return kept if self.diagonal else unpack(kept, self.size)
+
+    def _trace(self, at: slice = slice(None)) -> Tensor:
+        factor, weight = self.state["factor"][at], self.state["weight"][at]
+        diagonal = factor if self.diagonal else packed_diagonal(factor, self.size)
+        return diagonal.sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
         if self._traces is None:
-            weight = torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
-            self._traces = _trace(self.factors) / weight
+            self._traces = self._trace()
         return self._traces
 
-    def drifted(self, ratio: float) -> Tensor:
-        """Return which factors have grown or shrunk so much since their root was computed that it is stale.
+    def memory(self) -> Tensor:
+        """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
+        now, peak = self.traces(), self.state["peak"]
+        return torch.where(now > 0, peak / now, torch.ones_like(now)).clamp(min=1.0)
 
-        Args:
-            ratio: Of the traces, above 1.
+    def grown(self) -> Tensor:
+        """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
+
+        It is infinite for a factor that was zero then: its root says nothing.
         """
-        now, then = self.traces(), self.rooted
-        return (now > ratio * then) | (now * ratio < then) | ((then == 0) & (now > 0))
+        now, then = self.traces(), self.state["rooted"]
+        return torch.where(now > then, now / then, torch.ones_like(now))
 
-    def refresh(
-        self,
-        damping: Tensor,
-        power: float,
-        at: Tensor,
-        relative: bool = False,
-        ranks: int = 1,
-    ) -> Tensor:
-        """Recompute inverse roots.
+    def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
+        """Recompute inverse roots; a factor whose factorization fails keeps the root that it had.
 
         Args:
             damping: ``[K]``.
             power: Power of the inverse.
-            at: Slots to recompute.
+            slots: Those to recompute.
             relative: Whether damping is relative to each factor's largest eigenvalue.
-            ranks: Number of ranks that hold the same factors; each computes its share, and all get all.
-
-        Returns:
-            Mask of failures among those recomputed.
         """
-        self.rooted[at] = self.traces()[at]
+        at = torch.tensor(slots, device=self.device)
+        self.state["rooted"][at] = self.traces()[at]
         if self.diagonal:
             value = self.value(at)
             rho = damping[at] * value.amax(-1) if relative else damping[at]
-            self.roots[at] = diagonal_roots(value, rho, power)
-            return torch.zeros(len(at), dtype=torch.bool)
-
-        def compute(slots: Tensor) -> tuple[Tensor, Tensor]:
-            mine = _run(slots)
-            root, failed = inverse_roots(self.value(mine), damping[mine], power, self.roots[mine], relative)
-            return root.to(self.roots.dtype), failed.to(self.weight.dtype)
-
-        failed = []
-        for part in torch.split(at, max(1, AT_ONCE // self.factors[0].numel()) * ranks):
-            self.roots[part], fails = divided(part, ranks, compute)
-            failed.append(fails > 0)
-        return torch.cat(failed)
+            self.state["root"][at] = diagonal_roots(value, rho, power)
+            self.state["rho"][at] = rho
+            return
+        for part in torch.split(at, max(1, AT_ONCE // self.size**2)):
+            old, rho = self._whole("root", part), damping[part]
+            root, failed = inverse_roots(self.value(part), rho, power, old, relative)
+            self.state["root"][part] = pack(root.to(self.dtype))
+            self.state["rho"][part] = rho
+            self.failed[part] += failed
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply with the roots of some slots.
@@ -155,33 +173,7 @@ class Bank:
             count: Number of slots.
             left: From which side.
         """
-        return times(stack, self.roots[first : first + count], left)
-
-    def layout(self) -> list[Any]:
-        """Return what a saved state must agree in: shape of the factors, and whose they are."""
-        return [*self.factors.shape[1:], *self.keys]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
-        return {"factors": self.factors, "roots": self.roots, "weight": self.weight, "rooted": self.rooted}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state.
-
-        Args:
-            state: Result of `state_dict`.
-        """
-        self.factors.copy_(state["factors"])
-        self.roots.copy_(state["roots"])
-        self.weight.copy_(state["weight"])
-        self.rooted.copy_(state["rooted"])
-        self._traces = None
-
-
-def _run(slots: Tensor) -> Tensor | slice:
-    """Return slots that stand together as a slice, which takes views where indices take copies."""
-    ends = slots[[0, -1]].tolist() if len(slots) else [0, -1]
-    return slice(ends[0], ends[1] + 1) if ends[1] - ends[0] + 1 == len(slots) else slots
+        return times(stack, self._whole("root", slice(first, first + count)), left)
 
 
 def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
@@ -194,6 +186,11 @@ def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
         found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
         return found.mT if left else found
     return factor @ stack if left else stack @ factor
+
+
+def _along(numbers: Tensor, factors: Tensor) -> Tensor:
+    """Return ``[K]`` numbers in a form that goes with ``[K, n, n]`` or ``[K, n]``."""
+    return numbers.view(-1, *[1] * (factors.dim() - 1))
 
 
 def _trace(factors: Tensor) -> Tensor:

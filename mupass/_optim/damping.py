@@ -34,7 +34,7 @@ class Sides:
     damping: Tensor
 
 
-def damp(mode: str, sides: Sides, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+def damp(mode: str, sides: Sides, floor: float = 0.0, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return rho_A and rho_B for every layer.
 
     * ``trace``: ``rho_X = damping * tr(X)``, the paper's rescaled rule (eq. 15): it has the width order of
@@ -52,13 +52,14 @@ def damp(mode: str, sides: Sides, floor: float = 0.0) -> tuple[Tensor, Tensor]:
             compared at the base width (each over its own width factor), so it cannot bind at one width only.
             A branch behind a gate near zero has gradients, and so a B, smaller by many orders; without a
             floor its step would be larger by as many.
+        largest: That largest trace of B at the base width; by default the one among ``sides``.
 
     Returns:
         ``rho_A`` and ``rho_B``, each ``[K]``.
     """
     damping = sides.damping
     if mode == "trace":
-        largest = (sides.trace_b / sides.scale_b).amax()
+        largest = (sides.trace_b / sides.scale_b).amax() if largest is None else largest
         return damping * sides.trace_a, damping * torch.maximum(
             sides.trace_b, floor * largest * sides.scale_b
         )

@@ -7,7 +7,7 @@ assumes that inputs and gradients are independent. EKFAC has the mean square ``S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mupass._optim.banks import Bank, times
 from mupass._optim.curvature import observed_moments
+from mupass._optim.packed import packed_size
 from mupass._optim.pairs import Pair
-from mupass._optim.parallel import divided
 from mupass._optim.roots import eigenbases
 from mupass._taps.blocks import Block, Place
 from mupass._taps.factors import Layer
@@ -28,9 +28,10 @@ At = Mapping[str, tuple[Bank, int, int]]
 class EigenBank(Bank):
     """A bank that holds eigenvectors where others hold roots; a factor never observed has eigenvalues zero.
 
+    Its state has ``vectors``, ``[K, n, n]``, and ``values``, ``[K, n]``, in place of ``root``; ``rho`` is the
+    absolute damping at the time.
+
     Attributes:
-        values: ``[K, n]`` eigenvalues of the factors when they were decomposed.
-        rho: ``[K]`` damping then, absolute.
         turned: Slots that were decomposed last -> squares of the turn of their basis, ``(U_new^T U_old)^2``.
     """
 
@@ -38,62 +39,50 @@ class EigenBank(Bank):
         self, keys: list[Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(keys, shape, dtype, device)
-        self.values = torch.zeros(len(keys), shape[-1], dtype=dtype, device=device)
-        self.rho = torch.zeros_like(self.weight)
         self.turned: dict[int, Tensor] = {}
 
-    def refresh(
-        self, damping: Tensor, power: float, at: Tensor, relative: bool = False, ranks: int = 1
-    ) -> Tensor:
-        """Decompose factors.
+    def _matrices(self) -> dict[str, Tensor]:
+        n = self.size
+        return {
+            "factor": self._zeros(packed_size(n)),
+            "vectors": self._zeros(n, n),
+            "values": self._zeros(n),
+        }
+
+    def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
+        """Decompose factors; those whose decomposition fails keep what they had.
 
         Args:
             damping: ``[K]``.
             power: Of the inverse; decides nothing here.
-            at: Slots to decompose.
+            slots: Those to decompose.
             relative: Whether damping is relative to each factor's largest eigenvalue.
-            ranks: Number of ranks that hold the same factors; each computes its share, and all get all.
-
-        Returns:
-            Mask of failures among those decomposed; these keep what they had.
         """
-        self.rooted[at] = self.traces()[at]
-        values, vectors, success = divided(at, ranks, self._decompose, symmetric=False)
-        found = success > 0
-        done, old = at[found], self.roots[at[found]]
-        values, vectors = values[found].clamp(min=0), vectors[found]
-        self.values[done], self.roots[done] = values, vectors
-        self.rho[done] = damping[done] * values.amax(-1) if relative else damping[done]
-        self.turned = dict(zip(done.tolist(), (vectors.mT @ old).square(), strict=True))
-        return ~found
-
-    def _decompose(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return eigenvalues, eigenvectors and successes (1 or 0) of some slots."""
-        bank = self.value(at)
-        finite = bank.isfinite().flatten(1).all(1)
-        values, vectors, found = eigenbases(torch.where(finite[:, None, None], bank, torch.zeros_like(bank)))
-        return values, vectors, (found & finite).to(self.weight.dtype)
+        state, at = self.state, torch.tensor(slots, device=self.device)
+        state["rooted"][at] = self.traces()[at]
+        whole = self.value(at)
+        finite = whole.isfinite().flatten(1).all(1)
+        values, vectors, found = eigenbases(torch.where(finite[:, None, None], whole, 0.0))
+        done = found & finite
+        self.failed[at] += ~done
+        old, old_values, old_rho = (state[name][at] for name in ("vectors", "values", "rho"))
+        vectors = torch.where(done[:, None, None], vectors, old)
+        values = torch.where(done[:, None], values.clamp(min=0), old_values)
+        rho = damping[at] * values.amax(-1) if relative else damping[at]
+        state["vectors"][at], state["values"][at] = vectors, values
+        state["rho"][at] = torch.where(done, rho, old_rho)
+        mixing = (vectors.mT @ old).square()
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        mixing = torch.where(done[:, None, None], mixing, eye)
+        self.turned = dict(zip(slots, mixing, strict=True))
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply as `Bank.apply` does, by the damped inverses ``U (diag(values) + rho)^-1 U^T``."""
-        basis = self.roots[first : first + count]
-        damped = self.values[first : first + count] + self.rho[first : first + count, None]
+        at = slice(first, first + count)
+        basis = self.state["vectors"][at]
+        damped = self.state["values"][at] + self.state["rho"][at, None]
         turned = times(stack, basis.mT if left else basis, left)
         return times(times(turned, _inverse(damped), left), basis if left else basis.mT, left)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
-        return {**super().state_dict(), "values": self.values, "rho": self.rho}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state.
-
-        Args:
-            state: Result of `state_dict`.
-        """
-        super().load_state_dict(state)
-        self.values.copy_(state["values"])
-        self.rho.copy_(state["rho"])
 
 
 def _inverse(damped: Tensor) -> Tensor:
@@ -123,74 +112,89 @@ class Moments:
 
     They start as the products of the eigenvalues, with the weight of the factors' own averages. When a basis
     changes they are mixed by the squares of its turn, as if the gradients had no correlations in the old one.
+
+    Attributes:
+        pairs: The pairs, by parameter and number of the matrix.
+        state: Of every pair, ``sum``: the averages, not corrected for their start, and ``weight``.
     """
 
     def __init__(self, pairs: Sequence[Pair], at: At) -> None:
         self.at = at
-        self.pairs = {f"{p.block.parameter}.{p.piece}": p for p in pairs}
-        self.sums, self.weight = {}, {}
+        self.pairs = {(p.block.parameter, p.piece): p for p in pairs}
+        self.state: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self.overflowed: dict[tuple[str, int], Tensor] = {}
         for name, pair in self.pairs.items():
-            like = self._sides(pair)[0][0].values
-            self.sums[name] = like.new_zeros(pair.groups, pair.outputs, pair.inputs)
-            self.weight[name] = like.new_zeros(pair.groups)
+            like = self._sides(pair)[0][0].state["weight"]
+            self.state[name] = {
+                "sum": like.new_zeros(pair.groups, pair.outputs, pair.inputs),
+                "weight": like.new_zeros(pair.groups),
+            }
+            self.overflowed[name] = like.new_zeros(())
 
     def _sides(self, pair: Pair) -> list[tuple[EigenBank, int, int]]:
         """Return (bank, first slot, number of slots) of the output and of the input factor."""
         return [self.at[slot] for slot in (pair.b, pair.a) if slot]  # type: ignore[misc]
 
+    def _decomposed(self, pair: Pair, name: str) -> list[Tensor]:
+        """Return ``vectors``, ``values`` or ``rho`` of the output and of the input factor."""
+        sides = self._sides(pair)
+        return [bank.state[name][first : first + count] for bank, first, count in sides]
+
     def bases(self) -> dict[Place, tuple[Tensor, ...]]:
         """Return the bases that every tap needs, views into the banks: the input's, then every output's."""
         found: dict[Place, tuple[Tensor, ...]] = {}
         for pair in sorted(self.pairs.values(), key=lambda p: p.block.b[p.piece].piece):
-            b, a = (bank.roots[first : first + count] for bank, first, count in self._sides(pair))
+            b, a = self._decomposed(pair, "vectors")
             for place in pair.block.b[pair.piece].places:
                 found[place] = (*found.get(place, (a,)), b)
         return found
 
-    def average(self, taken: Mapping[Place, Sums], decay: float, count: Callable[[str, str], None]) -> None:
+    def average(self, taken: Mapping[Place, Sums], decay: float, ok: Tensor) -> None:
         """Add the moments of one step; those of pairs that have no basis yet mean nothing.
 
         Args:
             taken: Result of `Curvature.take`.
             decay: Weight of the past.
-            count: Called with (incident, place) for moments that overflowed.
+            ok: Whether the observations count at all.
         """
         for name, pair in self.pairs.items():
-            new = observed_moments(pair.block.b[pair.piece], taken)
-            if new is None:
+            observation = observed_moments(pair.block.b[pair.piece], taken)
+            if observation is None:
                 continue
-            total, weight = self.sums[name], self.weight[name]
+            new, seen = observation
+            total, weight = self.state[name]["sum"], self.state[name]["weight"]
             # They are not negative: what is not finite is so in the sum.
             finite = new.sum((1, 2)).isfinite()
-            if not bool(finite.all()):
-                count("overflowed_factors", f"the second moments of {pair.block.parameter}")
-            fresh = torch.where(finite & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
-            total.lerp_(torch.where(finite[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
+            there = seen.reshape(()) & ok
+            self.overflowed[name] += (~finite & there).any()
+            counts = finite & there
+            fresh = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
+            total.lerp_(torch.where(counts[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
             weight.lerp_(torch.ones_like(weight), fresh)
 
     def follow(self) -> None:
         """Go over to the bases that the banks have turned to, and start what has both bases now."""
         for name, pair in self.pairs.items():
-            total = self.sums[name]
+            total, own = self.state[name]["sum"], self.state[name]["weight"]
             for left, (bank, first, count) in zip((True, False), self._sides(pair), strict=True):
                 for g in range(count):
                     mixing = bank.turned.get(first + g)
                     if mixing is not None:
                         total[g] = mixing @ total[g] if left else total[g] @ mixing.mT
-            (b, first_b, n), (a, first_a, _) = self._sides(pair)
-            values_b, values_a = b.values[first_b : first_b + n], a.values[first_a : first_a + n]
-            start = (self.weight[name] == 0) & (values_b[:, -1] > 0) & (values_a[:, -1] > 0)
-            weight = torch.where(start, b.weight[first_b : first_b + n], self.weight[name])
+            values_b, values_a = self._decomposed(pair, "values")
+            (bank_b, first_b, n), _ = self._sides(pair)
+            start = (own == 0) & (values_b[:, -1] > 0) & (values_a[:, -1] > 0)
+            weight = torch.where(start, bank_b.state["weight"][first_b : first_b + n], own)
             product = values_b[:, :, None] * values_a[:, None, :] * weight[:, None, None]
-            self.sums[name].copy_(torch.where(start[:, None, None], product, total))
-            self.weight[name].copy_(weight)
+            total.copy_(torch.where(start[:, None, None], product, total))
+            own.copy_(weight)
         for some, _, _ in self.at.values():
             if isinstance(some, EigenBank):
                 some.turned = {}
 
     def __contains__(self, pair: Pair) -> bool:
         """Return whether a pair is one of them."""
-        return f"{pair.block.parameter}.{pair.piece}" in self.pairs
+        return (pair.block.parameter, pair.piece) in self.pairs
 
     def value(self, pair: Pair) -> Tensor:
         """Return the averages of a pair, corrected for their start.
@@ -198,9 +202,8 @@ class Moments:
         Args:
             pair: One of them.
         """
-        name = f"{pair.block.parameter}.{pair.piece}"
-        weight = self.weight[name]
-        return self.sums[name] / torch.where(weight > 0, weight, 1.0)[:, None, None]
+        own = self.state[pair.block.parameter, pair.piece]
+        return own["sum"] / torch.where(own["weight"] > 0, own["weight"], 1.0)[:, None, None]
 
     def turn(self, pair: Pair, stack: Tensor, back: bool = False) -> Tensor:
         """Return ``U_B^T stack U_A``, or ``U_B stack U_A^T``.
@@ -210,7 +213,7 @@ class Moments:
             stack: ``[groups, out, in]``.
             back: Which of the two.
         """
-        b, a = (bank.roots[first : first + count] for bank, first, count in self._sides(pair))
+        b, a = self._decomposed(pair, "vectors")
         return b @ stack @ a.mT if back else b.mT @ stack @ a
 
     def direction(self, pair: Pair, stack: Tensor) -> Tensor:
@@ -224,22 +227,27 @@ class Moments:
             pair: One of the pairs.
             stack: Gradient, ``[groups, out, in]``.
         """
-        (b, first_b, n), (a, first_a, _) = self._sides(pair)
-        values_b, values_a = b.values[first_b : first_b + n, :, None], a.values[first_a : first_a + n, None]
-        rho_b, rho_a = b.rho[first_b : first_b + n, None, None], a.rho[first_a : first_a + n, None, None]
-        damped = self.value(pair) + rho_a * values_b + rho_b * (values_a + rho_a)
-        return self.turn(pair, self.turn(pair, stack) * _inverse(damped), back=True)
+        turned = self.turn(pair, stack) * _inverse(self.damped(pair))
+        return self.turn(pair, turned, back=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
-        return {"sums": dict(self.sums), "weight": dict(self.weight)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
+    def damped(self, pair: Pair) -> Tensor:
+        """Return what the gradient is divided by in the bases, ``[groups, out, in]``.
 
         Args:
-            state: Result of `state_dict`.
+            pair: One of the pairs.
         """
-        for own, saved in ((self.sums, state["sums"]), (self.weight, state["weight"])):
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        values_b, values_a = self._decomposed(pair, "values")
+        rho_b, rho_a = (rho[:, None, None] for rho in self._decomposed(pair, "rho"))
+        values_b, values_a = values_b[:, :, None], values_a[:, None, :]
+        return self.value(pair) + rho_a * values_b + rho_b * (values_a + rho_a)
+
+    def output_change(self, pair: Pair, direction: Tensor) -> Tensor:
+        """Return ``tr(D A D^T)`` of every group, the squared change of outputs that a direction makes.
+
+        Args:
+            pair: One of the pairs.
+            direction: ``[groups, out, in]``.
+        """
+        _, vectors = self._decomposed(pair, "vectors")
+        _, values = self._decomposed(pair, "values")
+        return ((direction @ vectors).square() * values[:, None, :]).sum((1, 2))

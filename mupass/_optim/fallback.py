@@ -2,49 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import pi
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mupass._errors import OptimizerError
+from mupass._optim.checks import check_choice, check_number
+
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
-BETAS = (0.9, 0.999)
 EPSILON = 1e-8  # at the base width
+BETAS = (0.9, 0.999)
+# Rates of Adam and what moves like it, chosen by `benchmarks/defaults.py` at base widths up to 64. Those of
+# matrices fall like 1/width, so at a wider base they start lower.
+ADAM_RATE, RATE_WIDTH = 8e-3, 64
 
 
-def fallback_step(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return the direction of one parameter under its group's fallback.
+def adam_rate(base_width: float) -> float:
+    """Return the default learning rate of Adam and what moves like it.
 
     Args:
-        grad: Its gradient.
-        state: Its optimizer state, updated in place.
-        group: Its parameter group: ``algorithm``, ``momentum`` and the factor on epsilon.
-
-    Returns:
-        A tensor to be subtracted, times learning rate and width factor.
+        base_width: Width that rates are those of.
     """
-    if group["algorithm"] == "sgd":
-        return average(grad, state, group["momentum"])
-    mean, root = _adam_averages(grad, state)
-    if group["algorithm"] == "adam_atan2":
-        # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
-        return torch.atan2(mean, root) * (4 / pi)
-    return mean / (root + EPSILON * group["mupass_epsilon"])  # type: ignore[no-any-return]
+    return ADAM_RATE * min(1.0, RATE_WIDTH / base_width)
 
 
-def momentum_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `average` starts from.
+@dataclass(frozen=True)
+class Fallback:
+    """What trains the parameters that an optimizer does not take.
+
+    ``mupass.KFAC(model, fallback=mupass.Fallback("adamw", lr=3e-4, betas=(0.9, 0.95)))``
+
+    Attributes:
+        name: ``adamw``, ``adam_atan2`` or ``sgd``.
+        lr: Learning rate at the base width; None for `ADAM_RATE` (0.1 under ``sgd``).
+        betas: Weights of the past in Adam's averages of gradients and of their squares.
+        eps: Adam's epsilon at the base width.
+        weight_decay: Decoupled weight decay; None for that of the optimizer.
+        momentum: Weight of the past under ``sgd``: directions add up, as in `torch.optim.SGD`.
+
+    Raises:
+        OptimizerError: A number out of range, or an unknown name.
+    """
+
+    name: str = "adamw"
+    lr: float | None = None
+    betas: tuple[float, float] = BETAS
+    eps: float = EPSILON
+    weight_decay: float | None = None
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_choice("fallback", self.name, FALLBACKS)
+        if self.lr is not None:
+            check_number("fallback_lr", self.lr)
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise OptimizerError(f"betas must be two numbers, not {self.betas!r}")
+        for beta in self.betas:
+            check_number("betas", beta, 0, 1)
+        check_number("eps", self.eps)
+        check_number("momentum", self.momentum, 0, 1)
+        if self.weight_decay is not None:
+            check_number("weight_decay", self.weight_decay)
+
+    @staticmethod
+    def of(fallback: str | Fallback, lr: float | None) -> Fallback:
+        """Return the fallback that a name and a rate stand for.
+
+        Args:
+            fallback: A name, or a fallback.
+            lr: Learning rate in place of the fallback's own.
+
+        Raises:
+            OptimizerError: It is neither, or the rate is out of range.
+        """
+        if isinstance(fallback, Fallback):
+            return fallback if lr is None else Fallback(**{**vars(fallback), "lr": lr})
+        check_choice("fallback", fallback, FALLBACKS)
+        return Fallback(fallback) if lr is None else Fallback(fallback, check_number("fallback_lr", lr))
+
+
+def fallback_rate(fallback: Fallback, base_width: float) -> float:
+    """Return the learning rate of a fallback at the base width.
+
+    Args:
+        fallback: The fallback.
+        base_width: Width that rates are those of.
+    """
+    if fallback.lr is not None:
+        return fallback.lr
+    return 0.1 if fallback.name == "sgd" else adam_rate(base_width)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a view of real numbers of one that is complex.
+
+    Args:
+        tensor: Any tensor.
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the precision that averages of a parameter's gradients are kept in: float32 or better.
+
+    In half precision an epsilon of 1e-8 is 0, and an average of squares stops where it is.
 
     Args:
         parameter: The parameter.
-        group: Its parameter group.
     """
-    return {"momentum": torch.zeros_like(parameter)} if group["momentum"] else {}
+    return torch.promote_types(real(parameter).dtype, torch.float32)
 
 
-def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
+    """Return averages before the first step: zeros, and the total weight of what was averaged.
+
+    Args:
+        parameter: The parameter.
+        names: Of the averages.
+    """
+    like = real(parameter)
+    state = {name: torch.zeros_like(like, dtype=state_dtype(parameter)) for name in names}
+    weights = {f"{n}_weight": torch.zeros((), dtype=torch.float32, device=like.device) for n in names}
+    return state | weights
+
+
+def sum_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return a sum of directions before the first step.
+
+    Args:
+        parameter: The parameter.
+    """
+    return {"momentum": torch.zeros_like(real(parameter), dtype=state_dtype(parameter))}
+
+
+def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state of one parameter before its first step.
 
     Args:
@@ -52,48 +147,73 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any
         group: Its parameter group.
     """
     if group["algorithm"] == "sgd":
-        return momentum_state(parameter, group)
-    # A tensor, as in torch: distributed checkpoints mistake the keys of plain numbers.
-    state = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
-    return {"step": torch.zeros(()), **state}
+        return sum_state(parameter) if group["momentum"] else {}
+    return average_state(parameter, "mean", "square")
 
 
-def follow(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Bring the state of a parameter whose precision has changed to the new one.
+def averages(
+    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], name: str, beta: float, ok: Tensor
+) -> list[Tensor]:
+    """Add gradients to their moving averages, and return these, corrected for their start from zero.
+
+    A step that does not count (``ok`` is zero) leaves the corrected averages as they are: old values and
+    their weight shrink alike.
 
     Args:
-        state: Its optimizer state, updated in place.
-        parameter: The parameter.
+        gradients: The gradients; zeros where the step does not count.
+        states: State of each parameter, updated in place.
+        name: Of the average.
+        beta: Weight of the past.
+        ok: 1, or 0 for a step that does not count.
     """
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype != parameter.dtype:
-            state[key] = value.to(parameter.dtype)
-    return state
+    means, weights = [s[name] for s in states], [s[f"{name}_weight"] for s in states]
+    torch._foreach_lerp_(means, list(gradients), 1 - beta)
+    torch._foreach_mul_(weights, beta)
+    for weight in weights:
+        weight.add_(ok.to(weight), alpha=1 - beta)
+    return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
 
 
-def average(direction: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+def fallback_directions(
+    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any], ok: Tensor
+) -> list[Tensor]:
+    """Return the directions of a group's parameters under its fallback.
+
+    Args:
+        gradients: Their gradients, real and in the precision of the state; zeros where the step does not
+            count.
+        states: Their optimizer states, updated in place.
+        group: The group: ``algorithm``, its hyperparameters and the factor on epsilon.
+        ok: 1, or 0 for a step that does not count.
+
+    Returns:
+        Tensors to be subtracted, times learning rate and width factor.
+    """
+    if group["algorithm"] == "sgd":
+        if not group["momentum"]:
+            return [g.clone() for g in gradients]
+        return [heavy_ball(g, s, group["momentum"], ok) for g, s in zip(gradients, states, strict=True)]
+    first, second = group["betas"]
+    means = averages(gradients, states, "mean", first, ok)
+    squares = averages(torch._foreach_mul(list(gradients), list(gradients)), states, "square", second, ok)
+    torch._foreach_sqrt_(squares)
+    if group["algorithm"] == "adam_atan2":
+        # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
+        return [torch.atan2(m, root) * (4 / pi) for m, root in zip(means, squares, strict=True)]
+    torch._foreach_add_(squares, group["eps"] * group["mupass_epsilon"])
+    torch._foreach_div_(means, squares)
+    return means
+
+
+def heavy_ball(direction: Tensor, state: Mapping[str, Tensor], momentum: float, ok: Tensor) -> Tensor:
     """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
 
     Args:
-        direction: The new one.
+        direction: The new one; zero where the step does not count.
         state: Optimizer state of the parameter, updated in place.
         momentum: Weight of the past.
+        ok: 1, or 0 for a step that does not count, which leaves the sum as it is.
     """
-    if momentum == 0:
-        return direction
-    if "momentum" not in state:
-        state["momentum"] = direction.clone()
-    else:
-        torch.add(direction, state["momentum"], alpha=momentum, out=state["momentum"])  # one pass, not two
-    return state["momentum"]  # type: ignore[no-any-return]
-
-
-def _adam_averages(grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return Adam's mean and root mean square of gradients, corrected for their start from zero."""
-    state["step"] += 1
-    state["mean"].lerp_(grad, 1 - BETAS[0])
-    state["square"].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-    step = int(state["step"])
-    mean = state["mean"] / (1 - BETAS[0] ** step)
-    square = state["square"] / (1 - BETAS[1] ** step)
-    return mean, square.sqrt()
+    buffer = state["momentum"]
+    kept = 1 - (1 - momentum) * ok.to(buffer)
+    return buffer.mul_(kept).add_(direction).clone()

@@ -48,7 +48,8 @@ def param_groups(
             any width: each layer's own exponent.
 
     Returns:
-        Groups in the order of their first parameter; frozen parameters are left out.
+        Groups in the order of their first parameter. Frozen parameters are in them, so that one that is
+        thawed later is trained; while they are frozen they have no gradient, and no step moves them.
 
     Raises:
         OptimizerError: ``lr``, ``weight_decay`` or ``eps`` is NaN, infinite or negative; ``eps`` for an
@@ -73,10 +74,10 @@ def param_groups(
     root, plan = plan_of(model)
     plan = plan.for_optimizer(spec)
     plan.check(root)
+    if not any(p.requires_grad for p in root.parameters()):
+        raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for name, parameter in root.named_parameters():
-        if not parameter.requires_grad:
-            continue
         scales = plan[name].scales
         decay = _decay_factor(spec, scales)
         # Twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
@@ -90,8 +91,6 @@ def param_groups(
                 **({"eps": epsilon * scales.epsilon} if adaptive else {}),
             }
         groups[key]["params"].append(parameter)
-    if not groups:
-        raise OptimizerError("every parameter of the model is frozen")
     setattr(root, ATTRIBUTE, plan)  # its print shows the optimizer in use
     return list(groups.values())
 

@@ -9,18 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.banks import Bank
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.clipping import GradientScale
 from mupass._optim.curvature import Curvature, Loss
 from mupass._optim.damping import MODES
 from mupass._optim.eigen import not_rescaled
-from mupass._optim.kronecker import Kronecker
-from mupass._optim.parallel import sharded_like, whole, world_size
+from mupass._optim.fallback import Fallback, state_dtype
+from mupass._optim.kronecker import Kronecker, Rules
+from mupass._optim.parallel import exchange, rank_of, sum_of, whole, world_size
 from mupass._scales.plan import OptimizerSpec
-from mupass._taps.blocks import Options
+from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
-from mupass._taps.factors import factor_dtype
+from mupass._taps.leaves import Sums
+
+# Chosen by `benchmarks/defaults.py`.
+LR = 0.1
+DAMPING = 1e-3
+MOMENTUM = 0.8
+STEP_BOUND = 0.3
+KL_CLIP = 1e-3
 
 
 class KFAC(PlannedOptimizer):
@@ -96,21 +104,25 @@ class KFAC(PlannedOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
-        damping: float = 1e-3,
+        lr: float = LR,
+        damping: float = DAMPING,
         *,
         e_a: float = 1.0,
         e_b: float = 1.0,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
+        momentum_of: str = "gradients",
         weight_decay: float = 0.0,
+        decay: str = "all",
+        overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
         factor_every: int = 1,
-        root_every: int = 1,
-        root_drift: float = 2.0,
+        root_every: int = 10,
         stagger: bool = True,
         damping_mode: str = "trace",
         damping_floor: float = 0.1,
-        kl_clip: float | None = None,
+        damping_memory: float = 0.99,
+        step_bound: float | None = STEP_BOUND,
+        kl_clip: float | None = KL_CLIP,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,
@@ -118,8 +130,8 @@ class KFAC(PlannedOptimizer):
         block_size: int | None = None,
         norms: bool = True,
         exclude: Sequence[str] = (),
-        fallback: str = "adamw",
-        fallback_lr: float = 1e-3,
+        fallback: str | Fallback = "adamw",
+        fallback_lr: float | None = None,
         loss_terms: int | Callable[[], int] | None = None,
         loss_reduction: str = "mean",
         loss_scale: float | Callable[[], float] | None = None,
@@ -130,10 +142,11 @@ class KFAC(PlannedOptimizer):
         check_number("e_b", e_b)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
         self.factor_every = check_period("factor_every", factor_every)
-        self.root_every = check_period("root_every", root_every)
-        self.root_drift = check_number("root_drift", root_drift, 1.0)
+        self.root_every = self.report_every = check_period("root_every", root_every)
+        self.damping_memory = check_number("damping_memory", damping_memory, 0, 1)
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.step_bound = None if step_bound is None else check_number("step_bound", step_bound)
         self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
         self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
         check_choice("sharing", sharing, ("expand", "reduce"))
@@ -157,42 +170,56 @@ class KFAC(PlannedOptimizer):
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
             norms,
-            damping_mode != "pi",
             tuple(exclude),
             0 if block_size is None else check_period("block_size", block_size),
         )
+        self._rules = Rules(
+            powers=(float(e_a), float(e_b)),
+            mode=damping_mode,
+            floor=check_number("damping_floor", damping_floor),
+            memory=self.damping_memory,
+            stagger=stagger,
+            ekfac=ekfac,
+            block=self._options.block,
+        )
+        self._mean_loss = loss_reduction == "mean"
+        self._loss = Loss(loss_terms, self._mean_loss)
         super().__init__(
             model,
             OptimizerSpec("kfac", e_a=e_a, e_b=e_b),
             lr,
             damping,
             momentum=momentum,
+            momentum_of=momentum_of,
             weight_decay=weight_decay,
+            decay=decay,
+            overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
             strict=strict,
         )
-        loss = Loss(loss_terms, loss_reduction == "mean")
-        self._curvature = Curvature(self.root, self._cover, (e_a > 0, e_b > 0), loss, self._ranks)
+        self._due = False
+        self._prepare_next()
+
+    def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        taken: dict[str, Tensor] = {n: p for p, n in self.names.items() if not p.is_complex() and p.numel()}
+        self._parameters = taken
+        self._cover = cover(self.root, self.plan, self._options, frozenset(taken))
+        self._curvature = Curvature(
+            self.root, self._cover, (self.spec.e_a > 0, self.spec.e_b > 0), self._loss, self._ranks
+        )
         self._kronecker = Kronecker(
             self._cover.blocks,
             self._cover.layers,
             self._parameters,
-            (e_a, e_b),
-            damping_mode,
+            self._rules,
             {e.geometry.name: e for e in self.plan.entries},
-            stagger,
-            check_number("damping_floor", damping_floor),
-            ekfac,
-            self._options.block,
+            self._ranks,
+            rank_of(self._ranks),
         )
         self._curvature.rescale(self._kronecker.moments.bases())
-        self._all_seen = self._due = False
-        self._prepare_next()
-
-    def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        self._parameters = {n: p for p, n in self.names.items()}
-        self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
+        self._clipping = GradientScale([taken[b.parameter] for b in self._cover.blocks])
+        self._all_seen = False
         plain = {b.parameter: not_rescaled(b, self._cover.layers) for b in self._cover.blocks if self.ekfac}
         own = {
             b.parameter: f"kfac {b.kind}" if plain.get(b.parameter, "kfac") else f"ekfac {b.kind}"
@@ -200,9 +227,15 @@ class KFAC(PlannedOptimizer):
         }
         return own, {**self._cover.reasons, **plain}
 
+    def _own_state(self, name: str) -> dict[str, Tensor]:
+        return self._kronecker.entries(name)
+
     @property
-    def _banks(self) -> dict[str, list[Bank]]:
-        return self._kronecker.banks
+    def _owner(self) -> Mapping[str, int]:
+        return self._kronecker.owner if self._ranks > 1 and not self.ekfac else {}
+
+    def _replaced(self, name: str, new: Tensor) -> None:
+        self._parameters[name] = new
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
@@ -244,9 +277,6 @@ class KFAC(PlannedOptimizer):
         """
         return float(self._kronecker.quadratic(moves))
 
-    def _discard(self) -> None:
-        self._curvature.clear()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the factors that were collected with them.
 
@@ -256,47 +286,95 @@ class KFAC(PlannedOptimizer):
         super().zero_grad(set_to_none)
         # What `observe` collected is not of these gradients; torch calls this before there is anything.
         if hasattr(self, "_curvature") and not self.sampled:
-            self._discard()
+            self._curvature.clear()
 
-    def _directions(self) -> dict[Tensor, Tensor]:
+    def _directions(
+        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
+    ) -> dict[str, Tensor]:
         kronecker = self._kronecker
+        clipped = self._clipped()
         if self._due and self._cover.blocks:
-            self._average()
+            self._average(ok, clipped)
         if kronecker.rooted or not self._due:
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
-            due = kronecker.due(self._steps, self.root_every, self.root_drift, spare)
+            due = kronecker.due(self._steps, self.root_every, spare)
             if due:
-                kronecker.refresh(self._dampings(), self.count, self._ranks, due)
-        grads = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        directions = kronecker.directions(grads)
-        factor = self._clip(directions, grads)
-        if factor is not None:
-            directions = {n: d * factor.to(d.dtype) for n, d in directions.items()}
-        parameters = self._parameters
-        return {parameters[n]: sharded_like(d, parameters[n]) for n, d in directions.items()}
+                kronecker.refresh(self._dampings(), due)
+        directions, changes = kronecker.directions(means)
+        self._bound(directions, changes, means, clipped)
+        if self._owner:
+            own = {name: self._parameters[name] for name in self._owner}
+            like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
+            directions = exchange(directions, self._owner, like, self._ranks, self._device)
+        return {name: d for name, d in directions.items() if name in means}
 
-    def _average(self) -> None:
+    def _average(self, ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
         if taken:
-            self._kronecker.average(taken, self.factor_decay, self.count)
+            if clipped is not None:
+                _scale_outputs(taken, clipped)
+            memory = self.damping_memory**self.factor_every
+            self._kronecker.average(taken, self.factor_decay, memory, ok)
             self._due = False
             self._refuse_unseen()
         else:  # made up for at the next step
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
 
-    def _clip(self, directions: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the factor that keeps the predictions from moving further than the bound."""
-        if self.kl_clip is None or not directions:
+    def _clipped(self) -> Tensor | None:
+        """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
+
+        A sum over terms may be divided by their number there, which is no change of the loss.
+        """
+        factor = self._clipping.take(self._ranks)
+        if factor is None or not self._mean_loss:
             return None
-        moves = []
-        for group in self.param_groups:
-            for name in (self.names[p] for p in group["params"]):
-                if name in directions:
-                    dot = (directions[name] * grads[name]).sum(dtype=factor_dtype(self._parameters[name]))
-                    moves.append(dot * (group["lr"] ** 2 * group["mupass_scale"]))
-        return (self.kl_clip / torch.stack(moves).sum().clamp(min=1e-30)).sqrt().clamp(max=1.0)
+        # Gradients that were unscaled before they were clipped carry the scale's inverse, too.
+        given = self.loss_scale
+        return factor if given is None else factor * float(given() if callable(given) else given)
+
+    def _bound(
+        self,
+        directions: Mapping[str, Tensor],
+        changes: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        clipped: Tensor | None,
+    ) -> None:
+        """Shorten directions, in place, so that the step stays within its bounds.
+
+        Where directions add up, each of them is held to the part of the bound that their sum then keeps.
+        """
+        rates = {
+            n: (g["lr"], g["mupass_scale"], g["momentum"]) for g in self._own_groups() for n in g["names"]
+        }
+        rest = {n: 1 - m if self.momentum_of == "directions" else 1.0 for n, (_, _, m) in rates.items()}
+        if self.step_bound is not None:
+            for name, change in changes.items():
+                lr, scale, _ = rates[name]
+                size = change.sqrt() * (lr * scale)
+                limit = self.step_bound * rest[name]
+                directions[name].mul_(
+                    (limit / size.clamp(min=1e-30)).clamp(max=1.0).to(directions[name].dtype)
+                )
+        if self.kl_clip is not None:
+            moves = []
+            for name, direction in directions.items():
+                lr, scale, _ = rates[name]
+                moves.append((direction * means[name]).sum() * (lr**2 * scale / rest[name] ** 2))
+            total = sum_of(moves or [torch.zeros((), device=self._device)], self._ranks if self._owner else 1)
+            # Predictions change as they do without clipping, whose factor is in the gradients.
+            total = total if clipped is None else total / clipped.to(total)
+            factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
+            for direction in directions.values():
+                direction.mul_(factor.to(direction.device, direction.dtype))
+
+    def _own_groups(self) -> list[dict[str, Any]]:
+        own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
+        return [{**g, "names": [self.names[p] for p in g["params"]]} for g in own]
+
+    def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
+        return self._kronecker.incidents()
 
     def _refuse_unseen(self) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
@@ -313,7 +391,7 @@ class KFAC(PlannedOptimizer):
                     "leave it to the fallback"
                 )
 
-    def _scale_of_loss(self) -> float:
+    def _scale_of_loss(self) -> Tensor | float:
         """Return what the loss was multiplied by: told, or left here by a gradient scaler."""
         given = self.loss_scale
         if given is not None:
@@ -325,12 +403,14 @@ class KFAC(PlannedOptimizer):
             )
         return self._amp_scale
 
-    def _layout(self) -> Any:
-        return self._kronecker.layout()
+    def _loaded(self) -> None:
+        self._due = False
+        self._kronecker.loaded(self._steps)
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {**self._kronecker.state_dict(), "due": self._due}
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        self._kronecker.load_state_dict(state)
-        self._due = state["due"]
+def _scale_outputs(taken: Mapping[Place, Sums], factor: Tensor) -> None:
+    """Multiply the factors B of one step: the curvature of a loss that is a multiple is that multiple."""
+    for sums in taken.values():
+        for m in (*sums.b, *sums.moments):
+            if m is not None:
+                m.mul_(factor.to(m))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,12 +16,36 @@ from mupass._optim.curvature import nearest_product, observed
 from mupass._optim.damping import damp
 from mupass._optim.eigen import EigenBank, Moments, not_rescaled
 from mupass._optim.pairs import Pair, in_blocks, line_up, phases, slot_name
+from mupass._optim.parallel import largest_over_ranks
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Factor, Place
 from mupass._taps.factors import Layer, factor_dtype
 from mupass._taps.leaves import Sums
 
-Count = Callable[[str, str], None]
+Count = Callable[[str, str, int], None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How factors become roots.
+
+    Attributes:
+        powers: Powers of A and of B.
+        mode: Mode of damping, see `mupass._optim.damping.damp`.
+        floor: Smallest trace of B that damping reckons with, relative to the largest one.
+        memory: What a step leaves of the largest trace of B seen so far, to which damping is relative.
+        stagger: Whether roots are spread over the steps of a period.
+        ekfac: Whether gradients are scaled by their second moments in the eigenbases.
+        block: Largest block of a factor; 0 for whole ones.
+    """
+
+    powers: tuple[float, float]
+    mode: str
+    floor: float
+    memory: float
+    stagger: bool
+    ekfac: bool
+    block: int
 
 
 class Kronecker:
@@ -28,6 +53,14 @@ class Kronecker:
 
     Slots are named by what is summed in them, so that weights that share a factor share its average and its
     root. Under pi-damping each matrix has a damping of its own on either side, and so slots of its own.
+
+    With several ranks each block belongs to one of them, which alone keeps its factors and roots; blocks that
+    share a factor stay together.
+
+    Attributes:
+        owner: Parameter -> the rank that keeps its block.
+        banks: Banks of this rank, by side.
+        blocks: Blocks of this rank with their pairs.
     """
 
     def __init__(
@@ -35,40 +68,58 @@ class Kronecker:
         blocks: tuple[Block, ...],
         layers: Mapping[Place, Layer],
         parameters: Mapping[str, Tensor],
-        powers: tuple[float, float],
-        mode: str,
+        rules: Rules,
         entries: Mapping[str, Entry],
-        stagger: bool,
-        floor: float,
-        ekfac: bool = False,
-        block: int = 0,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> None:
-        self.ekfac, self.block = ekfac, block
+        self.rules, self.ranks = rules, ranks
         self.geometries = {name: entry.geometry for name, entry in entries.items()}
-        self.powers, self.mode, self.floor = powers, mode, floor
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self.blocks = [(block, self._pairs(block, layers)) for block in blocks]
-        self.pairs = [pair for _, pairs in self.blocks for pair in pairs]
-        self.banks = {side: self._make_banks(side) for side in "ab"}
+        # Where the state of every slot is kept: the first parameter that uses it, and a key there.
+        self.home: dict[str, tuple[str, str]] = {}
+        everything = [(block, self._pairs(block, layers)) for block in blocks]
+        self.owner = _divide(everything, self._shapes, ranks)
+        # EKFAC's taps need all bases on every rank.
+        mine = [(b, p) for b, p in everything if rules.ekfac or self.owner[b.parameter] == rank]
+        if rules.ekfac:
+            self.owner = dict.fromkeys(self.owner, rank)
+        self.blocks = mine
+        self.pairs = [pair for _, pairs in mine for pair in pairs]
+        own = {slot for pair in self.pairs for slot in (pair.a, pair.b) if slot}
+        self.banks = {side: self._make_banks(side, own) for side in "ab"}
         self.at = {
             name: (bank, bank.slot[name, 0], self._shapes[name][0])
             for bank in self._all
             for name, _ in bank.keys
         }
+        # The shapes of what other ranks keep.
+        others = set(self._shapes) - own
+        self._remote = [b for side in "ab" for b in self._make_banks(side, others, torch.device("meta"))]
         # Pairs that EKFAC rescales; none without it.
-        taken = {b.parameter for b, _ in self.blocks if ekfac and not not_rescaled(b, layers)}
+        taken = {b.parameter for b, _ in mine if rules.ekfac and not not_rescaled(b, layers)}
         self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
-        self.phase = phases(self._all, stagger)
+        self.phase = phases(self._all, rules.stagger)
         self.kinds = line_up(self.pairs, self._all, parameters, {n: e.scales for n, e in entries.items()})
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {
-            f"{p.block.parameter}.{p.piece}": like.dim_a.new_zeros(p.groups)
+            (p.block.parameter, p.piece): like.dim_a.new_zeros(p.groups)
             for like in self.kinds
             for p in like.pairs
             if not p.block.a
         }
+        self._remote_units = {
+            (p.block.parameter, p.piece): torch.zeros(
+                p.groups, dtype=factor_dtype(parameters[p.block.parameter]), device="meta"
+            )
+            for block, pairs in everything
+            for p in pairs
+            if not block.a and (p.block.parameter, p.piece) not in self.unit_rho
+        }
+        self.seen: set[str] = set()  # slots with an observation
+        self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
         self.rooted = False
         self.moved = True  # whether averages have changed since roots were last looked over
 
@@ -78,58 +129,64 @@ class Kronecker:
         for piece, stack in enumerate(stacks):
             slots: dict[str, str] = {}
             for side, factors in (("a", block.a), ("b", block.b)):
-                if factors and self.powers[side == "b"] > 0:
+                if factors and self.rules.powers[side == "b"] > 0:
                     factor = factors[piece]
                     layer = layers[factor.places[0]]
-                    name = slots[side] = slot_name(block, factor, piece if self.mode == "pi" else None)
+                    name = slots[side] = slot_name(block, factor, piece if self.rules.mode == "pi" else None)
                     self.sources.setdefault(name, (block, factor))
+                    self.home.setdefault(name, (block.parameter, f"{side}{piece}"))
                     self._shapes[name] = (
                         layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
                     )
             groups, outputs, inputs = stack.shape
             pair = Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs)
             shapes = [self._shapes.get(slot or "", ()) for slot in (pair.a, pair.b)]
-            pairs.append(in_blocks(pair, shapes, self.block, self.geometries[block.parameter]))
+            pairs.append(in_blocks(pair, shapes, self.rules.block, self.geometries[block.parameter]))
         return pairs
 
-    def _make_banks(self, side: str) -> list[Bank]:
+    def _make_banks(self, side: str, names: set[str], device: torch.device | None = None) -> list[Bank]:
         """Put factors of equal shape, precision and device together."""
         alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
         for name, shape in self._shapes.items():
             block, factor = self.sources[name]
-            if factor.side == side:
+            if factor.side == side and name in names:
                 weight = self.parameters[block.parameter]
                 slots = [(name, g) for g in range(shape[0])]
-                alike[shape[1:], factor_dtype(weight), weight.device] += slots
-        full = EigenBank if self.ekfac else Bank
+                alike[shape[1:], factor_dtype(weight), device or weight.device] += slots
+        full = EigenBank if self.rules.ekfac else Bank
         return [(full if len(kind[0]) > 1 else Bank)(slots, *kind) for kind, slots in alike.items()]
 
-    def average(self, taken: Mapping[Place, Sums], decay: float, count: Count) -> None:
+    def average(self, taken: Mapping[Place, Sums], decay: float, memory: float, ok: Tensor) -> None:
         """Add the factors of one step to the averages.
 
         Args:
             taken: Result of `Curvature.take`.
             decay: Weight of the past.
-            count: Called with (incident, place) for factors that overflowed.
+            memory: What is left of the largest trace seen so far.
+            ok: 1, or 0 where the observations do not count.
         """
         self.moved = True
-        new: dict[str, Tensor] = {}
-        tied: dict[str, tuple[Tensor, Tensor] | None] = {}
-        for name, (block, factor) in self.sources.items():
+        new: dict[str, tuple[Tensor, Tensor]] = {}
+        tied: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
+        for name in self.at:
+            block, factor = self.sources[name]
             if block.tied and factor in (*block.a, *block.b):
                 if block.parameter not in tied:
                     tied[block.parameter] = nearest_product(block.tied, taken)
                 found = tied[block.parameter]
-                value = None if found is None else found[factor.side == "b"]
+                value = None if found is None else (found[0][factor.side == "b"], found[1])
             else:
                 value = observed(factor, taken)
             if value is not None:
                 new[name] = value
+        self.seen.update(new)
+        counts = ok > 0
         for bank in self._all:
             seen = {(name, 0): value for name, value in new.items() if self.at[name][0] is bank}
-            for name, _ in bank.average(seen, decay):
-                count("overflowed_factors", self._place(name))
-        self.moments.average(taken, decay, count)
+            bank.average(seen, decay, memory, counts.to(bank.device))
+        self.moments.average(taken, decay, counts)
+        if self.rules.mode == "trace" and self.rules.floor:
+            self.largest = largest_over_ranks([self._largest(kind) for kind in self.kinds], self.ranks)
 
     @property
     def _all(self) -> list[Bank]:
@@ -140,103 +197,141 @@ class Kronecker:
         return f"factor {factor.side.upper()} of {block.parameter}"
 
     def unseen(self) -> list[str]:
-        """Return parameters that have a factor which was never observed."""
-        missing = set()
-        for bank in self._all:
-            for i in (bank.weight == 0).nonzero().flatten().tolist():
-                missing.add(bank.keys[i][0])
+        """Return parameters of this rank that have a factor which was never observed."""
+        missing = set(self.at) - self.seen
         return list(dict.fromkeys(p.block.parameter for p in self.pairs if missing & {p.a, p.b}))
 
-    def due(self, step: int, period: int, drift: float, spare: bool) -> dict[int, Tensor]:
+    def incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
+        """Return what may have gone wrong where, and for each how often since the last call.
+
+        The counts stay on the device. They start anew from here.
+        """
+        told: list[tuple[str, str]] = []
+        counts: list[Tensor] = []
+        traced: set[Factor] = set()
+        for bank in self._all:
+            owners = [bank.keys[i][0] for i in range(len(bank.keys))]
+            told += [("failed_roots", self._place(name)) for name in owners]
+            told += [("overflowed_factors", self._place(name)) for name in owners]
+            counts += [bank.failed.clone(), bank.overflowed.clone()]
+            bank.failed.zero_()
+            bank.overflowed.zero_()
+        for bank in self.banks["b"] if self.rooted else ():
+            # Under pi-damping a bias has a copy of its weight's factor: it is named once.
+            sources = [self.sources[name] for name, _ in bank.keys]
+            fresh = [factor not in traced for _, factor in sources]
+            traced.update(factor for _, factor in sources)
+            told += [
+                (
+                    "zero_traces",
+                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
+                )
+                for block, _ in sources
+            ]
+            zero = (bank.traces() <= 0) & (bank.state["weight"] > 0)
+            counts.append(zero * torch.tensor(fresh, device=bank.device))
+        for (name, _), count in self.moments.overflowed.items():
+            told.append(("overflowed_factors", f"the second moments of {name}"))
+            counts.append(count.clone()[None])
+            count.zero_()
+        return told, counts
+
+    def due(self, step: int, period: int, spare: bool) -> dict[int, list[int]]:
         """Return the slots of every bank whose roots are to be computed anew.
 
-        Roots of large factors are spread over the steps of a period. One whose factor has changed its size
-        since is stale at once, whenever that is: in the first steps of training they grow by orders.
+        Roots of large factors are spread over the steps of a period. In the first period, when factors grow
+        by orders, all of them are computed at steps 1, 2, 4, 8 and so on besides.
 
         Args:
             step: Number of steps taken.
             period: Steps between recomputations of a root.
-            drift: Ratio of traces beyond which a root is stale.
             spare: Leave out the first step of a period, on which factors are collected.
 
         Returns:
             Index of the bank -> slots, without banks that have none.
         """
+        early = self.moved and step < period and step & (step - 1) == 0
         found = {}
-        for i, (bank, own) in enumerate(zip(self._all, self.phase, strict=True)):
-            at = (phase % (period - 1) + 1 if spare else phase for phase in own)
-            turn = {slot for slot, phase in enumerate(at) if (phase - step) % period == 0 or not self.rooted}
-            if self.moved:
-                turn.update(bank.drifted(drift).nonzero().flatten().tolist())
+        for i, own in enumerate(self.phase):
+            at = [phase % (period - 1) + 1 if spare else phase for phase in own]
+            turn = [s for s, p in enumerate(at) if (p - step) % period == 0 or early or not self.rooted]
             if turn:
-                found[i] = torch.tensor(sorted(turn), device=bank.weight.device)
+                found[i] = turn
         self.moved = False
         return found
 
-    def refresh(
-        self, dampings: Mapping[str, float | Tensor], count: Count, ranks: int, due: Mapping[int, Tensor]
-    ) -> None:
+    def refresh(self, dampings: Mapping[str, float | Tensor], due: Mapping[int, Sequence[int]]) -> None:
         """Recompute inverse roots, those of a bank together.
 
         Args:
             dampings: Damping of each parameter.
-            count: Called with (incident, place) for factorizations that failed.
-            ranks: Number of ranks that the roots are divided over.
             due: Result of `due`.
         """
         rho = self._damp(dampings)
         for i, slots in due.items():
-            bank = self._all[i]
-            power = self.powers[i >= len(self.banks["a"])]
-            failed = bank.refresh(rho[i], power, slots, self.mode == "eigen", ranks)
-            for at in slots[failed].tolist():
-                count("failed_roots", self._place(bank.keys[at][0]))
+            power = self.rules.powers[i >= len(self.banks["a"])]
+            self._all[i].refresh(rho[i], power, slots, self.rules.mode == "eigen")
         self.moments.follow()
         self.rooted = True
-        seen = set()  # under pi-damping a bias has a copy of its weight's factor
-        for bank in self.banks["b"]:
-            for i in ((bank.traces() <= 0) & (bank.weight > 0)).nonzero().flatten().tolist():
-                block, factor = self.sources[bank.keys[i][0]]
-                if factor in seen:
-                    continue
-                seen.add(factor)
-                count(
-                    "zero_traces",
-                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
-                )
+
+    def _remembered(self, bank: Bank) -> Tensor:
+        """Return the traces that damping is relative to: of B, the largest seen, which fades."""
+        traces = bank.traces()
+        if self.rules.memory == 0 or all(bank is not b for b in self.banks["b"]):
+            return traces
+        return torch.maximum(traces, bank.state["peak"])
+
+    def _largest(self, kind: Any) -> Tensor:
+        sides = kind.sides(torch.cat([self._remembered(self._all[i]) for i in kind.banks]), None)
+        return (sides.trace_b / sides.scale_b).amax()  # type: ignore[no-any-return]
 
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
-        rho: list[Tensor] = [bank.weight for bank in self._all]
+        rho: list[Tensor] = [bank.state["weight"] for bank in self._all]
+        traced = self.rules.mode in {"trace", "eigen"}
         for kind in self.kinds:
-            traces = torch.cat([self._all[i].traces() for i in kind.banks])
-            rho_a, rho_b = damp(self.mode, kind.sides(traces, dampings), self.floor)
+            banks = [self._all[i] for i in kind.banks]
+            traces = torch.cat([self._remembered(b) if traced else b.traces() for b in banks])
+            largest = None if self.largest is None else self.largest.to(traces)
+            rho_a, rho_b = damp(self.rules.mode, kind.sides(traces, dampings), self.rules.floor, largest)
             both = torch.cat([rho_a, rho_b])[kind.row]
-            counts = [len(self._all[i].keys) for i in kind.banks]
+            counts = [len(bank.keys) for bank in banks]
             for i, part in zip(kind.banks, torch.split(both, counts), strict=True):
-                rho[i] = part
+                eigen = self.rules.mode == "eigen" and i >= len(self.banks["a"]) and self.rules.memory > 0
+                rho[i] = part * self._all[i].memory() if eigen else part
             first = 0
             for pair in kind.pairs:
                 if not pair.block.a:
                     own = rho_a[first : first + pair.groups * pair.repeats : pair.repeats]
-                    self.unit_rho[f"{pair.block.parameter}.{pair.piece}"] = own
+                    self.unit_rho[pair.block.parameter, pair.piece].copy_(own)
                 first += pair.groups * pair.repeats
         return rho
 
-    def directions(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the preconditioned gradient of every block.
+    def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the preconditioned gradient of every block of this rank, and what it does to outputs.
 
         Args:
             grads: Gradient of each parameter that has one.
+
+        Returns:
+            Directions ``D``, and for each the mean over outputs of ``D A D^T``, the mean square of the change
+            that it makes to an output; nothing for blocks that keep no A.
         """
-        found: dict[str, Tensor] = {}
+        found, changes = {}, {}
         for block, pairs in self.blocks:
             grad = grads.get(block.parameter)
-            if grad is not None:
-                stacks = block.matrices.split(grad)
-                parts = [self._apply(pair, stack) for pair, stack in zip(pairs, stacks, strict=True)]
-                found[block.parameter] = block.matrices.join(parts, grad).reshape(grad.shape).to(grad.dtype)
-        return found
+            if grad is None:
+                continue
+            stacks = block.matrices.split(grad)
+            parts = [self._apply(pair, stack) for pair, stack in zip(pairs, stacks, strict=True)]
+            directions = [direction for direction, _ in parts]
+            joined = block.matrices.join(directions, grad)
+            found[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
+            squares = [change for _, change in parts if change is not None]
+            if len(squares) == len(parts):
+                outputs = sum(pair.groups * pair.outputs for pair in pairs)
+                changes[block.parameter] = torch.stack([s.sum() for s in squares]).sum() / outputs
+        return found, changes
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
@@ -244,7 +339,6 @@ class Kronecker:
         Args:
             moves: Change of each parameter.
         """
-        values = {i: bank.value() for i, bank in enumerate(self._all)}
         total = []
         for block, pairs in self.blocks:
             if block.parameter in moves:
@@ -252,50 +346,122 @@ class Kronecker:
                     if pair in self.moments:
                         turned = self.moments.turn(pair, d)
                         total.append((turned.square() * self.moments.value(pair)).sum())
-                        continue
-                    f = d
-                    for slot, left in ((pair.b, True), (pair.a, False)):
-                        if slot:
-                            bank, first, count = self.at[slot]
-                            m = values[self._all.index(bank)][first : first + count]
-                            f = times(f.to(m.dtype), m, left)
-                    total.append((d * f).sum())
+                    else:
+                        left = self._times_factor(pair, d, "b")
+                        total.append((d * self._times_factor(pair, left, "a")).sum())
         return torch.stack(total).sum() if total else torch.zeros(())
 
-    def _apply(self, pair: Pair, stack: Tensor) -> Tensor:
-        sides = [(*self.at[slot], slot == pair.b) for slot in (pair.b, pair.a) if slot]
-        stack = stack.to(sides[0][0].factors.dtype) if sides else stack
+    def _times_factor(self, pair: Pair, stack: Tensor, side: str) -> Tensor:
+        """Multiply by the average of a factor itself; a side without a factor is the identity."""
+        slot = pair.a if side == "a" else pair.b
+        if not slot:
+            return stack
+        bank, first, count = self.at[slot]
+        factor = bank.value(slice(first, first + count))
+        return times(stack.to(factor.dtype), factor, side == "b")
+
+    def _apply(self, pair: Pair, stack: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the directions of one matrix, and ``tr(D A D^T)`` of every group where A is known."""
+        slot = pair.b or pair.a
+        stack = stack.to(self.at[slot][0].dtype) if slot else stack
         if pair in self.moments:
-            return self.moments.direction(pair, stack)
-        for bank, first, groups, left in sides:
-            stack = bank.apply(stack, first, groups, left)
-        if not pair.block.a and self.powers[0] > 0:
-            rho = self.unit_rho[f"{pair.block.parameter}.{pair.piece}"]
-            stack = stack / (1 + rho.view(-1, 1, 1)) ** self.powers[0]
-        shrink = prod(more**power for more, power in zip(pair.growth, self.powers, strict=True))
-        return stack if shrink == 1 else stack / shrink
+            direction = self.moments.direction(pair, stack)
+            return direction, self.moments.output_change(pair, direction)
+        if pair.b:
+            stack = self._between(pair, stack, "b")
+        half = stack
+        shrink = prod(more**power for more, power in zip(pair.growth, self.rules.powers, strict=True))
+        half = half if shrink == 1 else half / shrink
+        if pair.a:
+            direction = self._between(pair, half, "a")
+            return direction, self._change(pair, half, direction)
+        if not pair.block.a and self.rules.powers[0] > 0:
+            rho = self.unit_rho[pair.block.parameter, pair.piece]
+            half = half / (1 + rho.view(-1, 1, 1)) ** self.rules.powers[0]
+        return half, None if pair.block.a else half.square().sum((1, 2))
 
-    def layout(self) -> Any:
-        """Return what a saved state must agree in."""
-        layout: dict[str, Any] = {side: [b.layout() for b in banks] for side, banks in self.banks.items()}
-        return {**layout, "ekfac": list(self.moments.pairs)} if self.ekfac else layout
+    def _between(self, pair: Pair, stack: Tensor, side: str) -> Tensor:
+        """Multiply by the root of one side, as if it had followed the size of its factor."""
+        bank, first, count = self.at[(pair.a if side == "a" else pair.b) or ""]
+        power = self.rules.powers[side == "b"]
+        found = bank.apply(stack, first, count, side == "b")
+        # Blocks of one factor are of one size: the first stands for all.
+        grown = bank.grown()[first : first + count].view(len(stack), -1).amax(1)
+        return found / grown.pow(power).view(-1, 1, 1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
-        banks = {side: [bank.state_dict() for bank in banks] for side, banks in self.banks.items()}
-        moments = {"moments": self.moments.state_dict()} if self.ekfac else {}
-        return {"banks": banks, "unit_rho": dict(self.unit_rho), "rooted": self.rooted, **moments}
+    def _change(self, pair: Pair, half: Tensor, direction: Tensor) -> Tensor:
+        """Return ``tr(D A D^T)`` of every group; half is the direction before its last product.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
+        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed.
+        """
+        bank, first, count = self.at[pair.a or ""]
+        whole = pair.blocks[0] == 1 and pair.growth[0] == 1
+        if self.rules.powers[0] == 1 and whole and self.rules.mode != "eigen":
+            rho = bank.state["rho"][first : first + count] * bank.grown()[first : first + count]
+            product = half - rho.view(-1, 1, 1) * direction
+        else:
+            product = self._times_factor(pair, direction, "a")
+        return (direction * product).sum((1, 2)).clamp(min=0.0)
+
+    def entries(self, parameter: str) -> dict[str, Tensor]:
+        """Return the state that is kept at a parameter, as views; on the meta device where another rank has it.
 
         Args:
-            state: Result of `state_dict`.
+            parameter: Its name.
         """
-        for side, banks in self.banks.items():
-            for bank, saved in zip(banks, state["banks"][side], strict=True):
-                bank.load_state_dict(saved)
-        self.unit_rho = {name: rho.clone() for name, rho in state["unit_rho"].items()}
-        self.rooted, self.moved = state["rooted"], True
-        if self.ekfac:
-            self.moments.load_state_dict(state["moments"])
+        found = {}
+        for bank in (*self._all, *self._remote):
+            counts = Counter(name for name, _ in bank.keys)
+            for name, count in counts.items():
+                home, key = self.home[name]
+                if home == parameter:
+                    at = slice(bank.slot[name, 0], bank.slot[name, 0] + count)
+                    found.update({f"{key}.{what}": tensor[at] for what, tensor in bank.state.items()})
+        for (name, piece), own in self.moments.state.items():
+            if name == parameter:
+                found.update({f"moments{piece}.{what}": tensor for what, tensor in own.items()})
+        for (name, piece), rho in (*self.unit_rho.items(), *self._remote_units.items()):
+            if name == parameter:
+                found[f"unit{piece}.rho"] = rho
+        return found
+
+    def loaded(self, steps: int) -> None:
+        """Take notice that the state was written from outside.
+
+        Args:
+            steps: Number of steps it has seen.
+        """
+        for bank in self._all:
+            bank._traces = None
+        self.rooted, self.moved = steps > 0, True
+        self.seen = {name for bank in self._all for name, _ in bank.keys} if steps else set()
+        if steps and self.rules.mode == "trace" and self.rules.floor:
+            self.largest = largest_over_ranks([self._largest(kind) for kind in self.kinds], self.ranks)
+
+
+def _divide(
+    blocks: Sequence[tuple[Block, Sequence[Pair]]], shapes: Mapping[str, tuple[int, ...]], ranks: int
+) -> dict[str, int]:
+    """Return the rank that keeps each parameter's block: about the same work for all.
+
+    Blocks that share a factor go to one rank.
+    """
+    group: dict[str, int] = {}  # slot -> number of the set of blocks that it belongs to
+    members: dict[int, list[str]] = {}
+    costs: dict[int, int] = {}
+    for number, (block, pairs) in enumerate(blocks):
+        slots = {slot for pair in pairs for slot in (pair.a, pair.b) if slot}
+        joined = {group[slot] for slot in slots if slot in group}
+        members[number] = [block.parameter]
+        costs[number] = sum(shapes[s][0] * shapes[s][-1] ** 3 for s in slots if s not in group)
+        for old in joined:
+            members[number] += members.pop(old)
+            costs[number] += costs.pop(old)
+        group.update(dict.fromkeys(slots, number))
+        group = {slot: number if g in joined else g for slot, g in group.items()}
+    load, owner = [0] * ranks, {}
+    for number in sorted(members, key=lambda n: (-costs[n], n)):
+        rank = min(range(ranks), key=load.__getitem__)
+        load[rank] += costs[number]
+        owner.update(dict.fromkeys(members[number], rank))
+    return owner

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.blocks import WHOLE, Blocking
-from mupass._optim.parallel import sharded_like, whole, world_size
+from mupass._optim.parallel import exchange, rank_of, world_size
 from mupass._optim.spectral import with_unit_norm
 from mupass._optim.stacks import Slot, Stack, compiled, make_stacks
 from mupass._roles.geometry import Geometry
 from mupass._scales.plan import OptimizerSpec
+from mupass._taps.factors import factor_dtype
 
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
 AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
@@ -28,11 +29,13 @@ class MatrixOptimizer(PlannedOptimizer):
     all parameters are cut into blocks, and blocks of equal shape are handled as one tensor.
     """
 
+    _needs_gradient = False  # whether the update takes the gradient besides its average
+
     def __init__(
         self,
         model: nn.Module,
         spec: OptimizerSpec,
-        lr: float,
+        lr: float | None,
         damping: float = 0.0,
         *,
         roles: Collection[str] = ROLES,
@@ -49,21 +52,14 @@ class MatrixOptimizer(PlannedOptimizer):
         self.roles, self.block_size, self.modes = frozenset(roles), block_size, modes
         self._ranks = world_size(data_parallel)
         self._blockings: dict[str, Blocking] = {}
+        self._spectral, self._compiles = spectral, compile
         super().__init__(model, spec, lr, damping, **common)
-        self._parameters = {n: p for p, n in self.names.items() if n in self._blockings}
-        self._stacks = make_stacks(self._blockings, self._parameters)
-        self._function = with_unit_norm if spectral else self._update()
-        self._spectral = spectral
-        if spectral:
-            for stack in self._stacks:
-                stack.state["top"] = stack.zeros(stack.shape[1:].numel())
-        self._compiled = [compiled(self._function) for _ in self._stacks] if compile else None
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         own, reasons = {}, {}
-        for name in self.names.values():
+        for parameter, name in self.names.items():
             geometry = self.plan[name].geometry
-            reason = self._reason(geometry)
+            reason = self._reason(geometry) or self._unfit(parameter)
             if reason:
                 reasons[name] = reason
                 continue
@@ -71,10 +67,64 @@ class MatrixOptimizer(PlannedOptimizer):
             self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
             count = len(self._blockings[name].cut(torch.empty(geometry.shape, device="meta")))
             own[name] = f"{self.spec.name} x{count}" if count > 1 else self.spec.name
+        self._set_up({n: p for p, n in self.names.items() if n in own})
         return own, reasons
+
+    def _set_up(self, parameters: dict[str, Tensor]) -> None:
+        """Make the stacks, each parameter's on the rank that keeps it."""
+        self._parameters = parameters
+        self._keeper = self._divide(parameters)
+        rank = rank_of(self._ranks)
+        mine = {n: p for n, p in parameters.items() if self._keeper[n] == rank}
+        others = {n: p for n, p in parameters.items() if n not in mine}
+        self._stacks = make_stacks(self._blockings, mine)
+        self._remote = make_stacks(self._blockings, others, torch.device("meta"))
+        for stack in (*self._stacks, *self._remote):
+            stack.state |= self._first_stack_state(stack)
+            if self._spectral:
+                stack.state["top"] = stack.zeros(stack.shape[1:].numel())
+        self._function = with_unit_norm if self._spectral else self._update()
+        self._compiled = [compiled(self._function) for _ in self._stacks] if self._compiles else None
+
+    def _divide(self, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return the rank that keeps each parameter's state: about the same work for all."""
+        costs = {
+            name: sum(
+                block.numel() * sum(block.shape)
+                for block in self._blockings[name].cut(torch.empty(p.shape, device="meta"))
+            )
+            for name, p in parameters.items()
+        }
+        load, keeper = [0] * self._ranks, {}
+        for name in sorted(costs, key=lambda n: -costs[n]):
+            rank = min(range(self._ranks), key=load.__getitem__)
+            load[rank] += costs[name]
+            keeper[name] = rank
+        return keeper
+
+    @property
+    def _owner(self) -> Mapping[str, int]:
+        return self._keeper if self._ranks > 1 else {}
+
+    def _replaced(self, name: str, new: Tensor) -> None:
+        if name in self._parameters:
+            self._parameters[name] = new
+
+    def _own_state(self, name: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stack in (*self._stacks, *self._remote):
+            found |= stack.entries(name)
+        return found
 
     def _wanted(self) -> bool:
         return bool(self.roles)
+
+    @staticmethod
+    def _unfit(parameter: Tensor) -> str:
+        """Return why a parameter's numbers cannot be worked with, or nothing."""
+        if parameter.is_complex():
+            return "its entries are complex numbers"
+        return "" if parameter.numel() else "it has no entries"
 
     def _reason(self, geometry: Geometry) -> str:
         """Return why a parameter is not taken, or nothing."""
@@ -84,85 +134,120 @@ class MatrixOptimizer(PlannedOptimizer):
             return f"its role is {geometry.role}; roles={', '.join(sorted(self.roles)) or 'none'}"
         return ""
 
+    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+        """Return what is remembered of the blocks of a stack, before the first step."""
+        raise NotImplementedError
+
     def _update(self) -> Callable[..., Tensor]:
         """Return the function that is compiled: pure tensor code, state changed in place."""
         raise NotImplementedError
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
-        """Take in gradients ``[K', *shape]`` of some slots (None: all) and return their directions."""
+    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
+        """Take in the gradients of some slots: before all directions where gradients are averaged by the base
+        class, after their own direction elsewhere.
+
+        Args:
+            number: Of the stack.
+            at: The slots.
+            g: Their gradients, ``[k, *shape]``; zeros for those that do not count.
+            counts: ``[k]``, 1 or 0.
+        """
+
+    def _prepare(self, number: int) -> None:
+        """Get ready for the directions of a stack, after all of its gradients were seen."""
+
+    def _arguments(
+        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+    ) -> tuple[Any, ...]:
+        """Return the arguments of the update for some slots, see `_observe`; g where it was asked for."""
         raise NotImplementedError
 
-    def _run(self, stack: Stack, at: Tensor | None, *arguments: Any) -> Sequence[Tensor]:
-        """Call the update and return its parts: compiled for whole stacks, eager for parts of any size.
+    def _finish(self, number: int, runs: Sequence[slice]) -> None:
+        """Do what follows on the directions of a stack."""
 
-        On CPU it is called for a few blocks at a time: what is made on the way then stays in the cache, where
-        fresh memory for whole stacks would cost more than the arithmetic on it.
+    def _pieces(self, stack: Stack, run: slice) -> list[slice]:
+        """Return a run of slots in pieces.
+
+        On CPU a few blocks at a time: what is made on the way then stays in the cache, where fresh memory for
+        whole stacks would cost more than the arithmetic on it.
         """
+        whole_stack = run.stop - run.start == len(stack.slots)
+        if stack.device.type != "cpu" or (self._compiled is not None and whole_stack):
+            return [run]
+        few = max(4, AT_A_TIME // stack.shape.numel())
+        return [slice(i, min(i + few, run.stop)) for i in range(run.start, run.stop, few)]
+
+    def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
+        """Call the update: compiled for whole stacks, eager for parts of any size."""
+        stack = self._stacks[number]
         if self._spectral:
-            top = pick(stack.state["top"], at)
-            arguments = (top, self._update(), *arguments)
-        if self._compiled is not None and at is None:
-            return self._compiled[self._stacks.index(stack)](*arguments).unbind()
-        few = max(4, AT_A_TIME // stack.shape.numel()) if stack.device.type == "cpu" else len(stack.slots)
-        count = len(stack.slots) if at is None else len(at)
-        parts = [
-            self._function(*(_slots(a, slice(first, first + few)) for a in arguments))
-            for first in range(0, count, few)
-        ]
-        if self._spectral and at is not None:
-            stack.state["top"][at] = top
-        return [block for part in parts for block in part.unbind()]
+            arguments = (stack.state["top"][at], self._update(), *arguments)
+        if self._compiled is not None and at.stop - at.start == len(stack.slots):
+            return self._compiled[number](*arguments)
+        return self._function(*arguments)
 
-    def _directions(self) -> dict[Tensor, Tensor]:
-        gradients = {n: whole(p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        blocks = {n: self._blockings[n].cut(g) for n, g in gradients.items()}
+    def _directions(
+        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
+    ) -> dict[str, Tensor]:
+        mine = {n for n in gradients if self._keeper[n] == rank_of(self._ranks)}
+        blocks = {n: self._blockings[n].cut(gradients[n]) for n in mine}
+        averaged = {n: self._blockings[n].cut(means[n]) for n in mine} if self.smooths else blocks
         found: dict[Slot, Tensor] = {}
+        for number, stack in enumerate(self._stacks):
+            runs = stack.runs(mine)
+            pieces = [piece for run in runs for piece in self._pieces(stack, run)]
+            seen = {}
+            if self.smooths:
+                for at in pieces:
+                    g, seen[at.start] = self._counted(stack, at, blocks, ok)
+                    self._observe(number, at, g, seen[at.start])
+                self._prepare(number)
+            for at in pieces:
+                if self.smooths:
+                    again = stack.gather(blocks, at) if self._needs_gradient else None
+                    counts = seen[at.start]
+                    mean = stack.gather(averaged, at)
+                else:
+                    mean, counts = self._counted(stack, at, blocks, ok)
+                    again = mean
+                direction = self._call(number, at, *self._arguments(number, at, again, mean, counts))
+                if not self.smooths:
+                    self._observe(number, at, mean, counts)
+                found.update(zip(stack.slots[at], _masked(direction, counts).unbind(), strict=True))
+            self._finish(number, runs)
+        directions = {}
+        for name, pieces_ in blocks.items():
+            parts = [found[name, i] for i in range(len(pieces_))]
+            directions[name] = self._blockings[name].paste(parts, gradients[name])
+        if self._owner:
+            like = {
+                n: torch.empty(p.shape, dtype=factor_dtype(p), device="meta")
+                for n, p in self._parameters.items()
+            }
+            directions = exchange(directions, self._owner, like, self._ranks, self._device)
+        return {n: d for n, d in directions.items() if n in gradients}
+
+    def _counted(
+        self, stack: Stack, at: slice, blocks: Mapping[str, Sequence[Tensor]], ok: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of some slots, and which of them count, ``[k]``.
+
+        One the square of whose norm is not finite would spoil every average. It is zero, and does not count.
+        """
+        g = stack.gather(blocks, at)
+        fine = torch.linalg.vector_norm(g.flatten(1), dim=1).square().isfinite()
+        stack.note("overflowed_blocks", ~fine, at, "the squared gradient of ")
+        counts = fine.to(stack.dtype) * ok.to(stack.device, stack.dtype)
+        return _masked(g, counts), counts
+
+    def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
+        told, counts = [], []
         for stack in self._stacks:
-            g, at, lost = stack.gather(blocks)
-            for name, i in lost:
-                self.count("overflowed_blocks", f"the squared gradient of {name}, block {i}")
-            if len(g):
-                slots = stack.slots if at is None else [stack.slots[i] for i in at.tolist()]
-                found.update(zip(slots, self._advance(stack, g, at), strict=True))
-        directions: dict[Tensor, Tensor] = {}
-        for name, pieces in blocks.items():
-            parameter = self._parameters[name]
-            own = [(name, i) for i in range(len(pieces))]
-            parts = [
-                found[slot] if slot in found else torch.zeros_like(g)
-                for slot, g in zip(own, pieces, strict=True)
-            ]
-            direction = self._blockings[name].paste(parts, gradients[name]).to(parameter.dtype)
-            directions[parameter] = sharded_like(direction, parameter)
-        return directions
-
-    def _layout(self) -> Any:
-        return [[*stack.shape, *stack.slots] for stack in self._stacks]
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {"stacks": [stack.state for stack in self._stacks]}
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        for stack, saved in zip(self._stacks, state["stacks"], strict=True):
-            for name, tensor in stack.state.items():
-                tensor.copy_(saved[name])
-
-
-def _slots(argument: Any, which: slice) -> Any:
-    """Return the entries of some slots: of a stacked tensor or several; what is no tensor is for all."""
-    if isinstance(argument, tuple):
-        return tuple(_slots(a, which) for a in argument)
-    return argument[which] if isinstance(argument, Tensor) else argument
-
-
-def pick(tensor: Tensor, at: Tensor | None) -> Tensor:
-    """Return the entries of some slots.
-
-    Args:
-        tensor: ``[K, ...]``.
-        at: Slots, or None for all.
-    """
-    return tensor if at is None else tensor[at]
+            for (kind, place), happened in stack.incidents.items():
+                told += [(kind, f"{place}{name}, block {i}") for name, i in stack.slots]
+                counts.append(happened.clone())
+                happened.zero_()
+        return told, counts
 
 
 def wide(weights: Tensor, like: Tensor) -> Tensor:
@@ -173,3 +258,9 @@ def wide(weights: Tensor, like: Tensor) -> Tensor:
         like: A tensor of the shape to multiply.
     """
     return weights.view(-1, *[1] * (like.dim() - 1))
+
+
+def _masked(blocks: Tensor, counts: Tensor) -> Tensor:
+    """Return blocks ``[k, *shape]`` with zeros for those that do not count."""
+    zero = torch.zeros((), dtype=blocks.dtype, device=blocks.device)
+    return torch.where(wide(counts, blocks) > 0, blocks, zero)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mupass._optim.checks import check_number, check_period
-from mupass._optim.matrix import MatrixOptimizer, pick, wide
-from mupass._optim.polar import Quintic, orthogonalize, quintics
+from mupass._optim.fallback import Fallback
+from mupass._optim.matrix import MatrixOptimizer, wide
+from mupass._optim.polar import Quintic, orthogonalize, product_dtype, quintics
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
 ADAPTIVE_EPSILON = 1e-8
+LR = 0.04  # chosen by `benchmarks/defaults.py`
 
 
 class Muon(MatrixOptimizer):
@@ -58,7 +61,7 @@ class Muon(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | None = None,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -68,8 +71,10 @@ class Muon(MatrixOptimizer):
         roles: Collection[str] = ("hidden",),
         product_dtype: torch.dtype | None = None,
         weight_decay: float = 0.0,
-        fallback: str = "adamw",
-        fallback_lr: float = 1e-3,
+        decay: str = "all",
+        overrides: Mapping[str, Mapping[str, float]] | None = None,
+        fallback: str | Fallback = "adamw",
+        fallback_lr: float | None = None,
         compile: bool = False,
         strict: bool = False,
     ) -> None:
@@ -84,15 +89,19 @@ class Muon(MatrixOptimizer):
             compile=compile,
             momentum=momentum,
             weight_decay=weight_decay,
+            decay=decay,
+            overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
             strict=strict,
         )
+
+    def _default_rate(self) -> float:
+        return super()._default_rate() if self.adaptive else LR
+
+    def _set_up(self, parameters: dict[str, Tensor]) -> None:
+        super()._set_up(parameters)
         norms = self.plan.for_optimizer("muon")
-        for stack in self._stacks:
-            stack.state["average"] = stack.zeros(*stack.shape)
-            if adaptive:
-                stack.state |= {"square": stack.zeros(*stack.shape), "weight": stack.zeros()}
         self._epsilons = [
             (
                 EPSILON * stack.each(lambda name: norms[name].scales.epsilon),
@@ -101,23 +110,28 @@ class Muon(MatrixOptimizer):
             for stack in self._stacks
         ]
 
+    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+        state = {"average": stack.zeros(*stack.shape)}
+        return (
+            state | {"square": stack.zeros(*stack.shape), "weight": stack.zeros()} if self.adaptive else state
+        )
+
     def _update(self) -> Callable[..., Tensor]:
         return _adaptive if self.adaptive else _orthogonal
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
-        momentum = pick(stack.each(self._setting("momentum").__getitem__), at)
-        norm_epsilon, epsilon = (pick(e, at) for e in self._epsilons[self._stacks.index(stack)])
-        dtype = self.product_dtype or (torch.bfloat16 if g.is_cuda else stack.dtype)
-        state = stack.view(at)
-        polar = (momentum, norm_epsilon, self._polynomials, self.nesterov, dtype)
-        if self.adaptive:
-            beta2 = torch.full_like(momentum, self.beta2)
-            average, square, weight = (state[k] for k in ("average", "square", "weight"))
-            direction = self._run(stack, at, g, average, *polar, square, weight, beta2, epsilon)
-        else:
-            direction = self._run(stack, at, g, state["average"], *polar)
-        stack.put(at, state)
-        return direction
+    def _arguments(
+        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+    ) -> tuple[Any, ...]:
+        stack = self._stacks[number]
+        momentum = stack.each(self._setting("momentum").__getitem__)[at]
+        norm_epsilon, epsilon = (e[at] for e in self._epsilons[number])
+        dtype = self.product_dtype or product_dtype(stack.dtype, stack.device)
+        average = stack.state["average"][at]
+        polar = (mean, average, momentum, norm_epsilon, self._polynomials, self.nesterov, dtype)
+        if not self.adaptive:
+            return polar
+        beta2 = 1 - (1 - self.beta2) * counts
+        return *polar, stack.state["square"][at], stack.state["weight"][at], beta2, epsilon
 
 
 def _orthogonal(

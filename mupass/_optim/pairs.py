@@ -102,13 +102,14 @@ class Kind:
     scale_a: Tensor
     scale_b: Tensor
 
-    def sides(self, traces: Tensor, dampings: Mapping[str, float | Tensor]) -> Sides:
+    def sides(self, traces: Tensor, dampings: Mapping[str, float | Tensor] | None) -> Sides:
         """Return what damping is made of; a side without a factor counts as the identity.
 
         Args:
             traces: Of all slots of the banks.
-            dampings: Damping of each parameter.
+            dampings: Damping of each parameter; None where only traces are of interest.
         """
+        dampings = dampings or {pair.block.parameter: 0.0 for pair in self.pairs}
         values = [dampings[pair.block.parameter] for pair in self.pairs for _ in pair.rows()]
         tensors = [v.to(traces) for v in values if isinstance(v, Tensor)]  # to be differentiated by
         return Sides(
@@ -142,7 +143,7 @@ def line_up(
         kinds[factor_dtype(weight), weight.device].append(pair)
     found = []
     for (dtype, device), alike in kinds.items():
-        own = [i for i, b in enumerate(banks) if (b.factors.dtype, b.factors.device) == (dtype, device)]
+        own = [i for i, b in enumerate(banks) if (b.dtype, b.device) == (dtype, device)]
         slots = {key: n for n, key in enumerate(key for i in own for key in banks[i].keys)}
         rows = [(pair, *at) for pair in alike for at in pair.rows()]
         at_a, at_b = (
@@ -170,9 +171,7 @@ def line_up(
 
 def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
-    slots = [
-        (bank.factors.shape[-1] ** 3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))
-    ]
+    slots = [(bank.size**3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))]
     phases = [[0] * len(bank.keys) for bank in banks]
     for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
         phases[i][at] = turn
@@ -184,4 +183,5 @@ def slot_name(block: Block, factor: Factor, piece: int | None) -> str:
     places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
     own = f"@{block.parameter}.{piece}" if piece is not None else ""
     tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
-    return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
+    scale = f"*{factor.scale!r}" if factor.scale != 1 else ""
+    return f"{factor.side}:{places}:{factor.piece}{scale}{tied}{own}"

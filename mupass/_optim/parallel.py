@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -69,35 +69,96 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
-def share(slots: Tensor, ranks: int) -> Tensor:
-    """Return the part of some work that this rank does.
+def largest_over_ranks(values: Sequence[Tensor], ranks: int) -> Tensor | None:
+    """Return the largest of some scalars on all ranks.
 
     Args:
-        slots: All of it.
-        ranks: Number of ranks that share it.
-    """
-    return slots if ranks == 1 else slots[dist.get_rank() :: ranks]
-
-
-def divided(
-    slots: Tensor, ranks: int, compute: Callable[[Tensor], tuple[Tensor, ...]], symmetric: bool = True
-) -> tuple[Tensor, ...]:
-    """Compute results ``[len(slots), ...]`` of some slots, each rank its share, and give all to all.
-
-    Args:
-        slots: What is to be computed.
-        ranks: Number of ranks that share the work.
-        compute: Slots -> results of these.
-        symmetric: Whether results that are square matrices are symmetric: one half of them is sent.
+        values: Those of this rank; may be none where other ranks have some.
+        ranks: Number of ranks.
     """
     if ranks == 1:
-        return compute(slots)
-    parts = compute(share(slots, ranks))
-    whole = [part.new_zeros(len(slots), *part.shape[1:]) for part in parts]
-    for full, part in zip(whole, parts, strict=True):
-        share(full, ranks).copy_(part)
-    sent = whole if symmetric else [full.reshape(len(full), -1) for full in whole]
-    return tuple(s.view_as(full) for s, full in zip(sum_over_ranks(sent), whole, strict=True))
+        return torch.stack([v.to(values[0]) for v in values]).amax() if values else None
+    device = values[0].device if values else _message_device()
+    own = [v.to(device, torch.float64) for v in values]
+    largest = torch.stack(own).amax() if own else torch.zeros((), dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def _message_device() -> torch.device:
+    """Return a device that the process group can send from."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )
+
+
+def rank_of(ranks: int) -> int:
+    """Return the number of this rank among those that share the work.
+
+    Args:
+        ranks: Their number.
+    """
+    return dist.get_rank() if ranks > 1 else 0
+
+
+def sum_of(values: Sequence[Tensor], ranks: int) -> Tensor:
+    """Return the sum of scalars over all ranks.
+
+    Args:
+        values: Those of this rank.
+        ranks: Number of ranks.
+    """
+    total = torch.stack([v.to(values[0].device) for v in values]).sum()
+    return sum_over_ranks([total.reshape(1)])[0][0] if ranks > 1 else total
+
+
+def exchange(
+    found: Mapping[str, Tensor],
+    owner: Mapping[str, int],
+    like: Mapping[str, Tensor],
+    ranks: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return what each rank found for its own names, on all of them.
+
+    Args:
+        found: What this rank found; its own names that are missing count as zeros.
+        owner: Name -> the rank that finds it, the same on every rank.
+        like: Name -> a tensor of the shape and precision of the result.
+        ranks: Number of ranks.
+        device: Where the results are put.
+    """
+    if ranks == 1:
+        return dict(found)
+    result, rank = {}, dist.get_rank()
+    for source, dtype in dict.fromkeys((owner[n], like[n].dtype) for n in owner):
+        names = [n for n in owner if (owner[n], like[n].dtype) == (source, dtype)]
+        sizes = [like[n].numel() for n in names]
+        message = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        parts = torch.split(message, sizes)
+        for name, part in zip(names, parts, strict=True):
+            if source == rank and name in found:
+                part.copy_(found[name].reshape(-1))
+        dist.broadcast(message, src=source)
+        result.update({n: part.view(like[n].shape) for n, part in zip(names, parts, strict=True)})
+    return result
+
+
+def from_rank(tensor: Tensor, rank: int, device: torch.device) -> Tensor:
+    """Return a tensor of another rank.
+
+    Args:
+        tensor: It, on that rank; its like on the meta device on others.
+        rank: Number of the rank.
+        device: Where to put it.
+    """
+    mine = dist.get_rank() == rank
+    found = tensor.detach().clone() if mine else torch.empty_like(tensor, device=device)
+    found = found.contiguous()
+    dist.broadcast(found, src=rank)
+    return found
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:

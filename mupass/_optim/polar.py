@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from math import sqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,6 +92,36 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     for group in groups[1:]:
         y = _apply(group, y @ y.mT, y)
     return (y.mT if tall else y).to(x.dtype)
+
+
+@cache
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision of products that a device is fastest in and that is precise enough here.
+
+    On CUDA, and on a CPU with instructions for it (AVX512-BF16 or AMX), that is bfloat16.
+
+    Args:
+        dtype: Precision of the factors; float64 stays.
+        device: Where they are.
+    """
+    if dtype != torch.float32:
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16
+    if device.type != "cpu":
+        return dtype
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = capability.get("amx_bf16") or capability.get("avx512_bf16") or _cpu_flags()
+    return torch.bfloat16 if fast else dtype
+
+
+def _cpu_flags() -> bool:
+    """Return whether Linux tells of instructions for bfloat16."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_bf16" in text
 
 
 def shrink(polynomial: Quintic, margin: float) -> Quintic:

@@ -42,8 +42,8 @@ def inverse_roots(
 
     Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU,
     refined in double precision where that brings the relative error below 1e-5 (up to condition number 1e4);
-    on other devices coupled Newton iterations where the power is 1/p, and an eigendecomposition for what
-    these do not solve. A matrix whose factorization fails, or whose result is not finite, keeps its
+    on other devices coupled Newton iterations where the power is 1/p. Nothing but the CPU's own results is
+    looked at, so that no device is waited for. A matrix whose factorization fails, or whose result is not finite, keeps its
     previous root. A zero matrix with zero damping (the layers under a zero-initialized readout) has the root
     zero: its gradient is zero too, and nothing is 0/0.
 
@@ -58,9 +58,6 @@ def inverse_roots(
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
     """
-    if bool(_regular(bank, damping)):
-        root, solved = _solve(bank, damping, power, relative, method)
-        return root if bool(solved.all()) else torch.where(solved[:, None, None], root, previous), ~solved
     finite = _finite(bank) & damping.isfinite()
     vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
     empty = finite & vanishing & ((damping <= 0) | relative)
@@ -73,19 +70,16 @@ def inverse_roots(
     return torch.where(failed[:, None, None], previous, root), failed
 
 
-def _regular(bank: Tensor, rho: Tensor) -> Tensor:
-    """Return whether no matrix is zero or holds NaN or infinity."""
-    traces = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return ((traces > 0) & rho.isfinite() & _finite(bank)).all()
-
-
 def _finite(matrices: Tensor) -> Tensor:
     """Return ``[K]``, which matrices have finite entries only: a product with 0 of any other is NaN."""
     return (matrices * 0).flatten(1).sum(1) == 0
 
 
-def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> tuple[Tensor, Tensor]:
-    """Return roots of matrices that are finite and not zero, and which of them were found."""
+Solved = tuple[Tensor, Tensor]  # roots, and which of them were found
+
+
+def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> Solved:
+    """Solve for matrices that are finite and not zero."""
     p = root_index(power)
     if power == 1 and not relative and method == "auto":
         root, solved = _cholesky(bank, rho)
@@ -96,36 +90,38 @@ def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str)
     return root, solved & _finite(root)
 
 
-def _cholesky(bank: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky(bank: Tensor, rho: Tensor) -> Solved:
     damped = bank.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
     solved = info == 0
-    if not bool(solved.all()):
-        eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
-        factor = torch.where(solved[:, None, None], factor, eye)
+    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    factor = torch.where(solved[:, None, None], factor, eye)
     return torch.cholesky_inverse(factor), solved
 
 
-def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> tuple[Tensor, Tensor]:
-    root, solved = newton_roots(bank, rho * largest_eigenvalues(bank) if relative else rho, p)
-    if not bool(solved.all()):
+def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> Solved:
+    rho = rho * largest_eigenvalues(bank) if relative else rho
+    root, solved = newton_roots(bank, rho, p)
+    if bank.device.type == "cpu" and not all(solved.tolist()):
         rest = ~solved
-        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, relative)
+        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, False)
     return root, solved
 
 
-def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> tuple[Tensor, Tensor]:
+def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> Solved:
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
     values, vectors, found = eigenbases(bank)
     rho = rho * values[:, -1] if relative else rho
     damped = values.clamp(min=0) + rho[:, None]
     solved = found & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
-    condition = damped[:, -1] / damped[:, 0]
-    rough = solved & (condition > REFINED[0]) & (condition < REFINED[1]) & (bank.dtype == torch.float32)
-    for i in rough.nonzero().flatten().tolist():  # one by one: what is made on the way stays in the cache
-        torch.mm(vectors[i], _refined(bank[i], rho[i], values[i], vectors[i], power), out=scaled[i])
+    if bank.device.type == "cpu" and bank.dtype == torch.float32:
+        condition = damped[:, -1] / damped[:, 0]
+        rough = solved & (condition > REFINED[0]) & (condition < REFINED[1])
+        # One by one: what is made on the way stays in the cache.
+        for i in (i for i, refine in enumerate(rough.tolist()) if refine):
+            torch.mm(vectors[i], _refined(bank[i], rho[i], values[i], vectors[i], power), out=scaled[i])
     return scaled @ vectors.mT, solved
 
 
@@ -137,7 +133,7 @@ def _refined(matrix: Tensor, rho: Tensor, values: Tensor, vectors: Tensor, power
     function of a matrix is, in its eigenbasis, a product entry by entry with divided differences (Daleckii
     and Krein).
     """
-    small = int((values + rho < (values[-1] + rho) / REFINED[0]).sum())
+    small = (values + rho < (values[-1] + rho) / REFINED[0]).tolist().count(True)
     turned = values.diag()
     # The lower triangle only: rows of large eigenvalues lose more digits.
     product = (matrix.double() @ vectors[:, :small].double()).to(matrix.dtype)

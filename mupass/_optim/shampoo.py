@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mupass._errors import OptimizerError
+from mupass._optim.banks import AT_ONCE
 from mupass._optim.checks import check_choice, check_number, check_period
-from mupass._optim.fallback import BETAS, EPSILON
-from mupass._optim.matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim.parallel import divided
-from mupass._optim.roots import inverse_roots, symmetric
+from mupass._optim.fallback import Fallback
+from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
+from mupass._optim.packed import pack, packed_diagonal, packed_size, unpack
+from mupass._optim.roots import inverse_roots
 from mupass._optim.sides import SIDES, Schedule, active_sides, add_weight, along, observe
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
@@ -19,6 +22,8 @@ from mupass._scales.spec import GRAFTS
 
 MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")
+# Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
+RATES = {"none": 0.02, "spectral": 0.02, "sgd": 0.1}
 
 
 class Shampoo(MatrixOptimizer):
@@ -69,34 +74,52 @@ class Shampoo(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | None = None,
         damping: float = 1e-6,
         *,
         e: float = 0.5,
         momentum: float = 0.9,
+        momentum_of: str = "gradients",
         weight_decay: float = 0.0,
+        decay: str = "all",
+        overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
-        root_every: int = 1,
+        root_every: int = 10,
         staggered: bool = True,
         damping_mode: str = "relative",
+        damping_memory: float = 0.99,
         block_size: int = 1024,
         sides: str = "both",
         kernels: str = "matrix",
-        graft: str = "none",
+        graft: str = "adam",
+        graft_beta2: float = 0.999,
+        graft_eps: float = 1e-8,
+        start_step: int = 0,
         roles: Collection[str] = ROLES,
-        fallback: str = "adamw",
-        fallback_lr: float = 1e-3,
+        fallback: str | Fallback = "adamw",
+        fallback_lr: float | None = None,
         compile: bool = False,
         data_parallel: bool | None = None,
         strict: bool = False,
     ) -> None:
         check_number("e", e)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1.0000001)
-        self.root_every = check_period("root_every", root_every)
+        self.root_every = self.report_every = check_period("root_every", root_every)
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
+        self.damping_memory = check_number("damping_memory", damping_memory, 0, 1)
         self.sides = check_choice("sides", sides, SIDES)
+        self._staggered = staggered
         check_choice("kernels", kernels, KERNELS)
         check_choice("graft", graft, GRAFTS)
+        self.graft_beta2 = check_number("graft_beta2", graft_beta2, 0, 1)
+        self._graft_eps = check_number("graft_eps", graft_eps)
+        self.start_step = check_period("start_step", start_step) if start_step else 0
+        if self.start_step and graft not in {"sgd", "adam", "rmsprop"}:
+            raise OptimizerError(
+                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use adam, "
+                "rmsprop or sgd"
+            )
+        self._needs_gradient = graft in {"adam", "rmsprop"}
         super().__init__(
             model,
             OptimizerSpec("shampoo", e=e, graft=graft),
@@ -109,25 +132,40 @@ class Shampoo(MatrixOptimizer):
             compile=compile,
             data_parallel=data_parallel,
             momentum=momentum,
+            momentum_of=momentum_of,
             weight_decay=weight_decay,
+            decay=decay,
+            overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
             strict=strict,
         )
-        self._sides = [active_sides(sides, stack.shape) if e > 0 else () for stack in self._stacks]
-        self._schedule = Schedule(self._stacks, self._sides, root_every, staggered)
-        for stack, active in zip(self._stacks, self._sides, strict=True):
-            stack.state |= {"weight": stack.zeros()}
-            for side in active:
-                n = stack.shape[side]
-                stack.state |= {f"factor{side}": stack.zeros(n, n), f"root{side}": stack.zeros(n, n)}
-            if graft in {"adam", "rmsprop"}:
-                stack.state |= {"square": stack.zeros(*stack.shape), "weights": stack.zeros(2)}
-            if graft == "adam":
-                stack.state["mean"] = stack.zeros(*stack.shape)
+
+    def _set_up(self, parameters: dict[str, Tensor]) -> None:
+        super()._set_up(parameters)
+        self._sides = [self._active(stack) for stack in self._stacks]
+        self._schedule = Schedule(self._stacks, self._sides, self.root_every, self._staggered)
         self._epsilons = [
-            EPSILON * stack.each(lambda name: self.plan[name].scales.epsilon) for stack in self._stacks
+            self._graft_eps * stack.each(lambda name: self.plan[name].scales.epsilon)
+            for stack in self._stacks
         ]
+
+    def _default_rate(self) -> float:
+        return RATES.get(self.spec.graft) or super()._default_rate()
+
+    def _active(self, stack: Stack) -> tuple[int, ...]:
+        """Return the sides of a stack's blocks that are preconditioned."""
+        return active_sides(self.sides, stack.shape) if self.spec.e > 0 else ()
+
+    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+        state = {"weight": stack.zeros()}
+        for side in self._active(stack):
+            packed = packed_size(stack.shape[side])
+            state |= {f"factor{side}": stack.zeros(packed), f"root{side}": stack.zeros(packed)}
+            state |= {f"peak{side}": stack.zeros(), f"rooted{side}": stack.zeros()}
+        if self.spec.graft in {"adam", "rmsprop"}:
+            state |= {"square": stack.zeros(*stack.shape), "square_weight": stack.zeros()}
+        return state
 
     def _correction(self, name: str) -> float:
         # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
@@ -135,53 +173,79 @@ class Shampoo(MatrixOptimizer):
         return float(self._blockings[name].growth() ** -power)
 
     def _update(self) -> Callable[..., Tensor]:
-        return {"none": _precondition, "spectral": _precondition, "sgd": _graft_sgd}.get(
-            self.spec.graft, _graft_adaptive
-        )
+        known: dict[str, Callable[..., Tensor]] = {
+            "none": _plain,
+            "spectral": _precondition,
+            "sgd": _graft_sgd,
+        }
+        return known.get(self.spec.graft, _graft_adaptive)
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
-        number = self._stacks.index(stack)
-        sides = self._sides[number]
-        state = stack.view(at)
-        for side in sides:
-            observe(state[f"factor{side}"], g, side, self.factor_decay)
-        add_weight(state["weight"], self.factor_decay)
-        stack.put(at, state)
-        for side in sides:
-            self._refresh(number, side)
-        state = stack.view(at)
-        roots = tuple(state[f"root{side}"] for side in sides)
-        if self.spec.graft in {"adam", "rmsprop"}:
-            epsilon = pick(self._epsilons[number], at)
-            mean, square, weights = (state.get(k) for k in ("mean", "square", "weights"))
-            direction = self._run(stack, at, g, sides, roots, mean, square, weights, epsilon)
-        else:
-            direction = self._run(stack, at, g, sides, roots)
-        stack.put(at, state)
-        return direction
+    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
+        state = self._stacks[number].state
+        add_weight(state["weight"][at], self.factor_decay, counts)
+        for side in self._sides[number]:
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+            peak = state[f"peak{side}"][at]
+            torch.maximum(peak * self.damping_memory, self._trace(number, side, at), out=peak)
 
-    def _refresh(self, number: int, side: int) -> None:
-        """Recompute the roots that are due."""
-        due = self._schedule.due(self._steps, number, side)
-        if due is None:
-            return
+    def _trace(self, number: int, side: int, at: slice | Tensor) -> Tensor:
+        """Return the traces of the averages of some slots."""
         stack = self._stacks[number]
+        diagonal = packed_diagonal(stack.state[f"factor{side}"][at], stack.shape[side])
+        return diagonal.sum(-1) / stack.state["weight"][at].clamp(min=torch.finfo(stack.dtype).tiny)
+
+    def _prepare(self, number: int) -> None:
+        """Recompute the roots that are due."""
+        for side in self._sides[number]:
+            due = self._schedule.due(self._steps, number, side)
+            if due:
+                self._refresh(number, side, torch.tensor(due, device=self._stacks[number].device))
+
+    def _refresh(self, number: int, side: int, due: Tensor) -> None:
+        stack, n = self._stacks[number], self._stacks[number].shape[side]
         factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
-        damping, tiny = self._damping(stack, side), torch.finfo(weight.dtype).tiny
+        traces, tiny = self._trace(number, side, due), torch.finfo(weight.dtype).tiny
+        damping = self._damping(stack, side)[due]
+        if self.damping_mode != "absolute":
+            peak = torch.maximum(stack.state[f"peak{side}"][due], traces)
+            damping = damping * (peak if self.damping_mode == "trace" else peak / traces.clamp(min=tiny))
         power, relative = self.spec.e / len(self._sides[number]), self.damping_mode == "relative"
+        for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // n**2)):
+            slots = due[at]
+            average = unpack(factors[slots], n) / weight[slots].clamp(min=tiny)[:, None, None]
+            old = unpack(roots[slots], n)
+            found, failed = inverse_roots(average, damping[at], power, old, relative)
+            roots[slots] = pack(found)
+            stack.note("failed_roots", failed, slots, f"side {side} of ")
+        stack.state[f"rooted{side}"][due] = traces
 
-        def compute(at: Tensor) -> tuple[Tensor, Tensor]:
-            average = symmetric(factors[at]) / weight[at].clamp(min=tiny)[:, None, None]
-            rho = damping[at]
-            if self.damping_mode == "trace":
-                rho = rho * average.diagonal(dim1=-2, dim2=-1).sum(-1)
-            found, failed = inverse_roots(average, rho, power, roots[at], relative)
-            return found, failed.to(weight.dtype)
+    def _grown(self, number: int, side: int, at: slice) -> Tensor:
+        """Return by what a root is too large since its factor has grown, ``[k]``, at least 1."""
+        now, then = self._trace(number, side, at), self._stacks[number].state[f"rooted{side}"][at]
+        power = self.spec.e / len(self._sides[number])
+        return torch.where(now > then, now / then, torch.ones_like(now)).pow(power)
 
-        roots[due], failed = divided(due, self._ranks, compute)
-        for i in failed.nonzero().flatten().tolist():
-            name, block = stack.slots[int(due[i])]
-            self.count("failed_roots", f"side {side} of {name}, block {block}")
+    def _arguments(
+        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+    ) -> tuple[Any, ...]:
+        stack = self._stacks[number]
+        state, sides = stack.state, self._sides[number]
+        if self._steps < self.start_step:
+            sides = ()
+        roots = tuple(unpack(state[f"root{side}"][at], stack.shape[side]) for side in sides)
+        if self.spec.graft == "none":
+            grown = torch.ones_like(counts)
+            for side in sides:
+                grown = grown * self._grown(number, side, at)
+            return mean, sides, roots, grown
+        if not self._needs_gradient:
+            return mean, sides, roots
+        own = (state["square"][at], state["square_weight"][at], self._epsilons[number][at])
+        wanted = mean if self.spec.graft == "adam" else g
+        return mean, sides, roots, g, wanted, *own, counts, self._beta2(counts)
+
+    def _beta2(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, self.graft_beta2)
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
         return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
@@ -202,36 +266,39 @@ def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) 
     return g
 
 
+def _plain(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...], grown: Tensor) -> Tensor:
+    return _precondition(g, sides, roots) / wide(grown, g)
+
+
 def _graft_sgd(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
-    return _with_norm_of(g, torch.ones_like(g[:, 0, 0]), _precondition(g, sides, roots))
+    return _with_norm_of(g, _precondition(g, sides, roots))
 
 
 def _graft_adaptive(
-    g: Tensor,
+    mean: Tensor,
     sides: tuple[int, ...],
     roots: tuple[Tensor, ...],
-    mean: Tensor | None,
+    g: Tensor,
+    wanted: Tensor,
     square: Tensor,
-    weights: Tensor,
+    weight: Tensor,
     epsilon: Tensor,
+    counts: Tensor,
+    beta2: Tensor,
 ) -> Tensor:
-    """Graft Adam's norm, or RMSprop's when there is no mean; averages are changed in place."""
-    first, second = BETAS
-    weights.mul_(weights.new_tensor(BETAS)).add_(1 - weights.new_tensor(BETAS))
-    square.mul_(second).addcmul_(g, g, value=1 - second)
-    # Corrections for the start from zero are one number a block: they are left to the norm.
-    root = weights[:, 1].sqrt()
-    scaled = square.sqrt().add_(wide(epsilon * root, g))
-    if mean is None:
-        torch.div(g, scaled, out=scaled)
-    else:
-        torch.div(mean.lerp_(g, 1 - first), scaled, out=scaled)
-        root = root / weights[:, 0]
-    return _with_norm_of(scaled, root, _precondition(g, sides, roots))
+    """Graft Adam's norm, or RMSprop's where what is wanted is the gradient; averages change in place."""
+    fresh = (1 - beta2) * counts
+    zero = torch.zeros((), dtype=g.dtype, device=g.device)
+    g = torch.where(wide(counts, g) > 0, g, zero)
+    square.lerp_(g.square(), wide(fresh, g))
+    weight.lerp_(torch.ones_like(weight), fresh)
+    root = wide(weight.clamp(min=torch.finfo(g.dtype).tiny).rsqrt(), g)
+    magnitude = wanted / (square.sqrt() * root + wide(epsilon, g))
+    return _with_norm_of(magnitude, _precondition(mean, sides, roots) if sides else magnitude)
 
 
-def _with_norm_of(magnitude: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
-    """Return the directions with the norm of other blocks times a factor; a zero direction stays zero."""
-    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1) * factor
+def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """Return the directions with the norm of other blocks; a zero direction stays zero."""
+    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return direction.mul_(wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction))
+    return direction * wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction)

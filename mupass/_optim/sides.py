@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mupass._optim.packed import add_gram
 from mupass._optim.stacks import Stack
 
-BANDS, NARROW = 4, 128  # narrower bands than this cost more in overhead than they save
 SIDES = ("both", "left", "right", "smaller")
 
 
@@ -40,44 +40,39 @@ def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
     return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
 
 
-def observe(factors: Tensor, g: Tensor, side: int, decay: float) -> None:
+def observe(packed: Tensor, g: Tensor, side: int, decay: float) -> None:
     """Add the second moments of one side to their moving average, in place.
 
-    Only the lower triangle is kept up, in bands of rows: that takes little more than half the arithmetic.
-
     Args:
-        factors: ``[K, n, n]``.
+        packed: ``[K, packed_size(n)]``, see `mupass._optim.packed`.
         g: Gradients, ``[K, *shape]``.
         side: Number of the side.
         decay: Weight of the past; 1 sums without forgetting.
     """
     rows = g.movedim(side + 1, 1).flatten(2)
-    n, fresh = factors.shape[-1], 1.0 if decay == 1 else 1 - decay
-    band = -(-n // min(BANDS, max(1, n // NARROW)))
-    for start in range(0, n, band):
-        end = min(start + band, n)
-        lower = factors[:, start:end, :end]
-        lower.baddbmm_(rows[:, start:end], rows[:, :end].mT, beta=decay, alpha=fresh)
+    add_gram(packed, rows, decay, 1.0 if decay == 1 else 1 - decay)
 
 
-def add_weight(weight: Tensor, decay: float) -> None:
+def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
     """Count one more observation in the total weight that corrects an average for its start from zero.
 
     Args:
         weight: ``[K]``, changed in place.
         decay: As for `observe`.
+        counts: ``[K]``, 1, or 0 for an observation of zeros that does not count.
     """
     if decay == 1:
-        weight.fill_(1)
+        torch.maximum(weight, counts, out=weight)
     else:
-        weight.mul_(decay).add_(1 - decay)
+        weight.mul_(decay).add_(counts, alpha=1 - decay)
 
 
 class Schedule:
     """Which slots are due at which step.
 
-    All are due at step 0. After that each is due once in every period, and with ``staggered`` the work is
-    spread over the period such that no step has much more of it than another.
+    All are due at steps 0, 1, 2, 4, 8 and so on of the first period, when averages change most. After that
+    each is due once in every period, and with ``staggered`` the work is spread over the period such that no
+    step has much more of it than another.
     """
 
     def __init__(
@@ -96,13 +91,10 @@ class Schedule:
             phase = min(range(period), key=load.__getitem__) if staggered else 0
             load[phase] += cost
             at[phase].setdefault((number, side), []).append(slot)
-        every = {(n, s): list(range(len(stacks[n].slots))) for n, sides_ in enumerate(sides) for s in sides_}
-        self._first, *self._at = (
-            {key: torch.tensor(sorted(slots), device=stacks[key[0]].device) for key, slots in phase.items()}
-            for phase in (every, *at)
-        )
+        self._every = {(n, s): list(range(len(stacks[n].slots))) for n, own in enumerate(sides) for s in own}
+        self._at = [{key: sorted(slots) for key, slots in phase.items()} for phase in at]
 
-    def due(self, step: int, stack: int, side: int) -> Tensor | None:
+    def due(self, step: int, stack: int, side: int) -> list[int]:
         """Return the slots to work on.
 
         Args:
@@ -111,7 +103,8 @@ class Schedule:
             side: Number of the side.
 
         Returns:
-            Their numbers, or None when there is nothing to do.
+            Their numbers.
         """
-        phase = self._first if step == 0 else self._at[step % len(self._at)]
-        return phase.get((stack, side))
+        early = step < len(self._at) and step & (step - 1) == 0
+        phase = self._every if early else self._at[step % len(self._at)]
+        return phase.get((stack, side), [])

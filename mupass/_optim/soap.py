@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mupass._optim.checks import check_choice, check_number, check_period
-from mupass._optim.fallback import EPSILON
-from mupass._optim.matrix import ROLES, MatrixOptimizer, pick, wide
-from mupass._optim.parallel import divided
-from mupass._optim.roots import eigenbases, symmetric
+from mupass._optim.fallback import EPSILON, Fallback
+from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
+from mupass._optim.packed import packed_size, unpack
+from mupass._optim.roots import eigenbases
 from mupass._optim.shampoo import KERNELS
 from mupass._optim.sides import Schedule, add_weight, along, observe
 from mupass._optim.stacks import Stack
@@ -64,7 +65,7 @@ class SOAP(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | None = None,
         *,
         momentum: float = 0.95,
         beta2: float = 0.95,
@@ -77,8 +78,10 @@ class SOAP(MatrixOptimizer):
         spectral: bool = False,
         roles: Collection[str] = ROLES,
         weight_decay: float = 0.0,
-        fallback: str = "adamw",
-        fallback_lr: float = 1e-3,
+        decay: str = "all",
+        overrides: Mapping[str, Mapping[str, float]] | None = None,
+        fallback: str | Fallback = "adamw",
+        fallback_lr: float | None = None,
         compile: bool = False,
         data_parallel: bool | None = None,
         strict: bool = False,
@@ -88,6 +91,7 @@ class SOAP(MatrixOptimizer):
         self.basis_every = check_period("basis_every", basis_every)
         self.eigh_every = check_period("eigh_every", eigh_every) if eigh_every else 0
         check_choice("kernels", kernels, KERNELS)
+        self._staggered, self.report_every = staggered, self.basis_every
         super().__init__(
             model,
             OptimizerSpec("soap"),
@@ -100,18 +104,27 @@ class SOAP(MatrixOptimizer):
             data_parallel=data_parallel,
             momentum=momentum,
             weight_decay=weight_decay,
+            decay=decay,
+            overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
             strict=strict,
         )
+
+    def _set_up(self, parameters: dict[str, Tensor]) -> None:
+        super()._set_up(parameters)
         self._sides = [tuple(range(len(stack.shape))) for stack in self._stacks]
-        self._schedule = Schedule(self._stacks, self._sides, basis_every, staggered)
-        for stack in self._stacks:
-            stack.state |= {k: stack.zeros(*stack.shape) for k in ("mean", "square")}
-            stack.state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
-            for side, n in enumerate(stack.shape):
-                stack.state |= {f"factor{side}": stack.zeros(n, n), f"basis{side}": stack.zeros(n, n)}
+        self._schedule = Schedule(self._stacks, self._sides, self.basis_every, self._staggered)
         self._epsilons = [EPSILON * stack.each(self._epsilon) for stack in self._stacks]
+        # Slots that have a basis.
+        self._started: list[set[int]] = [set() for _ in self._stacks]
+
+    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+        state = {name: stack.zeros(*stack.shape) for name in ("mean", "square")}
+        state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
+        for side, n in enumerate(stack.shape):
+            state |= {f"factor{side}": stack.zeros(packed_size(n)), f"basis{side}": stack.zeros(n, n)}
+        return state
 
     def _correction(self, name: str) -> float:
         return float(self._blockings[name].growth() ** -0.5)
@@ -123,67 +136,72 @@ class SOAP(MatrixOptimizer):
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam
 
-    def _advance(self, stack: Stack, g: Tensor, at: Tensor | None) -> Sequence[Tensor]:
-        number = self._stacks.index(stack)
-        state = stack.view(at)
-        bases = tuple(state[f"basis{side}"] for side in self._sides[number])
-        momentum = pick(stack.each(self._setting("momentum").__getitem__), at)
+    def _loaded(self) -> None:
+        # A slot of any weight has been observed, and so has a basis.
+        self._started = [
+            {i for i, weight in enumerate(stack.state["weight"].tolist()) if weight > 0}
+            for stack in self._stacks
+        ]
+
+    def _arguments(
+        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+    ) -> tuple[Any, ...]:
+        stack = self._stacks[number]
+        bases = tuple(stack.state[f"basis{side}"][at] for side in self._sides[number])
+        momentum = stack.each(self._setting("momentum").__getitem__)[at]
         betas = torch.stack([momentum, torch.full_like(momentum, self.beta2)], 1)
-        epsilon = pick(self._epsilons[number], at)
-        averages = (state[k] for k in ("mean", "square", "weights", "weight"))
-        direction = self._run(stack, at, g, bases, *averages, betas, epsilon)
-        for side in self._sides[number]:
-            observe(state[f"factor{side}"], g, side, self.factor_decay)
-        new = state["weight"] == 0
-        add_weight(state["weight"], self.factor_decay)
-        stack.put(at, state)
-        if self._steps == 0 or at is not None or bool(new.any()):
-            slots = torch.arange(len(stack.slots), device=g.device) if at is None else at
-            for side in self._sides[number]:
-                self._start(stack, side, slots[new])
-        if self._steps > 0:
-            for side in self._sides[number]:
-                self._turn(number, side)
-        return direction
+        averages = (stack.state[k][at] for k in ("mean", "square", "weights", "weight"))
+        return mean, bases, *averages, betas, self._epsilons[number][at], counts
 
-    def _start(self, stack: Stack, side: int, slots: Tensor) -> None:
-        """Compute the first basis of some slots; what has no decomposition keeps the axes."""
-        factors, bases = stack.state[f"factor{side}"], stack.state[f"basis{side}"]
-        _, vectors, found = eigenbases(symmetric(factors[slots]))
-        axes = torch.eye(factors.shape[-1], dtype=stack.dtype, device=stack.device)
-        bases[slots] = torch.where(found[:, None, None], vectors.flip(-1), axes)
-        for i in (~found).nonzero().flatten().tolist():
-            self.count("failed_bases", "side {} of {}, block {}".format(side, *stack.slots[int(slots[i])]))
-
-    def _turn(self, number: int, side: int) -> None:
-        """Let the bases that are due follow their factors, and the averages follow the bases."""
-        due = self._schedule.due(self._steps, number, side)
-        if due is None:
-            return
+    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
-        due = due[state["weight"][due] > 0]
-        old = state[f"basis{side}"][due]
-        factor = symmetric(state[f"factor{side}"][due])
+        for side in self._sides[number]:
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+        add_weight(state["weight"][at], self.factor_decay, counts)
+
+    def _finish(self, number: int, runs: Sequence[slice]) -> None:
+        """Start the bases of slots that were seen for the first time, and turn those that are due."""
+        started = self._started[number]
+        seen = {i for run in runs for i in range(run.start, run.stop)}
+        new = sorted(seen - started)
+        started |= seen
+        for side in self._sides[number]:
+            if new:
+                self._start(number, side, new)
+            if self._steps > 0:
+                due = [i for i in self._schedule.due(self._steps, number, side) if i in started]
+                if due:
+                    self._turn(number, side, due)
+
+    def _start(self, number: int, side: int, slots: Sequence[int]) -> None:
+        """Compute the first basis of some slots; what has no decomposition keeps the axes."""
+        stack = self._stacks[number]
+        n, at = stack.shape[side], torch.tensor(slots, device=stack.device)
+        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][at], n))
+        axes = torch.eye(n, dtype=stack.dtype, device=stack.device)
+        stack.state[f"basis{side}"][at] = torch.where(found[:, None, None], vectors.flip(-1), axes)
+        stack.note("failed_bases", ~found, at, f"side {side} of ")
+
+    def _turn(self, number: int, side: int, slots: Sequence[int]) -> None:
+        """Let some bases follow their factors, and the averages follow the bases."""
+        stack = self._stacks[number]
+        state, at = stack.state, torch.tensor(slots, device=stack.device)
+        old = state[f"basis{side}"][at]
+        factor = unpack(state[f"factor{side}"][at], stack.shape[side])
         turned = old.mT @ factor  # columns as rows, which are sorted faster and decomposed without a copy
         order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
         turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
-        exact = self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0
-
-        def compute(at: Tensor) -> tuple[Tensor]:
-            basis = turned[at]
-            if exact:
-                _, vectors, found = eigenbases(factor[at])
-                basis = torch.where(found[:, None, None], vectors.flip(-1), basis)
-            # No `torch.linalg.qr`: that makes R, too.
-            return (torch.linalg.householder_product(*torch.geqrf(basis)),)
-
-        (new,) = divided(torch.arange(len(due), device=due.device), self._ranks, compute, symmetric=False)
-        state[f"basis{side}"][due] = new
+        if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
+            _, vectors, found = eigenbases(factor)
+            turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
+        # No `torch.linalg.qr`: that makes R, too.
+        new = torch.linalg.householder_product(*torch.geqrf(turned))
+        state[f"basis{side}"][at] = new
         # One after the other: together they are a product of two squares, which takes longer.
-        state["mean"][due] = along(along(state["mean"][due], old, side), new.mT, side)
-        square = state["square"][due].movedim(side + 1, 1)
+        state["mean"][at] = along(along(state["mean"][at], old, side), new.mT, side)
+        square = state["square"][at].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
-        state["square"][due] = square.gather(1, rows).movedim(1, side + 1)
+        state["square"][at] = square.gather(1, rows).movedim(1, side + 1)
 
 
 def _turned_adam(
@@ -195,6 +213,7 @@ def _turned_adam(
     weight: Tensor,
     betas: Tensor,
     epsilon: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """Return Adam's direction in the bases, turned back; averages are changed in place.
 
@@ -203,7 +222,8 @@ def _turned_adam(
     turned = g
     for side, basis in enumerate(bases):
         turned = along(turned, basis.mT, side)
-    fresh = (1 - betas) * (weight > 0)[:, None]
+    fresh = (1 - betas) * ((weight > 0) * counts)[:, None]
+    betas = 1 - (1 - betas) * counts[:, None]
     weights.lerp_(torch.ones_like(weights), fresh)
     mean.lerp_(turned, wide(1 - betas[:, 0], g))
     square.mul_(wide(betas[:, 1], g)).addcmul_(turned, turned * wide(1 - betas[:, 1], g))

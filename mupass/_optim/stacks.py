@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -24,8 +24,9 @@ class Stack:
         slots: Parameter and number of each block.
         shape: Sizes of one block.
         dtype: Precision of the arithmetic, float32 or better.
-        device: Where the parameters are.
+        device: Where the parameters are; meta where another rank keeps the state.
         state: Tensors whose first axis is K; all of them belong to the saved state.
+        incidents: Kind of incident and place within a block -> ``[K]``, how often since the last report.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Stack:
     ) -> None:
         self.slots, self.shape, self.dtype, self.device = list(slots), shape, dtype, device
         self.state: dict[str, Tensor] = {}
-        self._room = self.zeros(*shape)  # for gradients, the same memory at every step: fresh pages cost time
+        self.incidents: dict[tuple[str, str], Tensor] = {}
 
     def zeros(self, *shape: int) -> Tensor:
         """Return ``[K, *shape]`` of zeros."""
@@ -48,58 +49,71 @@ class Stack:
         by_name = {name: value(name) for name, _ in self.slots}
         return torch.tensor([by_name[name] for name, _ in self.slots], dtype=self.dtype, device=self.device)
 
-    def gather(self, blocks: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor | None, list[Slot]]:
-        """Stack the gradients of this step.
+    def runs(self, present: Collection[str]) -> list[slice]:
+        """Return the slots of some parameters, as runs of slots that stand together.
 
         Args:
-            blocks: Parameter -> blocks of its gradient; parameters without a gradient are missing.
-
-        Returns:
-            ``[K', *shape]``, valid until the next call; the slots that these are (None for all, in order);
-            the slots left out, the square of whose norm is not finite: they would spoil every average.
+            present: Names of the parameters.
         """
-        at = [i for i, (name, _) in enumerate(self.slots) if name in blocks]
+        found: list[slice] = []
+        for i, (name, _) in enumerate(self.slots):
+            if name not in present:
+                continue
+            if found and found[-1].stop == i:
+                found[-1] = slice(found[-1].start, i + 1)
+            else:
+                found.append(slice(i, i + 1))
+        return found
+
+    def gather(self, blocks: Mapping[str, Sequence[Tensor]], at: slice) -> Tensor:
+        """Return the blocks of some slots in one tensor.
+
+        Args:
+            blocks: Parameter -> its blocks.
+            at: The slots.
+        """
+        return torch.stack([blocks[name][i] for name, i in self.slots[at]])
+
+    def note(self, kind: str, happened: Tensor, at: slice | Tensor, place: str = "") -> None:
+        """Count incidents on the device.
+
+        Args:
+            kind: What happened.
+            happened: Where, one entry a slot.
+            at: Those slots.
+            place: Where within a block, to be put before its name.
+        """
+        if (kind, place) not in self.incidents:
+            self.incidents[kind, place] = self.zeros()
+        self.incidents[kind, place][at] += happened
+
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """Return a parameter's part of the state, as views.
+
+        Args:
+            name: The parameter.
+        """
+        at = self.runs([name])
         if not at:
-            return self._room[:0], torch.tensor(at, device=self.device), []
-        g = self._room[: len(at)]
-        torch.stack([blocks[self.slots[i][0]][self.slots[i][1]] for i in at], out=g)
-        fine = torch.linalg.vector_norm(g.flatten(1), dim=1).square().isfinite()
-        if bool(fine.all()):
-            return g, None if len(at) == len(self.slots) else torch.tensor(at, device=self.device), []
-        lost = [self.slots[at[i]] for i in (~fine).nonzero().flatten().tolist()]
-        return g[fine], torch.tensor(at, device=self.device)[fine], lost
-
-    def view(self, at: Tensor | None) -> dict[str, Tensor]:
-        """Return the state of some slots: the tensors themselves for all of them, copies for a part.
-
-        Args:
-            at: Slots, or None for all.
-        """
-        return self.state if at is None else {name: tensor[at] for name, tensor in self.state.items()}
-
-    def put(self, at: Tensor | None, part: Mapping[str, Tensor]) -> None:
-        """Write back what `view` gave, after it was changed in place.
-
-        Args:
-            at: The slots that `view` was asked for.
-            part: Its result.
-        """
-        if at is not None:
-            for name, tensor in part.items():
-                self.state[name][at] = tensor
+            return {}
+        size = "x".join(map(str, self.shape))
+        return {f"{size}.{key}": tensor[at[0]] for key, tensor in self.state.items()}
 
 
-def make_stacks(blockings: Mapping[str, Blocking], parameters: Mapping[str, Tensor]) -> list[Stack]:
+def make_stacks(
+    blockings: Mapping[str, Blocking], parameters: Mapping[str, Tensor], device: torch.device | None = None
+) -> list[Stack]:
     """Sort the blocks of all parameters by shape, precision and device.
 
     Args:
         blockings: How each parameter is cut.
         parameters: The parameters, by the same names.
+        device: In place of the parameters' own.
     """
     found: dict[Any, list[Slot]] = defaultdict(list)
     for name, parameter in parameters.items():
         for i, block in enumerate(blockings[name].cut(torch.empty(parameter.shape, device="meta"))):
-            found[block.shape, factor_dtype(parameter), parameter.device].append((name, i))
+            found[block.shape, factor_dtype(parameter), device or parameter.device].append((name, i))
     return [Stack(slots, *key) for key, slots in found.items()]
 
 

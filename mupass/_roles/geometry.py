@@ -48,6 +48,7 @@ class Site:
         weight: Of a bias, the weight whose output it shifts.
         sources: Names of the activations in the captured graph, one a call: equal names, one activation.
         reason: Why there is no Kronecker form.
+        scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Site:
     weight: str = ""
     sources: tuple[str, ...] = ()
     reason: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Geometry:
         given: Power of width that the entries of what it multiplies have, since the code scales them so
             (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
             none. For a tied embedding that of its readout.
+        normalized: Of a readout, the operator that divides its output by the output's own size; else ``""``.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
         folded: What `mupass.fold` multiplied the parameter by, to hold a factor on what it makes.
@@ -161,6 +164,7 @@ class Geometry:
     fusions: tuple[Fusion, ...] = ()
     sites: tuple[Site, ...] = ()
     given: float = 0.0
+    normalized: str = ""
     depth: float = 1.0
     folded: float = 1.0
     folded_in: float = 1.0
@@ -177,13 +181,13 @@ class Geometry:
 
     @property
     def m_in(self) -> float:
-        """Width multiplier fan_in / base fan_in; 1 where fan_in is finite."""
-        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes)
+        """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
+        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes) if self.fan_in else 1.0
 
     @property
     def m_out(self) -> float:
-        """Width multiplier fan_out / base fan_out; 1 where fan_out is finite."""
-        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes)
+        """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
+        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes) if self.fan_out else 1.0
 
 
 @dataclass(frozen=True)

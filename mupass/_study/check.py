@@ -210,10 +210,29 @@ def _judge(
                 ):
                     table = relative(table, gradients, site.parameter, copies.plans, power)
                     slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
-            rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
+            known = step > 0 and _is_normalized(site, copies)
+            rows.append(
+                Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance, known))
+            )
+            if quantity == "update" and known:
+                slope = fit(copies.widths, _shares(table, log[site, "activation", 0]), CONFIDENCE)
+                verdict = _verdict(slope, "flat", tolerance, known)
+                rows.append(Coordinate(site, "share", step, slope, "flat", verdict))
         elif quantity == "update" and any(chain(*table)):
             silent.append(site)
     return tuple(rows), tuple(dict.fromkeys(silent))
+
+
+def _is_normalized(site: Site, copies: Copies) -> bool:
+    """Whether a place is a readout whose output the model divides by its own size."""
+    plan = copies.plans[-1]
+    return site.parameter in plan and bool(plan[site.parameter].geometry.normalized)
+
+
+def _shares(updates: list[list[float]], outputs: list[list[float]]) -> list[list[float]]:
+    """Return the sizes of updates relative to what they are added to."""
+    pairs = zip(updates, outputs, strict=True)
+    return [[u / y for u, y in zip(row, before, strict=True)] for row, before in pairs]
 
 
 def _rule(key: Key, log: Log, copies: Copies, tolerance: float) -> str:
@@ -256,13 +275,14 @@ def _starved(site: Site, log: Log, copies: Copies, tolerance: float) -> bool:
     return not is_readout(site, geometry) and fit(copies.widths, given).power < geometry.given - tolerance
 
 
-def _verdict(slope: Slope, rule: str, tolerance: float) -> str:
+def _verdict(slope: Slope, rule: str, tolerance: float, known: bool = False) -> str:
+    """Judge a slope by its interval, or by its estimate where the graph proves the fault."""
     if rule == "shown":
         return ""
     beyond, surely = slope.power > tolerance, slope.low > tolerance
     if rule != "bounded":
         beyond, surely = beyond or slope.power < -tolerance, surely or slope.high < -tolerance
-    return "FAIL" if surely else "unclear" if beyond else "ok"
+    return "FAIL" if surely or known and beyond else "unclear" if beyond else "ok"
 
 
 def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -14,6 +14,7 @@ NAMES = {
     "activation": "activation at the start",
     "reach": "attention score of a query along a key",
     "update": "update dW h",
+    "share": "update dW h relative to the output that is normalized",
     "aligned": "update dW h along the gradient",
     "change": "change",
 }
@@ -27,7 +28,8 @@ class Coordinate:
         site: Where: module, operator, parameter.
         quantity: ``activation`` (RMS of the operator's output before the first step), ``reach`` (score of a
             query and a key that point the same way, as training makes them), ``update`` (RMS of
-            dW h: what the parameter's update does to that output, at the activations of the start),
+            dW h: what the parameter's update does to that output, at the activations of the start), ``share``
+            (the same relative to the output, for a readout that is normalized afterwards),
             ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change``
             (RMS of all that moved the output since the start).
         step: Number of optimizer steps taken.

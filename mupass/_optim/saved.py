@@ -1,0 +1,166 @@
+"""Saved states: checked as a whole before anything of an optimizer is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mupass._errors import OptimizerError
+from mupass._optim.checks import check_number, check_period
+from mupass._optim.parallel import is_sharded, local, sharded_like
+
+if TYPE_CHECKING:
+    from mupass._optim.base import PlannedOptimizer
+
+VERSION = 2
+# Keys of groups that must not be negative, with what they must stay below.
+NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
+FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
+# Averages that cannot be negative, by the end of their key.
+POSITIVE = ("weight", "square", "peak", "rooted", "rho", "values", "sum")
+
+
+def saved_kind(name: str, spec: str) -> str:
+    """Return what a saved state must have in common with an optimizer.
+
+    Args:
+        name: Its class.
+        spec: Its spec.
+    """
+    return f"{name} {spec}, format {VERSION}"
+
+
+def check_state(
+    optimizer: PlannedOptimizer, saved: Any
+) -> tuple[list[dict[str, Any]], dict[Tensor, Mapping[str, Tensor]]]:
+    """Return the settings of every group and the state of every parameter, after all was found to fit.
+
+    Args:
+        optimizer: The optimizer that is to take it over.
+        saved: The state.
+
+    Raises:
+        OptimizerError: It does not fit; the message says where.
+    """
+    kind = type(optimizer).__name__
+    if not isinstance(saved, Mapping):
+        raise OptimizerError(f"not a state of mupass.{kind}: {type(saved).__name__} instead of a dict")
+    if "mupass" in saved:
+        raise OptimizerError(
+            f"this state of mupass.{kind} was written by an older version, which kept averages in another "
+            "form; train on with that version, or start the optimizer anew"
+        )
+    for key, form in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(saved.get(key), form):
+            raise OptimizerError(f"not a state of mupass.{kind}: {key!r} is missing or no {form.__name__}")
+    groups, own = saved["param_groups"], optimizer.param_groups
+    if len(groups) != len(own):
+        raise OptimizerError(f"the state has {len(groups)} parameter groups; this {kind} has {len(own)}")
+    settings, known, states = [], set(), {}
+    for number, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
+        settings.append(_check_group(f"group {number}", theirs, ours))
+        for key, p in zip(theirs["params"], ours["params"], strict=True):
+            known.add(key)
+            states[p] = saved["state"].get(key, {})
+            _check_entry(optimizer.names[p], states[p], optimizer.state[p])
+    stray = [key for key in saved["state"] if key not in known]
+    if stray:
+        raise OptimizerError(f"the state has entries of unknown parameters: {stray[0]!r}")
+    return settings, states
+
+
+def _check_group(where: str, theirs: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one group."""
+    if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
+        raise OptimizerError(f"{where} of the state is damaged: no parameters")
+    if len(theirs["params"]) != len(ours["params"]):
+        raise OptimizerError(
+            f"{where} of the state has {len(theirs['params'])} parameters; this optimizer's has "
+            f"{len(ours['params'])}: other parameters, groups or factors"
+        )
+    kind = theirs.get("mupass_kind")
+    if kind != ours["mupass_kind"]:
+        raise OptimizerError(f"state of {kind or 'an unknown optimizer'}; this is {ours['mupass_kind']}")
+    for key in ours:
+        if key != "params" and key not in theirs:
+            raise OptimizerError(f"{where} of the state lacks {key!r}")
+    for key in FIXED:
+        if not _same(theirs[key], ours[key]):
+            raise OptimizerError(
+                f"{where} of the state has {key}={theirs[key]!r}, this optimizer {ours[key]!r}: the state of a "
+                "model of another base width, or other groups"
+            )
+    for key, high in NUMBERS.items():
+        if key in ours and not isinstance(theirs[key], Tensor):
+            check_number(f"{key} of {where} of the state", theirs[key], 0, high)
+    if "betas" in ours:
+        _check_betas(where, theirs["betas"])
+    if theirs["mupass_steps"] != 0:
+        check_period(f"mupass_steps of {where} of the state", theirs["mupass_steps"])
+    return {key: value for key, value in theirs.items() if key != "params"}
+
+
+def _check_betas(where: str, betas: Any) -> None:
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise OptimizerError(f"betas of {where} of the state must be two numbers, not {betas!r}")
+    for beta in betas:
+        check_number(f"betas of {where} of the state", beta, 0, 1)
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    if isinstance(ours, float):
+        number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
+        return number and math.isclose(theirs, ours, rel_tol=1e-9)
+    return bool(type(theirs) is type(ours) and theirs == ours)
+
+
+def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
+    """Check the state of one parameter, tensor by tensor."""
+    if not isinstance(theirs, Mapping):
+        raise OptimizerError(f"the state of {name} is damaged: {type(theirs).__name__} instead of a dict")
+    if theirs.keys() != ours.keys():
+        missing = sorted(set(ours) - set(theirs))
+        what = (
+            f"lacks {missing[0]!r}"
+            if missing
+            else f"has {sorted(set(theirs) - set(ours), key=str)[0]!r} besides"
+        )
+        raise OptimizerError(f"the state of {name} {what}: another optimizer's, or damaged")
+    for key, own in ours.items():
+        value, where = theirs[key], f"{key!r} in the state of {name}"
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            raise OptimizerError(f"{where} is no tensor of floating point numbers")
+        if value.shape != own.shape:
+            raise OptimizerError(
+                f"{where} has shape {tuple(value.shape)}; this optimizer's {tuple(own.shape)}"
+            )
+        part = local(value)
+        if part.device.type == "meta" or not bool(part.isfinite().all()):
+            raise OptimizerError(f"{where} holds NaN or infinity, or nothing at all")
+        if key.endswith(POSITIVE) and not bool((part >= 0).all()):
+            raise OptimizerError(f"{where} holds negative numbers")
+
+
+@torch.no_grad()
+def copy_state(
+    optimizer: PlannedOptimizer, settings: list[dict[str, Any]], states: Mapping[Tensor, Mapping[str, Tensor]]
+) -> None:
+    """Copy a state that was checked into an optimizer; its tensors stay the same objects.
+
+    Args:
+        optimizer: The optimizer.
+        settings: Of every group.
+        states: Of every parameter.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for p, saved in states.items():
+        for name, own in optimizer.state[p].items():
+            if own.device.type != "meta":
+                value = saved[name]
+                value = sharded_like(value, own) if is_sharded(own) and not is_sharded(value) else value
+                local(own).copy_(local(value))
