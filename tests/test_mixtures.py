@@ -133,3 +133,38 @@ def test_a_flattened_stack_has_as_many_matrices_as_before(name: str) -> None:
     assert (weight.infinite, weight.role, weight.base_shape) == ((False, True, True), "hidden", (3, 16, 16))
     assert (bias.infinite, bias.base_shape) == ((False, True), (3, 16))
     assert [f.sizes for f in weight.fusions] == [(1, 1, 1)]
+
+
+class Texts(nn.Module):
+    """TextCNN: kernels over some words and the whole of their embedding."""
+
+    def __init__(self, width: int = 24, words: tuple[int, ...] = (2, 3)):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(50, width), nn.Linear(2 * width * len(words), 4)
+        self.convs = nn.ModuleList(nn.Conv2d(1, 2 * width, (n, width)) for n in words)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids).unsqueeze(1)
+        return self.head(torch.cat([F.relu(c(x)).squeeze(3).amax(2) for c in self.convs], 1))
+
+
+@pytest.mark.parametrize("width", [16, 24, 64])
+def test_a_kernel_over_all_of_an_embedding_grows_with_it(width: int) -> None:
+    ids = torch.zeros(2, 12, dtype=torch.long)
+    analysis = mupass.analyze(Texts(width), ids, base=8)
+    narrow = {n: tuple(p.shape) for n, p in Texts(8).named_parameters()}
+    assert {g.name: tuple(g.base_shape) for g in analysis.geometries} == narrow
+    assert analysis["convs.0.weight"].role == "hidden"
+    wide = mupass.resize(Texts(width), scale=2, example_inputs=ids)
+    assert {n: p.shape for n, p in wide.named_parameters()} == {
+        n: p.shape for n, p in Texts(2 * width).named_parameters()
+    }
+
+
+def test_a_kernel_over_all_of_an_image_is_fixed() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 6), nn.Flatten(), nn.Linear(64, 5)
+    )
+    analysis = mupass.analyze(model, torch.zeros(2, 3, 8, 8))
+    assert analysis["2.weight"].infinite == (True, True, False, False)
+    assert not any(analysis["2.weight"].ambiguous)

@@ -283,8 +283,13 @@ def convolution(call: Call) -> Result:
     transposed = bool(call.get("transposed", "transpose" in call.operator))
     channels = source.axes[-rank - 1]
     groups = call.get("groups", 1)
-    for axis in weight.axes[2:]:
-        call.finite(axis, "a kernel axis")
+    places = source.axes[len(source.axes) - rank :]
+    for i, axis in enumerate(weight.axes[2:]):
+        # A kernel over all of an axis, to one position, contracts it as a linear layer does (TextCNN).
+        if not transposed and axis.size == places[i].size > 1 and call.shape[len(call.shape) - rank + i] == 1:
+            call.unify(axis, places[i])
+        else:
+            call.finite(axis, "a kernel axis")
     first, second = weight.axes[:2]
     into, made = (first, second) if transposed else (second, first)
     result_channels = _group(call, channels, into, made, transposed, groups)
