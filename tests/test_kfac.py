@@ -19,7 +19,7 @@ from mupass._taps.taps import tap_of
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 LR, RHO = 0.1, 0.03
-ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0}
+ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0, "step_bound": None}
 Deltas = dict[str, Tensor]
 
 

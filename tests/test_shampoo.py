@@ -16,7 +16,7 @@ import mupass
 from mupass._optim.blocks import Blocking
 
 WIDTH, BASE, LR, RHO = 12, 6, 0.1, 0.03
-OPTIONS = {"momentum": 0.0, "fallback": "sgd", "fallback_lr": 0.5}
+OPTIONS = {"graft": "none", "momentum": 0.0, "fallback": "sgd", "fallback_lr": 0.5}
 
 
 def mlp(w: int) -> nn.Module:
