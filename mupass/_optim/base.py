@@ -509,10 +509,9 @@ class PlannedOptimizer(BoundOptimizer):
         if not grads and not sharded:
             return None
         device = grads[0].device if grads else local(next(iter(self.names))).device
-        worst = [n.to(device, torch.float32) for n in torch._foreach_norm(grads, math.inf)] if grads else []
-        fine = (
-            torch.stack(worst).isfinite().all() if worst else torch.ones((), dtype=torch.bool, device=device)
-        )
+        fine = torch.ones((), dtype=torch.bool, device=device)
+        if grads:
+            fine = torch.stack([n.isfinite().to(device) for n in torch._foreach_norm(grads, math.inf)]).all()
         if sharded:
             broken = sum_over_ranks([(~fine).to(torch.float32)])[0]
             return (broken == 0).to(torch.float32)

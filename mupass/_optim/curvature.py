@@ -107,13 +107,14 @@ class Curvature:
         if self.ranks > 1:
             sums, terms = self._over_ranks(sums, terms)
         # In place: the gradients of the leaves are ours. Each rank's mean divides by its own share of terms.
-        factor = (terms / self.ranks**2 if self.loss.mean else 1 / terms) / scale**2
         for found in sums.values():
             if found.a is not None:
                 found.a.div_(found.rows)
             for m in (*found.b, *found.moments):
                 if m is not None:
-                    m.mul_(factor.to(m) if isinstance(factor, Tensor) else factor)
+                    own = _like(terms, m)
+                    own = own / self.ranks**2 if self.loss.mean else 1 / own
+                    m.mul_(own / _like(scale, m) ** 2)
         return sums
 
     def _over_ranks(
@@ -152,6 +153,11 @@ class Curvature:
                 "arguments (samples for a classifier, tokens for a language model)"
             )
         return counted
+
+
+def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return a number in the precision of a tensor, and where that is."""
+    return number.to(like) if isinstance(number, Tensor) else number
 
 
 def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
