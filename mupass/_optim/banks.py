@@ -33,7 +33,9 @@ class Bank:
             observation, both of which fade; ``rooted`` the trace, and
             ``rho`` the damping, when the root was computed.
         failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
-            not finite, since they were last reported.
+            not finite, since they were last reported; ``vanished`` of roots that were computed of a factor
+            whose every observation was zero.
+        fresh: Slots whose root is that of the present average.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Bank:
         self.dtype, self.device = dtype, device
         numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
         self.state = {**self._matrices(), **numbers}
-        self.failed, self.overflowed = self._zeros(), self._zeros()
+        self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
+        self.fresh: set[int] = set()
         self._traces: Tensor | None = None  # until the averages change
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -80,6 +83,7 @@ class Bank:
             found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
             found = found.to(self.dtype)
             at = slice(self.slot[key], self.slot[key] + len(found))
+            self.fresh -= set(range(at.start, at.stop))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
             traces = _trace(found)
             finite = traces.isfinite()
@@ -92,9 +96,11 @@ class Bank:
             weight = self.state["weight"][at]
             weight.lerp_(torch.ones_like(weight), fresh)
             peak = self.state["peak"][at]
-            torch.maximum(peak * memory, self._trace(at), out=peak)
+            kept = counts.to(self.dtype)
+            torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
             recent = self.state["recent"][at]
-            torch.maximum(recent * decay, torch.where(counts, traces, 0.0), out=recent)
+            jump = torch.where(counts, traces, 0.0)
+            torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
 
     def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
         """Move the averages of some slots towards new factors, each by its own fraction."""
@@ -131,6 +137,11 @@ class Bank:
             self._traces = self._trace()
         return self._traces
 
+    def forget(self) -> None:
+        """Take notice that the state was written from outside."""
+        self._traces = None
+        self.fresh = set()
+
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
         now, peak = self.traces(), self.state["peak"]
@@ -149,6 +160,15 @@ class Bank:
         now = torch.maximum(now, self.state["recent"]) if jumps else now
         return torch.where(now > then, now / then, torch.ones_like(now))
 
+    def _begin(self, slots: Sequence[int]) -> Tensor:
+        """Note from what roots are computed, and return the slots on the device."""
+        at = torch.tensor(slots, device=self.device)
+        self.fresh.update(slots)
+        traces = self.traces()[at]
+        self.state["rooted"][at] = traces
+        self.vanished[at] += (traces <= 0) & (self.state["weight"][at] > 0)
+        return at
+
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots; a factor whose factorization fails keeps the root that it had.
 
@@ -158,8 +178,7 @@ class Bank:
             slots: Those to recompute.
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
-        at = torch.tensor(slots, device=self.device)
-        self.state["rooted"][at] = self.traces()[at]
+        at = self._begin(slots)
         if self.diagonal:
             value = self.value(at)
             rho = damping[at] * value.amax(-1) if relative else damping[at]
@@ -170,8 +189,17 @@ class Bank:
             old, rho = self._whole("root", part), damping[part]
             root, failed = inverse_roots(self.value(part), rho, power, old, relative)
             self.state["root"][part] = pack(root.to(self.dtype))
-            self.state["rho"][part] = rho
+            self.state["rho"][part] = torch.where(failed, self.state["rho"][part], rho)
             self.failed[part] += failed
+
+    def is_fresh(self, first: int, count: int) -> bool:
+        """Return whether the roots of some slots are those of their present averages.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+        """
+        return self.fresh.issuperset(range(first, first + count))
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply with the roots of some slots.

@@ -122,15 +122,16 @@ class Curvature:
                 raise _no_terms()
         for place, found in sums.items():
             own = terms - before[place].to(terms) if place in before else terms
-            # Each rank's mean divides by its own share of terms.
-            factor = (own / self.ranks**2 if self.loss.mean else 1 / own) / scale**2
             # In place: the gradients of the leaves are ours. Without a row, as of an expert that got no
             # sample, there is nothing to divide: `observed` says that the tap took no part.
             if found.a is not None:
                 found.a.div_(found.rows.clamp(min=1))
             for m in (*found.b, *found.moments):
                 if m is not None:
-                    m.mul_(factor.to(m))
+                    share = _like(own, m)
+                    # Each rank's mean divides by its own share of terms.
+                    share = share / self.ranks**2 if self.loss.mean else 1 / share
+                    m.mul_(share / _like(scale, m) ** 2)
         return sums
 
     def _on_all_ranks(self, sums: Mapping[Place, Sums]) -> dict[Place, Sums]:
@@ -192,6 +193,11 @@ class Curvature:
         if counted is None and self.ranks == 1:
             raise _no_terms()
         return torch.zeros(()) if counted is None else counted
+
+
+def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return a number in the precision of a tensor, and where that is."""
+    return number.to(like) if isinstance(number, Tensor) else number
 
 
 def _no_terms() -> OptimizerError:

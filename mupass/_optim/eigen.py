@@ -58,8 +58,7 @@ class EigenBank(Bank):
             slots: Those to decompose.
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
-        state, at = self.state, torch.tensor(slots, device=self.device)
-        state["rooted"][at] = self.traces()[at]
+        state, at = self.state, self._begin(slots)
         whole = self.value(at)
         finite = whole.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], whole, 0.0))
@@ -248,6 +247,10 @@ class Moments:
             pair: One of the pairs.
             direction: ``[groups, out, in]``.
         """
+        _, (bank, first, count) = self._sides(pair)
+        if not bank.is_fresh(first, count):
+            product = times(direction, bank.value(slice(first, first + count)), False)
+            return (direction * product).sum((1, 2)).clamp(min=0.0)
         _, vectors = self._decomposed(pair, "vectors")
         _, values = self._decomposed(pair, "values")
         return ((direction @ vectors).square() * values[:, None, :]).sum((1, 2))

@@ -125,9 +125,9 @@ def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
         names: Of the averages.
     """
     like = real(parameter)
-    state = {name: torch.zeros_like(like, dtype=state_dtype(parameter)) for name in names}
-    weights = {f"{n}_weight": torch.zeros((), dtype=torch.float32, device=like.device) for n in names}
-    return state | weights
+    dtype = state_dtype(parameter)
+    state = {name: torch.zeros_like(like, dtype=dtype) for name in names}
+    return state | {f"{name}_weight": torch.zeros((), dtype=dtype, device=like.device) for name in names}
 
 
 def sum_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -156,8 +156,7 @@ def averages(
 ) -> list[Tensor]:
     """Add gradients to their moving averages, and return these, corrected for their start from zero.
 
-    A step that does not count (``ok`` is zero) leaves the corrected averages as they are: old values and
-    their weight shrink alike.
+    A step that does not count (``ok`` is zero) leaves them as they are.
 
     Args:
         gradients: The gradients; zeros where the step does not count.
@@ -167,10 +166,12 @@ def averages(
         ok: 1, or 0 for a step that does not count.
     """
     means, weights = [s[name] for s in states], [s[f"{name}_weight"] for s in states]
-    torch._foreach_lerp_(means, list(gradients), 1 - beta)
-    torch._foreach_mul_(weights, beta)
-    for weight in weights:
-        weight.add_(ok.to(weight), alpha=1 - beta)
+    for kind in dict.fromkeys((w.device, w.dtype) for w in weights):
+        at = [i for i, w in enumerate(weights) if (w.device, w.dtype) == kind]
+        fresh = ok.to(*kind) * (1 - beta)
+        torch._foreach_mul_([means[i] for i in at] + [weights[i] for i in at], 1 - fresh)
+        torch._foreach_add_([means[i] for i in at], [gradients[i] for i in at], alpha=1 - beta)
+        torch._foreach_add_([weights[i] for i in at], fresh)
     return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
 
 

@@ -275,7 +275,8 @@ class KFAC(PlannedOptimizer):
         Args:
             moves: Change of each parameter; those that K-FAC does not take count nothing.
         """
-        return float(self._kronecker.quadratic(moves))
+        own = self._kronecker.quadratic(moves).reshape(()).to(self._device)
+        return float(sum_of([own], self._ranks if self._owner else 1))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the factors that were collected with them.
@@ -330,9 +331,9 @@ class KFAC(PlannedOptimizer):
         factor = self._clipping.take(self._ranks)
         if factor is None or not self._mean_loss:
             return None
-        # Gradients that were unscaled before they were clipped carry the scale's inverse, too.
-        given = self.loss_scale
-        return factor if given is None else factor * float(given() if callable(given) else given)
+        # Gradients were unscaled, too, since the backward pass.
+        scale = self._scale_of_loss()
+        return factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
 
     def _bound(
         self,
@@ -398,10 +399,13 @@ class KFAC(PlannedOptimizer):
             return float(given() if callable(given) else given)
         if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
             raise OptimizerError(
-                "the gradient scaler unscaled the gradients before this step, so its scale, whose square "
-                "is in the factors, cannot be told: pass loss_scale=scaler.get_scale"
+                "the gradient scaler unscaled the gradients before this step, so its scale, which is in the "
+                "factors, or in what clipping did, cannot be told: pass loss_scale=scaler.get_scale"
             )
         return self._amp_scale
+
+    def _make_up(self) -> None:
+        self._due = True
 
     def _loaded(self) -> None:
         self._due = False

@@ -208,7 +208,7 @@ class Kronecker:
         """
         told: list[tuple[str, str]] = []
         counts: list[Tensor] = []
-        traced: set[Factor] = set()
+        traced: set[tuple[Factor, int]] = set()
         for bank in self._all:
             owners = [bank.keys[i][0] for i in range(len(bank.keys))]
             told += [("failed_roots", self._place(name)) for name in owners]
@@ -216,20 +216,16 @@ class Kronecker:
             counts += [bank.failed.clone(), bank.overflowed.clone()]
             bank.failed.zero_()
             bank.overflowed.zero_()
-        for bank in self.banks["b"] if self.rooted else ():
-            # Under pi-damping a bias has a copy of its weight's factor: it is named once.
-            sources = [self.sources[name] for name, _ in bank.keys]
-            fresh = [factor not in traced for _, factor in sources]
-            traced.update(factor for _, factor in sources)
-            told += [
-                (
-                    "zero_traces",
-                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
-                )
-                for block, _ in sources
-            ]
-            zero = (bank.traces() <= 0) & (bank.state["weight"] > 0)
-            counts.append(zero * torch.tensor(fresh, device=bank.device))
+        for bank in self.banks["b"]:
+            for (name, group), count in zip(bank.keys, bank.vanished.clone().split(1), strict=True):
+                block, factor = self.sources[name]
+                # Under pi-damping a bias has a copy of its weight's factor: it is named once.
+                if (factor, group) not in traced:
+                    traced.add((factor, group))
+                    what = f"{block.parameter} receives no gradient (is the readout zero?); its update is 0"
+                    told.append(("zero_traces", what))
+                    counts.append(count)
+            bank.vanished.zero_()
         for (name, _), count in self.moments.overflowed.items():
             told.append(("overflowed_factors", f"the second moments of {name}"))
             counts.append(count.clone()[None])
@@ -393,19 +389,19 @@ class Kronecker:
     def _change(self, pair: Pair, half: Tensor, direction: Tensor) -> Tensor:
         """Return ``tr(D A D^T)`` of every group; half is the direction before its last product.
 
-        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed.
+        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed while the root is that
+        of the present A.
         """
         bank, first, count = self.at[pair.a or ""]
         whole = pair.blocks[0] == 1 and pair.growth[0] == 1
-        if self.rules.powers[0] == 1 and whole and self.rules.mode != "eigen":
-            rho = bank.state["rho"][first : first + count] * bank.grown()[first : first + count]
-            product = half - rho.view(-1, 1, 1) * direction
+        if self.rules.powers[0] == 1 and whole and bank.is_fresh(first, count) and self.rules.mode != "eigen":
+            product = half - bank.state["rho"][first : first + count].view(-1, 1, 1) * direction
         else:
             product = self._times_factor(pair, direction, "a")
         return (direction * product).sum((1, 2)).clamp(min=0.0)
 
     def entries(self, parameter: str) -> dict[str, Tensor]:
-        """Return the state that is kept at a parameter, as views; on the meta device where another rank has it.
+        """Return the state that is kept at a parameter, as views; on meta where another rank has it.
 
         Args:
             parameter: Its name.
@@ -433,7 +429,7 @@ class Kronecker:
             steps: Number of steps it has seen.
         """
         for bank in self._all:
-            bank._traces = None
+            bank.forget()
         self.rooted, self.moved = steps > 0, True
         self.seen = {name for bank in self._all for name, _ in bank.keys} if steps else set()
         if steps and self.rules.mode == "trace" and self.rules.floor:

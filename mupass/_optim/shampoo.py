@@ -116,8 +116,8 @@ class Shampoo(MatrixOptimizer):
         self.start_step = check_period("start_step", start_step) if start_step else 0
         if self.start_step and graft not in {"sgd", "adam", "rmsprop"}:
             raise OptimizerError(
-                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use adam, "
-                "rmsprop or sgd"
+                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
+                "adam, rmsprop or sgd"
             )
         self._needs_gradient = graft in {"adam", "rmsprop"}
         super().__init__(
@@ -184,9 +184,10 @@ class Shampoo(MatrixOptimizer):
         state = self._stacks[number].state
         add_weight(state["weight"][at], self.factor_decay, counts)
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
             peak = state[f"peak{side}"][at]
-            torch.maximum(peak * self.damping_memory, self._trace(number, side, at), out=peak)
+            kept = 1 - (1 - self.damping_memory) * counts
+            torch.maximum(peak * kept, self._trace(number, side, at), out=peak)
 
     def _trace(self, number: int, side: int, at: slice | Tensor) -> Tensor:
         """Return the traces of the averages of some slots."""

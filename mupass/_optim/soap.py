@@ -143,6 +143,10 @@ class SOAP(MatrixOptimizer):
             for stack in self._stacks
         ]
 
+    def _make_up(self) -> None:
+        # A basis that was started by a gradient that did not count is none.
+        self._loaded()
+
     def _arguments(
         self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
@@ -156,7 +160,7 @@ class SOAP(MatrixOptimizer):
     def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
         add_weight(state["weight"][at], self.factor_decay, counts)
 
     def _finish(self, number: int, runs: Sequence[slice]) -> None:
