@@ -111,9 +111,13 @@ class Bank:
         return kept if self.diagonal else unpack(kept, self.size)
 
     def _trace(self, at: slice = slice(None)) -> Tensor:
-        factor, weight = self.state["factor"][at], self.state["weight"][at]
-        diagonal = factor if self.diagonal else packed_diagonal(factor, self.size)
-        return diagonal.sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+        weight = self.state["weight"][at]
+        return self._diagonal(at).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+
+    def _diagonal(self, at: slice) -> Tensor:
+        """Return the diagonals of the sums of some slots, ``[K, n]``."""
+        factor = self.state["factor"][at]
+        return factor if self.diagonal else packed_diagonal(factor, self.size)
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -124,15 +128,16 @@ class Bank:
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
         now, peak = self.traces(), self.state["peak"]
-        return torch.where(now > 0, peak / now, torch.ones_like(now)).clamp(min=1.0)
+        # Divided where it is taken only: a quotient by zero has the derivative NaN even where it is left out.
+        alive, one = now > 0, torch.ones_like(now)
+        return torch.where(alive, peak / torch.where(alive, now, one), one).clamp(min=1.0)
 
     def grown(self) -> Tensor:
         """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
 
         It is infinite for a factor that was zero then: its root says nothing.
         """
-        now, then = self.traces(), self.state["rooted"]
-        return torch.where(now > then, now / then, torch.ones_like(now))
+        return growth(self.traces(), self.state["rooted"])
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots; a factor whose factorization fails keeps the root that it had.
@@ -168,6 +173,19 @@ class Bank:
             left: From which side.
         """
         return times(stack, self._whole("root", slice(first, first + count)), left)
+
+
+def growth(now: Tensor, then: Tensor) -> Tensor:
+    """Return by how much traces have grown, at least 1; infinite for those that were zero.
+
+    Args:
+        now: The traces.
+        then: What they were.
+    """
+    known = then > 0
+    ratio = now / torch.where(known, then, torch.ones_like(then))
+    grown = torch.where(now > then, ratio, torch.ones_like(now))
+    return torch.where((now > then) & ~known, torch.inf, grown)
 
 
 def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:

@@ -52,6 +52,7 @@ class PlannedOptimizer(BoundOptimizer):
     _step_supports_amp_scaling = True
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
+    _ranks = 1
 
     def __init__(
         self,
@@ -236,6 +237,11 @@ class PlannedOptimizer(BoundOptimizer):
         """Return a further factor on the learning rate, for what the scale table cannot know."""
         return 1.0
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share the work."""
+        return self._ranks
+
     def coverage(self) -> Coverage:
         """Return how every parameter is treated, and why."""
         return self._coverage
@@ -385,7 +391,7 @@ class PlannedOptimizer(BoundOptimizer):
             return
         rate = group["lr"] * group["mupass_scale"]
         for p, update in zip(some, updates, strict=True):
-            target, count = real(local(p)), ok.to(update.device)
+            target, count = real(local(p)), ok.to(update)
             if group["weight_decay"]:
                 target.mul_((1 - group["lr"] * group["weight_decay"] * count).to(target.dtype))
             target.sub_(update * (rate * count).to(update.dtype))

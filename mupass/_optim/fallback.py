@@ -100,8 +100,9 @@ def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
         names: Of the averages.
     """
     like = real(parameter)
-    state = {name: torch.zeros_like(like, dtype=state_dtype(parameter)) for name in names}
-    weights = {f"{n}_weight": torch.zeros((), dtype=torch.float32, device=like.device) for n in names}
+    dtype = state_dtype(parameter)
+    state = {name: torch.zeros_like(like, dtype=dtype) for name in names}
+    weights = {f"{n}_weight": torch.zeros((), dtype=dtype, device=like.device) for n in names}
     return state | weights
 
 
