@@ -74,7 +74,7 @@ def implicit(
     flat = list(weights.values())
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     parts = [call(model, on(batch, loss), weights, buffers) for batch in batches]
-    found = gradients(torch.stack(parts).mean(), weights)
+    found, _ = gradients(torch.stack(parts).mean(), weights)
     refuse_once(found.values())
     moved = next((n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])), None)
     if moved is not None:

@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._hyper.planned import PlannedRule
+from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
 from mupass._optim.banks import Bank
 from mupass._optim.kfac import KFAC
+from mupass._optim.roots import diagonal_roots
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
 from mupass._taps.intercept import look_out_for
-from mupass._taps.leaves import Tap
-from mupass._taps.terms import TermsTap
-
-STATE = ("factors", "roots", "weight", "rooted")
 
 
 class KFACRule(PlannedRule):
@@ -33,13 +30,9 @@ class KFACRule(PlannedRule):
     def __init__(self, optimizer: KFAC, names: Mapping[Tensor, str]) -> None:
         super().__init__(optimizer, names)
         self.made = optimizer
-        self.kronecker, self.curvature = optimizer._kronecker, optimizer._curvature
-        self.seen: list[Tap | TermsTap] = [*self.curvature.taps.values(), self.curvature.terms]
-        self.blank = {}
-        for i, bank in enumerate(self.kronecker._all):  # the optimizer was made for this rule alone
-            bank.__class__, bank.likely = _Following, {}  # copied roots would be changed in place
-            self.blank[f"\0{i}"] = {key: getattr(bank, key) for key in STATE}
-        self.blank["\0rho"] = dict(self.kronecker.unit_rho)
+        self.taps = optimizer.taps
+        self.real = dict(optimizer.root.named_parameters())
+        self.functional = optimizer.functional(FollowingBank)
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
@@ -51,119 +44,127 @@ class KFACRule(PlannedRule):
             StudyError: It has.
         """
         assert isinstance(optimizer, KFAC)
-        for found, option, reason, instead in (
-            (
+        options = {
+            "fisher='sampled'": (
                 optimizer.sampled,
-                "fisher='sampled'",
                 "its factors come from draws that observe() makes, which no study calls",
                 "use fisher='empirical'",
             ),
-            (
+            "ekfac=True": (
                 optimizer.ekfac,
-                "ekfac=True",
                 "eigenbases have no derivative where eigenvalues coincide",
                 "use ekfac=False",
             ),
-            (
-                optimizer._ranks > 1,
-                "data_parallel=True",
+            "data_parallel=True": (
+                optimizer.ranks > 1,
                 "sums over ranks have no second derivative",
                 "pass data_parallel=False",
             ),
-        ):
-            if found:
-                raise StudyError(f"{option} of KFAC cannot be differentiated here: {reason}; {instead}")
+        }
+        refuse_options(optimizer, options)
 
-    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, Tensors]:
+    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Run the model with taps that note the outputs of layers, see `Rule`."""
-        real, seen = self.made._parameters, self.seen
-        self.curvature.clear()
-        self.curvature.collect(False)  # making the optimizer switched its own collection on
-        for tap in seen:
+        for tap in self.taps:
+            tap.clear()
+            tap.collect(False)  # making the optimizer switched its own collection on
             tap.uses = []
         try:
-            loss = forward({n: look_out_for(p, real[n]) for n, p in parameters.items()})  # type: ignore[arg-type]
-            self.uses: list[Sequence[tuple[Any, ...]]] = [tap.uses or [] for tap in seen]
+            loss = forward({n: look_out_for(p, self.real[n]) for n, p in parameters.items()})  # type: ignore[arg-type]
+            self.uses: list[Sequence[tuple[Any, ...]]] = [tap.uses or [] for tap in self.taps]
         finally:
-            for tap in seen:
+            for tap in self.taps:
                 tap.uses = None
-        outputs = {
-            f"\0{i}.{j}": output for i, uses in enumerate(self.uses) for j, (output, *_) in enumerate(uses)
-        }
-        return loss, outputs
+        return loss, [output for uses in self.uses for output, *_ in uses]
 
-    def directions(
-        self, count: int, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]
+    def preconditioned(
+        self,
+        count: int,
+        gradients: Tensors,
+        means: Tensors,
+        shared: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
     ) -> Tensors:
-        """Return gradients between their roots, see `Rule`."""
-        made = self.made
-        self._load(count, state, numbers)
-        if made.factors_due:
-            self._fill(gradients)
-        for name, p in made._parameters.items():
-            p.grad = gradients.get(name)
+        """Return averages between their roots, see `PlannedRule`."""
+        for (i, key), value in numbers.items():
+            if key in self.made.param_groups[i]:  # parts of betas are those of the fallback alone
+                self.made.param_groups[i][key] = value
+        if count % self.made.factor_every == 0:
+            self._fill(watched)
+        state = shared["factors"] if count else self.functional.start
         with quiet():
-            directions = made._directions()
-        for p in made._parameters.values():
-            p.grad = None
-        if made.factors_due:
+            found, shared["factors"] = self.functional.directions(count, state, gradients, means)
+        if self.made.factors_due:
             raise StudyError(
                 "no layer that KFAC takes took part in the loss, so a step has no factors and cannot be "
                 "differentiated; use every layer in each step, or leave them out with exclude=[...]"
             )
-        for i, bank in enumerate(self.kronecker._all):
-            state[f"\0{i}"] = {key: getattr(bank, key) for key in STATE}
-        state["\0rho"] = dict(self.kronecker.unit_rho)
-        return {**gradients, **{n: directions[p] for n, p in made._parameters.items() if p in directions}}
+        return found
 
-    def _load(self, count: int, state: State, numbers: Mapping[Key, Tensor]) -> None:
-        """Bring the optimizer to the state after some steps, with tensors for numbers of its groups."""
-        made, kronecker = self.made, self.kronecker
-        state = state if count else self.blank
-        for i, bank in enumerate(kronecker._all):
-            for key, value in state[f"\0{i}"].items():
-                setattr(bank, key, value)
-            bank._traces = None
-        kronecker.unit_rho = dict(state["\0rho"])
-        kronecker.rooted, kronecker.moved = count > 0, False
-        made._steps, made._amp_scale = count, 1.0
-        made._due = bool(made._cover.blocks) and count % made.factor_every == 0
-        for (i, key), value in numbers.items():
-            made.param_groups[i][key] = value
-
-    def _fill(self, gradients: Tensors) -> None:
+    def _fill(self, watched: list[Tensor | None]) -> None:
         """Put factors and the number of loss terms where a backward pass would leave them."""
-        for i, (tap, uses) in enumerate(zip(self.seen, self.uses, strict=True)):
+        rest = iter(watched)
+        for tap, uses in zip(self.taps, self.uses, strict=True):
             tap.uses = list(uses)
-            tap.fill([gradients.get(f"\0{i}.{j}") for j in range(len(uses))])
+            tap.fill([next(rest) for _ in uses])
 
 
-class _Following(Bank):
-    """A bank whose averages and roots are new tensors at every change."""
+class FollowingBank(Bank):
+    """A bank of whole matrices whose averages and roots are new tensors at every change."""
 
-    def average(self, new: Mapping[object, Tensor], decay: float) -> list[object]:
+    def _matrices(self) -> dict[str, Tensor]:
+        shape = (self.size,) if self.diagonal else (self.size, self.size)
+        return {"factor": self._zeros(*shape), "root": self._zeros(*shape)}
+
+    def _whole(self, name: str, at: Tensor | slice) -> Tensor:
+        return self.state[name][at]
+
+    def _diagonal(self, at: slice) -> Tensor:
+        factor = self.state["factor"][at]
+        return factor if self.diagonal else factor.diagonal(dim1=-2, dim2=-1)
+
+    def average(
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
+    ) -> None:
         """Add one observation of each factor to the moving averages, see `Bank`.
 
         Out of place, one by one: autograd cannot follow several changes of views into one tensor.
         """
         self._traces = None
-        factors, weights = list(self.factors.unbind()), list(self.weight.unbind())
-        for key, found in new.items():
-            several = found if found.dim() == self.factors.dim() else found[None]
+        self.fresh.clear()
+        factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
+        seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
+        largest = list(self.state["recent"].unbind())
+        for key, (found, rows) in new.items():
+            several = found if found.dim() == self.state["factor"].dim() else found[None]
+            there = rows.reshape(()).to(self.dtype)
             for i, one in enumerate(several, self.slot[key]):
-                factors[i] = factors[i].lerp(one.to(self.factors.dtype), 1 - decay)
-                weights[i] = decay * weights[i] + (1 - decay)
-        self.factors, self.weight = torch.stack(factors), torch.stack(weights)
-        return []
+                fresh = (1 - decay) * there
+                factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
+                weights[i] = weights[i] + fresh * (1 - weights[i])
+                trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
+                largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
+            # Slots that were not observed keep what is remembered of them.
+            seen[self.slot[key] : self.slot[key] + len(several)] = rows.reshape(())
+        self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
+        peak = self.state["peak"]
+        self.state["peak"] = torch.where(seen, torch.maximum(peak * memory, self.traces()), peak)
+        self.state["recent"] = torch.stack(largest)
 
-    def refresh(
-        self, damping: Tensor, power: float, at: Tensor, relative: bool = False, ranks: int = 1
-    ) -> Tensor:
+    def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots, see `Bank`."""
-        self.roots, self.rooted = self.roots.clone(), self.rooted.clone()
+        at = torch.tensor(slots, device=self.device)
+        self.fresh.update(slots)
+        value, rho = self.value(at), damping[at]
         if self.diagonal:
-            return super().refresh(damping, power, at, relative, ranks)
-        self.rooted[at] = self.traces()[at]
-        fresh = damped_root(self.value(at), damping[at], power, relative)
-        self.roots = self.roots.index_copy(0, at, fresh)
-        return torch.zeros(len(at), dtype=torch.bool)
+            rho = rho * value.amax(-1) if relative else rho
+            root = diagonal_roots(value, rho, power)
+        else:
+            root = damped_root(value, rho, power, relative)
+        changed = {"root": root, "rho": rho, "rooted": self.traces()[at]}
+        self.state |= {name: self.state[name].index_copy(0, at, part) for name, part in changed.items()}

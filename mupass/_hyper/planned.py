@@ -2,30 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import pi
 
 import torch
 from torch import Tensor
 
-from mupass._hyper.rules import Entries, Rule, adam_averages
-from mupass._optim.fallback import BETAS, EPSILON
+from mupass._hyper.rules import Entries, Key, Rule, State, Tensors, adam_averages, corrected
+from mupass._optim.base import PlannedOptimizer
+from mupass._study.batches import StudyError
 
 
 class PlannedRule(Rule):
-    """`PlannedOptimizer`, but for what directions are."""
+    """`PlannedOptimizer`, but for what is done to the averaged gradients."""
 
-    keys = ("lr", "weight_decay", "momentum", "damping")
+    keys = ("lr", "weight_decay", "momentum", "damping", "beta1", "beta2", "eps")
 
-    def update(self, count: int, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def __init__(self, optimizer: PlannedOptimizer, names: Mapping[Tensor, str]) -> None:
+        super().__init__(optimizer, names)
+        self.sums = optimizer.momentum_of == "directions"
+        self.own = {
+            name: i
+            for i, group in enumerate(self.groups)
+            if group["algorithm"] == optimizer.spec.name
+            for name in self.members[i]
+        }
+
+    def directions(
+        self,
+        count: int,
+        gradients: Tensors,
+        shared: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
+    ) -> Tensors:
+        """Return gradients, those of own parameters averaged and preconditioned, see `Rule`."""
+        own = {name: g for name, g in gradients.items() if name in self.own}
+        averages = dict(shared.get("averages", {}))
+        means = {} if not self.sums else dict(own)
+        for name in own if not self.sums else ():
+            index = self.own[name]
+            average = dict(averages.get(name, {}))
+            momentum = Entries(index, self.groups[index], numbers)["momentum"]
+            means[name] = corrected(average, "mean", own[name], momentum)
+            averages[name] = average
+        shared["averages"] = averages
+        return {**gradients, **self.preconditioned(count, own, means, shared, numbers, watched)}
+
+    def preconditioned(
+        self,
+        count: int,
+        gradients: Tensors,
+        means: Tensors,
+        shared: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
+    ) -> Tensors:
+        """Return the directions of own parameters.
+
+        Args:
+            count: Steps taken before.
+            gradients: Gradients of those that have one.
+            means: What is preconditioned: their averages, or the same again.
+            shared: State of the preconditioner, whose entries are replaced.
+            numbers: As for `step`.
+            watched: As for `step`.
+        """
+        raise NotImplementedError
+
+    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
         algorithm = read["algorithm"]
         if algorithm in ("adamw", "adam_atan2"):
-            mean, root = adam_averages(count, g, own, *BETAS)
-            epsilon = EPSILON * read["mupass_epsilon"]
+            mean, root = adam_averages(g, own, read["beta1"], read["beta2"])
+            epsilon = read["eps"] * read["mupass_epsilon"]
             g = mean / (root + epsilon) if algorithm == "adamw" else torch.atan2(mean, root) * (4 / pi)
-        else:
+        elif algorithm == "sgd" or self.sums:
             past = own.get("momentum")
             g = g if past is None else read["momentum"] * past + g
             own["momentum"] = g
         p = p * (1 - read["lr"] * read["weight_decay"])
         return p - read["lr"] * read["mupass_scale"] * g
+
+
+def refuse_options(optimizer: object, options: Mapping[str, tuple[bool, str, str]]) -> None:
+    """Raise for the first option that a rule does not follow.
+
+    Args:
+        optimizer: The optimizer.
+        options: How an option is written -> whether it is set, why it is not followed, what to write instead.
+
+    Raises:
+        StudyError: One is set.
+    """
+    for option, (is_set, reason, instead) in options.items():
+        if is_set:
+            name = type(optimizer).__name__
+            raise StudyError(f"{option} of {name} cannot be differentiated here: {reason}; {instead}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from mupass._study.batches import StudyError
 
 Tensors = dict[str, Tensor]
-State = dict[str, Any]  # nested by parameter; every leaf is a tensor
+State = dict[str, Any]  # nested; every leaf is a tensor
 Key = tuple[int, str]  # number of a group, entry of it
 
 
@@ -46,7 +46,7 @@ class Rule:
             if any(group.get(option) for group in self.groups):
                 raise StudyError(f"{option}=True of {type(optimizer).__name__} cannot be differentiated here")
 
-    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, Tensors]:
+    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Run the model before a step.
 
         Args:
@@ -54,12 +54,18 @@ class Rule:
             parameters: Values by name.
 
         Returns:
-            The loss, and what `step` is to get the gradients of as well, by names that no parameter has.
+            The loss, and what else `step` is to get the gradients of.
         """
-        return forward(parameters), {}
+        return forward(parameters), []
 
     def step(
-        self, count: int, parameters: Tensors, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]
+        self,
+        count: int,
+        parameters: Tensors,
+        gradients: Tensors,
+        state: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
     ) -> tuple[Tensors, State]:
         """Take one step.
 
@@ -67,41 +73,48 @@ class Rule:
             count: Steps taken before.
             parameters: Values by name.
             gradients: Their gradients; what the loss does not depend on is missing.
-            state: Result of the step before; empty at first.
+            state: Result of the step before, by parameter and shared; empty at first.
             numbers: Entries of groups that are to be differentiated by.
+            watched: Gradients of what `watch` returned.
 
         Returns:
             New parameters and state.
         """
-        parameters, state = dict(parameters), dict(state)
-        found = self.directions(count, gradients, state, numbers)
+        parameters, by_parameter = dict(parameters), dict(state.get("by_parameter", {}))
+        shared = dict(state.get("shared", {}))
+        found = self.directions(count, gradients, shared, numbers, watched)
         for i, group in enumerate(self.groups):
             read = Entries(i, group, numbers)
             for name in self.members[i]:
                 if name in gradients:
-                    own = dict(state.get(name, {}))
-                    parameters[name] = self.update(count, parameters[name], found[name], own, read)
-                    state[name] = own
-        return parameters, state
+                    own = dict(by_parameter.get(name, {}))
+                    parameters[name] = self.update(parameters[name], found[name], own, read)
+                    by_parameter[name] = own
+        return parameters, {"by_parameter": by_parameter, "shared": shared}
 
     def directions(
-        self, count: int, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]
+        self,
+        count: int,
+        gradients: Tensors,
+        shared: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
     ) -> Tensors:
         """Return preconditioned gradients; by default the gradients.
 
         Args:
             count: Steps taken before.
             gradients: The gradients.
-            state: State, whose shared part may be replaced.
+            shared: State that belongs to no parameter, whose entries are replaced.
             numbers: As for `step`.
+            watched: As for `step`.
         """
         return gradients
 
-    def update(self, count: int, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter.
 
         Args:
-            count: Steps taken before.
             p: The parameter.
             g: Its direction.
             own: Its state, whose entries are replaced.
@@ -136,7 +149,7 @@ class SGD(Rule):
 
     keys = ("lr", "weight_decay", "momentum")
 
-    def update(self, count: int, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
         g = g + read["weight_decay"] * p
         past = own.get("momentum")
@@ -158,33 +171,48 @@ class Adam(Rule):
         super().__init__(optimizer, names)
         self.decoupled = decoupled
 
-    def update(self, count: int, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
         if self.decoupled:
             p = p * (1 - read["lr"] * read["weight_decay"])
         else:
             g = g + read["weight_decay"] * p
-        mean, root = adam_averages(count, g, own, read["beta1"], read["beta2"])
+        mean, root = adam_averages(g, own, read["beta1"], read["beta2"])
         return p - read["lr"] * mean / (root + read["eps"])
 
 
-def adam_averages(
-    count: int, g: Tensor, own: dict[str, Tensor], beta1: Any, beta2: Any
-) -> tuple[Tensor, ...]:
-    """Return Adam's corrected mean and root mean square.
-
-    The root is constant where it is zero: there every gradient was zero, and its slope would be infinite.
+def corrected(own: dict[str, Tensor], name: str, new: Tensor, beta: Any) -> Tensor:
+    """Return a moving average, corrected for its start from zero.
 
     Args:
-        count: Steps taken before.
+        own: State that it is kept in with its total weight; both are replaced.
+        name: Of the average.
+        new: What is averaged.
+        beta: Weight of the past.
+    """
+    past, weight = own.get(name, torch.zeros_like(new)), own.get(f"{name}_weight", new.new_zeros(()))
+    own[name] = beta * past + (1 - beta) * new
+    own[f"{name}_weight"] = beta * weight + (1 - beta)
+    return own[name] / own[f"{name}_weight"]
+
+
+def adam_averages(g: Tensor, own: dict[str, Tensor], beta1: Any, beta2: Any) -> tuple[Tensor, ...]:
+    """Return Adam's corrected mean and root mean square.
+
+    Args:
         g: Gradient.
         own: State of the parameter, whose entries are replaced.
         beta1: Weight of the past in the mean.
         beta2: Weight of the past in the mean square.
     """
-    zero = torch.zeros_like(g)
-    own["mean"] = beta1 * own.get("mean", zero) + (1 - beta1) * g
-    own["square"] = beta2 * own.get("square", zero) + (1 - beta2) * g * g
-    mean, square = own["mean"] / (1 - beta1 ** (count + 1)), own["square"] / (1 - beta2 ** (count + 1))
+    return corrected(own, "mean", g, beta1), root_of(corrected(own, "square", g * g, beta2))
+
+
+def root_of(square: Tensor) -> Tensor:
+    """Return the root of a mean square, constant where it is zero: its slope would be infinite.
+
+    Args:
+        square: The mean square. Where it is zero every gradient was.
+    """
     alive = square > 0
-    return mean, torch.where(alive, square, 1.0).sqrt() * alive
+    return torch.where(alive, square, 1.0).sqrt() * alive

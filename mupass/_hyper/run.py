@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,15 +43,23 @@ def twice() -> Iterator[None]:
         ) from error
 
 
-def gradients(loss: Tensor, parameters: Tensors) -> Tensors:
-    """Return gradients that can be differentiated, without what the loss does not depend on.
+def gradients(
+    loss: Tensor, parameters: Tensors, watched: Sequence[Tensor] = ()
+) -> tuple[Tensors, list[Tensor | None]]:
+    """Return gradients that can be differentiated.
 
     Args:
         loss: The loss.
         parameters: The parameters.
+        watched: Other tensors that the loss may depend on.
+
+    Returns:
+        Gradients by parameter, without what the loss does not depend on, and those of the other tensors.
     """
-    found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    inputs = [*parameters.values(), *watched]
+    found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    named = {name: g for name, g in zip(parameters, found, strict=False) if g is not None}
+    return named, list(found[len(parameters) :])
 
 
 def refuse_once(gradients: Iterable[Tensor]) -> None:
@@ -134,11 +142,11 @@ class Unrolled:
             losses.append(loss)
             if diverged(loss.item(), losses[0].item()):
                 return None
-            found = gradients(loss, {**parameters, **watched})
+            found, others = gradients(loss, parameters, watched)
             if count == 0:
-                refuse_once(found.values())
+                refuse_once([*found.values(), *(g for g in others if g is not None)])
                 refuse_buffers(before, buffers)
-            parameters, state = self.rule.step(count, parameters, found, state, numbers)
+            parameters, state = self.rule.step(count, parameters, found, state, numbers, others)
         if work.evaluate is None:
             tail = losses[-max(1, work.steps // 10) :]
             return torch.stack(tail).mean()

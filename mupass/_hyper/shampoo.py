@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mupass._hyper.planned import PlannedRule
+from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
-from mupass._hyper.rules import Entries, Key, State, Tensors
+from mupass._hyper.rules import Entries, Key, State, Tensors, corrected, root_of
+from mupass._optim.banks import growth
 from mupass._optim.blocks import Blocking
+from mupass._optim.matrix import wide
 from mupass._optim.shampoo import Shampoo
 from mupass._optim.sides import along
 from mupass._study.batches import StudyError
 
+Blocks = Mapping[str, Sequence[Tensor]]
+
 
 class ShampooRule(PlannedRule):
-    """`mupass.Shampoo` with its fallbacks, without grafts of Adam's or RMSprop's norm."""
+    """`mupass.Shampoo` with its fallbacks and all grafts but the spectral one, on one rank."""
 
     def __init__(self, optimizer: Shampoo, names: Mapping[Tensor, str]) -> None:
         super().__init__(optimizer, names)
-        self.made = optimizer
-        self.group_of = {name: i for i, members in enumerate(self.members) for name in members}
+        self.made, self.work = optimizer, optimizer.work()
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise where the optimizer has a graft, see `Rule`.
+        """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
 
         Args:
             optimizer: The optimizer.
@@ -35,76 +38,130 @@ class ShampooRule(PlannedRule):
             StudyError: It has.
         """
         assert isinstance(optimizer, Shampoo)
-        if optimizer.spec.graft != "none":
-            raise StudyError(
-                f"graft={optimizer.spec.graft!r} of Shampoo cannot be differentiated here; use none"
-            )
+        options = {
+            "graft='spectral'": (
+                optimizer.spec.graft == "spectral",
+                "its norms come from a power iteration that is cut short",
+                "use graft='adam' or 'none'",
+            ),
+            "data_parallel=True": (
+                optimizer.ranks > 1,
+                "sums over ranks have no second derivative",
+                "pass data_parallel=False",
+            ),
+        }
+        refuse_options(optimizer, options)
 
-    def directions(
-        self, count: int, gradients: Tensors, state: State, numbers: Mapping[Key, Tensor]
+    def preconditioned(
+        self,
+        count: int,
+        gradients: Tensors,
+        means: Tensors,
+        shared: State,
+        numbers: Mapping[Key, Tensor],
+        watched: list[Tensor | None],
     ) -> Tensors:
-        """Return gradients between their roots, see `Rule`."""
-        blockings, found = self.made._blockings, dict(gradients)
+        """Return averages between their roots, see `PlannedRule`."""
+        blockings, found = self.work.blockings, {}
         lacking = next((name for name in blockings if name not in gradients), None)
         if lacking is not None:
             raise StudyError(
                 f"{lacking} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
             )
-        blocks = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
+        fresh = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
+        averaged = {name: blocking.cut(means[name]) for name, blocking in blockings.items()}
         pieces: dict[tuple[str, int], Tensor] = {}
-        for number, stack in enumerate(self.made._stacks):
-            g = torch.stack([blocks[name][i] for name, i in stack.slots]).to(stack.dtype)
-            for side in self.made._sides[number]:
-                g = along(g, self._root(count, number, side, blocks, state, numbers), side)
-            pieces.update(zip(stack.slots, g.unbind(), strict=True))
-        for name, cut in blocks.items():
+        for number, stack in enumerate(self.work.stacks):
+            every = slice(None)
+            own = dict(shared.get(f"stack{number}", {}))
+            g, mean = stack.gather(fresh, every), stack.gather(averaged, every)
+            directions = self._preconditioned_stack(count, number, g, mean, own, numbers)
+            shared[f"stack{number}"] = own
+            pieces.update(zip(stack.slots, directions.unbind(), strict=True))
+        for name, cut in fresh.items():
             whole = [pieces[name, i] for i in range(len(cut))]
             pasted: Tensor = _Pasted.apply(blockings[name], gradients[name], *whole)  # type: ignore[no-untyped-call]
             found[name] = pasted.to(gradients[name].dtype)
         return found
+
+    def _preconditioned_stack(
+        self,
+        count: int,
+        number: int,
+        g: Tensor,
+        mean: Tensor,
+        own: dict[str, Tensor],
+        numbers: Mapping[Key, Tensor],
+    ) -> Tensor:
+        """Return the directions of the blocks of one stack, whose state is replaced."""
+        graft, direction = self.made.spec.graft, mean
+        started = count >= self.made.start_step
+        for side in self.work.sides[number]:
+            root, grown = self._root(count, number, side, g, own, numbers)
+            if started:
+                direction = along(direction, root, side)
+                direction = direction / wide(grown, direction) if graft == "none" else direction
+        if graft == "none":
+            return direction
+        if graft == "sgd":
+            return _with_norm_of(mean, direction)
+        square = root_of(corrected(own, "square", g * g, self.made.graft_beta2))
+        wanted = mean if graft == "adam" else g
+        magnitude = wanted / (square + wide(self.work.epsilons[number], g))
+        return _with_norm_of(magnitude, direction) if started else magnitude
 
     def _root(
         self,
         count: int,
         number: int,
         side: int,
-        blocks: Mapping[str, Any],
-        state: State,
+        g: Tensor,
+        own: dict[str, Tensor],
         numbers: Mapping[Key, Tensor],
-    ) -> Tensor:
-        """Return the roots of one side of a stack: those of the last time that they were due."""
-        made, stack = self.made, self.made._stacks[number]
-        rows = (
-            torch.stack([blocks[n][i] for n, i in stack.slots])
-            .to(stack.dtype)
-            .movedim(side + 1, 1)
-            .flatten(2)
-        )
-        decay, key = made.factor_decay, f"\0{number}.{side}"
-        past = state.get(key, {})
-        zero = stack.zeros(stack.shape[side], stack.shape[side])
-        factor = decay * past.get("factor", zero) + (1.0 if decay == 1 else 1 - decay) * rows @ rows.mT
-        root = past.get("root", zero)
-        due = made._schedule.due(count, number, side)
-        if due is not None:
-            average = factor[due] / (1.0 if decay == 1 else 1 - decay ** (count + 1))
-            rho = self._damping(number, side, numbers)[due]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the roots of one side of a stack, and by how much they are too large by now."""
+        made, stack, n = self.made, self.work.stacks[number], self.work.stacks[number].shape[side]
+        power = made.spec.e / len(self.work.sides[number])
+        rows = g.movedim(side + 1, 1).flatten(2)
+        decay, relative = made.factor_decay, made.damping_mode == "relative"
+        # A sum without forgetting is no average; its weight stays 1.
+        factor = decay * own.get(f"factor{side}", stack.zeros(n, n))
+        factor = factor + (1.0 if decay == 1 else 1 - decay) * rows @ rows.mT
+        average = factor / (1.0 if decay == 1 else 1 - decay ** (count + 1))
+        traces = average.diagonal(dim1=-2, dim2=-1).sum(-1)
+        peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * made.damping_memory, traces)
+        root, rooted = own.get(f"root{side}", stack.zeros(n, n)), own.get(f"rooted{side}", stack.zeros())
+        due = self.work.schedule.due(count, number, side)
+        if due:
+            at = torch.tensor(due, device=stack.device)
+            rho = self._damping(number, side, numbers)
             if made.damping_mode == "trace":
-                rho = rho * average.diagonal(dim1=-2, dim2=-1).sum(-1)
-            fresh = damped_root(
-                average, rho, made.spec.e / len(made._sides[number]), made.damping_mode == "relative"
-            )
-            root = root.index_copy(0, due, fresh)
-        state[key] = {"factor": factor, "root": root}
-        return root
+                rho = rho * peak
+            elif relative:
+                rho = rho * peak / torch.where(traces > 0, traces, torch.ones_like(traces))
+            root = root.index_copy(0, at, damped_root(average[at], rho[at], power, relative))
+            rooted = rooted.index_copy(0, at, traces[at])
+        fresh = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
+        own.update({f"{name}{side}": value for name, value in fresh.items()})
+        return root, growth(traces, rooted).pow(power)
 
     def _damping(self, number: int, side: int, numbers: Mapping[Key, Tensor]) -> Tensor:
-        stack, rho = self.made._stacks[number], []
+        stack, rho = self.work.stacks[number], []
         for name, _ in stack.slots:
-            index = self.group_of[name]
+            index = self.own[name]
             value = Entries(index, self.groups[index], numbers)["damping"]
             rho.append(torch.as_tensor(value, dtype=stack.dtype, device=stack.device))
-        return torch.stack(rho) * self.made._damping_scale(stack, side)
+        return torch.stack(rho) * self.work.damping_scales[number][side]
+
+
+def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """Return directions with the norms of other blocks; a direction that is zero stays so."""
+    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+    norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+    # Divided where it is taken only, for the derivative.
+    alive = norm > 0
+    factor = torch.where(alive, wanted / torch.where(alive, norm, torch.ones_like(norm)), 0.0)
+    return direction * wide(factor, direction)
 
 
 class _Pasted(torch.autograd.Function):

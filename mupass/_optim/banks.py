@@ -127,9 +127,13 @@ class Bank:
         return kept if self.diagonal else unpack(kept, self.size)
 
     def _trace(self, at: slice = slice(None)) -> Tensor:
-        factor, weight = self.state["factor"][at], self.state["weight"][at]
-        diagonal = factor if self.diagonal else packed_diagonal(factor, self.size)
-        return diagonal.sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+        weight = self.state["weight"][at]
+        return self._diagonal(at).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+
+    def _diagonal(self, at: slice) -> Tensor:
+        """Return the diagonals of the sums of some slots, ``[K, n]``."""
+        factor = self.state["factor"][at]
+        return factor if self.diagonal else packed_diagonal(factor, self.size)
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -145,7 +149,9 @@ class Bank:
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
         now, peak = self.traces(), self.state["peak"]
-        return torch.where(now > 0, peak / now, torch.ones_like(now)).clamp(min=1.0)
+        # Divided where it is taken only: a quotient by zero has the derivative NaN even where it is left out.
+        alive, one = now > 0, torch.ones_like(now)
+        return torch.where(alive, peak / torch.where(alive, now, one), one).clamp(min=1.0)
 
     def grown(self, jumps: bool = False) -> Tensor:
         """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
@@ -156,9 +162,8 @@ class Bank:
             jumps: Whether a single observation counts as much as their average, where it is larger: a
                 gradient that jumps is in the mean of gradients sooner than in that of its squares.
         """
-        now, then = self.traces(), self.state["rooted"]
-        now = torch.maximum(now, self.state["recent"]) if jumps else now
-        return torch.where(now > then, now / then, torch.ones_like(now))
+        now = self.traces()
+        return growth(torch.maximum(now, self.state["recent"]) if jumps else now, self.state["rooted"])
 
     def _begin(self, slots: Sequence[int]) -> Tensor:
         """Note from what roots are computed, and return the slots on the device."""
@@ -211,6 +216,19 @@ class Bank:
             left: From which side.
         """
         return times(stack, self._whole("root", slice(first, first + count)), left)
+
+
+def growth(now: Tensor, then: Tensor) -> Tensor:
+    """Return by how much traces have grown, at least 1; infinite for those that were zero.
+
+    Args:
+        now: The traces.
+        then: What they were.
+    """
+    known = then > 0
+    ratio = now / torch.where(known, then, torch.ones_like(then))
+    grown = torch.where(now > then, ratio, torch.ones_like(now))
+    return torch.where((now > then) & ~known, torch.inf, grown)
 
 
 def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:

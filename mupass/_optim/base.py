@@ -55,6 +55,7 @@ class PlannedOptimizer(BoundOptimizer):
     _step_supports_amp_scaling = True
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
+    _ranks = 1
 
     def __init__(
         self,
@@ -246,6 +247,11 @@ class PlannedOptimizer(BoundOptimizer):
     def _correction(self, name: str) -> float:
         """Return a further factor on the learning rate, for what the scale table cannot know."""
         return 1.0
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share the work."""
+        return self._ranks
 
     def coverage(self) -> Coverage:
         """Return how every parameter is treated, and why."""

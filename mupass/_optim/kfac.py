@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
+from mupass._optim.banks import Bank
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.clipping import GradientScale
@@ -17,11 +18,12 @@ from mupass._optim.damping import MODES
 from mupass._optim.eigen import not_rescaled
 from mupass._optim.fallback import Fallback, state_dtype
 from mupass._optim.kronecker import Kronecker, Rules
-from mupass._optim.parallel import exchange, rank_of, sum_of, whole, world_size
+from mupass._optim.parallel import exchange, rank_of, sum_of, world_size
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
-from mupass._taps.leaves import Sums
+from mupass._taps.leaves import Sums, Tap
+from mupass._taps.terms import TermsTap
 
 # Chosen by `benchmarks/defaults.py`.
 LR = 0.05
@@ -208,15 +210,7 @@ class KFAC(PlannedOptimizer):
         self._curvature = Curvature(
             self.root, self._cover, (self.spec.e_a > 0, self.spec.e_b > 0), self._loss, self._ranks
         )
-        self._kronecker = Kronecker(
-            self._cover.blocks,
-            self._cover.layers,
-            self._parameters,
-            self._rules,
-            {e.geometry.name: e for e in self.plan.entries},
-            self._ranks,
-            rank_of(self._ranks),
-        )
+        self._kronecker = self._factors(Bank)
         self._curvature.rescale(self._kronecker.moments.bases())
         self._clipping = GradientScale([taken[b.parameter] for b in self._cover.blocks])
         self._all_seen = False
@@ -226,6 +220,32 @@ class KFAC(PlannedOptimizer):
             for b in self._cover.blocks
         }
         return own, {**self._cover.reasons, **plain}
+
+    def _factors(self, bank: type[Bank]) -> Kronecker:
+        return Kronecker(
+            self._cover.blocks,
+            self._cover.layers,
+            self._parameters,
+            self._rules,
+            {e.geometry.name: e for e in self.plan.entries},
+            self._ranks,
+            rank_of(self._ranks),
+            bank,
+        )
+
+    @property
+    def taps(self) -> list[Tap | TermsTap]:
+        """What collects factors, and the number of loss terms."""
+        return [*self._curvature.taps.values(), self._curvature.terms]
+
+    def functional(self, bank: type[Bank]) -> Functional:
+        """Return the computation of directions as a function of a state; this optimizer is used up by it.
+
+        Args:
+            bank: Kind of bank, one that writes to no tensor of its state.
+        """
+        self._kronecker = self._factors(bank)
+        return Functional(self)
 
     def _own_state(self, name: str) -> dict[str, Tensor]:
         return self._kronecker.entries(name)
@@ -295,7 +315,7 @@ class KFAC(PlannedOptimizer):
         kronecker = self._kronecker
         clipped = self._clipped()
         if self._due and self._cover.blocks:
-            self._average(ok, clipped)
+            self._average(gradients, ok, clipped)
         if kronecker.rooted or not self._due:
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
             due = kronecker.due(self._steps, self.root_every, spare)
@@ -309,7 +329,7 @@ class KFAC(PlannedOptimizer):
             directions = exchange(directions, self._owner, like, self._ranks, self._device)
         return {name: d for name, d in directions.items() if name in means}
 
-    def _average(self, ok: Tensor, clipped: Tensor | None) -> None:
+    def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
         if taken:
@@ -318,7 +338,7 @@ class KFAC(PlannedOptimizer):
             memory = self.damping_memory**self.factor_every
             self._kronecker.average(taken, self.factor_decay, memory, ok)
             self._due = False
-            self._refuse_unseen()
+            self._refuse_unseen(gradients)
         else:  # made up for at the next step
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
@@ -337,12 +357,12 @@ class KFAC(PlannedOptimizer):
 
     def _bound(
         self,
-        directions: Mapping[str, Tensor],
+        directions: dict[str, Tensor],
         changes: Mapping[str, Tensor],
         means: Mapping[str, Tensor],
         clipped: Tensor | None,
     ) -> None:
-        """Shorten directions, in place, so that the step stays within its bounds.
+        """Shorten directions so that the step stays within its bounds.
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
@@ -353,11 +373,10 @@ class KFAC(PlannedOptimizer):
         if self.step_bound is not None:
             for name, change in changes.items():
                 lr, scale, _ = rates[name]
-                size = change.sqrt() * (lr * scale)
-                limit = self.step_bound * rest[name]
-                directions[name].mul_(
-                    (limit / size.clamp(min=1e-30)).clamp(max=1.0).to(directions[name].dtype)
-                )
+                # Squared, for the derivative where nothing changes.
+                size, limit = change * (lr * scale) ** 2, (self.step_bound * rest[name]) ** 2
+                factor = (limit / size.clamp(min=1e-30)).clamp(max=1.0).sqrt()
+                directions[name] = directions[name] * factor.to(directions[name].dtype)
         if self.kl_clip is not None:
             moves = []
             for name, direction in directions.items():
@@ -367,8 +386,8 @@ class KFAC(PlannedOptimizer):
             # Predictions change as they do without clipping, whose factor is in the gradients.
             total = total if clipped is None else total / clipped.to(total)
             factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-            for direction in directions.values():
-                direction.mul_(factor.to(direction.device, direction.dtype))
+            for name, direction in directions.items():
+                directions[name] = direction * factor.to(direction.device, direction.dtype)
 
     def _own_groups(self) -> list[dict[str, Any]]:
         own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
@@ -377,15 +396,14 @@ class KFAC(PlannedOptimizer):
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         return self._kronecker.incidents()
 
-    def _refuse_unseen(self) -> None:
+    def _refuse_unseen(self, gradients: Mapping[str, Tensor]) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
         if self._all_seen:
             return
         unseen = self._kronecker.unseen()
         self._all_seen = not unseen
         for name in unseen:
-            grad = self._parameters[name].grad
-            if grad is not None and bool(whole(grad).any()):
+            if name in gradients and bool(gradients[name].any()):
                 raise OptimizerError(
                     f"{name} has a gradient, but its tap saw no operator that uses it: the code took another "
                     f"path than in the captured pass, or replaced the parameter. Pass exclude=['{name}'] to "
@@ -410,6 +428,44 @@ class KFAC(PlannedOptimizer):
     def _loaded(self) -> None:
         self._due = False
         self._kronecker.loaded(self._steps)
+
+
+class Functional:
+    """K-FAC's directions as a function of a state, see `KFAC.functional`.
+
+    Attributes:
+        start: State before the first step.
+    """
+
+    def __init__(self, optimizer: KFAC) -> None:
+        self._optimizer = optimizer
+        self.start = optimizer._kronecker.state()
+
+    def directions(
+        self,
+        step: int,
+        state: Mapping[str, Mapping[str, Tensor]],
+        gradients: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Return the directions of one step, and the state after it.
+
+        What the taps have collected is taken; other numbers are read from the optimizer's groups.
+
+        Args:
+            step: Number of steps taken before.
+            state: State after them.
+            gradients: Gradient of each parameter that has one.
+            means: Their moving averages.
+        """
+        made, kronecker = self._optimizer, self._optimizer._kronecker
+        kronecker.take_state(state, step)
+        made._steps, made._amp_scale = step, 1.0
+        made._due = bool(made._cover.blocks) and step % made.factor_every == 0
+        own = made._parameters
+        gradients, means = ({n: g for n, g in some.items() if n in own} for some in (gradients, means))
+        found = made._directions(gradients, means, torch.ones((), device=made._device))
+        return found, kronecker.state()
 
 
 def _scale_outputs(taken: Mapping[Place, Sums], factor: Tensor) -> None:

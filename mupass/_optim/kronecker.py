@@ -72,8 +72,9 @@ class Kronecker:
         entries: Mapping[str, Entry],
         ranks: int = 1,
         rank: int = 0,
+        bank: type[Bank] = Bank,
     ) -> None:
-        self.rules, self.ranks = rules, ranks
+        self.rules, self.ranks, self._kind = rules, ranks, bank
         self.geometries = {name: entry.geometry for name, entry in entries.items()}
         self.parameters = parameters
         self.sources: dict[str, tuple[Block, Factor]] = {}
@@ -153,8 +154,8 @@ class Kronecker:
                 weight = self.parameters[block.parameter]
                 slots = [(name, g) for g in range(shape[0])]
                 alike[shape[1:], factor_dtype(weight), device or weight.device] += slots
-        full = EigenBank if self.rules.ekfac else Bank
-        return [(full if len(kind[0]) > 1 else Bank)(slots, *kind) for kind, slots in alike.items()]
+        full = EigenBank if self.rules.ekfac else self._kind
+        return [(full if len(kind[0]) > 1 else self._kind)(slots, *kind) for kind, slots in alike.items()]
 
     def average(self, taken: Mapping[Place, Sums], decay: float, memory: float, ok: Tensor) -> None:
         """Add the factors of one step to the averages.
@@ -421,6 +422,27 @@ class Kronecker:
             if name == parameter:
                 found[f"unit{piece}.rho"] = rho
         return found
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return all that changes from step to step, without second moments: tensors by part and name."""
+        found = {f"bank{i}": dict(bank.state) for i, bank in enumerate(self._all)}
+        found["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
+        found["largest"] = {} if self.largest is None else {"trace": self.largest}
+        return found
+
+    def take_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+        """Go on from a state, whose tensors are not written to if the banks write to none.
+
+        Args:
+            state: Result of `state`.
+            steps: Number of steps it has seen.
+        """
+        for i, bank in enumerate(self._all):
+            bank.state = dict(state[f"bank{i}"])
+            bank._traces = None
+        self.unit_rho = {(n, piece): state["units"][f"{n}.{piece}"].clone() for n, piece in self.unit_rho}
+        self.largest = state["largest"].get("trace")
+        self.rooted, self.moved = steps > 0, False
 
     def loaded(self, steps: int) -> None:
         """Take notice that the state was written from outside.

@@ -111,7 +111,9 @@ class Kind:
         """
         dampings = dampings or {pair.block.parameter: 0.0 for pair in self.pairs}
         values = [dampings[pair.block.parameter] for pair in self.pairs for _ in pair.rows()]
-        tensors = [v.to(traces) for v in values if isinstance(v, Tensor)]  # to be differentiated by
+        # Hypergradients differentiate by them.
+        tensors = any(isinstance(v, Tensor) for v in values)
+        damping = [torch.as_tensor(v).to(traces) for v in values] if tensors else []
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -119,7 +121,7 @@ class Kind:
             dim_b=self.dim_b,
             scale_a=self.scale_a,
             scale_b=self.scale_b,
-            damping=torch.stack(tensors) if tensors else traces.new_tensor(values),
+            damping=torch.stack(damping) if tensors else traces.new_tensor(values),
         )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.banks import AT_ONCE
+from mupass._optim.banks import AT_ONCE, growth
+from mupass._optim.blocks import Blocking
 from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import Fallback
 from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
@@ -153,6 +155,11 @@ class Shampoo(MatrixOptimizer):
     def _default_rate(self) -> float:
         return RATES.get(self.spec.graft) or super()._default_rate()
 
+    def work(self) -> Work:
+        """Return what the optimizer works on, and when."""
+        scales = [[self._damping_scale(s, side) for side in range(len(s.shape))] for s in self._stacks]
+        return Work(self._blockings, self._stacks, self._sides, self._schedule, scales, self._epsilons)
+
     def _active(self, stack: Stack) -> tuple[int, ...]:
         """Return the sides of a stack's blocks that are preconditioned."""
         return active_sides(self.sides, stack.shape) if self.spec.e > 0 else ()
@@ -223,8 +230,7 @@ class Shampoo(MatrixOptimizer):
     def _grown(self, number: int, side: int, at: slice) -> Tensor:
         """Return by what a root is too large since its factor has grown, ``[k]``, at least 1."""
         now, then = self._trace(number, side, at), self._stacks[number].state[f"rooted{side}"][at]
-        power = self.spec.e / len(self._sides[number])
-        return torch.where(now > then, now / then, torch.ones_like(now)).pow(power)
+        return growth(now, then).pow(self.spec.e / len(self._sides[number]))
 
     def _arguments(
         self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
@@ -258,6 +264,27 @@ class Shampoo(MatrixOptimizer):
         # A block's gradient is one of so many: its factors are smaller by their number.
         key = "damping_out" if side == 0 else "damping_in"
         return stack.each(lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What Shampoo works on, and when.
+
+    Attributes:
+        blockings: How each parameter is cut.
+        stacks: Blocks of equal shape.
+        sides: Those of each stack that are preconditioned.
+        schedule: When roots are due.
+        damping_scales: Width factor on the damping of every slot, by stack and side.
+        epsilons: The graft's epsilon of every slot, by stack.
+    """
+
+    blockings: Mapping[str, Blocking]
+    stacks: Sequence[Stack]
+    sides: Sequence[tuple[int, ...]]
+    schedule: Schedule
+    damping_scales: Sequence[Sequence[Tensor]]
+    epsilons: Sequence[Tensor]
 
 
 def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
