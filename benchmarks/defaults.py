@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "kfac": (mupass.KFAC, {}),
     "ekfac": (mupass.KFAC, {"ekfac": True}),
     "shampoo": (mupass.Shampoo, {}),
-    "shampoo_adam": (mupass.Shampoo, {"graft": "adam"}),
+    "shampoo_none": (mupass.Shampoo, {"graft": "none"}),
     "soap": (mupass.SOAP, {}),
     "muon": (mupass.Muon, {}),
     "adamw": (torch.optim.AdamW, {}),

@@ -218,7 +218,7 @@ class Kronecker:
             bank.failed.zero_()
             bank.overflowed.zero_()
         for bank in self.banks["b"]:
-            for (name, group), count in zip(bank.keys, bank.vanished.clone().split(1), strict=True):
+            for (name, group), count in zip(bank.keys, torch.split(bank.vanished.clone(), 1), strict=True):
                 block, factor = self.sources[name]
                 # Under pi-damping a bias has a copy of its weight's factor: it is named once.
                 if (factor, group) not in traced:

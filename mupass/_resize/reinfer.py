@@ -32,7 +32,7 @@ def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[s
     if not sizes.changes:
         return
     try:
-        again = solve(resized, *inputs, None, dims, strict=True).solved
+        again = solve(resized, inputs[0], inputs[1], None, dims, True).solved
     except MupassError as error:
         raise ResizeError(f"the resized copy cannot be inferred anew: {error}") from error
     wrong = list(_differences(sizes, again))
