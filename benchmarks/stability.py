@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.stability --solved   # the first
     OMP_NUM_THREADS=1 python -m benchmarks.stability --clipped  # the second
 
-*Solved*: an MLP of width 64 learns 128 samples, in batches of 16, and is trained on for 2,000 steps in all. The
-loss on all samples is noted after each step: the worst one after the first below 1e-3, and the last one. Beside
-it the worst loss of a single batch after the first batch below 1e-3, which comes before all samples are learnt.
+*Solved*: an MLP of width 64 learns 128 samples, in batches of 16, and is trained on for 2,000 steps in all.
+The loss on all samples is noted after each step: the worst one after the first below 1e-3, and the last one.
+Beside it the worst loss of a single batch after the first batch below 1e-3, before all samples are learnt.
 
-*Clipped*: the tasks of `benchmarks.defaults`, each with gradients clipped to norms of 0.1, 1 and 5 and without;
+*Clipped*: the tasks of `benchmarks.defaults`, with gradients clipped to norms of 0.1, 1 and 5 and without;
 the final loss is that on held-out data.
 """
 
