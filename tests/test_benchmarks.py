@@ -119,6 +119,7 @@ def test_the_table_names_peers_that_are_not_there(capsys: pytest.CaptureFixture[
 # Time ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_time_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--models cnn --width 16 --cycles 1 --warm 0 --only AdamW mupass --batches 1 --no-memory"
     assert kfac_time.main(words.split()) == 0
@@ -173,6 +174,7 @@ def words(tmp_path: Path) -> list[str]:
     return common.split()
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, capsys) -> None:
     words += "--optimizers sgd --lrs 0.001 0.1 1e6 --target 2.0".split()
     assert to_target.main([*words, "--minutes", "0"]) == 0

@@ -144,6 +144,7 @@ def test_the_update_of_an_activation_keeps_its_order_in_width() -> None:
     assert (slopes.abs() < 0.15).all(), slopes
 
 
+@pytest.mark.slow
 def test_steps_are_averaged_and_resumed_and_compiled() -> None:
     net = make("transformer")
     optimizer = kfac(net, block_size=5, root_every=3)

@@ -79,11 +79,9 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+@pytest.mark.sample(*[f"mlp-vectors-auto-{optimizer}" for optimizer in ("adam", "kfac", "muon")])
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "soap", "muon"])
-@pytest.mark.parametrize(
-    ("build", "data", "init"),
-    [(mlp, vectors, "auto"), pytest.param(TinyLM, text, LAW, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("build", "data", "init"), [(mlp, vectors, "auto"), (TinyLM, text, LAW)])
 def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> None:
     mup = mupass.coord_check(build(), data(), init=init, optimizer=optimizer)
     assert mup.ok and mup.verdict().startswith("PASS"), str(mup)

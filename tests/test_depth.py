@@ -200,7 +200,7 @@ def moved(layers: int, optimizer: str, parameterization: str) -> float:
     return total / 3
 
 
-@pytest.mark.sample("kfac")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", list(MAKE))
 def test_the_stream_moves_alike_at_every_depth(optimizer: str) -> None:
     depths = (4, 16, 64)

@@ -50,7 +50,7 @@ def alone(monkeypatch):
 
 
 # torch 2.13's Dynamo warns of autograd functions that it instantiates itself.
-@pytest.mark.sample("README.md")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(page, alone, tmp_path, monkeypatch):

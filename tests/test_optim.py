@@ -544,7 +544,10 @@ LIMIT, WIDE_LIMIT = 0.15, 0.1
 NARROW, WIDE = [128, 256, 512], [128, 256, 512, 1024, 2048]
 
 
-@pytest.mark.sample
+@pytest.mark.sample(
+    *["mlp-sgd", "mlp-foof (1,0)", "mlp-adam-atan2", "cnn-adam", "cnn-kfac (1,1)", "cnn-shampoo e=1/2"],
+    *["cnn-soap blocks", "cnn-muon"],
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_updates_do_not_depend_on_width_under_mup(model: str, optimizer: str) -> None:
