@@ -35,34 +35,41 @@ class _Factors(torch.autograd.Function):
         layer: Layer,
         form: Form,
         tap: Tap | None,
-        copied: bool,
         rows: Tensor,
         a: Tensor | None,
         *b: Tensor | None,
     ) -> Tensor:
         """Pass the output on; a copy, so that an activation may work in place on it."""
-        ctx.layer, ctx.form, ctx.tap, ctx.copied, ctx.dtype = layer, form, tap, copied, rows.dtype
+        ctx.layer, ctx.form, ctx.tap, ctx.dtype = layer, form, tap, rows.dtype
+        if tap is not None:
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
         (g,) = grads
         (x,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if ctx.tap is not None and ctx.tap.passes is not None:
             ctx.tap.passes.begin()
+        if g is None:  # an output of the model that the loss does not depend on
+            return (None,) * len(wanted)
         once = None if ctx.tap is None else ctx.tap.once
         with torch.no_grad():
             a = None
-            if wanted[7]:
+            if wanted[6]:
                 make = raw_input if once is None else once.raw_input
                 a = make(ctx.layer, ctx.form, x, ctx.dtype)
-                a = a.clone() if ctx.copied else a
-            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[8:], ctx.dtype)
+            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[7:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
-        return g, None, None, None, None, None, rows, a, *b
+            if ctx.tap is None:
+                # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
+                # also no result of the graph itself, so that equal ones are computed once, see `Once`.
+                live = (g != 0).any().to(ctx.dtype)
+                rows, a = rows * live, None if a is None else a * live
+        return g, None, None, None, None, rows, a, *b
 
 
 class _Moments(torch.autograd.Function):
@@ -74,14 +81,18 @@ class _Moments(torch.autograd.Function):
     ) -> Tensor:
         """Pass the output on; the first of the tensors are the bases, the others the leaves."""
         ctx.layer, ctx.form = layer, form
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *tensors[:bases])
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the moments of every matrix."""
         (g,) = grads
         x, *bases = ctx.saved_tensors
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             moments = second_moments(ctx.layer, ctx.form, x, g, bases, bases[0].dtype)
         return g, None, None, None, None, *[None for _ in bases], *moments
@@ -112,8 +123,7 @@ class Once:
     """The last input factor of taps that read one activation: several of them multiply it once in a pass.
 
     Each tap still has a factor of its own, so that it does not matter which of them take part in a step.
-    In a compiled graph equal products become one without this, if they are not results of the graph
-    themselves: there factors are copies.
+    In a compiled graph equal products become one without this.
     """
 
     def __init__(self) -> None:
@@ -203,10 +213,9 @@ class Tap:
         x = x.detach()
         if self.bases:
             output = _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-untyped-call]
-        traced = torch.compiler.is_compiling()
-        tap, copied = None if traced else self, traced and self.once is not None
+        tap = None if torch.compiler.is_compiling() else self
         # Last, and so first in the backward pass: it says that one has begun.
-        return _Factors.apply(output, x, self.layer, form, tap, copied, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
+        return _Factors.apply(output, x, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
 
     def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.

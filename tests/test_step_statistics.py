@@ -1,0 +1,775 @@
+"""Statistics belong to the step: every update is that of a dense reference, in float64, of that very step."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import mupass
+from mupass._errors import MupassWarning
+
+# Dynamo itself makes an instance of torch.autograd.Function for whatever function it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+WIDTH, SAMPLES, CLASSES, RHO, LR = 8, 12, 3, 0.1, 0.05
+Loss = Callable[[nn.Module], Tensor]
+
+
+class Heads(nn.Module):
+    """Several tasks, whose heads read one hidden layer; the second has a layer of its own."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.mid, self.second = nn.Linear(w, w), nn.Linear(w, CLASSES)
+
+    def forward(self, x: Tensor, task: int = 0) -> Any:
+        z = torch.tanh(self.stem(x))
+        one = self.first(z) if task != 2 else None
+        two = self.second(torch.tanh(self.mid(z))) if task != 1 else None
+        return one if task == 1 else two if task == 2 else (one, two)
+
+
+class Exits(nn.Module):
+    """Blocks with an exit behind each; a call may leave at any of them."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, w)
+        self.blocks = nn.ModuleList(nn.Linear(w, w) for _ in range(3))
+        self.exits = nn.ModuleList(nn.Linear(w, CLASSES) for _ in range(3))
+
+    def forward(self, x: Tensor, exit: int = 2) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        for i, (block, leave) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            z = torch.tanh(block(z))
+            y: Tensor = leave(z)  # computed at every exit, used at one
+            if i == exit:
+                break
+        return y
+
+
+class Dropped(nn.Module):
+    """Residual branches of gated pairs; a call may leave out any of them, or one layer of a pair."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.up = nn.ModuleList(nn.Linear(w, w) for _ in range(3))
+        self.gate = nn.ModuleList(nn.Linear(w, w) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, ups: tuple[int, ...] = (0, 1, 2), gates: tuple[int, ...] = (0, 1, 2)
+    ) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        for i, (up, gate) in enumerate(zip(self.up, self.gate, strict=True)):
+            if i in ups or i in gates:
+                branch = up(z) if i in ups else torch.ones_like(z)
+                z = z + (branch * torch.sigmoid(gate(z)) if i in gates else branch)
+        return self.head(z)
+
+
+class Experts(nn.Module):
+    """Each sample goes to one expert; some get none, and are called with an empty batch or not at all."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.experts = nn.ModuleList(nn.Linear(w, w) for _ in range(4))
+
+    def forward(self, x: Tensor, route: Tensor | None = None, skip: bool = False) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        route = torch.arange(len(x)) % 4 if route is None else route
+        out = torch.zeros_like(z)
+        for i, expert in enumerate(self.experts):
+            at = (route == i).nonzero().flatten()
+            if len(at) or not skip:
+                out = out.index_add(0, at, torch.tanh(expert(z[at])))
+        return self.head(z + out)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values read one activation."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.q, self.k, self.v = nn.Linear(w, w), nn.Linear(w, w), nn.Linear(w, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        scores = torch.softmax(self.q(z) @ self.k(z).mT / WIDTH**0.5, -1)
+        return self.head(z + scores @ self.v(z))
+
+
+def transformed(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(build().double(), torch.randn(SAMPLES, 5).double(), base=WIDTH)
+
+
+def kfac(net: nn.Module, **options: Any) -> mupass.KFAC:
+    """K-FAC without memory: a step is made of its own statistics alone."""
+    plain: dict[str, Any] = {
+        "lr": LR,
+        "damping": RHO,
+        "e_a": 1.0,
+        "e_b": 1.0,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "factor_decay": 0.0,
+        "factor_every": 1,
+        "root_every": 1,
+        "stagger": False,
+        "damping_mode": "absolute",
+        "damping_floor": 0.0,
+        "kl_clip": None,
+    }
+    return mupass.KFAC(net, **plain | options)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(SAMPLES, 5, generator=draw, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (SAMPLES,), generator=draw)
+
+
+def reference(net: nn.Module, loss: Loss) -> dict[str, Tensor]:
+    """The step of every linear layer, from inputs and output gradients that hooks of our own see."""
+    twin = copy.deepcopy(net)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            if y.requires_grad:
+                y.retain_grad()
+            calls[name].append((args[0].detach(), y))
+
+        return hook
+
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(keep(name))
+    value = loss(twin)
+    for seen in calls.values():
+        for _, y in seen:
+            y.grad = None  # what a derivative inside of the loss left there
+    value.backward()
+    steps = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for name, seen in calls.items():
+        used = [(x.flatten(0, -2), y.grad.flatten(0, -2)) for x, y in seen if y.grad is not None]
+        if sum(len(x) for x, _ in used):
+            x, g = (torch.cat(rows) for rows in zip(*used, strict=True))
+            a, b = x.T @ x / len(x), SAMPLES * g.T @ g
+            weight, bias = twin.get_submodule(name).weight, twin.get_submodule(name).bias
+            damped_a, damped_b = a + RHO * torch.eye(len(a)).double(), b + RHO * torch.eye(len(b)).double()
+            steps[f"{name}.weight"] = torch.linalg.solve(damped_b, weight.grad) @ torch.linalg.inv(damped_a)
+            steps[f"{name}.bias"] = torch.linalg.solve(damped_b, bias.grad) / (1 + RHO)
+    return steps
+
+
+def assert_step(net: nn.Module, optimizer: mupass.KFAC, loss: Loss) -> None:
+    want = reference(net, loss)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    optimizer.zero_grad()
+    loss(net).backward()
+    optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(
+            before[name] - p.detach(),
+            LR * want[name],
+            rtol=1e-7,
+            atol=1e-10,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def cross_entropy(x: Tensor, y: Tensor, *how: Any) -> Loss:
+    return lambda net: F.cross_entropy(net(x, *how), y)
+
+
+def both(x: Tensor, y: Tensor) -> Loss:
+    return lambda net: sum(F.cross_entropy(out, y) for out in net(x))  # type: ignore[return-value]
+
+
+def second_of_both(x: Tensor, y: Tensor) -> Loss:
+    return lambda net: F.cross_entropy(net(x)[1], y)
+
+
+def parts(*numbers: int) -> Tensor:
+    return torch.tensor((numbers * SAMPLES)[:SAMPLES])
+
+
+STEPS: dict[str, tuple[Callable[[], nn.Module], list[Callable[[Tensor, Tensor], Loss]]]] = {
+    "tasks": (
+        Heads,
+        [
+            *(lambda x, y, task=task: cross_entropy(x, y, task) for task in (1, 2, 2, 1)),
+            both,
+            second_of_both,
+            *(lambda x, y, task=task: cross_entropy(x, y, task) for task in (2, 1)),
+        ],
+    ),
+    "exits": (Exits, [lambda x, y, i=i: cross_entropy(x, y, i) for i in (0, 2, 1, 0, 2)]),
+    "layer drop": (
+        Dropped,
+        [
+            lambda x, y, ups=ups, gates=gates: cross_entropy(x, y, ups, gates)
+            for ups, gates in (
+                ((0,), (0,)),
+                ((0, 1), (1, 2)),
+                ((), (0, 2)),
+                ((2,), ()),
+                ((0, 1, 2), (0, 1, 2)),
+            )
+        ],
+    ),
+    "experts": (
+        Experts,
+        [
+            lambda x, y, route=route, skip=skip: cross_entropy(x, y, route, skip)
+            for route, skip in ((parts(0, 1), False), (parts(2, 2, 0), True), (parts(3), False), (None, True))
+        ],
+    ),
+    "attention": (Attention, [cross_entropy] * 3),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("name", STEPS)
+def test_every_update_is_that_of_its_own_step(name: str, scale: float) -> None:
+    build, makers = STEPS[name]
+    net = transformed(build)
+    optimizer = kfac(net)
+    assert {c.treatment for c in optimizer.coverage()} == {"kfac linear", "kfac bias"}
+    for i, make in enumerate(makers):
+        x, y = batch(i)
+        assert_step(net, optimizer, make(x * scale ** (i % 2), y))
+    assert optimizer.stats() == {"steps": len(makers)}
+
+
+def test_the_average_of_a_layer_that_did_not_run_stays() -> None:
+    net = transformed(Heads)
+    optimizer = kfac(net, factor_decay=0.9)
+    bank, first, _ = optimizer._kronecker.at["a:mid:0"]
+    for task in (2, 1, 1):
+        x, y = batch(task)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x, task), y).backward()
+        optimizer.step()
+        if task == 2:
+            kept, weight = bank.factors[first].clone(), bank.weight[first].clone()
+    assert torch.equal(bank.factors[first], kept)
+    assert torch.equal(bank.weight[first], weight)
+    assert weight == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_weights_that_read_one_activation_multiply_it_once(monkeypatch: Any, ekfac: bool) -> None:
+    from mupass._optim.banks import Bank
+    from mupass._taps import leaves
+
+    multiplied, rooted = [], []
+    make, copy_roots = leaves.raw_input, Bank.copy
+    monkeypatch.setattr(leaves, "raw_input", lambda *args: multiplied.append(1) or make(*args))
+    monkeypatch.setattr(Bank, "copy", lambda *args: rooted.append(len(args[1])) or copy_roots(*args))
+    net = transformed(Attention)
+    optimizer = kfac(net, ekfac=ekfac)
+    for i in range(2):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert len(multiplied) == 2 * 3  # stem, head, and one for q, k and v
+    assert rooted == [2, 2]
+
+
+# Passes whose gradients do not reach the step
+
+
+def in_place(net: nn.Module) -> None:
+    net.zero_grad(set_to_none=False)
+
+
+def by_hand(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.grad = None
+
+
+CLEAR: dict[str, Callable[[nn.Module], None]] = {
+    "model.zero_grad": lambda net: net.zero_grad(),
+    "in place": in_place,
+    "by hand": by_hand,
+}
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["before the forward pass", "behind the forward pass"])
+@pytest.mark.parametrize(
+    "options", [{}, {"ekfac": True}, {"loss_terms": SAMPLES}], ids=["kfac", "ekfac", "terms"]
+)
+@pytest.mark.parametrize("how", CLEAR)
+def test_a_cleared_pass_leaves_no_statistics(how: str, options: Any, order: str) -> None:
+    assert_same(*(with_passes(extra, how, options, order, False) for extra in (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("how", "order"), [("model.zero_grad", "before"), ("in place", "before"), ("by hand", "behind")]
+)
+@pytest.mark.usefixtures("fresh")
+def test_a_cleared_pass_of_a_compiled_model_leaves_no_statistics(how: str, order: str) -> None:
+    assert_same(*(with_passes(extra, how, {"loss_terms": SAMPLES}, order, extra) for extra in (False, True)))
+
+
+def with_passes(extra: bool, how: str, options: Any, order: str, compiled: bool) -> nn.Module:
+    """Train two steps, with or without passes for adversarial samples in between that are cleared."""
+    net = transformed(Attention)
+    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+    optimizer = kfac(net, **options)
+    for i in range(2):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        first = F.cross_entropy(run(x), y) if order.startswith("behind") else None
+        if extra:
+            attacked = (x + 0.1).requires_grad_(True)
+            for _ in range(3):
+                F.cross_entropy(run(attacked), y).backward()
+            CLEAR[how](net)
+        loss = F.cross_entropy(run(x), y) if first is None else first
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_that_are_cleared_behind_the_last_pass_have_no_statistics() -> None:
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    x, y = batch(0)
+    before = copy.deepcopy(net.state_dict())
+    F.cross_entropy(net(x), y).backward()
+    net.zero_grad()
+    with pytest.warns(UserWarning, match="steps without factors"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
+    assert_step(net, optimizer, cross_entropy(x, y))
+
+
+@pytest.mark.parametrize("between", ["nothing", "scaled", "replaced"])
+def test_accumulated_passes_count_whatever_is_done_to_gradients_between_them(between: str) -> None:
+    nets = []
+    for change in ("nothing", between):
+        net = transformed(Attention)
+        optimizer = kfac(net)
+        for i in range(2):
+            x, y = batch(i)
+            F.cross_entropy(net(x), y).backward()
+            for p in net.parameters():
+                if change == "scaled":
+                    p.grad.mul_(2)
+                    p.grad.div_(2)
+                elif change == "replaced":
+                    p.grad = p.grad.clone()
+        optimizer.step()
+        nets.append(net)
+    assert_same(*nets)
+
+
+def test_gradients_that_vanish_by_themselves_are_not_cleared() -> None:
+    net = transformed(Attention)
+    nn.init.zeros_(net.head.weight)
+    optimizer = kfac(net)
+    for i in range(2):
+        x, y = batch(i)
+        F.cross_entropy(net(x), y).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer._curvature.passes.drop_cleared()
+    taken = optimizer._curvature.take()
+    assert all(float(sums.rows) == 2 * SAMPLES for sums in taken.values())
+
+
+def test_a_part_of_the_gradients_may_be_cleared() -> None:
+    """The head's factor is then that of the second pass, everything else is of both."""
+    curves = {}
+    for how in ("both", "second", "part"):
+        net = transformed(Attention)
+        optimizer = kfac(net)
+        for i in range(2):
+            x, y = batch(i)
+            F.cross_entropy(net(x), y).backward()
+            if i == 0 and how != "both":
+                (net if how == "second" else net.head).zero_grad()
+        curves[how] = {place.module: sums for place, sums in optimizer._curvature.take().items()}
+    for module, sums in curves["part"].items():
+        want = curves["second" if module == "head" else "both"][module]
+        torch.testing.assert_close((sums.a, sums.b), (want.a, want.b))
+
+
+def penalized(x: Tensor, y: Tensor) -> Loss:
+    def loss(net: nn.Module) -> Tensor:
+        at = x.clone().requires_grad_(True)
+        value = F.cross_entropy(net(at), y)
+        (slope,) = torch.autograd.grad(value, at, create_graph=True)
+        return value + 10 * slope.square().sum()
+
+    return loss
+
+
+def test_a_gradient_penalty_counts_its_layers_once() -> None:
+    """The gradients of outputs are those of loss and penalty together; the first pass adds nothing."""
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    for i in range(3):
+        assert_step(net, optimizer, penalized(*batch(i)))
+
+
+# Operators on other paths
+
+
+class Unused(nn.Module):
+    """An output that nothing uses, computed before or behind the one that counts."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.other, self.when = nn.Linear(WIDTH, 4), when
+
+    def forward(self, x: Tensor) -> Any:
+        z = torch.tanh(self.stem(x))
+        left = self.other(z) if self.when == "before" else None
+        y = self.head(z)
+        left = self.other(z) if self.when == "behind" else left
+        return (y, left) if self.when == "returned" else y
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_unused_output_does_not_matter(when: str) -> None:
+    net = transformed(lambda: Unused(when))
+    optimizer = kfac(net)
+    for i in range(2):
+        assert_step(net, optimizer, cross_entropy(*batch(i)))
+
+
+class Masked(nn.Module):
+    """torch's own encoder or decoder layers with a mask."""
+
+    def __init__(self, decoder: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+        one = layer(WIDTH, 2, 2 * WIDTH, 0.0, batch_first=True)
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.decoder = nn.TransformerDecoder(one, 2) if decoder else None
+        self.encoder = None if decoder else nn.TransformerEncoder(one, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        z = self.stem(x)
+        if self.decoder is not None:
+            return self.head(self.decoder(z, z.flip(1), tgt_mask=mask))
+        assert self.encoder is not None
+        return self.head(self.encoder(z, mask=mask))
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+@pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
+def test_layers_with_a_mask_have_the_factors_of_the_exported_model(decoder: bool, boolean: bool) -> None:
+    """Given as a user gives it, a mask makes export fail; the recorded run must tell the same callers."""
+    mask = nn.Transformer.generate_square_subsequent_mask(4).double()
+    mask = mask.isinf() if boolean else mask
+    x, y = torch.randn(3, 4, 5).double(), torch.randint(CLASSES, (12,))
+    found = []
+    for example in (((x,), {"mask": mask}), (x,)):
+        torch.manual_seed(0)
+        net = mupass.transform(Masked(decoder).double(), example, base=WIDTH)
+        optimizer = kfac(net, strict=True)
+        F.cross_entropy(net(x, mask).flatten(0, 1), y).backward()
+        optimizer.step()
+        assert optimizer.stats() == {"steps": 1}
+        found.append(net)
+    assert found[0].mupass_plan.capture != found[1].mupass_plan.capture  # type: ignore[union-attr]
+    assert_same(*found)
+
+
+class Named(nn.Module):
+    """Weights of plain modules that other code gives to operators, by name."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.table, self.mid, self.head = (
+            nn.Embedding(7, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, CLASSES),
+        )
+        self.plain = plain
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.plain:
+            return self.head(torch.tanh(self.mid(self.table(ids))))
+        z = F.linear(
+            input=F.embedding(ids, weight=self.table.weight), weight=self.mid.weight, bias=self.mid.bias
+        )
+        return torch.addmm(self.head.bias, mat1=torch.tanh(z), mat2=self.head.weight.t())
+
+
+def test_operands_may_be_given_by_name() -> None:
+    nets = []
+    ids, y = torch.randint(7, (SAMPLES,)), batch(0)[1]
+    for plain in (True, False):
+        torch.manual_seed(0)
+        net = mupass.transform(Named(plain).double(), ids, base=WIDTH)
+        optimizer = kfac(net, strict=True)
+        F.cross_entropy(net(ids), y).backward()
+        optimizer.step()
+        nets.append(net)
+    assert_same(*nets)
+
+
+class Context(nn.Module):
+    """A block in another grad mode: reentrant checkpointing in several forms, or none."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = (
+            nn.Linear(5, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, CLASSES),
+        )
+        self.how = how
+
+    def inner(self, z: Tensor) -> Tensor:
+        return torch.tanh(self.mid(z))
+
+    def outer(self, z: Tensor) -> Tensor:
+        return checkpoint(self.inner, z, use_reentrant=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        if self.how == "autocast":
+            with torch.autocast("cpu", enabled=False):
+                return self.head(self.inner(z))
+        if self.how == "plain":
+            return self.head(self.inner(z))
+        run = self.outer if self.how == "nested" else self.inner
+        return self.head(checkpoint(run, z, use_reentrant=self.how != "not reentrant"))
+
+
+@pytest.mark.parametrize("how", ["not reentrant", "reentrant", "nested", "autocast"])
+def test_checkpointed_blocks_are_like_others(how: str) -> None:
+    nets = []
+    for form in ("plain", how):
+        net = transformed(lambda form=form: Context(form))
+        optimizer = kfac(net, strict=True)
+        for i in range(2):
+            x, y = batch(i)
+            F.cross_entropy(net(x), y).backward()  # twice before the step
+        optimizer.step()
+        nets.append(net)
+    assert_same(*nets)
+
+
+def test_a_part_without_gradient_is_seen_and_stays() -> None:
+    class Frozen(Context):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                z = torch.tanh(self.stem(x))
+            return self.head(self.inner(z))
+
+    net = transformed(lambda: Frozen(""))
+    assert {e.geometry.name: e.geometry.role for e in net.mupass_plan.entries}["mid.weight"] == "hidden"  # type: ignore[union-attr]
+    assert_step(net, kfac(net), cross_entropy(*batch(0)))
+
+
+class Sum(nn.Module):
+    """beta * b + alpha * (x W), by one operator or by several."""
+
+    def __init__(self, operator: str, alpha: float, beta: float, fused: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        members = () if operator == "addmm" else (2,)
+        self.weight = nn.Parameter(torch.randn(*members, WIDTH, WIDTH) / WIDTH**0.5)
+        self.bias = nn.Parameter(torch.randn(*(m for m in members if operator == "baddbmm"), 1, WIDTH) / 4)
+        self.operator, self.alpha, self.beta, self.fused = operator, alpha, beta, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        z = z if self.operator == "addmm" else torch.stack([z, -z])
+        if self.fused:
+            z = getattr(torch, self.operator)(self.bias, z, self.weight, alpha=self.alpha, beta=self.beta)
+        elif self.operator == "addbmm":
+            z = torch.einsum("bni,bij->nj", z, self.weight) * self.alpha + self.bias * self.beta
+        else:
+            z = z @ self.weight * self.alpha + self.bias * self.beta
+        z = torch.tanh(z)
+        return self.head(z.mean(0) if self.operator == "baddbmm" else z)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (3.0, 1.0), (0.5, 0.25), (2.0, 0.5)])
+@pytest.mark.parametrize("operator", ["addmm", "baddbmm", "addbmm"])
+def test_numbers_inside_of_an_operator_are_in_the_factors(operator: str, alpha: float, beta: float) -> None:
+    """Weights move as with separate operators; a vector that is added by the dense step of its own B."""
+    nets, before = [], {}
+    x, y = batch(0)
+    for fused in (True, False):
+        net = transformed(lambda fused=fused: Sum(operator, alpha, beta, fused))
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        optimizer = kfac(net, fallback="sgd", fallback_lr=0.0)
+        F.cross_entropy(net(x), y).backward()
+        gradient = net.bias.grad
+        optimizer.step()
+        nets.append(net)
+        if fused:
+            treatments = {c.parameter: c.treatment for c in optimizer.coverage()}
+            assert treatments["weight"] == ("kfac linear" if operator == "addmm" else "kfac contraction")
+    for name, p in nets[0].named_parameters():
+        if name != "bias":
+            torch.testing.assert_close(p, dict(nets[1].named_parameters())[name], rtol=1e-7, atol=1e-10)
+    assert (treatments["bias"] == "kfac bias") == (operator != "baddbmm")
+    if operator != "baddbmm":
+        twin = transformed(lambda: Sum(operator, alpha, beta, False))
+        made: list[Tensor] = []
+        twin.bias.register_hook(lambda g: None)
+        z = torch.tanh(twin.stem(x))
+        z = (
+            torch.einsum("bni,bij->nj", torch.stack([z, -z]), twin.weight)
+            if z.dim() != twin.weight.dim()
+            else z @ twin.weight
+        )
+        z = (z * alpha + twin.bias * beta).detach().requires_grad_(True)
+        F.cross_entropy(twin.head(torch.tanh(z)), y).backward()
+        made.append(z.grad * beta)
+        b = SAMPLES * made[0].T @ made[0]
+        step = torch.linalg.solve(b + RHO * torch.eye(WIDTH).double(), gradient.flatten()) / (1 + RHO)
+        torch.testing.assert_close((before["bias"] - nets[0].bias.detach()).flatten(), LR * step)
+
+
+@pytest.mark.parametrize("shape", [(SAMPLES, WIDTH), (1,)])
+def test_what_is_added_but_is_no_vector_of_outputs_is_left_to_the_fallback(shape: tuple[int, ...]) -> None:
+    class Table(Sum):
+        def __init__(self) -> None:
+            super().__init__("addmm", 1.0, 1.0, True)
+            self.bias = nn.Parameter(torch.zeros(shape))
+
+    net = transformed(Table)
+    optimizer = kfac(net)
+    reasons = {c.parameter: (c.treatment, c.reason) for c in optimizer.coverage()}
+    assert reasons["bias"][0] == "adamw"
+    assert "not one number for each output of weight" in reasons["bias"][1]
+    x, y = batch(0)
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+
+
+# Transforms of torch.func, torch.compile
+
+
+def test_taps_let_transforms_pass_and_say_so_once() -> None:
+    net = transformed(Heads)
+    optimizer = kfac(net)
+    x, y = batch(0)
+
+    def loss_of(z: Tensor) -> Tensor:
+        return net(z[None], 1).sum()
+
+    with pytest.warns(MupassWarning, match=r"stem.weight is used under a transform of torch.func") as caught:
+        slopes = torch.func.vmap(torch.func.grad(loss_of))(x)
+        _, change = torch.func.jvp(lambda z: net(z, 1).sum(1), (x,), (x,))
+    assert len([w for w in caught if issubclass(w.category, MupassWarning)]) == 1
+    idle = copy.deepcopy(net)
+    want = torch.func.vmap(torch.func.grad(lambda z: idle(z[None], 1).sum()))(x)
+    torch.testing.assert_close(slopes, want)
+    torch.testing.assert_close(change, (want * x).sum(1))
+    assert_step(net, optimizer, cross_entropy(x, y, 1))
+
+
+class Physics(nn.Module):
+    """A derivative by torch.func in the forward pass."""
+
+    def __init__(self, derivative: Any) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.head, self.derivative = nn.Linear(WIDTH, 1), derivative
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.derivative(lambda z: self.head(self.net(z)).squeeze(-1))
+        return torch.func.vmap(value)(x).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian"])
+def test_a_forward_pass_with_torch_func_is_analysed_or_refused_by_name(name: str) -> None:
+    net = Physics(getattr(torch.func, name))
+    if name in ("grad", "jacrev"):
+        analysis = mupass.analyze(net, torch.randn(6, 2), base=4)
+        roles = {g.name: g.role for g in analysis.geometries}
+        assert (roles["net.0.weight"], roles["net.2.weight"], roles["head.weight"]) == (
+            "input",
+            "hidden",
+            "output",
+        )
+    else:
+        with pytest.raises(
+            mupass.MupassError, match="aten._unpack_dual in the root module: no dimension rule"
+        ):
+            mupass.analyze(net, torch.randn(6, 2), base=4)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
+    """Two graphs, no break; equal products of one activation are one product."""
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = transformed(Attention)
+    twin = copy.deepcopy(eager)
+    run = torch.compile(twin, fullgraph=True, backend=counter)
+    optimizers = kfac(eager, factor_every=2), kfac(twin, factor_every=2)
+    for i in range(4):
+        x, y = batch(i)
+        for net, optimizer in zip((eager, run), optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    assert counter.frame_count == 2
+    assert not counters["graph_break"]
+    assert_same(eager, twin)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_compiled_products_of_one_activation_are_one() -> None:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    products = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph)
+
+    def backward(graph: torch.fx.GraphModule, _: Any) -> Any:
+        shapes = [n.meta["val"].shape for n in graph.graph.nodes if n.target is torch.ops.aten.bmm.default]
+        products.append(sum(shape == (1, WIDTH, WIDTH) for shape in shapes))
+        return make_boxed_func(graph)
+
+    net = transformed(Attention)
+    kfac(net)
+    backend = aot_autograd(
+        fw_compiler=compiler, bw_compiler=backward, partition_fn=min_cut_rematerialization_partition
+    )
+    x, y = batch(0)
+    F.cross_entropy(torch.compile(net, fullgraph=True, backend=backend)(x), y).backward()
+    assert products == [2 + 4]  # A of q, k and v together and of the head; B of q, k, v and the stem
