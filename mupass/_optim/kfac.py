@@ -353,7 +353,8 @@ class KFAC(PlannedOptimizer):
             for name, change in changes.items():
                 lr, scale, _ = rates[name]
                 size = change.sqrt() * (lr * scale)
-                limit = self.step_bound * rest[name]
+                # What fold put into a parameter is in its change, too.
+                limit = self.step_bound * rest[name] * self.plan[name].geometry.folded
                 directions[name].mul_(
                     (limit / size.clamp(min=1e-30)).clamp(max=1.0).to(directions[name].dtype)
                 )
