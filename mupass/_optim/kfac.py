@@ -373,9 +373,11 @@ class KFAC(PlannedOptimizer):
         if self.step_bound is not None:
             for name, change in changes.items():
                 lr, scale, _ = rates[name]
+                # What fold put into a parameter is in its change, too.
+                limit = self.step_bound * rest[name] * self.plan[name].geometry.folded
                 # Squared, for the derivative where nothing changes.
-                size, limit = change * (lr * scale) ** 2, (self.step_bound * rest[name]) ** 2
-                factor = (limit / size.clamp(min=1e-30)).clamp(max=1.0).sqrt()
+                size = change * (lr * scale) ** 2
+                factor = (limit**2 / size.clamp(min=1e-30)).clamp(max=1.0).sqrt()
                 directions[name] = directions[name] * factor.to(directions[name].dtype)
         if self.kl_clip is not None:
             moves = []

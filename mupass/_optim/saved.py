@@ -12,6 +12,7 @@ from torch import Tensor
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.parallel import is_sharded, local, sharded_like
+from mupass._optim.schedules import watch_rates
 
 if TYPE_CHECKING:
     from mupass._optim.base import PlannedOptimizer
@@ -160,6 +161,7 @@ def copy_state(
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    watch_rates(optimizer)  # their ratios are those of the state now
     for p, saved in states.items():
         for name, own in optimizer.state[p].items():
             if own.device.type != "meta":
