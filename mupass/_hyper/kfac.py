@@ -63,9 +63,7 @@ class KFACRule(PlannedRule):
         }
         refuse_options(optimizer, options)
 
-    def watch(
-        self, forward: Callable[[Tensors], Tensor], parameters: Tensors
-    ) -> tuple[Tensor, list[Tensor]]:
+    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Run the model with taps that note the outputs of layers, see `Rule`."""
         for tap in self.taps:
             tap.clear()

@@ -46,9 +46,7 @@ class Rule:
             if any(group.get(option) for group in self.groups):
                 raise StudyError(f"{option}=True of {type(optimizer).__name__} cannot be differentiated here")
 
-    def watch(
-        self, forward: Callable[[Tensors], Tensor], parameters: Tensors
-    ) -> tuple[Tensor, list[Tensor]]:
+    def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Run the model before a step.
 
         Args:
