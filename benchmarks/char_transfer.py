@@ -23,28 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
-from benchmarks.optimizer_peers import Block
+from benchmarks.models import GPT
 from examples.data import python_text
 from mupass._optim.stacks import Stack
 
 HEAD = 16
 FALLBACK_LR = 2**-8
-
-
-class Characters(nn.Module):
-    """A small GPT with heads of fixed size."""
-
-    def __init__(self, width: int, layers: int, alphabet: int, length: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(alphabet, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, width // HEAD) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, alphabet, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
 
 
 class ConstantDamping(mupass.Shampoo):
@@ -86,7 +70,7 @@ class Search:
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=self.losses.__getitem__)
+        return min(self.losses, key=lambda x: (self.losses[x], x))
 
     @property
     def bracketed(self) -> bool:
@@ -97,7 +81,7 @@ def search(loss: Callable[[float], float], start: float, factor: float) -> Searc
     """Walk from a start until the best value has worse ones on both sides."""
     losses = {0: loss(start)}  # by power of the factor: products of rounded numbers would not meet again
     for _ in range(12):
-        best = min(losses, key=losses.__getitem__)
+        best = min(losses, key=lambda k: (losses[k], k))  # where all diverge, downwards
         missing = [k for k in (best - 1, best + 1) if k not in losses]
         if not missing:
             break
@@ -110,7 +94,8 @@ def train(
 ) -> float:
     """Return the mean loss over the last quarter of the steps; infinity when it blows up."""
     torch.manual_seed(options.seed)
-    model: nn.Module = Characters(width, options.layers, int(data.max()) + 1, options.length)
+    vocabulary = int(data.max()) + 1
+    model: nn.Module = GPT(width, options.layers, vocabulary, options.length, HEAD, spread=None)
     example = torch.zeros(1, options.length, dtype=torch.long)
     model = mupass.transform(model, example, base=options.base)
     optimizer = make(model)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from benchmarks import peers
 from benchmarks.models import GPT, cnn
 
 CYCLE = 10  # steps; roots are due once in each
@@ -87,21 +88,19 @@ def ours(task: Task, every: int, compiled: bool = False) -> Contestant:
 
 
 def kfac_pytorch(task: Task, every: int, method: str = "inverse", compiled: bool = False) -> Contestant:
-    from kfac.preconditioner import KFACPreconditioner
-
     model = seeded(task)
-    preconditioner = KFACPreconditioner(
+    optimizers = peers.kfac_pytorch(
         model,
+        LR,
+        rest_lr=None,
         factor_update_steps=every,
         inv_update_steps=CYCLE,
         damping=1e-2,
         kl_clip=lambda step: None,  # None itself is refused
-        lr=LR,
         compute_method=method,
     )
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     call = torch.compile(model) if compiled else None
-    return Contestant(task, model, [preconditioner, optimizer], call)
+    return Contestant(task, model, optimizers, call)
 
 
 def singd(task: Task, every: int) -> Contestant:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mupass
-from benchmarks.grid import mlp
+from benchmarks.models import mlp
 
 LAYERS = {"0": "input", "2": "hidden", "4": "readout"}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mupass
-from benchmarks.grid import mlp
+from benchmarks.models import mlp
 from examples.data import fashion_mnist
 
 SEARCHES: dict[str, dict[str, list[float]]] = {

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mupass
+from benchmarks.models import mlp, plain_cnn
 from examples.data import DataError, Images, fashion_mnist
 
 PARAMETERIZATIONS = ("mup", "standard")
@@ -50,21 +51,6 @@ class Run:
     lr: float
     loss: float
     accuracy: float
-
-
-def mlp(width: int) -> nn.Module:
-    """Three weight layers on flattened images."""
-    return nn.Sequential(
-        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
-
-
-def cnn(width: int) -> nn.Module:
-    """Two strided convolutions and a head; width is the number of channels."""
-    return nn.Sequential(
-        nn.Conv2d(1, width, 5, 2), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10),
-    )  # fmt: skip
 
 
 def make_optimizer(
@@ -107,7 +93,7 @@ def train(
 
 def sweep(options: argparse.Namespace, data: Images) -> Iterator[Run]:
     """Yield one run for each parameterization, width and learning rate, averaged over seeds."""
-    build = {"mlp": mlp, "cnn": cnn}[options.model]
+    build = {"mlp": mlp, "cnn": plain_cnn}[options.model]
     for parameterization in PARAMETERIZATIONS:
         for width in options.widths:
             for lr in options.lrs:

@@ -6,17 +6,17 @@ forward and backward pass of a model that stands still, and are copied. Recomput
 every PERIOD steps; the mean over whole periods is what training pays, the worst step is what it waits for.
 On CPU process time is taken, which other processes change least: run with OMP_NUM_THREADS=1.
 
-    pip install heavyball pytorch_optimizer
-    git clone https://github.com/facebookresearch/optimizers
-    python -m benchmarks.optimizer_peers --distributed-shampoo optimizers
+    python -m benchmarks.optimizer_peers --peers FOLDER             # `benchmarks.peers` says what is in it
+    python -m benchmarks.optimizer_peers --peers FOLDER --memory    # bytes a parameter, K-FAC too
+
+Memory is that of all tensors alive after 11 steps of training, with gradients freed, each storage once, less
+the model's own; one optimizer after the other, each with arguments as for the timing.
 
 A library that is not installed is left out, and named.
 """
 
 import argparse
 import gc
-import importlib
-import os
 import re
 import statistics
 import sys
@@ -24,44 +24,25 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from benchmarks import peers
+from benchmarks.kfac_time import tensor_bytes
+from benchmarks.models import GPT
+from benchmarks.peers import PERIOD
 
-VOCABULARY, PERIOD = 256, 10
-
-
-class Block(nn.Module):
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, d)
-        x = x + self.out(h)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+VOCABULARY, LENGTH = 256, 128
 
 
-class GPT(nn.Module):
-    def __init__(self, d: int = 256, layers: int = 4, heads: int = 4, length: int = 128) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, d), nn.Embedding(length, d)
-        self.blocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, VOCABULARY, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+def gpt(width: int) -> nn.Module:
+    """Four blocks of four heads, on sequences of 128 tokens."""
+    return GPT(width, 4, VOCABULARY, LENGTH, width // 4)
 
 
 @dataclass
@@ -70,7 +51,7 @@ class Entry:
 
     name: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: peers.Optimizers
     peer_of: str
     times: list[float] = field(default_factory=list)
     warm_up: float = 0.0
@@ -80,159 +61,92 @@ class Entry:
             p.grad = g.clone()
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         start = clock()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return clock() - start
 
-    def memory(self) -> float:
-        """MiB of tensors in the state, each storage once."""
-        seen: dict[int, int] = {}
-        ours = [self.optimizer._extra_state()] if hasattr(self.optimizer, "_extra_state") else []
-        stack: list[object] = [dict(self.optimizer.state), *ours]
-        visited: set[int] = set()
-        while stack:
-            item = stack.pop()
-            if id(item) in visited:
-                continue
-            visited.add(id(item))
-            if isinstance(item, Tensor):
-                seen[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-            elif isinstance(item, dict):
-                stack += item.values()
-            elif isinstance(item, (list, tuple)):
-                stack += item
-            elif type(item).__module__.startswith(("distributed_shampoo", "heavyball")):
-                stack += vars(item).values() if hasattr(item, "__dict__") else []
-                slots = [s for c in type(item).__mro__ for s in getattr(c, "__slots__", ())]
-                stack += [getattr(item, s) for s in slots if hasattr(item, s)]
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        return sum(n for pointer, n in seen.items() if pointer not in own) / 2**20
 
-
-Make = Callable[[nn.Module], torch.optim.Optimizer]
+Make = Callable[[nn.Module], peers.Optimizers]
 
 
 def ours(compile: bool) -> dict[str, tuple[Make, str]]:
     """Optimizers of this package: name -> (constructor, name of the comparison)."""
     suffix = ", compiled" if compile else ""
     table: dict[str, tuple[Make, str]] = {}
+
+    def add(name: str, kind: type, peer: str, lr: float = 1e-3, **settings: Any) -> None:
+        table[f"mupass {name}{suffix}"] = (lambda m: [kind(m, lr, compile=compile, **settings)], peer)
+
     for size in (256, 1024):
-        for graft in ("none", "adam"):
-            note = "" if graft == "none" else " # adam"
-            table[f"mupass Shampoo {size}{note}{suffix}"] = (
-                lambda m, size=size, graft=graft: mupass.Shampoo(
-                    m, 1e-3, root_every=PERIOD, block_size=size, graft=graft, compile=compile
-                ),
-                f"Distributed Shampoo {size}{note}",
-            )
+        for graft, note in (("none", ""), ("adam", " # adam")):
+            settings = {"root_every": PERIOD, "block_size": size, "graft": graft}
+            add(f"Shampoo {size}{note}", mupass.Shampoo, f"Distributed Shampoo {size}{note}", **settings)
     for size in (1024, 256):  # peers do not cut, and no side of this model is longer than 1024
-        table[f"mupass SOAP {size}{suffix}"] = (
-            lambda m, size=size: mupass.SOAP(m, 1e-3, basis_every=PERIOD, block_size=size, compile=compile),
-            "HeavyBall SOAP",
-        )
+        add(f"SOAP {size}", mupass.SOAP, "HeavyBall SOAP", basis_every=PERIOD, block_size=size)
     for note, dtype in {"": None, " bfloat16": torch.bfloat16}.items():  # torch's has no other
-        table[f"mupass Muon{note}{suffix}"] = (
-            lambda m, dtype=dtype: mupass.Muon(m, 1e-2, product_dtype=dtype, compile=compile),
-            "torch Muon",
-        )
+        add(f"Muon{note}", mupass.Muon, "torch Muon", lr=1e-2, product_dtype=dtype)
     return table
 
 
-def peers(distributed_shampoo: str | None) -> dict[str, Make]:
-    """Other libraries that are installed."""
+def others(compiled: bool) -> dict[str, Make]:
+    """Other libraries, those that are there; HeavyBall compiled or not."""
     found: dict[str, Make] = {}
-    if distributed_shampoo:
-        sys.path.insert(0, os.path.abspath(distributed_shampoo))
-        for size in (256, 1024):
-            for note in ("", " # adam"):
-                found[f"Distributed Shampoo {size}{note}"] = lambda m, size=size, graft=bool(note): (
-                    _distributed_shampoo(m, size, graft)
-                )
-    for name, module, make in (
-        ("HeavyBall SOAP", "heavyball", _heavyball),
-        ("pytorch_optimizer SOAP", "pytorch_optimizer", _pytorch_optimizer),
-    ):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            print(f"left out: {name} ({error})")
+    for size in (256, 1024):
+        for note in ("", " # adam"):
+            found[f"Distributed Shampoo {size}{note}"] = partial(
+                peers.distributed_shampoo, lr=1e-3, size=size, graft=bool(note)
+            )
+    found["HeavyBall SOAP"] = partial(peers.heavyball_soap, lr=1e-3, compiled=compiled)
+    found["official SOAP"] = partial(peers.official_soap, lr=1e-3)
+    found["pytorch_optimizer SOAP"] = partial(peers.pytorch_optimizer_soap, lr=1e-3)
+    found["torch Muon"] = partial(peers.torch_muon, lr=1e-2)
+    absent = peers.missing(list(found))
+    for name, reason in absent.items():
+        print(f"left out: {name} ({reason})")
+    return {name: make for name, make in found.items() if name not in absent}
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[str, Make, str]]:
+    """Return name, constructor and peer of all that take part; the peer's is empty for a peer itself."""
+    mine: dict[str, tuple[Make, str]] = {}
+    for compile in [False, True] if options.compile else [False]:
+        mine |= ours(compile)
+    table = [(name, make, to) for name, (make, to) in mine.items()]
+    table += [(name, make, "") for name, make in others(not options.memory).items()]
+    if options.memory:  # K-FAC is timed by `benchmarks.kfac_time`, as its factors are made in backward
+        table += [("mupass KFAC", lambda m: [mupass.KFAC(m, 1e-3, root_every=PERIOD)], "kfac-pytorch")]
+        absent = peers.missing(["kfac-pytorch"])
+        if absent:
+            print(f"left out: kfac-pytorch ({absent['kfac-pytorch']})")
         else:
-            found[name] = make
-    found["torch Muon"] = _torch_muon
-    return found
+            table += [("kfac-pytorch", partial(peers.kfac_pytorch, lr=1e-3), "")]
+    words = options.only
+    return [row for row in table if not words or any(re.search(word, row[0]) for word in words)]
 
 
-def _distributed_shampoo(model: nn.Module, size: int, graft: bool) -> torch.optim.Optimizer:
-    from distributed_shampoo import AdamPreconditionerConfig, DistributedShampoo
-
-    return DistributedShampoo(
-        model.parameters(),
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        epsilon=1e-8,
-        max_preconditioner_dim=size,
-        precondition_frequency=PERIOD,
-        grafting_config=AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8) if graft else None,
-    )
+def built(name: str, make: Make, to: str, width: int, weights: dict[str, Tensor]) -> Entry:
+    """Return an optimizer with a model of its own; ours are transformed."""
+    model = gpt(width)
+    model.load_state_dict(weights)
+    if to:
+        mupass.transform(model, torch.zeros(1, LENGTH, dtype=torch.long), base=width)
+    return Entry(name, model, make(model), to)
 
 
-def _heavyball(model: nn.Module) -> torch.optim.Optimizer:
-    import heavyball
-
-    heavyball.utils.compile_mode = "default"  # its own choice tunes every product for minutes
-    return heavyball.SOAP(model.parameters(), lr=1e-3, precondition_frequency=PERIOD)
-
-
-def _pytorch_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(model.parameters(), lr=1e-3, precondition_frequency=PERIOD)
-
-
-def _torch_muon(model: nn.Module) -> torch.optim.Optimizer:
-    """Muon for the matrices of the blocks, AdamW for the rest, as its documentation says."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks")]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    return Both(torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3, foreach=True))
-
-
-class Both(torch.optim.Optimizer):
-    """Two optimizers as one."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-        super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
-        self.state = {p: s for part in self.parts for p, s in part.state.items()}  # type: ignore[assignment]
+def loss_of(model: nn.Module) -> Tensor:
+    ids = torch.randint(VOCABULARY, (4, LENGTH + 1))
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
 def run(options: argparse.Namespace) -> list[Entry]:
     torch.manual_seed(0)
-    source = GPT(options.width)
-    ids = torch.randint(VOCABULARY, (4, 129))
-    mine = {}
-    for compile in [False, True] if options.compile else [False]:
-        mine |= ours(compile)
-    entries = []
-    chosen = [(n, m, to) for n, (m, to) in mine.items()] + [
-        (n, m, "") for n, m in peers(options.distributed_shampoo).items()
-    ]
-    for name, make, to in chosen:
-        if options.only and not any(re.search(word, name) for word in options.only):
-            continue
-        model = GPT(options.width)
-        model.load_state_dict(source.state_dict())
-        if to:
-            mupass.transform(model, ids[:, :-1], base=options.width)
-        entries.append(Entry(name, model, make(model), to))
+    source = gpt(options.width)
+    entries = [built(*row, options.width, source.state_dict()) for row in chosen(options)]
     for step in range(-options.warm, options.steps):
         source.zero_grad()
-        ids = torch.randint(VOCABULARY, (4, 129))
-        F.cross_entropy(source(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        loss_of(source).backward()
         gradients = [p.grad for p in source.parameters()]
         gc.collect()
         for entry in entries:
@@ -244,9 +158,36 @@ def run(options: argparse.Namespace) -> list[Entry]:
     return entries
 
 
+def bytes_a_parameter(name: str, make: Make, to: str, width: int, steps: int = PERIOD + 1) -> float:
+    """Train, free the gradients, and count what is alive beyond the model and what was alive before."""
+    torch.manual_seed(0)
+    if to:  # what the first transform of a process leaves behind is no optimizer's
+        mupass.transform(gpt(width), torch.zeros(1, LENGTH, dtype=torch.long), base=width)
+    weights = gpt(width).state_dict()
+    before = tensor_bytes()
+    entry = built(name, make, to, width, weights)
+    for _ in range(steps):
+        loss_of(entry.model).backward()
+        for optimizer in entry.optimizers:
+            optimizer.step()
+        entry.model.zero_grad()  # frees them
+    own = sum(t.nbytes for t in (*entry.model.parameters(), *entry.model.buffers()))
+    return (tensor_bytes() - before - own) / sum(p.numel() for p in entry.model.parameters())
+
+
+def memory_table(options: argparse.Namespace) -> None:
+    """Print bytes a parameter, the peers first."""
+    print(f"{'optimizer':38} {'bytes a parameter':>18}  the peer's")
+    found: dict[str, float] = {}
+    for name, make, to in sorted(chosen(options), key=lambda row: bool(row[2])):
+        found[name] = bytes_a_parameter(name, make, to, options.width)
+        peer = f"{found[to]:.1f} ({to})" if to in found else ""
+        print(f"{name:38} {found[name]:18.1f}  {peer}", flush=True)
+
+
 def table(entries: list[Entry]) -> None:
-    print(f"{'optimizer':38} {'mean':>8} {'median':>8} {'worst':>8} {'warm-up':>8} {'MiB':>6}  ratio to peer")
-    print(f"{'':38} {'ms':>8} {'ms':>8} {'ms':>8} {'s':>8} {'':>6}  mean, median, worst")
+    print(f"{'optimizer':38} {'mean':>8} {'median':>8} {'worst':>8} {'warm-up':>8}  ratio to peer")
+    print(f"{'':38} {'ms':>8} {'ms':>8} {'ms':>8} {'s':>8}  mean, median, worst")
     by_name = {e.name: e for e in entries}
     for e in entries:
         figures = [statistics.fmean(e.times), statistics.median(e.times), max(e.times)]
@@ -257,7 +198,7 @@ def table(entries: list[Entry]) -> None:
             ratio = ", ".join(f"{a / b:.2f}" for a, b in zip(figures, other, strict=True))
             ratio += f"  ({e.peer_of})"
         cells = " ".join(f"{1e3 * f:8.1f}" for f in figures)
-        print(f"{e.name:38} {cells} {e.warm_up:8.1f} {e.memory():6.0f}  {ratio}")
+        print(f"{e.name:38} {cells} {e.warm_up:8.1f}  {ratio}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,13 +206,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30, help=f"a multiple of the period, {PERIOD}")
     parser.add_argument("--warm", type=int, default=11, help="steps before, counted as warm-up")
-    parser.add_argument(
-        "--distributed-shampoo", metavar="FOLDER", help="clone of facebookresearch/optimizers"
-    )
+    parser.add_argument("--peers", metavar="FOLDER", help="whose subfolders hold what is not installed")
+    parser.add_argument("--memory", action="store_true", help="count bytes instead of timing")
     parser.add_argument("--compile", action="store_true", help="also with compile=True")
     parser.add_argument("--only", nargs="+", help="regular expressions for the names to run")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    peers.look_into(options.peers)
+    if options.memory:
+        memory_table(options)
+        return 0
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
     table(run(options))
     return 0

@@ -19,7 +19,6 @@ only prints the table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -28,13 +27,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from benchmarks.log import Log
 from benchmarks.models import GPT, cnn
+from benchmarks.tasks import Batches, shuffled, windows
 from examples.data import fashion_mnist, python_text
 
 GRID = [2.0**p for p in range(-11, 2, 2)]
@@ -48,7 +50,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "adamw": lambda m, lr: torch.optim.AdamW(mupass.param_groups(m, lr), weight_decay=0.0),
     "sgd": lambda m, lr: torch.optim.SGD(mupass.param_groups(m, lr, optimizer="sgd"), momentum=0.9),
 }
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,20 @@ class Task:
     limit: int
 
 
+def one_pass(x: Tensor, y: Tensor, batch: int) -> Callable[[int], Batches]:
+    return lambda seed: shuffled(x, y, batch, torch.Generator().manual_seed(seed))
+
+
 def images(folder: str | None, batch: int = 64) -> Callable[[int], Batches]:
     data = fashion_mnist(folder)
-
-    def shuffled(seed: int) -> Batches:
-        order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(seed))
-        return ((data.train_x[rows], data.train_y[rows]) for rows in order.split(batch))
-
-    return shuffled
+    return one_pass(data.train_x, data.train_y, batch)
 
 
 def text(
     batch: int = 8, length: int = 64, characters: int = 1_000_000
 ) -> tuple[Callable[[int], Batches], int]:
     ids, alphabet = python_text(characters)
-    windows = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
-
-    def shuffled(seed: int) -> Batches:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        return ((windows[rows, :-1], windows[rows, 1:]) for rows in order.split(batch))
-
-    return shuffled, len(alphabet)
+    return one_pass(*windows(ids, length), batch), len(alphabet)
 
 
 def make_task(name: str, folder: str | None) -> Task:
@@ -114,10 +108,6 @@ class Run:
     seconds: float
     cpu_seconds: float
     loss: float
-
-    @property
-    def key(self) -> tuple[str, str, int, float, int]:
-        return self.task, self.optimizer, self.width, self.lr, self.seed
 
 
 def train(name: str, task: Task, optimizer: str, width: int, lr: float, seed: int, limit: int) -> Run:
@@ -147,22 +137,21 @@ def train(name: str, task: Task, optimizer: str, width: int, lr: float, seed: in
     return Run(name, optimizer, width, lr, seed, reached, len(losses), wall, cpu, smoothed)
 
 
-class Log:
-    """Runs on disk, one line of JSON each."""
+class Runs:
+    """Finished runs on disk."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = {run.key: run for run in (Run(**json.loads(line)) for line in lines)}
+        self.log = Log(path, ("task", "optimizer", "width", "lr", "seed"))
 
     def add(self, run: Run) -> None:
-        self.runs[run.key] = run
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(asdict(run)) + "\n")
+        self.log.add(asdict(run))
 
     def some(self, task: str, optimizer: str, width: int, lr: float | None = None) -> list[Run]:
-        found = [r for r in self.runs.values() if (r.task, r.optimizer, r.width) == (task, optimizer, width)]
+        found = [Run(**row) for row in self.log.some(task=task, optimizer=optimizer, width=width)]
         return [r for r in found if lr is None or r.lr == lr]
+
+    def has(self, **key: Any) -> bool:
+        return self.log.get(**key) is not None
 
 
 def cost(runs: Sequence[Run]) -> tuple[float, float]:
@@ -171,16 +160,16 @@ def cost(runs: Sequence[Run]) -> tuple[float, float]:
     return steps, mean(r.loss for r in runs)
 
 
-def tuned(log: Log, task: str, optimizer: str, base: int) -> float | None:
+def tuned(runs: Runs, task: str, optimizer: str, base: int) -> float | None:
     """Return the best learning rate at the base width."""
     by: dict[float, list[Run]] = {}
-    for run in log.some(task, optimizer, base):
+    for run in runs.some(task, optimizer, base):
         by.setdefault(run.lr, []).append(run)
     return min(by, key=lambda lr: cost(by[lr])) if by else None
 
 
 def wanted(
-    log: Log, name: str, task: Task, options: argparse.Namespace
+    runs: Runs, name: str, task: Task, options: argparse.Namespace
 ) -> Iterator[tuple[str, int, float, int, int]]:
     """Yield the runs to do, each with its limit: the grid at the base width, then the best rate when wide."""
     middle = sorted(options.lrs)[len(options.lrs) // 2]
@@ -188,12 +177,12 @@ def wanted(
     for optimizer in options.optimizers:
         for seed in range(options.seeds):
             for lr in outwards:
-                if all(run.reached for run in log.some(name, optimizer, task.base, lr)):
+                if all(run.reached for run in runs.some(name, optimizer, task.base, lr)):
                     there = [
-                        r.steps for r in log.some(name, optimizer, task.base) if r.reached and r.seed == seed
+                        r.steps for r in runs.some(name, optimizer, task.base) if r.reached and r.seed == seed
                     ]
                     yield optimizer, task.base, lr, seed, min([task.limit, *(PATIENCE * n for n in there)])
-        best = tuned(log, name, optimizer, task.base)
+        best = tuned(runs, name, optimizer, task.base)
         if best is not None:
             for seed in range(options.seeds):
                 yield optimizer, WIDER * task.base, best, seed, task.limit
@@ -213,19 +202,19 @@ def cell(runs: Sequence[Run]) -> str:
     return numbers + ("" if len(there) == len(runs) else f" [{len(there)} of {len(runs)} runs]")
 
 
-def table(log: Log, tasks: dict[str, Task], optimizers: Sequence[str]) -> str:
+def table(runs: Runs, tasks: dict[str, Task], optimizers: Sequence[str]) -> str:
     lines = []
     for name, task in tasks.items():
         wide = WIDER * task.base
         lines.append(f"\n{name}: to loss {task.target:g}, at most {task.limit} steps")
         lines.append(f"{'':<10}{'lr':<8}{f'width {task.base}':<52}{f'width {wide}, same lr'}")
         for optimizer in optimizers:
-            best = tuned(log, name, optimizer, task.base)
+            best = tuned(runs, name, optimizer, task.base)
             if best is None:
                 continue
-            grid = sorted({r.lr for r in log.some(name, optimizer, task.base)})
+            grid = sorted({r.lr for r in runs.some(name, optimizer, task.base)})
             edge = "!" if best in (grid[0], grid[-1]) else ""
-            cells = [cell(log.some(name, optimizer, w, best)) for w in (task.base, wide)]
+            cells = [cell(runs.some(name, optimizer, w, best)) for w in (task.base, wide)]
             lines.append(f"{optimizer:<10}{f'2^{math.log2(best):.4g}{edge}':<8}{cells[0]:<52}{cells[1]}")
     return "\n".join([*lines, "mean +- deviation over seeds; !: edge of the grid"])
 
@@ -246,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    log, start, tasks = Log(options.out), time.perf_counter(), {}
+    runs, start, tasks = Runs(options.out), time.perf_counter(), {}
     for name in options.tasks:
         task = make_task(name, options.data)
         changes = {"limit": options.limit, "target": options.target}
@@ -254,12 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, task in tasks.items():
         if options.report:
             break
-        for optimizer, width, lr, seed, limit in wanted(log, name, task, options):
+        for optimizer, width, lr, seed, limit in wanted(runs, name, task, options):
             late = time.perf_counter() - start > 60 * options.minutes
-            if (name, optimizer, width, lr, seed) in log.runs or late:
+            done = runs.has(task=name, optimizer=optimizer, width=width, lr=lr, seed=seed)
+            if done or late:
                 continue
-            log.add(train(name, task, optimizer, width, lr, seed, limit))
-    print(table(log, tasks, options.optimizers), flush=True)
+            runs.add(train(name, task, optimizer, width, lr, seed, limit))
+    print(table(runs, tasks, options.optimizers), flush=True)
     return 0
 
 

@@ -16,7 +16,8 @@ import warnings
 import torch
 
 import mupass
-from benchmarks.grid import cnn, train
+from benchmarks.grid import train
+from benchmarks.models import plain_cnn
 from examples.data import Images, fashion_mnist
 
 GRIDS = {"kfac": [2.0**p for p in (-9, -7, -5, -3, -1)], "sgd": [2.0**p for p in (-7, -5, -3, -1, 1)]}
@@ -27,7 +28,7 @@ def accuracy(
 ) -> float:
     """Train one network and return its test accuracy."""
     torch.manual_seed(seed)
-    model = mupass.transform(cnn(options.width), data.train_x[:2], base=options.width)
+    model = mupass.transform(plain_cnn(options.width), data.train_x[:2], base=options.width)
     if zero:
         torch.nn.init.zeros_(model[-1].weight)
         torch.nn.init.zeros_(model[-1].bias)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -17,23 +17,27 @@ from mupass._dims.constants import constant_notes, find_constants
 from mupass._dims.given import account, settle
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
+from mupass._dims.scaled import Scaled
 from mupass._dims.second import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
 from mupass._roles.branches import find_branches
+from mupass._roles.carriers import readout_carriers
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
+from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 
-Base = int | float | Mapping[str, float] | nn.Module
+Base = int | float | Mapping[str, float] | nn.Module | None
+BASE = 256  # of wider models, unless stated
 
 
 def analyze(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    base: Base = 256,
+    base: Base = None,
     dims: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> Analysis:
@@ -47,7 +51,8 @@ def analyze(
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device
-            suffices) gives them all and settles the verdict on every parameter axis.
+            suffices) gives them all and settles the verdict on every parameter axis. If left out 256, or
+            the model's own width where that is less, so that a narrow model is not scaled at all.
         dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
             dimension name, or a regular expression that must match all of ``parameter:axis``.
         strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
@@ -64,12 +69,17 @@ def analyze(
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     other = base if isinstance(base, nn.Module) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
-    notes = (*found.conflicts, *found.second.notes, *disagreements(found.alone, found.second.axes))
-    return _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    # A second instance is the truth: what it settles, and otherwise than one model would, is for the report.
+    settled = (*found.second.notes, *disagreements(found.alone, found.second.axes))
+    notes = (*found.conflicts, *settled)
+    analysis = _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    return replace(analysis, notes=(*analysis.notes, *settled))
 
 
 def _check_base(base: Base) -> None:
-    sizes = base.values() if isinstance(base, Mapping) else [] if isinstance(base, nn.Module) else [base]
+    if base is None or isinstance(base, nn.Module):
+        return
+    sizes = base.values() if isinstance(base, Mapping) else [base]
     for size in sizes:
         if (
             isinstance(size, bool)
@@ -97,6 +107,7 @@ def _assemble(
             "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, shapes, infinite)
+    base = min(BASE, width) if base is None else base
     sizes = _BaseSizes(solved, names, base, second, width)
     geometries = []
     sites = find_sites(captured)
@@ -106,9 +117,13 @@ def _assemble(
         else:
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
         geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
-        geometries.append(replace(geometry, sites=sites.get(name, ())))
+        normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
+        geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
-    warnings += tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    unread = tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
+    # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
+    noted = (*unread, *captured.warnings) if captured.method == "export" or not unread else ()
+    warnings += unread
     warnings += _attention_notes(solved)
     certain, doubtful = settle(find_constants(captured, solved), second)
     geometries, left = account(
@@ -119,19 +134,26 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
+    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized)
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    return Analysis(tuple(geometries), width, base_width, captured.method, warnings, modules, branches)
+    held = readout_carriers(captured, geometries)
+    return Analysis(
+        tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held, noted
+    )
 
 
 def _width(
     solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
 ) -> int:
     """The width of a model is the growing dimension that most parameter axes carry (ties: the widest)."""
-    carried: Counter[int] = Counter()
+    read: Counter[int] = Counter()
+    unread: Counter[int] = Counter()
     space = solved.engine.space
     for name, dims in solved.dims.items():
-        carried.update({space.find(d): 1 for d, f in zip(dims, infinite[name], strict=True) if f})
+        grown = [d for d, f in zip(dims, infinite[name], strict=True) if f]
+        (unread if name in solved.overlooked else read).update({space.find(d): 1 for d in grown})
+    carried = read or unread
     return max((count, space.size(dim)) for dim, count in carried.items())[1]
 
 
@@ -141,7 +163,7 @@ class _BaseSizes:
     def __init__(self, solved: Inference, names: DimNames, base: Base, second: Second, width: int):
         self.solved, self.space = solved, solved.engine.space
         self.given: dict[int, float] = dict(second.sizes)
-        self.base_width: float = width if isinstance(base, (Mapping, nn.Module)) else base
+        self.base_width: float = base if isinstance(base, (int, float)) else width
         if isinstance(base, Mapping):
             for name, size in base.items():
                 found = names.find(name)
@@ -152,21 +174,18 @@ class _BaseSizes:
             self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
         self.factor = self.base_width / width
 
+    @cached_property
+    def _scaled(self) -> Scaled:
+        return Scaled(self.solved, self.given, self.factor)
+
     def of_any(self, dim: int) -> float:
-        return self.of(dim, self.solved.verdicts.grows(dim))
+        return self._scaled.exact(dim)
 
     def of(self, dim: int, infinite: bool) -> float:
-        root, size = self.space.find(dim), self.space.size(dim)
-        if root in self.given:
-            return self.given[root]
-        if not infinite or (self.factor == 1 and not self.given):
-            return size
-        for kind, combine in (("product", prod), ("sum", sum)):
-            for members in self.space.terms_of(root, kind):
-                parts = [self.of_any(m) for m in members]
-                if any(self.solved.verdicts.grows(m) for m in members):
-                    return float(combine(parts))
-        return size * self.factor
+        """Return the base size of an axis, whose verdict may be settled apart from its equals'."""
+        if infinite == self.solved.verdicts.grows(dim) or self.space.find(dim) in self.given:
+            return self._scaled.exact(dim)
+        return self.space.size(dim) * self.factor if infinite else self.space.size(dim)
 
 
 def geometry_of(
@@ -234,3 +253,14 @@ def _attention_notes(solved: Inference) -> tuple[str, ...]:
             instead = ", not 1/sqrt(head_dim)" if usual else f"; see that the scale given, {scale:.6g}, does"
             notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
     return tuple(notes.values())
+
+
+def _normalized_note(geometry: Geometry) -> str:
+    """Say of a readout that is normalized what that does, and what to write instead."""
+    axes = ", ".join(f"'{geometry.name}:{i}': 'infinite'" for i in geometry.fan_out_axes)
+    return (
+        f"{geometry.name}: {geometry.normalized} divides what this readout puts out by its own size. That "
+        "undoes its start at 1/sqrt(fan_in), and no scale keeps both its first step and the layers below it "
+        "independent of the width. Normalize what it reads instead, put a fixed number in place of the "
+        f"normalizer, or widen its output with the rest: dims={{{axes}}}"
+    )

@@ -1,4 +1,14 @@
-"""Every error that mupass raises on purpose, and the category of its warnings."""
+"""Every error that mupass raises on purpose, and how it warns."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import warnings
+from collections.abc import Generator, Iterable
+from contextvars import ContextVar
+from pathlib import Path
 
 
 class MupassError(Exception):
@@ -31,3 +41,39 @@ class OptimizerError(MupassError, ValueError):
 
 class MupassWarning(UserWarning):
     """Something changes a result or asks for an answer: which parameter or operator, why, what to write."""
+
+
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]
+_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Warn of each matter, at the line outside of mupass that led here.
+
+    Args:
+        messages: What changes a result or asks for an answer, one text a matter.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
+        level, frame = level + 1, frame.f_back
+    said = _SAID.get()
+    for message in messages:
+        matter = re.sub(r"\d[\d.e+-]*", "#", message)  # the same at another width is the same matter
+        if said is None or matter not in said:
+            warnings.warn(message, MupassWarning, stacklevel=level)
+        if said is not None:
+            said.add(matter)
+
+
+@contextlib.contextmanager
+def each_matter_once() -> Generator[None, None, None]:
+    """Warn of a matter once, however many copies of a model it concerns.
+
+    Yields:
+        Nothing.
+    """
+    token = _SAID.set(set() if _SAID.get() is None else _SAID.get())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)

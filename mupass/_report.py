@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import networkx as nx
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from mupass._roles.geometry import Analysis, Geometry
 from mupass._scales.scales import Scales, scales
 from mupass._scales.spec import OptimizerSpec
 
+if TYPE_CHECKING:
+    import networkx
+
+COLUMNS, NAMES = 100, 48  # widest table, widest name in it
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#1b1f24;background:#fff}
 h1{font-size:1.25rem;margin:0 0 .25rem} p.note{margin:.15rem 0;color:#59636e}
@@ -52,22 +56,55 @@ class Report:
         return self.text()
 
     def text(self) -> str:
-        """Return the module tree, one line a parameter.
+        """Return the module tree, one line a parameter, in at most 100 columns.
 
-        Growing axes carry ``*``, axes that a policy decided ``?``.
+        Growing axes carry ``*``, axes that a policy decided ``?``. Of blocks that are alike one is shown.
         """
-        rows = [
-            (*self._cells(g), depth) if g else (label, "", "", "", "", depth)
-            for label, g, depth in self._lines()
-        ]
-        names = ["  " * depth + name for name, *_, depth in rows]
-        columns: list[list[str]] = [names, *([str(r[i]) for r in rows] for i in range(1, 5))]
-        heads = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
-        widths = [max(len(cell) for cell in (h, *c)) for h, c in zip(heads, columns, strict=True)]
-        table: list[tuple[str, ...]] = [heads, *zip(*columns, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
-        return "\n".join([self._headline(), *lines, *self._footer()])
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "role", "init", f"lr ({self.optimizer})")]
+        for label, g, depth in _folded(list(self._lines()), self._likeness):
+            name, *cells = self._cells(g) if g else (label, "", "", "", "")
+            rows.append((_cut("  " * depth + name, NAMES), *cells))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        widths[1] = min(widths[1], COLUMNS - sum(widths) + widths[1] - 8)
+        lines = [line for row in rows for line in _row(row, widths)]
+        lines.insert(1, "-" * (sum(widths) + 8))
+        head = textwrap.wrap(self._headline(), COLUMNS)
+        return "\n".join([*head, *lines, *_wrapped(self._footer())])
+
+    def record(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        a = self.analysis
+        return {
+            "model": a.modules[0][1] if a.modules else "model",
+            "width": a.width,
+            "base_width": a.base_width,
+            "parameterization": self.parameterization,
+            "optimizer": self.optimizer,
+            "capture": a.capture,
+            "warnings": list(a.warnings),
+            "questions": [vars(question) for question in self.questions()],
+            "parameters": [self._parameter(g) for g in a.geometries],
+        }
+
+    def _parameter(self, g: Geometry) -> dict[str, Any]:
+        factors = {k: v for k, v in asdict(self.scales(g)).items() if k != "lr_powers"}
+        return {
+            "name": g.name,
+            "aliases": list(g.aliases),
+            "shape": list(g.shape),
+            "base_shape": list(g.base_shape),
+            "dims": list(g.dims),
+            "grows": list(g.infinite),
+            "ambiguous": list(g.ambiguous),
+            "role": g.role,
+            **factors,
+        }
+
+    def _likeness(self, g: Geometry) -> tuple[Any, ...]:
+        """Return what parameters of repeated blocks have in common."""
+        found = self.scales(g)
+        aliases = bool(g.aliases)  # a tie is of this block alone
+        return g.shape, g.role, g.infinite, g.ambiguous, found.init, found.lr, g.name if aliases else ""
 
     def html(self) -> str:
         """Return one self-contained HTML page; hovering over an axis shows the evidence."""
@@ -89,14 +126,16 @@ class Report:
             f"{''.join(body)}</table><ul>{notes}</ul></html>"
         )
 
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> networkx.DiGraph:
         """Return parameters and dimensions as a bipartite graph.
 
         A parameter points to the dimensions that it makes (fan_out); the dimensions that it contracts
         (fan_in) point to it. Nodes have ``kind`` (``parameter`` or ``dimension``) and ``infinite`` or
         ``role``.
         """
-        graph = nx.DiGraph()
+        import networkx
+
+        graph = networkx.DiGraph()
         for g in self.analysis.geometries:
             graph.add_node(g.name, kind="parameter", role=g.role)
             for i, (term, infinite) in enumerate(zip(g.dims, g.infinite, strict=True)):
@@ -149,7 +188,7 @@ class Report:
         name = a.modules[0][1] if a.modules else "model"
         return (
             f"{name}: width {a.width}, base width {a.base_width:g}, {self.parameterization}, "
-            f"captured by {a.capture}; * grows with width, ? settled by a policy"
+            f"captured by {a.capture}; * grows with width, ? by policy"
         )
 
     def questions(self) -> list[Question]:
@@ -221,6 +260,80 @@ class Question:
 def _alike(g: Geometry, axis: int) -> tuple[str, ...]:
     """Return what axes have in common that one reason settles; block numbers do not count."""
     return (re.sub(r"\d+", "#", g.evidence[axis].partition(" ")[2].partition(" ")[2]), str(g.infinite[axis]))
+
+
+Line = tuple[str, "Geometry | None", int]
+
+
+def _folded(lines: list[Line], likeness: Callable[[Geometry], tuple[Any, ...]]) -> Iterator[Line]:
+    """Yield the lines of a module tree, of neighboring numbered modules that are alike the first alone."""
+    at = 0
+    while at < len(lines):
+        label, geometry, depth = lines[at]
+        end = _end(lines, at)
+        same = [label.partition(" ")[0]]
+        if geometry is None and same[0].isdigit():
+            first, next_ = _alike_block(lines, at, end, likeness), end
+            while next_ < len(lines) and _is_next(lines, next_, depth, int(same[-1])):
+                last = _end(lines, next_)
+                if _alike_block(lines, next_, last, likeness) != first:
+                    break
+                same.append(lines[next_][0].partition(" ")[0])
+                next_ = last
+            if len(same) > 1:
+                kind = label.partition(" ")[2].strip("()")
+                yield f"{same[0]} to {same[-1]} ({len(same)} x {kind})", None, depth
+                yield from _folded(lines[at + 1 : end], likeness)
+                at = next_
+                continue
+        yield lines[at]
+        at += 1
+
+
+def _end(lines: list[Line], at: int) -> int:
+    """Return where the module that starts at a line ends."""
+    end = at + 1
+    while end < len(lines) and lines[end][2] > lines[at][2]:
+        end += 1
+    return end
+
+
+def _is_next(lines: list[Line], at: int, depth: int, number: int) -> bool:
+    label, geometry, own = lines[at]
+    return geometry is None and own == depth and label.partition(" ")[0] == str(number + 1)
+
+
+def _alike_block(
+    lines: list[Line], at: int, end: int, likeness: Callable[[Geometry], tuple[Any, ...]]
+) -> list[Any]:
+    """Return what a module has in common with its repetitions: all but its own number."""
+    kind = lines[at][0].partition(" ")[2]
+    inside = [(label, depth, likeness(g) if g else None) for label, g, depth in lines[at + 1 : end]]
+    return [kind, *inside]
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Return one row of a table; a shape that is too wide goes on in further lines."""
+    shapes = textwrap.wrap(cells[1], widths[1], subsequent_indent=" ") or [""]
+    first = [cells[0], shapes[0], *cells[2:]]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(first, widths, strict=True)).rstrip()]
+    return lines + [" " * (widths[0] + 2) + shape for shape in shapes[1:]]
+
+
+def _cut(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 3]}..."
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    """Wrap notes; the entry of ``dims=`` at the end of one stays whole, on a line of its own."""
+    wrapped = []
+    for line in lines:
+        text, brace, entry = line.partition("  {")
+        wrapped += textwrap.wrap(text, COLUMNS, subsequent_indent="    ")
+        if brace:
+            fits = len(wrapped[-1]) + len(entry) + 3 <= COLUMNS
+            wrapped[-1:] = [f"{wrapped[-1]}  {{{entry}"] if fits else [wrapped[-1], f"    {{{entry}"]
+    return wrapped
 
 
 def _prefixes(path: str) -> Iterator[str]:

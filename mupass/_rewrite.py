@@ -1,6 +1,7 @@
 """Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
 
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import TransformError
+from mupass._errors import MupassWarning, PlanError, TransformError
 from mupass._roles.geometry import Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
@@ -71,6 +72,39 @@ class OutputMultiplier:
         return output * self.factor
 
 
+@dataclass
+class SaveNotice:
+    """State-dict hook that says once that the saved weights are right behind live multipliers only.
+
+    Attributes:
+        model: Class of the model.
+        told: Whether it has been said.
+    """
+
+    model: str
+    told: bool = False
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Warn once.
+
+        Args:
+            module: Module with a multiplier, whose state is being saved.
+            prefix: Its name in the state.
+            keep_vars: Whether the state keeps graphs alive, as torch.export asks for: nothing is saved then.
+        """
+        if self.told or keep_vars:
+            return
+        self.told = True
+        where = prefix.rstrip(".") or type(module).__name__
+        warnings.warn(
+            f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is "
+            "the first): loaded without mupass they compute something else. To give them away, save "
+            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right",
+            MupassWarning,
+            stacklevel=2,
+        )
+
+
 def check_rewritable(model: nn.Module, plan: Plan) -> None:
     """Refuse a model that `rewrite` could not finish.
 
@@ -83,7 +117,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
             that must be rescaled is a view with shared memory.
     """
     parameters = dict(model.named_parameters())
-    for entry in plan.entries:
+    for entry in () if plan.folded else plan.entries:
         parameter = parameters[entry.geometry.name]
         if entry.scales.multiplier != 1:
             for use in entry.geometry.readout_uses:
@@ -95,38 +129,50 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def rewrite(model: nn.Module, plan: Plan) -> None:
+def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
     """Insert multipliers of readouts and branches, rescale the initialization, leave the plan on the model.
 
     Args:
         model: Model that passed `check_rewritable`.
         plan: Its plan.
+        values: Whether the initialization is rescaled.
     """
+    setattr(model, ATTRIBUTE, plan)
+    if plan.folded:  # the weights hold everything
+        return
+    notice = SaveNotice(type(model).__name__)
     for entry in plan.entries:
         if entry.scales.multiplier != 1:
             hook = InputMultiplier(entry.scales.multiplier)
             for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
+                module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
             model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
-    setattr(model, ATTRIBUTE, plan)
-    rescale(model, plan)
+            model.get_submodule(name).register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+    if values:
+        rescale(model, {entry.geometry.name: entry.init_factor for entry in plan.entries})
 
 
-def rescale(model: nn.Module, plan: Plan) -> None:
-    """Multiply every parameter by its init factor; factors of exactly 1 touch nothing.
+def rescale(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """Multiply parameters by their init factors; factors of exactly 1 touch nothing.
 
     Args:
         model: Model with its user's initialization.
-        plan: Its plan.
+        factors: By parameter name.
+
+    Raises:
+        PlanError: A value would be infinite or NaN; nothing is changed then.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        factors = {e.geometry.name: e.init_factor for e in plan.entries if e.init_factor != 1}
-        # All products first: what can fail (memory) fails before the first parameter changes.
-        scaled = {name: parameters[name] * factor for name, factor in factors.items()}
+        # All products first: what can fail (memory, range) fails before the first parameter changes.
+        scaled = {name: parameters[name] * factor for name, factor in factors.items() if factor != 1}
+        for name, values in scaled.items():
+            if not values.is_meta and not bool(_local(values).isfinite().all()):
+                raise PlanError(f"{name} times {factors[name]:.6g} is not finite in {values.dtype}")
         for name, values in scaled.items():
             parameters[name].copy_(values)
 
@@ -185,3 +231,8 @@ def _overlaps(parameter: torch.Tensor) -> bool:
     return any(
         stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
     )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that FSDP2 may shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

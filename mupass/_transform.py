@@ -1,6 +1,6 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -8,16 +8,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mupass._errors import PlanError, TransformError
+from mupass._errors import PlanError, TransformError, warn
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._roles.geometry import Analysis
-from mupass._scales.init import Init, InitChoice, plan_init
+from mupass._roles.geometry import Analysis, Carrier
+from mupass._scales.init import Init, InitChoice, plan_init, told_laws
+from mupass._scales.learned import learned
+from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
-from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan
-from mupass._scales.scales import scales
+from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan, entry_scales
 from mupass._scales.spec import OptimizerSpec
 
 Model = TypeVar("Model", bound=nn.Module)
+UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -25,7 +27,7 @@ def transform(
     model: Model,
     example_inputs: Any = None,
     *,
-    base: Any = 256,
+    base: Any = None,
     optimizer: str | OptimizerSpec | None = None,
     parameterization: str = "mup",
     dims: Mapping[str, str] | None = None,
@@ -34,22 +36,27 @@ def transform(
     depth: float | None = None,
     plan: Plan | None = None,
     strict: bool = True,
+    trained: bool = False,
 ) -> Model:
     """Rewrite a model to a parameterization in which hyperparameters keep their optimum across widths.
 
     The class and the ``state_dict`` keys stay. Parameters are rescaled, tied readouts get a multiplier,
     K-FAC taps are attached (idle until `mupass.KFAC` uses them) and the plan is left on the model as
     ``model.mupass_plan``. At the base width not one bit of a parameter or an output changes. If
-    anything is refused, the model is as it was.
+    anything is refused, the model is as it was. What changes a result or asks for an answer is raised as a
+    `MupassWarning`; all of it stays in the plan's ``warnings``.
 
     Args:
         model: Module with its initial weights, not compiled and not wrapped.
         example_inputs: A batch for capture; may be left out where the model tells its input.
         base: Reference width: at this width everything equals PyTorch's standard parameterization, and
-            hyperparameters mean what they mean there. Also sizes by dimension name, or another model.
+            hyperparameters mean what they mean there. Also sizes by dimension name, or another model. If left
+            out 256, or the model's own width where that is less: then nothing is scaled. Name the width at
+            which hyperparameters were tuned; ``print(model.mupass_plan)`` says which it is.
         optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof``, ``shampoo`` or an `OptimizerSpec`
-            with its powers; ``kfac`` if left out. It only chooses what the plan shows: the rewritten
-            model is the same for all, and optimizers take their own scales from the plan.
+            with its powers. It only chooses what the plan shows: the rewritten model is the same for all,
+            and optimizers take their own scales from the plan. If left out the plan shows the rates of
+            all, until an optimizer is made; then those of that one.
         parameterization: ``mup``, ``standard`` (nothing is scaled), ``ntk`` or ``mean_field``.
         dims: Verdicts that you settle, such as ``{"d_head": "finite"}``.
         init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
@@ -59,8 +66,13 @@ def transform(
             each layer of a transformer). The model's own are counted in its graph; with L times as many each
             is multiplied by ``1/L``, and rates, damping and epsilon inside follow. None leaves depth alone.
         plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
-            ``parameterization``, ``init`` and ``depth``.
+            ``parameterization``, ``init`` and ``depth``. The plan of a folded model leaves the weights as
+            they are: they hold everything already, see `mupass.fold`.
         strict: Refuse operators without a rule; otherwise report them as ambiguous.
+        trained: The weights were trained elsewhere and are to be fine-tuned: values and outputs stay as they
+            are, and only scales of rates, damping, epsilon and decay are attached. A tied readout then gets
+            no multiplier but the scales of a readout. With ``plan=`` the values are those that were trained
+            under that plan, multipliers included.
 
     Returns:
         The rewritten model, the same object unless ``inplace=False``.
@@ -75,21 +87,29 @@ def transform(
         from mupass._analyze import analyze
 
         row(parameterization)  # a misspelt name is told before the model is captured
-        spec = OptimizerSpec.of(optimizer or "kfac")
+        spec = OptimizerSpec.of(optimizer or UNDECIDED)
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
-        plan = make_plan(model, analysis, spec, parameterization, init, depth)
+        if trained and depth is not None:
+            raise PlanError("depth= multiplies branches, which would change what a trained model computes")
+        plan = make_plan(model, analysis, spec, parameterization, init, depth, trained)
+        plan = replace(plan, decided=optimizer is not None)
+        alerts = [w for w in plan.warnings if w not in analysis.notes]
     else:
-        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth}
+        given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         settled = [name for name, value in given.items() if value is not None]
         settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
-        settled += ["base"] if not isinstance(base, int) or base != 256 else []
         settled += ["init"] if init != "auto" else []
         if settled:
             raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
         plan = plan if optimizer is None else plan.for_optimizer(optimizer)
         plan.check(model)
+        alerts = [] if trained else _late(model, plan.entries)
+    if not trained:
+        alerts += _learned(model, plan, init)
+    if any(e.geometry.shape != e.geometry.base_shape for e in plan.entries):  # else no scale matters
+        warn(alerts)
     target = model if inplace else deepcopy(model)
-    _apply(target, plan)
+    _apply(target, plan, trained)
     return target
 
 
@@ -100,6 +120,7 @@ def make_plan(
     parameterization: str = "mup",
     init: InitChoice = "auto",
     depth: float | None = None,
+    trained: bool = False,
 ) -> Plan:
     """Put geometry, initialization and scales of every parameter into one record.
 
@@ -111,6 +132,7 @@ def make_plan(
         init: Law of the present values, see `transform`.
         depth: Number of residual branches at which hyperparameters mean what they say; None leaves depth
             alone.
+        trained: Whether values and outputs are to stay, see `transform`.
 
     Returns:
         The plan.
@@ -122,17 +144,26 @@ def make_plan(
     if depth is not None and row(parameterization).readout_power is not None:
         analysis, ratio = _deepened(analysis, depth)
     tensors = dict(model.named_parameters())
-    inits = plan_init(tensors, analysis.geometries, parameterization, init)
+    if trained:
+        inits = {name: Init("trained: left as it is", None, 1.0) for name in tensors}
+    else:
+        inits = plan_init(tensors, analysis.geometries, parameterization, init, own_draws(model))
     entries = []
     for geometry in analysis.geometries:
         found = inits[geometry.name]
-        own = scales(geometry, optimizer, parameterization)
+        own = entry_scales(geometry, optimizer, parameterization, trained)
         entries.append(Entry(geometry, found.law, found.std, found.factor, own))
-    warnings = (*analysis.warnings, *_warnings(inits, [n for n, t in tensors.items() if t.is_meta]))
+    warnings = (*analysis.warnings, *_doubts(inits))
+    warnings += () if trained else tuple(_late(model, entries))
     tied = [g.name for g in analysis.geometries if g.readout_uses]
-    if parameterization == "ntk" and tied:
+    if trained and tied:
         warnings += (
-            f"{_some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
+            f"{some(tied)} is embedding and readout of a trained model, whose logits a multiplier would "
+            "change: it takes the smaller rates of a readout; untie the two for a rate of each",
+        )
+    if parameterization == "ntk" and tied and not trained:
+        warnings += (
+            f"{some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
             "|embedding|^2/sqrt(m), which grows as sqrt(width) under ntk; untie them for a lazy limit",
         )
     return Plan(
@@ -146,6 +177,8 @@ def make_plan(
         entries=tuple(entries),
         depth=ratio,
         branches=tuple(m for branch in analysis.branches for m in branch.modules) if ratio != 1 else (),
+        carriers=_carriers(analysis, entries, ratio),
+        trained=trained,
     )
 
 
@@ -164,13 +197,22 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
     for number, branch in enumerate(analysis.branches):
         if branch.reason and ratio != 1:
             raise TransformError(
-                f"residual branch {number} ({_some(branch.parameters) or 'shared weights'}) takes no "
+                f"residual branch {number} ({some(branch.parameters) or 'shared weights'}) takes no "
                 f"multiplier: {branch.reason}. Let a module of its own put out what is added, for example "
                 "self.end = nn.Identity() and x + self.end(f(x))"
             )
     inside = {name for branch in analysis.branches for name in branch.parameters}
     geometries = tuple(replace(g, depth=ratio) if g.name in inside else g for g in analysis.geometries)
     return replace(analysis, geometries=geometries), ratio
+
+
+def _carriers(analysis: Analysis, entries: Sequence[Entry], depth: float) -> tuple[Carrier, ...]:
+    """Return what can hold the multipliers that this plan has."""
+    scaled = {e.geometry.name for e in entries if e.scales.multiplier != 1}
+    found = [carrier for carrier in analysis.carriers if carrier.tied in scaled]
+    if depth != 1:
+        found += [branch.carrier for branch in analysis.branches]
+    return tuple(found)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -193,31 +235,62 @@ def _refuse(model: nn.Module) -> None:
         )
 
 
-def _apply(model: nn.Module, plan: Plan) -> None:
+def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
+    from mupass._optim.schedules import watch_model
     from mupass._taps.taps import attach
 
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):
         attach(model)
-        rewrite(model, plan)
+        rewrite(model, plan, values=not trained)
+    watch_model(model)
 
 
-def _warnings(inits: Mapping[str, Init], meta: Sequence[str]) -> list[str]:
-    found = []
+def _doubts(inits: Mapping[str, Init]) -> list[str]:
+    """Say whose initialization law one cannot read off the values."""
     doubtful = [name for name, init in inits.items() if init.doubtful]
-    if doubtful:
-        found.append(
-            f"initialization law in doubt for {_some(doubtful)}: settle it with init={{pattern: law}}, "
-            "or transform a model of the base width, where it does not matter"
-        )
-    late = [name for name in meta if inits[name].factor != 1]
-    if late:
-        found.append(
-            f"{_some(late)} on the meta device: multiply by plan[name].init_factor once they have values"
-        )
-    return found
+    if not doubtful:
+        return []
+    return [
+        f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}, "
+        "or transform a model of the base width, where it does not matter"
+    ]
 
 
-def _some(names: Sequence[str]) -> str:
+def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
+    """Say which parameters have no values yet that could be rescaled."""
+    parameters = dict(model.named_parameters())
+    grown = [e.geometry.name for e in entries if e.geometry.shape != e.geometry.base_shape]
+    late = [name for name in grown if parameters[name].is_meta]
+    if not late:
+        return []
+    return [
+        f"{some(late)} on the meta device: the initialization is still to be scaled. Once they have initial "
+        "values (to_empty, then the model's own initialization), call mupass.initialize(model)"
+    ]
+
+
+def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
+    """Say which values look trained, where they would be rescaled."""
+    if all(entry.init_factor == 1 for entry in plan.entries):
+        return []
+    told = told_laws(init, list(plan))
+    judged = [e.geometry for e in plan.entries if e.geometry.name not in told]
+    found = learned(dict(model.named_parameters()), judged)
+    if not found:
+        return []
+    return [
+        f"{some(found)} look trained: no initialization law draws such values, and they are rescaled with "
+        "what was learned. Transform the model as it is built and load the checkpoint after that; or give "
+        "trained=True to fine-tune it as it is; or init={pattern: law} if these are initial values"
+    ]
+
+
+def some(names: Sequence[str]) -> str:
+    """Return a few names, and how many more there are.
+
+    Args:
+        names: All names.
+    """
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

@@ -193,6 +193,7 @@ def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, caps
     assert "sgd" in printed and "2^-3.32" in printed and "!" not in printed.split("mean +-")[0]
 
 
+@pytest.mark.sample("adamw")
 @pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "adamw"])
 def test_every_optimizer_trains(words: list[str], optimizer: str, tmp_path: Path) -> None:
     assert to_target.main([*words, "--optimizers", optimizer, "--lrs", "0.002", "--seeds", "1"]) == 0
@@ -205,7 +206,7 @@ def run(lr: float, reached: bool, steps: int, loss: float, seed: int = 0) -> to_
 
 
 def test_a_run_is_given_up_at_twice_the_steps_of_the_best(tmp_path: Path) -> None:
-    log, task = to_target.Log(tmp_path / "log"), to_target.Task(None, None, base=8, target=0.5, limit=500)  # type: ignore[arg-type]
+    log, task = to_target.Runs(tmp_path / "log"), to_target.Task(None, None, base=8, target=0.5, limit=500)  # type: ignore[arg-type]
     options = argparse.Namespace(optimizers=["sgd"], seeds=1, lrs=[0.1, 0.2, 0.4])
     todo = to_target.wanted(log, "cnn", task, options)
     assert next(todo) == ("sgd", 8, 0.2, 0, 500)
@@ -218,7 +219,7 @@ def test_a_run_is_given_up_at_twice_the_steps_of_the_best(tmp_path: Path) -> Non
 
 
 def test_the_best_rate_reaches_the_target_soonest_in_all_seeds(tmp_path: Path) -> None:
-    log = to_target.Log(tmp_path / "log")
+    log = to_target.Runs(tmp_path / "log")
     assert to_target.tuned(log, "cnn", "sgd", 8) is None
     for r in (
         run(0.1, True, 50, 0.5),

@@ -67,6 +67,7 @@ def dense_update(case: Case, plain: nn.Module, mode: str, e_a: float, e_b: float
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("powers", [(1, 1), (0.5, 0.5), (1, 0)], ids=str)
 @pytest.mark.parametrize("mode", ["trace", "absolute"])
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_the_update_of_an_activation_keeps_its_order_in_width() -> None:
             for i in (0, 2, 4):
                 keep = lambda m, a, i=i, inputs=inputs: inputs.update({i: a[0].detach()})  # noqa: E731
                 net[i].register_forward_pre_hook(keep)
-            optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, block_size=32, strict=True)
+            optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, step_bound=None, block_size=32)
             for _ in range(2):  # the readout starts at zero: its second step is like any other
                 optimizer.zero_grad()
                 squares(net(x), y).mean().backward()
@@ -153,7 +154,7 @@ def test_steps_are_averaged_and_resumed_and_compiled() -> None:
     assert losses == pytest.approx(train(twin, other, "transformer", 6), rel=1e-7)
     assert counter.frame_count == 2
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(mupass.OptimizerError, match="other parameters, groups or factors"):
+    with pytest.raises(mupass.OptimizerError, match="in the state of .* has shape"):
         kfac(twin).load_state_dict(optimizer.state_dict())
     assert math.isfinite(other.curvature_along({n: p.detach() for n, p in twin.named_parameters()}))
 

@@ -5,6 +5,7 @@ import math
 import weakref
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,10 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "soap", "muon"])
-@pytest.mark.parametrize(("build", "data", "init"), [(mlp, vectors, "auto"), (TinyLM, text, LAW)])
+@pytest.mark.parametrize(
+    ("build", "data", "init"),
+    [(mlp, vectors, "auto"), pytest.param(TinyLM, text, LAW, marks=pytest.mark.slow)],
+)
 def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> None:
     mup = mupass.coord_check(build(), data(), init=init, optimizer=optimizer)
     assert mup.ok and mup.verdict().startswith("PASS"), str(mup)
@@ -93,6 +97,7 @@ def test_mup_passes_and_standard_fails(build, data, init, optimizer: str) -> Non
 ZOO = [("deep_sets", "adam"), ("deep_sets", "kfac"), ("actor_critic", "adam"), ("mixture_of_experts", "adam")]
 
 
+@pytest.mark.sample("actor_critic-adam")
 @pytest.mark.parametrize(("name", "optimizer"), ZOO)
 def test_other_architectures(name: str, optimizer: str) -> None:
     case = DENSE[name]
@@ -117,6 +122,7 @@ def test_the_model_is_left_alone() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_a_missing_readout_multiplier_is_named() -> None:
     def remove(model: nn.Module) -> nn.Module:
         hooks = model.head._forward_pre_hooks
@@ -157,6 +163,7 @@ def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
     assert {r.site.parameter for r in found.failures if r.step == 1} == {layer}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mupass.KFAC. zero traces")
 @pytest.mark.parametrize("build", [mlp, lambda: bottleneck()])
 def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) -> None:
@@ -172,8 +179,10 @@ def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) ->
         assert found.ok, str(found)
 
 
+@pytest.mark.slow
 def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
-    found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
+    with pytest.warns(mupass.MupassWarning, match="head_dim grows"):
+        found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
     assert found.first.site.operator == "scaled_dot_product_attention", str(found)
     assert found.first.quantity == "reach" and found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "head_dim grows (32 to 256)" in found.blame and "1/head_dim" in found.blame
@@ -192,6 +201,7 @@ def bottleneck(width: int = 64) -> nn.Module:
 FIXED = {"2.weight:0": "finite"}
 
 
+@pytest.mark.slow
 def test_below_a_readout_in_the_middle_the_first_step_is_judged_relative_to_the_gradient() -> None:
     below = {"0.weight", "0.bias", "2.weight", "2.bias"}
     for optimizer in ("sgd", "adam", "shampoo"):
@@ -255,6 +265,7 @@ def test_a_probe_leaves_nothing_behind() -> None:
     assert first() is None
 
 
+@pytest.mark.sample("sgd")
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_what_all_heads_share_may_move_less_along_the_gradient(optimizer: str) -> None:
     found = mupass.coord_check(Normed(), text(), init=LAW, optimizer=optimizer)
@@ -370,7 +381,6 @@ def test_a_module_that_runs_twice_has_two_places() -> None:
 
 
 def test_slopes_against_a_reference() -> None:
-    numpy = pytest.importorskip("numpy")
     widths, powers = [64, 128, 256, 512], []
     draw = torch.Generator().manual_seed(0)
     inside = 0
@@ -410,9 +420,14 @@ def test_reports(tmp_path: Path) -> None:
     assert page.startswith("<!doctype html>") and page.count("<h1>") == 1
     assert found.first.site.parameter in page and not any(s in page for s in ("<script", "src="))
     assert Path(found.report(tmp_path / "check.txt")).read_text() == str(found) + "\n"
+
+
+@pytest.mark.slow
+def test_reports_have_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    found = mupass.coord_check(mlp(), vectors(), steps=1, parameterization="standard")
+    assert "<svg" in Path(found.report(tmp_path / "check.html")).read_text()
     assert Path(found.report(tmp_path / "check.png")).stat().st_size > 10_000
-    assert "<svg" in page
 
 
 def test_what_cannot_be_checked_is_refused() -> None:

@@ -125,6 +125,7 @@ def assert_same(first: nn.Module, second: nn.Module, **how: float) -> None:
         torch.testing.assert_close(p, q, msg=lambda m, n=n: f"{n}: {m}", **how)
 
 
+@pytest.mark.sample("mlp")
 @pytest.mark.parametrize("name", MODELS)
 def test_two_graphs_no_break_and_eager_parameters(name: str) -> None:
     eager = make(name)
@@ -171,6 +172,7 @@ class Wrapper(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.sample("mlp")
 @pytest.mark.parametrize("name", ["mlp", "transformer"])
 def test_a_transformed_part_of_a_larger_graph(name: str) -> None:
     eager = make(name)

@@ -53,6 +53,7 @@ def train(net: Any, x: Any, optimizer: Any, steps: int, schedule: Any = None) ->
             schedule.step()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["cnn", "attention"])
 def test_one_graph_for_each_shape_whatever_the_schedule(

@@ -175,6 +175,7 @@ def transformed(cls: type[Seen]) -> Seen:
     return mupass.transform(make(cls), data()[0], base=BASE)
 
 
+@pytest.mark.sample("raw-trace-eager", "raw-pi-eager", "experts-trace-eager", "experts-pi-eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("mode", ["trace", "pi"])
 @pytest.mark.parametrize("name", USES)
@@ -436,6 +437,7 @@ class Spelled(nn.Module):
         return self.out(torch.tanh(self.o(a.transpose(1, 2).flatten(2))))
 
 
+@pytest.mark.sample("self-eager", "cross-eager", "separate-eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["self", "cross", "separate"])
 def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None:
@@ -468,6 +470,7 @@ def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None
             torch.testing.assert_close(got[f"{mine}.{leaf}"], want[f"{theirs}.{leaf}"], rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.sample("experts")
 @pytest.mark.parametrize("make_net", [Raw, Experts, Attend], ids=["raw", "experts", "attention"])
 def test_two_graphs_over_a_run_with_schedules(make_net: type[nn.Module]) -> None:
     torch.manual_seed(0)

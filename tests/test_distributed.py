@@ -63,6 +63,7 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
             torch.save((apart, trained), path)
 
 
+@pytest.mark.sample("shampoo")
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
 def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     mp.spawn(_worker, (free_port(), name, tmp_path / "result.pt"), nprocs=2)
@@ -178,6 +179,7 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
             torch.save((want, through, resumed), path / "result.pt")
 
 
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
     mp.spawn(_sharded_worker, (free_port(), name, tmp_path), nprocs=2)
@@ -239,6 +241,7 @@ def _killed_worker(rank: int, port: int, path: Path, kill: bool) -> None:
             torch.save(result, path / "result.pt")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_rank_killed_ends_where_a_clean_one_does(tmp_path: Path) -> None:
     clean, faulty = tmp_path / "clean", tmp_path / "faulty"
     for path in (clean, faulty):

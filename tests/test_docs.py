@@ -50,6 +50,7 @@ def alone(monkeypatch):
 
 
 # torch 2.13's Dynamo warns of autograd functions that it instantiates itself.
+@pytest.mark.sample("README.md")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(page, alone, tmp_path, monkeypatch):
@@ -112,7 +113,8 @@ def test_the_reference_names_nothing_else():
 
 
 def test_links_between_pages_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+    for path in [*pages, *(ROOT / "docs").rglob("*.md")]:
         text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
@@ -124,10 +126,19 @@ def test_the_picture_is_well_formed_and_needs_no_network():
     assert not re.search(r"(href|url|src)\s*[=(]\s*[\"']?https?:", picture)
 
 
+def test_ci_runs_the_test_commands_of_the_readme():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("**B. Run the tests.**")[2]
+    short, rest = re.search(r"^pip install .*pytest$", section, re.M).group(), "pytest -m slow"
+    steps = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert short == 'pip install -e ".[dev]" && pytest' and rest in section.partition("## ")[0]
+    assert steps.index(f"{short} || exit") < steps.index(rest) == len(steps) - 1
+
+
 def test_the_changelog_has_this_version():
     assert f"## {mupass.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_import_is_lean():
     """Nothing that an extra brings is imported, but for tqdm, which torch itself takes where it finds it."""
     code = "import sys, mupass; print(*sorted({m.partition('.')[0] for m in sys.modules}))"

@@ -139,8 +139,10 @@ def test_text_is_ascii_of_this_python():
     assert text.isascii() and "import" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["kfac", "adam"])
 def test_example_checks_sweeps_and_transfers(tmp_path, capsys, optimizer):
+    pytest.importorskip("matplotlib")
     folder, store = write(tmp_path / "root", compressed=True, train=256), tmp_path / "runs.db"
     words = (
         f"--data {folder} --out {tmp_path / 'curves.png'} --optimizer {optimizer} --quick --batch 64 "
@@ -164,11 +166,13 @@ def test_example_without_data_ends_with_code_2(tmp_path, capsys):
     assert "apt-get install" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "optimizer", "widths"),
     [("mlp", "kfac", "16 32"), ("cnn", "shampoo", "4 8"), ("mlp", "adam", "16 32"), ("mlp", "sgd", "16 32")],
 )
 def test_the_sweep_by_hand_runs_end_to_end(tmp_path, capsys, model, optimizer, widths):
+    pytest.importorskip("matplotlib")
     folder, out = write(tmp_path / "root", compressed=True), tmp_path / "curves.png"
     lrs = {
         "kfac": "2^-9 2^-4 2^20",
@@ -195,7 +199,9 @@ def test_the_sweep_by_hand_runs_end_to_end(tmp_path, capsys, model, optimizer, w
     assert rows[0].split("*")[0] == rows[1].split("*")[0]
 
 
+@pytest.mark.slow
 def test_all_runs_diverging_still_gives_a_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     folder, out = write(tmp_path / "root", compressed=True), tmp_path / "curves.png"
     words = (
         f"--data {folder} --out {out} --optimizer sgd --widths 16 32 --lrs 2^30 2^31 --epochs 2 --batch 32"
@@ -206,7 +212,9 @@ def test_all_runs_diverging_still_gives_a_report(tmp_path, capsys):
     assert "*" not in printed and out.exists()
 
 
+@pytest.mark.slow
 def test_missing_data_ends_with_code_2(tmp_path, capsys):
+    pytest.importorskip("tqdm")
     assert grid.main(["--data", str(tmp_path), "--quick"]) == 2
     assert "apt-get install" in capsys.readouterr().err
 

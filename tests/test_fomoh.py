@@ -46,6 +46,7 @@ def flat_loss(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return loss, torch.cat([p.detach().flatten() for p in named.values()])
 
 
+@pytest.mark.sample("mlp")
 @pytest.mark.parametrize("build", [mlp, odd])
 def test_slopes_and_curvature_are_those_of_autograd(build: Callable[[], nn.Module]) -> None:
     model = build()

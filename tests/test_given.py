@@ -63,6 +63,7 @@ def slope(values: dict[int, list[float]]) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_outputs_and_updates_do_not_scale_with_width(optimizer: str) -> None:
     names = ("mid", "conv", "gain", "head")
@@ -121,7 +122,9 @@ def test_nothing_changes_at_the_base_width() -> None:
 
 
 def test_one_model_cannot_tell_of_a_number_whether_it_follows_the_width() -> None:
-    plan = mupass.transform(built(128, 0), IDS, base=64, init={"tokens.*": "constant"}).mupass_plan
+    with pytest.warns(mupass.MupassWarning, match="multiplies by") as found:
+        plan = mupass.transform(built(128, 0), IDS, base=64, init={"tokens.*": "constant"}).mupass_plan
+    assert len(found) == 2
     assert {n for n in plan if plan[n].geometry.given} == {"mid.weight", "gain"}
     named = [w for w in plan.warnings if "multiplies by" in w]
     assert len(named) == 2 and all("to the power" in w for w in named)

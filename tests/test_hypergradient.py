@@ -122,6 +122,7 @@ def difference(name: str, key: str, **options: Any) -> float:
     return (up - down) / (2 * step)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_run_is_that_of_the_optimizer(name: str, scored: bool) -> None:
@@ -133,6 +134,7 @@ def test_the_run_is_that_of_the_optimizer(name: str, scored: bool) -> None:
     assert run(name, evaluate=evaluate).loss == pytest.approx(score, rel=1e-11)
 
 
+@pytest.mark.sample("sgd", "adam", "shampoo", "absolute")
 @pytest.mark.parametrize("name", CASES)
 def test_both_modes_agree_with_finite_differences(name: str) -> None:
     reverse, forward = run(name), run(name, mode="forward")
@@ -382,6 +384,7 @@ def minimum() -> nn.Module:
     return trained(0.02)
 
 
+@pytest.mark.sample("neumann")
 @pytest.mark.parametrize("solver", ["cg", "neumann"])
 def test_the_implicit_form_follows_the_minimum(minimum: nn.Module, solver: str) -> None:
     settings = {"form": "implicit", "evaluate": held_out, "solver": solver}
@@ -396,6 +399,7 @@ def test_the_implicit_form_follows_the_minimum(minimum: nn.Module, solver: str) 
     assert total == pytest.approx(found.logarithmic["weight_decay"])
 
 
+@pytest.mark.slow
 def test_unrolling_at_the_minimum_tends_to_the_implicit_form(minimum: nn.Module) -> None:
     settings = {"optimizer": decayed, "evaluate": held_out, "loss": cross_entropy}
     xs, ys = (

@@ -13,13 +13,14 @@ from test_taps import BASE, CASES, DENSE, Case, dense_factors, normal, squares, 
 from torch import Tensor, nn
 
 import mupass
+from mupass._optim.packed import packed_size, unpack
 from mupass._optim.roots import diagonal_roots, inverse_roots
 from mupass._taps.taps import tap_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 LR, RHO = 0.1, 0.03
-ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0}
+ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0, "step_bound": None}
 Deltas = dict[str, Tensor]
 
 
@@ -106,6 +107,7 @@ def check_update(case: Case, mode: str, e_a: float, e_b: float, reduction: str =
         assert (got[name] - want[name]).abs().max() < 1e-8 * scale, name
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("mode", ["trace", "absolute", "pi"])
 @pytest.mark.parametrize("name", CASES)
 def test_update_equals_the_dense_formula(name: str, mode: str) -> None:
@@ -115,6 +117,7 @@ def test_update_equals_the_dense_formula(name: str, mode: str) -> None:
 POWERS = [(0.5, 0.5), (1, 0), (0, 1), (0, 0), (0.25, 2)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "mode, powers",
     # pi balances two factors; with one left out see below
@@ -159,6 +162,30 @@ def test_float32_agrees_with_float64() -> None:
         assert (got[name] - want[name]).norm() < 1e-4 * want[name].norm(), name
 
 
+# Momentum and state -----------------------------------------------------------------------------------------
+
+
+def matrix_of(optimizer: mupass.KFAC, parameter: str, side: str, what: str = "factor") -> Tensor:
+    """A factor, corrected for its start, or a root, ``[groups, n, n]``, out of ``optimizer.state``."""
+    state = optimizer.state[optimizer.root.get_parameter(parameter)]
+    kept = state[f"{side}0.{what}"]
+    size = next(n for n in range(1, 1000) if packed_size(n) == kept.shape[-1])
+    whole = unpack(kept, size)
+    return whole / state[f"{side}0.weight"][:, None, None] if what == "factor" else whole
+
+
+def test_the_gradient_is_averaged_and_then_preconditioned() -> None:
+    run = Run(DENSE["linear"], momentum=0.8, factor_decay=0.0, damping_memory=0.0, damping_floor=0.0)
+    mean, weight = torch.zeros(8, 8, dtype=torch.float64), 0.0
+    for seed in range(1, 5):
+        a, b = (m.view(8, 8) for m in batch_factors(run.case, run.net, seed).chunk(2))
+        got = moved(run.net, run.step)["2.weight"]
+        mean = 0.8 * mean + 0.2 * run.net[2].weight.grad  # type: ignore[index]
+        weight = 0.8 * weight + 0.2
+        want = -LR * power(b, RHO * b.trace(), 1) @ (mean / weight) @ power(a, RHO * a.trace(), 1)
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
 # Schedules -------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +194,9 @@ class Run:
 
     def __init__(self, case: Case, **options: Any) -> None:
         self.case, self.net = case, case.net()
-        self.optimizer = mupass.KFAC(self.net, **{"lr": LR, "damping": RHO, "momentum": 0.0} | options)
+        self.optimizer = mupass.KFAC(
+            self.net, **{"lr": LR, "damping": RHO, "momentum": 0.0, "step_bound": None} | options
+        )
         self.at = 0
 
     def step(self, scale: float = 1.0) -> None:
@@ -179,9 +208,15 @@ class Run:
 
     def snapshot(self, what: str) -> Tensor:
         """All factors, or all roots, in one vector."""
-        banks = [b for side in self.optimizer._banks.values() for b in side]
-        values = [b.value() if what == "factors" else b.roots for b in banks]
-        return torch.cat([v.flatten() for v in values])
+        end = ".factor" if what == "factors" else ".root"
+        states = self.optimizer.state.values()
+        kept = [
+            t / (s[k.replace("factor", "weight")][:, None] if end == ".factor" else 1)
+            for s in states
+            for k, t in s.items()
+            if k.endswith(end)
+        ]
+        return torch.cat([t.flatten() for t in kept])
 
     def parameters(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.net.parameters()])
@@ -197,12 +232,7 @@ def batch_factors(case: Case, net: nn.Module, seed: int) -> Tensor:
 
 
 def averaged(run: Run) -> Tensor:
-    found = {}
-    for side in "ab":
-        for bank in run.optimizer._banks[side]:
-            if (f"{side}:2:0", 0) in bank.slot:
-                found[side] = bank.value()[bank.slot[f"{side}:2:0", 0]]
-    return torch.cat([found["a"].flatten(), found["b"].flatten()])
+    return torch.cat([matrix_of(run.optimizer, "2.weight", side).flatten() for side in "ab"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.95, 0.999])
@@ -243,65 +273,69 @@ def test_factors_are_collected_every_so_many_steps(every: int) -> None:
         assert torch.equal(before, run.snapshot("factors")) != collecting
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
 def test_roots_are_recomputed_every_so_many_steps(every: int) -> None:
-    run = Run(DENSE["linear"], root_every=every, stagger=False, root_drift=1e300)
-    for at in range(7):
+    run = Run(DENSE["linear"], root_every=every, stagger=False)
+    for at in range(11):
         before = run.snapshot("roots")
         run.step()
-        assert torch.equal(before, run.snapshot("roots")) != (at % every == 0)
+        due = at % every == 0 or (at < every and at in (1, 2, 4))
+        assert torch.equal(before, run.snapshot("roots")) != due
 
 
 def renewed(run: Run) -> set[str]:
     """Take a step and return which slots got new roots."""
-    before = {
-        k: b.roots[i].clone()
-        for side in run.optimizer._banks.values()
-        for b in side
-        for k, i in b.slot.items()
-    }
+    states = {run.optimizer.names[p]: s for p, s in run.optimizer.state.items()}
+    roots = {f"{n} {k}": t for n, s in states.items() for k, t in s.items() if k.endswith(".root")}
+    before = {name: root.clone() for name, root in roots.items()}
     run.step()
-    now = {k: b.roots[i] for side in run.optimizer._banks.values() for b in side for k, i in b.slot.items()}
-    return {name for (name, g), root in before.items() if not torch.equal(root, now[name, g])}
+    return {name for name, root in roots.items() if not torch.equal(root, before[name])}
 
 
 def test_staggered_roots_are_each_recomputed_once_a_period() -> None:
-    run = Run(DENSE["linear"], root_every=3, root_drift=1e300)
-    slots = renewed(run)
-    assert len(slots) == 6  # all at the first step
+    run = Run(DENSE["linear"], root_every=3)
+    for _ in range(3):  # all at steps 0, 1 and 2 of the first period
+        slots = renewed(run)
+        assert len(slots) == 6
     turns = [renewed(run) for _ in range(6)]
     assert all(turns) and set.union(*turns[:3]) == slots and sum(map(len, turns[:3])) == len(slots)
     assert turns[:3] == turns[3:]
 
 
-def test_a_root_is_stale_at_once_when_its_factor_has_grown() -> None:
-    run = Run(DENSE["linear"], root_every=100, root_drift=2.0, factor_decay=0.0)
-    run.step()
+@pytest.mark.parametrize("exponents", [(1.0, 1.0), (0.5, 0.5)], ids=str)
+def test_an_old_root_follows_the_size_of_its_factor(exponents: tuple[float, float]) -> None:
+    how = {"root_every": 100, "stagger": False, "factor_decay": 0.0}
+    run = Run(DENSE["linear"], e_a=exponents[0], e_b=exponents[1], **how)
+    for _ in range(3):
+        run.step()
+    a, b = (matrix_of(run.optimizer, "0.weight", side, "root")[0].clone() for side in "ab")
+    then = [matrix_of(run.optimizer, "0.weight", side)[0].trace() for side in "ab"]
     x, y = run.case.batch(2)
     run.optimizer.zero_grad()
-    loss = run.case.terms(run.net(3 * x), y).mean()  # A of the first layer is nine times what it was
+    run.case.terms(run.net(3 * x), y).mean().backward()  # A is about nine times what it was
     before = run.snapshot("roots")
-    loss.backward()
-    run.optimizer.step()
-    assert not torch.equal(before, run.snapshot("roots"))
-    bank = next(b for b in run.optimizer._banks["a"] if ("a:0:0", 0) in b.slot)
-    at = bank.slot["a:0:0", 0]
-    torch.testing.assert_close(bank.roots[at], power(bank.value()[at], RHO * bank.traces()[at], 1))
+    got = moved(run.net, run.optimizer.step)["0.weight"]
+    assert torch.equal(before, run.snapshot("roots"))
+    now = [matrix_of(run.optimizer, "0.weight", side)[0].trace() for side in "ab"]
+    grown = [float((n / t).clamp(min=1)) ** e for n, t, e in zip(now, then, exponents, strict=True)]
+    assert grown[0] > 2
+    scale = 2 ** (1 - exponents[1])  # m_out is 2, m_in 1
+    want = -LR * scale * b @ run.net[0].weight.grad @ a / grown[0] / grown[1]  # type: ignore[index]
+    torch.testing.assert_close(got, want)
 
 
 def test_stale_roots_precondition_fresh_gradients() -> None:
     case = DENSE["linear"]
     run = Run(case, factor_every=2)
     run.step()
-    banks = run.optimizer._banks
-    a = next(b.roots[b.slot["a:2:0", 0]] for b in banks["a"] if ("a:2:0", 0) in b.slot).clone()
-    b = next(b.roots[b.slot["b:2:0", 0]] for b in banks["b"] if ("b:2:0", 0) in b.slot).clone()
+    a, b = (matrix_of(run.optimizer, "2.weight", side, "root")[0].clone() for side in "ab")
     got = moved(run.net, run.step)["2.weight"]
     torch.testing.assert_close(got, -LR * b @ run.net[2].weight.grad @ a)  # type: ignore[index]
 
 
-def test_momentum_accumulates_directions() -> None:
-    steps = {m: Run(DENSE["linear"], lr=1e-9, momentum=m) for m in (0.0, 0.5)}
+def test_momentum_of_directions_adds_them_up() -> None:
+    case, how = DENSE["linear"], {"lr": 1e-9, "momentum_of": "directions"}
+    steps = {m: Run(case, momentum=m, **how) for m in (0.0, 0.5)}
     plain, heavy = ([moved(r.net, r.step)["2.weight"] for _ in range(3)] for r in steps.values())
     want = plain[2] + 0.5 * plain[1] + 0.25 * plain[0]
     torch.testing.assert_close(heavy[2], want, rtol=1e-4, atol=0)
@@ -419,15 +453,15 @@ def test_zero_readout(mode: str, powers: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_skips_the_step_and_leaves_no_trace(bad: float) -> None:
-    run, clean = (Run(DENSE["linear"], momentum=0.9, factor_every=2, weight_decay=0.1) for _ in range(2))
+    run, clean = (Run(DENSE["linear"], momentum=0.9, weight_decay=0.1) for _ in range(2))
     for r in (run, clean):
         r.step()
         r.step()
     before = run.parameters()
-    with pytest.warns(UserWarning, match="skipped steps"):
+    with pytest.warns(mupass.MupassWarning, match="skipped steps"):
         run.step(bad)
+        assert run.optimizer.stats() == {"steps": 2, "skipped_steps": 1}
     assert torch.equal(run.parameters(), before)
-    assert run.optimizer.stats() == {"steps": 2, "skipped_steps": 1}
     run.at -= 1
     for r in (run, clean):
         for _ in range(3):
@@ -436,7 +470,7 @@ def test_a_bad_gradient_skips_the_step_and_leaves_no_trace(bad: float) -> None:
     with warnings.catch_warnings():  # warned once; counted again
         warnings.simplefilter("error")
         run.step(bad)
-    assert run.optimizer.stats()["skipped_steps"] == 2
+        assert run.optimizer.stats()["skipped_steps"] == 2
 
 
 def test_one_bad_gradient_entry_is_enough() -> None:
@@ -470,6 +504,7 @@ def test_overflowing_factors_keep_the_average() -> None:
     factors = averaged(run)
     with pytest.warns(UserWarning, match="overflowed factors"):
         run.step(1e200)  # gradients are finite, their squares are not
+        run.optimizer.stats()
     half = len(factors) // 2
     assert torch.equal(averaged(run)[half:], factors[half:])  # B
     assert not torch.equal(averaged(run)[:half], factors[:half])  # A saw nothing unusual
@@ -482,14 +517,16 @@ def test_a_failed_root_keeps_the_old_one() -> None:
     roots = run.snapshot("roots")
     for group in run.optimizer.param_groups:
         group["damping"] = 0.0
-    for bank in (b for side in run.optimizer._banks.values() for b in side):
-        bank.factors.zero_()[..., 0, 0] = 1  # singular
+    for state in run.optimizer.state.values():
+        for factor in (t for key, t in state.items() if key.endswith(".factor")):
+            factor.zero_()[..., 0] = 1  # singular
     run.optimizer.factor_every = 10
     run.optimizer._due = False
     run.optimizer._curvature.collect(False)
     with pytest.warns(UserWarning, match="failed roots: factor [AB] of") as found:
         step = moved(run.net, run.step)
-    assert len(found) == run.optimizer.stats()["failed_roots"] == 6
+        assert run.optimizer.stats()["failed_roots"] == 6
+    assert len(found) == 6
     assert torch.equal(run.snapshot("roots"), roots)
     assert all(s.isfinite().all() and torch.count_nonzero(s) for s in step.values())
 
@@ -523,11 +560,10 @@ def test_a_layer_that_sits_out_keeps_its_factors_and_its_weight() -> None:
     assert torch.count_nonzero(first["left.weight"]) == 0
     second = step(skip=False)
     assert torch.count_nonzero(second["left.weight"]) > 0
-    bank = next(b for b in optimizer._banks["b"] if ("b:left:0", 0) in b.slot)
-    kept = bank.value()[bank.slot["b:left:0", 0]].clone()
+    kept = matrix_of(optimizer, "left.weight", "b").clone()
     third = step(skip=True)
     assert torch.count_nonzero(third["left.weight"]) == 0
-    assert torch.equal(bank.value()[bank.slot["b:left:0", 0]], kept)
+    assert torch.equal(matrix_of(optimizer, "left.weight", "b"), kept)
     assert all(d.isfinite().all() for found in (first, second, third) for d in found.values())
 
 

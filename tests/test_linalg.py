@@ -84,6 +84,7 @@ FIXED = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("d", [16, 40])
 @pytest.mark.parametrize("name", [*WIDE, *FIXED])
 def test_widths_pass_through_linear_algebra(name: str, d: int) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from mup import MuAdam, MuReadout, MuSGD, set_base_shapes
 from torch import Tensor, nn
 
 import mupass
@@ -25,6 +24,10 @@ from mupass._scales.plan import Plan
 from mupass._scales.spec import OptimizerSpec
 from mupass._transform import make_plan
 
+pytest.importorskip("mup")
+from mup import MuAdam, MuReadout, MuSGD, set_base_shapes  # noqa: E402
+
+pytestmark = pytest.mark.slow
 BASE, DELTA = 32, 48
 
 

@@ -14,13 +14,16 @@ import mupass
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    pytest.importorskip("mup")
     import mup
     import mup.optim
     import mup.shape
 
 from zoo import plain_dense, plain_sequence, plain_vision
+from zoo.analyses import beside_a_second
 from zoo.case import Case
 
+pytestmark = pytest.mark.slow
 CASES = {**plain_dense.CASES, **plain_sequence.CASES, **plain_vision.CASES}
 
 
@@ -35,10 +38,10 @@ def mup_rates(case: Case, optimizer: str) -> dict[str, float]:
     return {names[p]: g["lr"] for g in groups for p in g["params"]}
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_learning_rates_equal_mups_below_the_readout(name: str, optimizer: str) -> None:
-    compare(CASES[name], optimizer)
+def test_learning_rates_equal_mups_below_the_readout(case: Case, optimizer: str) -> None:
+    compare(case, optimizer)
 
 
 @pytest.mark.zoo
@@ -55,7 +58,7 @@ def compare(case: Case, optimizer: str) -> None:
     """Compare learning rates at twice the base width, for all parameters that mup sees rightly."""
     torch.manual_seed(0)
     theirs = mup_rates(case, optimizer)
-    analysis = mupass.analyze(case.build(2), case.inputs(), base=case.build(1))
+    analysis = beside_a_second(case)
     report = analysis.report(optimizer)
     seen = [
         g

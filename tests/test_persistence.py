@@ -79,9 +79,11 @@ def _torch_round_trip(model: nn.Module) -> nn.Module:
 
 def test_meta_to_empty_then_load(model: nn.Module) -> None:
     with torch.device("meta"):
-        hollow = mupass.transform(Net(), IDS.to("meta"), base=8)
+        with pytest.warns(mupass.MupassWarning, match="on the meta device"):
+            hollow = mupass.transform(Net(), IDS.to("meta"), base=8)
     hollow = hollow.to_empty(device="cpu")
-    hollow.load_state_dict(model.state_dict())
+    with pytest.warns(mupass.MupassWarning, match=r"mupass\.fold"):
+        hollow.load_state_dict(model.state_dict())
     hollow.head.weight = hollow.embed.weight  # to_empty breaks ties, in plain PyTorch too
     assert scales_of(hollow) == scales_of(model)
     assert torch.equal(hollow(IDS), model(IDS))
@@ -89,7 +91,8 @@ def test_meta_to_empty_then_load(model: nn.Module) -> None:
 
 def test_state_dict_reload_needs_no_new_transform(model: nn.Module) -> None:
     plain = Net()
-    assert list(plain.state_dict()) == list(model.state_dict())
+    with pytest.warns(mupass.MupassWarning, match=r"mupass\.fold"):
+        assert list(plain.state_dict()) == list(model.state_dict())
     other = mupass.transform(Net(), IDS, base=8)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(IDS), model(IDS))
@@ -137,6 +140,7 @@ def _worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
             queue.put(results)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_train_like_one_process() -> None:
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_worker, (free_port(), queue), nprocs=2)

@@ -57,6 +57,7 @@ def test_look_up_by_name_and_by_alias() -> None:
         plan["up.wight"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_json_round_trip_is_exact(optimizer: str, parameterization: str) -> None:

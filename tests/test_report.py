@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import mupass
-from mupass._cli import load, main
+from mupass._cli import main
+from mupass._cli.targets import load
 
 
 def small() -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mupass._optim import banks
 from mupass._optim.newton import largest_eigenvalues, newton_roots, root_index
+from mupass._optim.packed import unpack
 from mupass._optim.roots import inverse_roots
 
 N = 48
@@ -105,10 +106,11 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     factors[3] = torch.nan
     bank = banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
     bank.average({0: factors}, 0.0)
-    bank.factors[4] = torch.nan  # what no average lets in, to see which one is blamed
+    bank.state["factor"][4] = torch.nan  # what no average lets in, to see which one is blamed
     monkeypatch.setattr(banks, "AT_ONCE", 32)  # two at a time
-    failed = bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, torch.tensor([0, 1, 2, 4]))
-    assert failed.tolist() == [False, False, False, True]
+    bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, [0, 1, 2, 4])
+    assert bank.failed.tolist() == [0, 0, 0, 0, 1] and bank.overflowed.tolist() == [0, 0, 0, 1, 0]
     eye = torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(bank.roots[:3] @ (factors[:3] + 0.1 * eye), eye.expand(3, 4, 4))
-    assert not bank.roots[3:].any()
+    roots = unpack(bank.state["root"], 4)
+    torch.testing.assert_close(roots[:3] @ (factors[:3] + 0.1 * eye), eye.expand(3, 4, 4))
+    assert not roots[3:].any()

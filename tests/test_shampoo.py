@@ -16,7 +16,7 @@ import mupass
 from mupass._optim.blocks import Blocking
 
 WIDTH, BASE, LR, RHO = 12, 6, 0.1, 0.03
-OPTIONS = {"momentum": 0.0, "fallback": "sgd", "fallback_lr": 0.5}
+OPTIONS = {"graft": "none", "momentum": 0.0, "damping_memory": 0.0, "fallback": "sgd", "fallback_lr": 0.5}
 
 
 def mlp(w: int) -> nn.Module:
@@ -129,10 +129,11 @@ def damp(mode: str, m: Tensor, m_in: float, m_out: float) -> Tensor | float:
     return RHO * m.trace() if mode == "trace" else RHO * m_in / m_out
 
 
-def direction(g: Tensor, mode: str, e: float, m_in: float, m_out: float) -> Tensor:
+def direction(g: Tensor, mode: str, e: float, m_in: float, m_out: float, of: Tensor | None = None) -> Tensor:
+    """Precondition a gradient, or something else, by the gradient's factors."""
     left, right = g @ g.T, g.T @ g
     rho_l, rho_r = (damp(mode, m, m_in, m_out) for m in (left, right))
-    return power(left, rho_l, e / 2) @ g @ power(right, rho_r, e / 2)
+    return power(left, rho_l, e / 2) @ (g if of is None else of) @ power(right, rho_r, e / 2)
 
 
 def step(net: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -240,25 +241,75 @@ def test_one_side_takes_the_whole_power(name: str, sides: str) -> None:
 
 
 @pytest.mark.parametrize("size", [5, 100])
-@pytest.mark.parametrize("graft", ["sgd", "adam", "rmsprop"])
-def test_a_graft_gives_its_norm_to_every_block(graft: str, size: int) -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("graft", ["none", "sgd", "adam", "rmsprop", "spectral"])
+def test_the_mean_of_gradients_is_preconditioned_and_takes_the_norm_of_its_graft(
+    graft: str, momentum: float, size: int
+) -> None:
     net, _ = make("mlp")
     options = {**OPTIONS, "graft": graft, "block_size": size, "factor_decay": 0.0, "damping_mode": "trace"}
-    optimizer = mupass.Shampoo(net, LR, RHO, **options)
+    optimizer = mupass.Shampoo(net, LR, RHO, **options | {"momentum": momentum})
+    # m_out is 1, m_in 2; three or one blocks now, two or one at the base width.
+    growth = {5: 3 / 2, 100: 1.0}[size]
+    scale = {"none": (2 * growth) ** -0.5, "sgd": 0.5, "spectral": (2 * growth) ** -0.5}.get(graft, 0.5)
     mean = square = torch.zeros(3, 12, dtype=torch.float64)
     for t in range(1, 4):
         torch.manual_seed(t)
         optimizer.zero_grad()
         net(torch.randn(6, 5, dtype=torch.float64)).square().mean().backward()
         g = net[4].weight.grad.clone()  # type: ignore[index,union-attr]
-        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
-        root = (square / (1 - 0.999**t)).sqrt() + 1e-8
-        magnitude = {"sgd": g, "rmsprop": g / root, "adam": mean / (1 - 0.9**t) / root}[graft]
+        mean, square = momentum * mean + (1 - momentum) * g, 0.999 * square + 0.001 * g**2
+        root, first = (square / (1 - 0.999**t)).sqrt() + 1e-8, mean / (1 - momentum**t)
+        magnitude = {"sgd": first, "rmsprop": g / root, "adam": first / root}.get(graft)
         move = moved(net, optimizer.step)["4.weight"]
         for c in range(0, 12, size):
-            want = direction(g[:, c : c + size], "trace", 0.5, 1, 1)
-            want = want * magnitude[:, c : c + size].norm() / want.norm()
-            assert_close(move[:, c : c + size], -LR / 2 * want, f"step {t}")  # 1 / m_in
+            want = direction(g[:, c : c + size], "trace", 0.5, 1, 1, of=first[:, c : c + size])
+            if magnitude is not None:
+                want = want * magnitude[:, c : c + size].norm() / want.norm()
+            got = move[:, c : c + size]
+            if graft == "spectral":  # to the precision of its power iteration
+                want = want / torch.linalg.matrix_norm(want, 2)
+                assert (got + LR * scale * want).norm() < 0.05 * LR * scale * want.norm()
+            else:
+                assert_close(got, -LR * scale * want, f"step {t}")
+
+
+def test_sums_of_directions_are_ten_times_the_mean_by_name_only() -> None:
+    """On a constant gradient, with Adam's graft, the step is Adam's; only the sum of directions is not."""
+    for of, times in (("gradients", 1.0), ("directions", sum(0.9**i for i in range(40)))):
+        net, x = make("mlp")
+        how = {"graft": "adam", "graft_eps": 0.0, "momentum": 0.9, "momentum_of": of, "block_size": 4}
+        optimizer = mupass.Shampoo(net, LR, **how)
+        net(x).square().mean().backward()
+        for _ in range(40):
+            with torch.no_grad():
+                before = {n: p.clone() for n, p in net.named_parameters()}
+            move = moved(net, optimizer.step)["2.weight"]
+            net.load_state_dict(before)
+        for rows in move.chunk(3, 0):
+            for block in rows.chunk(3, 1):  # entries of Adam's step are all LR; the scale is 1 / m_in
+                assert float(block.norm()) == pytest.approx(times * LR / 2 * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["trace", "relative"])
+def test_damping_remembers_the_largest_trace(mode: str) -> None:
+    net, _ = make("mlp")
+    how = {**OPTIONS, "factor_decay": 0.0, "damping_mode": mode, "damping_memory": 0.9}
+    optimizer = mupass.Shampoo(net, LR, RHO, **how)
+    peak = [torch.zeros(()).double()] * 2
+    for t, size in enumerate((1.0, 10.0, 0.1, 0.1)):
+        torch.manual_seed(t)
+        optimizer.zero_grad()
+        (net(torch.randn(6, 5, dtype=torch.float64)).square().mean() * size).backward()
+        g = net[2].weight.grad.clone()  # type: ignore[index,union-attr]
+        roots = []
+        for side, m in enumerate((g @ g.T, g.T @ g)):
+            peak[side] = torch.maximum(0.9 * peak[side], m.trace())
+            of = m.trace() if mode == "trace" else torch.linalg.eigvalsh(m)[-1]
+            roots.append(power(m, RHO * of * peak[side] / m.trace(), 0.25))
+        assert t < 2 or peak[0] > 10 * (g @ g.T).trace()
+        move = moved(net, optimizer.step)["2.weight"]
+        assert_close(move, -LR * roots[0] @ g @ roots[1], f"step {t}")
 
 
 @pytest.mark.parametrize("e", [0.5, 1.0])
@@ -317,14 +368,15 @@ def test_roots_are_recomputed_every_so_many_steps(every: int, staggered: bool) -
                         seen.setdefault((n, side, slot), []).append(at)
                         work[-1] += stack.shape[side] ** 3
     assert sum(len(s.slots) for s in optimizer._stacks) * 2 == len(seen) > 9
-    for steps in seen.values():  # each at the first step, and then once in every period
-        assert steps[0] == 0 and len(steps) == 4
-        assert {b - a for a, b in zip(steps[1:], steps[2:], strict=False)} == {every}
-    later = work[1 : 1 + every]
+    first = {1: 1, 3: 3}[every]  # all at steps 0, 1, 2, 4, ... of the first period
+    for steps in seen.values():  # and then each once in every period
+        assert steps[:first] == list(range(first)) and len(steps) in (first + 2, first + 3)
+        assert {b - a for a, b in zip(steps[first:], steps[first + 1 :], strict=False)} == {every}
+    later = work[first : first + every]
     if staggered:  # no step has much more to do than the mean
         assert max(later) <= sum(later) / every + 6**3
     else:
-        assert later[:-1] == [0] * (every - 1) and later[-1] > 0
+        assert later[1:] == [0] * (every - 1) and later[0] > 0
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute", "trace"])
@@ -344,7 +396,7 @@ def test_zero_readout(mode: str) -> None:
 
 def test_a_bad_gradient_skips_the_step_and_leaves_no_trace() -> None:
     pair = [make("mlp") for _ in range(2)]
-    optimizers = [mupass.Shampoo(net, LR, factor_decay=0.9, root_every=2) for net, _ in pair]
+    optimizers = [mupass.Shampoo(net, LR, factor_decay=0.9, block_size=5) for net, _ in pair]
 
     def go(i: int, scale: float = 1.0) -> None:
         optimizers[i].zero_grad()
@@ -355,6 +407,7 @@ def test_a_bad_gradient_skips_the_step_and_leaves_no_trace() -> None:
         go(i)
     with pytest.warns(UserWarning, match="skipped steps"):
         go(0, float("nan"))
+        optimizers[0].stats()
     for _ in range(3):
         for i in (0, 1):
             go(i)
@@ -373,10 +426,10 @@ def test_overflowing_factors_keep_the_average() -> None:
     (net(x).square().mean() * 1e200).backward()
     with pytest.warns(UserWarning, match="overflowed blocks: the squared gradient of"):
         got = moved(net, optimizer.step)
+        assert optimizer.stats()["overflowed_blocks"] == 3
     for stack, old in zip(optimizer._stacks, before, strict=True):
         assert all(torch.equal(t, old[k]) for k, t in stack.state.items())
     assert torch.count_nonzero(got["2.weight"]) == 0
-    assert optimizer.stats()["overflowed_blocks"] == 3
 
 
 def test_a_parameter_without_gradient_keeps_still() -> None:

@@ -66,7 +66,7 @@ def test_a_page_of_all_studies(tmp_path: Path) -> None:
         assert page.text.count(verdict) == 2  # at the top and in its place
     assert page.text.count("a < b") == 2
     # The plan of the optimizer that is used, and the one that was asked for.
-    assert str(plan.for_optimizer("shampoo")) in page.text and str(plan) in page.text
+    assert str(plan.for_optimizer(ready.optimizer.spec)) in page.text and str(plan) in page.text
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_sweep_under_mup_keeps_its_optimum_and_standard_does_not() -> None:
     assert [t.loss for t in at_base] == [t.loss for t in standard.trials if t.width == 32]
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(tmp_path: Path) -> None:
     pytest.importorskip("loky")
     grid = {"lr": [0.1, 0.3], "momentum": [0.1, 0.9]}
@@ -137,6 +138,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_gives_the_same_table(tmp_path: Path, jobs: int) -> None:
     if jobs > 1:
@@ -244,7 +246,12 @@ def test_reports(tmp_path: Path) -> None:
     assert found.report() == str(found) and "momentum" in str(found)
     page = Path(found.report(tmp_path / "sweep.html")).read_text()
     assert page.startswith("<!doctype html>") and "src=" not in page and "NOT BRACKETED" in page
+
+
+@pytest.mark.slow
+def test_a_report_as_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    found = mupass.sweep(mlp(), data(), {"lr": [0.1, 0.3, 1.0], "momentum": [0.1, 0.5]}, **SMALL)
     assert Path(found.report(tmp_path / "sweep.png")).stat().st_size > 10_000
 
 

@@ -71,6 +71,7 @@ def test_a_planned_optimizer_with_two_hyperparameters(tmp_path: Path) -> None:
     assert found.report() == str(found)
 
 
+@pytest.mark.slow
 def test_optuna_searches_and_goes_on_after_a_break(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     settings = {"grid": {"lr": [1e-4, 1.0]}, "optimizer": "adam", "driver": "optuna", **QUICK}
@@ -93,6 +94,7 @@ def plain_sgd(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optim
     return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"), momentum=momentum)
 
 
+@pytest.mark.sample("adam")
 @pytest.mark.parametrize(
     ("optimizer", "grid"),
     [

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mupass
-import mupass._rewrite
 from mupass._optim.groups import param_groups
 from mupass._rewrite import InputMultiplier
 from mupass._scales.plan import Plan
@@ -150,7 +150,8 @@ def test_tied_readout_gets_its_multiplier_before_the_bias() -> None:
     transform(model, IDS, base=16)
     assert isinstance(model, TiedLM)
     plain = seeded(TiedLM)
-    plain.load_state_dict(model.state_dict())  # same weights, no multiplier
+    with pytest.warns(mupass.MupassWarning, match=r"mupass\.fold"):
+        plain.load_state_dict(model.state_dict())  # same weights, no multiplier
     assert isinstance(plain, TiedLM)
     expected = F.linear(plain.features(IDS) / 4, plain.wte.weight, plain.head.bias)
     torch.testing.assert_close(model(IDS), expected)
@@ -186,7 +187,11 @@ def test_tied_model_learns_at_the_same_speed_at_all_widths(optimizer: str) -> No
 def test_ntk_warns_of_a_tied_readout_whose_logits_grow() -> None:
     size = {}
     for name in ("mup", "ntk"):
-        models = [transform(seeded(TiedLM, d), IDS, base=64, parameterization=name) for d in (64, 1024)]
+        models = [transform(seeded(TiedLM, 64), IDS, base=64, parameterization=name)]
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            models.append(transform(seeded(TiedLM, 1024), IDS, base=64, parameterization=name))
+        assert [r.category for r in raised] == [mupass.MupassWarning] * (name == "ntk")
         narrow, wide = (float(model(IDS).detach().square().mean().sqrt()) for model in models)
         size[name] = wide / narrow
         warned = any("grows as sqrt(width)" in w for w in models[0].mupass_plan.warnings)  # type: ignore[union-attr]
@@ -334,13 +339,14 @@ def test_expanded_parameter_is_refused() -> None:
 
 def test_meta_model_is_planned_and_told_what_remains() -> None:
     model = seeded(mlp).to("meta")
-    transform(model, MODELS["mlp"][1].to("meta"), base=16)
+    with pytest.warns(mupass.MupassWarning, match="on the meta device"):
+        transform(model, MODELS["mlp"][1].to("meta"), base=16)
     plan = model.mupass_plan
     assert isinstance(plan, Plan)
-    assert any("multiply by plan[name].init_factor" in warning for warning in plan.warnings)
+    assert any("call mupass.initialize(model)" in warning for warning in plan.warnings)
     model.to_empty(device="cpu")
     model.load_state_dict(seeded(mlp).state_dict())
-    mupass._rewrite.rescale(model, plan)
+    mupass.initialize(model)
     expected = transform(seeded(mlp), MODELS["mlp"][1], base=16)
     torch.testing.assert_close(model(MODELS["mlp"][1]), expected(MODELS["mlp"][1]))
 

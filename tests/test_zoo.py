@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
-from zoo.case import Case, Cases
+from zoo.analyses import alone, beside_a_second, truth
+from zoo.case import Case
 from zoo.plain_blind import CASES as BLIND
 from zoo.plain_blind_more import CASES as BLINDER
 from zoo.plain_dense import CASES as DENSE
@@ -21,42 +17,10 @@ from zoo.plain_vision import CASES as VISION
 
 import mupass
 
-# Modules of cases, and the packages without which they are skipped.
-PACKAGED = {
-    "hf_text": ("transformers",),
-    "hf_other": ("transformers",),
-    "hf_more": ("transformers",),
-    "hf_blind": ("transformers",),
-    "vision": ("timm", "torchvision"),
-    "vision_more": ("timm", "torchvision", "transformers"),
-    "generative": ("diffusers",),
-    "graphs": ("torch_geometric",),
-}
-
-
-@contextmanager
-def third_party() -> Iterator[None]:
-    """Builders are other people's code; their warnings are not ours to fail on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def packaged() -> Iterator[pytest.param]:
-    for module, packages in PACKAGED.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        if missing:
-            skip = pytest.mark.skip(reason=f"needs {missing[0]}")
-            yield pytest.param(None, marks=[pytest.mark.zoo, skip], id=module)
-            continue
-        with third_party():
-            cases: Cases = importlib.import_module(f"zoo.{module}").CASES
-        yield from (pytest.param(case, marks=pytest.mark.zoo, id=name) for name, case in cases.items())
-
-
 PLAIN = {**BLIND, **BLINDER, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
-ALL = [*(pytest.param(case, id=name) for name, case in PLAIN.items()), *packaged()]
-
+# For the short tier; the weights of one case are computed, so names and order of its parameters stay.
+PARAMETRIZED = {"normalized_weights"}
+SOME = [name for name in list(PLAIN)[::8] if name not in PARAMETRIZED]
 
 # In training its codes are drawn by Gumbel's softmax; nothing speaks against their number as a width then.
 UNMARKED = {"train": {"wav2vec2_pretraining"}, "eval": set()}
@@ -65,7 +29,7 @@ UNMARKED = {"train": {"wav2vec2_pretraining"}, "eval": set()}
 def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
     """Say where the analysis differs from the truth; axes that are a convention count only when asked."""
     found = []
-    for (name, axis), grows in case.truth().items():
+    for (name, axis), grows in truth(case).items():
         if analysis[name].infinite[axis] != grows and (conventional or not case.conventional(name, axis)):
             found.append(f"{name}:{axis} should be {grows}: {analysis[name].evidence[axis]}")
     return found
@@ -81,41 +45,28 @@ def unmarked(case: Case, analysis: mupass.Analysis) -> list[str]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.sample(*[f"{name}-train" for name in PLAIN], *[f"{name}-eval" for name in SOME])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
-    with third_party():
-        torch.manual_seed(0)
-        model, inputs = case.build(1).train(mode == "train"), case.inputs()
-        analysis = mupass.analyze(model, inputs)
-        assert not wrong(case, analysis, conventional=False)
-        assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
+    one_model_tells(case, mode)
 
 
-@pytest.mark.zoo
-def test_regnet_is_read_right_once_its_groups_are_said_to_grow() -> None:
-    pytest.importorskip("timm")
-    with third_party():
-        case = importlib.import_module("zoo.vision").CASES["timm_regnet"]
-        model, dims = case.build(1).eval(), {r".*conv2\.conv\.weight:1": "finite"}
-        assert wrong(case, mupass.analyze(model, case.inputs()), conventional=True)
-        assert not wrong(case, mupass.analyze(model, case.inputs(), dims=dims), conventional=True)
+def one_model_tells(case: Case, mode: str) -> None:
+    analysis = alone(case, 1, mode)
+    assert not wrong(case, analysis, conventional=False)
+    assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.sample(*SOME)
+@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_a_second_instance_settles_everything(case: Case) -> None:
-    with third_party():
-        model, base, inputs = case.build(2), case.build(1), case.inputs()
-        analysis = mupass.analyze(model, inputs, base=base)
-        assert not wrong(case, analysis, conventional=True)
+    a_second_instance_settles(case)
+
+
+def a_second_instance_settles(case: Case) -> None:
+    analysis = beside_a_second(case)
+    assert not wrong(case, analysis, conventional=True)
     for geometry in analysis.geometries:
         assert not any(geometry.ambiguous)
 
@@ -125,6 +76,11 @@ def verdicts(model: nn.Module, inputs: tuple, order: list[int] | None = None) ->
     analysis = mupass.analyze(model, inputs)
     by_id = {id(p): analysis[n].infinite for n, p in model.named_parameters()}
     return [by_id[i] for i in order or by_id]
+
+
+def of_all(analysis: mupass.Analysis) -> list[tuple[bool, ...]]:
+    """Return the verdicts on all parameters, in the model's order."""
+    return [geometry.infinite for geometry in analysis.geometries]
 
 
 def permute(model: nn.Module) -> None:
@@ -154,17 +110,17 @@ def rename(model: nn.Module) -> None:
         module.__class__ = type(type(module).__name__, (type(module),), aliases)
 
 
-UNPARAMETRIZED = {n: c for n, c in PLAIN.items() if n not in ("normalized_weights",)}
+UNPARAMETRIZED = {n: c for n, c in PLAIN.items() if n not in PARAMETRIZED}
 
 
+@pytest.mark.sample(*[f"permute-{name}" for name in SOME], *[f"rename-{name}" for name in SOME])
 @pytest.mark.parametrize("case", UNPARAMETRIZED.values(), ids=UNPARAMETRIZED)
 @pytest.mark.parametrize("change", [permute, rename])
 def test_order_and_names_do_not_matter(case: Case, change) -> None:
     model, inputs = case.build(1).eval(), case.inputs()
     order = [id(p) for p in model.parameters()]
-    before = verdicts(model, inputs)
     change(model)
-    assert verdicts(model, inputs, order) == before
+    assert verdicts(model, inputs, order) == of_all(alone(case, 1, "eval"))
 
 
 class Coincidence(nn.Module):
@@ -224,8 +180,7 @@ def test_features_of_the_code_are_a_policy(features: int, grows: bool) -> None:
     assert geometry.ambiguous == (False, True)
 
 
+@pytest.mark.sample(*SOME)
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_verdicts_do_not_depend_on_the_width_they_are_taken_at(case: Case) -> None:
-    inputs = case.inputs()
-    narrow, wide = verdicts(case.build(1).eval(), inputs), verdicts(case.build(3).eval(), inputs)
-    assert narrow == wide
+    assert of_all(alone(case, 1, "eval")) == of_all(alone(case, 3, "eval"))

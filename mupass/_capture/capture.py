@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from mupass._capture.draws import settled_draws
+from mupass._capture.inline import inline_contexts
 from mupass._errors import CaptureError
 
 # Leaves of an output that torch.export takes as they are.
@@ -176,17 +177,19 @@ def _from_export(
     inputs = {by_name[n]: n for n in user}
     states = tuple(n for n in by_name.values() if n not in parameters and n not in inputs)
     output = next(n for n in program.graph.nodes if n.op == "output")
-    wanted = set(map(str, signature.user_outputs))
-    nodes = [n for n in output.args[0] if isinstance(n, Node) and n.name in wanted]
     paths = _output_paths(program, len(signature.user_outputs))
     named = dict(zip(map(str, signature.user_outputs), paths, strict=False))
-    outputs = tuple((named.get(n.name, n.name), n) for n in nodes)
+    places = {
+        i: named[n.name] for i, n in enumerate(output.args[0]) if isinstance(n, Node) and n.name in named
+    }
+    inline_contexts(program.graph_module)  # the nodes of outputs change, not their places
+    outputs = tuple((path, output.args[0][i]) for i, path in places.items())
     operators = tuple(n for n in program.graph.nodes if n.op == "call_function")
     owners = {n: _owner(n) for n in operators}
     buffers = {by_name[k]: v for k, v in signature.inputs_to_buffers.items()}
     known = {**program.state_dict, **program.constants}
-    places = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    numbers = {by_name[k]: x for k, v in places.items() if (x := number_in(known.get(v))) is not None}
+    sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    numbers = {by_name[k]: x for k, v in sources.items() if (x := number_in(known.get(v))) is not None}
     return Capture(
         operators, parameters, states, inputs, outputs, aliases, "export", owners, (), buffers, numbers
     )
@@ -196,7 +199,9 @@ def number_in(tensor: Any) -> float | None:
     """Return the value of a tensor that is one real number and is there to be read."""
     if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
         return None
-    return None if isinstance(tensor, FakeTensor) else float(tensor)
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return float(tensor)
 
 
 def _owner(node: Node) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mupass._capture.capture import Capture, fresh_copy, number_in, plain_outputs, quiet
@@ -62,8 +65,9 @@ def record(
         paths[:] = ["".join(map(str, p)).strip(".[]'\"") or "output" for p, _ in found]
         return [x for _, x in found]
 
+    callers: dict[str, str] = {}
     try:
-        with quiet(), settled_draws(), plain_outputs(model), torch.no_grad():
+        with quiet(), settled_draws(), plain_outputs(model), _callers(model, callers), torch.no_grad():
             module = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 state, buffers, [leaves[i] for i in tensors]
             )
@@ -71,11 +75,45 @@ def record(
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(f"{name} fails on its example inputs: {type(error).__name__}: {text}") from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
-    return _from_recording(module, list(state), list(buffers), paths, aliases, warning)
+    return _from_recording(module, callers, list(state), list(buffers), paths, aliases, warning)
+
+
+@contextmanager
+def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
+    """Note which module calls each operator of a recording: name of the node -> name of the module.
+
+    Args:
+        model: Its modules carry hooks while the context lasts.
+        found: Filled while the model runs.
+    """
+    starts: list[int] = []
+
+    def count() -> int:
+        mode = get_proxy_mode()
+        return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+    def enter(module: nn.Module, args: Any) -> None:
+        starts.append(count())
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        start, mode = starts.pop(), get_proxy_mode()
+        for node in islice(mode.tracer.graph.nodes, start, None) if mode is not None else ():
+            found.setdefault(node.name, name)  # modules inside of this one have left before
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(partial(leave, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _from_recording(
     module: torch.fx.GraphModule,
+    callers: Mapping[str, str],
     parameters: list[str],
     buffers: list[str],
     paths: list[str],
@@ -94,7 +132,7 @@ def _from_recording(
     output = next(n for n in module.graph.nodes if n.op == "output")
     nodes = [n for n in torch.fx.node.map_arg(output.args[0], lambda n: n) if isinstance(n, Node)]
     operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
-    owners = {n: _owner(n, named) for n in operators}
+    owners = {n: callers.get(n.name, "") for n in operators}
     outputs = tuple(zip(paths, nodes, strict=False))
     numbers = {n: x for n in states if (x := number_in(n.meta.get("val"))) is not None}
     return Capture(
@@ -110,11 +148,3 @@ def _from_recording(
         buffers=filled,
         numbers=numbers,
     )
-
-
-def _owner(node: Node, parameters: Mapping[Node, str]) -> str:
-    """A recording has no module stack; the parameter that an operator reads tells its module."""
-    for source in node.all_input_nodes:
-        if source in parameters:
-            return parameters[source].rpartition(".")[0]
-    return ""

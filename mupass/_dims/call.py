@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Result = Any  # a Value, or a tuple or list of results, or None for outputs that are no tensors
 Rule = Callable[["Call"], Result]
 RULES: dict[str, Rule] = {}
+# Operators with an argument that lends its type, device or shape, and none of its values.
+LENDERS = dict.fromkeys(("aten.type_as", "aten.to", "aten.view_as", "aten.reshape_as"), "other")
 PICKED = "its positions are taken one by one"
 
 
@@ -58,8 +60,10 @@ class Call:
 
     @property
     def values(self) -> list[Value]:
-        """All tensor arguments, lists flattened, in order."""
-        return [v for v in flatten(self.arguments.values()) if isinstance(v, Value)]
+        """All tensor arguments in order, lists flattened, but for those that lend their type or shape."""
+        lender = LENDERS.get(self.operator)
+        lent = [v for name, v in self.arguments.items() if name != lender]
+        return [v for v in flatten(lent) if isinstance(v, Value)]
 
     @property
     def static(self) -> bool:

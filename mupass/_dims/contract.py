@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mupass._dims.call import Call, Result, rule
-from mupass._dims.facts import NOWHERE, Axis, Bilinear, Value, bare
+from mupass._dims.facts import NOWHERE, Axis, Bilinear, MadeWeight, Value, bare
 from mupass._dims.shape import merge_axes
 
 Labels = Sequence[str]
@@ -27,6 +27,9 @@ def contract(
                 table[name] = axis
             call.unify(known, axis)
     weights = [i for i, v in enumerate(operands) if v.parametric]
+    for value, names in zip(operands, labels, strict=True):
+        if value.parametric and (mixture := _mixture(call, value, names, out)):
+            return call.value([mixture.get(n, table[n]) for n in out], static=True)
     owned = {i: dict(zip(labels[i], operands[i].axes, strict=True)) for i in weights}
     met = {i: _met(i, owned[i], operands, labels) for i in weights}
     for i in weights:
@@ -40,6 +43,7 @@ def contract(
         summed = [a for n, a in own.items() if n in others and n not in out]
         made = [a for n, a in own.items() if n not in named and n in out]
         beside = [a for n, a in own.items() if n in named - others and n in out]
+        _between(call, i, own, summed, operands, labels)
         if summed or made or beside:
             call.use(kind, summed, made, operands[i], basis, beside)
         else:
@@ -59,11 +63,42 @@ def contract(
     return call.value([Axis(table[n].dim, table[n].size, origins[n]) for n in out])
 
 
+def _between(
+    call: Call,
+    i: int,
+    own: dict[str, Axis],
+    summed: Sequence[Axis],
+    operands: Sequence[Value],
+    labels: Sequence[Labels],
+) -> None:
+    """Record what a weight contracts with each of several activations: ``y_o = sum_ij a_i W_oij b_j``."""
+    sides = []
+    for j, names in enumerate(labels):
+        if j != i and not operands[j].static:
+            sides.append(tuple(own[n].dim for n in names if n in own and own[n] in summed))
+    if len([side for side in sides if side]) > 1:
+        call.facts.between.append(tuple(side for side in sides if side))
+
+
+def _mixture(call: Call, weight: Value, names: Labels, out: Labels) -> dict[str, Axis]:
+    """Return the axes that are left of a weight whose alternatives are summed: ``w = sum_e g_e W_e``."""
+    summed = [a for n, a in zip(names, weight.axes, strict=True) if n not in out]
+    if not summed or any(not a.origin or not a.origin <= call.engine.mixed for a in summed):
+        return {}
+    call.facts.mixtures.update({a.dim: call.where for a in summed})
+    call.pointwise_use("pointwise", weight)
+    return dict(zip(names, weight.axes, strict=True))
+
+
 def _bilinear(call: Call, table: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
     shared = set(labels[0]) & set(labels[1]) & set(out)
     batch = tuple(table[n].dim for n in table if n in shared and table[n].size > 1)
     inner = tuple(table[n].dim for n in table if n not in shared and table[n].size > 1)
     call.facts.bilinear.append(Bilinear(batch, inner, call.where))
+    summed = {n for n in table if n in labels[0] and n in labels[1] and n not in out and table[n].size > 1}
+    for names in labels:
+        kept = [table[n].dim for n in names if n in out and n not in shared and table[n].size > 1]
+        call.facts.made_weights.append(MadeWeight(tuple(table[n].dim for n in summed), tuple(kept)))
 
 
 def _met(i: int, own: dict[str, Axis], operands: Sequence[Value], labels: Sequence[Labels]) -> set[str]:
@@ -143,8 +178,10 @@ def matmul(call: Call) -> Result:
     left = letters(max(ra - 2, 0), batch - max(ra - 2, 0)) + (["i"] if ra > 1 else []) + ["k"]
     right = letters(max(rb - 2, 0), batch - max(rb - 2, 0)) + (["k", "j"] if rb > 1 else ["k"])
     out = letters(batch if max(ra, rb) > 2 else 0) + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
+    if call.operator == "aten.addbmm":  # sums over the batch axis as well
+        out = ["i", "j"]
     result = contract(call, "matmul", [a, b], [left, right], out)
-    if call.operator == "aten.baddbmm":
+    if call.operator in ("aten.baddbmm", "aten.addbmm"):
         for axis, other in zip(result.axes[::-1], call["self"].axes[::-1], strict=False):
             call.unify(axis, other)
         if call["self"].parametric:
@@ -168,7 +205,7 @@ def einsum(call: Call) -> Result:
     equation = call["equation"].replace(" ", "")
     inputs, _, output = equation.partition("->")
     terms = inputs.split(",")
-    labels = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
+    labels: list[Labels] = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
     if not output and "->" not in equation:
         flat = [n for names in labels for n in names]
         output_labels = [n for n in sorted(set(flat)) if n.startswith("...")] + sorted(
@@ -179,7 +216,30 @@ def einsum(call: Call) -> Result:
     for names, value in zip(labels, operands, strict=True):  # a repeated label is a diagonal
         for i, name in enumerate(names):
             call.unify(value.axes[names.index(name)], value.axes[i])
+    while len(operands) > 2 and (pair := _activations(operands, labels, output_labels)):
+        operands, labels = _contracted(call, operands, labels, output_labels, pair)
     return contract(call, "einsum", operands, labels, output_labels)
+
+
+def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Labels) -> tuple[int, int] | None:
+    """Return two activations that are contracted with each other, as attention and values are."""
+    moving = [i for i, v in enumerate(operands) if not v.parametric]
+    for i, j in ((i, j) for j in moving for i in moving if i < j):
+        kept = set(out).union(*(names for k, names in enumerate(labels) if k not in (i, j)))
+        if set(labels[i]) & set(labels[j]) - kept:
+            return i, j
+    return None
+
+
+def _contracted(
+    call: Call, operands: Sequence[Value], labels: Sequence[Labels], out: Labels, pair: tuple[int, int]
+) -> tuple[list[Value], list[Labels]]:
+    """Contract two operands of several, as if the code had done so first."""
+    rest = [k for k in range(len(operands)) if k not in pair]
+    kept = set(out).union(*(labels[k] for k in rest))
+    made = [n for n in dict.fromkeys([*labels[pair[0]], *labels[pair[1]]]) if n in kept]
+    value = contract(call, "einsum", [operands[k] for k in pair], [labels[k] for k in pair], made)
+    return [value, *(operands[k] for k in rest)], [made, *(labels[k] for k in rest)]
 
 
 def _spell(term: str, rank: int) -> list[str]:
@@ -223,8 +283,13 @@ def convolution(call: Call) -> Result:
     transposed = bool(call.get("transposed", "transpose" in call.operator))
     channels = source.axes[-rank - 1]
     groups = call.get("groups", 1)
-    for axis in weight.axes[2:]:
-        call.finite(axis, "a kernel axis")
+    places = source.axes[len(source.axes) - rank :]
+    for i, axis in enumerate(weight.axes[2:]):
+        # A kernel over all of an axis, to one position, contracts it as a linear layer does (TextCNN).
+        if not transposed and axis.size == places[i].size > 1 and call.shape[len(call.shape) - rank + i] == 1:
+            call.unify(axis, places[i])
+        else:
+            call.finite(axis, "a kernel axis")
     first, second = weight.axes[:2]
     into, made = (first, second) if transposed else (second, first)
     result_channels = _group(call, channels, into, made, transposed, groups)
@@ -232,6 +297,8 @@ def convolution(call: Call) -> Result:
     if groups == channels.size and into.size == 1 or transposed and groups == channels.size:
         call.facts.fan_out.setdefault(channels.dim, call.where)
     call.use("conv_transpose" if transposed else "conv", [into, *weight.axes[2:]], own, weight)
+    if not weight.static:
+        call.facts.made_weights.append(MadeWeight((into.dim,), (made.dim,)))
     spatial = [
         call.derive(a, s) if a.size != s else a
         for a, s in zip(

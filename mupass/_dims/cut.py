@@ -24,6 +24,7 @@ def cat(call: Call) -> Result:
             axes.append(Axis(call.space.new(size), size, origin))
             parts = [a.dim for a in column]
             call.space.sum(axes[-1].dim, tuple(parts))
+            call.facts.parts += parts
             if call.static and all(a.origin for a in column):
                 call.facts.joined.append(axes[-1].dim)
             if all(a.size == 1 for a in column):
@@ -56,7 +57,9 @@ def stack(call: Call) -> Result:
         for i in range(rank):
             if i != dim:
                 call.unify(axes[i], value.axes[i])
-    call.space.sum(axes[dim].dim, tuple(v.axes[dim].dim for v in values))
+    parts = [v.axes[dim].dim for v in values]
+    call.space.sum(axes[dim].dim, tuple(parts))
+    call.facts.parts += parts
     return call.value(axes)
 
 
@@ -84,7 +87,7 @@ def split(call: Call) -> Result:
         for s in call.shapes
     ]
     if len(parts) > 1:
-        call.space.sum(whole.dim, tuple(p.dim for p in parts))
+        call.space.cut(whole.dim, tuple(p.dim for p in parts))
         if all(p.size == 1 for p in parts):
             call.enumerate(whole, "its positions are split off one by one")
     return [call.value(source.axes[:dim] + (p,) + source.axes[dim + 1 :]) for p in parts]

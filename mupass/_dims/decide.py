@@ -50,6 +50,7 @@ def decide(
     policies.settle_blocks(verdicts)
     policies.settle_groups(verdicts)
     policies.settle_alternatives(verdicts)
+    policies.settle_mixtures(verdicts)
     policies.settle_adapters(verdicts)
     policies.settle_rests(verdicts)
     unmade = policies.unmade(verdicts, made)
@@ -62,6 +63,7 @@ def decide(
     policies.settle_joined(verdicts)
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
+    policies.settle_cuts(verdicts)
     for dim, why in hidden.items():
         if verdicts.grows(dim):
             verdicts.question(dim, f"policy: hidden state, since weights read it again ({why})")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 
+from mupass._dims.policies import mixed
 from mupass._dims.verdicts import Verdict, Verdicts
 from mupass._dims.wiring import Wiring
 
@@ -42,6 +44,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _unread,
         _competing,
         _mixing,
+        _mixed_weights,
     )
     for rule in rules:
         for dim, why in list(rule(wiring)):
@@ -177,6 +180,20 @@ def _mixing(wiring: Wiring) -> Found:
         ends = [{d for side in ends for d in side} for ends in (wiring.sources(dim), wiring.readers(dim))]
         if ends[0] and ends[0] == ends[1] and not wiring.grown(ends[0]):
             yield dim, "it only mixes positions of data"
+
+
+def _mixed_weights(wiring: Wiring) -> Found:
+    """What a weight a sample is made of: a number of experts, or the width of a net that makes weights."""
+    verdicts, space = wiring.verdicts, wiring.space
+    for dim in mixed(space, verdicts.facts, verdicts.grows):
+        if verdicts.is_firm(dim):
+            yield dim, "what it is read into is a weight itself, so it may count weights that are mixed"
+    for sides in verdicts.facts.between:
+        sizes = [prod(map(space.size, side)) for side in sides]
+        for side in sides:
+            if prod(map(space.size, side)) < max(sizes):
+                for dim in filter(verdicts.is_firm, map(space.find, side)):
+                    yield dim, "a weight stands between it and a wider one, so it may count matrices"
 
 
 def _factors(wiring: Wiring) -> Found:

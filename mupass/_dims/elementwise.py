@@ -26,6 +26,7 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "pointwise",
     "aten.dropout",
     "aten.to",
+    "aten.type_as",
     "aten.float",
     "aten.contiguous",
     "aten.alias",
@@ -132,6 +133,9 @@ def pointwise(call: Call) -> Result:
     """Every axis is kept; operands broadcast against each other."""
     values = [v for v in call.values if v is not None]
     moving = [v for v in values if not v.static]
+    # mul(w, s): a matrix times one number of the data, or one a sample or a matrix, is still that matrix.
+    if moving and any(v.parametric and _is_matrix(v, moving) for v in values):
+        return call.value(broadcast(call, values, len(call.shape)), static=True)
     for value in values:
         if value.parametric and moving:
             call.pointwise_use("pointwise", value)
@@ -143,6 +147,13 @@ def pointwise(call: Call) -> Result:
         ]
         outputs.append(call.value(axes if shape else ()))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
+    """Whether a parameter has two axes along which all that it meets has single entries."""
+    long = [back for back, a in enumerate(parameter.axes[::-1]) if a.size > 1]
+    alone = [b for b in long if all(b >= len(v.axes) or v.axes[-1 - b].size == 1 for v in moving)]
+    return len(alone) > 1
 
 
 def _spread(vector: Value, moving: Sequence[Value]) -> list[int]:
@@ -158,11 +169,10 @@ def where(call: Call) -> Result:
     return pointwise(call) if "other" in call.arguments else create(call)
 
 
-@rule("aten.type_as", "aten.copy", "aten.copy_")
+@rule("aten.copy", "aten.copy_")
 def keep(call: Call) -> Result:
-    """The axes of the first tensor; the second broadcasts into it, or only lends its type."""
-    if call.operator.startswith("aten.copy"):
-        broadcast(call, call.values, len(call.shape))
+    """The axes of the first tensor; the second broadcasts into it."""
+    broadcast(call, call.values, len(call.shape))
     return call.value(call.values[0].axes)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from mupass._dims.call import PICKED, RULES, Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Facts, Value, bare
+from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, Value, bare
 from mupass._dims.graph import (
     broadcasts,
     flatten,
@@ -28,13 +28,16 @@ from mupass._dims.space import Space
 from mupass._dims.straight import keeps_straight
 from mupass._errors import InferenceError
 
+COUNTED = "it counts equal parts, each of which the code takes on its own"
+
 
 class Engine:
     """Interprets a graph in the domain of axes."""
 
-    def __init__(self, module_of: Callable[[Node], str], strict: bool = True):
+    def __init__(self, module_of: Callable[[Node], str], strict: bool = True, mixed: Origin = NOWHERE):
         self.space, self.facts = Space(), Facts()
         self.module_of, self.strict = module_of, strict
+        self.mixed = mixed  # parameter axes along which whole weights are mixed into one a sample
         self.env: dict[Node, Result] = {}
         self._straight: set[Node] = set()  # what linear operators made of the output of a weight
 
@@ -48,6 +51,8 @@ class Engine:
         for index, size in enumerate(shape):
             origin = frozenset({(parameter, index)}) if parameter else NOWHERE
             axes.append(Axis(self.space.new(int(size)), int(size), origin))
+            if parameter:
+                self.facts.carried[parameter, index] = axes[-1].dim
         self.env[node] = Value(tuple(axes), static)
         return self.env[node]
 
@@ -57,6 +62,9 @@ class Engine:
         self.space.where = "slices"
         self._close_picks()
         self.space.close_slices()
+        for dim, where in self.space.counts.items():
+            self.facts.finite.setdefault(dim, f"{COUNTED} ({where})")
+            self.facts.enumerated.setdefault(dim, COUNTED)
 
     def _close_picks(self) -> None:
         """Positions taken alone are separate things, but where weights read all the others: then a part."""

@@ -62,12 +62,22 @@ class Bilinear:
     where: str
 
 
+@dataclass(frozen=True)
+class MadeWeight:
+    """A product in which an activation stands as a weight: what it sums over, and what else it brings."""
+
+    summed: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
 @dataclass
 class Facts:
     """What the rules have found, next to the space itself."""
 
     uses: list[ParameterUse] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)  # dims along which parameters are concatenated
+    parts: list[int] = field(default_factory=list)  # dims of what activations are joined of
+    carried: dict[tuple[str, int], int] = field(default_factory=dict)  # parameter axis -> dim
     finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
     literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
     weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(
@@ -91,6 +101,9 @@ class Facts:
     basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone
     bilinear: list[Bilinear] = field(default_factory=list)
     blocks: list[Bilinear] = field(default_factory=list)  # the same for a weight that is a batch of weights
+    made_weights: list[MadeWeight] = field(default_factory=list)
+    between: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # see contract._between
+    mixtures: dict[int, str] = field(default_factory=dict)  # dims that count weights mixed into one
     attention: list[tuple[int, float | None, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 MOVES = (
     "aten.to",
     "aten._to_copy",
+    "aten.type_as",
     "aten.contiguous",
     "aten.clone",
     "aten.alias",

@@ -13,8 +13,9 @@ import torch
 from mupass._capture.capture import Capture
 from mupass._dims.decide import decide
 from mupass._dims.engine import Engine
-from mupass._dims.facts import Value
+from mupass._dims.facts import NOWHERE, Origin, Value
 from mupass._dims.graph import shape_of
+from mupass._dims.policies import mixed
 from mupass._dims.verdicts import Verdict, Verdicts
 from mupass._roles.geometry import Use
 
@@ -118,7 +119,28 @@ def infer(
     Returns:
         The solved dimensions.
     """
-    engine = Engine(lambda node: captured.owners.get(node, ""), strict)
+    engine, dims, inputs = _run(captured, strict)
+    counting = {d for d, apart in mixed(engine.space, engine.facts).items() if apart}
+    if counting:  # known only at the end: the weights that are mixed are then seen as the weights they are
+        axes = frozenset(o for o, d in engine.facts.carried.items() if engine.space.find(d) in counting)
+        engine, dims, inputs = _run(captured, strict, axes)
+    uses: dict[str, list[Use]] = defaultdict(list)
+    for found in engine.facts.uses:
+        uses[found.parameter].append(found.use)
+    read = {p: {i for u in uses.get(p, ()) for i in u.fan_in} for p in dims}
+    made = [dim for p, row in dims.items() for i, dim in enumerate(row) if i not in read[p]]
+    settled = {dims[p][i]: v for (p, i), v in overrides.items()} | dict(by_dim or {})
+    verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), made, settled)
+    seen = {name for node, name in captured.parameters.items() if node.users}
+    overlooked = tuple(name for name in dims if name not in seen)
+    return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked, overrides)
+
+
+def _run(
+    captured: Capture, strict: bool, mixed_axes: Origin = NOWHERE
+) -> tuple[Engine, dict[str, tuple[int, ...]], list[tuple[int, str]]]:
+    """Interpret a graph; return the engine, the dimensions of every parameter, and those of the inputs."""
+    engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes)
     dims: dict[str, tuple[int, ...]] = {}
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
@@ -135,16 +157,7 @@ def infer(
             value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)
             inputs += [(a.dim, f"axis {i} of input {name}") for i, a in enumerate(value.axes)]
     engine.run(captured.nodes)
-    uses: dict[str, list[Use]] = defaultdict(list)
-    for found in engine.facts.uses:
-        uses[found.parameter].append(found.use)
-    read = {p: {i for u in uses.get(p, ()) for i in u.fan_in} for p in dims}
-    made = [dim for p, row in dims.items() for i, dim in enumerate(row) if i not in read[p]]
-    settled = {dims[p][i]: v for (p, i), v in overrides.items()} | dict(by_dim or {})
-    verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), made, settled)
-    seen = {name for node, name in captured.parameters.items() if node.users}
-    overlooked = tuple(name for name in dims if name not in seen)
-    return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked, overrides)
+    return engine, dims, inputs
 
 
 def _outputs(captured: Capture, engine: Engine) -> list[tuple[int, str]]:

@@ -5,8 +5,10 @@ Every policy marks what it decides, so that a report can say so and the caller o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from mupass._dims.facts import Facts
+from mupass._dims.space import Space
 from mupass._dims.verdicts import Verdict, Verdicts
 
 
@@ -91,10 +93,13 @@ def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
 def settle_alternatives(verdicts: Verdicts) -> None:
     """Policy: alternatives (experts, slots, bins) are fixed, unless weights read them as features.
 
+    A weight between two activations may count matrices along one of them: experts under a softmax.
+
     What is read flattened, so many features for each of those that a softmax weighs, are the features.
     """
     space = verdicts.space
     read = verdicts.relatives(verdicts.facts.fan_in)
+    sides = {space.find(d) for between in verdicts.facts.between for side in between for d in side}
     counts: dict[int, bool] = {}  # factor -> whether it stands beside an open one wherever it is a part
     for kind in ("product", "sum"):
         for _, term in space.terms(kind):
@@ -105,7 +110,7 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     for dim, why in verdicts.facts.alternatives.items():
         root = space.find(dim)
         flat = dim in verdicts.facts.softmaxed and root not in direct and counts.get(root, False)
-        if root not in read or flat:
+        if root not in read or root in sides or flat:
             verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
 
 
@@ -237,3 +242,88 @@ def settle_products(verdicts: Verdicts) -> None:
             progress = True
         if not progress:
             break
+
+
+def settle_cuts(verdicts: Verdicts) -> None:
+    """Default: where a width is cut, what no weight reads of it and what is joined again grows with the rest.
+
+    Partial convolutions keep most channels as they are. Policy: what other activations meet instead, such as
+    the state of a scan, is fixed; as many as a part that grows are the other half of it.
+    """
+    space = verdicts.space
+    rests = set(map(space.find, space.rests))
+    joined = _wholes(verdicts, map(space.find, verdicts.facts.parts))
+    carried = set(map(space.find, verdicts.facts.carried.values()))
+    settled = True
+    while settled:  # a part may be cut again
+        settled = False
+        for whole, parts in space.cuts:
+            top = verdicts.get(whole)
+            open_ = {p for p in map(space.find, parts) if verdicts.is_open(p)} - rests
+            if not open_ or top is None or not top.infinite:
+                continue
+            halves = {space.size(p) for p in parts if verdicts.grows(p)}
+            for part in sorted(open_):
+                grows = part in joined or part not in carried and space.size(part) in halves
+                why = f"a part of a width that is cut ({top.why})"
+                verdicts.settle([part], Verdict(grows, why if grows else f"policy: {why}", not grows))
+            settled = True
+
+
+def _wholes(verdicts: Verdicts, members: Iterable[int]) -> set[int]:
+    """Return dimensions, and all that is cut or viewed into them."""
+    space = verdicts.space
+    found, terms = set(members), [*space.cuts, *space.terms("product")]
+    while True:
+        more = {space.find(w) for w, parts in terms if not found.isdisjoint(map(space.find, parts))} - found
+        if not more:
+            return found
+        found |= more
+
+
+def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None) -> dict[int, bool]:
+    """Return the dimensions along which whole weights are mixed into one weight a sample.
+
+    Experts under a gate: ``w = sum_e g_e W_e``, then ``w h``. Nothing else contracts such a dimension.
+
+    Args:
+        space: The solved constraints.
+        facts: What the rules recorded.
+        grows: What the weight must contract to count, where verdicts are there already.
+
+    Returns:
+        Dimension -> whether the parameter holds it beside two axes of its own, so that it counts matrices.
+    """
+    made = [
+        (_factors_of(space, m.summed), _factors_of(space, m.kept))
+        for m in facts.made_weights
+        if grows is None or any(map(grows, m.summed))
+    ]
+    found: dict[int, bool] = {}
+    plain: set[int] = set()
+    for into, out in facts.weights:
+        parts = _factors_of(space, out)
+        if any(parts & summed and (parts - summed) & kept for summed, kept in made):
+            found.update({space.find(d): len(out) > 1 for d in into})
+        else:
+            plain.update(map(space.find, into))
+    return {dim: apart for dim, apart in found.items() if dim not in plain}
+
+
+def _factors_of(space: Space, dims: Iterable[int]) -> set[int]:
+    """Return dimensions with all factors that they are viewed as."""
+    found, todo = set[int](), list(map(space.find, dims))
+    while todo:
+        dim = todo.pop()
+        found.add(dim)
+        factors = {f for kind in ("product", "groups") for term in space.terms_of(dim, kind) for f in term}
+        todo += factors - found
+    return found
+
+
+def settle_mixtures(verdicts: Verdicts) -> None:
+    """Policy: the number of matrices that are mixed into one weight a sample is fixed, whatever the gate."""
+    for dim, where in verdicts.facts.mixtures.items():
+        verdicts.settle(
+            [dim], Verdict(False, f"policy: it counts weights that are mixed into one ({where})", True)
+        )

@@ -4,14 +4,21 @@ from collections.abc import Sequence
 
 from mupass._dims.call import Call, Result, rule
 from mupass._dims.elementwise import broadcast
-from mupass._dims.facts import NOWHERE, Axis, product_of
+from mupass._dims.facts import NOWHERE, Axis, Origin, product_of
 
 
 def split_axis(call: Call, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     """Split one axis into factors, row-major."""
-    factors = [Axis(call.space.new(s), s, axis.origin) for s in sizes]
+    factors = [call.new(s) for s in sizes]
     call.space.product(axis.dim, tuple(f.dim for f in factors))
-    return factors
+    return [Axis(f.dim, f.size, _own_origin(call, axis, f)) for f in factors]
+
+
+def _own_origin(call: Call, axis: Axis, factor: Axis) -> Origin:
+    """Return the parameter axes that a factor is, where an axis was merged and is cut as before."""
+    find, carried = call.space.find, call.facts.carried
+    own = frozenset(o for o in axis.origin if find(carried[o]) == find(factor.dim))
+    return own or axis.origin
 
 
 def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:

@@ -44,6 +44,8 @@ class Space:
         self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "groups": {}, "sum": {}}
         self._slices: dict[int, dict[tuple[int, int], int]] = {}
         self.derived: list[tuple[int, int]] = []
+        self.cuts: list[tuple[int, Members]] = []  # wholes that were there before their parts
+        self.counts: dict[int, str] = {}  # factors that count equal parts -> where
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
         self.links: list[Link] = []
         self.where = "input"
@@ -94,6 +96,7 @@ class Space:
             for span, part in self._slices.pop(rb, {}).items():
                 known = self._slices.setdefault(ra, {}).setdefault(span, part)
                 todo.append((known, part))
+            self._join_terms(ra)
 
     def _weight(self, root: int) -> int:
         terms = sum(len(table.get(root, ())) for table in self._terms.values())
@@ -110,6 +113,11 @@ class Space:
     def sum(self, whole: int, parts: Members) -> None:
         """State whole = concatenation of parts, in this order."""
         self._state("sum", whole, tuple(p for p in parts if self._sizes[p] != 0))
+
+    def cut(self, whole: int, parts: Members) -> None:
+        """State that a dimension is cut into parts, in this order: unlike those of a sum, they come of it."""
+        self.cuts.append((whole, parts))
+        self.sum(whole, parts)
 
     def part(self, whole: int, start: int, stop: int) -> int:
         """Return the dimension of ``whole[start:stop]``; the same span gives the same dimension."""
@@ -143,10 +151,10 @@ class Space:
             root = self.find(whole)
             ordered = sorted(spans)
             if all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
-                self.sum(root, self._tile(root, [(span, spans[span]) for span in ordered]))
+                self.cut(root, self._tile(root, [(span, spans[span]) for span in ordered]))
             else:  # overlapping spans: each with its own complement
                 for span in ordered:
-                    self.sum(root, self._tile(root, [(span, spans[span])]))
+                    self.cut(root, self._tile(root, [(span, spans[span])]))
         self._slices.clear()
 
     def _tile(self, whole: int, pieces: list[tuple[tuple[int, int], int]]) -> Members:
@@ -180,6 +188,18 @@ class Space:
         self.links.append(Link((whole, *members), kind if len(members) > 1 else "equal", self.where))
         for a, b in self._add(kind, self.find(whole), members):
             self.unify(a, b)
+        if kind in ("sum", "product"):
+            self._join_terms(self.find(whole))
+
+    def _join_terms(self, whole: int) -> None:
+        """Equal parts of a product whose first factor counts them: each of them is the other factors."""
+        for parts in list(self._terms["sum"].get(whole, {}).values()):
+            sizes = {self._sizes[p] for p in parts}
+            for count, *rest in list(self._terms["product"].get(whole, {}).values()):
+                if len(sizes) == 1 and self._sizes[count] == len(parts):
+                    self.counts[count] = self.where
+                    for part in parts:
+                        self._state("product", part, tuple(rest))
 
     def _add(self, kind: str, whole: int, members: Members) -> list[tuple[int, int]]:
         """Store a term and return the equalities that follow from the terms already known."""

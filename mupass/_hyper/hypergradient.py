@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,10 @@ from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, move, read_batches
 from mupass._study.copies import Copies
 from mupass._study.jobs import Evaluate, Work
+from mupass._study.plain import is_transformed
 from mupass._study.recipes import Make, check_names, recipe
+from mupass._study.tabular import Tabular
+from mupass._transform import transform
 
 FORMS = ("unrolled", "implicit")
 MODES = ("reverse", "forward")
@@ -43,7 +48,7 @@ class GroupGradient:
 
 
 @dataclass(frozen=True)
-class HyperGradient:
+class HyperGradient(Tabular):
     """Derivative of a score by hyperparameters; prints as a table.
 
     Attributes:
@@ -51,17 +56,36 @@ class HyperGradient:
         point: Hyperparameters by name.
         gradient: Derivative by each; NaN when the run diverged.
         groups: The same for the numbers of every parameter group by itself; empty in forward mode.
+        notes: What was made of the model given.
     """
 
     loss: float
     point: Mapping[str, float]
     gradient: Mapping[str, float]
     groups: tuple[GroupGradient, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def logarithmic(self) -> dict[str, float]:
         """Derivative by the logarithm of each hyperparameter."""
         return {name: self.point[name] * g for name, g in self.gradient.items()}
+
+    def verdict(self) -> str:
+        """Return the score and its derivatives by the logarithms of the hyperparameters."""
+        slopes = ", ".join(f"{name} {g:+.4g}" for name, g in self.logarithmic.items())
+        return f"score {self.loss:.6g}; by the logarithm of {slopes}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record for each number of a group; in forward mode for each hyperparameter."""
+        if not self.groups:
+            return [{"entry": n, "value": self.point[n], "gradient": g} for n, g in self.gradient.items()]
+        return [
+            {"entry": g.entry, "value": g.value, "gradient": g.gradient, "parameters": " ".join(g.parameters)}
+            for g in self.groups
+        ]
+
+    def _tables(self) -> list[str]:
+        return [f"<pre>{escape(str(self))}</pre>"]
 
     def __str__(self) -> str:
         """Return the score, and one line for each hyperparameter and each number of a group."""
@@ -76,7 +100,7 @@ class HyperGradient:
             lines.append(
                 f"  {g.entry} = {g.value:.4g} of {members}: by its logarithm {g.value * g.gradient:+.4g}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def hypergradient(
@@ -104,7 +128,8 @@ def hypergradient(
     every call.
 
     Args:
-        model: A transformed model, which is not changed. In its precision everything is computed.
+        model: A transformed model, which is not changed. In its precision everything is computed. Of one that
+            is not transformed a copy is, with the default base width, and the result says so.
         data: As for `mupass.sweep`; for ``implicit`` all batches, which together are the training loss.
         point: Hyperparameters by name, as `optimizer` takes them.
         loss: As for `mupass.sweep`.
@@ -128,13 +153,18 @@ def hypergradient(
     Raises:
         StudyError: An optimizer, option or hyperparameter that cannot be differentiated by; an operator
             without second derivative; a score that is no tensor; a model that is not at a stationary point.
-        PlanError: The model was not transformed.
+        MupassError: The model cannot be transformed.
     """
     for what, word, known in (("form", form, FORMS), ("mode", mode, MODES)):
         if word not in known:
             raise StudyError(f"unknown {what} {word!r}; known: {', '.join(known)}")
     if not isinstance(steps, int) or steps < 1:
         raise StudyError(f"steps must be at least 1, not {steps!r}")
+    notes: tuple[str, ...] = ()
+    if not is_transformed(model):
+        model = transform(model, read_batches(data, 1)[0].inputs, inplace=False)
+        base = plan_of(model)[1].base_width
+        notes = (f"the model given is not transformed: a copy was, under mup with base width {base:g}",)
     plan = plan_of(model)[1]
     make = recipe(optimizer)
     check_names(make, point)
@@ -144,7 +174,7 @@ def hypergradient(
     copies = Copies((plan.width,), (own,), own)
     work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
     if form == "unrolled":
-        return unrolled(work, own, dict(point), mode, seed)
+        return replace(unrolled(work, own, dict(point), mode, seed), notes=notes)
     if evaluate is None:
         raise StudyError("form='implicit' needs evaluate=: at a minimum the training loss does not change")
     numbers = read_numbers(work.make, own, point)
@@ -154,7 +184,7 @@ def hypergradient(
             own, work.batches, loss, numbers.rule, numbers.values, evaluate, solver=solver, terms=terms,
             tolerance=tolerance,
         )  # fmt: skip
-    return _result(score, dict(point), numbers, found)
+    return replace(_result(score, dict(point), numbers, found), notes=notes)
 
 
 def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str, seed: int) -> HyperGradient:

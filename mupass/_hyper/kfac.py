@@ -16,8 +16,8 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
-from mupass._optim import KFAC
 from mupass._optim.banks import Bank
+from mupass._optim.kfac import KFAC
 from mupass._optim.roots import diagonal_roots
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
@@ -125,31 +125,41 @@ class FollowingBank(Bank):
         return factor if self.diagonal else factor.diagonal(dim1=-2, dim2=-1)
 
     def average(
-        self, new: Mapping[Any, Tensor], decay: float, memory: float = 0.0, ok: Tensor | None = None
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
     ) -> None:
         """Add one observation of each factor to the moving averages, see `Bank`.
 
         Out of place, one by one: autograd cannot follow several changes of views into one tensor.
         """
         self._traces = None
+        self.fresh.clear()
         factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
-        for key, found in new.items():
-            several = found if found.dim() == self.state["factor"].dim() else found[None]
-            for i, one in enumerate(several, self.slot[key]):
-                factors[i] = factors[i].lerp(one.to(self.dtype), 1 - decay)
-                weights[i] = weights[i] + (1 - decay) * (1 - weights[i])
-        self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
-        # Slots that were not observed keep what is remembered of them.
         seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
-        for key, found in new.items():
+        largest = list(self.state["recent"].unbind())
+        for key, (found, rows) in new.items():
             several = found if found.dim() == self.state["factor"].dim() else found[None]
-            seen[self.slot[key] : self.slot[key] + len(several)] = True
+            there = rows.reshape(()).to(self.dtype)
+            for i, one in enumerate(several, self.slot[key]):
+                fresh = (1 - decay) * there
+                factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
+                weights[i] = weights[i] + fresh * (1 - weights[i])
+                trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
+                largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
+            # Slots that were not observed keep what is remembered of them.
+            seen[self.slot[key] : self.slot[key] + len(several)] = rows.reshape(())
+        self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         peak = self.state["peak"]
         self.state["peak"] = torch.where(seen, torch.maximum(peak * memory, self.traces()), peak)
+        self.state["recent"] = torch.stack(largest)
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots, see `Bank`."""
         at = torch.tensor(slots, device=self.device)
+        self.fresh.update(slots)
         value, rho = self.value(at), damping[at]
         if self.diagonal:
             rho = rho * value.amax(-1) if relative else rho

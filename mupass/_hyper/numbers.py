@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mupass._hyper.kfac import KFACRule
 from mupass._hyper.rules import SGD, Adam, Key, Rule, entry
 from mupass._hyper.shampoo import ShampooRule
-from mupass._optim import KFAC, Shampoo
 from mupass._optim.base import PlannedOptimizer
+from mupass._optim.kfac import KFAC
+from mupass._optim.shampoo import Shampoo
 from mupass._study.batches import StudyError
 from mupass._study.recipes import Make
 

@@ -29,10 +29,13 @@ class Bank:
         state: Tensors whose first axis counts slots; all of them belong to the saved state.
             ``factor`` are the averages, packed (see `mupass._optim.packed`) or diagonals, not corrected for
             their start from zero; ``root`` inverse roots of the same shape; ``weight`` the total weight of
-            what was averaged; ``peak`` the largest trace seen, which fades; ``rooted`` the trace, and
+            what was averaged; ``peak`` the largest trace of an average, and ``recent`` that of a single
+            observation, both of which fade; ``rooted`` the trace, and
             ``rho`` the damping, when the root was computed.
         failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
-            not finite, since they were last reported.
+            not finite, since they were last reported; ``vanished`` of roots that were computed of a factor
+            whose every observation was zero.
+        fresh: Slots whose root is that of the present average.
     """
 
     def __init__(
@@ -42,9 +45,10 @@ class Bank:
         self.slot = {key: i for i, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
-        numbers = {name: self._zeros() for name in ("weight", "peak", "rooted", "rho")}
+        numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
         self.state = {**self._matrices(), **numbers}
-        self.failed, self.overflowed = self._zeros(), self._zeros()
+        self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
+        self.fresh: set[int] = set()
         self._traces: Tensor | None = None  # until the averages change
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -56,7 +60,11 @@ class Bank:
         return {"factor": self._zeros(numbers), "root": self._zeros(numbers)}
 
     def average(
-        self, new: Mapping[Any, Tensor], decay: float, memory: float = 0.0, ok: Tensor | None = None
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
     ) -> None:
         """Add one observation of each factor to the moving averages.
 
@@ -64,27 +72,35 @@ class Bank:
         batch must not stay in it for good.
 
         Args:
-            new: Key -> observed factor, or several stacked, for the slots from that key on.
+            new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
+                was observed at all, a tensor of one entry.
             decay: Weight of the past; 0 keeps only the new ones.
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
         """
         self._traces = None
-        for key, found in new.items():
+        for key, (found, seen) in new.items():
             found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
             found = found.to(self.dtype)
             at = slice(self.slot[key], self.slot[key] + len(found))
+            self.fresh -= set(range(at.start, at.stop))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
-            finite = _trace(found).isfinite()
-            counts = finite if ok is None else finite & ok
-            self.overflowed[at] += ~finite if ok is None else ~finite & ok
+            traces = _trace(found)
+            finite = traces.isfinite()
+            there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
+            counts = finite & there
+            self.overflowed[at] += ~finite & there
             found = torch.where(_along(counts, found), found, 0.0)
             fresh = counts.to(self.dtype) * (1 - decay)
             self._blend(at, found, fresh)
             weight = self.state["weight"][at]
             weight.lerp_(torch.ones_like(weight), fresh)
             peak = self.state["peak"][at]
-            torch.maximum(peak * memory, self._trace(at), out=peak)
+            kept = counts.to(self.dtype)
+            torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
+            recent = self.state["recent"][at]
+            jump = torch.where(counts, traces, 0.0)
+            torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
 
     def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
         """Move the averages of some slots towards new factors, each by its own fraction."""
@@ -125,6 +141,11 @@ class Bank:
             self._traces = self._trace()
         return self._traces
 
+    def forget(self) -> None:
+        """Take notice that the state was written from outside."""
+        self._traces = None
+        self.fresh = set()
+
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
         now, peak = self.traces(), self.state["peak"]
@@ -132,12 +153,26 @@ class Bank:
         alive, one = now > 0, torch.ones_like(now)
         return torch.where(alive, peak / torch.where(alive, now, one), one).clamp(min=1.0)
 
-    def grown(self) -> Tensor:
+    def grown(self, jumps: bool = False) -> Tensor:
         """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
 
         It is infinite for a factor that was zero then: its root says nothing.
+
+        Args:
+            jumps: Whether a single observation counts as much as their average, where it is larger: a
+                gradient that jumps is in the mean of gradients sooner than in that of its squares.
         """
-        return growth(self.traces(), self.state["rooted"])
+        now = self.traces()
+        return growth(torch.maximum(now, self.state["recent"]) if jumps else now, self.state["rooted"])
+
+    def _begin(self, slots: Sequence[int]) -> Tensor:
+        """Note from what roots are computed, and return the slots on the device."""
+        at = torch.tensor(slots, device=self.device)
+        self.fresh.update(slots)
+        traces = self.traces()[at]
+        self.state["rooted"][at] = traces
+        self.vanished[at] += (traces <= 0) & (self.state["weight"][at] > 0)
+        return at
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots; a factor whose factorization fails keeps the root that it had.
@@ -148,8 +183,7 @@ class Bank:
             slots: Those to recompute.
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
-        at = torch.tensor(slots, device=self.device)
-        self.state["rooted"][at] = self.traces()[at]
+        at = self._begin(slots)
         if self.diagonal:
             value = self.value(at)
             rho = damping[at] * value.amax(-1) if relative else damping[at]
@@ -160,8 +194,17 @@ class Bank:
             old, rho = self._whole("root", part), damping[part]
             root, failed = inverse_roots(self.value(part), rho, power, old, relative)
             self.state["root"][part] = pack(root.to(self.dtype))
-            self.state["rho"][part] = rho
+            self.state["rho"][part] = torch.where(failed, self.state["rho"][part], rho)
             self.failed[part] += failed
+
+    def is_fresh(self, first: int, count: int) -> bool:
+        """Return whether the roots of some slots are those of their present averages.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+        """
+        return self.fresh.issuperset(range(first, first + count))
 
     def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
         """Multiply with the roots of some slots.

@@ -17,9 +17,11 @@ from mupass._optim.bound import BoundOptimizer
 from mupass._optim.checks import Coverage, Covered, check_choice, check_number
 from mupass._optim.fallback import (
     Fallback,
+    adam_rate,
     average_state,
     averages,
     fallback_directions,
+    fallback_rate,
     fallback_state,
     heavy_ball,
     real,
@@ -28,6 +30,7 @@ from mupass._optim.fallback import (
 )
 from mupass._optim.parallel import from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._optim.saved import check_state, copy_state, saved_kind
+from mupass._optim.schedules import watch_rates
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 MOMENTUM_OF = ("gradients", "directions")
@@ -58,7 +61,7 @@ class PlannedOptimizer(BoundOptimizer):
         self,
         model: nn.Module,
         spec: OptimizerSpec,
-        lr: float,
+        lr: float | None,
         damping: float,
         *,
         momentum: float,
@@ -70,7 +73,8 @@ class PlannedOptimizer(BoundOptimizer):
         fallback_lr: float | None,
         strict: bool,
     ) -> None:
-        check_number("lr", lr)
+        if lr is not None:
+            check_number("lr", lr)
         check_number("damping", damping)
         check_number("momentum", momentum, 0, 1)
         check_number("weight_decay", weight_decay)
@@ -92,6 +96,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None  # steps since the last report, on the device
+        self._watching = True  # whether the next step is reported at once, because the last one was skipped
         own, reasons = self._assign()
         own, reasons = self._sort_out(own, reasons)
         self._coverage = Coverage(self._covered(n, own, reasons) for n in self.names.values())
@@ -105,6 +110,7 @@ class PlannedOptimizer(BoundOptimizer):
             )
         if strict and left:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
+        lr = self._default_rate() if lr is None else lr
         shared = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping}
         groups = self._groups(spec.name, own, shared)
         others = [c.parameter for c in left]
@@ -116,12 +122,17 @@ class PlannedOptimizer(BoundOptimizer):
             for p in group["params"]:
                 self.state[p].update(self._first_state(p, group))
         self._complete = True
+        watch_rates(self)
+
+    def _default_rate(self) -> float:
+        """Return the learning rate at the base width where none is given: that of Adam."""
+        return adam_rate(self.plan.base_width)
 
     def _fallback_settings(self, weight_decay: float) -> dict[str, Any]:
         fallback = self.fallback
         own_decay = fallback.weight_decay
         return {
-            "lr": fallback.lr,
+            "lr": fallback_rate(fallback, self.plan.base_width),
             "weight_decay": weight_decay if own_decay is None else own_decay,
             "momentum": fallback.momentum,
             "betas": tuple(fallback.betas),
@@ -249,7 +260,7 @@ class PlannedOptimizer(BoundOptimizer):
     def stats(self) -> dict[str, int]:
         """Return counts of what went wrong and was survived, with the number of steps taken."""
         self._report()
-        return {"steps": self._steps, **self._stats}
+        return {"steps": self._steps - self._stats["skipped_steps"], **self._stats}
 
     def count(self, what: str, where: str, times: int = 1) -> None:
         """Count an incident, and warn at the first of its kind and place.
@@ -283,9 +294,17 @@ class PlannedOptimizer(BoundOptimizer):
             return
         device = counts[0].device
         numbers = torch.cat([c.to(device, torch.float32) for c in counts]).tolist()
+        skipped = False
         for (what, where), number in zip(told, numbers, strict=True):
             if number:
                 self.count(what, where, int(number))
+                skipped |= what == "skipped_steps"
+        self._watching = skipped
+        if skipped:
+            self._make_up()
+
+    def _make_up(self) -> None:
+        """Do at the next step what was due at steps that were skipped."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -344,11 +363,11 @@ class PlannedOptimizer(BoundOptimizer):
         self._steps += 1
         for group in self.param_groups:
             group["mupass_steps"] = self._steps
-        if self._steps % self.report_every == 0 or self._steps == 1:
+        if self._steps % self.report_every == 0 or self._watching:
             self._report()
 
     def _gradient(self, p: Tensor, ok: Tensor) -> Tensor:
-        """Return this rank's part of a gradient in the precision of the state, zeros in a step to be skipped."""
+        """Return this rank's part of a gradient in the precision of the state; zeros in a skipped step."""
         assert p.grad is not None
         grad = real(local(p.grad)).to(state_dtype(p))
         return torch.where(
@@ -389,12 +408,16 @@ class PlannedOptimizer(BoundOptimizer):
         """Subtract updates, after decay, from the parameters of a group."""
         if not some:
             return
-        rate = group["lr"] * group["mupass_scale"]
+        rate, decay = group["lr"] * group["mupass_scale"], group["lr"] * group["weight_decay"]
         for p, update in zip(some, updates, strict=True):
             target, count = real(local(p)), ok.to(update)
+            # Half precision knows no factor between 0.998 and 1: it is rounded once, after the whole step.
+            moved = target if target.dtype == update.dtype else target.to(update.dtype)
             if group["weight_decay"]:
-                target.mul_((1 - group["lr"] * group["weight_decay"] * count).to(target.dtype))
-            target.sub_(update * (rate * count).to(update.dtype))
+                moved.mul_(1 - decay * count)
+            moved.sub_(update * (rate * count))
+            if moved is not target:
+                target.copy_(moved)
 
     def _adopt_swapped(self) -> None:
         """Follow a trainer that put other tensors of the same parameters into the groups."""
@@ -418,7 +441,7 @@ class PlannedOptimizer(BoundOptimizer):
         self.names = {new if p is old else p: n for p, n in self.names.items()}
         state = self.state.pop(old, {})
         self.state[new] = {
-            key: _placed_like(value, new) if value.shape == old.shape else value
+            key: _placed_like(value, new) if "." not in key and value.shape == old.shape else value
             for key, value in state.items()
         }
         self._replaced(name, new)
@@ -434,7 +457,8 @@ class PlannedOptimizer(BoundOptimizer):
             self._add_to_fallback(p, name, "it was frozen when the optimizer was made")
             warnings.warn(
                 f"mupass.{type(self).__name__}: {name} was frozen when the optimizer was made; "
-                f"{self.fallback.name} trains it from now on. Make the optimizer anew to have it preconditioned",
+                f"{self.fallback.name} trains it from now on. Make the optimizer anew to have it "
+                "preconditioned",
                 MupassWarning,
                 stacklevel=4,
             )
@@ -457,6 +481,19 @@ class PlannedOptimizer(BoundOptimizer):
             for key, high in bounds.items():
                 if key in group and not isinstance(group[key], Tensor):
                     check_number(f"{key} of group {number} ({self._members[number][0]})", group[key], 0, high)
+            if group["momentum"] and self._lacks_momentum(group):
+                raise OptimizerError(
+                    f"the momentum of group {number} ({self._members[number][0]}) was set to "
+                    f"{group['momentum']:g}, but the optimizer was made with momentum=0 and has no average; "
+                    "make it with momentum, or pass cycle_momentum=False to the scheduler"
+                )
+
+    def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
+        """Return whether momentum was switched on after the state of a group was made without."""
+        mine = group["algorithm"] == self.spec.name and self.smooths
+        if not mine and group["algorithm"] != "sgd":
+            return False
+        return any("momentum" not in self.state[p] for p in group["params"])
 
     def _check_gradients(self) -> None:
         for p, name in self.names.items():
@@ -464,8 +501,8 @@ class PlannedOptimizer(BoundOptimizer):
                 continue
             if p.grad.layout != torch.strided:
                 raise OptimizerError(
-                    f"the gradient of {name} is sparse, and mupass.{type(self).__name__} needs dense ones: make "
-                    "its module with sparse=False"
+                    f"the gradient of {name} is sparse, and mupass.{type(self).__name__} needs dense ones: "
+                    "make its module with sparse=False"
                 )
             if p.grad.shape != p.shape:
                 raise OptimizerError(
@@ -488,10 +525,9 @@ class PlannedOptimizer(BoundOptimizer):
         if not grads and not sharded:
             return None
         device = grads[0].device if grads else local(next(iter(self.names))).device
-        worst = [n.to(device, torch.float32) for n in torch._foreach_norm(grads, math.inf)] if grads else []
-        fine = (
-            torch.stack(worst).isfinite().all() if worst else torch.ones((), dtype=torch.bool, device=device)
-        )
+        fine = torch.ones((), dtype=torch.bool, device=device)
+        if grads:
+            fine = torch.stack([n.isfinite().to(device) for n in torch._foreach_norm(grads, math.inf)]).all()
         if sharded:
             broken = sum_over_ranks([(~fine).to(torch.float32)])[0]
             return (broken == 0).to(torch.float32)

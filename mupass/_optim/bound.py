@@ -7,12 +7,21 @@ from typing import Any, NoReturn
 import torch
 
 from mupass._errors import OptimizerError
+from mupass._optim.schedules import watch_rates
+from mupass._scales.plan import ATTRIBUTE
 
 
 class BoundOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; refuses what would part it from its model."""
 
     _complete = False  # until the subclass has made its groups
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        watch_rates(self)
+        root, plan = getattr(self, "root", None), getattr(self, "plan", None)
+        if root is not None and plan is not None:
+            setattr(root, ATTRIBUTE, plan)  # its print shows the optimizer in use
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the plan says which parameters there are.

@@ -71,7 +71,7 @@ class GradientScale:
 
 
 def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the multiple that a gradient is of its copy, -1 for none, and whether the copy tells anything."""
+    """Return what multiple of its copy a gradient is, -1 for none, and whether the copy tells anything."""
     scale = then.abs().amax()
     a, b = now / scale, then / scale
     along = a @ b / (b @ b)

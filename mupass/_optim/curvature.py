@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.parallel import sum_over_ranks
-from mupass._taps.blocks import Block, Cover, Factor, Place, Tied
+from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import intercept
-from mupass._taps.leaves import Sums, Tap
+from mupass._taps.leaves import Once, Sums, Tap
+from mupass._taps.passes import Passes
 from mupass._taps.taps import tap_of
 from mupass._taps.terms import terms_tap_of
 
@@ -39,23 +40,26 @@ class Curvature:
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
-        followers = _followers(cover)
         parameters = dict(root.named_parameters())
         device = next(iter(parameters.values())).device
         for place, layer in cover.layers.items():
             weight = parameters[place.parameter] if place.parameter else _any_parameter(root, place)
             tap = _tap(root, place)
-            tap.open(
-                layer, weight.device, factor_dtype(weight), sides[0] and place not in followers, sides[1]
-            )
+            tap.open(layer, weight.device, factor_dtype(weight), *sides)
             self.taps[place] = tap
             device = weight.device
+        self.together = cover.together
+        for group in cover.together:
+            once = Once()
+            for place in group:
+                self.taps[place].once = once
         terms = terms_tap_of(root)
         if terms is None:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
         if self.taps and sides[1] and loss.terms is None:
             terms.open(device)
+        self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
         """Collect second moments as well.
@@ -85,11 +89,13 @@ class Curvature:
         self.clear()
         leaves = [leaf for tap in self.taps.values() for leaf in tap.leaves]
         leaves += [] if self.terms.count is None else [self.terms.count]
+        self.passes.watching = False
         for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
             leaf.grad = grad
 
     def clear(self) -> None:
         """Forget what was summed."""
+        self.passes.restart()
         self.terms.clear()
         for tap in self.taps.values():
             tap.clear()
@@ -100,62 +106,113 @@ class Curvature:
         Args:
             scale: What the loss was multiplied by (by a gradient scaler); B carries its square.
         """
+        self.passes.drop_cleared()
+        before = dict(self.passes.before)
+        self.passes.restart()
         sums = {place: found for place, tap in self.taps.items() if (found := tap.take()) is not None}
-        if not sums:
-            return {}
-        terms = self._count_terms() if self.sides[1] else 1.0
         if self.ranks > 1:
-            sums, terms = self._over_ranks(sums, terms)
-        # In place: the gradients of the leaves are ours. Each rank's mean divides by its own share of terms.
-        factor = (terms / self.ranks**2 if self.loss.mean else 1 / terms) / scale**2
-        for found in sums.values():
+            sums = self._on_all_ranks(sums)
+        if not sums:
+            self.terms.clear()
+            return {}
+        terms = self._count_terms() if self.sides[1] else torch.ones(())
+        if self.ranks > 1:
+            sums, terms, before = self._over_ranks(sums, terms, before)
+            if not float(terms):
+                raise _no_terms()
+        for place, found in sums.items():
+            own = terms - before[place].to(terms) if place in before else terms
+            # In place: the gradients of the leaves are ours. Without a row, as of an expert that got no
+            # sample, there is nothing to divide: `observed` says that the tap took no part.
             if found.a is not None:
-                found.a.div_(found.rows)
+                found.a.div_(found.rows.clamp(min=1))
             for m in (*found.b, *found.moments):
                 if m is not None:
-                    m.mul_(factor.to(m) if isinstance(factor, Tensor) else factor)
+                    share = _like(own, m)
+                    # Each rank's mean divides by its own share of terms.
+                    share = share / self.ranks**2 if self.loss.mean else 1 / share
+                    m.mul_(share / _like(scale, m) ** 2)
         return sums
 
+    def _on_all_ranks(self, sums: Mapping[Place, Sums]) -> dict[Place, Sums]:
+        """Add zeros of taps that took part on other ranks only: not every layer runs on every rank."""
+        like = next(iter(self.taps.values())).rows
+        assert like is not None
+        (present,) = sum_over_ranks([like.new_tensor([float(place in sums) for place in self.taps])])
+        taking = [place for place, count in zip(self.taps, present.tolist(), strict=True) if count]
+        return {place: sums[place] if place in sums else self.taps[place].zeros() for place in taking}
+
+    def _copies(self, sums: Mapping[Place, Sums]) -> dict[Place, Place]:
+        """Return taps whose input factor is that of another one on all ranks: tap -> the other one."""
+        pairs = [(other, group[0]) for group in self.together for other in group[1:]]
+        pairs = [(other, first) for other, first in pairs if other in sums and first in sums]
+        if not pairs or not self.sides[0]:
+            return {}
+        differing = [torch.ne(sums[other].a, sums[first].a).any() for other, first in pairs]  # type: ignore[arg-type]
+        (counts,) = sum_over_ranks([torch.stack(differing).float()])
+        return {other: first for (other, first), n in zip(pairs, counts.tolist(), strict=True) if not n}
+
     def _over_ranks(
-        self, sums: Mapping[Place, Sums], terms: Tensor | float
-    ) -> tuple[dict[Place, Sums], Tensor]:
+        self, sums: Mapping[Place, Sums], terms: Tensor, before: Mapping[Place, Tensor]
+    ) -> tuple[dict[Place, Sums], Tensor, dict[Place, Tensor]]:
         """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
+        copies = self._copies(sums)
         rows = next(iter(sums.values())).rows
+        # Which taps forgot passes may differ between ranks: one number for each, most often 0.
+        numbers = _numbers([terms, *before.values()])
+        own = dict(zip(before, numbers[1:], strict=True))
+        counts = rows.new_tensor([numbers[0], *(own.get(place, 0.0) for place in sums)])
         # Moments are not symmetric: sent flat, as all of their entries.
         flat = [
             m
-            for s in sums.values()
-            for m in (s.a, *s.b, s.rows, *(m.flatten(1) for m in s.moments))
+            for place, s in sums.items()
+            for m in (None if place in copies else s.a, *s.b, s.rows, *(m.flatten(1) for m in s.moments))
             if m is not None
         ]
-        *flat, total = sum_over_ranks([*flat, torch.as_tensor(terms, dtype=rows.dtype, device=rows.device)])
+        *flat, counts = sum_over_ranks([*flat, counts])
         rest = iter(flat)
 
         def summed(m: Tensor | None) -> Tensor | None:
             return None if m is None else next(rest)
 
-        found = {}
+        found: dict[Place, Sums] = {}
         for place, s in sums.items():
-            a, b, count = summed(s.a), tuple(summed(m) for m in s.b), next(rest)
+            a = s.a if place in copies else summed(s.a)
+            b, count = tuple(summed(m) for m in s.b), next(rest)
             found[place] = Sums(a, b, count, tuple(next(rest).view_as(m) for m in s.moments))
-        return found, total
+        for place, other in copies.items():
+            found[place] = found[place]._replace(a=found[other].a.clone())  # type: ignore[union-attr]
+        total, *dropped = counts.unbind()
+        return found, total, dict(zip(sums, dropped, strict=True))
 
-    def _count_terms(self) -> Tensor | float:
+    def _count_terms(self) -> Tensor:
         terms = self.loss.terms
         if terms is not None:
-            return float(terms() if callable(terms) else terms)
+            return torch.tensor(float(terms() if callable(terms) else terms), dtype=torch.float64)
         counted = self.terms.take()
-        if counted is None:
-            raise OptimizerError(
-                "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
-                "is not computed from its first output. Pass loss_terms=, a number or a function of no "
-                "arguments (samples for a classifier, tokens for a language model)"
-            )
-        return counted
+        if counted is None and self.ranks == 1:
+            raise _no_terms()
+        return torch.zeros(()) if counted is None else counted
 
 
-def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
-    """Return one factor of this step, or None where none of its taps took part.
+def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return a number in the precision of a tensor, and where that is."""
+    return number.to(like) if isinstance(number, Tensor) else number
+
+
+def _no_terms() -> OptimizerError:
+    return OptimizerError(
+        "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
+        "is not computed from its output. Pass loss_terms=, a number or a function of no arguments "
+        "(samples for a classifier, tokens for a language model)"
+    )
+
+
+Observation = tuple[Tensor, Tensor]  # a factor, and whether any row was observed
+
+
+def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
+    """Return one factor of this step, and whether it has a row at all; None where no tap took part.
 
     Args:
         factor: Where it comes from.
@@ -163,28 +220,38 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
     """
     raw = [taken[p] for p in factor.places if p in taken]
     if factor.side == "b":
-        return _sum([m for sums in raw if (m := sums.b[factor.piece]) is not None])
+        found = [m for sums in raw if (m := sums.b[factor.piece]) is not None]
+        if not found:
+            return None
+        total = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        return total if factor.scale == 1 else total * factor.scale, _any_row(raw)
     pairs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
     if len(pairs) < 2:
-        return pairs[0][0] if pairs else None
-    return torch.stack([a * n for a, n in pairs]).sum(0) / torch.stack([n for _, n in pairs]).sum(0)
+        return (pairs[0][0], pairs[0][1] > 0) if pairs else None
+    rows = torch.stack([n for _, n in pairs]).sum(0)
+    return torch.stack([a * n for a, n in pairs]).sum(0) / rows.clamp(min=1), rows > 0
 
 
-def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Tensor | None:
-    """Return the second moments of this step, or None where none of their taps took part.
+def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
+    """Return the second moments of this step, as `observed` does.
 
     Args:
         factor: Output factor of their matrix, which knows its taps.
         taken: Result of `Curvature.take`.
     """
-    return _sum([taken[p].moments[factor.piece] for p in factor.places if p in taken])
+    raw = [taken[p] for p in factor.places if p in taken]
+    if not raw:
+        return None
+    found = [sums.moments[factor.piece] for sums in raw]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0), _any_row(raw)
 
 
-def _sum(found: list[Tensor]) -> Tensor | None:
-    return None if not found else found[0] if len(found) == 1 else torch.stack(found).sum(0)
+def _any_row(raw: Sequence[Sums]) -> Tensor:
+    rows = [sums.rows for sums in raw]
+    return (rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)) > 0
 
 
-def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[Tensor, Tensor] | None:
+def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
     """Return the Kronecker product nearest to ``A1 (x) B1 + B2 (x) A2`` in the Frobenius norm.
 
     Its factors lie in the spans of (A1, B2) and (B1, A2), so that alternating least squares works on two
@@ -194,12 +261,13 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[Tensor, Te
         tied: The two uses.
         taken: Result of `Curvature.take`.
     """
-    first, second = ([observed(f, taken) for f in pair] for pair in (tied.first, tied.second))
-    if None in (*first, *second):  # one of the uses did not take part: the other is the curvature
-        pair = first if None not in first else second[::-1]
-        return None if None in pair else (pair[0], pair[1])  # type: ignore[return-value]
-    left = torch.stack([first[0], second[1]])  # type: ignore[list-item]
-    right = torch.stack([first[1], second[0]])  # type: ignore[list-item]
+    seen = [[observed(f, taken) for f in pair] for pair in (tied.first, tied.second)]
+    first, second = ([o[0] for o in pair if o is not None] for pair in seen)
+    rows = [o[1] for pair in seen for o in pair if o is not None]
+    if len(first) < 2 or len(second) < 2:  # one of the uses did not take part: the other is the curvature
+        pair = first if len(first) == 2 else second[::-1]
+        return ((pair[0], pair[1]), torch.stack(rows).any(0)) if len(pair) == 2 else None
+    left, right = torch.stack([first[0], second[1]]), torch.stack([first[1], second[0]])
     gram_left, gram_right = (m.flatten(1) @ m.flatten(1).T for m in (left, right))
     y = torch.ones(2, dtype=left.dtype, device=left.device)
     tiny = torch.finfo(left.dtype).tiny
@@ -208,21 +276,27 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[Tensor, Te
         y = gram_left @ x / (x @ gram_left @ x).clamp(min=tiny)
     p, q = (torch.tensordot(c, m, 1) for c, m in ((x, left), (y, right)))
     scale = _trace(p) / _trace(left[0]).clamp(min=tiny)
-    return p / scale.clamp(min=tiny), q * scale
+    return (p / scale.clamp(min=tiny), q * scale), torch.stack(rows).any(0)
 
 
 def _trace(factor: Tensor) -> Tensor:
     return factor.sum() if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum()
 
 
-def _followers(cover: Cover) -> set[Place]:
-    """Return taps whose own input factor no block reads: another weight's serves."""
-    read = {p for block in cover.blocks for f in _inputs(block) for p in f.places}
-    return set(cover.layers) - read
+def _numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the values of tensors of one entry, fetched together from the device of the last one."""
+    device = tensors[-1].device
+    return torch.cat([t.reshape(1).to(device) for t in tensors]).tolist()  # type: ignore[no-any-return]
 
 
-def _inputs(block: Block) -> Iterable[Factor]:
-    return (*block.a, *((block.tied.second[0],) if block.tied else ()))
+def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list[Tensor]]:
+    """Return tap -> the parameters whose factors it adds to."""
+    found: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
+    for block in cover.blocks:
+        second = block.tied.second if block.tied else ()
+        for place in dict.fromkeys(p for f in (*block.a, *block.b, *second) for p in f.places):
+            found[place].append(parameters[block.parameter])
+    return found
 
 
 def _tap(root: nn.Module, place: Place) -> Tap:

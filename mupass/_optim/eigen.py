@@ -58,8 +58,7 @@ class EigenBank(Bank):
             slots: Those to decompose.
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
-        state, at = self.state, torch.tensor(slots, device=self.device)
-        state["rooted"][at] = self.traces()[at]
+        state, at = self.state, self._begin(slots)
         whole = self.value(at)
         finite = whole.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], whole, 0.0))
@@ -158,14 +157,16 @@ class Moments:
             ok: Whether the observations count at all.
         """
         for name, pair in self.pairs.items():
-            new = observed_moments(pair.block.b[pair.piece], taken)
-            if new is None:
+            observation = observed_moments(pair.block.b[pair.piece], taken)
+            if observation is None:
                 continue
+            new, seen = observation
             total, weight = self.state[name]["sum"], self.state[name]["weight"]
             # They are not negative: what is not finite is so in the sum.
             finite = new.sum((1, 2)).isfinite()
-            self.overflowed[name] += (~finite & ok).any()
-            counts = finite & ok
+            there = seen.reshape(()) & ok
+            self.overflowed[name] += (~finite & there).any()
+            counts = finite & there
             fresh = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
             total.lerp_(torch.where(counts[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
             weight.lerp_(torch.ones_like(weight), fresh)
@@ -246,6 +247,10 @@ class Moments:
             pair: One of the pairs.
             direction: ``[groups, out, in]``.
         """
+        _, (bank, first, count) = self._sides(pair)
+        if not bank.is_fresh(first, count):
+            product = times(direction, bank.value(slice(first, first + count)), False)
+            return (direction * product).sum((1, 2)).clamp(min=0.0)
         _, vectors = self._decomposed(pair, "vectors")
         _, values = self._decomposed(pair, "values")
         return ((direction @ vectors).square() * values[:, None, :]).sum((1, 2))

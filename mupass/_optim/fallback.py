@@ -16,6 +16,18 @@ from mupass._optim.checks import check_choice, check_number
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
 EPSILON = 1e-8  # at the base width
 BETAS = (0.9, 0.999)
+# Rates of Adam and what moves like it, chosen by `benchmarks/defaults.py` at base widths up to 64. Those of
+# matrices fall like 1/width, so at a wider base they start lower.
+ADAM_RATE, RATE_WIDTH = 8e-3, 64
+
+
+def adam_rate(base_width: float) -> float:
+    """Return the default learning rate of Adam and what moves like it.
+
+    Args:
+        base_width: Width that rates are those of.
+    """
+    return ADAM_RATE * min(1.0, RATE_WIDTH / base_width)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Fallback:
 
     Attributes:
         name: ``adamw``, ``adam_atan2`` or ``sgd``.
-        lr: Learning rate at the base width.
+        lr: Learning rate at the base width; None for `ADAM_RATE` (0.1 under ``sgd``).
         betas: Weights of the past in Adam's averages of gradients and of their squares.
         eps: Adam's epsilon at the base width.
         weight_decay: Decoupled weight decay; None for that of the optimizer.
@@ -37,7 +49,7 @@ class Fallback:
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
+    lr: float | None = None
     betas: tuple[float, float] = BETAS
     eps: float = EPSILON
     weight_decay: float | None = None
@@ -45,7 +57,8 @@ class Fallback:
 
     def __post_init__(self) -> None:
         check_choice("fallback", self.name, FALLBACKS)
-        check_number("fallback_lr", self.lr)
+        if self.lr is not None:
+            check_number("fallback_lr", self.lr)
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise OptimizerError(f"betas must be two numbers, not {self.betas!r}")
         for beta in self.betas:
@@ -70,6 +83,18 @@ class Fallback:
             return fallback if lr is None else Fallback(**{**vars(fallback), "lr": lr})
         check_choice("fallback", fallback, FALLBACKS)
         return Fallback(fallback) if lr is None else Fallback(fallback, check_number("fallback_lr", lr))
+
+
+def fallback_rate(fallback: Fallback, base_width: float) -> float:
+    """Return the learning rate of a fallback at the base width.
+
+    Args:
+        fallback: The fallback.
+        base_width: Width that rates are those of.
+    """
+    if fallback.lr is not None:
+        return fallback.lr
+    return 0.1 if fallback.name == "sgd" else adam_rate(base_width)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -102,8 +127,7 @@ def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
     like = real(parameter)
     dtype = state_dtype(parameter)
     state = {name: torch.zeros_like(like, dtype=dtype) for name in names}
-    weights = {f"{n}_weight": torch.zeros((), dtype=dtype, device=like.device) for n in names}
-    return state | weights
+    return state | {f"{name}_weight": torch.zeros((), dtype=dtype, device=like.device) for name in names}
 
 
 def sum_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -132,8 +156,7 @@ def averages(
 ) -> list[Tensor]:
     """Add gradients to their moving averages, and return these, corrected for their start from zero.
 
-    A step that does not count (``ok`` is zero) leaves the corrected averages as they are: old values and
-    their weight shrink alike.
+    A step that does not count (``ok`` is zero) leaves them as they are.
 
     Args:
         gradients: The gradients; zeros where the step does not count.
@@ -143,10 +166,12 @@ def averages(
         ok: 1, or 0 for a step that does not count.
     """
     means, weights = [s[name] for s in states], [s[f"{name}_weight"] for s in states]
-    torch._foreach_lerp_(means, list(gradients), 1 - beta)
-    torch._foreach_mul_(weights, beta)
-    for weight in weights:
-        weight.add_(ok.to(weight), alpha=1 - beta)
+    for kind in dict.fromkeys((w.device, w.dtype) for w in weights):
+        at = [i for i, w in enumerate(weights) if (w.device, w.dtype) == kind]
+        fresh = ok.to(*kind) * (1 - beta)
+        torch._foreach_mul_([means[i] for i in at] + [weights[i] for i in at], 1 - fresh)
+        torch._foreach_add_([means[i] for i in at], [gradients[i] for i in at], alpha=1 - beta)
+        torch._foreach_add_([weights[i] for i in at], fresh)
     return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
-from mupass._scales.plan import OptimizerSpec, plan_of
+from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
 from mupass._scales.scales import Scales
 
 
@@ -91,6 +91,7 @@ def param_groups(
                 **({"eps": epsilon * scales.epsilon} if adaptive else {}),
             }
         groups[key]["params"].append(parameter)
+    setattr(root, ATTRIBUTE, plan)  # its print shows the optimizer in use
     return list(groups.values())
 
 

@@ -25,9 +25,12 @@ from mupass._taps.cover import cover
 from mupass._taps.leaves import Sums, Tap
 from mupass._taps.terms import TermsTap
 
-LR = 0.03
-DAMPING = 1e-2
+# Chosen by `benchmarks/defaults.py`.
+LR = 0.05
+DAMPING = 1e-3
+MOMENTUM = 0.8
 STEP_BOUND = 0.3
+KL_CLIP = 1e-3
 
 
 class KFAC(PlannedOptimizer):
@@ -108,20 +111,20 @@ class KFAC(PlannedOptimizer):
         *,
         e_a: float = 1.0,
         e_b: float = 1.0,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         momentum_of: str = "gradients",
         weight_decay: float = 0.0,
         decay: str = "all",
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
         factor_every: int = 1,
-        root_every: int = 1,
+        root_every: int = 10,
         stagger: bool = True,
         damping_mode: str = "trace",
         damping_floor: float = 0.1,
         damping_memory: float = 0.99,
         step_bound: float | None = STEP_BOUND,
-        kl_clip: float | None = None,
+        kl_clip: float | None = KL_CLIP,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,
@@ -169,7 +172,6 @@ class KFAC(PlannedOptimizer):
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
             norms,
-            damping_mode != "pi",
             tuple(exclude),
             0 if block_size is None else check_period("block_size", block_size),
         )
@@ -293,7 +295,8 @@ class KFAC(PlannedOptimizer):
         Args:
             moves: Change of each parameter; those that K-FAC does not take count nothing.
         """
-        return float(self._kronecker.quadratic(moves))
+        own = self._kronecker.quadratic(moves).reshape(()).to(self._device)
+        return float(sum_of([own], self._ranks if self._owner else 1))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the factors that were collected with them.
@@ -310,7 +313,7 @@ class KFAC(PlannedOptimizer):
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
         kronecker = self._kronecker
-        clipped = self._clipping.take(self._ranks)
+        clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(gradients, ok, clipped)
         if kronecker.rooted or not self._due:
@@ -319,7 +322,7 @@ class KFAC(PlannedOptimizer):
             if due:
                 kronecker.refresh(self._dampings(), due)
         directions, changes = kronecker.directions(means)
-        self._bound(directions, changes, means)
+        self._bound(directions, changes, means, clipped)
         if self._owner:
             own = {name: self._parameters[name] for name in self._owner}
             like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
@@ -330,8 +333,8 @@ class KFAC(PlannedOptimizer):
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
         if taken:
-            if clipped is not None and self._mean_loss:
-                _scale_outputs(taken, self._true_factor(clipped))
+            if clipped is not None:
+                _scale_outputs(taken, clipped)
             memory = self.damping_memory**self.factor_every
             self._kronecker.average(taken, self.factor_decay, memory, ok)
             self._due = False
@@ -340,13 +343,24 @@ class KFAC(PlannedOptimizer):
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
 
-    def _true_factor(self, clipped: Tensor) -> Tensor:
-        """Return the factor of clipping alone, where gradients were unscaled before they were clipped."""
-        given = self.loss_scale
-        return clipped * float(given() if callable(given) else given) if given is not None else clipped
+    def _clipped(self) -> Tensor | None:
+        """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
+
+        A sum over terms may be divided by their number there, which is no change of the loss.
+        """
+        factor = self._clipping.take(self._ranks)
+        if factor is None or not self._mean_loss:
+            return None
+        # Gradients were unscaled, too, since the backward pass.
+        scale = self._scale_of_loss()
+        return factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
 
     def _bound(
-        self, directions: dict[str, Tensor], changes: Mapping[str, Tensor], means: Mapping[str, Tensor]
+        self,
+        directions: dict[str, Tensor],
+        changes: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        clipped: Tensor | None,
     ) -> None:
         """Shorten directions so that the step stays within its bounds.
 
@@ -369,6 +383,8 @@ class KFAC(PlannedOptimizer):
                 lr, scale, _ = rates[name]
                 moves.append((direction * means[name]).sum() * (lr**2 * scale / rest[name] ** 2))
             total = sum_of(moves or [torch.zeros((), device=self._device)], self._ranks if self._owner else 1)
+            # Predictions change as they do without clipping, whose factor is in the gradients.
+            total = total if clipped is None else total / clipped.to(total)
             factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             for name, direction in directions.items():
                 directions[name] = direction * factor.to(direction.device, direction.dtype)
@@ -401,10 +417,13 @@ class KFAC(PlannedOptimizer):
             return float(given() if callable(given) else given)
         if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
             raise OptimizerError(
-                "the gradient scaler unscaled the gradients before this step, so its scale, whose square "
-                "is in the factors, cannot be told: pass loss_scale=scaler.get_scale"
+                "the gradient scaler unscaled the gradients before this step, so its scale, which is in the "
+                "factors, or in what clipping did, cannot be told: pass loss_scale=scaler.get_scale"
             )
         return self._amp_scale
+
+    def _make_up(self) -> None:
+        self._due = True
 
     def _loaded(self) -> None:
         self._due = False

@@ -167,15 +167,15 @@ class Kronecker:
             ok: 1, or 0 where the observations do not count.
         """
         self.moved = True
-        new: dict[str, Tensor] = {}
-        tied: dict[str, tuple[Tensor, Tensor] | None] = {}
+        new: dict[str, tuple[Tensor, Tensor]] = {}
+        tied: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
         for name in self.at:
             block, factor = self.sources[name]
             if block.tied and factor in (*block.a, *block.b):
                 if block.parameter not in tied:
                     tied[block.parameter] = nearest_product(block.tied, taken)
                 found = tied[block.parameter]
-                value = None if found is None else found[factor.side == "b"]
+                value = None if found is None else (found[0][factor.side == "b"], found[1])
             else:
                 value = observed(factor, taken)
             if value is not None:
@@ -209,7 +209,7 @@ class Kronecker:
         """
         told: list[tuple[str, str]] = []
         counts: list[Tensor] = []
-        traced: set[Factor] = set()
+        traced: set[tuple[Factor, int]] = set()
         for bank in self._all:
             owners = [bank.keys[i][0] for i in range(len(bank.keys))]
             told += [("failed_roots", self._place(name)) for name in owners]
@@ -217,20 +217,16 @@ class Kronecker:
             counts += [bank.failed.clone(), bank.overflowed.clone()]
             bank.failed.zero_()
             bank.overflowed.zero_()
-        for bank in self.banks["b"] if self.rooted else ():
-            # Under pi-damping a bias has a copy of its weight's factor: it is named once.
-            sources = [self.sources[name] for name, _ in bank.keys]
-            fresh = [factor not in traced for _, factor in sources]
-            traced.update(factor for _, factor in sources)
-            told += [
-                (
-                    "zero_traces",
-                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
-                )
-                for block, _ in sources
-            ]
-            zero = (bank.traces() <= 0) & (bank.state["weight"] > 0)
-            counts.append(zero * torch.tensor(fresh, device=bank.device))
+        for bank in self.banks["b"]:
+            for (name, group), count in zip(bank.keys, torch.split(bank.vanished.clone(), 1), strict=True):
+                block, factor = self.sources[name]
+                # Under pi-damping a bias has a copy of its weight's factor: it is named once.
+                if (factor, group) not in traced:
+                    traced.add((factor, group))
+                    what = f"{block.parameter} receives no gradient (is the readout zero?); its update is 0"
+                    told.append(("zero_traces", what))
+                    counts.append(count)
+            bank.vanished.zero_()
         for (name, _), count in self.moments.overflowed.items():
             told.append(("overflowed_factors", f"the second moments of {name}"))
             counts.append(count.clone()[None])
@@ -387,27 +383,26 @@ class Kronecker:
         power = self.rules.powers[side == "b"]
         found = bank.apply(stack, first, count, side == "b")
         # Blocks of one factor are of one size: the first stands for all.
-        grown = bank.grown()[first : first + count].view(len(stack), -1).amax(1)
+        jumps = side == "b" and self.rules.memory > 0
+        grown = bank.grown(jumps)[first : first + count].view(len(stack), -1).amax(1)
         return found / grown.pow(power).view(-1, 1, 1)
 
     def _change(self, pair: Pair, half: Tensor, direction: Tensor) -> Tensor:
         """Return ``tr(D A D^T)`` of every group; half is the direction before its last product.
 
-        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed.
+        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed while the root is that
+        of the present A.
         """
         bank, first, count = self.at[pair.a or ""]
         whole = pair.blocks[0] == 1 and pair.growth[0] == 1
-        if self.rules.powers[0] == 1 and whole and self.rules.mode != "eigen":
-            rho = bank.state["rho"][first : first + count] * bank.grown()[first : first + count]
-            # Under a root that was zero it is infinite, and D is zero.
-            rho = torch.where(rho.isfinite(), rho, torch.zeros_like(rho))
-            product = half - rho.view(-1, 1, 1) * direction
+        if self.rules.powers[0] == 1 and whole and bank.is_fresh(first, count) and self.rules.mode != "eigen":
+            product = half - bank.state["rho"][first : first + count].view(-1, 1, 1) * direction
         else:
             product = self._times_factor(pair, direction, "a")
         return (direction * product).sum((1, 2)).clamp(min=0.0)
 
     def entries(self, parameter: str) -> dict[str, Tensor]:
-        """Return the state that is kept at a parameter, as views; on the meta device where another rank has it.
+        """Return the state that is kept at a parameter, as views; on meta where another rank has it.
 
         Args:
             parameter: Its name.
@@ -456,7 +451,7 @@ class Kronecker:
             steps: Number of steps it has seen.
         """
         for bank in self._all:
-            bank._traces = None
+            bank.forget()
         self.rooted, self.moved = steps > 0, True
         self.seen = {name for bank in self._all for name, _ in bank.keys} if steps else set()
         if steps and self.rules.mode == "trace" and self.rules.floor:

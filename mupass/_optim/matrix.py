@@ -35,7 +35,7 @@ class MatrixOptimizer(PlannedOptimizer):
         self,
         model: nn.Module,
         spec: OptimizerSpec,
-        lr: float,
+        lr: float | None,
         damping: float = 0.0,
         *,
         roles: Collection[str] = ROLES,
@@ -143,8 +143,10 @@ class MatrixOptimizer(PlannedOptimizer):
         raise NotImplementedError
 
     def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
-        """Take in the gradients of some slots: before all directions where gradients are averaged by the base
-        class, after their own direction elsewhere.
+        """Take in the gradients of some slots.
+
+        Before all directions where gradients are averaged by the base class, after their own direction
+        elsewhere.
 
         Args:
             number: Of the stack.

@@ -79,16 +79,15 @@ def packed_diagonal(packed: Tensor, n: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def add_gram(packed: Tensor, rows: Tensor, decay: float, fresh: float) -> None:
-    """Set packed matrices to ``decay * M + fresh * rows rows^T``, in place.
+def add_gram(packed: Tensor, rows: Tensor, fresh: float) -> None:
+    """Add ``fresh * rows rows^T`` to packed matrices, in place.
 
     Only what is kept is computed, little more than half of the product.
 
     Args:
         packed: ``[K, packed_size(n)]``.
         rows: ``[K, n, m]``.
-        decay: Factor on the old matrices.
         fresh: Factor on the product.
     """
     for start, end, band in bands(packed, rows.shape[1]):
-        band.baddbmm_(rows[:, start:end], rows[:, :end].mT, beta=decay, alpha=fresh)
+        band.baddbmm_(rows[:, start:end], rows[:, :end].mT, alpha=fresh)

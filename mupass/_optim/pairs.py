@@ -185,4 +185,5 @@ def slot_name(block: Block, factor: Factor, piece: int | None) -> str:
     places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
     own = f"@{block.parameter}.{piece}" if piece is not None else ""
     tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
-    return f"{factor.side}:{places}:{factor.piece}{tied}{own}"
+    scale = f"*{factor.scale!r}" if factor.scale != 1 else ""
+    return f"{factor.side}:{places}:{factor.piece}{scale}{tied}{own}"

@@ -43,9 +43,9 @@ def inverse_roots(
     Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU,
     refined in double precision where that brings the relative error below 1e-5 (up to condition number 1e4);
     on other devices coupled Newton iterations where the power is 1/p. Nothing but the CPU's own results is
-    looked at, so that no device is waited for. A matrix whose factorization fails, or whose result is not finite, keeps its
-    previous root. A zero matrix with zero damping (the layers under a zero-initialized readout) has the root
-    zero: its gradient is zero too, and nothing is 0/0.
+    looked at, so that no device is waited for. A matrix whose factorization fails, or whose result is not
+    finite, keeps its previous root. A zero matrix with zero damping (the layers under a zero-initialized
+    readout) has the root zero: its gradient is zero too, and nothing is 0/0.
 
     Args:
         bank: ``[K, n, n]`` symmetric positive semi-definite.

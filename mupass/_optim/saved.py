@@ -21,7 +21,7 @@ VERSION = 2
 NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
-POSITIVE = ("weight", "square", "peak", "rooted", "rho", "values", "sum")
+POSITIVE = ("weight", "weights", "square", "peak", "recent", "rooted", "rho", "values", "sum")
 
 
 def saved_kind(name: str, spec: str) -> str:
@@ -91,12 +91,14 @@ def _check_group(where: str, theirs: Any, ours: Mapping[str, Any]) -> dict[str, 
     for key in FIXED:
         if not _same(theirs[key], ours[key]):
             raise OptimizerError(
-                f"{where} of the state has {key}={theirs[key]!r}, this optimizer {ours[key]!r}: the state of a "
-                "model of another base width, or other groups"
+                f"{where} of the state has {key}={theirs[key]!r}, this optimizer {ours[key]!r}: the state of "
+                "a model of another base width, or other groups"
             )
     for key, high in NUMBERS.items():
-        if key in ours and not isinstance(theirs[key], Tensor):
-            check_number(f"{key} of {where} of the state", theirs[key], 0, high)
+        if key in ours:
+            value = theirs[key]
+            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
         _check_betas(where, theirs["betas"])
     if theirs["mupass_steps"] != 0:
@@ -141,7 +143,7 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
         part = local(value)
         if part.device.type == "meta" or not bool(part.isfinite().all()):
             raise OptimizerError(f"{where} holds NaN or infinity, or nothing at all")
-        if key.endswith(POSITIVE) and not bool((part >= 0).all()):
+        if key.rstrip("0123456789").endswith(POSITIVE) and not bool((part >= 0).all()):
             raise OptimizerError(f"{where} holds negative numbers")
 
 

@@ -24,7 +24,8 @@ from mupass._scales.spec import GRAFTS
 
 MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")
-LR = 2e-3
+# Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
+RATES = {"none": 0.02, "spectral": 0.02, "sgd": 0.1}
 
 
 class Shampoo(MatrixOptimizer):
@@ -75,7 +76,7 @@ class Shampoo(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = LR,
+        lr: float | None = None,
         damping: float = 1e-6,
         *,
         e: float = 0.5,
@@ -85,7 +86,7 @@ class Shampoo(MatrixOptimizer):
         decay: str = "all",
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         factor_decay: float = 0.95,
-        root_every: int = 1,
+        root_every: int = 10,
         staggered: bool = True,
         damping_mode: str = "relative",
         damping_memory: float = 0.99,
@@ -117,8 +118,8 @@ class Shampoo(MatrixOptimizer):
         self.start_step = check_period("start_step", start_step) if start_step else 0
         if self.start_step and graft not in {"sgd", "adam", "rmsprop"}:
             raise OptimizerError(
-                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use adam, "
-                "rmsprop or sgd"
+                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
+                "adam, rmsprop or sgd"
             )
         self._needs_gradient = graft in {"adam", "rmsprop"}
         super().__init__(
@@ -150,6 +151,9 @@ class Shampoo(MatrixOptimizer):
             self._graft_eps * stack.each(lambda name: self.plan[name].scales.epsilon)
             for stack in self._stacks
         ]
+
+    def _default_rate(self) -> float:
+        return RATES.get(self.spec.graft) or super()._default_rate()
 
     def work(self) -> Work:
         """Return what the optimizer works on, and when."""
@@ -187,9 +191,10 @@ class Shampoo(MatrixOptimizer):
         state = self._stacks[number].state
         add_weight(state["weight"][at], self.factor_decay, counts)
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
             peak = state[f"peak{side}"][at]
-            torch.maximum(peak * self.damping_memory, self._trace(number, side, at), out=peak)
+            kept = 1 - (1 - self.damping_memory) * counts
+            torch.maximum(peak * kept, self._trace(number, side, at), out=peak)
 
     def _trace(self, number: int, side: int, at: slice | Tensor) -> Tensor:
         """Return the traces of the averages of some slots."""

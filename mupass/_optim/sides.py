@@ -40,17 +40,20 @@ def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
     return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
 
 
-def observe(packed: Tensor, g: Tensor, side: int, decay: float) -> None:
+def observe(packed: Tensor, g: Tensor, side: int, decay: float, counts: Tensor) -> None:
     """Add the second moments of one side to their moving average, in place.
 
     Args:
         packed: ``[K, packed_size(n)]``, see `mupass._optim.packed`.
-        g: Gradients, ``[K, *shape]``.
+        g: Gradients, ``[K, *shape]``; zeros for those that do not count.
         side: Number of the side.
         decay: Weight of the past; 1 sums without forgetting.
+        counts: ``[K]``, 1, or 0 where the average stays as it is.
     """
     rows = g.movedim(side + 1, 1).flatten(2)
-    add_gram(packed, rows, decay, 1.0 if decay == 1 else 1 - decay)
+    if decay < 1:
+        packed.mul_((1 - (1 - decay) * counts)[:, None])
+    add_gram(packed, rows, 1.0 if decay == 1 else 1 - decay)
 
 
 def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
@@ -59,12 +62,12 @@ def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
     Args:
         weight: ``[K]``, changed in place.
         decay: As for `observe`.
-        counts: ``[K]``, 1, or 0 for an observation of zeros that does not count.
+        counts: ``[K]``, 1, or 0 for an observation that does not count.
     """
     if decay == 1:
         torch.maximum(weight, counts, out=weight)
     else:
-        weight.mul_(decay).add_(counts, alpha=1 - decay)
+        weight.mul_(1 - (1 - decay) * counts).add_(counts, alpha=1 - decay)
 
 
 class Schedule:

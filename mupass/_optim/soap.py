@@ -18,8 +18,6 @@ from mupass._optim.sides import Schedule, add_weight, along, observe
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 
-LR = 3e-3
-
 
 class SOAP(MatrixOptimizer):
     """SOAP: Adam on ``Q_L^T G Q_R``, turned back, with the eigenbases of Shampoo's ``L`` and ``R``.
@@ -67,7 +65,7 @@ class SOAP(MatrixOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = LR,
+        lr: float | None = None,
         *,
         momentum: float = 0.95,
         beta2: float = 0.95,
@@ -145,6 +143,10 @@ class SOAP(MatrixOptimizer):
             for stack in self._stacks
         ]
 
+    def _make_up(self) -> None:
+        # A basis that was started by a gradient that did not count is none.
+        self._loaded()
+
     def _arguments(
         self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
@@ -158,7 +160,7 @@ class SOAP(MatrixOptimizer):
     def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay)
+            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
         add_weight(state["weight"][at], self.factor_decay, counts)
 
     def _finish(self, number: int, runs: Sequence[slice]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,12 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from mupass._analyze import geometry_of
 from mupass._capture.capture import Capture
 from mupass._dims.facts import Value
-from mupass._errors import ResizeError
+from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes
 from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
 from mupass._roles.geometry import Geometry
-from mupass._scales.init import InitChoice, own_init
+from mupass._scales.init import InitChoice, own_init, told_laws
+from mupass._scales.learned import learned
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,20 @@ class Draw:
                 made[name] = value
         # A pattern has no law, and must not speak for one.
         random = {n: p for n, p in source.items() if n not in made}
-        laws = own_init(random, [self._geometry(n, shapes[n]) for n in source], self.init)
+        geometries = [self._geometry(n, shapes[n]) for n in source]
+        laws = own_init(random, geometries, self.init)
+        if not own_code:
+            told = told_laws(self.init, list(source))
+            suspects = learned(random, [g for g in geometries if g.name in random and g.name not in told])
+            if suspects:
+                names = ", ".join(suspects[:4]) + (" ..." if suspects[4:] else "")
+                warn(
+                    [f"{names} look trained; a resized model is drawn anew by their size, as initial weights"]
+                )
         doubtful = [n for n in random if laws[n].doubtful]
         if doubtful and not own_code:
-            warnings.warn(
-                f"initialization law in doubt for {', '.join(doubtful[:4])}{' ...' if doubtful[4:] else ''}; "
-                "settle it with init={pattern: law}",
-                stacklevel=3,
-            )
+            names = ", ".join(doubtful[:4]) + (" ..." if doubtful[4:] else "")
+            warn([f"initialization law in doubt for {names}; settle it with init={{pattern: law}}"])
         # What no width changes comes first: one seed draws it alike at every width.
         grows = {n: any(g for axis in axes[n] for s in axis for g in s.grows) for n in random}
         for name, old in sorted(random.items(), key=lambda item: grows[item[0]]):

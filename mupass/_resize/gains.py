@@ -7,12 +7,12 @@ same in all modules of a class, at different fan_ins, that is what it is.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mupass._errors import warn
 from mupass._resize.attributes import SCALE_NAMES
 
 POWERS = (-0.5, 0.5, -1.0, 1.0)
@@ -47,11 +47,12 @@ def follow_fan_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> di
         changed = [path for path, (_, old, new_fan) in places.items() if old != new_fan]
         if power is None and changed:
             where = f"{changed[0]}{' ...' if len(changed) > 1 else ''}"
-            warnings.warn(
-                f"{kind.__name__}.{name} = {places[changed[0]][0]:.6g} of {where} keeps its value although "
-                "the fan_in of its weight changes; if it is computed from that, set it on the copy",
-                stacklevel=3,
+            value = places[changed[0]][0]
+            message = (
+                f"{kind.__name__}.{name} = {value:.6g} of {where} keeps its value although the fan_in of its "
+                "weight changes; if it is computed from that, set it on the copy"
             )
+            warn([message])
     return found
 
 

@@ -40,7 +40,7 @@ def segments(sizes: NewSizes, dim: int) -> list[Segment]:
         sizes: The new sizes.
         dim: Dimension of the axis.
     """
-    space, grows = sizes.solved.engine.space, sizes.grows
+    space, grows = sizes.solved.engine.space, sizes.solved.verdicts.grows
     for members in sizes.terms(sizes.solved.engine.space.find(dim), "sum") if grows(dim) else ():
         return [s for m in members for s in segments(sizes, m)]
     factors = _factors(sizes, dim)
@@ -49,7 +49,11 @@ def segments(sizes: NewSizes, dim: int) -> list[Segment]:
 
 
 def _factors(sizes: NewSizes, dim: int) -> list[int]:
-    for members in sizes.terms(sizes.solved.engine.space.find(dim), "product") if sizes.grows(dim) else ():
+    for members in (
+        sizes.terms(sizes.solved.engine.space.find(dim), "product")
+        if sizes.solved.verdicts.grows(dim)
+        else ()
+    ):
         return [f for m in members for f in _factors(sizes, m)]
     return [dim]
 

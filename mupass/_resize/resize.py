@@ -17,6 +17,7 @@ from mupass._resize.draw import Draw, initialize
 from mupass._resize.gains import follow_fan_in
 from mupass._resize.prediction import target_of
 from mupass._resize.rebuild import rebuild
+from mupass._resize.reinfer import check_anew
 from mupass._resize.sizes import NewSizes
 from mupass._scales.init import InitChoice
 
@@ -86,4 +87,5 @@ def resize(
     resized = rebuild(build, attributes, target, type(model).__name__)
     if home.type == "meta" and not own_code:
         initialize(resized, seed)
+    check_anew(resized, sizes, target.inputs, dims or {})
     return resized

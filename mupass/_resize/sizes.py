@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
+from mupass._dims.scaled import COMBINE, Scaled
 from mupass._dims.space import Members
 from mupass._errors import ResizeError
 from mupass._resize.named_sizes import checked_size, named_sizes
-
-COMBINE: dict[str, Callable[[list[Any]], Any]] = {"product": math.prod, "groups": math.prod, "sum": sum}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class NewSizes:
     names: DimNames
     given: Mapping[int, int]
     factor: float
-    _cache: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(
@@ -143,59 +140,26 @@ class NewSizes:
         grown = [members for whole, members in space.terms("product") if verdicts.grows(whole)]
         return frozenset(m for ms in grown if any(map(verdicts.is_open, ms)) for m in ms) - self._carried
 
-    @cached_property
-    def _grown(self) -> frozenset[int]:
-        """Dimensions without a verdict that grow as their equals do: one half of a chunk as the other."""
-        verdicts, space = self.solved.verdicts, self.solved.engine.space
-        found: set[int] = set()
-        for whole, members in space.terms("sum"):
-            sizes = {space.size(m) for m in members if verdicts.grows(m)}
-            if verdicts.grows(whole):
-                found |= {m for m in members if verdicts.is_open(m) and space.size(m) in sizes}
-        return frozenset(found) - self._carried
-
-    def grows(self, dim: int) -> bool:
-        """Whether a dimension grows with the width.
-
-        Args:
-            dim: Handle.
-        """
-        return self.solved.verdicts.grows(dim) or self.solved.engine.space.find(dim) in self._grown
-
     def exact(self, dim: int) -> float:
         """Return the new size of a dimension before it is asked to be a whole number.
 
         Args:
             dim: Handle.
         """
-        root = self.solved.engine.space.find(dim)
-        if root not in self._cache:
-            self._cache[root] = self.factor * self.solved.engine.space.size(dim)  # ends circular terms
-            self._cache[root] = self._computed(root)
-        return self._cache[root]
-
-    def _computed(self, root: int) -> float:
-        space = self.solved.engine.space
-        size = space.size(root)
-        if root in self.given:
-            return self.given[root]
-        if not self.grows(root):
-            return size
-        for kind in ("product", "sum"):
-            for members in self.terms(root, kind):
-                if any(self.grows(m) or m in self.given for m in members):
-                    return float(COMBINE[kind]([self.exact(m) for m in members]))
-        for derived, source in space.derived:
-            if space.find(derived) == root and space.find(source) != root:
-                old, new = space.size(source), self.exact(source)
-                return size * new / old if size % old == 0 or old % size == 0 else size + new - old
-        return size * self.factor
+        return self._scaled.exact(dim)
 
     def terms(self, root: int, kind: str) -> list[Members]:
-        """Return what a dimension is made of; what slices leave uncovered makes nothing."""
-        space = self.solved.engine.space
-        rests = {space.find(d) for d in space.rests}
-        return [m for m in space.terms_of(root, kind) if not rests & set(m)]
+        """Return what a dimension is made of.
+
+        Args:
+            root: Handle.
+            kind: ``product`` or ``sum``.
+        """
+        return self._scaled.terms(root, kind)
+
+    @cached_property
+    def _scaled(self) -> Scaled:
+        return Scaled(self.solved, self.given, self.factor)
 
     def check(self) -> None:
         """Compare every product and sum of dimensions that parameters carry with its members.

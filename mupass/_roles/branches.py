@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from mupass._capture.capture import Capture
 from mupass._dims.graph import flatten, operator_name, shape_of
+from mupass._roles.carriers import carriers
 from mupass._roles.geometry import Branch
 
 SUMS = ("aten.add", "aten.add_")
@@ -65,11 +66,12 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
     reached = _reached(order, outputs, ends)
     parameters = {name: reached[node] for node, name in captured.parameters.items()}
     found_branches = []
-    for end, into in ends.items():
+    held = carriers(captured, [(end, (into,)) for end, into in ends.items()])
+    for (end, into), carrier in zip(ends.items(), held, strict=True):
         own = tuple(name for name, ways in parameters.items() if ways == {end})
         modules, reason = _modules(end, into, captured.owners)
         reason = reason or _shared(modules, captured)
-        found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason))
+        found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
     return tuple(found_branches)
 
 

@@ -109,20 +109,23 @@ def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
     return Contraction(rows + "i", _in_order(weight, view), y, tuple(sizes))
 
 
-def matmul(shape: Sequence[int], view: Sequence[int], sizes: Sequence[int], weight_at: int) -> Contraction:
-    """Return the form of ``matmul`` (and mm, bmm, addmm, baddbmm), batch axes aligned at the right.
+def matmul(
+    shape: Sequence[int], view: Sequence[int], sizes: Sequence[int], weight_at: int, summed: bool = False
+) -> Contraction:
+    """Return the form of ``matmul`` (and mm, bmm, addmm, baddbmm, addbmm), batch axes aligned at the right.
 
     Args:
         shape: Shape of the activation.
         view: As in `linear`.
         sizes: As in `linear`.
         weight_at: 1 where the weight is the right operand, 0 where it is the left one.
+        summed: Whether batch axes are summed, as in addbmm.
     """
     left, right = (len(shape), len(view)) if weight_at else (len(view), len(shape))
     batch = ascii_uppercase[: max(left, right, 2) - 2]
     a = batch[len(batch) - max(left - 2, 0) :] + ("ik" if left > 1 else "k")
     b = batch[len(batch) - max(right - 2, 0) :] + ("kj" if right > 1 else "k")
-    y = batch + ("i" if left > 1 else "") + ("j" if right > 1 else "")
+    y = ("" if summed else batch) + ("i" if left > 1 else "") + ("j" if right > 1 else "")
     return _seen(a, b, y, view, sizes, shape) if weight_at else _seen(b, a, y, view, sizes, shape)
 
 

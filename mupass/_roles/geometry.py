@@ -48,6 +48,7 @@ class Site:
         weight: Of a bias, the weight whose output it shifts.
         sources: Names of the activations in the captured graph, one a call: equal names, one activation.
         reason: Why there is no Kronecker form.
+        scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Site:
     weight: str = ""
     sources: tuple[str, ...] = ()
     reason: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,25 @@ class Fusion:
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """Plain parameters that can hold a factor on a value of the forward pass in the place of a hook.
+
+    Attributes:
+        parameters: Those to be multiplied by the factor.
+        divided: Those to be divided by it: other readers of the value, which must not notice.
+        offsets: Parameter -> constant that the code adds to it: ``c (w + 1) = (c w + c - 1) + 1``.
+        tied: Of a readout, the tied parameter; ``""`` for a branch.
+        reason: Why no parameters can; ``""`` if some can.
+    """
+
+    parameters: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
+    offsets: tuple[tuple[str, float], ...] = ()
+    tied: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Branch:
     """One branch of a residual stream, the ``f(x)`` of a sum ``x + f(x)``.
 
@@ -85,11 +106,13 @@ class Branch:
         modules: Whose outputs, added up, are the branch: where a multiplier goes.
         parameters: Those that act on the model's output through this branch alone.
         reason: Why no module ends the branch; ``""`` if one does.
+        carrier: What can hold the branch's multiplier in the place of a hook.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     reason: str = ""
+    carrier: Carrier = Carrier()
 
 
 @dataclass(frozen=True)
@@ -118,8 +141,11 @@ class Geometry:
         given: Power of width that the entries of what it multiplies have, since the code scales them so
             (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
             none. For a tied embedding that of its readout.
+        normalized: Of a readout, the operator that divides its output by the output's own size; else ``""``.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
+        folded: What `mupass.fold` multiplied the parameter by, to hold a factor on what it makes.
+        folded_in: What `mupass.fold` multiplied it by, to undo a factor on what it is multiplied with.
     """
 
     name: str
@@ -138,7 +164,10 @@ class Geometry:
     fusions: tuple[Fusion, ...] = ()
     sites: tuple[Site, ...] = ()
     given: float = 0.0
+    normalized: str = ""
     depth: float = 1.0
+    folded: float = 1.0
+    folded_in: float = 1.0
 
     @property
     def fan_in(self) -> int:
@@ -173,6 +202,8 @@ class Analysis:
         warnings: What the reader must know: policies applied, operators treated by shape.
         modules: (qualified name, class name) of every module, in the model's own order.
         branches: Residual branches, in the order of execution.
+        carriers: For every tied readout, what can hold its multiplier in the place of a hook.
+        notes: Those of the warnings that change no result; only the report shows them.
     """
 
     geometries: tuple[Geometry, ...]
@@ -182,6 +213,8 @@ class Analysis:
     warnings: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
     branches: tuple[Branch, ...] = ()
+    carriers: tuple[Carrier, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

@@ -43,8 +43,9 @@ def role_of(use: Use | None, infinite: Sequence[bool]) -> Role:
         return "scalar"
     if use is None:
         return "vector"
-    grows_in = any(infinite[i] for i in use.fan_in)
-    grows_out = any(infinite[i] for i in use.fan_out)
+    fan_in, fan_out = separate(use.fan_in, use.fan_out)
+    grows_in = any(infinite[i] for i in fan_in)
+    grows_out = any(infinite[i] for i in fan_out)
     if grows_in and grows_out:
         return "hidden"
     return "output" if grows_in else "input" if grows_out else "vector"

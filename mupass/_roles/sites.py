@@ -14,7 +14,8 @@ from mupass._dims.graph import MOVES, shape_of
 from mupass._roles import contraction
 from mupass._roles.geometry import Site
 
-PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum")
+ADDED = ("aten.addmm", "aten.baddbmm", "aten.addbmm")  # beta * bias + alpha * product
+PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.einsum", *ADDED)
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
 
@@ -107,7 +108,8 @@ def _product(
 ) -> tuple[Site, str]:
     arguments: Any = user.args[1] if name == "aten.einsum" else user.args
     operands: list[Any] = list(arguments)
-    if name in ("aten.addmm", "aten.baddbmm"):
+    alpha, beta = user.kwargs.get("alpha", 1), user.kwargs.get("beta", 1)
+    if name in ADDED:
         bias, *operands = operands
     elif name == "aten.linear" or name.startswith(CONVOLUTIONS):
         bias = operands[2] if len(operands) > 2 else None
@@ -115,7 +117,14 @@ def _product(
     else:
         bias = None
     if bias is seen and isinstance(operands[-1], Node):
-        return site("bias", weight=_parameter(captured, root_of(operands[-1]))), ""
+        if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)) or not alpha:
+            return site("", reason=f"{user.target} adds it to a product times alpha={alpha}"), ""
+        if name == "aten.baddbmm":  # beta * bias + alpha * bmm(x, w): added as any tensor to a product
+            if beta != 1:
+                return site("", reason=f"{user.target} adds it times beta={beta}"), ""
+            return _along_one_axis("shift", shape, operands[0], len(_shape(user)), site)
+        weight = _parameter(captured, root_of(operands[-1]))
+        return site("bias", weight=weight, scale=float(beta / alpha)), ""
     if name.startswith(CONVOLUTIONS):
         return site("", reason=f"{user.target} does not use it as it is"), ""
     at = [i for i, a in enumerate(operands) if a is seen]
@@ -150,19 +159,23 @@ def product_form(
         return contraction.einsum(str(equation), x, view, shape, weight_at)
     if name == "aten.linear":
         return contraction.linear(len(x), view, shape) if weight_at == 1 else None
-    return contraction.matmul(x, view, shape, weight_at)
+    return contraction.matmul(x, view, shape, weight_at, summed=name == "aten.addbmm")
 
 
 def _elementwise(
     captured: Capture, user: Node, name: str, slot: int, shape: tuple[int, ...], site: Any
 ) -> tuple[Site, str]:
     other = user.args[1 - slot]
-    wide = [i for i, n in enumerate(shape) if n > 1]
     if not isinstance(other, Node) or root_of(other) in captured.parameters or user.kwargs:
         return site("", reason=f"{user.target} joins it to another parameter or a number"), ""
-    if len(wide) > 1 or len(shape) > len(_shape(other)):
+    return _along_one_axis("gain" if name == "aten.mul" else "shift", shape, other, len(_shape(other)), site)
+
+
+def _along_one_axis(kind: str, shape: tuple[int, ...], other: Node, rank: int, site: Any) -> tuple[Site, str]:
+    """Return the site of a gain or a shift that varies along one axis of an activation of some rank."""
+    wide = [i for i, n in enumerate(shape) if n > 1]
+    if len(wide) > 1 or len(shape) > rank:
         return site("", reason="it is a table that is added to or multiplied with activations"), ""
-    kind = "gain" if name == "aten.mul" else "shift"
     axis = (wide or [len(shape) - 1])[0] if shape else 0
     return site(kind, out_axes=(axis,) if shape else ()), _source(other)
 

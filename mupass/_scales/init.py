@@ -16,6 +16,8 @@ import torch
 from mupass._errors import PlanError
 from mupass._roles.geometry import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
+from mupass._scales.learned import whole
+from mupass._scales.own_draws import Draw
 from mupass._scales.scales import powers
 from mupass._scales.spec import OptimizerSpec
 
@@ -44,6 +46,7 @@ def plan_init(
     geometries: Sequence[Geometry],
     parameterization: str = "mup",
     init: InitChoice = "auto",
+    draws: Mapping[str, Draw] | None = None,
 ) -> dict[str, Init]:
     """Initialization of every parameter.
 
@@ -54,11 +57,12 @@ def plan_init(
         init: ``"auto"`` reads each law off the values. ``"fan_in"``, ``"fan_out"``, ``"fan_avg"`` or
             ``"constant"`` states it for all parameters, ``{pattern: law}`` for those whose name matches
             a shell pattern; a later pattern wins.
+        draws: What the model's own code would draw for tensors without values.
 
     Returns:
         Parameter name -> its `Init`.
     """
-    findings, fixed = _findings(tensors, geometries, init)
+    findings, fixed = _findings(tensors, geometries, init, draws or {})
     return {
         g.name: _constant(fixed[g.name], g, parameterization)
         if g.name in fixed
@@ -81,7 +85,7 @@ def own_init(
     Returns:
         Parameter name -> law, its standard deviation there, and the factor from the present one to that.
     """
-    findings, fixed = _findings(tensors, geometries, init)
+    findings, fixed = _findings(tensors, geometries, init, {})
     found = dict(fixed)
     for name, f in findings.items():
         factor = sqrt(f.sample.fans.ratio(f.kind))
@@ -90,11 +94,14 @@ def own_init(
 
 
 def _findings(
-    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice
+    tensors: Mapping[str, torch.Tensor],
+    geometries: Sequence[Geometry],
+    init: InitChoice,
+    draws: Mapping[str, Draw],
 ) -> tuple[dict[str, Finding], dict[str, Init]]:
     """Return the laws of random parameters, and the answer for the others."""
-    told = _told(init, [g.name for g in geometries])
-    samples, fixed = _measure(tensors, geometries, told)
+    told = told_laws(init, [g.name for g in geometries])
+    samples, fixed = _measure(tensors, geometries, told, draws)
     findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
     for sample in samples:
         if sample.name in told:
@@ -152,8 +159,12 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
     return Fans(lender.fan_in, None, lender.m_in, 1.0, lender.name)
 
 
-def _told(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
+def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
     """Return parameter name -> law, for the parameters whose law the user states.
+
+    Args:
+        init: As for `plan_init`.
+        names: All parameters.
 
     Raises:
         PlanError: Unknown law, or a pattern that matches no parameter.
@@ -173,7 +184,10 @@ def _told(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(
-    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], told: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor],
+    geometries: Sequence[Geometry],
+    told: Mapping[str, str],
+    draws: Mapping[str, Draw],
 ) -> tuple[list[Sample], dict[str, Init]]:
     """Return statistics of the random parameters, and the answer for those that are not random.
 
@@ -185,26 +199,50 @@ def _measure(
         if g.name not in tensors:
             continue
         tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
-        found = Sample(g.name, tensor.numel(), None, False, own_fans(g))
-        if not tensor.is_meta:
-            values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
-            low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
-            if not (isfinite(low) and isfinite(high)):
-                raise PlanError(f"{g.name} holds NaN or infinite values; initialize the model first")
-            lone = len(values) == 1 and low != 0 and lent is not None
-            if low == high and not lone:
-                fixed[g.name] = Init("zeros" if low == 0 else f"constant {low:.4g}", None, 1.0)
-                continue
-            # Of a single draw its size is all there is to see.
-            std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
-            uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
-            found = replace(found, std=std, uniform=uniform)
+        empty = Sample(g.name, tensor.numel(), None, False, own_fans(g), bool(g.uses))
+        if tensor.is_meta:
+            found = _as_drawn(empty, draws[g.name]) if g.name in draws else empty
+        else:
+            found = _as_held(empty, whole(tensor), lent is not None)
+        if isinstance(found, Init):
+            fixed[g.name] = found
+            continue
         if lent is not None:
             borrowed = replace(found, fans=lent)
             if found.std is None or borrowed.drawn_by_default or (g.name in told and not g.fan_in_axes):
                 found = borrowed
         samples.append(found)
     return samples, fixed
+
+
+def _as_drawn(empty: Sample, draw: Draw) -> Sample | Init:
+    """Return what a tensor without values will hold by the model's own code."""
+    if draw.constant is not None:
+        return _fixed(draw.constant)
+    return replace(empty, std=draw.std, uniform=draw.uniform, promised=True) if draw.std > 0 else empty
+
+
+def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
+    """Return statistics of a tensor's values; of a constant, the answer.
+
+    Raises:
+        PlanError: It holds NaN or infinite values.
+    """
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
+    low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
+    if not (isfinite(low) and isfinite(high)):
+        raise PlanError(f"{empty.name} holds NaN or infinite values; initialize the model first")
+    lone = len(values) == 1 and low != 0 and lent
+    if low == high and not lone:
+        return _fixed(low)
+    # Of a single draw its size is all there is to see.
+    std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
+    uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
+    return replace(empty, std=std, uniform=uniform)
+
+
+def _fixed(value: float) -> Init:
+    return Init("zeros" if value == 0 else f"constant {value:.4g}", None, 1.0)
 
 
 def _as_told(sample: Sample, kind: str, patterned: bool) -> Finding:

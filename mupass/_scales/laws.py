@@ -62,13 +62,19 @@ class Fans:
 
 @dataclass(frozen=True)
 class Sample:
-    """Statistics of one tensor: number of entries, std (None on the meta device), flat distribution."""
+    """Statistics of one tensor: number of entries, std (None on the meta device), flat distribution.
+
+    A tensor that the forward pass does not read has no fans, so it ``speaks`` for no law. What a tensor
+    without values will hold may be ``promised`` by the model's own code.
+    """
 
     name: str
     count: int
     std: float | None
     uniform: bool
     fans: Fans
+    speaks: bool = True
+    promised: bool = False
 
     def gain(self, kind: str) -> float | None:
         """Return the gain that the law needs to give this tensor's std."""
@@ -110,7 +116,8 @@ class Finding:
         of = f" of {self.sample.fans.partner}" if self.sample.fans.partner and self.kind == "fan_in" else ""
         law = "constant std" if self.kind == "constant" else f"{self.kind}{of}, gain {self.gain:.3g}"
         shape = " (uniform)" if self.sample.uniform else ""
-        return f"{law}{shape}{'; ' if self.note else ''}{self.note}"
+        promised = "; as the model's own code draws (meta)" if self.sample.promised else ""
+        return f"{law}{shape}{'; ' if self.note else ''}{self.note}{promised}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
     Yields:
         One finding for each sample, in no particular order.
     """
-    rest = [s for s in samples if s.std is not None and s.fans.partner is None]
+    rest = [s for s in samples if s.std is not None and s.fans.partner is None and s.speaks]
     hypotheses = list(_hypotheses(rest))
     found: list[Finding] = []
     while rest:
@@ -158,6 +165,8 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
         rest = [s for s in rest if not best.explains(s)]
     yield from found
     yield from (_unsettled(s, _majority(found)) for s in rest)
+    silent = [s for s in samples if s.std is not None and s.fans.partner is None and not s.speaks]
+    yield from (_unsettled(s, "constant") for s in silent)
     lent = [s for s in samples if s.std is not None and s.fans.partner is not None]
     yield from (Finding(s, "fan_in", DEFAULT_GAIN) for s in lent)
     yield from (_unseen(s) for s in samples if s.std is None)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
@@ -10,13 +10,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._roles.geometry import Geometry
+from mupass._roles.geometry import Carrier, Geometry
 from mupass._scales.scales import Scales, scales
 from mupass._scales.spec import OptimizerSpec
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 4
+VERSION = 5
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
@@ -54,6 +54,10 @@ class Plan:
         entries: One for each parameter, in the order of ``named_parameters()``.
         depth: Number of residual branches relative to the base depth; 1 where depth is not scaled.
         branches: Modules whose outputs are multiplied by ``1 / depth``.
+        carriers: What can hold the forward multipliers in the place of hooks, see `mupass.fold`.
+        folded: Whether the weights hold all multipliers already.
+        decided: Whether an optimizer was named or made; until then the print shows the rates of all.
+        trained: Whether values and outputs of a trained model were left as they are.
 
     Raises:
         PlanError: The optimizer's alignment names a parameter that has no entry.
@@ -69,6 +73,10 @@ class Plan:
     entries: tuple[Entry, ...]
     depth: float = 1.0
     branches: tuple[str, ...] = ()
+    carriers: tuple[Carrier, ...] = ()
+    folded: bool = False
+    decided: bool = field(default=True, compare=False)
+    trained: bool = False
 
     def __post_init__(self) -> None:
         for name, _ in self.optimizer.exponents:
@@ -141,11 +149,12 @@ class Plan:
         """
         spec = OptimizerSpec.of(optimizer)
         if spec == self.optimizer:
-            return self
+            return self if self.decided else replace(self, decided=True)
         entries = tuple(
-            replace(e, scales=scales(e.geometry, spec, self.parameterization)) for e in self.entries
+            replace(e, scales=entry_scales(e.geometry, spec, self.parameterization, self.trained))
+            for e in self.entries
         )
-        return replace(self, optimizer=spec, entries=entries)
+        return replace(self, optimizer=spec, entries=entries, decided=True)
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the plan is one of this model.
@@ -200,6 +209,24 @@ class Plan:
         except (TypeError, ValueError, KeyError) as error:
             raise PlanError(f"plan is incomplete or damaged: {error}") from error
         return plan
+
+
+def entry_scales(
+    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str, trained: bool
+) -> Scales:
+    """Width factors of one parameter of a plan.
+
+    Args:
+        geometry: Its fans.
+        optimizer: Family and powers.
+        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
+        trained: Whether the outputs of a trained model must stay: a tied readout then has no multiplier, and
+            follows the row of a readout.
+    """
+    if trained and geometry.readout_uses:
+        into, out = geometry.fan_out_axes, geometry.fan_in_axes
+        geometry = replace(geometry, role="output", fan_in_axes=into, fan_out_axes=out, readout_uses=())
+    return scales(geometry, optimizer, parameterization)
 
 
 def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:

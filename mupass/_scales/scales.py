@@ -74,6 +74,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
     for name, power in depth_powers(optimizer, parameterization).items():
         factors[name] *= geometry.depth**power
+    for name, (p_out, p_in) in folded_powers(optimizer).items():
+        factors[name] *= geometry.folded**p_out * geometry.folded_in**p_in
     return Scales(**factors, lr_powers=table["lr"])
 
 
@@ -152,6 +154,38 @@ def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dic
     if name in {"kfac", "foof"}:
         return {"lr": 1 - 2 * optimizer.e_b, "damping_out": -2.0}
     return {"lr": 1.0} if name == "sgd" else {"epsilon": 0.0 if name == "adamuon" else -1.0}
+
+
+def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
+    """Powers of a factor that `mupass.fold` put into a parameter, in its scales: training goes on as before.
+
+    ``W' = c W`` in the place of a multiplier ``c`` behind ``W`` must change by ``c dW``, from gradients
+    ``G' = G/c``, ``delta' = delta/c``. With e the total power on ``delta`` the rate
+    goes like ``c^(2 - 2 e)``. Where ``W'`` undoes ``c`` in front of it, the same holds
+    with ``h`` in the place of ``delta``.
+
+    Args:
+        optimizer: Family and powers.
+
+    Returns:
+        Scale -> powers of the factor behind the parameter, and of the one that undoes another in front of it.
+    """
+    name = optimizer.name
+    if name in {"kfac", "foof"}:
+        return {
+            "lr": (2 - 2 * optimizer.e_b, 2 - 2 * optimizer.e_a),
+            "damping_in": (0.0, -2.0),
+            "damping_out": (-2.0, 0.0),
+        }
+    if name == "shampoo":
+        e = {"none": optimizer.e, "sgd": 0.0}.get(optimizer.graft, 0.5)
+        both = {"damping_in": (-2.0, -2.0), "damping_out": (-2.0, -2.0), "epsilon": (-1.0, -1.0)}
+        return {"lr": (2 - 2 * e, 2 - 2 * e), **both}
+    if name == "sgd":
+        return {"lr": (2.0, 2.0)}
+    lr = 0.0 if name == "adafactor" else 1.0  # Adafactor's steps are relative to the weights
+    epsilon = 0.0 if name == "adamuon" else -1.0
+    return {"lr": (lr, lr), "epsilon": (epsilon, epsilon)}
 
 
 def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:

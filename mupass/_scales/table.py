@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mupass._roles.geometry import Geometry, Use
 from mupass._scales.parameterizations import row
-from mupass._scales.scales import depth_powers, powers
+from mupass._scales.scales import depth_powers, folded_powers, powers
+from mupass._scales.spec import ENTRYWISE
 
 if TYPE_CHECKING:
     from mupass._scales.plan import Entry, Plan
@@ -26,6 +27,7 @@ COLUMNS = {
     "soap": {"lr": "lr", "epsilon": "epsilon"},
     "muon": {"lr": "lr", "epsilon": "epsilon"},
 }
+SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
     "multiplier": "a tied embedding is Theta(1), a readout 1/m: arXiv 2203.03466, table 8",
@@ -37,18 +39,25 @@ SOURCES = {
 }
 
 
-def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0.0) -> str:
+def formula(
+    exponents: tuple[float, float],
+    geometry: Geometry,
+    depth: float = 0.0,
+    folded: tuple[float, float] = (0.0, 0.0),
+) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
     Args:
         exponents: Powers of ``(m_in, m_out)``.
         geometry: The parameter, whose finite fans are left out.
         depth: Power of the relative depth L.
+        folded: Powers of what `mupass.fold` put into the parameter, `folded_powers`.
 
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
-    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth
+    held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
+    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth * held
     above: list[str] = []
     below: list[str] = []
     for symbol, power, axes in (
@@ -60,6 +69,8 @@ def formula(exponents: tuple[float, float], geometry: Geometry, depth: float = 0
             (above if power > 0 else below).append(text)
     if depth and geometry.depth != 1:
         (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
+    if held != 1:
+        above.append(f"{held:.4g}")
     if not above and not below:
         return f"{value:.4g}"
     bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
@@ -75,16 +86,23 @@ def table(plan: Plan) -> str:
     Returns:
         Several lines without a newline at the end.
     """
-    columns = COLUMNS[plan.optimizer.name]
+    columns = COLUMNS[plan.optimizer.name] if plan.decided else {}
     tied = any(entry.geometry.readout_uses for entry in plan.entries)
     multiplier = ["multiplier"] if tied else []
-    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier]
+    others = () if plan.decided else SHOWN
+    rates = [f"lr {name}" for name in others]
+    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *rates]
     scales = [*columns, *multiplier]
-    rows = [head] + [_cells(plan, entry, scales) for entry in plan.entries]
+    plans = [plan.for_optimizer(name) for name in others]
+    rows = [head]
+    for entry in plan.entries:
+        factors = [f"{other[entry.geometry.name].scales.lr:.4g}" for other in plans]
+        rows.append(_cells(plan, entry, scales) + factors)
     deep = plan.depth != 1
     size = f"width {plan.width}, base {plan.base_width:g}, {len(plan)} parameters"
+    whose = plan.optimizer if plan.decided else "any optimizer"
     lines = [
-        f"{plan.parameterization} plan for {plan.optimizer}: {size}",
+        f"{plan.parameterization} plan for {whose}: {size}",
         "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
         *(
             [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
@@ -92,10 +110,35 @@ def table(plan: Plan) -> str:
         ),
         "",
         *_align(rows),
+        "",
+        _base(plan),
+        *_whose(plan),
     ]
     if plan.warnings:
         lines += ["", *(f"warning: {warning}" for warning in plan.warnings)]
     return "\n".join(lines)
+
+
+def _base(plan: Plan) -> str:
+    """Say what the base width means."""
+    if plan.width == plan.base_width:
+        return (
+            f"base {plan.base_width:g}: the width of this model, at which nothing is scaled; a model of "
+            f"another width takes its hyperparameters over with base={plan.base_width:g}"
+        )
+    return (
+        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}, at "
+        "which nothing is scaled"
+    )
+
+
+def _whose(plan: Plan) -> list[str]:
+    """Say which optimizer's scales are shown."""
+    if not plan.decided:
+        return ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
+    if plan.optimizer.name in ENTRYWISE or plan.optimizer.name in {"sgd", "adafactor"}:
+        return []
+    return ["what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"]
 
 
 def explanation(plan: Plan, entry: Entry) -> str:
@@ -129,8 +172,14 @@ def explanation(plan: Plan, entry: Entry) -> str:
     sources = SOURCES
     if plan.optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
+    held = folded_powers(plan.optimizer)
+    none = (0.0, 0.0)
     cells = [
-        ["  " + name, formula(exponents[name], g, depths.get(name, 0)), f"[{sources[name]}]"]
+        [
+            "  " + name,
+            formula(exponents[name], g, depths.get(name, 0), held.get(name, none)),
+            f"[{sources[name]}]",
+        ]
         for name in shown
     ]
     lines += _align(cells)
@@ -145,7 +194,9 @@ def _cells(plan: Plan, entry: Entry, scales: Sequence[str]) -> list[str]:
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
-    return start + [formula(exponents[name], g, depths.get(name, 0)) for name in scales]
+    held = folded_powers(plan.optimizer)
+    none = (0.0, 0.0)
+    return start + [formula(exponents[n], g, depths.get(n, 0), held.get(n, none)) for n in scales]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

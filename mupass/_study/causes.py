@@ -21,6 +21,10 @@ DIMMED = (
     "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
     "of a gradient near zero, so its first step grows: give it a damping_floor="
 )
+NORMALIZED = (
+    "{where} divides what the readout {name} puts out by its own size, which undoes its start; normalize "
+    "what it reads instead"
+)
 GIVEN = (
     "what the operator is given scales like width^{power:+.2f} already: look for a normalization to unit "
     "length, or a multiplication by a power of the width, before it"
@@ -89,6 +93,9 @@ def cause(
             "standard parameterization: PyTorch's initialization and one learning rate at all widths; "
             "mup is made for this"
         )
+    culprit = next((e.geometry for e in plan.entries if e.geometry.normalized), None)
+    if culprit is not None and row.step:
+        return NORMALIZED.format(where=culprit.normalized, name=culprit.name)
     if site.operator in SCORES:
         return _of_scores(head_dims)
     if not site.parameter:

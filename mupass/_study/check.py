@@ -20,6 +20,7 @@ from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
+from mupass._study.plain import untransformed
 from mupass._study.probe import Probe
 from mupass._study.recipes import Make, check_names, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
@@ -64,8 +65,8 @@ def coord_check(
     parameterization are multiples of 1/2. Below width 64, effects of finite width can look like such a power.
 
     Args:
-        model: The model, with its initial weights, not transformed; it is not changed. Or a function of a
-            width that builds it.
+        model: The model, with its initial weights; it is not changed. Of a transformed one a copy is taken
+            with that undone, and the result says so. Or a function of a width that builds it.
         data: Batches ``(inputs, targets)``, a function that returns them, or one batch. The first batch is
             also what is measured on. Fewer batches than steps are used in turn.
         loss: Function of the model's output and the targets.
@@ -97,6 +98,7 @@ def coord_check(
     if steps < 1 or seeds < 1:
         raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
     make = recipe(optimizer, for_check=True)
+    model, notes = untransformed(model)
     check_names(make, [] if lr is None else ["lr"])
     copies, batches = make_copies(
         model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
@@ -133,6 +135,7 @@ def coord_check(
         silent=silent,
         dimmed=tuple(s for s in dimmed if s.parameter),
         blame="",
+        notes=notes,
     )
     if not any(r.quantity == "update" for r in rows):
         raise StudyError("no parameter moved the output of its operator; is all frozen, or lr zero?")
@@ -207,10 +210,29 @@ def _judge(
                 ):
                     table = relative(table, gradients, site.parameter, copies.plans, power)
                     slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
-            rows.append(Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance)))
+            known = step > 0 and _is_normalized(site, copies)
+            rows.append(
+                Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance, known))
+            )
+            if quantity == "update" and known:
+                slope = fit(copies.widths, _shares(table, log[site, "activation", 0]), CONFIDENCE)
+                verdict = _verdict(slope, "flat", tolerance, known)
+                rows.append(Coordinate(site, "share", step, slope, "flat", verdict))
         elif quantity == "update" and any(chain(*table)):
             silent.append(site)
     return tuple(rows), tuple(dict.fromkeys(silent))
+
+
+def _is_normalized(site: Site, copies: Copies) -> bool:
+    """Whether a place is a readout whose output the model divides by its own size."""
+    plan = copies.plans[-1]
+    return site.parameter in plan and bool(plan[site.parameter].geometry.normalized)
+
+
+def _shares(updates: list[list[float]], outputs: list[list[float]]) -> list[list[float]]:
+    """Return the sizes of updates relative to what they are added to."""
+    pairs = zip(updates, outputs, strict=True)
+    return [[u / y for u, y in zip(row, before, strict=True)] for row, before in pairs]
 
 
 def _rule(key: Key, log: Log, copies: Copies, tolerance: float) -> str:
@@ -253,13 +275,14 @@ def _starved(site: Site, log: Log, copies: Copies, tolerance: float) -> bool:
     return not is_readout(site, geometry) and fit(copies.widths, given).power < geometry.given - tolerance
 
 
-def _verdict(slope: Slope, rule: str, tolerance: float) -> str:
+def _verdict(slope: Slope, rule: str, tolerance: float, known: bool = False) -> str:
+    """Judge a slope by its interval, or by its estimate where the graph proves the fault."""
     if rule == "shown":
         return ""
     beyond, surely = slope.power > tolerance, slope.low > tolerance
     if rule != "bounded":
         beyond, surely = beyond or slope.power < -tolerance, surely or slope.high < -tolerance
-    return "FAIL" if surely else "unclear" if beyond else "ok"
+    return "FAIL" if surely or known and beyond else "unclear" if beyond else "ok"
 
 
 def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

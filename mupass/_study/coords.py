@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import Slope
+from mupass._study.tabular import Tabular
 
 NAMES = {
     "activation": "activation at the start",
     "reach": "attention score of a query along a key",
     "update": "update dW h",
+    "share": "update dW h relative to the output that is normalized",
     "aligned": "update dW h along the gradient",
     "change": "change",
 }
@@ -25,7 +28,8 @@ class Coordinate:
         site: Where: module, operator, parameter.
         quantity: ``activation`` (RMS of the operator's output before the first step), ``reach`` (score of a
             query and a key that point the same way, as training makes them), ``update`` (RMS of
-            dW h: what the parameter's update does to that output, at the activations of the start),
+            dW h: what the parameter's update does to that output, at the activations of the start), ``share``
+            (the same relative to the output, for a readout that is normalized afterwards),
             ``aligned`` (RMS of the part of it along the gradient of the loss at the start) or ``change``
             (RMS of all that moved the output since the start).
         step: Number of optimizer steps taken.
@@ -46,7 +50,7 @@ class Coordinate:
 
 
 @dataclass(frozen=True)
-class CoordCheck:
+class CoordCheck(Tabular):
     """Result of a coordinate check; prints as a report.
 
     Attributes:
@@ -60,6 +64,7 @@ class CoordCheck:
         silent: Places whose parameter did not move its operator's output at some width.
         dimmed: Places below a readout in the middle of the model, where the gradient starts near zero.
         blame: Likely cause of the first fault; empty when there is none.
+        notes: What was made of the model given.
     """
 
     widths: tuple[int, ...]
@@ -72,6 +77,7 @@ class CoordCheck:
     silent: tuple[Site, ...]
     dimmed: tuple[Site, ...]
     blame: str
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -110,6 +116,29 @@ class CoordCheck:
             f"(+- {row.slope.error:.2f}) at step {row.step}. {len(self.failures)} of {judged} quantities "
             f"fail{doubt}. Likely cause: {self.blame}"
         )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record for each quantity."""
+        return [
+            {
+                "module": row.site.module,
+                "operator": row.site.operator,
+                "parameter": row.site.parameter,
+                "quantity": row.quantity,
+                "step": row.step,
+                "power": row.slope.power,
+                "error": row.slope.error,
+                "rule": row.rule,
+                "verdict": row.verdict,
+                **{f"width {w}": v for w, v in zip(self.widths, row.slope.values, strict=True)},
+            }
+            for row in self.rows
+        ]
+
+    def _tables(self) -> list[str]:
+        from mupass._study.coords_report import table_of
+
+        return [table_of(self).html()]
 
     def __str__(self) -> str:
         """Return the report as text."""

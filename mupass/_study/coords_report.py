@@ -24,7 +24,7 @@ def text(check: CoordCheck) -> str:
     Args:
         check: The check.
     """
-    table = _table(check)
+    table = table_of(check)
     keep = list(range(len(table.rows)))
     if len(keep) > MANY:
         keep = [i for i in keep if table.marks[i]]
@@ -42,7 +42,7 @@ def page(check: CoordCheck) -> Page:
     Args:
         check: The check.
     """
-    table = _table(check)
+    table = table_of(check)
     bad = [i for i, mark in enumerate(table.marks) if mark]
     parts = [section("Sizes against width", drawing(lambda: figure(check)))]
     every = table.html()
@@ -98,7 +98,7 @@ def figure(check: CoordCheck) -> Figure:
     return drawn
 
 
-def _table(check: CoordCheck) -> Table:
+def table_of(check: CoordCheck) -> Table:
     places = _places(check)
     heads = ["place", "start", *(f"step {s}" for s in range(1, check.steps + 1)), "verdict"]
     rows, marks = [], []
@@ -149,7 +149,7 @@ def _facts(check: CoordCheck) -> dict[str, str]:
 
 
 def _remarks(check: CoordCheck) -> list[str]:
-    remarks = []
+    remarks = list(check.notes)
     if check.silent:
         remarks += [f"{_some(check.silent)} hardly move at some width and are not judged"]
     if check.dimmed:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._errors import each_matter_once
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import Plan, plan_of
@@ -64,6 +65,7 @@ class Copies:
         return model
 
 
+@each_matter_once()
 def make_copies(
     source: Source,
     widths: Sequence[Width] | None,

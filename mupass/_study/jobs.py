@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,14 +125,30 @@ def diverged(loss: float, first: float) -> bool:
     return not math.isfinite(loss) or abs(loss) > DIVERGED * max(abs(first), 1e-3)
 
 
-def run_all(work: Work, jobs: Sequence[Job], store: Store, processes: int) -> Iterator[tuple[Job, float]]:
+def check_jobs(jobs: Any) -> None:
+    """Refuse what cannot run jobs.
+
+    Args:
+        jobs: Number of processes, or an executor.
+
+    Raises:
+        StudyError: It is neither.
+    """
+    number = isinstance(jobs, int) and not isinstance(jobs, bool) and jobs >= 1
+    if not number and not callable(getattr(jobs, "submit", None)):
+        raise StudyError(f"jobs must be at least 1, or a concurrent.futures.Executor, not {jobs!r}")
+
+
+def run_all(
+    work: Work, jobs: Sequence[Job], store: Store, processes: int | Executor
+) -> Iterator[tuple[Job, float]]:
     """Run what the store does not hold yet, and yield every job with its score as it is known.
 
     Args:
         work: What they share.
         jobs: The jobs.
         store: Where results are kept.
-        processes: Number of processes; 1 runs in this one.
+        processes: Number of processes; 1 runs in this one. Or an executor.
 
     Raises:
         StudyError: Several processes without loky.
@@ -142,7 +161,12 @@ def run_all(work: Work, jobs: Sequence[Job], store: Store, processes: int) -> It
             open_.append(job)
         else:
             yield job, known
-    runs = _in_processes(work, open_, processes) if processes > 1 else ((j, *work.run(j)) for j in open_)
+    if not isinstance(processes, int):
+        runs = _by_executor(work, open_, processes)
+    elif processes > 1:
+        runs = _in_processes(work, open_, processes)
+    else:
+        runs = ((j, *work.run(j)) for j in open_)
     for job, score, seconds in runs:
         note = {"width": work.copies.widths[job.index], "seed": job.seed, **dict(job.point)}
         store.put(keys[job], note, score, seconds)
@@ -150,6 +174,7 @@ def run_all(work: Work, jobs: Sequence[Job], store: Store, processes: int) -> It
 
 
 _WORK: list[Work] = []  # of a worker process
+_ONE = threading.Lock()
 
 
 def _in_processes(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, float, float]]:
@@ -166,6 +191,26 @@ def _in_processes(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[t
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _by_executor(work: Work, jobs: Sequence[Job], pool: Executor) -> Iterator[tuple[Job, float, float]]:
+    """Run jobs by the user's executor, and yield them as they are done."""
+    waiting: dict[Any, Job] = {pool.submit(_run_there, work, job, os.getpid()): job for job in jobs}
+    # Executors of clusters may have futures of their own kind, which are waited for in their order.
+    own = all(isinstance(future, Future) for future in waiting)
+    try:
+        for done in as_completed(waiting) if own else waiting:
+            yield (waiting[done], *done.result())
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _run_there(work: Work, job: Job, origin: int) -> tuple[float, float]:
+    if os.getpid() != origin:
+        torch.set_num_threads(1)
+    with _ONE:  # threads of one process share torch's random numbers
+        return work.run(job)
 
 
 def _begin(work: Work) -> None:

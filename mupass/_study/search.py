@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 
 from mupass._study.batches import StudyError
 from mupass._study.descent import descend
@@ -23,7 +24,7 @@ def search(
     trials: int,
     seeds: int,
     store: Store,
-    jobs: int,
+    jobs: int | Executor,
     progress: bool,
 ) -> Sweep:
     """Find hyperparameters of the first width of a study.
@@ -56,7 +57,7 @@ def search(
         raise StudyError(f"grid[{flat!r}] must hold two different values, the bounds of the search")
     if driver == "optuna":
         return study.result(list(_by_optuna(study, bounds, trials, seeds, store, jobs)), driver)
-    if jobs > 1:
+    if jobs != 1:
         raise StudyError("driver='gradient' goes from point to point in one process; leave jobs=1")
     return study.result(list(descend(study, bounds, trials, seeds, store)), driver)
 
@@ -67,7 +68,7 @@ def _by_optuna(
     trials: int,
     seeds: int,
     store: Store,
-    jobs: int,
+    jobs: int | Executor,
 ) -> Iterator[Trial]:
     """Ask Optuna for one point after the other.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
-from mupass._study.jobs import Evaluate, Job, Work, bar_of, run_all
+from mupass._study.jobs import Evaluate, Job, Work, bar_of, check_jobs, run_all
+from mupass._study.plain import untransformed
 from mupass._study.recipes import Make, check_names, recipe
 from mupass._study.store import Store, called, digest
 from mupass._study.trials import Sweep, Trial
@@ -39,7 +41,7 @@ def sweep(
     prepare: Prepare | None = None,
     init: InitChoice = "auto",
     store: str | Path | None = None,
-    jobs: int = 1,
+    jobs: int | Executor = 1,
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Sweep:
@@ -68,7 +70,9 @@ def sweep(
         init: As for `mupass.transform`.
         store: File that keeps results: a sweep that was killed goes on where it was, and a larger one takes
             over what is known. Needs the same initial weights and data, so seed them.
-        jobs: Number of processes (more than one needs loky), of one thread each.
+        jobs: Number of processes (more than one needs loky), of one thread each; or any
+            ``concurrent.futures.Executor`` (of the standard library, Dask, Ray, submitit, loky), which you
+            shut down.
         progress: Whether to show a progress bar (needs tqdm).
         dtype: Precision of the copies; that of the model if left out.
 
@@ -84,8 +88,9 @@ def sweep(
         model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
         parameterization=parameterization, base=base, dims=dims, prepare=prepare, init=init, dtype=dtype,
     )  # fmt: skip
-    if not isinstance(seeds, int) or seeds < 1 or not isinstance(jobs, int) or jobs < 1:
-        raise StudyError(f"seeds and jobs must be at least 1, not {seeds!r} and {jobs!r}")
+    if not isinstance(seeds, int) or seeds < 1:
+        raise StudyError(f"seeds must be at least 1, not {seeds!r}")
+    check_jobs(jobs)
     points = study.points(grid)
     plan = [
         Job(i, point, seed)
@@ -102,9 +107,11 @@ def sweep(
 class Study:
     """A model at several widths with all that its runs share; `sweep` and the searches are made of it."""
 
-    def __init__(self, copies: Copies, work: Work, name: str, structure: str, values: str) -> None:
+    def __init__(
+        self, copies: Copies, work: Work, name: str, structure: str, values: str, notes: tuple[str, ...] = ()
+    ) -> None:
         self.copies, self.work, self.name = copies, work, name
-        self.structure, self.values = structure, values
+        self.structure, self.values, self.notes = structure, values, notes
 
     @staticmethod
     def of(
@@ -146,6 +153,7 @@ class Study:
         if not isinstance(steps, int) or steps < 1:
             raise StudyError(f"steps must be at least 1, not {steps!r}")
         make = recipe(optimizer)
+        model, notes = untransformed(model)
         batches = read_batches(data, steps)
         values = digest(_values(model), [(b.args, b.kwargs, b.targets) for b in batches])
         copies, batches = make_copies(
@@ -154,7 +162,8 @@ class Study:
         )  # fmt: skip
         name = optimizer if isinstance(optimizer, str) else called(make)
         structure = digest(_structure(model), loss, make, steps, evaluate, parameterization, prepare, dtype)
-        return Study(copies, Work(copies, batches, loss, make, steps, evaluate), name, structure, values)
+        work = Work(copies, batches, loss, make, steps, evaluate)
+        return Study(copies, work, name, structure, values, notes)
 
     def points(self, grid: Grid) -> list[tuple[tuple[str, float], ...]]:
         """Return all points of a grid.
@@ -177,13 +186,15 @@ class Study:
         """
         store.claim(self.structure, self.values)
 
-    def run(self, jobs: Sequence[Job], store: Store, processes: int, shown: bool) -> tuple[Trial, ...]:
+    def run(
+        self, jobs: Sequence[Job], store: Store, processes: int | Executor, shown: bool
+    ) -> tuple[Trial, ...]:
         """Run jobs, and return trials in the order of the jobs.
 
         Args:
             jobs: The jobs.
             store: Where results are kept.
-            processes: Number of processes.
+            processes: Number of processes, or what runs them.
             shown: Whether to show progress.
         """
         bar, scores = bar_of(len(jobs), shown), {}
@@ -210,7 +221,7 @@ class Study:
         name = self.name
         if "<lambda>" in name:  # the class says more
             name = type(self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))).__name__
-        return Sweep(trials, name, parameterization, self.work.steps, score, driver)
+        return Sweep(trials, name, parameterization, self.work.steps, score, driver, self.notes)
 
 
 def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._errors import each_matter_once
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Prepare, Width, halved
-from mupass._study.jobs import Evaluate
+from mupass._study.jobs import Evaluate, check_jobs
+from mupass._study.plain import undo, untransformed
 from mupass._study.recipes import Make
 from mupass._study.search import search
 from mupass._study.store import Store
 from mupass._study.sweep import Grid, Study
+from mupass._study.tabular import Tabular
 from mupass._study.trials import Sweep
 from mupass._transform import transform
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Transfer(Tabular):
     """A full model that is ready to be trained, and how its hyperparameters were found; prints as a report.
 
     Attributes:
@@ -72,6 +76,13 @@ class Transfer:
             "trials": [{**dict(t.point), "seed": t.seed, "loss": t.loss} for t in search.trials],
         }
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record for each run on the proxy."""
+        return self.search.records()
+
+    def _tables(self) -> list[str]:
+        return self.search._tables()
+
     def __str__(self) -> str:
         """Return the report as text."""
         return f"{self.verdict()}\n\n{self.search}"
@@ -96,6 +107,7 @@ class Transfer:
         return write(path, lambda: str(self), lambda: page_of(self), lambda: figure(self.search))
 
 
+@each_matter_once()
 def transfer(
     model: nn.Module,
     data: Data,
@@ -115,7 +127,7 @@ def transfer(
     prepare: Prepare | None = None,
     init: InitChoice = "auto",
     store: str | Path | None = None,
-    jobs: int = 1,
+    jobs: int | Executor = 1,
     progress: bool = True,
 ) -> Transfer:
     """Tune hyperparameters on a narrow copy of a model, and make the full model and its optimizer with them.
@@ -125,7 +137,8 @@ def transfer(
 
     Args:
         model: The full model with its initial weights, which is transformed **in place** once the search is
-            done; if `target` is given a model of any width, which is not changed.
+            done; if `target` is given a model of any width, which is not changed. If it is transformed
+            already that is undone first, and the result says so.
         data: As for `mupass.sweep`.
         target: Width of the full model, built by `mupass.resize`; that of `model` if left out.
         grid: As for `mupass.sweep`; for the other drivers the smallest and the largest value of each
@@ -156,6 +169,8 @@ def transfer(
             driver is unknown or not installed.
         MupassError: The model cannot be resized or transformed.
     """
+    check_jobs(jobs)
+    given, (model, notes) = model, untransformed(model)
     if parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
     inputs = read_batches(data, 1)[0].inputs
@@ -175,11 +190,15 @@ def transfer(
         found = search(
             study, grid, driver=driver, trials=trials, seeds=seeds, store=opened, jobs=jobs, progress=progress
         )
+    found = replace(found, notes=notes)
     best = found.best()
     if not found.optimum(narrow, found.names[0]).loss < float("inf"):
         raise StudyError(f"every run on the proxy diverged; try smaller values of {', '.join(found.names)}")
     if target is not None:
         model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
+    elif notes:
+        undo(given)
+        model = given
     wide = transform(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )

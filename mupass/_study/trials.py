@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mupass._study.slopes import student
+from mupass._study.tabular import Tabular
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Tabular):
     """Result of a sweep; prints as a report.
 
     Attributes:
@@ -69,6 +71,7 @@ class Sweep:
         steps: Number of steps of each run.
         score: What the loss is: ``training loss`` or the name of the function that evaluated.
         driver: ``grid``, ``optuna`` or ``gradient``.
+        notes: What was made of the model given.
     """
 
     trials: tuple[Trial, ...]
@@ -77,6 +80,7 @@ class Sweep:
     steps: int
     score: str = "training loss"
     driver: str = "grid"
+    notes: tuple[str, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -180,6 +184,15 @@ class Sweep:
             else:
                 parts.append(f"best {name} {self.optimum(self.widths[0], name)}")
         return "; ".join(parts)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record for each run."""
+        return [{"width": t.width, **dict(t.point), "seed": t.seed, "loss": t.loss} for t in self.trials]
+
+    def _tables(self) -> list[str]:
+        from mupass._study.trials_report import losses, optima
+
+        return [optima(self).html(), losses(self).html()]
 
     def __str__(self) -> str:
         """Return the report as text."""

@@ -156,6 +156,7 @@ def facts_of(sweep: Sweep) -> dict[str, str]:
         "widths": ", ".join(map(str, sweep.widths)) + "; hyperparameters are those of the first",
         "runs": f"{len(sweep.trials)} ({sweep.driver}), {diverged} diverged",
         "score": sweep.score,
+        **{f"note {i}" if i else "note": text for i, text in enumerate(sweep.notes)},
     }
 
 

@@ -32,11 +32,13 @@ class Factor:
         side: ``a`` or ``b``.
         places: Taps that add to it.
         piece: Which of a tap's output factors; 0 for ``a``.
+        scale: What the sums are multiplied by.
     """
 
     side: str
     places: tuple[Place, ...]
     piece: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,14 @@ class Cover:
         blocks: One for each parameter that it preconditions.
         layers: Shapes of every tap that these need.
         reasons: Parameter -> why K-FAC does not take it.
+        together: Groups of taps that read one activation in the captured pass. Each has an input factor of
+            its own, since not all of them take part in every step; where they do, it is computed once.
     """
 
     blocks: tuple[Block, ...]
     layers: Mapping[Place, Layer]
     reasons: Mapping[str, str]
+    together: tuple[tuple[Place, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,6 @@ class Options:
         reduce: The reduce setting for shared weights.
         diagonal_above: Finite sides larger than this (vocabularies) keep a diagonal factor only.
         norms: Whether gains and shifts are preconditioned.
-        share: Whether weights that read one activation share its input factor.
         exclude: Patterns of parameters to leave out.
         block: Largest block of a factor; 0 for whole factors.
     """
@@ -106,6 +110,5 @@ class Options:
     reduce: bool = False
     diagonal_above: int = 8192
     norms: bool = True
-    share: bool = True
     exclude: tuple[str, ...] = ()
     block: int = 0

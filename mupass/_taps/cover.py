@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from mupass._taps.factors import Layer, reduced
 from mupass._taps.forms import CONVOLUTIONS, TRANSPOSED
 from mupass._taps.intercept import product_key
 from mupass._taps.sharded import is_collected
-from mupass._taps.taps import NORMS, tap_of
+from mupass._taps.taps import NORMS, attach, tap_of
 
 PRODUCTS = ("linear", "contraction")
 MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
@@ -48,6 +49,8 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
     Raises:
         OptimizerError: A pattern of ``exclude`` fits no parameter.
     """
+    if plan.folded:
+        attach(model)  # fold took the taps off
     maker = _Maker(model, plan, options)
     weights = [e.geometry for e in plan.entries if any(s.kind != "bias" for s in e.geometry.sites)]
     for geometry in weights:
@@ -57,16 +60,26 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
             maker.bias(entry.geometry)
     maker.exclude()
     maker.blocks = {n: b for n, b in maker.blocks.items() if n in trained}
-    if options.share:
-        maker.share_inputs()
     order = {e.geometry.name: i for i, e in enumerate(plan.entries)}
     blocks = tuple(sorted(maker.blocks.values(), key=lambda b: order[b.parameter]))
     read = {p for b in blocks for f in (*b.a, *b.b, *_second(b)) for p in f.places}
-    return Cover(blocks, {p: layer for p, layer in maker.layers.items() if p in read}, maker.reasons)
+    layers = {p: layer for p, layer in maker.layers.items() if p in read}
+    return Cover(blocks, layers, maker.reasons, maker.together())
 
 
 def _second(block: Block) -> tuple[Factor, ...]:
     return block.tied.second if block.tied else ()
+
+
+def _of_bias(g: Geometry, weight: Matrices) -> Matrices | None:
+    """Return how a bias splits into vectors as its weight does into matrices, or None where it does not."""
+    out, size = weight.out_axes[0], prod(g.shape)
+    batch = prod(n for i, n in enumerate(weight.shape) if i not in (*weight.out_axes, *weight.in_axes))
+    outputs = weight.shape[out] * (weight.groups if out else 1)  # groups divide the first axis
+    if batch > 1 or size != outputs or max(g.shape, default=1) != size:
+        return None
+    fusions = tuple(replace(f, axis=f.axis - out) for f in weight.fusions)
+    return Matrices((size,), (0,), (), fusions, weight.groups)
 
 
 class _Maker:
@@ -104,20 +117,28 @@ class _Maker:
         """Cover a bias by the output factors of the weight that it comes with."""
         partners = {s.weight for s in g.sites}
         block = self.blocks.get(next(iter(partners))) if len(partners) == 1 else None
+        odd = next((s.reason for s in g.sites if s.reason), "")
         if not g.sites:
             self.reasons[g.name] = "the captured forward pass does not read it"
+        elif odd:
+            self.reasons[g.name] = odd
         elif block is None or len(block.matrices.out_axes) != 1 or block.tied:
             where = ", ".join(sorted(partners)) or "several operators"
             self.reasons[g.name] = f"it shifts the output of {where}, which K-FAC does not take as one weight"
+        elif len({s.scale for s in g.sites}) > 1:
+            self.reasons[g.name] = "its uses multiply it by different numbers"
+        elif (matrices := _of_bias(g, block.matrices)) is None:
+            self.reasons[g.name] = (
+                f"its shape {list(g.shape)} is not one number for each output of {block.parameter}, "
+                f"{list(block.matrices.shape)}"
+            )
         else:
             owners = {s.module for s in g.sites}
             places = [
                 p for p in block.b[0].places if p.module is None or p.module in owners or owners == {""}
             ]
-            b = tuple(replace(f, places=tuple(places)) for f in block.b)
-            out = block.matrices.out_axes[0]
-            fusions = tuple(replace(f, axis=f.axis - out) for f in block.matrices.fusions)
-            matrices = Matrices(g.shape, (0,), (), fusions, block.matrices.groups)
+            scale = g.sites[0].scale ** 2
+            b = tuple(replace(f, places=tuple(places), scale=scale) for f in block.b)
             self.blocks[g.name] = Block(g.name, "bias", matrices, (), b)
 
     def _places(self, g: Geometry, sites: list[Site], key: str) -> tuple[Place, ...] | None:
@@ -129,10 +150,6 @@ class _Maker:
             for m in owners
             if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
         }
-        # A recorded run does not tell who called, nor which of two tied modules.
-        untold = callers == {""} and self.plan.capture != "export"
-        if not callers <= fitting and (callers <= owners or untold):
-            callers = fitting
         if callers and callers <= fitting:
             return tuple(Place(m, g.name) for m in sorted(callers))
         return (Place(None, g.name, key),) if key and not self._apart(g) else None
@@ -276,15 +293,13 @@ class _Maker:
                 self.blocks.pop(name, None)
                 self.reasons[name] = f"exclude={pattern!r}"
 
-    def share_inputs(self) -> None:
-        """Let linear weights that read the same activations share one input factor."""
-        leaders: dict[tuple[str, ...], Factor] = {}
+    def together(self) -> tuple[tuple[Place, ...], ...]:
+        """Group the taps of linear weights that read the same activations."""
+        groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
         for name, block in self.blocks.items():
             sites = [s for s in self.plan[name].geometry.sites if s.kind == "linear"]
             places = block.a[0].places if block.a else ()
             alone = len(sites) == 1 and block.tied is None and len(places) == 1 and len(set(block.a)) == 1
-            if not alone or self.layers[places[0]].diagonal_in or not all(sites[0].sources):
-                continue
-            leader = leaders.setdefault(sites[0].sources, block.a[0])
-            if leader != block.a[0]:
-                self.blocks[name] = replace(block, a=(leader,) * len(block.a))
+            if alone and not self.layers[places[0]].diagonal_in and all(sites[0].sources):
+                groups[sites[0].sources].append(places[0])
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)

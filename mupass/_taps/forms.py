@@ -232,3 +232,28 @@ def _rows(t: Tensor) -> Tensor:
     """Lay ``[samples, ..., features]`` out; one vector is one sample with one position."""
     t = t[None] if t.dim() == 1 else t
     return (t[:, None] if t.dim() == 2 else t.flatten(1, -2))[None]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A product that its operator multiplies by a number (``alpha`` of addmm).
+
+    Attributes:
+        form: Of the product.
+        factor: The number.
+    """
+
+    form: Form
+    factor: float
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return the rows of the input, as they are."""
+        return self.form.input_rows(x)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return the gradients of the product's rows.
+
+        Args:
+            g: Gradient of the output.
+        """
+        return self.form.output_rows(g) * self.factor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim.parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
-from mupass._taps.forms import Elementwise, Features, Lookup
+from mupass._taps.forms import Elementwise, Features, Lookup, Scaled
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import on_whole
 
@@ -41,10 +41,19 @@ NORMS = {  # names of their arguments, in order
     ),
 }
 MATMULS = (torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bmm)
-ADDED = (torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
+SUMMED = (torch.addbmm, T.addbmm)  # over the batch axis as well
+BATCHED = (torch.baddbmm, T.baddbmm)
+ADDED = (torch.addmm, T.addmm, *BATCHED, *SUMMED)
+Operands = tuple[tuple[int, tuple[str, ...]], tuple[int, tuple[str, ...]]]
+OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
+    **dict.fromkeys(MATMULS, ((0, ("input", "self")), (1, ("other", "mat2")))),
+    **dict.fromkeys(ADDED, ((1, ("mat1", "batch1")), (2, ("mat2", "batch2")))),
+    F.linear: ((0, ("input",)), (1, ("weight",))),
+    F.embedding: ((0, ("input",)), (1, ("weight",))),
+}
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
-SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as)
+SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
@@ -111,6 +120,17 @@ def _look_out(parameter: nn.Parameter, name: str, taps: dict[str, Tap]) -> None:
         raise OptimizerError(f"{name} is a {type(parameter).__name__}, which cannot carry a tap")
 
 
+def release(parameter: nn.Parameter) -> None:
+    """Make a parameter that looks out for its uses a plain one again.
+
+    Args:
+        parameter: Any parameter.
+    """
+    vars(parameter).pop(ATTRIBUTE, None)
+    if type(parameter) is TappedParameter:
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
 def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
     """Return the name of a product's tap: which axes of the parameter are summed, and which are made.
 
@@ -131,24 +151,40 @@ def _view(weight: Tensor) -> tuple[int, ...]:
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
-    if func in MATMULS and len(args) == 2:
-        return _product(output, args[0], args[1], func)
-    if func in ADDED and len(args) == 3:
-        return _product(output, args[1], args[2], func)
+    if func in OPERANDS:
+        operands = _operands(args, kwargs, OPERANDS[func])
+        if func is F.embedding:
+            table = operands[1]
+            plain = _taps(table) is not None and _view(table) == (0, 1)
+            return _through(output, operands[0], _taps(table), "embedding", Lookup()) if plain else output
+        if func in BATCHED:
+            output = _elementwise(output, operands[0], args[0] if args else kwargs["input"], "shift")
+        return _product(output, operands[0], operands[1], func, kwargs.get("alpha", 1))
     if func is torch.einsum and len(args) >= 2:
-        operands = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        operands = list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
         return _product(output, operands[0], operands[1], args[0]) if len(operands) == 2 else output
-    if func is F.linear and len(args) >= 2:
-        return _product(output, args[0], args[1], func)
-    if func is F.embedding and len(args) >= 2 and _view(args[1]) == (0, 1):
-        return _through(output, args[0], _taps(args[1]), "embedding", Lookup())
     if func in GAINS and len(args) == 2 or func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, args[0], args[1], "gain" if func in GAINS else "shift")
     if func in NORMS:
         return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
-    if func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
+    whole = func is T.__getitem__ and _takes_all(args[1])
+    if whole or func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
         return _turned(output, args[0], _order(func, args))
     return output
+
+
+def _takes_all(index: Any) -> bool:
+    """Whether an index is ``[:]``, ``[:, :]`` and so on, which takes all of a tensor as it is."""
+    return all(i == slice(None) for i in (index if isinstance(index, tuple) else (index,)))
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Operands) -> list[Any]:
+    """Return the two factors of a product, given by their places or by one of their names."""
+    found: list[Any] = []
+    for place, names in places:
+        named = [kwargs[name] for name in names if name in kwargs]
+        found += [args[place] if place < len(args) else named[0] if named else None]
+    return found
 
 
 def look_out_for(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -171,7 +207,7 @@ def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form
     return output if tap is None or not isinstance(x, Tensor) else tap.through(output, x, form)
 
 
-def _product(output: Tensor, left: Any, right: Any, how: Any) -> Tensor:
+def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) -> Tensor:
     weight_at = 1 if _taps(right) is not None else 0
     weight, x = (right, left) if weight_at else (left, right)
     taps = _taps(weight)
@@ -187,10 +223,11 @@ def _product(output: Tensor, left: Any, right: Any, how: Any) -> Tensor:
     elif how is F.linear:
         form = linear(x.dim(), view, sizes)
     else:
-        form = matmul(x.shape, view, sizes, weight_at)
+        form = matmul(x.shape, view, sizes, weight_at, how in SUMMED)
     if form is None or not form.proper:
         return output
-    return _through(output, x, taps, product_key(form.in_axes, form.out_axes), form)
+    key = product_key(form.in_axes, form.out_axes)
+    return _through(output, x, taps, key, form if alpha == 1 else Scaled(form, float(alpha)))
 
 
 def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:

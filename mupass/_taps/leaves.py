@@ -10,14 +10,18 @@ that toggling ``requires_grad`` gives exactly two graphs: a cheap one and a curv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mupass._errors import OptimizerError
 from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
 from mupass._taps.forms import Form
+
+if TYPE_CHECKING:
+    from mupass._taps.passes import Passes
 
 
 class _Factors(torch.autograd.Function):
@@ -30,12 +34,14 @@ class _Factors(torch.autograd.Function):
         x: Tensor,
         layer: Layer,
         form: Form,
+        tap: Tap | None,
+        copied: bool,
         rows: Tensor,
         a: Tensor | None,
         *b: Tensor | None,
     ) -> Tensor:
         """Pass the output on; a copy, so that an activation may work in place on it."""
-        ctx.layer, ctx.form, ctx.dtype = layer, form, rows.dtype
+        ctx.layer, ctx.form, ctx.tap, ctx.copied, ctx.dtype = layer, form, tap, copied, rows.dtype
         ctx.save_for_backward(x)
         return y.clone()
 
@@ -45,11 +51,18 @@ class _Factors(torch.autograd.Function):
         (g,) = grads
         (x,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        if ctx.tap is not None and ctx.tap.passes is not None:
+            ctx.tap.passes.begin()
+        once = None if ctx.tap is None else ctx.tap.once
         with torch.no_grad():
-            a = raw_input(ctx.layer, ctx.form, x, ctx.dtype) if wanted[5] else None
-            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[6:], ctx.dtype)
+            a = None
+            if wanted[7]:
+                make = raw_input if once is None else once.raw_input
+                a = make(ctx.layer, ctx.form, x, ctx.dtype)
+                a = a.clone() if ctx.copied else a
+            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[8:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
-        return g, None, None, None, rows, a, *b
+        return g, None, None, None, None, None, rows, a, *b
 
 
 class _Moments(torch.autograd.Function):
@@ -90,6 +103,50 @@ class Sums(NamedTuple):
     moments: tuple[Tensor, ...] = ()
 
 
+def under_transform() -> bool:
+    """Return whether a transform of torch.func runs (vmap, grad, jvp): taps cannot see what it does."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Once:
+    """The last input factor of taps that read one activation: several of them multiply it once in a pass.
+
+    Each tap still has a factor of its own, so that it does not matter which of them take part in a step.
+    In a compiled graph equal products become one without this, if they are not results of the graph
+    themselves: there factors are copies.
+    """
+
+    def __init__(self) -> None:
+        self._storage: StorageWeakRef | None = None
+        self._key: Any = None
+        self._value: Tensor | None = None
+
+    def raw_input(self, layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``sum x x^T`` over rows; what was returned for the very same values before, if it was last.
+
+        Args:
+            layer: Shapes.
+            form: Layout of the operator.
+            x: Its input.
+            dtype: Precision of the factor.
+        """
+        if type(x) is not Tensor:
+            return raw_input(layer, form, x, dtype)
+        storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, form, dtype, layer.input_shape())
+        # A weak reference keeps the address from being used again, but not the memory.
+        old = self._storage
+        same = old is not None and old == storage and not old.expired()  # type: ignore[no-untyped-call]
+        if self._value is None or not same or self._key != key:
+            self._value = raw_input(layer, form, x, dtype)
+            self._storage, self._key = storage, key
+        return self._value
+
+    def clear(self) -> None:
+        """Let go of the factor."""
+        self._storage = self._key = self._value = None
+
+
 class Tap:
     """Leaves of one weight use; idle until an optimizer opens it.
 
@@ -100,6 +157,8 @@ class Tap:
         rows: Leaf whose gradient is the number of rows summed.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
+        once: Shared with taps that read the same activation.
+        passes: Told of backward passes that reach the tap.
         uses: Outputs, inputs and layouts of the passes since it was set to an empty list. While it is a list
             nothing is hung on outputs: factors that can be differentiated are made of these, see `fill`.
     """
@@ -112,6 +171,8 @@ class Tap:
         self.rows: Tensor | None = None
         self.bases: tuple[Tensor, ...] = ()
         self.moments: tuple[Tensor, ...] = ()
+        self.once: Once | None = None
+        self.passes: Passes | None = None
 
     def through(self, output: Tensor, x: Tensor, form: Form) -> Tensor:
         """Hang the factors on the gradient of an output.
@@ -126,6 +187,10 @@ class Tap:
         """
         if self.idle or not output.requires_grad:
             return output
+        if under_transform():
+            if self.passes is not None:
+                self.passes.miss(self)
+            return output
         if self.uses is not None:
             self.uses.append((output, x, form))
             return output.clone()  # an activation may work in place on it
@@ -136,10 +201,12 @@ class Tap:
                 "move the model first, then make the optimizer"
             )
         x = x.detach()
-        output = _Factors.apply(output, x, self.layer, form, self.rows, self.a, *self.b)  # type: ignore[no-untyped-call]
-        if not self.bases:
-            return output
-        return _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-any-return, no-untyped-call]
+        if self.bases:
+            output = _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-untyped-call]
+        traced = torch.compiler.is_compiling()
+        tap, copied = None if traced else self, traced and self.once is not None
+        # Last, and so first in the backward pass: it says that one has begun.
+        return _Factors.apply(output, x, self.layer, form, tap, copied, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
 
     def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.
@@ -158,6 +225,22 @@ class Tap:
         # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
         self.rows = torch.zeros(1, device=device, dtype=dtype)
         self.bases = self.moments = ()
+        self.once = self.passes = None
+
+    def watch(self, passes: Passes) -> None:
+        """Tell of backward passes that reach the tap.
+
+        Args:
+            passes: Told before the first of the leaves gets its gradient.
+        """
+        self.passes = passes
+        self._watch(self.leaves)
+
+    def _watch(self, leaves: Sequence[Tensor]) -> None:
+        if self.passes is not None:
+            for leaf in leaves:
+                leaf.requires_grad_(True).register_hook(self.passes.begin_late)  # type: ignore[no-untyped-call]
+                leaf.requires_grad_(False)
 
     def rescale(self, bases: Sequence[Tensor]) -> None:
         """Collect second moments as well, in bases that their owner changes in place.
@@ -168,6 +251,7 @@ class Tap:
         self.bases = tuple(bases)
         zero = bases[0].new_zeros(())
         self.moments = tuple(zero.expand(*b.shape[:2], bases[0].shape[-1]) for b in bases[1:])
+        self._watch(self.moments)
 
     @property
     def idle(self) -> bool:
@@ -206,6 +290,21 @@ class Tap:
         for leaf in self.leaves:
             leaf.requires_grad_(on)
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether a backward pass has added to the leaves."""
+        return self.rows is not None and self.rows.grad is not None
+
+    def zeros(self) -> Sums:
+        """Return what a pass without a single row sums."""
+        assert self.layer is not None and self.rows is not None
+
+        def zero(leaf: Tensor | None) -> Tensor | None:
+            return None if leaf is None else torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+        moments = tuple(m.new_zeros(m.shape) for m in self.moments)
+        return Sums(zero(self.a), tuple(map(zero, self.b)), self.rows.new_zeros(1), moments)
+
     def take(self) -> Sums | None:
         """Take out what was summed since the last call, or None when no pass was collected."""
         if self.rows is None or self.rows.grad is None:
@@ -221,6 +320,8 @@ class Tap:
         """Forget what was summed."""
         for leaf in self.leaves:
             leaf.grad = None
+        if self.once is not None:
+            self.once.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get idle taps: leaves belong to the optimizer that opened them."""

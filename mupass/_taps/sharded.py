@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from mupass._optim.parallel import is_sharded
+
+
+@dataclass(frozen=True)
+class WholeHook:
+    """Forward pre-hook that changes a parameter where FSDP2 has put the whole one in the place of the shard.
+
+    Attributes:
+        owner: Module of the parameter.
+        leaf: Its name there.
+        change: Called with the whole parameter.
+    """
+
+    owner: nn.Module
+    leaf: str
+    change: Callable[[nn.Parameter], None]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Change the parameter if it is whole.
+
+        Args:
+            module: Module about to run.
+            args: Its positional arguments.
+        """
+        parameter = getattr(self.owner, self.leaf)
+        if isinstance(parameter, nn.Parameter) and not is_sharded(parameter):
+            self.change(parameter)
 
 
 def path_to(root: nn.Module, name: str) -> list[nn.Module]:
@@ -43,12 +70,7 @@ def on_whole(root: nn.Module, name: str, change: Callable[[nn.Parameter], None])
         name: Name of a sharded parameter.
         change: Called with the whole parameter, before every pass of a module on the way to it.
     """
-    path, leaf = path_to(root, name), name.rpartition(".")[2]
-
-    def hook(module: nn.Module, args: Any) -> None:
-        parameter = getattr(path[-1], leaf)
-        if isinstance(parameter, nn.Parameter) and not is_sharded(parameter):
-            change(parameter)
-
+    path = path_to(root, name)
+    hook = WholeHook(path[-1], name.rpartition(".")[2], change)
     for module in path:
         module.register_forward_pre_hook(hook)

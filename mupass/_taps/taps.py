@@ -105,7 +105,7 @@ def attach(model: nn.Module) -> None:
     Args:
         model: The module that the plan's names are relative to.
     """
-    _let_dynamo_see(model)
+    forget_compiled(model)
     for module in model.modules():
         if hookable(module) and tap_of(module) is None:
             module.register_forward_hook(ModuleTap(module), with_kwargs=True)
@@ -113,12 +113,15 @@ def attach(model: nn.Module) -> None:
         model.register_forward_hook(terms_hook(TermsTap()))
 
 
-def _let_dynamo_see(model: nn.Module) -> None:
+def forget_compiled(model: nn.Module) -> None:
     """Make torch.compile tell a model with hooks from one without.
 
     By default Dynamo guards on no hooks, and finds compiled code by the code of ``forward``: it would run a
     transformed model by the graph of a plain one of the same class, without taps and multipliers. Guards on
     hooks are switched on, and what was compiled without them is dropped.
+
+    Args:
+        model: The module whose hooks have changed.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     for cls in {type(module) for module in model.modules()}:

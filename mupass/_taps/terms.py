@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mupass._taps.leaves import under_transform
+
+if TYPE_CHECKING:
+    from mupass._taps.passes import Passes
+
 
 class _Terms(torch.autograd.Function):
-    """Identity on the model's output; its backward pass tells how many loss terms the output feeds."""
+    """Identity on the model's outputs; its backward pass tells how many loss terms they feed."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, count: Tensor) -> Tensor:
-        """Pass the output on; a copy, so that a loss may work in place on it."""
-        ctx.terms = loss_terms(y.shape)
+    def forward(ctx: Any, passes: Passes | None, count: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """Pass the outputs on; copies, so that a loss may work in place on them."""
+        ctx.passes, ctx.terms = passes, [loss_terms(y.shape) for y in outputs]
         ctx.save_for_backward(count)
-        return y.clone()
+        ctx.set_materialize_grads(False)
+        return tuple(y.clone() for y in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output's gradient, and as gradient of the leaf the number of terms."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the outputs' gradients, and as gradient of the leaf the terms of the first that has one."""
+        if ctx.passes is not None:
+            ctx.passes.begin()
         (count,) = ctx.saved_tensors
-        return grads[0], torch.full_like(count, ctx.terms)
+        terms = next((n for n, g in zip(ctx.terms, grads, strict=True) if g is not None), 0)
+        return None, torch.full_like(count, terms), *grads
 
 
 def loss_terms(shape: tuple[int, ...]) -> int:
@@ -54,6 +63,8 @@ class TermsTap:
 
     Attributes:
         count: The leaf; None while idle.
+        passes: Told of forward and backward passes of the model while factors are collected.
+        collecting: Whether they are.
         uses: Outputs since it was set to an empty list, see `fill`. While it is a list the leaf is left out.
     """
 
@@ -61,9 +72,13 @@ class TermsTap:
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
+        self.passes: Passes | None = None
+        self.collecting = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Send the first tensor of the output through the tap, as a forward hook does.
+        """Send the output through the tap, as a forward hook does.
+
+        Of several tensors the first that the loss depends on counts.
 
         Args:
             module: The root module.
@@ -74,17 +89,30 @@ class TermsTap:
             The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
             models that return their loss.
         """
+        if under_transform():
+            return None
+        eager = not torch.compiler.is_compiling()
+        if eager and self.collecting and self.passes is not None:
+            self.passes.enter()
         if self.count is None or (self.uses is None and not self.count.requires_grad):
             return None
         leaves, spec = tree_flatten(output)
-        at = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
-        if at is None or leaves[at].dim() == 0 or not leaves[at].requires_grad:
+        found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not found or leaves[found[0]].dim() == 0:
+            return None
+        # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
+        several = eager and self.uses is None
+        at = [i for i in found if leaves[i].dim() > 0 and leaves[i].requires_grad][: None if several else 1]
+        if not at:
             return None
         if self.uses is None:
-            leaves[at] = _Terms.apply(leaves[at], self.count)  # type: ignore[no-untyped-call]
+            passes = self.passes if eager else None
+            tapped = _Terms.apply(passes, self.count, *[leaves[i] for i in at])  # type: ignore[no-untyped-call]
         else:
-            self.uses.append((leaves[at],))
-            leaves[at] = leaves[at].clone()
+            self.uses.append((leaves[at[0]],))
+            tapped = [leaves[at[0]].clone()]
+        for i, y in zip(at, tapped, strict=True):
+            leaves[i] = y
         return tree_unflatten(leaves, spec)
 
     def fill(self, gradients: Sequence[Tensor | None]) -> None:
@@ -106,20 +134,24 @@ class TermsTap:
         """
         self.count = torch.zeros((), device=device)
 
+    @property
+    def counted(self) -> Tensor | None:
+        """The count since it was taken last, or None."""
+        return None if self.count is None else self.count.grad
+
     def collect(self, on: bool) -> None:
         """Count in the passes that follow, or stop.
 
         Args:
             on: Whether to count.
         """
+        self.collecting = on
         if self.count is not None:
             self.count.requires_grad_(on)
 
     def take(self) -> Tensor | None:
         """Take out the count since the last call, or None when the loss did not pass through the output."""
-        if self.count is None or self.count.grad is None:
-            return None
-        found = self.count.grad
+        found = self.counted
         self.clear()
         return found
 
@@ -130,7 +162,7 @@ class TermsTap:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get an idle tap."""
-        return {"count": None}
+        return vars(TermsTap())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,0 +1,227 @@
+"""What the commands do; each takes the words of its command line and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mupass
+from mupass._capture.inputs import find_inputs
+from mupass._cli.targets import inputs_of, load, named
+from mupass._errors import MupassError
+from mupass._study.batches import cross_entropy, random_batch
+
+
+def analyze(options: argparse.Namespace) -> int:
+    """Print the report of an analysis.
+
+    Args:
+        options: Words of the command line.
+    """
+    model = _build(options)
+    base: Any = options.base
+    if options.base_target:
+        with torch.device("meta"):
+            base = load(options.base_target)
+    inputs = inputs_of(options.input, model)
+    found = mupass.analyze(model, inputs, base=base, dims=dict(options.dim), strict=not options.lenient)
+    report = found.report(options.optimizer, options.parameterization)
+    if options.html:
+        Path(options.html).write_text(report.html(), encoding="utf-8")
+        print(f"wrote {options.html}")
+    else:
+        print(json.dumps(report.record(), indent=1) if options.json else report.text())
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check that updates scale as they should; 1 when they do not.
+
+    Args:
+        options: Words of the command line.
+    """
+    model = _build(options, options.seed)
+    found = _check(options, model, options.lr, options.steps, options.seeds)
+    _show(found, options.out)
+    return 0 if found.ok else 1
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Sweep hyperparameters at several widths; 1 when an optimum has no bracket.
+
+    Args:
+        options: Words of the command line.
+    """
+    found = _sweep(options, _build(options, options.seed))
+    _show(found, options.out)
+    return 1 if found.open_ends() else 0
+
+
+def transfer(options: argparse.Namespace) -> int:
+    """Tune a narrow copy, and make the full model; 1 when an optimum has no bracket.
+
+    Args:
+        options: Words of the command line.
+    """
+    found = mupass.transfer(
+        _build(options, options.seed),
+        named(options.data),
+        options.width,
+        grid=_grid(options),
+        proxy=options.proxy,
+        driver=options.driver,
+        trials=options.trials,
+        **_shared(options),
+        **_runs(options),
+    )
+    _show(found, options.out)
+    if options.state:
+        torch.save(mupass.fold(found.model).state_dict(), options.state)
+        print(f"wrote {options.state}")
+    return 1 if found.search.open_ends() else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write one page of the plan, a check and a sweep; 1 when one of them fails.
+
+    Args:
+        options: Words of the command line.
+
+    Raises:
+        MupassError: Data without rates or rates without data.
+    """
+    if bool(options.data) != bool(options.lr):
+        raise MupassError("a sweep needs both --data and --lr; without it leave out both")
+    model = _build(options, options.seed)
+    checked = _check(options, model, None, 3, 3)
+    swept = _sweep(options, model) if options.data else None
+    example = find_inputs(model) if not options.data else None
+    plan = _plan(options, model, example)
+    studies = [checked, *([swept] if swept else []), plan]
+    print(f"wrote {mupass.report(options.out, *studies, title=f'mupass: {options.target}')}")
+    print("\n".join(study.verdict() for study in studies[:-1]))
+    return 0 if checked.ok and not (swept and swept.open_ends()) else 1
+
+
+def resize(options: argparse.Namespace) -> int:
+    """Resize a model, print what became of it, and save it where asked.
+
+    Args:
+        options: Words of the command line.
+
+    Raises:
+        MupassError: A width without a name beside others.
+    """
+    model = _build(options)
+    widths = dict(options.width)
+    if "" in widths and len(options.width) > 1:
+        raise MupassError("--width: a number alone is the model's width; give the others as NAME=N alone")
+    new = mupass.resize(
+        model,
+        widths.get("", widths or None),
+        scale=options.scale,
+        example_inputs=inputs_of(options.input, model),
+        device="cpu" if options.device == "meta" else options.device,
+        seed=options.seed,
+    )
+    print(_sizes_of(model, new))
+    if options.output:
+        torch.save(new.state_dict(), options.output)
+        print(f"wrote {options.output}")
+    return 0
+
+
+def _build(options: argparse.Namespace, seed: int | None = None) -> nn.Module:
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except Exception as error:  # of every kind, from device to device
+        raise MupassError(f"--device {options.device!r}: {str(error).splitlines()[0]}") from error
+    if seed is not None:
+        torch.manual_seed(seed)
+    with device:
+        return load(options.target)
+
+
+def _check(options: argparse.Namespace, model: nn.Module, lr: float | None, steps: int, seeds: int) -> Any:
+    data: Any
+    if options.data:
+        data = named(options.data)
+    else:
+        data = random_batch(model, find_inputs(model), options.batch)
+    shared = _shared(options) | {"widths": options.widths}
+    return mupass.coord_check(
+        model, data, lr=lr, tolerance=options.tolerance, steps=steps, seeds=seeds, **shared
+    )
+
+
+def _sweep(options: argparse.Namespace, model: nn.Module) -> Any:
+    shared = _shared(options) | _runs(options)
+    return mupass.sweep(model, named(options.data), _grid(options), widths=options.widths, **shared)
+
+
+def _plan(options: argparse.Namespace, model: nn.Module, example: Any) -> mupass.Plan:
+    if example is None:
+        from mupass._study.batches import read_batches
+
+        example = read_batches(named(options.data), 1)[0].inputs
+    done = mupass.transform(
+        model,
+        example,
+        base=min(options.widths) if options.widths else None,
+        optimizer=options.optimizer,
+        parameterization=options.parameterization,
+        inplace=False,
+    )
+    return mupass.plan_of(done)[1]
+
+
+def _shared(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "loss": named(options.loss) if options.loss else cross_entropy,
+        "optimizer": options.optimizer,
+        "parameterization": options.parameterization,
+    }
+
+
+def _runs(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "store": options.store,
+        "jobs": options.jobs,
+        "progress": sys.stderr.isatty(),
+    }
+
+
+def _grid(options: argparse.Namespace) -> dict[str, list[float]]:
+    return {"lr": options.lr, **({"damping": options.damping} if options.damping else {})}
+
+
+def _show(result: Any, paths: list[str]) -> None:
+    print(result)
+    for path in paths:
+        print(f"wrote {result.report(path)}")
+
+
+def _sizes_of(old: nn.Module, new: nn.Module) -> str:
+    """Return the shapes of both models, one line a parameter, and their numbers of parameters."""
+    shapes = {n: _shape(p) for n, p in new.named_parameters()}
+    rows = [(n, _shape(p), shapes[n]) for n, p in old.named_parameters()]
+    before, after = (f"{sum(p.numel() for p in m.parameters()):,}" for m in (old, new))
+    rows.append(("parameters", before, after))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {before:>{widths[1]}} -> {after}{'' if before != after else '  (same)'}"
+        for name, before, after in rows
+    )
+
+
+def _shape(parameter: torch.Tensor) -> str:
+    return " x ".join(map(str, parameter.shape)) or "scalar"

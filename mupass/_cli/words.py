@@ -1,0 +1,323 @@
+"""The words of the command line: what may be said, and what to say where something else is."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mupass._errors import MupassError
+from mupass._scales.parameterizations import PARAMETERIZATIONS
+from mupass._scales.spec import OPTIMIZERS
+
+TARGET = "module:factory, timm:NAME or hf:CONFIG_CLASS[,key=value...]"
+TRAINED = ("sgd", "adam", "adamw", "kfac", "shampoo", "soap", "muon")  # optimizers that studies can make
+PAGES = (".html", ".htm", ".png", ".txt", ".md", ".json")
+
+
+class WordError(MupassError):
+    """A word of the command line is none that it knows."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, and suggests what may be meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line.
+
+        Args:
+            message: What argparse has to say.
+
+        Raises:
+            WordError: Always.
+        """
+        unknown = "unrecognized arguments: "
+        if message.startswith(unknown):
+            word = message.removeprefix(unknown).split()[0]
+            message = (
+                f"unknown option {word}{suggestion(word.partition('=')[0], self._option_string_actions)}"
+            )
+        choice = re.search(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"\w+", choice[2])
+            message = f"unknown command {choice[1]!r}{suggestion(choice[1], known)}"
+        raise WordError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse unknown options where they are met, so that the suggestion is of this command.
+
+        Args:
+            args: As in argparse.
+            namespace: As in argparse.
+        """
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return ``; did you mean ...?``, or nothing where no word is near.
+
+    Args:
+        word: What was written.
+        known: What may be written.
+    """
+    near = get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """Return a reader of one of several words.
+
+    Args:
+        known: The words.
+    """
+
+    def read(word: str) -> str:
+        if word in known:
+            return word
+        near = suggestion(word, known) or f"; known: {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"unknown {word!r}{near}")
+
+    return read
+
+
+def number(whole: bool = False) -> Callable[[str], Any]:
+    """Return a reader of a finite positive number.
+
+    Args:
+        whole: Whether it must be whole.
+    """
+    wanted = "a whole number, at least 1" if whole else "a positive number"
+
+    def read(word: str) -> float:
+        try:
+            value: float = int(word) if whole else float(word)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{word!r} is not {wanted}")
+        return value
+
+    return read
+
+
+def file(endings: Sequence[str] = ()) -> Callable[[str], str]:
+    """Return a reader of a file to be written, which refuses before any work is done.
+
+    Args:
+        endings: What its name may end with; anything if left out.
+    """
+
+    def read(word: str) -> str:
+        path = Path(word)
+        if endings and path.suffix not in endings:
+            raise argparse.ArgumentTypeError(f"{word!r} must end with {', '.join(endings)}")
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(
+                f"{word!r} cannot be written: no such folder, or a folder itself"
+            )
+        return word
+
+    return read
+
+
+def dim(word: str) -> tuple[str, str]:
+    """Read ``PATTERN=VERDICT``.
+
+    Args:
+        word: What was written.
+    """
+    pattern, equals, verdict = word.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{word!r} is not PATTERN=VERDICT")
+    if verdict not in ("finite", "infinite"):
+        raise argparse.ArgumentTypeError(f"the verdict of {word!r} must be 'finite' or 'infinite'")
+    return pattern, verdict
+
+
+def sizes(word: str) -> tuple[tuple[int, ...], str]:
+    """Read ``2x3x32x32`` or ``2x16:long``.
+
+    Args:
+        word: What was written.
+    """
+    shape, colon, dtype = word.partition(":")
+    parts = shape.split("x")
+    if not all(part.isdigit() for part in parts) or (colon and not dtype):
+        raise argparse.ArgumentTypeError(f"{word!r} is not sizes such as 2x3x32x32 or 2x16:long")
+    return tuple(int(part) for part in parts), dtype or "float32"
+
+
+def width(word: str) -> tuple[str, int]:
+    """Read ``128`` or ``d_model=128``.
+
+    Args:
+        word: What was written.
+    """
+    name, _, size = word.rpartition("=")
+    if not size.isdigit() or int(size) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number, nor NAME=N")
+    return name, int(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; those of the process when left out.
+
+    Returns:
+        Exit code: 0; 1 when a check fails or an optimum has no bracket; 2 for input that was refused.
+    """
+    try:
+        options = parser().parse_args(arguments)
+        from mupass._cli import commands
+
+        return int(getattr(commands, options.command)(options))
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    except MupassError as error:
+        print(f"mupass: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"mupass: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    from mupass import __version__
+
+    top = Parser(prog="mupass", description="Width-aware model rewriting for PyTorch.")
+    top.add_argument("--version", action="version", version=f"mupass {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    _analyze(
+        commands.add_parser("analyze", help="print which dimensions of a model grow with width, and why")
+    )
+    check = commands.add_parser("check", help="train narrow copies for a few steps; fails when updates scale")
+    _study(check)
+    _checked(check)
+    sweep = commands.add_parser("sweep", help="find the best hyperparameters at several widths")
+    _study(sweep)
+    _tuned(sweep)
+    transfer = commands.add_parser(
+        "transfer", help="tune a narrow copy; print what the full model takes over"
+    )
+    _study(transfer, widths=False)
+    _tuned(transfer)
+    transfer.add_argument(
+        "--proxy", type=number(whole=True), metavar="N", help="width of the copy that is tuned"
+    )
+    transfer.add_argument(
+        "--width", type=number(whole=True), metavar="N", help="of the full model (default: its own)"
+    )
+    transfer.add_argument("--driver", type=one_of(("grid", "optuna", "gradient")), default="grid")
+    transfer.add_argument("--trials", type=number(whole=True), default=32, help="of optuna and gradient")
+    transfer.add_argument(
+        "--state", type=file(), metavar="FILE", help="save the full model's state_dict, folded"
+    )
+    report = commands.add_parser(
+        "report", help="write one page: the plan, a check and, with --data and --lr, a sweep"
+    )
+    _study(report, out=False)
+    _checked(report, rates=False)
+    _tuned(report, required=False)
+    report.add_argument("--out", type=file((".html", ".htm")), required=True, metavar="FILE", help="the page")
+    _resize(commands.add_parser("resize", help="build a narrower or wider copy and print its sizes"))
+    return top
+
+
+def _target(command: argparse.ArgumentParser, device: str, inputs: bool = True) -> None:
+    command.add_argument("target", help=TARGET)
+    command.add_argument("--device", default=device, help=f"where to build the model (default: {device})")
+    if inputs:
+        command.add_argument(
+            "--input", action="append", type=sizes, metavar="SIZES", help="example input, such as 2x3x32x32"
+        )
+
+
+def _analyze(command: argparse.ArgumentParser) -> None:
+    _target(command, "meta")
+    command.add_argument(
+        "--base", type=number(), help="reference width (default: 256, or the model's own if that is less)"
+    )
+    command.add_argument(
+        "--base-target", metavar="TARGET", help="a second instance, which settles every verdict"
+    )
+    command.add_argument(
+        "--dim",
+        action="append",
+        default=[],
+        metavar="PATTERN=VERDICT",
+        type=dim,
+        help="settle a dimension: a name or a regular expression for parameter:axis, finite or infinite",
+    )
+    command.add_argument(
+        "--optimizer", type=one_of(OPTIMIZERS), default="adamw", help="whose learning-rate factors to print"
+    )
+    command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
+    command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--html", type=file(), metavar="FILE", help="write an HTML page instead")
+    form.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def _study(command: argparse.ArgumentParser, widths: bool = True, out: bool = True) -> None:
+    _target(command, "cpu", inputs=False)
+    command.add_argument("--loss", metavar="MODULE:FUNCTION", help="of output and targets")
+    command.add_argument("--optimizer", type=one_of(TRAINED), default="adam")
+    if widths:
+        command.add_argument("--widths", type=number(whole=True), nargs="+", help="default: three from 64")
+    command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
+    command.add_argument("--seed", type=int, default=0, help="of the model's initial weights (default: 0)")
+    if out:
+        endings = "report.html, .png, .txt"
+        command.add_argument(
+            "--out", action="append", default=[], type=file(PAGES), metavar="FILE", help=endings
+        )
+
+
+def _checked(command: argparse.ArgumentParser, rates: bool = True) -> None:
+    command.add_argument(
+        "--batch", type=number(whole=True), default=16, help="samples of random numbers (default: 16)"
+    )
+    command.add_argument("--tolerance", type=number(), default=0.25, help="largest power that counts as flat")
+    if rates:
+        command.add_argument("--data", help="module:function that returns batches (default: random numbers)")
+        command.add_argument("--lr", type=number())
+        command.add_argument("--steps", type=number(whole=True), default=3)
+        command.add_argument("--seeds", type=number(whole=True), default=3)
+
+
+def _tuned(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument(
+        "--data", required=required, help="module:function that returns batches (inputs, targets)"
+    )
+    command.add_argument("--lr", type=number(), nargs="+", required=required)
+    command.add_argument("--damping", type=number(), nargs="+", help="for kfac and shampoo")
+    command.add_argument("--steps", type=number(whole=True), default=100)
+    command.add_argument("--seeds", type=number(whole=True), default=1)
+    command.add_argument("--store", type=file(), metavar="FILE", help="keeps results; a killed sweep goes on")
+    command.add_argument("--jobs", type=number(whole=True), default=1, help="number of processes")
+
+
+def _resize(command: argparse.ArgumentParser) -> None:
+    _target(command, "cpu")
+    command.add_argument(
+        "--width",
+        action="append",
+        type=width,
+        default=[],
+        metavar="N | NAME=N",
+        help="new width, or the new size of a dimension by its name (may be given more than once)",
+    )
+    command.add_argument("--scale", type=number(), help="factor on every growing dimension instead")
+    command.add_argument("--seed", type=int, help="seed of the new parameters")
+    command.add_argument("--output", type=file(), metavar="FILE", help="save the state_dict of the copy")

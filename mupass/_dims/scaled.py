@@ -1,0 +1,79 @@
+"""Sizes at another width: one solution of all terms, for base shapes and for resized models alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mupass._dims.infer import Inference
+from mupass._dims.space import Members
+
+COMBINE: dict[str, Callable[[list[Any]], Any]] = {"product": math.prod, "groups": math.prod, "sum": sum}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Another size of every dimension: given, or fixed, or made of other dimensions, or scaled by one factor.
+
+    Attributes:
+        solved: The inference.
+        given: Representative -> size, for dimensions that are settled beforehand.
+        factor: Factor on every other growing dimension.
+    """
+
+    solved: Inference
+    given: Mapping[int, float]
+    factor: float
+    _cache: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def exact(self, dim: int) -> float:
+        """Return the size of a dimension at the other width; not always a whole number.
+
+        Args:
+            dim: Handle.
+        """
+        root = self.solved.engine.space.find(dim)
+        if root not in self._cache:
+            self._cache[root] = self.factor * self.solved.engine.space.size(dim)  # ends circular terms
+            self._cache[root] = self._computed(root)
+        return self._cache[root]
+
+    def _computed(self, root: int) -> float:
+        space, grows = self.solved.engine.space, self.solved.verdicts.grows
+        size = space.size(root)
+        if root in self.given:
+            return self.given[root]
+        if not grows(root):
+            return size
+        for kind in ("product", "sum"):
+            for members in self.terms(root, kind):
+                if any(grows(m) or m in self.given for m in members):
+                    return float(COMBINE[kind]([self.exact(m) for m in members]))
+        source = self._sources.get(root)
+        if source is not None:  # pooled, padded: by ratio where one divides the other, else by difference
+            old, new = space.size(source), self.exact(source)
+            return size * new / old if size % old == 0 or old % size == 0 else size + new - old
+        return size * self.factor
+
+    @cached_property
+    def _sources(self) -> dict[int, int]:
+        """Derived dimension -> what it was first derived from."""
+        space, found = self.solved.engine.space, dict[int, int]()
+        for derived, source in space.derived:
+            if space.find(derived) != space.find(source):
+                found.setdefault(space.find(derived), source)
+        return found
+
+    def terms(self, root: int, kind: str) -> list[Members]:
+        """Return what a dimension is made of; what slices leave uncovered makes nothing.
+
+        Args:
+            root: Handle.
+            kind: ``product``, ``groups`` or ``sum``.
+        """
+        space = self.solved.engine.space
+        rests = {space.find(d) for d in space.rests}
+        return [m for m in space.terms_of(root, kind) if not rests & set(m)]

@@ -1,0 +1,265 @@
+"""fold: forward multipliers go into plain weights, and everything of mupass is taken off the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from math import isclose
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mupass._errors import MupassWarning, TransformError
+from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice
+from mupass._roles.geometry import Carrier, Geometry, Use
+from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
+from mupass._scales.scales import scales
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Change:
+    """What becomes of one parameter: ``factor * value + shift``.
+
+    Attributes:
+        made: Factor that holds one on what the parameter makes.
+        met: Factor that undoes one on what the parameter is multiplied with.
+        shift: What is added, for a parameter to which the code adds a constant.
+    """
+
+    made: float = 1.0
+    met: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass
+class Work:
+    """What `fold` is about to do, all of it checked.
+
+    Attributes:
+        changes: Parameter -> what becomes of it.
+        untied: Tied parameter -> why nothing else can hold the multiplier of its readout.
+    """
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
+
+
+def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model:
+    """Put all forward multipliers of a transformed model into its weights, and take mupass off it.
+
+    The model computes what it did before, and its weights are right without mupass: ``save_pretrained``, a
+    ``state_dict`` or an export of them can be given away. Class and ``state_dict`` keys stay; hooks and taps
+    are gone. The multiplier of a tied readout goes into the last norm, those of residual branches
+    (``depth=``) into the layers that end them. A readout is untied only where nothing else can hold its
+    multiplier, and a warning says so.
+
+    A folded model can be trained on: its plan, ``model.mupass_plan``, has rates, damping and epsilon of the
+    folded parameters to match, so that `param_groups` and the optimizers of mupass go on as before. Make
+    the optimizer anew, after folding. Only weight decay differs, on gains that the code stores as their
+    distance from 1.
+
+    Example::
+
+        plain = mupass.fold(model, inplace=False)  # the model in training stays as it is
+        plain.save_pretrained("out")
+
+    Args:
+        model: Transformed model, or a wrapper around it.
+        inplace: Change this very model (default), or a deep copy of the transformed module.
+        keep_plan: Whether the plan stays on the model. Without it a pickle of the whole module can be read
+            where mupass is not installed.
+
+    Returns:
+        The folded model, the same object unless ``inplace=False``.
+
+    Raises:
+        PlanError: The model was not transformed.
+        TransformError: No parameter can hold a multiplier; the model is as it was.
+    """
+    root, plan = plan_of(model)
+    work = _work(root, plan)
+    target: nn.Module = root
+    if not inplace:
+        target = deepcopy(root)
+        model = target  # type: ignore[assignment]
+    new = _folded_plan(plan, work)
+    _apply(target, work, plan)
+    strip(target)
+    if keep_plan:
+        setattr(target, ATTRIBUTE, new)
+    else:
+        delattr(target, ATTRIBUTE)
+    for name, reason in work.untied.items():
+        modules = ", ".join(sorted({u.module for u in plan[name].geometry.readout_uses}))
+        warnings.warn(
+            f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
+            f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A "
+            "norm with a gain before the readout keeps the tie",
+            MupassWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def strip(model: nn.Module) -> None:
+    """Take taps, multipliers and notices of mupass off a model; its weights stay.
+
+    Args:
+        model: The module that the plan's names are relative to.
+    """
+    from mupass._taps.intercept import release
+    from mupass._taps.sharded import WholeHook
+    from mupass._taps.taps import detach, forget_compiled
+
+    detach(model)
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
+            for key, hook in list(table.items()):
+                if isinstance(hook, (InputMultiplier, OutputMultiplier, SaveNotice, WholeHook)):
+                    del table[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for parameter in model.parameters():
+        release(parameter)
+    forget_compiled(model)
+
+
+def _work(root: nn.Module, plan: Plan) -> Work:
+    """Collect what is to be done.
+
+    Raises:
+        TransformError: Something cannot be done.
+    """
+    work = Work()
+    live = [h for m in root.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    if not any(isinstance(hook, (InputMultiplier, OutputMultiplier)) for hook in live):
+        return work  # nothing to fold, or folded already
+    blocked = []
+    for carrier in plan.carriers:
+        factor = plan[carrier.tied].scales.multiplier if carrier.tied else 1 / plan.depth
+        if carrier.reason and carrier.tied:
+            work.untied[carrier.tied] = carrier.reason
+        elif carrier.reason:
+            blocked.append(carrier.reason)
+        else:
+            _hold(work.changes, carrier, factor)
+    if blocked:
+        raise TransformError(
+            f"no parameter can hold the multiplier 1/{plan.depth:g} of {len(blocked)} residual branches: "
+            f"{blocked[0]}. End each branch with a layer or a gain, such as nn.Linear(width, width)"
+        )
+    return work
+
+
+def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
+    """Add what one carrier does to the changes; a parameter that branches share changes once."""
+    shifts = dict(carrier.offsets)
+    for name in carrier.parameters:
+        new = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
+        if changes.setdefault(name, new) != new:
+            raise TransformError(f"{name} would have to hold two different multipliers")
+    for name in carrier.divided:
+        new = Change(met=1 / factor)
+        if changes.setdefault(name, new) != new:
+            raise TransformError(f"{name} would have to hold two different multipliers")
+
+
+def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        # All products first: what can fail (memory) fails before the first parameter changes.
+        values = {n: parameters[n] * (c.made * c.met) + c.shift for n, c in work.changes.items()}
+        heads = {
+            name: nn.Parameter(
+                parameters[name] * plan[name].scales.multiplier, parameters[name].requires_grad
+            )
+            for name in work.untied
+        }
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    for name, weight in heads.items():
+        for module in {use.module for use in plan[name].geometry.readout_uses}:
+            model.get_submodule(module).weight = weight
+    if heads:
+        _untie_configuration(model)
+
+
+def _untie_configuration(model: nn.Module) -> None:
+    """Tell a Hugging Face model that its readout is tied no more, or loading would tie it again."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _folded_plan(plan: Plan, work: Work) -> Plan:
+    """Return the plan of the folded model: scales follow what a parameter was multiplied by."""
+    entries: list[Entry] = []
+    for entry in plan.entries:
+        name = entry.geometry.name
+        change = work.changes.get(name, Change())
+        geometry = replace(
+            entry.geometry,
+            folded=entry.geometry.folded * change.made,
+            folded_in=entry.geometry.folded_in * change.met,
+        )
+        if name in work.untied:
+            entries += _parted(plan, entry, geometry)
+        else:
+            # Without its multiplier the readout is an ordinary use, and takes what the code gives it along.
+            if geometry.readout_uses:
+                geometry = replace(geometry, readout_uses=(), given=0.0)
+            entries.append(_entry(plan, entry, geometry, change.made * change.met))
+    return replace(plan, entries=tuple(entries), carriers=(), branches=(), folded=True)
+
+
+def _entry(plan: Plan, entry: Entry, geometry: Geometry, factor: float) -> Entry:
+    std = entry.init_std
+    return replace(
+        entry,
+        geometry=geometry,
+        init_std=std if std is None or isclose(factor, 1) else std * factor,
+        scales=scales(geometry, plan.optimizer, plan.parameterization),
+    )
+
+
+def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
+    """Return the entries of an embedding and of a readout that were one parameter, in the model's order."""
+    modules = {use.module for use in geometry.readout_uses}
+    names = (geometry.name, *geometry.aliases)
+    heads = tuple(n for n in names if n.rpartition(".")[0] in modules)
+    tables = tuple(n for n in names if n not in heads)
+    parts = []
+    if tables:
+        uses = tuple(u for u in geometry.uses if u not in geometry.readout_uses)
+        table = _part(geometry, tables, uses, modules, False)
+        parts.append(_entry(plan, entry, table, 1.0))
+    use: Use = geometry.readout_uses[0]
+    head = replace(
+        _part(geometry, heads, geometry.readout_uses, modules, True),
+        role="output",
+        fan_in_axes=use.fan_in,
+        fan_out_axes=use.fan_out,
+    )
+    parts.append(_entry(plan, entry, head, entry.scales.multiplier))
+    return sorted(parts, key=lambda e: names.index(e.geometry.name))
+
+
+def _part(
+    geometry: Geometry, names: Sequence[str], uses: tuple[Use, ...], modules: set[str], readout: bool
+) -> Geometry:
+    return replace(
+        geometry,
+        name=names[0],
+        aliases=tuple(names[1:]),
+        uses=uses,
+        sites=tuple(site for site in geometry.sites if (site.module in modules) == readout),
+        readout_uses=(),
+        given=0.0,
+    )

@@ -1,0 +1,113 @@
+"""initialize: the plan's initialization, for values that a model gets after its transform."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from math import log
+
+import torch
+from torch import nn
+
+from mupass._errors import TransformError, warn
+from mupass._rewrite import rescale
+from mupass._scales.init import InitChoice, plan_init, told_laws
+from mupass._scales.learned import learned, whole
+from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
+from mupass._transform import some
+
+
+def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
+    """Scale initial values that a transformed model was given after its transform.
+
+    For a model that was transformed on the meta device, also when sharded since, and for layers whose
+    ``reset_parameters`` ran again::
+
+        with torch.device("meta"):
+            model = mupass.transform(Net(), inputs)
+        fully_shard(model)
+        model.to_empty(device="cuda")
+        model.apply(draw)  # the model's own initialization
+        plan = mupass.initialize(model)
+
+    The initialization law is read off the values, as `transform` reads it, so the result is that of a
+    transform of these values. Parameters that hold the plan's values already are left alone: a second call
+    changes nothing. Call it before training, and not after a checkpoint of a transformed model was loaded:
+    its values are right already.
+
+    Args:
+        model: Transformed model, wrapped or sharded or not, with initial values.
+        init: Law of the values, as for `mupass.transform`.
+
+    Returns:
+        The plan, which is on the model too, with the law that the values of each parameter were taken for in
+        ``plan[name].init_law``, and what they were multiplied by.
+
+    Raises:
+        PlanError: The model carries no plan, or its parameters are no longer those of the plan (``to_empty``
+            breaks ties).
+        TransformError: Parameters are still on the meta device; the values look trained; the model was
+            transformed as a trained one.
+    """
+    root, plan = plan_of(model)
+    plan.check(root)
+    if plan.trained:
+        raise TransformError("the model was transformed with trained=True: its values are left as they are")
+    parameters = {name: p.detach() for name, p in root.named_parameters()}
+    empty = [name for name, p in parameters.items() if p.is_meta]
+    if empty:
+        raise TransformError(
+            f"{some(empty)} on the meta device; give the model memory and values first: "
+            "model.to_empty(device=...), then its own initialization"
+        )
+    told = told_laws(init, list(plan))
+    suspects = learned(parameters, [e.geometry for e in plan.entries if e.geometry.name not in told])
+    if suspects:
+        sharded = any(hasattr(p, "full_tensor") for p in parameters.values())
+        ranks = (
+            "; ranks that drew the same numbers for their shards need seeds of their own" if sharded else ""
+        )
+        raise TransformError(
+            f"{some(suspects)} look trained: no initialization law draws such values. A checkpoint of a "
+            f"transformed model needs no call; init={{pattern: law}} if these are initial values{ranks}"
+        )
+    done = _scaled_already(parameters, plan)
+    # What the user's law gave, also where it is scaled already.
+    own = {n: p / done[n].init_factor if n in done else p for n, p in parameters.items()}
+    inits = plan_init(own, [e.geometry for e in plan.entries], plan.parameterization, init)
+    doubtful = [n for n, found in inits.items() if found.doubtful and n not in done]
+    if doubtful:
+        warn([f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}"])
+    rescale(root, {name: found.factor for name, found in inits.items() if name not in done})
+    entries = []
+    for entry in plan.entries:
+        found = inits[entry.geometry.name]
+        new = replace(entry, init_law=found.law, init_std=found.std, init_factor=found.factor)
+        entries.append(entry if entry.geometry.name in done else new)
+    plan = replace(plan, entries=tuple(entries))
+    setattr(root, ATTRIBUTE, plan)
+    return plan
+
+
+def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, Entry]:
+    """Return the parameters whose values have the plan's size rather than that before scaling.
+
+    Modules are drawn as a whole, and what a few entries cannot tell the others of their module do: the size
+    under which all of them are likelier counts.
+    """
+    evidence: dict[str, float] = defaultdict(float)
+    owners = {entry.geometry.name: entry.geometry.name.rpartition(".")[0] for entry in plan.entries}
+    for entry in plan.entries:
+        if entry.init_factor != 1 and entry.init_std:
+            values = whole(parameters[entry.geometry.name])
+            values = torch.view_as_real(values) if values.is_complex() else values
+            square = values.float().square().mean().item() / entry.init_std**2
+            # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
+            after, before = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
+            evidence[owners[entry.geometry.name]] += values.numel() * (after - before)
+    return {
+        e.geometry.name: e
+        for e in plan.entries
+        if e.init_factor != 1 and e.init_std and evidence[owners[e.geometry.name]] > 0
+    }

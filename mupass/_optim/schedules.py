@@ -1,0 +1,198 @@
+"""Learning rates in training: whether schedules keep ratios between groups, and whether the plan is used.
+
+A schedule that multiplies keeps the ratios between parameter groups. One that sets absolute rates
+(``OneCycleLR(max_lr=x)``, ``eta_min=``, ``g["lr"] = x``) does not: width factors of `param_groups`, or the
+fallback's own rate in an optimizer of mupass, are lost. One global hook of ``torch.optim`` looks at the rates
+before each step; it compares a few numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from mupass._errors import MupassWarning
+from mupass._scales.plan import ATTRIBUTE, Plan
+
+TOLERANCE = 1e-4  # of ratios, relative
+SCALE = "mupass_scale"
+
+
+@dataclass
+class RateWatch:
+    """Rates of one optimizer, as their ratios are to stay.
+
+    Attributes:
+        start: Of each watched group.
+        groups: The list of groups that they belong to; loading a state makes a new one.
+        own: Whether the optimizer is one of mupass, whose ``lr`` is without the width factor.
+        done: Whether there is nothing more to say.
+    """
+
+    start: dict[int, float]
+    groups: int
+    own: bool = False
+    done: bool = False
+
+
+_roots: WeakSet[nn.Module] = WeakSet()
+_watches: WeakKeyDictionary[torch.optim.Optimizer, RateWatch] = WeakKeyDictionary()
+_hooked: list[Any] = []
+
+
+def watch_model(root: nn.Module) -> None:
+    """Notice optimizers that are made of a transformed model's parameters without its plan.
+
+    Args:
+        root: The transformed module.
+    """
+    _roots.add(root)
+    if not _hooked:
+        _hooked.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def watch_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Keep in mind the rates of an optimizer of mupass as it is made.
+
+    Args:
+        optimizer: The optimizer, with its groups.
+    """
+    rates = _rates(optimizer.param_groups)
+    _watches[optimizer] = RateWatch(rates, id(optimizer.param_groups), own=True)
+    if not _hooked:
+        _hooked.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def check_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Warn in the step in which the ratios between groups are lost, once for each optimizer.
+
+    Rates that are tensors on an accelerator are not read: that would wait for it in every step.
+
+    Args:
+        optimizer: Any optimizer, about to take a step.
+    """
+    watch = _watches.get(optimizer)
+    if watch is None:
+        watch = _watches[optimizer] = _first_look(optimizer)
+    if watch.done:
+        return
+    groups = optimizer.param_groups
+    if watch.groups != id(groups):  # a state was loaded
+        watch.start, watch.groups = _rates(groups), id(groups)
+    rates = {i: rate for i, rate in _rates(groups).items() if watch.start.get(i)}
+    if any(rates.values()) and not _equal([rate / watch.start[i] for i, rate in rates.items()]):
+        watch.done = True
+        _tell_lost(optimizer, watch.own)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    check_rates(optimizer)
+
+
+def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
+    """Look at an optimizer of ``torch.optim`` before its first step."""
+    groups = optimizer.param_groups
+    watch = RateWatch({}, id(groups))
+    scales = {i: float(g[SCALE]) for i, g in enumerate(groups) if SCALE in g}
+    if not scales:
+        watch.done = True
+        _check_planned(optimizer)
+        return watch
+    rates = {i: rate for i, rate in _rates(groups).items() if i in scales}
+    same = len(rates) > 1 and _equal(list(rates.values()))
+    if same and any(rates.values()) and not _equal(list(scales.values())):
+        watch.done = True  # a scheduler has set one rate for all groups before the first step
+        _tell_lost(optimizer, own=False)
+    elif _equal([rate / scales[i] for i, rate in rates.items()]):
+        watch.start = scales
+    else:
+        watch.start = rates  # the user has given some groups rates of their own
+    return watch
+
+
+def _check_planned(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of an optimizer that gives parameters one rate where the plan of their model has several."""
+    rates: dict[int, float | None] = {}
+    group_of: dict[int, int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            rates[id(p)], group_of[id(p)] = _rate(group), number
+    for root in list(_roots):
+        plan: Plan | None = vars(root).get(ATTRIBUTE)
+        mine = {n: p for n, p in root.named_parameters() if id(p) in rates} if plan else {}
+        if plan is None or not mine:
+            continue
+        scaled = plan.for_optimizer(_family(optimizer))
+        factors = {n: scaled[n].scales.lr for n in mine if n in scaled}
+        by_group: dict[int, list[float]] = {}
+        for name, factor in factors.items():
+            by_group.setdefault(group_of[id(mine[name])], []).append(factor)
+        mixed = not all(_equal(values) for values in by_group.values())
+        one_rate = len({rates[id(p)] for p in mine.values()}) == 1
+        if mixed or (one_rate and not _equal(list(factors.values()))):
+            _tell_unplanned(optimizer, root, factors)
+            return
+
+
+def _family(optimizer: torch.optim.Optimizer) -> str:
+    """Return the row of the scale table that fits a class of ``torch.optim``."""
+    name = type(optimizer).__name__.lower()
+    return next((row for row in ("sgd", "adafactor", "muon") if row in name), "adamw")
+
+
+def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: dict[str, float]) -> None:
+    name = type(optimizer).__name__
+    low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
+    warnings.warn(
+        f"{name} gives parameters of a transformed {type(root).__name__} one learning rate where its plan "
+        f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its "
+        f"width factors are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of "
+        "model.parameters()",
+        MupassWarning,
+        stacklevel=4,
+    )
+
+
+def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
+    name = type(optimizer).__name__
+    if own:
+        text = (
+            f"mupass.{name}: the learning rates of its groups no longer have the ratio that lr and "
+            "fallback_lr gave them: a scheduler or a loop sets absolute rates. (Width factors, "
+            'g["mupass_scale"], are kept.) '
+            "Use a schedule that multiplies (LambdaLR, eta_min=0), or give rates by group: "
+            'OneCycleLR(optimizer, max_lr=[g["lr"] for g in optimizer.param_groups], ...)'
+        )
+    else:
+        text = (
+            f"{name}: the learning rates of its groups no longer have the ratios that mupass.param_groups "
+            "gave them: a scheduler or a loop sets absolute rates, and the width factors are lost. "
+            "Use a schedule that multiplies (LambdaLR, eta_min=0), or give rates by group: "
+            'OneCycleLR(optimizer, max_lr=[lr * g["mupass_scale"] for g in optimizer.param_groups], ...); '
+            'g["lr"] = lr * g["mupass_scale"]'
+        )
+    warnings.warn(text, MupassWarning, stacklevel=4)
+
+
+def _rate(group: dict[str, Any]) -> float | None:
+    lr = group.get("lr")
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return None
+    return None if lr is None else float(lr)
+
+
+def _rates(groups: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Return the rates that can be read, by number of the group."""
+    found = {i: _rate(group) for i, group in enumerate(groups)}
+    return {i: rate for i, rate in found.items() if rate is not None}
+
+
+def _equal(values: Sequence[float]) -> bool:
+    return not values or max(values) - min(values) <= TOLERANCE * max(map(abs, values))

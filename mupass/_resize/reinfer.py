@@ -1,0 +1,58 @@
+"""The resized copy, inferred anew: it must tell the same widths, and lead back to its source's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from mupass._dims.infer import Inference
+from mupass._dims.scaled import Scaled
+from mupass._dims.solve import solve
+from mupass._errors import MupassError, ResizeError
+from mupass._resize.sizes import NewSizes
+
+
+def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[str, str]) -> None:
+    """Infer the widths of a resized copy and compare them with those it was made by.
+
+    What a policy decided in either is left out: a policy may look at sizes. Where all of the model was scaled
+    by one factor, the copy's own terms must give back the size of every axis of the source.
+
+    Args:
+        resized: The copy.
+        sizes: The sizes that it was given.
+        inputs: Positional and keyword inputs.
+        dims: Verdicts that the caller settled.
+
+    Raises:
+        ResizeError: They differ; the message names the axes.
+    """
+    if not sizes.changes:
+        return
+    try:
+        again = solve(resized, inputs[0], inputs[1], None, dims, True).solved
+    except MupassError as error:
+        raise ResizeError(f"the resized copy cannot be inferred anew: {error}") from error
+    wrong = list(_differences(sizes, again))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ResizeError(
+            f"the resized copy tells other widths than its source: {'; '.join(wrong[:3])}{more}. Settle them "
+            "by dims=, or give sizes by name"
+        )
+
+
+def _differences(sizes: NewSizes, again: Inference) -> Iterator[str]:
+    back = Scaled(again, {}, 1 / sizes.factor) if not sizes.given else None
+    space = sizes.solved.engine.space
+    for name, row in sizes.solved.dims.items():
+        for axis, (dim, other) in enumerate(zip(row, again.dims[name], strict=True)):
+            old, new = sizes.solved.verdict(name, axis), again.verdict(name, axis)
+            if old.policy or new.policy or name in again.overlooked:
+                continue
+            if old.infinite != new.infinite:
+                yield f"{name}:{axis} {'grows' if new.infinite else 'is fixed'} there ({new.why})"
+            elif back is not None and abs(back.exact(other) - space.size(dim)) > 1e-6 * space.size(dim):
+                yield f"{name}:{axis} leads back to {back.exact(other):g}, not to {space.size(dim)}"

@@ -1,0 +1,157 @@
+"""Whether weights were trained already: values that no initialization draws.
+
+Initial weights are independent draws of one law, flat, normal or a normal that is cut off. Training leaves
+three marks on a matrix. Its entries follow none of these laws. Rows or columns differ in mean or size by more
+than chance. Its largest singular value lies beyond that of independent entries, since gradients have few
+directions. A draw shows none of them but once in a million.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import erf, exp, pi, sqrt
+
+import torch
+from torch import Tensor
+
+from mupass._roles.geometry import Geometry
+
+FEWEST = 256  # entries of a matrix below which marks cannot be told from chance
+MOST = 1024  # rows and columns that are looked at
+SHARE = 1 / 3  # of the matrices and shifts must bear a mark, a matrix among them: one alone may be a table
+DEVIATIONS = 6.0  # standard errors of a moment that chance is allowed
+KOLMOGOROV = 2.0  # distance between distributions, times sqrt(entries), that chance is allowed
+ITERATIONS = 12
+
+
+def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> list[str]:
+    """Name the weights that look trained; none where most of the model's look initial.
+
+    Args:
+        tensors: Parameters by name.
+        geometries: Geometry of those to be judged.
+
+    Returns:
+        Names, in the order of the geometries.
+    """
+    marked, judged = [], 0
+    for geometry in geometries:
+        mark = _mark(tensors[geometry.name], geometry)
+        judged += mark is not None
+        marked += [geometry.name] if mark else []
+    some = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
+    return marked if some and len(marked) >= SHARE * judged else []
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, collected from the ranks where FSDP2 shards it.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _mark(tensor: Tensor, geometry: Geometry) -> bool | None:
+    """Return whether a parameter bears a mark of training; None where it cannot be told."""
+    tensor = tensor.detach()
+    if tensor.is_meta or not tensor.is_floating_point():
+        return None
+    tensor = whole(tensor)
+    if geometry.sites and all(site.kind == "norm shift" for site in geometry.sites):
+        return len(torch.unique(tensor)) > 1 if tensor.numel() > 1 else None
+    matrix = _matrix(tensor, geometry)
+    return None if matrix is None else bears_a_mark(matrix, geometry.fan_in)
+
+
+def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor | None:
+    """Return fan_out x fan_in values, or None for what is no matrix, too small, or not random."""
+    if tensor.numel() < FEWEST or not geometry.fan_in_axes or not geometry.fan_out_axes:
+        return None
+    order = (*geometry.fan_out_axes, *geometry.fan_in_axes)
+    if sorted(order) != list(range(tensor.dim())):
+        return None
+    matrix = tensor.permute(order).reshape(geometry.fan_out, geometry.fan_in)
+    rows, columns = (_some(size, matrix.device) for size in matrix.shape)
+    matrix = matrix[rows][:, columns].float()
+    # Rows and columns of zeros are padding.
+    matrix = matrix[matrix.any(1)][:, matrix.any(0)]
+    patterned = matrix.numel() < FEWEST or min(matrix.shape) < 2 or len(torch.unique(matrix[:16])) < 32
+    return None if patterned else matrix
+
+
+def _some(size: int, device: torch.device) -> Tensor:
+    """Return evenly spaced indices, all of them where there are few."""
+    return torch.linspace(0, size - 1, min(size, MOST), device=device).round().long()
+
+
+def bears_a_mark(matrix: Tensor, fan_in: int) -> bool:
+    """Return whether a matrix shows a mark of training.
+
+    Args:
+        matrix: Its values, two axes.
+        fan_in: What PyTorch's default law divides by.
+    """
+    centered = matrix - matrix.mean()
+    return (
+        _follows_no_law(matrix)
+        or _leaves_its_bound(matrix, 1 / sqrt(fan_in))
+        or _differs_by_row(centered)
+        or _has_a_direction(centered)
+    )
+
+
+def _leaves_its_bound(matrix: Tensor, bound: float) -> bool:
+    """Find entries beyond the bound of a flat law that has the size of ``U(-bound, bound)``."""
+    std = matrix.std(correction=0)
+    kurtosis = ((matrix / std) ** 4).mean().item()  # 1.8 for a flat law, 3 for a normal one
+    default = abs(std.item() * sqrt(3) / bound - 1) < 0.05 and kurtosis < 2
+    return default and matrix.abs().max().item() > 1.02 * bound
+
+
+def _follows_no_law(matrix: Tensor) -> bool:
+    """Compare the distribution of the entries with the laws that code draws from (Kolmogorov, Smirnov)."""
+    values = matrix[matrix != 0]  # sparse weights are zero at the others
+    values = ((values - values.mean()) / values.std()).sort().values
+    steps = torch.arange(1, len(values) + 1, device=values.device) / len(values)
+    distances = []
+    for law in (_flat, torch.special.ndtr, *map(_cut, (1.0, 2.0, 3.0))):
+        expected = law(values)
+        distances.append((steps - expected).abs().max().item())
+    return min(distances) > KOLMOGOROV / sqrt(len(values)) + 0.01
+
+
+def _flat(values: Tensor) -> Tensor:
+    return ((values / sqrt(3) + 1) / 2).clamp(0, 1)
+
+
+def _cut(bound: float) -> Callable[[Tensor], Tensor]:
+    """Return the distribution of a normal cut off at a bound, scaled to variance 1."""
+    mass = erf(bound / sqrt(2))
+    std = sqrt(1 - 2 * bound * exp(-(bound**2) / 2) / sqrt(2 * pi) / mass)
+    low = (1 - mass) / 2
+    return lambda values: (torch.special.ndtr((values * std).clamp(-bound, bound)) - low) / mass
+
+
+def _differs_by_row(matrix: Tensor) -> bool:
+    """Compare means, and means of squares, between rows and between columns with what chance gives."""
+    squares = matrix.square()
+    for values in (matrix, matrix.mT, squares, squares.mT):
+        count, length = values.shape
+        ratio = values.mean(1).var() * length / values.var()
+        error = sqrt((2 + 12 / length) / count)
+        if ratio > 1 + DEVIATIONS * error + 12 / count:
+            return True
+    return False
+
+
+def _has_a_direction(matrix: Tensor) -> bool:
+    """Compare the largest singular value with its bound for independent entries."""
+    vector = torch.ones(matrix.shape[1], device=matrix.device)
+    vector[::2] = -1
+    size = 0.0
+    for _ in range(ITERATIONS):
+        image = matrix @ (vector / vector.norm())
+        size = image.norm().item()  # below the largest singular value, and near it where that stands out
+        vector = matrix.mT @ image
+    return size > 1.05 * (matrix.norm(dim=0).max() + matrix.norm(dim=1).max()).item()

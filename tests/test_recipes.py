@@ -1,0 +1,55 @@
+"""The recipes run, with the libraries that are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parent.parent / "docs/recipes.md"
+LIBRARIES = ("accelerate", "lightning", "transformers")
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def library(block: str) -> str:
+    found = re.findall(rf"^import ({'|'.join(LIBRARIES)})$", block, re.M)
+    return found[0] if found else ""
+
+
+def run(chosen: list[str]) -> dict[str, object]:
+    namespace: dict[str, object] = {"__name__": "recipes"}
+    for number, block in enumerate(chosen):
+        exec(compile(block, f"<recipes, block {number}>", "exec"), namespace)
+    return namespace
+
+
+def test_recipes_for_torch_alone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run([b for b in blocks() if not library(b)])
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 7
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_recipes_for_trainers_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    monkeypatch.chdir(tmp_path)
+    first, *others = blocks()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # what these libraries warn of is theirs; mupass must be silent
+        found = run([first, *(b for b in others if library(b) == name)])
+    said = [str(w.message) for w in caught if "mupass" in type(w.message).__module__]
+    assert not said
+    if name == "transformers":
+        plain = found["transformers"].GPT2LMHeadModel.from_pretrained("gpt2").eval()  # type: ignore[attr-defined]
+        ids = torch.arange(12)[None]
+        expected = found["gpt2"].eval()(ids).logits  # type: ignore[attr-defined]
+        assert torch.allclose(plain(ids).logits, expected, atol=1e-5)

@@ -1,0 +1,211 @@
+"""Rates in training: schedules that lose ratios are told in that step, as are optimizers without a plan."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedules
+
+import mupass
+
+X, Y = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def mlp(base: int = 32) -> nn.Module:
+    layers = nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 4)
+    return mupass.transform(nn.Sequential(*layers), X, base=base)
+
+
+def train(
+    model: nn.Module, optimizer: Any, after: Callable[[], Any] = lambda: None, steps: int = 4
+) -> list[int]:
+    """Return the steps in which a warning was given."""
+    told = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told += [step] * len(caught)
+        assert all(w.category is mupass.MupassWarning for w in caught)
+        after()
+    return told
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(mupass.param_groups(model, lr=1e-3))
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(mupass.param_groups(model, lr=1e-2, optimizer="sgd"), momentum=0.9)
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    return mupass.Muon(model, lr=0.02, fallback_lr=1e-3)
+
+
+MULTIPLY: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda o: schedules.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "warmup from zero": lambda o: schedules.LambdaLR(o, lambda step: step / 4),
+    "step": lambda o: schedules.StepLR(o, 1, 0.3),
+    "cosine to zero": lambda o: schedules.CosineAnnealingLR(o, T_max=4),
+    "cosine, over and over": lambda o: schedules.CosineAnnealingLR(o, T_max=2),
+    "linear, then exponential": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=2), schedules.ExponentialLR(o, 0.9)], [2]
+    ),
+    "polynomial": lambda o: schedules.PolynomialLR(o, total_iters=4, power=2),
+    "by group": lambda o: schedules.OneCycleLR(o, [g["lr"] for g in o.param_groups], total_steps=10),
+}
+ABSOLUTE: dict[str, tuple[Callable[[Any], Any], int]] = {  # and the step in which ratios are lost
+    "cosine": (lambda o: schedules.CosineAnnealingLR(o, T_max=5, eta_min=1e-4), 1),
+    "one cycle": (lambda o: schedules.OneCycleLR(o, max_lr=0.02, total_steps=10), 0),
+    "cyclic": (lambda o: schedules.CyclicLR(o, 1e-4, 1e-2, cycle_momentum=False), 0),
+    "swa": (lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=3), 1),
+}
+
+
+@pytest.mark.parametrize("make", [adamw, sgd, muon])
+@pytest.mark.parametrize("name", MULTIPLY)
+def test_what_multiplies_is_silent(make: Make, name: str) -> None:
+    model = mlp()
+    optimizer = make(model)
+    schedule = MULTIPLY[name](optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the order of calls
+        assert train(model, optimizer, schedule.step) == []
+
+
+@pytest.mark.parametrize("make", [adamw, sgd, muon])
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_what_sets_rates_is_told_in_the_step_that_loses_ratios(make: Make, name: str) -> None:
+    model = mlp()
+    optimizer = make(model)
+    build, step = ABSOLUTE[name]
+    assert train(model, optimizer, build(optimizer).step) == [step]
+
+
+def test_the_message_names_the_optimizer_and_what_to_write() -> None:
+    model = mlp()
+    for optimizer, match in (
+        (adamw(model), r"AdamW.*mupass_scale"),
+        (muon(model), r"mupass\.Muon.*max_lr=\["),
+    ):
+        schedules.OneCycleLR(optimizer, max_lr=0.02, total_steps=10)
+        nn.functional.cross_entropy(model(X), Y).backward()
+        with pytest.warns(mupass.MupassWarning, match=match):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_a_loop_that_sets_one_rate(make: Make) -> None:
+    model = mlp()
+    optimizer = make(model)
+    rates = iter([1.0, 0.5, 0.2, 0.1])
+    scale = [g["lr"] for g in optimizer.param_groups]
+
+    def multiply() -> None:
+        factor = next(rates)
+        for group, lr in zip(optimizer.param_groups, scale, strict=True):
+            group["lr"] = lr * factor
+
+    assert train(model, optimizer, multiply) == []
+
+    def overwrite() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
+
+    assert train(model, optimizer, overwrite) == [1]
+
+
+def test_rates_by_hand_and_a_loaded_state_are_no_loss() -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["lr"] *= 0.1  # a slower first layer
+    schedule = schedules.StepLR(optimizer, 1, 0.5)
+    assert train(model, optimizer, schedule.step) == []
+    again = adamw(model)
+    again.load_state_dict(optimizer.state_dict())
+    assert train(model, again) == []
+    own = mupass.Muon(model, lr=0.1, fallback_lr=1e-2)
+    own.load_state_dict(muon(model).state_dict())
+    assert train(model, own) == []
+
+
+def test_equal_factors_leave_nothing_to_lose() -> None:
+    model = mlp(base=256)
+    optimizer = adamw(model)
+    assert train(model, optimizer, schedules.OneCycleLR(optimizer, max_lr=0.02, total_steps=10).step) == []
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """As trainers make them: one rate, decay for matrices."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    return [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2]},
+    ]
+
+
+PLAIN: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3),
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
+    "groups": lambda m: torch.optim.AdamW(decay_groups(m), lr=1e-3),
+    "layers": lambda m: torch.optim.Adam([{"params": c.parameters()} for c in m if list(c.parameters())]),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_optimizer_on_a_transformed_model_is_told_once(name: str) -> None:
+    for model in (mlp(), torch.compile(mlp(), backend="eager")):
+        optimizer = PLAIN[name](getattr(model, "_orig_mod", model))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                nn.functional.cross_entropy(model(X), Y).backward()
+                optimizer.step()
+        text = [str(w.message) for w in caught if w.category is mupass.MupassWarning]
+        assert len(text) == 1 and "mupass.param_groups(model" in text[0] and "0.weight" not in text[0][:20]
+
+
+def test_no_alarm_where_nothing_is_lost() -> None:
+    one_factor, standard = mlp(), nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 4))
+    mupass.transform(standard, X, base=16, parameterization="standard")
+    by_hand = mlp()
+    plan = by_hand.mupass_plan.for_optimizer("adamw")
+    groups = [{"params": [p], "lr": 1e-3 * plan[n].scales.lr} for n, p in by_hand.named_parameters()]
+    base, stranger = mlp(base=256), nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 4))
+    folded = mupass.fold(mlp(), keep_plan=False)
+    for model, optimizer in (
+        (one_factor, torch.optim.AdamW(one_factor[4].parameters())),  # the readout alone is trained
+        (standard, torch.optim.AdamW(standard.parameters())),
+        (by_hand, torch.optim.AdamW(groups)),
+        (base, torch.optim.AdamW(base.parameters())),
+        (stranger, torch.optim.AdamW(stranger.parameters())),
+        (folded, torch.optim.AdamW(folded.parameters())),
+    ):
+        if optimizer.param_groups[0]["params"][0] is one_factor[4].weight:
+            optimizer.param_groups[0]["params"].pop()  # its bias has another factor
+        assert train(model, optimizer) == []
+
+
+def test_models_and_optimizers_are_not_kept_alive() -> None:
+    import gc
+
+    from mupass._optim.schedules import _roots, _watches
+
+    model = mlp()
+    optimizer = adamw(model)
+    train(model, optimizer)
+    before = len(_roots), len(_watches)
+    twin = copy.deepcopy(optimizer)
+    del model, optimizer, twin
+    gc.collect()
+    assert len(_roots) < before[0] and len(_watches) < before[1]

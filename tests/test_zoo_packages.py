@@ -1,0 +1,73 @@
+"""The zoo's architectures of other packages, by the tests of test_zoo and test_resize_zoo.
+
+They are apart because it takes many seconds to import these packages: the short tier does not open this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+from test_resize_zoo import WIDTHS, equals_the_architecture
+from test_zoo import a_second_instance_settles, one_model_tells, wrong
+from zoo.analyses import third_party
+from zoo.case import Case, Cases
+
+import mupass
+
+pytestmark = pytest.mark.zoo
+
+# Modules of cases, and the packages without which they are skipped.
+PACKAGED = {
+    "hf_text": ("transformers",),
+    "hf_other": ("transformers",),
+    "hf_more": ("transformers",),
+    "hf_blind": ("transformers",),
+    "vision": ("timm", "torchvision"),
+    "vision_more": ("timm", "torchvision", "transformers"),
+    "generative": ("diffusers",),
+    "graphs": ("torch_geometric",),
+}
+
+
+def packaged() -> Iterator[pytest.param]:
+    for module, packages in PACKAGED.items():
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        if missing:
+            skip = pytest.mark.skip(reason=f"needs {missing[0]}")
+            yield pytest.param(None, marks=skip, id=module)
+            continue
+        with third_party():
+            cases: Cases = importlib.import_module(f"zoo.{module}").CASES
+        yield from (pytest.param(case, id=name) for name, case in cases.items())
+
+
+CASES = list(packaged())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
+    one_model_tells(case, mode)
+
+
+def test_regnet_is_read_right_once_its_groups_are_said_to_grow() -> None:
+    pytest.importorskip("timm")
+    with third_party():
+        case = importlib.import_module("zoo.vision").CASES["timm_regnet"]
+        model, dims = case.build(1).eval(), {r".*conv2\.conv\.weight:1": "finite"}
+        assert wrong(case, mupass.analyze(model, case.inputs()), conventional=True)
+        assert not wrong(case, mupass.analyze(model, case.inputs(), dims=dims), conventional=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_instance_settles_everything(case: Case) -> None:
+    a_second_instance_settles(case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("source", "target"), WIDTHS)
+def test_equals_the_architecture_built_at_that_width(case: Case, source: int, target: int) -> None:
+    equals_the_architecture(case, source, target)
