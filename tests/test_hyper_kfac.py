@@ -61,6 +61,10 @@ def tied() -> nn.Module:
 THREE = {"lr": 0.02, "damping": 1e-1, "momentum": 0.5}
 CASES = {
     "default": (kfac, mlp),
+    "own defaults": (mupass.KFAC, odd),
+    "bounded": (partial(kfac, step_bound=1e-3, damping_memory=0.5), mlp),
+    "directions": (partial(kfac, momentum_of="directions", step_bound=1e-2, kl_clip=1e-4), mlp),
+    "stale": (partial(kfac, root_every=4, damping_memory=0.9, stagger=False), cnn),
     "absolute": (partial(kfac, damping_mode="absolute", root_every=2), mlp),
     "eigen": (partial(kfac, damping_mode="eigen", e_a=0.5, e_b=0.5), mlp),
     "pi": (partial(kfac, damping_mode="pi", weight_decay=0.1), mlp),
@@ -127,3 +131,14 @@ def test_the_model_is_left_alone_and_trains_on() -> None:
     F.cross_entropy(model(HELD_X), HELD_Y).backward()
     optimizer.step()
     assert set(optimizer.stats()) == {"steps"}
+
+
+def test_bounds_bind_in_the_cases_above() -> None:
+    free = partial(kfac, step_bound=None, momentum_of="directions")
+    CASES["free"] = (free, mlp)
+    try:
+        losses = {name: run(name).loss for name in ("free", "directions")}
+    finally:
+        del CASES["free"]
+    assert losses["free"] != pytest.approx(losses["directions"], rel=1e-4)
+    assert run("bounded").loss != pytest.approx(run("default").loss, rel=1e-4)

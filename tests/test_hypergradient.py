@@ -72,6 +72,11 @@ def shampoo(model: nn.Module, lr: float, damping: float, momentum: float, **opti
     return mupass.Shampoo(model, lr, damping, momentum=momentum, fallback_lr=0.01, **options)
 
 
+def betas(model: nn.Module, lr: float, damping: float, beta1: float, eps: float) -> Any:
+    fallback = mupass.Fallback("adamw", lr=0.01, betas=(beta1, 0.95), eps=eps, weight_decay=0.1)
+    return mupass.Shampoo(model, lr, damping, graft="none", fallback=fallback)
+
+
 TWO, THREE = {"lr": 0.02, "damping": 1e-2}, {"lr": 0.02, "damping": 1e-2, "momentum": 0.5}
 CASES: dict[str, tuple[Any, dict[str, float], Callable[[], nn.Module]]] = {
     "sgd": ("sgd", {"lr": 0.1, "momentum": 0.7}, mlp),
@@ -81,6 +86,11 @@ CASES: dict[str, tuple[Any, dict[str, float], Callable[[], nn.Module]]] = {
     "adam": (adam, {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1}, mlp),
     "adamw": ("adamw", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}, odd),
     "shampoo": ("shampoo", TWO, mlp),
+    "defaults": (lambda model, lr, damping: mupass.Shampoo(model, lr, damping), TWO, mlp),
+    "graft sgd": (partial(shampoo, graft="sgd", damping_memory=0.5, momentum_of="directions"), THREE, mlp),
+    "graft rmsprop": (partial(shampoo, graft="rmsprop", root_every=3, graft_eps=1e-3), THREE, mlp),
+    "late": (partial(shampoo, graft="adam", start_step=2, graft_beta2=0.9, block_size=6), THREE, mlp),
+    "no graft": (partial(shampoo, graft="none", root_every=3, staggered=False), THREE, mlp),
     "absolute": (partial(shampoo, damping_mode="absolute", e=1.0, root_every=2), THREE, mlp),
     "trace": (
         partial(shampoo, damping_mode="trace", sides="left", block_size=6, weight_decay=0.1),
@@ -88,6 +98,7 @@ CASES: dict[str, tuple[Any, dict[str, float], Callable[[], nn.Module]]] = {
         mlp,
     ),
     "sums": (partial(shampoo, factor_decay=1.0, fallback="sgd"), THREE, odd),
+    "betas": (betas, {**TWO, "beta1": 0.8, "eps": 1e-3}, odd),
     "angle": (partial(shampoo, fallback="adam_atan2"), THREE, mlp),
 }
 STEPS = 5
@@ -103,7 +114,7 @@ def difference(name: str, key: str, **options: Any) -> float:
     """Central difference, or one to the right of zero."""
     point = CASES[name][1]
     value = point[key]
-    step = 1e-5 * (value or 1.0)
+    step = 1e-4 * (value or 1.0)
     if not value:
         losses = [run(name, {**point, key: i * step}, **options).loss for i in range(3)]
         return (-3 * losses[0] + 4 * losses[1] - losses[2]) / (2 * step)
@@ -274,7 +285,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "amsgrad=True of Adam": {
         "optimizer": lambda model, lr: torch.optim.Adam(mupass.param_groups(model, lr), amsgrad=True)
     },
-    "graft='sgd' of Shampoo": {"optimizer": lambda model, lr: mupass.Shampoo(model, lr, graft="sgd")},
+    "graft='spectral' of Shampoo cannot .* use graft='adam'": {
+        "optimizer": lambda model, lr: mupass.Shampoo(model, lr, graft="spectral")
+    },
     "by 'decay', which sets factor_decay": {
         "optimizer": lambda model, lr, decay: mupass.Shampoo(model, lr, factor_decay=decay),
         "point": {"lr": 0.1, "decay": 0.9},
