@@ -6,7 +6,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._cli_resize import add_resize, run_resize
 from mupass._errors import MupassError
+from mupass._files import write_text
 from mupass._study.commands import add_commands, run
 
 
@@ -44,15 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 base = load(options.base_target)
         inputs = _inputs(options.input, model)
         result = analyze(model, inputs, base=base, dims=dict(options.dim), strict=not options.lenient)
+        report = result.report(options.optimizer, options.parameterization)
+        if options.html:
+            write_text(options.html, report.html(), MupassError)
     except MupassError as error:
         print(f"mupass: {error}", file=sys.stderr)
         return 2
-    report = result.report(options.optimizer, options.parameterization)
-    if options.html:
-        Path(options.html).write_text(report.html(), encoding="utf-8")
-        print(f"wrote {options.html}")
-    else:
-        print(report.text())
+    print(f"wrote {options.html}" if options.html else report.text())
     return 0
 
 
