@@ -31,6 +31,7 @@ from mupass._roles.sites import find_sites
 
 Base = int | float | Mapping[str, float] | nn.Module | None
 BASE = 256  # of wider models, unless stated
+NARROWEST, WIDEST = 1e-3, 1e9  # base sizes need not be whole, but a width is a number of units
 
 
 def analyze(
@@ -77,17 +78,20 @@ def analyze(
 
 
 def _check_base(base: Base) -> None:
+    """Refuse what is no reference width.
+
+    Raises:
+        InferenceError: A size is no positive number that a width may have, or a name is no text.
+    """
     if base is None or isinstance(base, nn.Module):
         return
-    sizes = base.values() if isinstance(base, Mapping) else [base]
-    for size in sizes:
-        if (
-            isinstance(size, bool)
-            or not isinstance(size, (int, float))
-            or not math.isfinite(size)
-            or size <= 0
-        ):
-            raise InferenceError(f"base sizes must be positive numbers, not {size!r}")
+    sizes = dict(base) if isinstance(base, Mapping) else {"base": base}
+    for name, size in sizes.items():
+        number = isinstance(size, (int, float)) and not isinstance(size, bool)
+        if not number or not NARROWEST <= size <= WIDEST:
+            raise InferenceError(f"base sizes must be positive numbers up to {WIDEST:g}, not {size!r}")
+        if not isinstance(name, str):
+            raise InferenceError(f"base names dimensions by text, not {name!r}")
 
 
 def _assemble(

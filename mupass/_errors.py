@@ -43,6 +43,15 @@ class MupassWarning(UserWarning):
     """Something changes a result or asks for an answer: which parameter or operator, why, what to write."""
 
 
+def kind_of(thing: object) -> str:
+    """Return a thing's kind, for an error that says what was given instead of what was asked for.
+
+    Args:
+        thing: What was given.
+    """
+    return "None" if thing is None else repr(thing) if isinstance(thing, str) else f"a {type(thing).__name__}"
+
+
 _PACKAGE = str(Path(__file__).parent / "_")[:-1]
 _SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mupass._errors import PlanError, TransformError, warn
+from mupass._errors import PlanError, TransformError, kind_of, warn
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._roles.geometry import Analysis, Carrier
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
@@ -83,6 +83,8 @@ def transform(
             compiled or wrapped, or has no module to hold a multiplier, raises TransformError.
     """
     _refuse(model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a mupass.Plan (Plan.load reads a file), not {kind_of(plan)}")
     if plan is None:
         from mupass._analyze import analyze
 
@@ -222,7 +224,7 @@ def _refuse(model: nn.Module) -> None:
         TransformError: Not a module; compiled or wrapped; transformed already.
     """
     if not isinstance(model, nn.Module):
-        raise TransformError(f"transform takes an nn.Module, not {type(model).__name__}")
+        raise TransformError(f"transform takes a model (an nn.Module), not {kind_of(model)}")
     wrapped = [n for n, m in model.named_modules() if type(m).__name__ in WRAPPERS]
     if wrapped:
         where = wrapped[0] or "the model"

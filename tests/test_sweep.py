@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import mupass
-from mupass._study.store import Store, digest
+from mupass._study.fingerprint import digest
+from mupass._study.store import Store
 from mupass._study.sweep import points_of
 from mupass._study.trials import Sweep, Trial, vertex
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from mupass._capture.draws import settled_draws
 from mupass._capture.inline import inline_contexts
-from mupass._errors import CaptureError
+from mupass._errors import CaptureError, kind_of
 
 # Leaves of an output that torch.export takes as they are.
 KNOWN = (int, float, bool, str, complex, torch.dtype, torch.device)
@@ -109,8 +109,10 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[s
         model: The module.
 
     Raises:
-        CaptureError: It has no parameters, or some that have no shape yet.
+        CaptureError: It is no module, has no parameters, or some that have no shape yet.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"a model (an nn.Module) is needed, not {kind_of(model)}")
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import mupass
 from mupass._capture.inputs import find_inputs
 from mupass._cli.targets import inputs_of, load, named
 from mupass._errors import MupassError
+from mupass._files import write_text
 from mupass._study.batches import cross_entropy, random_batch
 
 
@@ -33,7 +33,7 @@ def analyze(options: argparse.Namespace) -> int:
     found = mupass.analyze(model, inputs, base=base, dims=dict(options.dim), strict=not options.lenient)
     report = found.report(options.optimizer, options.parameterization)
     if options.html:
-        Path(options.html).write_text(report.html(), encoding="utf-8")
+        write_text(options.html, report.html(), MupassError)
         print(f"wrote {options.html}")
     else:
         print(json.dumps(report.record(), indent=1) if options.json else report.text())

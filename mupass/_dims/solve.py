@@ -62,6 +62,8 @@ def solve(
     Raises:
         InferenceError: The caller's verdicts contradict each other or the graph.
     """
+    if not isinstance(dims, Mapping):
+        raise InferenceError(f"dims must be a mapping from name to 'finite' or 'infinite', not {dims!r}")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     captured = capture(model, args, kwargs)
     try:
@@ -90,9 +92,17 @@ def _overrides(
     by_axis: dict[tuple[str, int], tuple[bool, str]] = {}
     by_dim: dict[int, tuple[bool, str]] = {}
     for pattern, verdict in dims.items():
+        if not isinstance(pattern, str) or not isinstance(verdict, str):
+            raise InferenceError(f"dims maps names to 'finite' or 'infinite', not {pattern!r} to {verdict!r}")
         if verdict not in ("finite", "infinite"):
             raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
         named = names.find(pattern)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InferenceError(
+                f"dims[{pattern!r}] is no dimension and no regular expression: {error}"
+            ) from error
         axes = [(name, axis) for name, shape in shapes.items() for axis in range(len(shape))]
         hits = [] if named else [(n, i) for n, i in axes if re.fullmatch(pattern, f"{n}:{i}")]
         if not named and not hits:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, kind_of
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
@@ -55,9 +55,26 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
     Raises:
         OptimizerError: It is none of them.
     """
-    if value not in tuple(known):
+    if not isinstance(value, str) or value not in tuple(known):
         raise OptimizerError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    return str(value)
+    return value
+
+
+def check_words(name: str, value: Any) -> tuple[str, ...]:
+    """Return a collection of words.
+
+    Args:
+        name: What to call it in the error.
+        value: The words.
+
+    Raises:
+        OptimizerError: It is one text, no collection, or holds something else.
+    """
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise OptimizerError(f"{name} must be a list of texts, such as [{value!r}], not {kind_of(value)}")
+    if not all(isinstance(word, str) for word in value):
+        raise OptimizerError(f"{name} must hold texts, not {list(value)!r:.80}")
+    return tuple(value)
 
 
 @dataclass(frozen=True)

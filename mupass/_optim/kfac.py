@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim.banks import Bank
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.checks import check_choice, check_number, check_period, check_words
 from mupass._optim.clipping import GradientScale
 from mupass._optim.curvature import Curvature, Loss
 from mupass._optim.damping import MODES
@@ -172,7 +172,7 @@ class KFAC(PlannedOptimizer):
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
             norms,
-            tuple(exclude),
+            check_words("exclude", exclude),
             0 if block_size is None else check_period("block_size", block_size),
         )
         self._rules = Rules(

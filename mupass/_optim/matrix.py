@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.blocks import WHOLE, Blocking
+from mupass._optim.checks import check_words
 from mupass._optim.parallel import exchange, rank_of, world_size
 from mupass._optim.spectral import with_unit_norm
 from mupass._optim.stacks import Slot, Stack, compiled, make_stacks
@@ -46,7 +47,7 @@ class MatrixOptimizer(PlannedOptimizer):
         data_parallel: bool | None = None,
         **common: Any,
     ) -> None:
-        unknown = set(roles) - set(ROLES)
+        unknown = set(check_words("roles", roles)) - set(ROLES)
         if unknown:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
         self.roles, self.block_size, self.modes = frozenset(roles), block_size, modes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mupass._capture.capture import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
 from mupass._dims.solve import solve
 from mupass._resize.attributes import Attributes, handled_dims
@@ -61,6 +62,7 @@ def resize(
         ResizeError: A dimension would not be a whole number, a name is unknown, sizes contradict each other,
             values follow a pattern that is not known, or the code holds a size that cannot be found.
     """
+    parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))

@@ -73,7 +73,7 @@ def row(parameterization: str) -> Parameterization:
     Raises:
         PlanError: Unknown name.
     """
-    if parameterization not in PARAMETERIZATIONS:
+    if not isinstance(parameterization, str) or parameterization not in PARAMETERIZATIONS:
         known = ", ".join(PARAMETERIZATIONS)
         raise PlanError(f"unknown parameterization {parameterization!r}; known: {known}")
     return PARAMETERIZATIONS[parameterization]

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
 
 from torch import nn
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, kind_of
+from mupass._files import write_text
 from mupass._roles.geometry import Carrier, Geometry
+from mupass._scales.checks import check_plan, read_plan
 from mupass._scales.scales import Scales, scales
 from mupass._scales.spec import OptimizerSpec
 
@@ -60,7 +62,8 @@ class Plan:
         trained: Whether values and outputs of a trained model were left as they are.
 
     Raises:
-        PlanError: The optimizer's alignment names a parameter that has no entry.
+        PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, a name
+            comes twice, or the optimizer's alignment names a parameter that has no entry.
     """
 
     version: int
@@ -79,6 +82,7 @@ class Plan:
     trained: bool = False
 
     def __post_init__(self) -> None:
+        check_plan(self)
         for name, _ in self.optimizer.exponents:
             self[name]  # an alignment measured on a parameter that is not there is refused
 
@@ -173,6 +177,8 @@ class Plan:
                 faults.append(f"{name}: the plan ties it to {root}, here it is a tensor of its own")
             else:
                 faults.append(f"{name}: not in the plan")
+        modules = {name for name, _ in model.named_modules()}
+        faults += [f"branch {name!r}: no such module" for name in self.branches if name not in modules]
         found = [fault for fault in faults if fault]
         if found:
             more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
@@ -195,20 +201,37 @@ class Plan:
         Raises:
             PlanError: Not JSON, another version, or fields missing.
         """
+        return read_plan(Plan, text, VERSION)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, as a whole: a kill leaves the old file or the new one.
+
+        Args:
+            path: The file.
+
+        Raises:
+            PlanError: It cannot be written.
+        """
+        write_text(path, self.to_json(), PlanError)
+
+    @staticmethod
+    def load(path: str | Path) -> "Plan":
+        """Read a plan written by `save`.
+
+        Args:
+            path: The file.
+
+        Returns:
+            A plan equal to the one written.
+
+        Raises:
+            PlanError: There is no such file, or it holds no plan.
+        """
         try:
-            data = json.loads(text)
-            version = data["version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise PlanError(f"not the JSON of a mupass plan: {error!r}") from error
-        if version != VERSION:
-            raise PlanError(f"plan has format version {version!r}; this mupass reads {VERSION}")
-        try:
-            plan: Plan = _decode(Plan, data)
-        except PlanError:
-            raise
-        except (TypeError, ValueError, KeyError) as error:
-            raise PlanError(f"plan is incomplete or damaged: {error}") from error
-        return plan
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError, TypeError) as error:
+            raise PlanError(f"{path!r} cannot be read: {error}") from error
+        return Plan.from_json(text)
 
 
 def entry_scales(
@@ -239,8 +262,13 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
         ``(root, plan)``: the module that the plan's names are relative to, and the plan.
 
     Raises:
-        PlanError: No plan, or more than one, in the module tree.
+        PlanError: No module; no plan, or more than one, in the module tree.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"pass the model itself, which mupass.transform returned, not {kind_of(model)}: "
+            "mupass.KFAC(model, lr=0.1), not mupass.KFAC(model.parameters(), lr=0.1)"
+        )
     # vars, not getattr: OptimizedModule forwards attribute reads and would pose as the root.
     found = [(m, vars(m)[ATTRIBUTE]) for m in model.modules() if ATTRIBUTE in vars(m)]
     if not found:
@@ -258,23 +286,3 @@ def _fault(geometry: Geometry, shapes: dict[str, tuple[int, ...]]) -> str | None
     if shape != geometry.shape:
         return f"{geometry.name}: planned with shape {geometry.shape}, has {shape}"
     return None
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    """Return the record, tuple or plain value of a declared type from its JSON form.
-
-    Raises:
-        KeyError: A record lacks a field or has an unknown one.
-        TypeError: Something else stands where a record or a tuple is declared.
-    """
-    if is_dataclass(kind) and isinstance(kind, type):
-        types = get_type_hints(kind)
-        odd = types.keys() ^ dict(value).keys()
-        if odd:
-            raise KeyError(f"fields of {kind.__name__}: {', '.join(sorted(odd))}")
-        return kind(**{name: _decode(types[name], v) for name, v in value.items()})
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise TypeError(f"a list is expected, not {value!r}")
-        return tuple(_decode(get_args(kind)[0], item) for item in value)
-    return value

@@ -46,6 +46,11 @@ class OptimizerSpec:
     exponents: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        for field in ("name", "graft"):
+            if not isinstance(getattr(self, field), str):
+                raise PlanError(f"{field} of an optimizer must be a text, not {getattr(self, field)!r:.80}")
+        if self.alignment is not None and not isinstance(self.alignment, str):
+            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
         if self.graft not in GRAFTS:

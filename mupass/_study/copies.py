@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._errors import each_matter_once
+from mupass._errors import each_matter_once, kind_of
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import Plan, plan_of
@@ -164,10 +164,20 @@ def _builder(
             source, width, example_inputs=batch.inputs, dims=dims, init=init, seed=0, fresh=True
         )
 
+    if not callable(source):
+        raise StudyError(
+            f"a model is needed, or a function of a width that builds one, not {kind_of(source)}"
+        )
+
     def build(width: Any) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = source(width)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = source(width)
+        except Exception as error:
+            raise StudyError(
+                f"the function that builds the model fails at width {width!r}: {error}"
+            ) from error
         if not isinstance(model, nn.Module):
             raise StudyError(f"the function gave a {type(model).__name__} at width {width}, not an nn.Module")
         return model

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mupass._hyper.hypergradient import unrolled
 from mupass._study.batches import StudyError
+from mupass._study.fingerprint import digest
 from mupass._study.jobs import Job, quiet
-from mupass._study.store import Store, digest
+from mupass._study.store import Store
 from mupass._study.sweep import Study
 from mupass._study.trials import Trial, mean
 
@@ -137,7 +138,7 @@ def _bfgs(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, dict[str, float]]:
     """Return the score of a run and its derivatives, from the store where it has them."""
-    key = digest(study.work.key(Job(0, point, seed)), "gradient")
+    key = digest(study.work.key(Job(0, point, seed), store.kept), "gradient")
     known = store.get(key)
     if known is None:
         begin = time.perf_counter()

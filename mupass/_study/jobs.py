@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import nn
 
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.copies import Copies
+from mupass._study.fingerprint import digest
 from mupass._study.recipes import Make
-from mupass._study.store import Store, digest
+from mupass._study.store import Store
 
 Evaluate = Callable[[nn.Module], Any]  # a number, or a tensor of one number
 DIVERGED = 1e3  # a loss beyond this many times the first one is given up
@@ -41,6 +43,19 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What tells one study from another in a store.
+
+    Attributes:
+        structure: Hash of the model's code, the loss, the optimizer and all settings.
+        values: Hash of initial weights and data.
+    """
+
+    structure: str
+    values: str
+
+
+@dataclass(frozen=True)
 class Work:
     """What all runs of a sweep share.
 
@@ -51,6 +66,7 @@ class Work:
         make: Makes the optimizer.
         steps: Number of steps.
         evaluate: Score of a trained model; None for the mean training loss over the last tenth of the steps.
+        identify: Hashes the study; only a store on disk needs that.
     """
 
     copies: Copies
@@ -59,16 +75,29 @@ class Work:
     make: Make
     steps: int
     evaluate: Evaluate | None
+    identify: Callable[[], Identity] | None = None
 
-    def key(self, job: Job) -> str:
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a process needs to run jobs: all but the hashes."""
+        return {**vars(self), "identify": None}
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What tells the study from others, taken once: what a run changes in an object comes after it."""
+        assert self.identify is not None
+        return self.identify()
+
+    def key(self, job: Job, kept: bool) -> str:
         """Return the hash of all that the result of a job depends on.
 
         Args:
             job: The job.
+            kept: Whether the store outlives the study; otherwise the job alone tells.
         """
+        if not kept:
+            return repr(job)
         plan = self.copies.plans[job.index].to_json()
-        shared = (self.loss, self.make, self.steps, self.evaluate)
-        return digest(plan, *shared, [list(pair) for pair in job.point], job.seed)
+        return digest(plan, self.identity.structure, self.identity.values, job.point, job.seed)
 
     def run(self, job: Job) -> tuple[float, float]:
         """Train once.
@@ -153,7 +182,7 @@ def run_all(
     Raises:
         StudyError: Several processes without loky.
     """
-    keys = {job: work.key(job) for job in jobs}
+    keys = {job: work.key(job, store.kept) for job in jobs}
     open_ = []
     for job in jobs:
         known = store.get(keys[job])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupass._files import write_text, write_whole
 from mupass._study.batches import StudyError
 
 if TYPE_CHECKING:
@@ -226,10 +227,11 @@ def write(
         return text()
     path = Path(path)
     if path.suffix in (".png", ".svg", ".pdf"):
-        figure().savefig(path, dpi=150)
+        drawn = figure()
+        write_whole(path, lambda beside: drawn.savefig(beside, dpi=150), StudyError)
     elif path.suffix in HTML:
         shown = page()
-        path.write_text(document(shown.title, shown.html()), encoding="utf-8")
+        write_text(path, document(shown.title, shown.html()), StudyError)
     else:
-        path.write_text(text() + "\n", encoding="utf-8")
+        write_text(path, text() + "\n", StudyError)
     return str(path)

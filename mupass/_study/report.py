@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from mupass._files import write_text
 from mupass._scales.plan import Plan, plan_of
 from mupass._study import coords_report, trials_report
 from mupass._study.batches import StudyError
@@ -43,7 +44,7 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
     )
     articles = "".join(f'<article id="study{i}">{page.html()}</article>' for i, page in enumerate(pages))
     body = f"<h1>{html.escape(title)}</h1><nav><ol>{summary}</ol></nav>{articles}"
-    Path(path).write_text(document(title, body), encoding="utf-8")
+    write_text(path, document(title, body), StudyError)
     return str(path)
 
 

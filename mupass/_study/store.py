@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from types import CodeType, TracebackType
+from types import TracebackType
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from mupass._study.batches import StudyError
 
@@ -22,30 +17,92 @@ TABLES = (
     "create table if not exists studies (structure text primary key, values_ text not null)",
     "create table if not exists runs (key text primary key, job text not null, loss real, seconds real)",
 )
+COLUMNS = {"studies": ("structure", "values_"), "runs": ("key", "job", "loss", "seconds")}
 
 
 class Store:
     """An SQLite file (or memory) that holds the loss of every finished run under the hash of its job.
 
     A result is committed before the next one is begun, so a killed process loses only what it was computing.
+    A file that cannot be written is read: a complete study can be looked up on a read-only disk.
 
     Args:
         path: The file, made when missing; None keeps results in memory.
 
     Raises:
-        StudyError: The file is something else.
+        StudyError: The file is something else, or its folder is missing.
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self.path = str(path or ":memory:")
-        self.connection = sqlite3.connect(self.path, timeout=60)
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise StudyError(f"store must be a path, or None to keep results in memory, not {path!r}")
+        self.kept = path is not None
+        self.path = str(path) if self.kept else ":memory:"
+        folder = Path(self.path).absolute().parent
+        if self.kept and not folder.is_dir():
+            raise StudyError(f"store {self.path}: the folder {folder} does not exist")
+        self.connection = self._opened()
+        try:
+            self._check()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _opened(self) -> sqlite3.Connection:
+        """Open the file and make its tables; a file that cannot be written is opened to be read.
+
+        Raises:
+            StudyError: It is no database, or cannot be made.
+        """
+        try:
+            connection = sqlite3.connect(self.path, timeout=60)
+        except (sqlite3.Error, ValueError) as error:
+            raise StudyError(f"store {self.path} cannot be opened: {error}") from error
         try:
             for table in TABLES:
-                self.connection.execute(table)
-            self.connection.commit()
+                connection.execute(table)
+            connection.commit()
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise StudyError(f"store {self.path} cannot be written: {error}") from error
         except sqlite3.DatabaseError as error:
-            self.connection.close()
+            connection.close()
             raise StudyError(f"{self.path} is not a store of mupass: {error}") from error
+        try:
+            return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        except sqlite3.Error as error:
+            raise StudyError(f"store {self.path} can be neither written nor read: {error}") from error
+
+    def _check(self) -> None:
+        """Refuse a database with other tables.
+
+        Raises:
+            StudyError: Columns are missing, or others are there.
+        """
+        for table, columns in COLUMNS.items():
+            found = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
+            if found != columns:
+                raise StudyError(
+                    f"{self.path} is not a store of this version of mupass: its table {table} has the "
+                    f"columns ({', '.join(found)}), not ({', '.join(columns)}); use another file"
+                )
+
+    def _ask(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Run a query.
+
+        Raises:
+            StudyError: The disk is full, read-only or broken; what was written before stays.
+        """
+        try:
+            with self.connection:
+                return self.connection.execute(query, values)
+        except sqlite3.Error as error:
+            raise StudyError(
+                f"store {self.path}: {error}; all results written before are kept, and the same call goes on "
+                "from there once the file can be written"
+            ) from error
 
     def __enter__(self) -> Store:
         return self
@@ -65,10 +122,12 @@ class Store:
         Raises:
             StudyError: The store holds this study with other values.
         """
-        self.connection.execute("insert or ignore into studies values (?, ?)", (structure, values))
-        self.connection.commit()
         query = "select values_ from studies where structure = ?"
-        (known,) = self.connection.execute(query, (structure,)).fetchone()
+        row = self._ask(query, (structure,)).fetchone()
+        if row is None:
+            self._ask("insert or ignore into studies values (?, ?)", (structure, values))
+            row = self._ask(query, (structure,)).fetchone()
+        (known,) = row
         if known != values:
             raise StudyError(
                 f"{self.path} holds this study with other initial weights or other data, so its results do "
@@ -80,18 +139,31 @@ class Store:
 
         Args:
             key: Hash of the job.
+
+        Raises:
+            StudyError: The store is damaged.
         """
-        row = self.connection.execute("select loss from runs where key = ?", (key,)).fetchone()
-        return None if row is None else math.inf if row[0] is None else float(row[0])
+        row = self._ask("select loss from runs where key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        if row[0] is not None and not isinstance(row[0], float):
+            raise StudyError(f"store {self.path} is damaged: a loss is {row[0]!r}")
+        return math.inf if row[0] is None else row[0]
 
     def note(self, key: str) -> dict[str, Any]:
         """Return what was written of a finished run for the reader.
 
         Args:
             key: Hash of the job.
+
+        Raises:
+            StudyError: The store is damaged.
         """
-        (text,) = self.connection.execute("select job from runs where key = ?", (key,)).fetchone()
-        return dict(json.loads(text))
+        row = self._ask("select job from runs where key = ?", (key,)).fetchone()
+        try:
+            return dict(json.loads(row[0]))
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"store {self.path} is damaged: the note of a run is {row!r}") from error
 
     def put(self, key: str, job: Mapping[str, Any], loss: float, seconds: float) -> None:
         """Write the result of a run.
@@ -103,65 +175,4 @@ class Store:
             seconds: How long it took.
         """
         value = loss if math.isfinite(loss) else None
-        with self.connection:
-            self.connection.execute(
-                "insert or replace into runs values (?, ?, ?, ?)", (key, json.dumps(job), value, seconds)
-            )
-
-
-def digest(*parts: Any) -> str:
-    """Return a hash of tensors and plain values, the same in every process.
-
-    Args:
-        *parts: Nests of tensors, numbers, strings and functions.
-    """
-    state = hashlib.sha256()
-    for leaf in tree_leaves(parts):
-        if isinstance(leaf, Tensor):
-            state.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            if not leaf.is_meta:
-                state.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            state.update(repr(describe(leaf)).encode())
-        state.update(b";")
-    return state.hexdigest()
-
-
-def describe(thing: Any) -> Any:
-    """Return what tells one function or value from another, across processes.
-
-    Args:
-        thing: A function, a partial, or a plain value.
-    """
-    if isinstance(thing, partial):
-        return ("partial", describe(thing.func), *map(describe, thing.args), sorted(thing.keywords.items()))
-    code = getattr(thing, "__code__", None)
-    if code is None:
-        if isinstance(thing, (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)):
-            return thing
-        kind = thing if isinstance(thing, type) or callable(thing) else type(thing)
-        name = getattr(kind, "__qualname__", type(kind).__qualname__)
-        return f"{getattr(kind, '__module__', '')}.{name}"
-    cells = [_content(c) for c in (thing.__closure__ or ())]
-    return (thing.__qualname__, _code(code), *map(describe, cells), *map(describe, thing.__defaults__ or ()))
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _code(code: CodeType) -> tuple[Any, ...]:
-    constants = (_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
-    return (code.co_code.hex(), *constants, *code.co_names)
-
-
-def called(function: Callable[..., Any]) -> str:
-    """Return a function's name for the reader.
-
-    Args:
-        function: The function.
-    """
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+        self._ask("insert or replace into runs values (?, ?, ?, ?)", (key, json.dumps(job), value, seconds))

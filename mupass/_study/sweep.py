@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
-from mupass._study.jobs import Evaluate, Job, Work, bar_of, check_jobs, run_all
+from mupass._study.fingerprint import called, digest
+from mupass._study.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
 from mupass._study.plain import untransformed
 from mupass._study.recipes import Make, check_names, recipe
-from mupass._study.store import Store, called, digest
+from mupass._study.store import Store
 from mupass._study.trials import Sweep, Trial
 
 Grid = Mapping[str, Sequence[float]] | Sequence[float]
@@ -107,11 +107,8 @@ def sweep(
 class Study:
     """A model at several widths with all that its runs share; `sweep` and the searches are made of it."""
 
-    def __init__(
-        self, copies: Copies, work: Work, name: str, structure: str, values: str, notes: tuple[str, ...] = ()
-    ) -> None:
-        self.copies, self.work, self.name = copies, work, name
-        self.structure, self.values, self.notes = structure, values, notes
+    def __init__(self, copies: Copies, work: Work, name: str, notes: tuple[str, ...] = ()) -> None:
+        self.copies, self.work, self.name, self.notes = copies, work, name, notes
 
     @staticmethod
     def of(
@@ -155,15 +152,21 @@ class Study:
         make = recipe(optimizer)
         model, notes = untransformed(model)
         batches = read_batches(data, steps)
-        values = digest(_values(model), [(b.args, b.kwargs, b.targets) for b in batches])
+        given = [(b.args, b.kwargs, b.targets) for b in batches]
         copies, batches = make_copies(
             model, widths, batches, parameterization=parameterization, base=base, dims=dims, prepare=prepare,
             init=init, dtype=dtype, least=1,
         )  # fmt: skip
         name = optimizer if isinstance(optimizer, str) else called(make)
-        structure = digest(_structure(model), loss, make, steps, evaluate, parameterization, prepare, dtype)
-        work = Work(copies, batches, loss, make, steps, evaluate)
-        return Study(copies, work, name, structure, values, notes)
+
+        def identity() -> Identity:
+            # Weights of another seed make it another start of one study; all else makes another study.
+            structure = digest(model, values=False), digest(loss, make, steps, evaluate, parameterization)
+            whole = digest(structure, prepare, dtype, init, dims)
+            return Identity(whole, digest(model, given))
+
+        work = Work(copies, batches, loss, make, steps, evaluate, identity)
+        return Study(copies, work, name, notes)
 
     def points(self, grid: Grid) -> list[tuple[tuple[str, float], ...]]:
         """Return all points of a grid.
@@ -184,7 +187,8 @@ class Study:
         Args:
             store: The store.
         """
-        store.claim(self.structure, self.values)
+        if store.kept:
+            store.claim(self.work.identity.structure, self.work.identity.values)
 
     def run(
         self, jobs: Sequence[Job], store: Store, processes: int | Executor, shown: bool
@@ -245,13 +249,3 @@ def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:
         raise StudyError("grid names no hyperparameter")
     rows = ([(name, float(v)) for v in sorted(set(values))] for name, values in axes.items())
     return list(itertools.product(*rows))
-
-
-def _values(source: Source) -> Any:
-    return dict(source.state_dict()) if isinstance(source, nn.Module) else source
-
-
-def _structure(source: Source) -> Any:
-    if not isinstance(source, nn.Module):
-        return source
-    return [type(source).__qualname__, *(f"{n}{tuple(p.shape)}" for n, p in source.named_parameters())]

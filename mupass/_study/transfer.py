@@ -14,6 +14,7 @@ from torch import nn
 
 from mupass._analyze import analyze
 from mupass._errors import each_matter_once
+from mupass._files import write_text
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
@@ -102,7 +103,7 @@ class Transfer(Tabular):
         from mupass._study.trials_report import figure
 
         if path is not None and Path(path).suffix == ".json":
-            Path(path).write_text(json.dumps(self.record(), indent=1), encoding="utf-8")
+            write_text(path, json.dumps(self.record(), indent=1), StudyError)
             return str(path)
         return write(path, lambda: str(self), lambda: page_of(self), lambda: figure(self.search))
 

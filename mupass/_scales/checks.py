@@ -1,0 +1,198 @@
+"""Checks of plans: what is read from a file, and what a plan may hold at all."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from math import isfinite
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mupass._errors import PlanError
+from mupass._roles.geometry import Geometry
+from mupass._scales.parameterizations import row
+
+if TYPE_CHECKING:
+    from mupass._scales.plan import Entry, Plan
+
+Record = TypeVar("Record")
+LARGEST = 1e20  # of a factor; widths a million times the base, to the power of 3, stay below
+
+
+def read_plan(kind: type[Record], text: str, version: int) -> Record:
+    """Read a plan from JSON.
+
+    Args:
+        kind: Class of the plan.
+        text: JSON text.
+        version: Format version that is known.
+
+    Raises:
+        PlanError: Not JSON, another version, fields that are missing, unknown, double or of another type.
+    """
+    if not isinstance(text, (str, bytes, bytearray)):
+        raise PlanError(f"from_json takes the text of a plan, not {type(text).__name__}")
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        found = data["version"]
+    except PlanError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise PlanError(f"not the JSON of a mupass plan: {error!r}") from error
+    if found != version or isinstance(found, bool):
+        raise PlanError(f"plan has format version {found!r}; this mupass reads {version}")
+    try:
+        plan: Record = _decode(kind, data, "plan")
+    except PlanError:
+        raise
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise PlanError(f"plan is incomplete or damaged: {error}") from error
+    return plan
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, each of whose keys may come once.
+
+    Raises:
+        PlanError: A key comes twice.
+    """
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise PlanError(f"plan is damaged: {twice[0]!r} comes twice in one object")
+    return dict(pairs)
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Return the record, tuple or plain value of a declared type from its JSON form.
+
+    Raises:
+        PlanError: Something else stands there.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_record(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise PlanError(f"plan is damaged: {where} must be a list, not {value!r:.60}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise PlanError(f"plan is damaged: {where} must have {len(arguments)} items, not {len(value)}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        numbered = enumerate(zip(kinds, value, strict=True))
+        return tuple(_decode(inner, item, f"{where}[{i}]") for i, (inner, item) in numbered)
+    if origin in (Union, UnionType):
+        (inner,) = (a for a in arguments if a is not type(None))
+        return None if value is None else _decode(inner, value, where)
+    if origin is Literal:
+        fits = isinstance(value, str) and value in arguments
+    elif kind is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        wanted = " or ".join(map(repr, arguments)) or {"float": "a finite number"}.get(
+            kind.__name__, kind.__name__
+        )
+        raise PlanError(f"plan is damaged: {where} must be {wanted}, not {value!r:.60}")
+    return value
+
+
+def _decode_record(kind: type, value: Any, where: str) -> Any:
+    """Return a record from a JSON object.
+
+    Raises:
+        PlanError: It is no object, lacks a field or has an unknown one.
+    """
+    types = get_type_hints(kind)
+    if not isinstance(value, dict):
+        raise PlanError(f"plan is damaged: {where} must be an object, not {value!r:.60}")
+    odd = sorted(types.keys() ^ value.keys())
+    if odd:
+        state = "unknown" if odd[0] in value else "missing"
+        raise PlanError(f"plan is incomplete or damaged: {where}.{odd[0]} is {state}")
+    return kind(**{name: _decode(types[name], v, f"{where}.{name}") for name, v in value.items()})
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that would spoil a model.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, or a
+            name comes twice.
+    """
+    row(plan.parameterization)
+    _positive("width", plan.width)
+    _positive("base_width", plan.base_width)
+    _positive("depth", plan.depth)
+    names = [name for e in plan.entries for name in (e.geometry.name, *e.geometry.aliases)]
+    for what, many in (("parameter", names), ("branch", plan.branches)):
+        twice = [name for name, count in Counter(many).items() if count > 1]
+        if twice:
+            raise PlanError(f"{what} {twice[0]!r} comes twice in the plan")
+    for entry in plan.entries:
+        for fault in _faults(entry):
+            raise PlanError(f"{entry.geometry.name}: {fault}")
+
+
+def _faults(entry: Entry) -> Iterator[str]:
+    """Yield what is wrong with one parameter."""
+    for name, value in vars(entry.scales).items():
+        if name == "lr_powers":
+            if not all(isfinite(power) for power in value):
+                yield f"lr_powers must be finite, not {value!r}"
+        else:
+            _positive(f"{entry.geometry.name}: {name}", value)
+    _positive(f"{entry.geometry.name}: init_factor", entry.init_factor)
+    if entry.init_std is not None and not 0 <= entry.init_std < LARGEST:
+        yield f"init_std must be a finite number >= 0, not {entry.init_std!r}"
+    yield from _geometry_faults(entry.geometry)
+
+
+def _geometry_faults(geometry: Geometry) -> Iterator[str]:
+    """Yield what contradicts itself in the fans of a parameter."""
+    axes = len(geometry.shape)
+    for field in ("base_shape", "infinite", "dims"):
+        if len(getattr(geometry, field)) != axes:
+            yield f"{field} has {len(getattr(geometry, field))} items for {axes} axes"
+    if any(size < 0 for size in geometry.shape):
+        yield f"shape {geometry.shape} has a negative size"
+    wrong = [
+        b for s, b in zip(geometry.shape, geometry.base_shape, strict=False) if s and not 0 < b < LARGEST
+    ]
+    if wrong:
+        yield f"base_shape must hold positive numbers, not {wrong[0]!r}"
+    for field in ("fan_in_axes", "fan_out_axes"):
+        yield from _axis_faults(field, getattr(geometry, field), axes)
+    for use in (*geometry.uses, *geometry.readout_uses):
+        yield from _axis_faults(f"use {use.operator}", (*use.fan_in, *use.fan_out), axes, unique=False)
+    for site in geometry.sites:
+        yield from _axis_faults(f"site {site.kind}", (*site.in_axes, *site.out_axes), axes, unique=False)
+    for fusion in geometry.fusions:
+        yield from _axis_faults("fusion", (fusion.axis,), axes)
+        if not 0 <= fusion.along < len(fusion.view) or any(
+            size < 1 for size in (*fusion.view, *fusion.sizes)
+        ):
+            yield f"fusion along {fusion.along} of {fusion.view} is impossible"
+    if not isfinite(geometry.given) or abs(geometry.given) > 8:
+        yield f"given must be a power, not {geometry.given!r}"
+    _positive(f"{geometry.name}: depth", geometry.depth)
+
+
+def _axis_faults(field: str, found: Sequence[int], axes: int, unique: bool = True) -> Iterator[str]:
+    if any(not 0 <= axis < axes for axis in found) or (unique and len(set(found)) != len(found)):
+        yield f"{field} {tuple(found)} are no axes of {axes}"
+
+
+def _positive(name: str, value: float) -> None:
+    """Refuse what is no positive number of an ordinary size.
+
+    Raises:
+        PlanError: It is not.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 1 / LARGEST < value < LARGEST:
+        raise PlanError(f"{name} must be a positive number of ordinary size, not {value!r}")

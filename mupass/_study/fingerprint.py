@@ -1,0 +1,271 @@
+"""Fingerprints: a hash of all that a result depends on, the same in every process, or a refusal by name."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path, PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mupass._study.batches import StudyError
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None), type(...), range, slice, PurePath)
+TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+
+
+def digest(*parts: Any, values: bool = True) -> str:
+    """Return a hash of whatever a result depends on.
+
+    Functions count with their code, defaults, closures, the globals that they use, and the object that they
+    are bound to; modules with their attributes, parameters and buffers; other objects with their attributes.
+    What an installed package defines counts by its name.
+
+    Args:
+        *parts: Anything.
+        values: Whether entries of tensors count, or their shapes alone.
+
+    Raises:
+        StudyError: Something that cannot be hashed; the message says where it is.
+    """
+    state = _State(values)
+    for number, part in enumerate(parts):
+        state.add(part, f"[{number}]" if len(parts) > 1 else "")
+    return state.hash.hexdigest()
+
+
+class _State:
+    """A hash in the making, and the objects that are in it already."""
+
+    def __init__(self, values: bool) -> None:
+        self.hash = hashlib.sha256()
+        self.values = values
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no two objects have one id
+
+    def mark(self, *words: Any) -> None:
+        """Add words, with an end so that no two sequences look alike."""
+        for word in words:
+            text = word if isinstance(word, bytes) else str(word).encode()
+            self.hash.update(f"{len(text)}:".encode() + text)
+
+    def add(self, thing: Any, where: str) -> None:
+        """Add one thing and all that it holds."""
+        if isinstance(thing, enum.Enum):
+            self.mark("enum", type(thing).__qualname__, thing.name)
+        elif type(thing) in PLAIN or isinstance(thing, (PurePath, *TORCH)):
+            self.mark(type(thing).__qualname__, repr(thing))
+        elif id(thing) in self.seen:
+            self.mark("again", self.seen[id(thing)])
+        else:
+            self.seen[id(thing)] = len(self.seen)
+            self.kept.append(thing)
+            self._add_object(thing, where)
+
+    def _add_object(self, thing: Any, where: str) -> None:
+        if isinstance(thing, Tensor):
+            self._add_tensor(thing)
+        elif isinstance(thing, ModuleType):
+            self.mark("package", thing.__name__, getattr(thing, "__version__", ""))
+        elif isinstance(thing, FunctionType):
+            self._add_function(thing, where)
+        elif isinstance(thing, type):
+            self._add_class(thing, where)
+        elif isinstance(thing, (MethodType, BuiltinFunctionType, partial)):
+            self._add_call(thing, where)
+        elif isinstance(thing, (list, tuple, set, frozenset, dict)):
+            self._add_container(thing, where)
+        elif isinstance(thing, CodeType):
+            self._add_code(thing, where)
+        else:
+            self._add_instance(thing, where)
+
+    def _add_tensor(self, tensor: Tensor) -> None:
+        self.mark("tensor", tensor.dtype, tuple(tensor.shape))
+        if self.values and not tensor.is_meta:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            plain = whole.detach().cpu().to_dense() if whole.layout != torch.strided else whole.detach().cpu()
+            plain = plain.resolve_conj().resolve_neg().contiguous().flatten()
+            self.mark(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+
+    def _add_container(self, thing: Any, where: str) -> None:
+        self.mark(type(thing).__qualname__, len(thing))
+        if isinstance(thing, (set, frozenset)):
+            self.mark(*sorted(digest(item, values=self.values) for item in thing))
+        elif isinstance(thing, dict):
+            for key, value in thing.items():
+                self.add(key, where)
+                self.add(value, f"{where}[{key!r}]")
+        else:
+            for number, item in enumerate(thing):
+                self.add(item, f"{where}[{number}]")
+        if type(thing) not in (list, tuple, set, frozenset, dict):
+            self.add(type(thing), where)
+            self.add(vars(thing) if hasattr(thing, "__dict__") else {}, where)
+
+    def _add_call(self, thing: Any, where: str) -> None:
+        if isinstance(thing, partial):
+            self.mark("partial")
+            self.add((thing.func, thing.args, thing.keywords), f"{where}.partial")
+            return
+        self.mark("method", thing.__qualname__)
+        owner = thing.__self__
+        if isinstance(thing, MethodType):
+            self.add(thing.__func__, where)
+        if not isinstance(owner, ModuleType):
+            self.add(owner, f"{where}.__self__")
+
+    def _add_function(self, function: FunctionType, where: str) -> None:
+        self.mark("function", function.__module__, function.__qualname__)
+        where = f"{where} {function.__qualname__}".strip()
+        if _installed(function.__module__) and not function.__closure__:
+            return
+        self._add_code(function.__code__, where)
+        self.add((function.__defaults__, function.__kwdefaults__), f"the defaults of {where}")
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        for name, cell in cells:
+            try:
+                self.add(cell.cell_contents, f"{name} in {where}")
+            except ValueError as error:
+                if isinstance(error, StudyError):
+                    raise
+                self.mark("empty")  # not filled yet
+        names = _names(function.__code__)
+        for name in sorted(names & function.__globals__.keys()):
+            found = function.__globals__[name]
+            self.mark(name)
+            self.add(found, f"the global {name} in {where}")
+            if isinstance(found, ModuleType) and not _installed(found.__name__):
+                for inner in sorted(names & vars(found).keys()):
+                    self.mark(inner)
+                    self.add(vars(found)[inner], f"{name}.{inner} in {where}")
+
+    def _add_code(self, code: CodeType, where: str) -> None:
+        self.mark("code", code.co_code, *code.co_names, *code.co_varnames)
+        for constant in code.co_consts:
+            self.add(constant, where)
+
+    def _add_class(self, kind: type, where: str) -> None:
+        self.mark("class", kind.__module__, kind.__qualname__)
+        if _installed(kind.__module__):
+            return
+        for base in kind.__bases__:
+            self.add(base, where)
+        for name, value in vars(kind).items():
+            if name in (
+                "__dict__",
+                "__weakref__",
+                "__doc__",
+                "__module__",
+                "__slotnames__",
+            ) or name.startswith("_abc_"):
+                continue
+            value = getattr(value, "__func__", value)  # of static and class methods
+            self.mark(name)
+            for part in (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,):
+                self._add_attribute(part, f"{kind.__qualname__}.{name}")
+
+    def _add_attribute(self, value: Any, where: str) -> None:
+        """Add an attribute of a class; descriptors of the interpreter's own are told by their kind."""
+        if type(value).__module__ == "builtins" and type(value).__name__.endswith(
+            ("_descriptor", "_wrapper")
+        ):
+            self.mark(type(value).__name__)
+        else:
+            self.add(value, where)
+
+    def _add_instance(self, thing: Any, where: str) -> None:
+        kind = type(thing)
+        self.mark("object")
+        self.add(kind, where)
+        name = f"{where} ({kind.__qualname__})".strip()
+        if hasattr(thing, "__wrapped__"):  # functools.lru_cache and the like
+            self.add(thing.__wrapped__, where)
+        elif isinstance(thing, torch.Generator):
+            self._add_tensor(thing.get_state())
+        elif type(thing).__module__.partition(".")[0] == "numpy" and hasattr(thing, "tobytes"):
+            self.mark(thing.dtype, thing.shape)
+            self.add(thing.tolist(), name) if thing.dtype.hasobject else self.mark(thing.tobytes())
+        elif isinstance(thing, nn.Module):
+            self.add(_state_of_module(thing), name)
+        elif isinstance(thing, Mapping) and not hasattr(thing, "__dict__"):
+            self.add(dict(thing), name)
+        else:
+            self._add_state(thing, name)
+
+    def _add_state(self, thing: Any, where: str) -> None:
+        """Add what a copy of an object would be made of.
+
+        Raises:
+            StudyError: It cannot be copied: a file, a lock, a generator.
+        """
+        if hasattr(thing, "__next__"):
+            raise _unknown(where, "what it gives depends on how far it has been read")
+        try:
+            parts = thing.__reduce_ex__(4)
+        except Exception as error:
+            raise _unknown(where, str(error)) from error
+        if isinstance(parts, str):
+            self.mark(parts)
+            return
+        function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
+        if isinstance(function, FunctionType) and function.__module__ == "copyreg":
+            arguments = arguments[1:]  # the class, which is in it already
+        self.mark(getattr(function, "__qualname__", "made"))
+        self.add((arguments, state, list(items or ()), list(pairs or ())), where)
+
+
+def _state_of_module(module: nn.Module) -> dict[str, Any]:
+    """Return attributes of a module, without the hooks and caches that are empty."""
+    return {name: value for name, value in vars(module).items() if value or "_hooks" not in name}
+
+
+def _unknown(where: str, why: str) -> StudyError:
+    return StudyError(
+        f"a stored result would depend on {where}, which cannot be hashed ({why}); pass what it is made of "
+        "instead, or leave out store="
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return names of globals and attributes that code uses, that of functions inside it included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+@cache
+def _installed(module: str | None) -> bool:
+    """Return whether a module comes with Python or an installed package, not with the caller's code."""
+    top = (module or "").partition(".")[0]
+    if top in ("builtins", "mupass", "torch") or top in sys.stdlib_module_names:
+        return True
+    if top in ("", "__main__", "__mp_main__"):
+        return False
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [spec.origin] if spec and spec.origin else list((spec and spec.submodule_search_locations) or ())
+    homes = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")]
+    found = [Path(place).resolve() for place in places if place]
+    return any(home in place.parents for home in homes for place in found)
+
+
+def called(function: Any) -> str:
+    """Return a function's name for the reader.
+
+    Args:
+        function: The function.
+    """
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
