@@ -41,13 +41,15 @@ class KFAC(PlannedOptimizer):
     arXiv 2312.12226, eq. 2). Learning rates carry the width factors of the plan. Biases are blocks of their
     own, with the layer's B and ``A = 1``: folded into A, a hidden bias would learn like 1/width.
 
-    Momentum accumulates preconditioned directions. Factors are moving averages, corrected for their start.
+    Momentum is the moving average of gradients, which is then preconditioned. Averages are corrected for
+    their start. Where all gradients were multiplied by one factor between the backward pass and the step, as
+    ``clip_grad_norm_`` does, B takes this factor, too: curvature then fits the gradient that it divides.
     The loss must be a mean over its terms (the default of PyTorch's losses) unless ``loss_reduction="sum"``.
     Under a ``GradScaler`` that steps this optimizer, B's scale is taken out; where gradients were unscaled
     before (to clip them), pass ``loss_scale=scaler.get_scale``.
 
     ``lr`` and ``damping`` are keys of the parameter groups, for schedules. Steps in which a gradient is NaN
-    or infinite are skipped and counted in `stats`, and what was due at them is done at the next.
+    or infinite change nothing and are counted in `stats`.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -55,18 +57,29 @@ class KFAC(PlannedOptimizer):
         damping: Damping; by default relative to the trace of each factor, so it means the same at all widths.
         e_a: Power of A; 0 leaves the input side out (and does not collect it).
         e_b: Power of B; ``e_a=1, e_b=0`` is FOOF.
-        momentum: Weight of past directions.
+        momentum: Weight of the past in the average of gradients.
+        momentum_of: ``gradients`` averages them, corrected for the start from zero, before they are
+            preconditioned; ``directions`` adds up preconditioned gradients, as `torch.optim.SGD` does, which
+            makes steps up to ``1 / (1 - momentum)`` times as long.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
+        decay: ``all``, or ``matrices``: no decay of vectors (biases, gains), numbers and embedding tables.
+        overrides: Other settings by pattern of names (as in `fnmatch`; the first that fits), such as
+            ``{"head.*": {"lr": 1e-3, "weight_decay": 0.0}}``; keys are ``lr``, ``weight_decay``, ``damping``.
         factor_decay: Weight of past factors in the moving averages.
         factor_every: Steps between collections of factors; steps in between run the cheap graph.
         root_every: Steps between recomputations of the inverses.
-        root_drift: A root is recomputed out of turn once its factor's trace has changed by this ratio; in the
-            first steps of training factors grow by orders of magnitude.
+            In the first period all are computed at steps 1, 2, 4, 8 and so on; a root whose factor has grown
+            since is made smaller by as much.
         stagger: Spread the roots over the steps of a period instead of computing all at once.
         damping_mode: ``trace``, ``eigen`` (relative to the largest eigenvalue), ``absolute`` or ``pi``
             (`mupass` docs: scale table).
         damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
             queries and keys, whose gradients are small at first, and branches behind a gate of zero.
+        damping_memory: What a step leaves of the largest trace (``eigen``: eigenvalue) of B seen so far, to
+            which damping of B is relative: without it, steps grow as the loss goes to zero. 0 forgets it.
+        step_bound: Bound on the root mean square of the change that a step makes to a layer's outputs by its
+            weight, or by its bias, as A tells it; longer directions are shortened. It means the same at all
+            widths. Parameters without a factor A (``e_a=0``) have none. None turns it off.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
@@ -86,7 +99,8 @@ class KFAC(PlannedOptimizer):
             width (to the powers ``e_a`` and ``e_b``), so that exponents stay. None keeps factors whole.
         norms: Whether gains and shifts (of norms, or in code) are preconditioned; else they fall back.
         exclude: Patterns (as in `fnmatch`) of parameters that are left to the fallback.
-        fallback: ``adamw`` or ``sgd``, for parameters that K-FAC does not take (see `coverage`).
+        fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for parameters that K-FAC does not take (see
+            `coverage`). A `Fallback` sets betas, epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
         loss_terms: Number of terms that the loss averages over, or a function of no arguments giving it. By
             default counted on the model's first output, its class axis left out: samples for a classifier,
@@ -95,8 +109,9 @@ class KFAC(PlannedOptimizer):
         loss_reduction: ``mean`` or ``sum``.
         loss_scale: What the loss is multiplied by before ``backward``, or a function giving it.
         strict: Raise when any parameter falls back.
-        data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them. By
-            default yes where torch.distributed runs with several ranks.
+        data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them, and
+            each rank keeps the factors and roots of some parameters (EKFAC: of all). By default yes where
+            torch.distributed runs with several ranks.
 
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.

@@ -43,10 +43,14 @@ class Muon(MatrixOptimizer):
         adaptive: AdaMuon.
         beta2: Weight of the past in AdaMuon's squares.
         roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
-        product_dtype: Precision of the matrix products; by default bfloat16 on CUDA, else that of the
-            factors. CPUs with AVX512-BF16 or AMX are twice as fast with ``torch.bfloat16``, others slower.
+        product_dtype: Precision of the matrix products; by default that of the factors, or bfloat16 for
+            float32 factors on CUDA and on CPUs with instructions for it (AVX512-BF16 or AMX).
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
-        fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters.
+        decay: ``all``, or ``matrices``: no decay of vectors (biases, gains), numbers and embedding tables.
+        overrides: Other settings by pattern of names (as in `fnmatch`; the first that fits), such as
+            ``{"head.*": {"lr": 1e-3, "weight_decay": 0.0}}``; keys are ``lr``, ``weight_decay``, ``damping``.
+        fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters. A `Fallback` sets betas,
+            epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
         strict: Raise when any parameter falls back.

@@ -47,25 +47,38 @@ class Shampoo(MatrixOptimizer):
         lr: Learning rate at the base width.
         damping: Damping; by default relative to the largest eigenvalue of each factor.
         e: Total power, shared equally by the sides that are preconditioned.
-        momentum: Weight of past directions.
+        momentum: Weight of the past in the average of gradients, which is then preconditioned.
+        momentum_of: ``gradients`` averages them, corrected for the start from zero, before they are
+            preconditioned; ``directions`` adds up preconditioned gradients, as `torch.optim.SGD` does, which
+            makes steps up to ``1 / (1 - momentum)`` times as long.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
+        decay: ``all``, or ``matrices``: no decay of vectors (biases, gains), numbers and embedding tables.
+        overrides: Other settings by pattern of names (as in `fnmatch`; the first that fits), such as
+            ``{"head.*": {"lr": 1e-3, "weight_decay": 0.0}}``; keys are ``lr``, ``weight_decay``, ``damping``.
         factor_decay: Weight of past factors in their moving average; 1 sums them without forgetting.
         root_every: Steps between recomputations of the roots.
         staggered: Whether recomputations are spread over ``root_every`` steps, a part of the blocks at each,
             instead of all at one step. All are computed at the first step.
         damping_mode: ``relative``, ``absolute`` (times the plan's factor) or ``trace``.
+        damping_memory: What a step leaves of the largest trace of a factor seen so far. Damping is larger by
+            the ratio of this trace to the present one, ``absolute`` damping excepted. 0 forgets at once.
         block_size: Largest side of a block.
         sides: ``both``, ``left`` (fan_out), ``right`` (fan_in) or ``smaller``.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a factor of its own, with powers that add up to the same ``e``.
         graft: ``none``, ``sgd``, ``adam``, ``rmsprop`` or ``spectral``.
+        graft_beta2: Weight of the past in the squares of Adam's and RMSprop's graft; Adam's first beta is
+            ``momentum``.
+        graft_eps: Their epsilon at the base width.
+        start_step: Number of first steps that are the graft's own, while factors are collected; with the
+            grafts ``sgd``, ``adam`` and ``rmsprop``.
         roles: Roles that Shampoo takes.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
-            with, and other roles.
+            with, and other roles. A `Fallback` sets betas, epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
-        data_parallel: Whether ranks hold the same gradients, so that roots are divided over them. By default
-            yes where torch.distributed runs with several ranks.
+        data_parallel: Whether ranks hold the same gradients, so that each keeps the state of some parameters
+            and computes their directions. By default yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:

@@ -47,12 +47,15 @@ class SOAP(MatrixOptimizer):
             Muon's, and does not grow over training with the width of blocks.
         roles: Roles that SOAP takes.
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
+        decay: ``all``, or ``matrices``: no decay of vectors (biases, gains), numbers and embedding tables.
+        overrides: Other settings by pattern of names (as in `fnmatch`; the first that fits), such as
+            ``{"head.*": {"lr": 1e-3, "weight_decay": 0.0}}``; keys are ``lr``, ``weight_decay``, ``damping``.
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
-            with, and other roles.
+            with, and other roles. A `Fallback` sets betas, epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
-        data_parallel: Whether ranks hold the same gradients, so that bases are divided over them. By default
-            yes where torch.distributed runs with several ranks.
+        data_parallel: Whether ranks hold the same gradients, so that each keeps the state of some parameters
+            and computes their directions. By default yes where torch.distributed runs with several ranks.
         strict: Raise when any parameter falls back.
 
     Raises:

@@ -1,0 +1,230 @@
+"""State of the optimizers: by parameter, checked as a whole before anything is loaded, divided over ranks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from ranks import free_port, one_of_two
+from test_optim import OPTIONS, assert_equal, every, make, train
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import mupass
+
+Entry = dict[str, Tensor]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(v, second[k]) for k, v in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def trained(name: str, steps: int = 3) -> tuple[nn.Module, Any]:
+    cls, options = OPTIONS[name]
+    net = make()
+    optimizer = cls(net, 0.01, **options)
+    train(net, optimizer, range(steps))
+    return net, optimizer
+
+
+@every
+def test_torchs_functions_for_checkpoints_carry_all_of_it(cls: Any, options: dict[str, Any]) -> None:
+    net = make()
+    optimizer = cls(net, 0.01, **options)
+    train(net, optimizer, range(4))
+    weights, state = get_state_dict(net, optimizer)
+    file = io.BytesIO()
+    torch.save((weights, state), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    assert any("fc.weight" in str(key) for key in state["state"])  # by name
+    other = make(seed=1)
+    restored = cls(other, 0.7, **options)
+    set_state_dict(other, restored, model_state_dict=weights, optim_state_dict=state)
+    train(net, optimizer, range(4, 8))
+    train(other, restored, range(4, 8))
+    assert_equal(net, other)
+    assert restored.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_everything_is_in_the_state_of_parameters(name: str) -> None:
+    net, optimizer = trained(name)
+    found = optimizer.state_dict()
+    assert set(found) == {"state", "param_groups"}
+    own = [c.parameter for c in optimizer.coverage() if c.treatment.split()[0] not in ("adamw", "sgd")]
+    assert all(optimizer.state[net.get_parameter(n)] for n in own)
+
+
+def damages(entry: Entry) -> list[tuple[str, str, Callable[[Entry], Any]]]:
+    """Ways to damage the state of a parameter: what, at which key, how."""
+    found: list[tuple[str, str, Callable[[Entry], Any]]] = []
+    for key, value in entry.items():
+        assert value.is_floating_point(), key
+        ways: dict[str, Any] = {
+            "shape": torch.zeros(*value.shape, 2),
+            "type": 3,
+            "whole numbers": torch.zeros_like(value, dtype=torch.int64),
+            "NaN": torch.full_like(value, math.nan),
+            "infinity": torch.full_like(value, math.inf),
+        }
+        signless = ("weight", "weights", "square", "peak", "rooted", "rho", "values", "sum")
+        if key.rstrip("0123456789").endswith(signless) and value.numel():
+            ways["negative"] = value - value.abs().amax() - 1
+        found.append(("missing", key, lambda e, k=key: e.pop(k)))
+        for what, bad in ways.items():
+            found.append((what, key, lambda e, k=key, b=bad: e.__setitem__(k, b)))
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
+    net, optimizer = trained(name)
+    good, _ = optimizer.state_dict(), train(net, optimizer, range(3, 5))
+    before, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    tried = 0
+    for number, entry in good["state"].items():
+        for what, key, damage in damages(entry):
+            bad = {**good, "state": {**good["state"], number: dict(entry)}}
+            damage(bad["state"][number])
+            with pytest.raises(mupass.OptimizerError, match="state of|has shape"):
+                optimizer.load_state_dict(bad)
+                pytest.fail(f"{what} of {key} of parameter {number}")
+            tried += 1
+    assert tried > 30
+    assert same(optimizer.state_dict(), before) and same(net.state_dict(), weights)
+
+
+GROUPS: list[tuple[str, Any]] = [
+    *[("lr", v) for v in (math.nan, -1.0, "0.1", None, torch.tensor(math.nan))],
+    *[("weight_decay", v) for v in (math.inf, -1.0)],
+    *[("momentum", v) for v in (1.0, -0.1)],
+    *[("betas", v) for v in ((0.9,), (0.9, 1.0), 0.9)],
+    *[("mupass_steps", v) for v in (-1, 2.5, "3")],
+    ("mupass_kind", "Shampoo"),
+    ("mupass_scale", 3.0),
+    ("params", None),
+    ("params", [0]),
+]
+
+
+@pytest.mark.parametrize("key, value", GROUPS, ids=[f"{k}={v!r}" for k, v in GROUPS])
+def test_damaged_groups_are_refused(key: str, value: Any) -> None:
+    net, optimizer = trained("kfac")
+    bad = optimizer.state_dict()
+    before = copy.deepcopy(bad)
+    group = next(g for g in bad["param_groups"] if g["algorithm"] == ("adamw" if key == "betas" else "kfac"))
+    group[key] = value
+    with pytest.raises(mupass.OptimizerError):
+        optimizer.load_state_dict(bad)
+    del group[key]
+    with pytest.raises(mupass.OptimizerError):
+        optimizer.load_state_dict(bad)
+    assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("bad", [None, [], {}, {"state": {}}, {"state": [], "param_groups": []}], ids=repr)
+def test_what_is_no_state_is_refused(bad: Any) -> None:
+    _, optimizer = trained("muon", 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(mupass.OptimizerError):
+        optimizer.load_state_dict(bad)
+    stray = copy.deepcopy(before)
+    stray["state"][99] = {}
+    with pytest.raises(mupass.OptimizerError, match="unknown parameters: 99"):
+        optimizer.load_state_dict(stray)
+    assert same(optimizer.state_dict(), before)
+
+
+# Ranks -----------------------------------------------------------------------------------------------------
+
+RANKED: dict[str, Callable[[nn.Module], Any]] = {
+    "kfac": lambda net: mupass.KFAC(net, 0.05, 1e-2, root_every=2, stagger=False, kl_clip=1e-2),
+    "shampoo": lambda net: mupass.Shampoo(net, 0.01, root_every=2, staggered=False, block_size=8),
+    "soap": lambda net: mupass.SOAP(net, 0.01, basis_every=2, staggered=False, block_size=4),
+}
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    sizes, layers = [6, 16, 16, 16, 16, 16, 3], []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    example = torch.zeros(2, 6, dtype=torch.float64)
+    return mupass.transform(nn.Sequential(*layers[:-1]).double(), example, base=8)
+
+
+def go_on(model: nn.Module, optimizer: Any, rows: slice, at: range) -> None:
+    for seed in at:
+        torch.manual_seed(seed)
+        x, y = torch.randn(64, 6, dtype=torch.float64), torch.randint(3, (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+
+
+def held(optimizer: Any) -> int:
+    """Bytes of the preconditioner that this process has."""
+    entries = [(k, t) for s in optimizer.state.values() for k, t in s.items() if "." in k]
+    return sum(t.numel() * t.element_size() for _, t in entries if t.device.type != "meta")
+
+
+def _rank(rank: int, port: int, name: str, path: Path) -> None:
+    with one_of_two(rank, port):
+        rows = slice(32 * rank, 32 * rank + 32)
+        model = nn.parallel.DistributedDataParallel(build())
+        optimizer = RANKED[name](model)
+        go_on(model, optimizer, rows, range(4))
+        state = (copy.deepcopy(model.module.state_dict()), optimizer.state_dict())
+        go_on(model, optimizer, rows, range(4, 7))
+        through = [p.detach().clone() for p in model.parameters()]
+        second = nn.parallel.DistributedDataParallel(build())
+        restored = RANKED[name](second)
+        alone = torch.load(path / "alone.pt")
+        second.module.load_state_dict(alone[0])
+        restored.load_state_dict(alone[1])
+        go_on(second, restored, rows, range(4, 7))
+        others = [p.detach().clone() for p in second.parameters()]
+        torch.save((state, through, others, held(optimizer)), path / f"rank{rank}.pt")
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks_share_the_preconditioner_and_states_go_from_two_to_one_and_back(
+    name: str, tmp_path: Path
+) -> None:
+    alone = build()
+    optimizer = RANKED[name](alone)
+    everything = slice(0, 64)
+    go_on(alone, optimizer, everything, range(4))
+    torch.save((alone.state_dict(), optimizer.state_dict()), tmp_path / "alone.pt")
+    whole = held(optimizer)
+    go_on(alone, optimizer, everything, range(4, 7))
+    want = [p.detach() for p in alone.parameters()]
+    mp.spawn(_rank, (free_port(), name, tmp_path), nprocs=2)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert same(parts[0][0], parts[1][0])  # every rank returns all of the state
+    assert max(part[3] for part in parts) <= 0.55 * whole and sum(part[3] for part in parts) == whole
+    (weights, state), through, others, _ = parts[0]
+    restored_model = build()
+    restored = RANKED[name](restored_model)
+    restored_model.load_state_dict(weights)
+    restored.load_state_dict(state)
+    go_on(restored_model, restored, everything, range(4, 7))
+    for p, q, r, s in zip(want, restored_model.parameters(), through, others, strict=True):
+        for other in (q.detach(), r, s):
+            torch.testing.assert_close(other, p, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,491 @@
+"""What a step must not do: move outputs too far, learn from NaN, wait for the device, lose half precision."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kfac import LR, RHO, Run, batch_factors, moved, power
+from test_optim import all_, assert_equal, batch, every, make, train, values
+from test_taps import CASES, DENSE, Case
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mupass
+
+# The bound on what a step does to outputs ------------------------------------------------------------------
+
+
+def output_change(case: Case, net: nn.Module, module: str, before: dict[str, Tensor]) -> float:
+    """RMS of the change of a layer's output by its own new weight, the input being what it was."""
+    layer, inputs = net.get_submodule(module), []
+    hook = layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
+    now = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            p.copy_(before[n])
+        net(case.batch()[0])
+        hook.remove()
+        old = layer(inputs[0])
+        layer.weight.copy_(now[f"{module}.weight"])
+        new = layer(inputs[0])
+        for n, p in net.named_parameters():
+            p.copy_(now[n])
+    return float((new - old).square().mean().sqrt())
+
+
+BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "sequence": ("sequence", {}),
+    "convolution": ("2d stride padding", {}),
+    "grouped convolution": ("2d groups stride", {}),
+    "embedding": ("embedding", {}),
+    "half powers": ("linear", {"e_a": 0.5, "e_b": 0.5}),
+    "largest eigenvalue": ("linear", {"damping_mode": "eigen"}),
+    "absolute": ("linear", {"damping_mode": "absolute"}),
+    "ekfac": ("linear", {"ekfac": True}),
+    "old roots": ("linear", {"root_every": 100, "stagger": False}),
+    "old bases": ("linear", {"root_every": 100, "stagger": False, "ekfac": True}),
+    "blocks that hold all": ("linear", {"block_size": 100}),
+}
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_step_moves_outputs_by_no_more_than_its_bound(name: str, bound: float) -> None:
+    case, options = CASES[BOUNDED[name][0]], BOUNDED[name][1]
+    changes = []
+    for limit in (None, bound):
+        net = case.net()
+        how = {"momentum": 0.0, "factor_decay": 0.0, "damping_floor": 0.0, **options}
+        optimizer = mupass.KFAC(net, LR, RHO, step_bound=limit, **how)
+        x, y = case.batch()
+        for _ in range(4 if "old" in name else 1):
+            with torch.no_grad():  # everywhere the same point, but with statistics of another batch before
+                start = {n: p.clone() for n, p in net.named_parameters()}
+            optimizer.zero_grad()
+            at = case.batch(7) if "old" in name and _ < 3 else (x, y)
+            case.terms(net(at[0]), at[1]).mean().backward()
+            optimizer.step()
+            if "old" in name and _ < 3:
+                net.load_state_dict(start)
+        linear = [n.removesuffix(".weight") for n, p in net.named_parameters() if p.dim() > 1]
+        changes.append({n: output_change(case, net, n, start) for n in linear})
+    free, held = changes
+    for module in free:
+        assert held[module] == pytest.approx(min(bound, free[module]), rel=1e-4), module
+    assert any(change > 1e-3 for change in free.values())
+
+
+def test_the_bound_of_blocks_is_that_of_their_masked_factor() -> None:
+    case = DENSE["linear"]
+    net = case.net()
+    optimizer = mupass.KFAC(net, LR, RHO, momentum=0.0, step_bound=1e-3, block_size=4, factor_decay=0.0)
+    inputs: list[Tensor] = []
+    net[2].register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
+    x, y = case.batch()
+    case.terms(net(x), y).mean().backward()
+    step = moved(net, optimizer.step)["2.weight"]
+    halves = [inputs[0][:, c : c + 4] @ step[:, c : c + 4].T for c in (0, 4)]
+    change = sum(h.square().mean() for h in halves)
+    assert float(change) ** 0.5 == pytest.approx(1e-3, rel=1e-6)
+
+
+@pytest.mark.parametrize("of", ["gradients", "directions"])
+def test_clipping_bounds_the_step_that_is_taken(of: str) -> None:
+    """Of the mean and of the sum: in the limit of a constant gradient the sum is ten directions."""
+    run = Run(DENSE["linear"], momentum=0.9, momentum_of=of, kl_clip=1e-6, lr=1.0)
+    grads, step = {}, {}
+    for _ in range(60):
+        run.at = 0  # the same batch
+        step = moved(run.net, run.step)
+        grads = {n: p.grad.clone() for n, p in run.net.named_parameters()}  # type: ignore[union-attr]
+        run.net.load_state_dict({n: p.detach() - step[n] for n, p in run.net.named_parameters()})
+    size = -sum(float((step[n] * grads[n]).sum()) for n in step)
+    assert size == pytest.approx(1e-6, rel=1e-2)
+
+
+# Damping that remembers, clipped gradients -----------------------------------------------------------------
+
+
+def test_damping_of_b_remembers_its_largest_trace() -> None:
+    how = {"factor_decay": 0.0, "damping_memory": 0.9, "damping_floor": 0.0}
+    run, peak, bound = Run(DENSE["linear"], **how), torch.zeros(()).double(), 0
+    for seed, scale in enumerate((1.0, 5.0, 0.1, 0.1), 1):
+        a, b = (m.view(8, 8) for m in batch_factors(run.case, run.net, seed).chunk(2))
+        b = b * scale**2
+        peak = torch.maximum(0.9 * peak, b.trace())
+        bound += bool(peak > b.trace())
+        got = moved(run.net, lambda s=scale: run.step(s))["2.weight"]
+        grad = run.net[2].weight.grad  # type: ignore[index]
+        want = -LR * power(b, RHO * peak, 1) @ grad @ power(a, RHO * a.trace(), 1)
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+    assert bound == 2
+
+
+def clipped_run(change: Any, steps: int = 4, **options: Any) -> list[Tensor]:
+    """Updates of a run whose gradients are changed between the backward pass and the step."""
+    case, found = DENSE["linear"], []
+    net = case.net()
+    optimizer = mupass.KFAC(net, LR, RHO, step_bound=None, **options)
+    for seed in range(steps):
+        x, y = case.batch(seed)
+        optimizer.zero_grad()
+        case.terms(net(x), y).mean().backward()
+        change(net, seed)
+        step = moved(net, optimizer.step)
+        found.append(torch.cat([d.flatten() for d in step.values()]))
+    return found
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_a_clip_by_a_constant_factor_changes_no_step(ekfac: bool) -> None:
+    def times(factor: float) -> Any:
+        def change(net: nn.Module, _: int) -> None:
+            for p in net.parameters():
+                p.grad.mul_(factor)  # type: ignore[union-attr]
+
+        return change
+
+    plain = clipped_run(times(1.0), ekfac=ekfac)
+    for factor in (0.01, 0.5):
+        for a, b in zip(plain, clipped_run(times(factor), ekfac=ekfac), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("clip", [0.1, 1.0, 5.0])
+def test_statistics_follow_clipped_gradients(clip: float) -> None:
+    """B of each batch times the factor of its clip, against the dense formula."""
+    run = Run(DENSE["linear"], factor_decay=0.5, damping_memory=0.0, damping_floor=0.0)
+    b_sum, a_sum, weight, factors = 0.0, 0.0, 0.0, []
+    for seed in range(1, 5):
+        a, b = (m.view(8, 8) for m in batch_factors(run.case, run.net, seed).chunk(2))
+        x, y = run.case.batch(seed)
+        run.optimizer.zero_grad()
+        (run.case.terms(run.net(x), y).mean() * 3).backward()
+        norm = nn.utils.clip_grad_norm_(run.net.parameters(), clip)
+        factors.append(min(1.0, float(clip / (norm + 1e-6))))
+        a_sum, b_sum = 0.5 * a_sum + 0.5 * a, 0.5 * b_sum + 0.5 * 9 * b * factors[-1]
+        weight = 0.5 * weight + 0.5
+        a, b = a_sum / weight, b_sum / weight
+        got = moved(run.net, run.optimizer.step)["2.weight"]
+        grad = run.net[2].weight.grad  # type: ignore[index]
+        want = -LR * power(b, RHO * b.trace(), 1) @ grad @ power(a, RHO * a.trace(), 1)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-10)
+    assert clip > 1 or min(factors) < 0.9
+
+
+@pytest.mark.parametrize("kind", ["value", "noise", "some"])
+def test_what_is_no_clip_by_norm_leaves_statistics_alone(kind: str) -> None:
+    def change(net: nn.Module, seed: int) -> None:
+        if kind == "value":
+            nn.utils.clip_grad_value_(net.parameters(), 1e-3)
+        for i, p in enumerate(net.parameters()):
+            if kind == "noise":
+                torch.manual_seed(seed)
+                p.grad.add_(torch.randn_like(p.grad), alpha=0.01)  # type: ignore[union-attr,arg-type]
+            elif kind == "some" and i % 2:
+                p.grad.mul_(0.1)  # type: ignore[union-attr]
+
+    case = DENSE["linear"]
+    run = Run(case, factor_decay=0.0)
+    before = batch_factors(case, run.net, 1)
+    x, y = case.batch(1)
+    case.terms(run.net(x), y).mean().backward()
+    change(run.net, 1)
+    run.optimizer.step()
+    state = run.optimizer.state[run.net[2].weight]  # type: ignore[index]
+    trace = before.chunk(2)[1].view(8, 8).trace()
+    torch.testing.assert_close(state["b0.peak"][0], trace)
+
+
+def test_a_gradient_scaler_is_no_clip_and_a_clip_beside_it_is() -> None:
+    runs = {}
+    for scaled, clip in ((False, None), (True, None), (False, 0.5), (True, 0.5)):
+        case, net = DENSE["linear"], DENSE["linear"].net()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        given = {"loss_scale": scaler.get_scale} if scaled and clip else {}
+        optimizer = mupass.KFAC(net, LR, RHO, **given)
+        for seed in range(3):
+            x, y = case.batch(seed)
+            optimizer.zero_grad()
+            scaler.scale(case.terms(net(x), y).mean()).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+        runs[scaled, clip] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(runs[True, None], runs[False, None], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(runs[True, 0.5], runs[False, 0.5], rtol=1e-9, atol=1e-12)
+
+
+# Gradients that are no numbers -----------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_changes_nothing_and_is_told(
+    cls: Any, options: dict[str, Any], at: int, bad: float
+) -> None:
+    every_step = {k: 1 for k in options if k in ("factor_every", "root_every", "basis_every")}
+    if "eigh_every" in options:
+        pytest.skip("counts iterations by steps")
+    net, twin = make(), make()
+    optimizer, clean = (cls(n, 0.01, **{**options, **every_step}) for n in (net, twin))
+    train(net, optimizer, range(at))
+    train(twin, clean, range(at))
+    before = values(net)
+    x, y = batch(99)
+    optimizer.zero_grad()
+    F.cross_entropy(net(x).flatten(0, -2), y.flatten()).backward()
+    net.head.weight.grad[0, 0] = bad  # type: ignore[index]
+    with pytest.warns(mupass.MupassWarning, match="skipped steps: a gradient holds NaN or infinity"):
+        optimizer.step()
+        assert optimizer.stats() == {"steps": at, "skipped_steps": 1}
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    train(net, optimizer, range(at, at + 4))
+    train(twin, clean, range(at, at + 4))
+    for n, p in net.named_parameters():
+        torch.testing.assert_close(p, twin.get_parameter(n), rtol=1e-7, atol=1e-10, msg=n)
+
+
+def test_factors_due_in_a_skipped_first_step_are_collected_in_the_next() -> None:
+    run = Run(DENSE["linear"], factor_every=10, root_every=10)
+    with pytest.warns(mupass.MupassWarning, match="skipped steps"):
+        run.step(math.nan)
+    assert not any(torch.count_nonzero(d) for d in moved(run.net, lambda: None).values())
+    assert all(torch.count_nonzero(d) for d in moved(run.net, run.step).values())
+
+
+# Groups ----------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("key, value", [("lr", math.nan), ("lr", -1.0), ("weight_decay", math.inf)])
+def test_a_rate_that_is_no_number_is_refused_and_nothing_changes(
+    cls: Any, options: dict[str, Any], key: str, value: float
+) -> None:
+    net = make()
+    optimizer = cls(net, 0.01, **options)
+    train(net, optimizer, range(2))
+    before, state = values(net), [t.clone() for s in optimizer.state.values() for t in s.values()]
+    optimizer.param_groups[-1][key] = value
+    with pytest.raises(mupass.OptimizerError, match=f"{key} of group"):
+        train(net, optimizer, range(2, 3))
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    now = [t for s in optimizer.state.values() for t in s.values()]
+    assert all(map(torch.equal, state, now))
+
+
+def test_momentum_that_a_scheduler_switches_on_is_refused() -> None:
+    for cls in (mupass.KFAC, mupass.Shampoo):
+        net = make()
+        optimizer = cls(net, 0.01, momentum=0.0)
+        schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+        with pytest.raises(mupass.OptimizerError, match="made with momentum=0.*cycle_momentum=False"):
+            train(net, optimizer, range(1), schedule)
+
+
+@all_
+def test_a_thawed_layer_is_told_of_and_moves(cls: Any) -> None:
+    net = make()
+    net.fc.requires_grad_(False)
+    optimizer = cls(net, 0.01, weight_decay=0.1)
+    train(net, optimizer, range(2))
+    net.fc.requires_grad_(True)
+    before = values(net)
+    with pytest.warns(mupass.MupassWarning, match="fc.weight was frozen when .*adamw trains it from now on"):
+        train(net, optimizer, range(2, 3))
+    found = {c.parameter: c for c in optimizer.coverage()}
+    assert found["fc.weight"].treatment == "adamw" and "frozen" in found["fc.weight"].reason
+    lr = optimizer.param_groups[-1]["lr"] * optimizer.param_groups[-1]["mupass_scale"]
+    # Adam's first step is its rate, after decay.
+    move = net.fc.bias.detach() - before["fc.bias"] * (1 - 0.1 * optimizer.param_groups[-1]["lr"])
+    assert torch.allclose(move.abs(), torch.full_like(move, lr), rtol=1e-3)
+    train(net, optimizer, range(3, 5))
+
+
+@all_
+def test_parameters_that_a_trainer_swapped_are_followed(cls: Any) -> None:
+    net, twin = make(), make()
+    optimizer, other = cls(net, 0.01), cls(twin, 0.01)
+    train(net, optimizer, range(2))
+    train(twin, other, range(2))
+    fresh = {}
+    for name, p in list(net.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        fresh[p] = nn.Parameter(p.detach().clone())
+        setattr(net.get_submodule(owner), leaf, fresh[p])
+    for group in optimizer.param_groups:
+        group["params"] = [fresh[p] for p in group["params"]]
+    train(net, optimizer, range(2, 5))
+    train(twin, other, range(2, 5))
+    assert_equal(net, twin)
+
+
+# Unusual parameters ----------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A complex spectrum, an empty parameter, and layers around them."""
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, w), nn.Linear(w, 3)
+        self.spectrum = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.none = nn.Parameter(torch.zeros(0, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inp(x))
+        scale = (self.spectrum.real.sin() + self.spectrum.imag.cos()).sum()
+        return self.out(h) * scale + self.none.sum()
+
+
+@all_
+def test_complex_and_empty_parameters(cls: Any) -> None:
+    x, y = torch.randn(6, 5), torch.randn(6, 3)
+    net = mupass.transform(Odd(8), x, base=4)
+    optimizer = cls(net, 0.01, fallback_lr=0.02, weight_decay=0.1)
+    found = {c.parameter: c for c in optimizer.coverage()}
+    assert found["spectrum"].treatment == "adamw" and "complex" in found["spectrum"].reason
+    assert found["none"].treatment == "none" and "no entries" in found["none"].reason
+    scale = next(
+        g["mupass_scale"] for g in optimizer.param_groups if any(p.is_complex() for p in g["params"])
+    )
+    twin = nn.Parameter(net.spectrum.detach().clone())
+    adam = torch.optim.AdamW([twin], lr=0.02 * scale, weight_decay=0.1 / scale)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.mse_loss(net(x), y).backward()
+        twin.grad = net.spectrum.grad.clone()
+        optimizer.step()
+        adam.step()
+        torch.testing.assert_close(net.spectrum.detach(), twin.detach(), rtol=1e-5, atol=1e-7)
+
+
+@all_
+def test_a_sparse_gradient_is_refused_by_name(cls: Any) -> None:
+    net = make()
+    net.emb.sparse = True
+    optimizer = cls(net, 0.01)
+    before = values(net)
+    x, y = batch(0)
+    F.cross_entropy(net(x).flatten(0, -2), y.flatten()).backward()
+    if not net.emb.weight.grad.is_sparse:  # type: ignore[union-attr]
+        net.emb.weight.grad = net.emb.weight.grad.to_sparse()  # type: ignore[union-attr]
+    with pytest.raises(mupass.OptimizerError, match="gradient of emb.weight is sparse.*sparse=False"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+# Waiting for the device ------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host would wait for, and copies between devices."""
+
+    KINDS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique", "unique_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if name.startswith(self.KINDS):
+            self.seen[name] += 1
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if isinstance(result, Tensor) and first is not None and first.device.type != result.device.type:
+            self.seen[f"{first.device.type} to {result.device.type}"] += 1
+        return result
+
+
+SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kfac": (mupass.KFAC, {"root_every": 5, "kl_clip": 1e-3}),
+    "ekfac": (mupass.KFAC, {"ekfac": True, "root_every": 5, "sharing": "reduce"}),
+    **{
+        f"shampoo {graft}": (mupass.Shampoo, {"graft": graft, "root_every": 5})
+        for graft in ("none", "sgd", "adam", "rmsprop", "spectral")
+    },
+    "soap": (mupass.SOAP, {"basis_every": 5}),
+    "muon": (mupass.Muon, {}),
+    "adamuon": (mupass.Muon, {"adaptive": True}),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_an_ordinary_step_waits_for_nothing(name: str) -> None:
+    cls, options = SILENT[name]
+    net = make()  # in double precision nothing is refined on the host
+    optimizer = cls(net, 0.01, **options)
+    train(net, optimizer, range(5))
+    counts = []
+    for at in range(5, 15):
+        x, y = batch(at)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x).flatten(0, -2), y.flatten()).backward()
+        with Waits() as waits:
+            optimizer.step()
+        counts.append(sum(waits.seen.values()))
+    period = optimizer.report_every
+    assert period in (5, 10)
+    assert sum(c > 0 for c in counts) <= 10 // period, counts
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_step_runs_on_fake_cuda_tensors(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cls, options = SILENT[name]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = make().float()
+        for module in net.modules():
+            for leaf, p in list(module.named_parameters(recurse=False)):
+                fake = nn.Parameter(torch.empty(p.shape, device="cuda"))
+                setattr(module, leaf, fake)
+        optimizer = cls(net, 0.01, **options)
+        optimizer._watching, optimizer.report_every = False, 1 << 30  # a fake tensor has no number to tell
+        for _ in range(2):
+            for p in net.parameters():
+                p.grad = torch.empty_like(p)
+            if isinstance(optimizer, mupass.KFAC):
+                for tap in optimizer._curvature.taps.values():
+                    for leaf in tap.leaves:
+                        leaf.grad = torch.empty(leaf.shape, dtype=leaf.dtype, device="cuda")
+                if optimizer._curvature.terms.count is not None:
+                    count = optimizer._curvature.terms.count
+                    count.grad = torch.empty(count.shape, dtype=count.dtype, device="cuda")
+                optimizer._all_seen = True
+            with Waits() as waits:
+                optimizer.step()
+        assert not waits.seen
+        assert all(p.device.type == "cuda" for p in net.parameters())
+
+
+# Half precision --------------------------------------------------------------------------------------------
+
+
+@all_
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_moves_as_single_precision_does(cls: Any, dtype: torch.dtype) -> None:
+    nets = [make().to(dtype), make().to(dtype).float()]
+    start = values(nets[1])
+    for net in nets:
+        optimizer = cls(net, 0.01, weight_decay=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", mupass.MupassWarning)
+            train(net, optimizer, range(4))
+    near = {torch.float16: 0.05, torch.bfloat16: 0.35}[dtype]
+    for name, p in nets[0].named_parameters():
+        assert p.dtype == dtype and p.isfinite().all(), name
+        moves = [net.get_parameter(name).float().detach() - start[name] for net in nets]
+        assert (moves[0] - moves[1]).norm() < near * moves[1].norm(), name
