@@ -12,6 +12,7 @@ import torch
 
 from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.checks import check_counts, check_functions
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.fingerprint import called, digest
 from mupass._study.jobs import Evaluate, Identity, Job, Work, bar_of, run_all
@@ -84,8 +85,7 @@ def sweep(
         model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
         parameterization=parameterization, base=base, dims=dims, prepare=prepare, init=init, dtype=dtype,
     )  # fmt: skip
-    if not isinstance(seeds, int) or seeds < 1 or not isinstance(jobs, int) or jobs < 1:
-        raise StudyError(f"seeds and jobs must be at least 1, not {seeds!r} and {jobs!r}")
+    check_counts(seeds=seeds, jobs=jobs)
     points = study.points(grid)
     plan = [
         Job(i, point, seed)
@@ -142,8 +142,8 @@ class Study:
         Raises:
             StudyError: As `sweep`.
         """
-        if not isinstance(steps, int) or steps < 1:
-            raise StudyError(f"steps must be at least 1, not {steps!r}")
+        check_counts(steps=steps)
+        check_functions(loss=loss, evaluate=evaluate)
         make = recipe(optimizer)
         batches = read_batches(data, steps)
         given = [(b.args, b.kwargs, b.targets) for b in batches]
