@@ -128,8 +128,10 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
         found: What a probe measured, after a few steps of training.
 
     Raises:
-        MupassError: A layer has not moved, or was given zeros.
+        MupassError: It is nothing that a probe measured; a layer has not moved, or was given zeros.
     """
+    if not all(isinstance(n, str) and isinstance(layer, Alignment) for n, layer in found.items()):
+        raise MupassError("alignment= takes what a probe of mupass.alignment measured, by layer")
     unknown = [name for name, layer in found.items() if math.isnan(layer.alpha)]
     if unknown:
         raise MupassError(

@@ -131,7 +131,7 @@ def test_sizes_that_are_not_whole_numbers_do_not_split_groups() -> None:
 @pytest.mark.parametrize("field", ["lr", "weight_decay", "eps"])
 def test_bad_numbers_are_refused(field: str, value: float) -> None:
     arguments: dict[str, Any] = {"lr": 0.1, field: value}
-    with pytest.raises(mupass.OptimizerError, match=f"{field} must be finite and >= 0"):
+    with pytest.raises(mupass.OptimizerError, match=f"{field} must be a finite number >= 0"):
         param_groups(model(), **arguments)
 
 

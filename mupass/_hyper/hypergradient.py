@@ -18,7 +18,8 @@ from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
 from mupass._hyper.run import Unrolled, dual, parts, twice
 from mupass._scales.plan import plan_of
-from mupass._study.batches import Data, Loss, StudyError, cross_entropy, move, read_batches
+from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, move, read_batches
+from mupass._study.checks import check_counts, check_functions, check_point
 from mupass._study.copies import Copies
 from mupass._study.jobs import Evaluate, Work
 from mupass._study.plain import is_transformed
@@ -158,8 +159,9 @@ def hypergradient(
     for what, word, known in (("form", form, FORMS), ("mode", mode, MODES)):
         if word not in known:
             raise StudyError(f"unknown {what} {word!r}; known: {', '.join(known)}")
-    if not isinstance(steps, int) or steps < 1:
-        raise StudyError(f"steps must be at least 1, not {steps!r}")
+    check_counts(steps=steps)
+    check_functions(loss=loss, evaluate=evaluate)
+    check_point(point)
     notes: tuple[str, ...] = ()
     if not is_transformed(model):
         model = transform(model, read_batches(data, 1)[0].inputs, inplace=False)
@@ -173,6 +175,7 @@ def hypergradient(
     own = deepcopy(model)
     copies = Copies((plan.width,), (own,), own)
     work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
+    _try(deepcopy(own), work.batches[0])
     if form == "unrolled":
         return replace(unrolled(work, own, dict(point), mode, seed), notes=notes)
     if evaluate is None:
@@ -249,3 +252,16 @@ def _diverged(point: Mapping[str, float]) -> HyperGradient:
 
 def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _try(model: nn.Module, batch: Batch) -> None:
+    """Refuse data that the model does not take.
+
+    Raises:
+        StudyError: It fails on the first batch.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            batch.run(model)
+    except Exception as error:
+        raise StudyError(f"the model fails on the first batch: {error}") from error

@@ -22,7 +22,7 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
     Raises:
         OptimizerError: It is no number, NaN, infinite or out of bounds.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     if not number or not math.isfinite(value) or value < low or value >= high:
         bounds = f">= {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
         raise OptimizerError(f"{name} must be a finite number {bounds}, not {value!r}")

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 from torch import nn
 
 from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
+from mupass._optim.checks import check_number
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
 from mupass._scales.scales import Scales
 
@@ -69,8 +69,7 @@ def param_groups(
         raise OptimizerError(f"eps belongs to adam and adamw, not to {spec.name}")
     epsilon = 1e-8 if eps is None else eps
     for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": epsilon}.items():
-        if not isfinite(value) or value < 0:
-            raise OptimizerError(f"{name} must be finite and >= 0, not {value!r}")
+        check_number(name, value)
     root, plan = plan_of(model)
     plan = plan.for_optimizer(spec)
     plan.check(root)

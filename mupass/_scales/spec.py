@@ -1,7 +1,6 @@
 """What the scale table must know of an optimizer."""
 
 from dataclasses import dataclass
-from math import isfinite
 
 from mupass._errors import PlanError
 
@@ -9,6 +8,9 @@ ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an upda
 GRAFTS = ("none", "sgd", "adam", "rmsprop", "spectral")
 ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
 OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
+
+
+LARGEST = 8.0  # of a power; 1 undoes a factor altogether
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class OptimizerSpec:
             power = getattr(self, field)
             if isinstance(power, bool) or not isinstance(power, (int, float)):
                 raise PlanError(f"{field} must be a number, not {power!r}")
-            if not isfinite(power) or power < 0:
-                raise PlanError(f"{field} must be finite and >= 0, not {power!r}")
+            if not 0 <= power <= LARGEST:
+                raise PlanError(f"{field} must be finite and >= 0, at most {LARGEST:g}, not {power!r}")
             object.__setattr__(self, field, float(power))
         if self.name == "foof":
             if (self.e_a, self.e_b) not in {(1.0, 1.0), (1.0, 0.0)}:

@@ -69,7 +69,10 @@ def read_batches(data: Data, count: int) -> list[Batch]:
     Raises:
         StudyError: No data, or something that is not a batch.
     """
-    source: Any = data() if callable(data) else data
+    try:
+        source: Any = data() if callable(data) else data
+    except Exception as error:
+        raise StudyError(f"the function that returns the data fails: {error}") from error
     if isinstance(source, (Batch, tuple, Mapping)):
         source = [source]
     elif isinstance(source, Tensor) or not isinstance(source, Iterable):

@@ -17,6 +17,7 @@ from mupass._scales.init import InitChoice
 from mupass._scales.spec import OptimizerSpec
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
+from mupass._study.checks import check_counts, check_functions
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
@@ -95,8 +96,8 @@ def coord_check(
             trained.
         MupassError: The model cannot be resized or transformed.
     """
-    if steps < 1 or seeds < 1:
-        raise StudyError(f"steps and seeds must be at least 1, not {steps} and {seeds}")
+    check_counts(steps=steps, seeds=seeds)
+    check_functions(loss=loss)
     make = recipe(optimizer, for_check=True)
     model, notes = untransformed(model)
     check_names(make, [] if lr is None else ["lr"])

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._errors import each_matter_once, kind_of
+from mupass._errors import each_matter_once
 from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import Plan, plan_of
 from mupass._study.batches import Batch, StudyError, move
+from mupass._study.checks import check_functions, check_widths
 from mupass._transform import transform
 
 Width = int | Mapping[str, int]
@@ -99,6 +100,8 @@ def make_copies(
     Raises:
         StudyError: Fewer widths than wanted, or the same twice.
     """
+    check_widths(source, widths)
+    check_functions(prepare=prepare)
     build = _builder(source, batches[0], dims, init)
     if widths is None:
         if not isinstance(source, nn.Module):
@@ -162,11 +165,6 @@ def _builder(
     if isinstance(source, nn.Module):
         return lambda width: resize(
             source, width, example_inputs=batch.inputs, dims=dims, init=init, seed=0, fresh=True
-        )
-
-    if not callable(source):
-        raise StudyError(
-            f"a model is needed, or a function of a width that builds one, not {kind_of(source)}"
         )
 
     def build(width: Any) -> nn.Module:

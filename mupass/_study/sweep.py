@@ -13,6 +13,7 @@ import torch
 
 from mupass._scales.init import InitChoice
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.checks import check_counts, check_functions
 from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.fingerprint import called, digest
 from mupass._study.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
@@ -88,8 +89,7 @@ def sweep(
         model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
         parameterization=parameterization, base=base, dims=dims, prepare=prepare, init=init, dtype=dtype,
     )  # fmt: skip
-    if not isinstance(seeds, int) or seeds < 1:
-        raise StudyError(f"seeds must be at least 1, not {seeds!r}")
+    check_counts(seeds=seeds)
     check_jobs(jobs)
     points = study.points(grid)
     plan = [
@@ -147,8 +147,8 @@ class Study:
         Raises:
             StudyError: As `sweep`.
         """
-        if not isinstance(steps, int) or steps < 1:
-            raise StudyError(f"steps must be at least 1, not {steps!r}")
+        check_counts(steps=steps)
+        check_functions(loss=loss, evaluate=evaluate)
         make = recipe(optimizer)
         model, notes = untransformed(model)
         batches = read_batches(data, steps)

@@ -19,6 +19,7 @@ from mupass._resize.resize import resize
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
 from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
+from mupass._study.checks import check_counts
 from mupass._study.copies import Prepare, Width, halved
 from mupass._study.jobs import Evaluate, check_jobs
 from mupass._study.plain import undo, untransformed
@@ -174,6 +175,7 @@ def transfer(
     given, (model, notes) = model, untransformed(model)
     if parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
+    check_counts(seeds=seeds, trials=trials, jobs=jobs)
     inputs = read_batches(data, 1)[0].inputs
     width = analyze(model, inputs, dims=dims).width
     study = Study.of(
