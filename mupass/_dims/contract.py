@@ -206,7 +206,7 @@ def einsum(call: Call) -> Result:
     equation = call["equation"].replace(" ", "")
     inputs, _, output = equation.partition("->")
     terms = inputs.split(",")
-    labels = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
+    labels: list[Labels] = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
     if not output and "->" not in equation:
         flat = [n for names in labels for n in names]
         output_labels = [n for n in sorted(set(flat)) if n.startswith("...")] + sorted(
