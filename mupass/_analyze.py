@@ -28,6 +28,7 @@ from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
+from mupass._roles.weight_norm import self_divided, with_lengths
 
 Base = int | float | Mapping[str, float] | nn.Module | None
 BASE = 256  # of wider models, unless stated
@@ -113,7 +114,7 @@ def _assemble(
     width = _width(solved, shapes, infinite)
     base = min(BASE, width) if base is None else base
     sizes = _BaseSizes(solved, names, base, second, width)
-    geometries = []
+    geometries, divided = [], dict[str, str]()
     sites = find_sites(captured)
     for name, shape in shapes.items():
         if isinstance(base, nn.Module):
@@ -122,7 +123,11 @@ def _assemble(
             base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
         geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
         normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
+        if geometry.role in ("input", "output") and (where := self_divided(captured, solved, name)):
+            divided[name] = where
+            normalized = normalized or (where if geometry.role == "output" else "")
         geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
+    geometries = with_lengths(geometries, captured)
     warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
     unread = tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
     # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
@@ -138,7 +143,8 @@ def _assemble(
         w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
     ]
     base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
-    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized)
+    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided)
+    warnings += tuple(_divided_note(name, where) for name, where in divided.items())
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
     held = readout_carriers(captured, geometries)
@@ -267,4 +273,13 @@ def _normalized_note(geometry: Geometry) -> str:
         "undoes its start at 1/sqrt(fan_in), and no scale keeps both its first step and the layers below it "
         "independent of the width. Normalize what it reads instead, put a fixed number in place of the "
         f"normalizer, or widen its output with the rest: dims={{{axes}}}"
+    )
+
+
+def _divided_note(name: str, where: str) -> str:
+    """Say of an input or output weight that is divided by its own size what that does."""
+    return (
+        f"{name}: {where} divides this weight by its own size, which undoes its start: of an input layer "
+        "that size is sqrt(fan_out), of a readout it should shrink like 1/sqrt(fan_in) and cannot. Leave it "
+        "undivided, or give it a learned length by torch.nn.utils.parametrizations.weight_norm"
     )

@@ -26,6 +26,9 @@ def contract(
             if known.size == 1 != axis.size:
                 table[name] = axis
             call.unify(known, axis)
+    if call.static and any(not v.parametric and len(v.axes) == 1 for v in operands):
+        # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight
+        return call.value([Axis(table[n].dim, table[n].size) for n in out])
     weights = [i for i, v in enumerate(operands) if v.parametric]
     for value, names in zip(operands, labels, strict=True):
         if value.parametric and (mixture := _mixture(call, value, names, out)):

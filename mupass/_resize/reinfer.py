@@ -31,8 +31,9 @@ def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[s
     """
     if not sizes.changes:
         return
+    args, kwargs = inputs
     try:
-        again = solve(resized, inputs[0], inputs[1], None, dims, True).solved
+        again = solve(resized, args, kwargs, None, dims, strict=True).solved
     except MupassError as error:
         raise ResizeError(f"the resized copy cannot be inferred anew: {error}") from error
     wrong = list(_differences(sizes, again))

@@ -142,6 +142,9 @@ class Geometry:
             (-1/2 for a tensor of unit length); of the multiplier of its fan_in, of its fan_out where it has
             none. For a tied embedding that of its readout.
         normalized: Of a readout, the operator that divides its output by the output's own size; else ``""``.
+        length: Of a weight under weight norm, the parameter that holds its length.
+        direction: Of such a length, the weight whose length it is.
+        m_direction: fan_in of that weight relative to the base width where it is a readout; else 1.
         depth: Number of residual branches relative to the base depth, for a parameter that acts through one
             of them alone; else 1.
         folded: What `mupass.fold` multiplied the parameter by, to hold a factor on what it makes.
@@ -165,6 +168,9 @@ class Geometry:
     sites: tuple[Site, ...] = ()
     given: float = 0.0
     normalized: str = ""
+    length: str = ""
+    direction: str = ""
+    m_direction: float = 1.0
     depth: float = 1.0
     folded: float = 1.0
     folded_in: float = 1.0

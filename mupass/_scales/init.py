@@ -18,7 +18,7 @@ from mupass._roles.geometry import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
 from mupass._scales.learned import whole
 from mupass._scales.own_draws import Draw
-from mupass._scales.scales import powers
+from mupass._scales.scales import powers, scales
 from mupass._scales.spec import OptimizerSpec
 
 InitChoice = str | Mapping[str, str]
@@ -63,12 +63,15 @@ def plan_init(
         Parameter name -> its `Init`.
     """
     findings, fixed = _findings(tensors, geometries, init, draws or {})
-    return {
-        g.name: _constant(fixed[g.name], g, parameterization)
-        if g.name in fixed
-        else _init(findings[g.name], g, parameterization)
-        for g in geometries
-    }
+    found = {}
+    for g in geometries:
+        if g.direction:
+            found[g.name] = _length(g, tensors, geometries, findings, parameterization)
+        elif g.name in fixed:
+            found[g.name] = _constant(fixed[g.name], g, parameterization)
+        else:
+            found[g.name] = _init(findings[g.name], g, parameterization)
+    return found
 
 
 def own_init(
@@ -264,6 +267,31 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
         return found
     p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][1]
     return replace(found, factor=geometry.m_out**p_out)
+
+
+def _length(
+    geometry: Geometry,
+    tensors: Mapping[str, torch.Tensor],
+    geometries: Sequence[Geometry],
+    findings: Mapping[str, Finding],
+    parameterization: str,
+) -> Init:
+    """A length that starts as that of its direction is scaled as the weight would be, another by itself."""
+    direction = next(g for g in geometries if g.name == geometry.direction)
+    length, weight = tensors[geometry.name].detach(), tensors[geometry.direction].detach()
+    own = scales(geometry, OptimizerSpec("sgd"), parameterization).init
+    if geometry.direction not in findings or not _is_length(length, weight):
+        return Init("a length of its own", None, own)
+    plain = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
+    return Init(f"length of {geometry.direction} ({plain.law})", None, plain.factor, plain.doubtful)
+
+
+def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a tensor holds the lengths of rows, of columns or of all of a weight; taken for so on meta."""
+    if length.is_meta or weight.is_meta:
+        return True
+    norms = [torch.norm_except_dim(weight, 2, dim) for dim in range(-1, weight.dim())]
+    return any(n.shape == length.shape and torch.allclose(n, length, rtol=1e-3) for n in norms)
 
 
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:

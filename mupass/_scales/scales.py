@@ -21,7 +21,7 @@ A parameter with no fan_in axis (bias, gain) has ``m_in = 1``; a finite fan has 
 rows "input", "hidden", "output" and "vector" of the papers' tables need no case of their own here.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mupass._roles.geometry import Geometry
 from mupass._scales.parameterizations import row
@@ -76,6 +76,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
         factors[name] *= geometry.depth**power
     for name, (p_out, p_in) in folded_powers(optimizer).items():
         factors[name] *= geometry.folded**p_out * geometry.folded_in**p_in
+    for name, power in length_powers(optimizer, parameterization).items():
+        factors[name] *= geometry.m_direction**power
     return Scales(**factors, lr_powers=table["lr"])
 
 
@@ -100,6 +102,8 @@ def powers(
             table["lr"] = aligned_powers(geometry, optimizer, 0.5)
             table["epsilon"] = epsilon_powers(optimizer, 0.5)
         return table
+    if geometry.length and geometry.role == "output":  # g/|v| multiplies what v gives: see `length_powers`
+        geometry = replace(geometry, given=geometry.given - (beta - 0.5))
     h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
     if geometry.fan_in_axes:
         h2 = _plus(h2, geometry, 2)
@@ -130,6 +134,25 @@ def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tupl
     more = 0.0 if geometry.readout_uses else geometry.given * times  # there the multiplier undoes it
     p_in, p_out = powers
     return (p_in + more, p_out) if geometry.fan_in_axes else (p_in, p_out + more)
+
+
+def length_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
+    """Powers of the readout's ``m_in`` in the scales of its length under weight norm, ``W = g v / |v|``.
+
+    ``W ~ m_in^-beta`` and ``v/|v| ~ m_in^-1/2`` leave ``g ~ m_in^(1/2 - beta)``. What g multiplies is
+    ``v.h / |v|``, of order ``m_in^(beta - 1/2)`` once v is aligned with h, and so is the gradient of g.
+
+    Args:
+        optimizer: Family and powers.
+        parameterization: Key of `PARAMETERIZATIONS`; ``standard`` scales nothing.
+    """
+    beta = row(parameterization).readout_power
+    if beta is None:
+        return {}
+    order = beta - 0.5
+    total = {"sgd": 0.0, "kfac": optimizer.e_b, "foof": optimizer.e_b, "shampoo": optimizer.e}
+    e = total.get(optimizer.name, 0.5)
+    return {"init": -order, "lr": 2 * order * (e - 1), "epsilon": order}
 
 
 def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
