@@ -26,10 +26,10 @@ from mupass._taps.leaves import Sums, Tap
 from mupass._taps.terms import TermsTap
 
 # Chosen by `benchmarks/defaults.py`.
-LR = 0.05
+LR = 0.1
 DAMPING = 1e-3
 MOMENTUM = 0.8
-STEP_BOUND = 0.3
+STEP_BOUND = 0.2
 KL_CLIP = 1e-3
 
 
