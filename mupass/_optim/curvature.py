@@ -40,6 +40,7 @@ class Curvature:
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
+        self.without_gradient: set[Place] = set()  # of the last step: taps with rows that a graph left out
         parameters = dict(root.named_parameters())
         device = next(iter(parameters.values())).device
         for place, layer in cover.layers.items():
@@ -115,17 +116,21 @@ class Curvature:
         if not sums:
             self.terms.clear()
             return {}
+        empty = [found.zeros for found in sums.values() if found.zeros is not None]
+        places = [place for place, found in sums.items() if found.zeros is not None]
         terms = self._count_terms() if self.sides[1] else torch.ones(())
         if self.ranks > 1:
             sums, terms, before = self._over_ranks(sums, terms, before)
-        total, *numbers = _numbers([terms, *(s.rows for s in sums.values()), *before.values()])
+        total, *numbers = _numbers([terms, *(s.rows for s in sums.values()), *before.values(), *empty])
         if not total:
             raise OptimizerError(
                 "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
                 "is not computed from its output. Pass loss_terms=, a number or a function of no arguments "
                 "(samples for a classifier, tokens for a language model)"
             )
-        dropped = dict(zip(before, numbers[len(sums) :], strict=True))
+        dropped = dict(zip(before, numbers[len(sums) :], strict=False))
+        zeros = numbers[len(sums) + len(before) :]
+        self.without_gradient = {place for place, n in zip(places, zeros, strict=True) if n}
         taken = {}
         for (place, found), rows in zip(sums.items(), numbers, strict=False):
             if not rows:  # such as an expert that got no sample: it took no part

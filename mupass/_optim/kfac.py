@@ -15,7 +15,7 @@ from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.curvature import Curvature, Loss
 from mupass._optim.damping import MODES
 from mupass._optim.eigen import not_rescaled
-from mupass._optim.kronecker import Kronecker
+from mupass._optim.kronecker import NO_GRADIENT, Kronecker
 from mupass._optim.parallel import sharded_like, whole, world_size
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options
@@ -304,7 +304,12 @@ class KFAC(PlannedOptimizer):
             return
         unseen = self._kronecker.unseen()
         self._all_seen = not unseen
+        taps = {b.parameter: {p for f in b.b for p in f.places} for b in self._cover.blocks}
+        silent = set(self._curvature.without_gradient)
         for name in unseen:
+            if taps[name] & silent:  # a bias has the tap of its weight, which is named already
+                silent -= taps[name]
+                self.count("zero_traces", NO_GRADIENT.format(name))
             grad = self._parameters[name].grad
             if grad is not None and bool(whole(grad).any()):
                 raise OptimizerError(

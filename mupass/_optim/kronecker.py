@@ -21,6 +21,7 @@ from mupass._taps.factors import Layer, factor_dtype
 from mupass._taps.leaves import Sums
 
 Count = Callable[[str, str], None]
+NO_GRADIENT = "{} receives no gradient (is the readout zero?); its update is 0"
 
 
 class Kronecker:
@@ -217,10 +218,7 @@ class Kronecker:
                 if factor in seen:
                     continue
                 seen.add(factor)
-                count(
-                    "zero_traces",
-                    f"{block.parameter} receives no gradient (is the readout zero?); its update is 0",
-                )
+                count("zero_traces", NO_GRADIENT.format(block.parameter))
 
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""

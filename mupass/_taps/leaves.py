@@ -64,11 +64,13 @@ class _Factors(torch.autograd.Function):
                 a = make(ctx.layer, ctx.form, x, ctx.dtype)
             b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[7:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
+            live = torch.ones_like(rows)
             if ctx.tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
-                live = (g != 0).any().to(ctx.dtype)
-                rows, a = rows * live, None if a is None else a * live
+                live = (g != 0).any().to(ctx.dtype).reshape(1)
+                a = None if a is None else a * live
+            rows = torch.cat([rows * live, rows * (1 - live)])
         return g, None, None, None, None, rows, a, *b
 
 
@@ -106,12 +108,14 @@ class Sums(NamedTuple):
         b: ``sum g g^T`` of every matrix, where wanted.
         rows: Number of rows.
         moments: Second moments in the bases of every matrix; none without bases.
+        zeros: Number of rows that a compiled graph left out, for their gradients were all zero.
     """
 
     a: Tensor | None
     b: tuple[Tensor | None, ...]
     rows: Tensor
     moments: tuple[Tensor, ...] = ()
+    zeros: Tensor | None = None
 
 
 def under_transform() -> bool:
@@ -164,7 +168,7 @@ class Tap:
         layer: Shapes, or None before the tap is opened for the first time.
         a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
         b: Leaves whose gradients are ``sum g g^T``, one a matrix.
-        rows: Leaf whose gradient is the number of rows summed.
+        rows: Leaf whose gradient is the number of rows summed, and of rows left out.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
         once: Shared with taps that read the same activation.
@@ -232,7 +236,7 @@ class Tap:
         self.a = zero.expand(layer.input_shape()) if a and layer.inputs else None
         self.b = tuple(zero.expand(shape) if b else None for shape in layer.output_shapes())
         # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
-        self.rows = torch.zeros(1, device=device, dtype=dtype)
+        self.rows = torch.zeros(2, device=device, dtype=dtype)
         self.bases = self.moments = ()
         self.once = self.passes = None
 
@@ -280,7 +284,7 @@ class Tap:
             if g is not None:
                 b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
                 a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
-                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
+                sums = (self.rows.new_tensor([count, 0]), a, *b)
                 for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
                     if leaf is not None and found is not None:
                         leaf.grad = found if leaf.grad is None else leaf.grad + found
@@ -321,7 +325,7 @@ class Tap:
         a = None if self.a is None else self.a.grad
         b = tuple(None if leaf is None else leaf.grad for leaf in self.b)
         moments = tuple(leaf.grad for leaf in self.moments if leaf.grad is not None)
-        found = Sums(a, b, self.rows.grad, moments)
+        found = Sums(a, b, self.rows.grad[:1], moments, self.rows.grad[1:])
         self.clear()
         return found
 
