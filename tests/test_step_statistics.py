@@ -339,7 +339,7 @@ def test_a_cleared_pass_of_a_compiled_model_leaves_no_statistics(how: str, order
 
 def with_passes(extra: bool, how: str, options: Any, order: str, compiled: bool) -> nn.Module:
     """Train two steps, with or without passes for adversarial samples in between that are cleared."""
-    net = transformed(Attention)
+    net = transformed(Attention if "loss_terms" not in options else lambda: Context("plain"))
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     optimizer = kfac(net, **options)
     for i in range(2):
@@ -748,6 +748,29 @@ def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     assert counter.frame_count == 2
     assert not counters["graph_break"]
     assert_same(eager, twin)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_an_output_that_the_loss_leaves_out_takes_no_part_when_compiled() -> None:
+    """Its gradients are zeros in a graph; layers that had none at all so far are named."""
+    net = transformed(Heads)
+    run = torch.compile(net, fullgraph=True, backend="aot_eager")
+    optimizer = kfac(net, factor_decay=0.5)
+    bank, first, _ = optimizer._kronecker.at["b:first:0"]
+    for i in range(3):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        one, two = run(x)
+        (F.cross_entropy(one, y) if i == 0 else F.cross_entropy(two, y)).backward()
+        if i == 0:
+            with pytest.warns(UserWarning, match=r"(mid|second).weight receives no gradient"):
+                optimizer.step()
+            kept = bank.factors[first].clone()
+        else:
+            optimizer.step()
+    assert optimizer.stats() == {"steps": 3, "zero_traces": 2}
+    assert float(bank.weight[first]) == 0.5
+    assert torch.equal(bank.factors[first], kept)
 
 
 @pytest.mark.usefixtures("fresh")

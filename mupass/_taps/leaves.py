@@ -67,8 +67,9 @@ class _Factors(torch.autograd.Function):
             if ctx.tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
-                live = (g != 0).any().to(ctx.dtype)
-                rows, a = rows * live, None if a is None else a * live
+                live = (g != 0).any().to(ctx.dtype).reshape(1)
+                a = None if a is None else a * live
+                rows = rows * live
         return g, None, None, None, None, rows, a, *b
 
 
@@ -164,7 +165,7 @@ class Tap:
         layer: Shapes, or None before the tap is opened for the first time.
         a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
         b: Leaves whose gradients are ``sum g g^T``, one a matrix.
-        rows: Leaf whose gradient is the number of rows summed.
+        rows: Leaf whose gradient is the number of rows summed, and of rows left out.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
         once: Shared with taps that read the same activation.
@@ -280,7 +281,7 @@ class Tap:
             if g is not None:
                 b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
                 a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
-                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
+                sums = (self.rows.new_tensor([count, 0]), a, *b)
                 for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
                     if leaf is not None and found is not None:
                         leaf.grad = found if leaf.grad is None else leaf.grad + found
