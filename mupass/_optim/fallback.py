@@ -175,7 +175,7 @@ def averages(
         fresh = ok.to(*kind) * (1 - beta)
         torch._foreach_mul_([means[i] for i in at] + [weights[i] for i in at], 1 - fresh)
         torch._foreach_add_([means[i] for i in at], [gradients[i] for i in at], alpha=1 - beta)
-        torch._foreach_add_([weights[i] for i in at], fresh)
+        torch._foreach_add_([weights[i] for i in at], [fresh for _ in at])
     return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
 
 

@@ -22,6 +22,7 @@ from mupass._optim.parallel import exchange, rank_of, sum_of, world_size
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
+from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Sums, Tap
 from mupass._taps.terms import TermsTap
 
@@ -270,7 +271,10 @@ class KFAC(PlannedOptimizer):
         return self._kronecker.owner if self._ranks > 1 and not self.ekfac else {}
 
     def _replaced(self, name: str, new: Tensor) -> None:
-        self._parameters[name] = new
+        if name in self._parameters:
+            pass_on(self.root, name, self._parameters[name])
+            self._parameters[name] = new
+            self._clipping = GradientScale([self._parameters[b.parameter] for b in self._cover.blocks])
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
@@ -323,6 +327,8 @@ class KFAC(PlannedOptimizer):
         # What `observe` collected is not of these gradients; torch calls this before there is anything.
         if hasattr(self, "_curvature") and not self.sampled:
             self._curvature.clear()
+        if hasattr(self, "_members"):  # before the pass whose factors the new tensors' taps are to see
+            self._adopt_swapped()
 
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor

@@ -165,7 +165,7 @@ class Tap:
         layer: Shapes, or None before the tap is opened for the first time.
         a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
         b: Leaves whose gradients are ``sum g g^T``, one a matrix.
-        rows: Leaf whose gradient is the number of rows summed, and of rows left out.
+        rows: Leaf whose gradient is the number of rows summed.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
         once: Shared with taps that read the same activation.
@@ -281,7 +281,7 @@ class Tap:
             if g is not None:
                 b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
                 a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
-                sums = (self.rows.new_tensor([count, 0]), a, *b)
+                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
                 for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
                     if leaf is not None and found is not None:
                         leaf.grad = found if leaf.grad is None else leaf.grad + found
