@@ -218,10 +218,7 @@ class Kronecker:
             bank.failed.zero_()
             bank.overflowed.zero_()
         for bank in self.banks["b"]:
-            # In a compiled graph a layer without a gradient has one of zeros, which counts as no observation.
-            never = torch.tensor([name in self.seen for name, _ in bank.keys], device=bank.device)
-            vanished = bank.vanished + (never & (bank.state["weight"] == 0))
-            for (name, group), count in zip(bank.keys, torch.split(vanished, 1), strict=True):
+            for (name, group), count in zip(bank.keys, torch.split(bank.vanished.clone(), 1), strict=True):
                 block, factor = self.sources[name]
                 # Under pi-damping a bias has a copy of its weight's factor: it is named once.
                 if (factor, group) not in traced:
