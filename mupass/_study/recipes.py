@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._errors import kind_of
 from mupass._optim.groups import param_groups
 from mupass._optim.kfac import KFAC
 from mupass._optim.muon import Muon
@@ -127,4 +128,24 @@ def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
         raise StudyError(
             f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"
         )
+    return optimizer
+
+
+def optimizer_of(make: Make, model: nn.Module, point: Mapping[str, float]) -> torch.optim.Optimizer:
+    """Make the optimizer of a copy.
+
+    Args:
+        make: Result of `recipe`.
+        model: The transformed copy.
+        point: Hyperparameters by name.
+
+    Raises:
+        StudyError: The function does not take them, or gives no optimizer.
+    """
+    try:
+        optimizer = make(model, **point)
+    except TypeError as error:
+        raise StudyError(f"the function that makes the optimizer fails at {dict(point)}: {error}") from error
+    if not callable(getattr(optimizer, "step", None)) or not callable(getattr(optimizer, "zero_grad", None)):
+        raise StudyError(f"the function that makes the optimizer gives {kind_of(optimizer)}")
     return optimizer
