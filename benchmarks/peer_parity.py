@@ -3,10 +3,10 @@
     python -m benchmarks.peer_parity --peers FOLDER
 
 An MLP without biases, at its base width, takes steps too small to change its gradients. For each weight the
-cosine between our last step and the peer's is printed, and the ratio of their norms. Distributed Shampoo: roots
-at every step, damping 1e-6 absolute; without momentum and graft, with both, and with either. kfac-pytorch:
+cosine between our last step and the peer's is printed, and the ratio of their norms. Distributed Shampoo:
+roots at every step, damping 1e-6 absolute; without momentum and graft, with both, with either. kfac-pytorch:
 inverses at every step, averages that keep the present only (it starts its own at the identity), damping 1e-2
-absolute, without momentum. Its loss is a sum, because it takes gradients of single terms from the loss as it is;
+absolute, without momentum. Its loss is a sum, for it takes gradients of single terms from the loss as it is;
 its steps are longer by the size of the batch.
 """
 
