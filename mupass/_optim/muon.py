@@ -68,6 +68,9 @@ class Muon(MatrixOptimizer):
             epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -97,6 +100,7 @@ class Muon(MatrixOptimizer):
         fallback: str | Fallback = "adamw",
         fallback_lr: float | None = None,
         compile: bool = False,
+        stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:
         self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
@@ -120,6 +124,7 @@ class Muon(MatrixOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
 
