@@ -109,6 +109,9 @@ class KFAC(PlannedOptimizer):
             many entries (``ignore_index``).
         loss_reduction: ``mean`` or ``sum``.
         loss_scale: What the loss is multiplied by before ``backward``, or a function giving it.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
         data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them, and
             each rank keeps the factors and roots of some parameters (EKFAC: of all). By default yes where
@@ -153,6 +156,7 @@ class KFAC(PlannedOptimizer):
         loss_terms: int | Callable[[], int] | None = None,
         loss_reduction: str = "mean",
         loss_scale: float | Callable[[], float] | None = None,
+        stochastic_rounding: bool = False,
         strict: bool = False,
         data_parallel: bool | None = None,
     ) -> None:
@@ -214,6 +218,7 @@ class KFAC(PlannedOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
         self._due = False

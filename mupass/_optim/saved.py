@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 VERSION = 2
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
+NUMBERS |= {"mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = ("weight", "weights", "square", "peak", "recent", "rooted", "rho", "values", "sum")
