@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 import mupass
 
-ONE = {"momentum": 0.0, "damping_floor": 0.0, "step_bound": None}
+ONE = {
+    "momentum": 0.0,
+    "damping_floor": 0.0,
+    "damping_memory": 0.0,
+    "step_bound": None,
+    "kl_clip": None,
+    "root_every": 1,
+}
 
 
 class Tied(nn.Module):

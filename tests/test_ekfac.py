@@ -26,7 +26,14 @@ pytestmark = [
 ]
 # Bases of the first step stay, moments are those of the last one.
 SMALL = 1e-6  # no step leads out of where gradients are of their usual size
-FIXED = {"factor_decay": 0.0, "damping_memory": 0.0, "step_bound": None, "root_every": 1000, "stagger": False}
+FIXED = {
+    "factor_decay": 0.0,
+    "damping_memory": 0.0,
+    "step_bound": None,
+    "kl_clip": None,
+    "root_every": 1000,
+    "stagger": False,
+}
 
 
 @pytest.mark.sample
