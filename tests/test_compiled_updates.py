@@ -62,7 +62,8 @@ def test_one_graph_for_each_shape_whatever_the_schedule(
     cls, options = OPTIMIZERS[name]
     pair = [make(model) for _ in range(2)]
     eager, compiled = (
-        cls(net, 0.02, compile=flag, **options) for (net, _), flag in zip(pair, (False, True), strict=True)
+        cls(net, 0.02, fallback_lr=0.02, compile=flag, **options)
+        for (net, _), flag in zip(pair, (False, True), strict=True)
     )
     for (net, x), optimizer in zip(pair, (eager, compiled), strict=True):
         train(net, x, optimizer, 8, OneCycleLR(optimizer, max_lr=0.02, total_steps=9))

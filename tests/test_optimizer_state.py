@@ -162,17 +162,18 @@ RANKED: dict[str, Callable[[nn.Module], Any]] = {
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    sizes, layers = [6, 16, 16, 16, 16, 16, 3], []
+    # All blocks of SOAP are 4 x 4: of gradients of lower rank it takes any basis of what is left.
+    sizes, layers = [8, 16, 16, 16, 16, 16, 4], []
     for a, b in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(a, b), nn.Tanh()]
-    example = torch.zeros(2, 6, dtype=torch.float64)
+    example = torch.zeros(2, 8, dtype=torch.float64)
     return mupass.transform(nn.Sequential(*layers[:-1]).double(), example, base=8)
 
 
 def go_on(model: nn.Module, optimizer: Any, rows: slice, at: range) -> None:
     for seed in at:
         torch.manual_seed(seed)
-        x, y = torch.randn(64, 6, dtype=torch.float64), torch.randint(3, (64,))
+        x, y = torch.randn(64, 8, dtype=torch.float64), torch.randint(4, (64,))
         optimizer.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()

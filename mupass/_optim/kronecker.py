@@ -102,7 +102,7 @@ class Kronecker:
         # Pairs that EKFAC rescales; none without it.
         taken = {b.parameter for b, _ in mine if rules.ekfac and not not_rescaled(b, layers)}
         self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
-        self.phase = phases(self._all, rules.stagger)
+        self.phase = phases(self._all, self._remote, rules.stagger)
         self.kinds = line_up(self.pairs, self._all, parameters, {n: e.scales for n, e in entries.items()})
         # Dampings of the number 1, the input factor of vectors.
         self.unit_rho = {

@@ -171,13 +171,19 @@ def line_up(
     return found
 
 
-def phases(banks: Sequence[Bank], stagger: bool) -> list[list[int]]:
-    """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot)."""
-    slots = [(bank.size**3, i, at) for i, bank in enumerate(banks) for at in range(len(bank.keys))]
-    phases = [[0] * len(bank.keys) for bank in banks]
-    for turn, (_, i, at) in enumerate(sorted(slots, reverse=True) if stagger else ()):
-        phases[i][at] = turn
-    return phases
+def phases(banks: Sequence[Bank], remote: Sequence[Bank], stagger: bool) -> list[list[int]]:
+    """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot).
+
+    Those of other ranks are dealt out with them: a slot's turn does not depend on the number of ranks.
+
+    Args:
+        banks: Banks of this rank.
+        remote: What other ranks keep.
+        stagger: Whether slots have turns of their own.
+    """
+    slots = [(-(bank.size**3), *key) for bank in (*banks, *remote) for key in bank.keys]
+    turns = {(name, group): turn for turn, (_, name, group) in enumerate(sorted(slots))}
+    return [[turns[key] if stagger else 0 for key in bank.keys] for bank in banks]
 
 
 def slot_name(block: Block, factor: Factor, piece: int | None) -> str:

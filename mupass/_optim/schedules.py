@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -87,6 +88,8 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     if watch.groups != id(groups):  # a state was loaded
         watch.start, watch.groups = _rates(groups), id(groups)
     rates = {i: rate for i, rate in _rates(groups).items() if watch.start.get(i)}
+    if any(rate < 0 or not isfinite(rate) for rate in rates.values()):
+        return  # the step itself refuses them
     if any(rates.values()) and not _equal([rate / watch.start[i] for i, rate in rates.items()]):
         watch.done = True
         _tell_lost(optimizer, watch.own)

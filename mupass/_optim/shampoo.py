@@ -165,7 +165,7 @@ class Shampoo(MatrixOptimizer):
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
         self._sides = [self._active(stack) for stack in self._stacks]
-        self._schedule = Schedule(self._stacks, self._sides, self.root_every, self._staggered)
+        self._schedule = Schedule(self._stacks, self._remote, self._active, self.root_every, self._staggered)
         self._epsilons = [
             self._graft_eps * stack.each(lambda name: self.plan[name].scales.epsilon)
             for stack in self._stacks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,23 +79,32 @@ class Schedule:
     """
 
     def __init__(
-        self, stacks: Sequence[Stack], sides: Sequence[Sequence[int]], period: int, staggered: bool
+        self,
+        stacks: Sequence[Stack],
+        remote: Sequence[Stack],
+        sides: Callable[[Stack], Sequence[int]],
+        period: int,
+        staggered: bool,
     ) -> None:
+        # Blocks of other ranks are dealt out with this one's: when a block's turn is does not depend on the
+        # number of ranks.
         jobs = [
-            (stack.shape[side] ** 3, number, side, slot)
-            for number, stack in enumerate(stacks)
-            for side in sides[number]
-            for slot in range(len(stack.slots))
+            (-(stack.shape[side] ** 3), *slot, side, number, at)
+            for number, stack in enumerate((*stacks, *remote))
+            for at, slot in enumerate(stack.slots)
+            for side in sides(stack)
         ]
         load = [0] * period
-        at: list[dict[tuple[int, int], list[int]]] = [{} for _ in load]
+        at_phase: list[dict[tuple[int, int], list[int]]] = [{} for _ in load]
         # The largest first, each to the phase with the least work so far.
-        for cost, number, side, slot in sorted(jobs, key=lambda job: (-job[0], *job[1:])):
+        for cost, _, _, side, number, at in sorted(jobs):
             phase = min(range(period), key=load.__getitem__) if staggered else 0
-            load[phase] += cost
-            at[phase].setdefault((number, side), []).append(slot)
-        self._every = {(n, s): list(range(len(stacks[n].slots))) for n, own in enumerate(sides) for s in own}
-        self._at = [{key: sorted(slots) for key, slots in phase.items()} for phase in at]
+            load[phase] -= cost
+            if number < len(stacks):
+                at_phase[phase].setdefault((number, side), []).append(at)
+        every = [(number, side) for number, stack in enumerate(stacks) for side in sides(stack)]
+        self._every = {(number, side): list(range(len(stacks[number].slots))) for number, side in every}
+        self._at = [{key: sorted(slots) for key, slots in phase.items()} for phase in at_phase]
 
     def due(self, step: int, stack: int, side: int) -> list[int]:
         """Return the slots to work on.

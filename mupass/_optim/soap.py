@@ -121,8 +121,8 @@ class SOAP(MatrixOptimizer):
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
-        self._sides = [tuple(range(len(stack.shape))) for stack in self._stacks]
-        self._schedule = Schedule(self._stacks, self._sides, self.basis_every, self._staggered)
+        self._sides = [_every_side(stack) for stack in self._stacks]
+        self._schedule = Schedule(self._stacks, self._remote, _every_side, self.basis_every, self._staggered)
         self._epsilons = [EPSILON * stack.each(self._epsilon) for stack in self._stacks]
         # Slots that have a basis.
         self._started: list[set[int]] = [set() for _ in self._stacks]
@@ -214,6 +214,10 @@ class SOAP(MatrixOptimizer):
         square = state["square"][at].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
         state["square"][at] = square.gather(1, rows).movedim(1, side + 1)
+
+
+def _every_side(stack: Stack) -> tuple[int, ...]:
+    return tuple(range(len(stack.shape)))
 
 
 def _turned_adam(
