@@ -106,6 +106,7 @@ def transform(
         plan = plan if optimizer is None else plan.for_optimizer(optimizer)
         plan.check(model)
         alerts = [] if trained else _late(model, plan.entries)
+    check_rewritable(model, plan)  # what is refused is not warned of as well
     if not trained:
         alerts += _learned(model, plan, init)
     if any(e.geometry.shape != e.geometry.base_shape for e in plan.entries):  # else no scale matters

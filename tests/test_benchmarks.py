@@ -59,7 +59,9 @@ def test_experts_that_read_one_activation_are_matrices_of_their_own(dispatch: An
     worst, falls = kfac_parity.of_mupass(p)
     assert not falls and worst < 1e-10
     net = mupass.transform(case.build().double(), p.x, base=WIDTH)
-    slots = [b for b in mupass.KFAC(net, 1.0)._banks["a"] if any("experts" in name for name, _ in b.keys)]
+    slots = [
+        b for b in mupass.KFAC(net, 1.0)._kronecker.banks["a"] if any("experts" in name for name, _ in b.keys)
+    ]
     assert sum("experts" in name for b in slots for name, _ in b.keys) == 1  # one A for all
 
 

@@ -227,7 +227,7 @@ def test_what_builds_no_model_is_refused_by_name(name: str, given: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", [0, -1, math.nan, math.inf, 1e300, 1e-300, True, "64", None, [64], {"w": 0}, {3: 4}]
+    "base", [0, -1, math.nan, math.inf, 1e300, 1e-300, True, "64", [64], {"w": 0}, {3: 4}]
 )
 def test_a_base_that_is_no_width_is_refused(base: Any) -> None:
     model = net()

@@ -323,8 +323,8 @@ def test_what_cannot_be_differentiated_is_refused(message: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and model.training
 
 
-def test_a_model_without_a_plan_is_refused() -> None:
-    with pytest.raises(mupass.PlanError):
+def test_a_model_without_a_width_is_refused() -> None:
+    with pytest.raises(mupass.InferenceError, match="no dimension of Linear grows"):
         mupass.hypergradient(nn.Linear(10, 4).double(), BATCHES, {"lr": 0.1})
 
 

@@ -91,12 +91,12 @@ def damage(plan: Plan, change: Any) -> str:
         (lambda d: d.update(version=VERSION + 1), f"version {VERSION + 1}; this mupass reads {VERSION}"),
         (lambda d: d.update(version="1"), "version '1'"),
         (lambda d: d.pop("version"), "not the JSON of a mupass plan"),
-        (lambda d: d.pop("width"), "fields of Plan: width"),
+        (lambda d: d.pop("width"), "plan.width is missing"),
         (lambda d: d["entries"][0].pop("scales"), "incomplete or damaged"),
-        (lambda d: d["entries"][0]["geometry"].pop("role"), "fields of Geometry: role"),
+        (lambda d: d["entries"][0]["geometry"].pop("role"), "geometry.role is missing"),
         (lambda d: d["entries"][0]["scales"].update(extra=1), "incomplete or damaged"),
         (lambda d: d["optimizer"].update(name="lion"), "unknown optimizer 'lion'"),
-        (lambda d: d.update(entries=3), "incomplete or damaged"),
+        (lambda d: d.update(entries=3), "damaged: plan.entries must be a list"),
     ],
 )
 def test_damaged_json_is_refused(change: Any, message: str) -> None:

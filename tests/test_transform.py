@@ -276,7 +276,7 @@ def test_second_transform_is_refused() -> None:
 def test_wrapped_and_other_objects_are_refused() -> None:
     with pytest.raises(mupass.TransformError, match="transform first, then compile"):
         transform(torch.compile(seeded(mlp), backend="eager"), MODELS["mlp"][1])  # type: ignore[type-var]
-    with pytest.raises(mupass.TransformError, match="takes an nn.Module, not list"):
+    with pytest.raises(mupass.TransformError, match="takes a model .an nn.Module., not a list"):
         transform([1])  # type: ignore[type-var]
 
 

@@ -25,7 +25,9 @@ MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adam": lambda m: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam"), eps=1e-30),
     "muon": lambda m: mupass.Muon(m, 1e-2, roles=("input", "hidden", "output"), fallback="adamw"),
     "kfac": lambda m: mupass.KFAC(m, 1e-2, damping=1e-2, momentum=0, fallback="adamw"),
-    "shampoo": lambda m: mupass.Shampoo(m, 1e-2, damping=1e-4, momentum=0, fallback="adamw"),
+    "shampoo": lambda m: mupass.Shampoo(
+        m, 1e-2, damping=1e-4, momentum=0, graft="none", root_every=1, fallback="adamw"
+    ),
 }
 
 

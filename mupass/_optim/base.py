@@ -365,7 +365,8 @@ class PlannedOptimizer(BoundOptimizer):
                 updates = [self._own_update(p, directions[self.names[p]], group, ok) for p in some]
             else:
                 found = [self._gradient(p, ok) for p in some]
-                updates = fallback_directions(found, [self.state[p] for p in some], group, ok) if some else []
+                states = [self._local_state(p) for p in some]
+                updates = fallback_directions(found, states, group, ok) if some else []
             self._move(some, updates, group, ok)
         self._steps += 1
         for group in self.param_groups:

@@ -175,7 +175,7 @@ def transfer(
     given, (model, notes) = model, untransformed(model)
     if parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
-    check_counts(seeds=seeds, trials=trials, jobs=jobs)
+    check_counts(seeds=seeds, trials=trials)
     inputs = read_batches(data, 1)[0].inputs
     width = analyze(model, inputs, dims=dims).width
     study = Study.of(
