@@ -295,7 +295,7 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any]) -> None:
 
 def test_the_state_of_plain_kfac_is_refused() -> None:
     net = DENSE["linear"].net()
-    with pytest.raises(mupass.OptimizerError, match="the state of 2.weight lacks .*another optimizer"):
+    with pytest.raises(mupass.OptimizerError, match="the state of 0.weight lacks .*another optimizer"):
         mupass.KFAC(net, LR, ekfac=True).load_state_dict(mupass.KFAC(net, LR).state_dict())
 
 
