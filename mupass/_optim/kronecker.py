@@ -218,7 +218,8 @@ class Kronecker:
             bank.failed.zero_()
             bank.overflowed.zero_()
         for bank in self.banks["b"]:
-            for (name, group), count in zip(bank.keys, torch.split(bank.vanished.clone(), 1), strict=True):
+            vanished = torch.split(bank.vanished.clone(), 1)
+            for (name, group), count in zip(bank.keys, vanished, strict=True):
                 block, factor = self.sources[name]
                 # Under pi-damping a bias has a copy of its weight's factor: it is named once.
                 if (factor, group) not in traced:
