@@ -540,6 +540,35 @@ def test_operands_may_be_given_by_name() -> None:
     assert_same(*nets)
 
 
+class Converted(nn.Module):
+    """A gain and a shift in code, as they are or converted, as the norms of language models have them."""
+
+    def __init__(self, converted: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.gain, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.converted = converted
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        if self.converted:
+            return self.head(z * self.gain.double() + self.shift.to(z.dtype))
+        return self.head(z * self.gain + self.shift)
+
+
+def test_gains_and_shifts_may_be_converted() -> None:
+    nets = []
+    x, y = batch(0)
+    for converted in (False, True):
+        net = transformed(lambda converted=converted: Converted(converted))
+        optimizer = kfac(net, strict=True)
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        nets.append(net)
+    assert not torch.equal(net.gain, torch.ones(WIDTH))
+    assert_same(*nets)
+
+
 class Context(nn.Module):
     """A block in another grad mode: reentrant checkpointing in several forms, or none."""
 

@@ -254,7 +254,7 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     if (
         not isinstance(weight, (TappedParameter, TappedView))
         or not isinstance(x, Tensor)
-        or getattr(weight, VIEW, None)
+        or _view(weight) != tuple(range(weight.dim()))  # converted it may be, but not transposed
     ):
         return output
     wide = [i for i in range(weight.dim()) if weight.shape[i] > 1]
