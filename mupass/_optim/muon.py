@@ -52,7 +52,8 @@ class Muon(MatrixOptimizer):
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters. A `Fallback` sets betas,
             epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
-        compile: Whether the update of each shape is compiled with `torch.compile`.
+        compile: Whether the update of each shape is compiled with `torch.compile`. None compiles on CUDA
+            where Triton is there, and nothing on CPU.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -79,7 +80,7 @@ class Muon(MatrixOptimizer):
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         fallback: str | Fallback = "adamw",
         fallback_lr: float | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         strict: bool = False,
     ) -> None:
         self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
