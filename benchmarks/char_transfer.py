@@ -46,7 +46,7 @@ RATES: dict[str, tuple[Make, float]] = {  # with the rate that the search starts
     "soap": (lambda m, lr: mupass.SOAP(m, lr, block_size=32, **COMMON), 2**-8),
     "shampoo": (lambda m, lr: mupass.Shampoo(m, lr, root_every=5, block_size=512, **COMMON), 2**-7),
 }
-SHAMPOO = {"root_every": 5, "block_size": 512, **COMMON}
+SHAMPOO = {"root_every": 5, "block_size": 512, "graft": "none", **COMMON}
 DAMPINGS: dict[str, dict[str, tuple[Callable[[nn.Module, float, float], torch.optim.Optimizer], float]]] = {
     "shampoo": {
         "relative": (lambda m, lr, d: mupass.Shampoo(m, lr, d, e=1.0, **SHAMPOO), 1e-2),

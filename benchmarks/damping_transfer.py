@@ -38,6 +38,9 @@ from mupass import OptimizerSpec
 
 RULES = ("rescaled", "table", "constant")
 FACTOR = 4
+# Damping alone: no floor under it, and no bound on the step.
+UNBOUND = {"damping_floor": 0.0, "step_bound": None, "kl_clip": None}
+SHAMPOO = {"graft": "none", "root_every": 2}
 SPECS = {"kfac": OptimizerSpec("kfac"), "shampoo": OptimizerSpec("shampoo", e=1.0)}
 ROLES = {"shampoo input": ("input",), "shampoo output": ("output",)}
 NAMES = [*SPECS, *ROLES]
@@ -67,11 +70,11 @@ def make(
         model.mupass_plan = replace(plan, entries=entries)
     mode = {} if rule == "rescaled" else {"damping_mode": "absolute"}
     if name == "kfac":
-        return mupass.KFAC(model, o.kfac_lr, damping, root_every=2, damping_floor=0.0, **mode)
+        return mupass.KFAC(model, o.kfac_lr, damping, root_every=2, **UNBOUND, **mode)
     if name in ROLES:
         rest = {"roles": ROLES[name], "fallback": "sgd", "fallback_lr": o.sgd_lr}
-        return mupass.Shampoo(model, o.layer_lr, damping, e=spec.e, root_every=2, **rest, **mode)
-    return mupass.Shampoo(model, o.shampoo_lr, damping, e=spec.e, root_every=2, **mode)
+        return mupass.Shampoo(model, o.layer_lr, damping, e=spec.e, **SHAMPOO, **rest, **mode)
+    return mupass.Shampoo(model, o.shampoo_lr, damping, e=spec.e, **SHAMPOO, **mode)
 
 
 def train(

@@ -29,7 +29,9 @@ SEARCHES: dict[str, dict[str, list[float]]] = {
 
 def shampoo(model: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
     """Make Shampoo with blocks, so that 784 pixels take no decomposition of that size."""
-    return mupass.Shampoo(model, lr, damping, momentum=0.0, block_size=128, fallback="sgd", fallback_lr=lr)
+    return mupass.Shampoo(
+        model, lr, damping, graft="none", momentum=0.0, block_size=128, fallback="sgd", fallback_lr=lr
+    )
 
 
 def main() -> None:

@@ -64,7 +64,13 @@ def make_optimizer(
         )
     if name == "shampoo":
         return mupass.Shampoo(
-            model, lr, options.damping, momentum=options.momentum, root_every=options.root_every, **fallback
+            model,
+            lr,
+            options.damping,
+            momentum=options.momentum,
+            root_every=options.root_every,
+            graft="none",
+            **fallback,
         )
     groups = mupass.param_groups(model, lr, optimizer=name)
     return torch.optim.Adam(groups) if name == "adam" else torch.optim.SGD(groups, momentum=options.momentum)

@@ -167,7 +167,17 @@ def of_mupass(p: Problem, compiled: bool = False) -> tuple[float, dict[str, str]
     model.load_state_dict(p.model.state_dict())
     # No floor: the reference has none, and at these sizes it binds on queries and keys.
     options: dict[str, Any] = {"damping_floor": 0.0, "sharing": "reduce" if p.case.reduce else "expand"}
-    optimizer = mupass.KFAC(model, 1.0, RHO, momentum=0.0, fallback="sgd", fallback_lr=0.0, **options)
+    optimizer = mupass.KFAC(
+        model,
+        1.0,
+        RHO,
+        momentum=0.0,
+        step_bound=None,
+        kl_clip=None,
+        fallback="sgd",
+        fallback_lr=0.0,
+        **options,
+    )
     reasons = {c.parameter: c.reason for c in optimizer.coverage() if not c.treatment.startswith("kfac")}
     if any(n in reasons for n in p.case.subject):
         return 0.0, {n: reasons[n] for n in p.case.subject if n in reasons}

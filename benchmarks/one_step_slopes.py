@@ -36,16 +36,20 @@ class Damping(NamedTuple):
 OPTIMIZERS: dict[str, Callable[[nn.Module, Damping], torch.optim.Optimizer]] = {
     "sgd": lambda m, d: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
     "adam": lambda m, d: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
-    "kfac (1,1)": lambda m, d: mupass.KFAC(m, 1e-2, damping=d.kfac, momentum=0, strict=True),
+    "kfac (1,1)": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, momentum=0, **KFAC),
     # Only the new moments: averaged with what they start from, half of the step would be K-FAC's.
-    "ekfac": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, ekfac=True, factor_decay=0, momentum=0, strict=True),
-    "kfac (.5,.5)": lambda m, d: mupass.KFAC(
-        m, 1e-2, damping=d.kfac, e_a=0.5, e_b=0.5, momentum=0, strict=True
+    "ekfac": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, ekfac=True, factor_decay=0, momentum=0, **KFAC),
+    "kfac (.5,.5)": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, e_a=0.5, e_b=0.5, momentum=0, **KFAC),
+    "foof (1,0)": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, e_a=1, e_b=0, momentum=0, **KFAC),
+    "shampoo e=1/2": lambda m, d: mupass.Shampoo(
+        m, 1e-2, d.shampoo, e=0.5, momentum=0, graft="none", **SHAMPOO
     ),
-    "foof (1,0)": lambda m, d: mupass.KFAC(m, 1e-2, damping=d.kfac, e_a=1, e_b=0, momentum=0, strict=True),
-    "shampoo e=1/2": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, e=0.5, momentum=0, **SHAMPOO),
-    "shampoo e=1": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, e=1.0, momentum=0, **SHAMPOO),
-    "shampoo blocks": lambda m, d: mupass.Shampoo(m, 1e-2, damping=d.shampoo, momentum=0, **SHAMPOO | BLOCKS),
+    "shampoo e=1": lambda m, d: mupass.Shampoo(
+        m, 1e-2, d.shampoo, e=1.0, momentum=0, graft="none", **SHAMPOO
+    ),
+    "shampoo blocks": lambda m, d: mupass.Shampoo(
+        m, 1e-2, d.shampoo, momentum=0, graft="none", **SHAMPOO | BLOCKS
+    ),
     "shampoo # adam": lambda m, d: mupass.Shampoo(m, 1e-3, d.shampoo, graft="adam", momentum=0, **SHAMPOO),
     "blocks # adam": lambda m, d: mupass.Shampoo(
         m, 1e-3, d.shampoo, graft="adam", momentum=0, **SHAMPOO | BLOCKS
@@ -62,6 +66,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Damping], torch.optim.Optimizer]] = {
     "adam-atan2": lambda m, d: mupass.Muon(m, 0.0, roles=(), fallback="adam_atan2"),
 }
 # Vectors go to SGD here: with its own row of the table it must be flat too.
+# What a step does by itself, without a bound on it.
+KFAC = {"strict": True, "step_bound": None, "kl_clip": None}
 SHAMPOO = {"fallback": "sgd", "fallback_lr": 1e-2, "block_size": 1 << 20}
 BLOCKS = {"block_size": 32}
 ROLES = ("input", "hidden", "output")

@@ -18,8 +18,9 @@ Decided before the first run:
   of the peer's loss and two standard errors of that mean.
 * All rates but the tuned one are equal on both sides. SOAP and Shampoo with Adam's graft give Adam the tuned
   rate for what they do not precondition, as the peers do; beside Muon and K-FAC AdamW has 2^-8. Roots, bases
-  and inverses are due every 10 steps everywhere. Everything else is what each package has by default or
-  `benchmarks.peers` says. kfac-pytorch takes part as it is by default and with damping 1e-2, unclipped.
+  and inverses are due every 10 steps everywhere. SOAP has blocks of 1024, which cut nothing here: its peers
+  have none. Everything else is what each package has by default or `benchmarks.peers` says. kfac-pytorch is
+  there as it is by default, and with damping 1e-2, unclipped.
 * *Steps to AdamW*: the first step at which the mean over the last 50 is at AdamW's final loss of that seed;
   seconds are these steps times the time of a step.
 * Time of a step: forward, backward and optimizer, all contestants interleaved in one process on one thread,
@@ -60,6 +61,7 @@ STEPS, LAST, BUCKET = 300, 50, 10
 SEEDS = (1, 2, 3, 4, 5)
 BLOWN_UP = 100.0
 REST_LR = 2.0**-8
+WHOLE = 1024  # SOAP's peers cut no blocks
 TIMED_LR = 1e-4  # small: what is timed should not diverge
 PERIODS, WARM = 6, peers.PERIOD + 1
 TASKS = {"gpt_64": 8, "gpt_128": 8, "cnn_28": 64, "mlp_28": 64}  # with their batches
@@ -118,7 +120,10 @@ KFAC_PEERS = ("kfac-pytorch", "kfac-pytorch # damping 1e-2, unclipped")
 CONTESTANTS = {
     "AdamW": Contestant(-8, adamw),
     "mupass SOAP": Contestant(
-        -8, mupass.SOAP, {"basis_every": PERIOD}, rivals=("official SOAP", "HeavyBall SOAP")
+        -8,
+        mupass.SOAP,
+        {"basis_every": PERIOD, "block_size": WHOLE},
+        rivals=("official SOAP", "HeavyBall SOAP"),
     ),
     "official SOAP": Contestant(-8, peers.official_soap, module="official SOAP"),
     "HeavyBall SOAP": Contestant(-8, peers.heavyball_soap, {"compiled": False}, module="HeavyBall SOAP"),

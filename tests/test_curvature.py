@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 import mupass
 
-ONE = {"momentum": 0.0, "damping_floor": 0.0, "step_bound": None}
+ONE = {
+    "momentum": 0.0,
+    "damping_floor": 0.0,
+    "damping_memory": 0.0,
+    "step_bound": None,
+    "kl_clip": None,
+    "root_every": 1,
+}
 
 
 class Tied(nn.Module):
@@ -260,7 +268,7 @@ def test_clipping_bounds_the_move_of_the_predictions() -> None:
     steps = []
     for bound in (None, 1e-3, 1e9):
         (x, y), net = case.batch(), case.net()
-        optimizer = mupass.KFAC(net, LR, RHO, **ONE, kl_clip=bound)
+        optimizer = mupass.KFAC(net, LR, RHO, **{**ONE, "kl_clip": bound})
         case.terms(net(x), y).mean().backward()
         grads = {n: p.grad.clone() for n, p in net.named_parameters()}  # type: ignore[union-attr]
         steps.append((moved(net, optimizer.step), grads))
@@ -313,6 +321,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
     """
     torch.manual_seed(0)
     x, tail = torch.randn(2048, 10), []
+    counts: Counter[str] = Counter()  # of incidents, which a resumed run counts anew
     y = (x @ torch.randn(10, 4)).argmax(1)
     y = torch.where(torch.rand(2048) < 0.2, torch.randint(4, (2048,)), y)
     net = mupass.transform(
@@ -334,6 +343,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
             optimizer.step()
         if faults and step == 100:  # the process dies and starts again
             saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+            counts.update(optimizer.stats())
             net = copy.deepcopy(net)
             optimizer = mupass.KFAC(net, 0.02, 1e-2, root_every=5, kl_clip=1e-3)
             net.load_state_dict(saved[0])
@@ -342,7 +352,9 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
             with torch.no_grad():
                 tail.append(F.cross_entropy(net(x), y).item())
     least = -(0.85 * math.log(0.85) + 3 * 0.05 * math.log(0.05))  # the entropy of such labels
-    return sum(tail) / len(tail) - least, optimizer.stats()
+    last = optimizer.stats()
+    counts.update(last)
+    return sum(tail) / len(tail) - least, {**counts, "steps": last["steps"]}
 
 
 @pytest.mark.filterwarnings("ignore:mupass.KFAC. (skipped steps|failed roots|overflowed factors)")

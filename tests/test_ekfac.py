@@ -26,7 +26,14 @@ pytestmark = [
 ]
 # Bases of the first step stay, moments are those of the last one.
 SMALL = 1e-6  # no step leads out of where gradients are of their usual size
-FIXED = {"factor_decay": 0.0, "damping_memory": 0.0, "step_bound": None, "root_every": 1000, "stagger": False}
+FIXED = {
+    "factor_decay": 0.0,
+    "damping_memory": 0.0,
+    "step_bound": None,
+    "kl_clip": None,
+    "root_every": 1000,
+    "stagger": False,
+}
 
 
 @pytest.mark.sample
@@ -296,7 +303,7 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any]) -> None:
 
 def test_the_state_of_plain_kfac_is_refused() -> None:
     net = DENSE["linear"].net()
-    with pytest.raises(mupass.OptimizerError, match="the state of 2.weight lacks .*another optimizer"):
+    with pytest.raises(mupass.OptimizerError, match="the state of 0.weight lacks .*another optimizer"):
         mupass.KFAC(net, LR, ekfac=True).load_state_dict(mupass.KFAC(net, LR).state_dict())
 
 

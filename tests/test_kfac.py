@@ -20,7 +20,8 @@ from mupass._taps.taps import tap_of
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 LR, RHO = 0.1, 0.03
-ONE_STEP = {"momentum": 0.0, "strict": True, "damping_floor": 0.0, "step_bound": None}
+PLAIN = {"momentum": 0.0, "step_bound": None, "kl_clip": None, "root_every": 1, "damping_memory": 0.0}
+ONE_STEP = {**PLAIN, "strict": True, "damping_floor": 0.0}
 Deltas = dict[str, Tensor]
 
 
@@ -194,9 +195,7 @@ class Run:
 
     def __init__(self, case: Case, **options: Any) -> None:
         self.case, self.net = case, case.net()
-        self.optimizer = mupass.KFAC(
-            self.net, **{"lr": LR, "damping": RHO, "momentum": 0.0, "step_bound": None} | options
-        )
+        self.optimizer = mupass.KFAC(self.net, **{"lr": LR, "damping": RHO} | PLAIN | options)
         self.at = 0
 
     def step(self, scale: float = 1.0) -> None:

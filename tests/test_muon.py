@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import log2, sqrt
 from typing import Any
 
 import pytest
@@ -71,6 +71,132 @@ def test_a_step_points_where_torch_muon_points() -> None:
     ours, theirs = moved(net, optimizer.step)["2.weight"].flatten(), (twin.detach() - before).flatten()
     # Their polynomial leaves singular values between 0.7 and 1.2, in bfloat16.
     assert torch.cosine_similarity(ours, theirs.double(), 0) > 0.9
+
+
+def torch_muon(grad: Tensor, lr: float, **options: Any) -> Tensor:
+    """Return one step of torch's Muon, whose polynomial here takes all singular values to 1."""
+    weight = nn.Parameter(torch.zeros(grad.shape))
+    weight.grad = grad.float()
+    cubic = {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 40}
+    torch.optim.Muon([weight], lr=lr, weight_decay=0.0, **cubic, **options).step()
+    return weight.detach().double()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
+def test_match_rms_adamw_is_the_step_of_torch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    rows, columns = shape
+    net = nn.Sequential(nn.Linear(4, columns), nn.Tanh(), nn.Linear(columns, rows), nn.Tanh())
+    net.append(nn.Linear(rows, 3)).double()
+    mupass.transform(net, torch.randn(2, 4, dtype=torch.float64), base=max(shape))
+    optimizer = mupass.Muon(net, LR, adjust="match_rms_adamw", steps=14)
+    grad = torch.randn(rows, columns, dtype=torch.float64)
+    net[2].weight.grad = grad
+    got = moved(net, optimizer.step)["2.weight"]
+    want = torch_muon(grad, LR, adjust_lr_fn="match_rms_adamw")
+    assert (got - want).norm() < 0.02 * want.norm()  # theirs is in bfloat16
+    assert got.square().mean().sqrt().item() == pytest.approx(0.2 * LR, rel=1e-6)
+    # Without, it is shorter by what torch's adjustment says.
+    plain = torch_muon(grad, LR, adjust_lr_fn="original") / max(1, rows / columns) ** 0.5
+    assert (want - plain * 0.2 * max(shape) ** 0.5).norm() < 0.02 * want.norm()
+
+
+def test_matched_rates_follow_the_row_of_muon_and_default_to_adams() -> None:
+    for name in ("mlp", "attention"):
+        net, x = make(name)
+        twin, _ = make(name)
+        net(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        matched = moved(net, mupass.Muon(net, LR, adjust="match_rms_adamw", **EVERY).step)
+        plain = moved(twin, mupass.Muon(twin, LR, **EVERY).step)
+        for parameter, matrices in MODELS[name][2].items():
+            m_in, m_out = growth(name, parameter)
+            pairs = zip(matrices(matched[parameter]), matrices(plain[parameter]), strict=True)
+            for ours, muon in pairs:
+                longest = max(ours.shape[0] / m_out, ours.shape[1] / m_in)
+                assert_close(ours, muon * 0.2 * sqrt(longest), parameter)
+    net, _ = make("mlp")
+    assert mupass.Muon(net, adjust="match_rms_adamw").param_groups[0]["lr"] == pytest.approx(
+        mupass.Muon(net, adaptive=True).param_groups[0]["lr"]
+    )
+
+
+def test_normuon_against_its_formula() -> None:
+    net, _ = make("mlp")
+    optimizer = mupass.Muon(net, LR, momentum=0.8, beta2=0.7, steps=30, normuon=True)
+    average, rows = torch.zeros(12, 12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        net(torch.randn(30, 5, dtype=torch.float64)).square().mean().backward()
+        g = net[2].weight.grad  # type: ignore[index]
+        average = 0.8 * average + 0.2 * g
+        turned = polar(0.2 * g + 0.8 * average)
+        rows = 0.7 * rows + 0.3 * turned.square().mean(1)
+        want = turned / rows.sqrt()[:, None]  # arXiv 2510.05491, algorithm 1; its length follows
+        want *= turned.norm() / want.norm()
+        got = moved(net, optimizer.step)["2.weight"]
+        assert (got + LR * want).abs().max() < 1e-4 * want.abs().max()
+        if seed == 0:  # all neurons move by the same amount
+            assert got.norm(dim=1).std() < 1e-4 * got.norm(dim=1).mean()
+
+
+def test_normuon_leaves_dead_neurons_alone_and_has_a_state_of_its_own() -> None:
+    net, x = make("mlp")
+    optimizer = mupass.Muon(net, LR, normuon=True)
+    net(x).square().mean().backward()
+    net[2].weight.grad[3] = 0.0  # type: ignore[index,union-attr]
+    assert (moved(net, optimizer.step)["2.weight"][3] == 0).all()
+    with pytest.raises(mupass.OptimizerError, match="lacks"):
+        mupass.Muon(make("mlp")[0], LR, normuon=True).load_state_dict(
+            mupass.Muon(make("mlp")[0], LR).state_dict()
+        )
+
+
+@pytest.mark.parametrize("options", [{"normuon": True}, {"adjust": "match_rms_adamw"}])
+def test_adamuon_takes_neither_adjustment_nor_normuon(options: dict[str, Any]) -> None:
+    with pytest.raises(mupass.OptimizerError, match="adaptive=True is AdaMuon"):
+        mupass.Muon(make("mlp")[0], LR, adaptive=True, **options)
+    with pytest.raises(mupass.OptimizerError, match="unknown adjust 'original'; known: spectral"):
+        mupass.Muon(make("mlp")[0], LR, adjust="original")
+
+
+WIDTHS = (64, 512)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "matched": {"adjust": "match_rms_adamw"},
+    "normuon": {"normuon": True},
+    "normuon matched": {"normuon": True, "adjust": "match_rms_adamw"},
+}
+
+
+def log_moves(width: int, seed: int, options: dict[str, Any], exponent: float = 0.0) -> list[float]:
+    """Return log2 of RMS(dW h) of three layers after one step; rates are m^exponent times the plan's."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+    net = nn.Sequential(net, nn.Linear(width, 10)).double()
+    torch.manual_seed(1000 + seed)
+    x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(10, (8,))
+    mupass.transform(net, x, base=64)
+    optimizer = mupass.Muon(net, (width / 64) ** exponent, fallback="sgd", **options)
+    nn.functional.cross_entropy(net(x), y).backward()
+    inputs = {"0.0.weight": x, "0.2.weight": net[0][:2](x), "1.weight": net[0](x)}
+    deltas = moved(net, optimizer.step)
+    return [(h @ deltas[n].T).square().mean().sqrt().log2().item() for n, h in inputs.items()]
+
+
+def slopes(options: dict[str, Any], exponent: float = 0.0) -> Tensor:
+    roles = {"roles": ["input", "hidden", "output"], "steps": 5}
+    moves = [
+        torch.tensor([log_moves(w, seed, options | roles, exponent) for seed in range(2)]).mean(0)
+        for w in WIDTHS
+    ]
+    return (moves[-1] - moves[0]) / log2(WIDTHS[-1] / WIDTHS[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_move_layers_alike_at_all_widths(variant: str) -> None:
+    found = slopes(VARIANTS[variant])
+    assert (found.abs() < 0.1).all(), found
 
 
 @pytest.mark.parametrize("lower", [1e-3, 0.05])

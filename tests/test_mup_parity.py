@@ -73,7 +73,7 @@ def both(
     set_base_shapes(theirs, build(BASE, MuReadout), delta=build(DELTA, MuReadout))
     analysis = mupass.analyze(ours, torch.zeros(shape, dtype=dtype), base=build(BASE))
     plan = make_plan(ours, analysis, OptimizerSpec(optimizer))
-    rescale(ours, plan)
+    rescale(ours, {entry.geometry.name: entry.init_factor for entry in plan.entries})
     return ours, theirs, plan
 
 

@@ -190,7 +190,7 @@ def _rank(rank: int, port: int, name: str, path: Path) -> None:
         model = nn.parallel.DistributedDataParallel(build())
         optimizer = RANKED[name](model)
         go_on(model, optimizer, rows, range(4))
-        state = (copy.deepcopy(model.module.state_dict()), optimizer.state_dict())
+        state = copy.deepcopy((model.module.state_dict(), optimizer.state_dict()))
         go_on(model, optimizer, rows, range(4, 7))
         through = [p.detach().clone() for p in model.parameters()]
         second = nn.parallel.DistributedDataParallel(build())

@@ -105,7 +105,7 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     factors = x @ x.mT
     factors[3] = torch.nan
     bank = banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
-    bank.average({0: factors}, 0.0)
+    bank.average({0: (factors, torch.ones(1, dtype=torch.bool))}, 0.0)
     bank.state["factor"][4] = torch.nan  # what no average lets in, to see which one is blamed
     monkeypatch.setattr(banks, "AT_ONCE", 32)  # two at a time
     bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, [0, 1, 2, 4])

@@ -261,7 +261,7 @@ class Probe:
         x, y = torch.randn(BATCH, 20).double(), torch.randn(BATCH, 10).double()
         analysis = mupass.analyze(self.model, x, base=BASE)
         self.plan: Plan = make_plan(self.model, analysis, OptimizerSpec(optimizer), parameterization)
-        rescale(self.model, self.plan)
+        rescale(self.model, {entry.geometry.name: entry.init_factor for entry in self.plan.entries})
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         h = x

@@ -294,7 +294,7 @@ def test_sums_of_directions_are_ten_times_the_mean_by_name_only() -> None:
 @pytest.mark.parametrize("mode", ["trace", "relative"])
 def test_damping_remembers_the_largest_trace(mode: str) -> None:
     net, _ = make("mlp")
-    how = {**OPTIONS, "factor_decay": 0.0, "damping_mode": mode, "damping_memory": 0.9}
+    how = {**OPTIONS, "factor_decay": 0.0, "root_every": 1, "damping_mode": mode, "damping_memory": 0.9}
     optimizer = mupass.Shampoo(net, LR, RHO, **how)
     peak = [torch.zeros(()).double()] * 2
     for t, size in enumerate((1.0, 10.0, 0.1, 0.1)):
@@ -396,7 +396,7 @@ def test_zero_readout(mode: str) -> None:
 
 def test_a_bad_gradient_skips_the_step_and_leaves_no_trace() -> None:
     pair = [make("mlp") for _ in range(2)]
-    optimizers = [mupass.Shampoo(net, LR, factor_decay=0.9, block_size=5) for net, _ in pair]
+    optimizers = [mupass.Shampoo(net, LR, factor_decay=0.9, root_every=1, block_size=5) for net, _ in pair]
 
     def go(i: int, scale: float = 1.0) -> None:
         optimizers[i].zero_grad()

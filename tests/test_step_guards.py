@@ -99,16 +99,21 @@ def test_the_bound_of_blocks_is_that_of_their_masked_factor() -> None:
 
 @pytest.mark.parametrize("of", ["gradients", "directions"])
 def test_clipping_bounds_the_step_that_is_taken(of: str) -> None:
-    """Of the mean and of the sum: in the limit of a constant gradient the sum is ten directions."""
-    run = Run(DENSE["linear"], momentum=0.9, momentum_of=of, kl_clip=1e-6, lr=1.0)
-    grads, step = {}, {}
-    for _ in range(60):
-        run.at = 0  # the same batch
-        step = moved(run.net, run.step)
-        grads = {n: p.grad.clone() for n, p in run.net.named_parameters()}  # type: ignore[union-attr]
-        run.net.load_state_dict({n: p.detach() - step[n] for n, p in run.net.named_parameters()})
-    size = -sum(float((step[n] * grads[n]).sum()) for n in step)
-    assert size == pytest.approx(1e-6, rel=1e-2)
+    """Of the mean, and of the sum, which on a constant gradient is ten directions."""
+    case, sizes = DENSE["linear"], {}
+    for bound, momentum in ((None, 0.0), (1e-6, 0.9)):
+        run = Run(case, momentum=momentum, momentum_of=of, kl_clip=bound, lr=1.0)
+        for _ in range(80):
+            run.at = 0  # the same batch at the same point
+            step = moved(run.net, run.step)
+            with torch.no_grad():
+                for n, p in run.net.named_parameters():
+                    p.sub_(step[n])
+        grads = dict(run.net.named_parameters())
+        sizes[bound] = -sum(float((step[n] * grads[n].grad).sum()) for n in step)  # type: ignore[operator]
+    # A step of r directions has the quadratic form r^2 <direction, gradient>.
+    assert sizes[None] > 1e-3
+    assert sizes[1e-6] ** 2 / sizes[None] == pytest.approx(1e-6, rel=1e-3)
 
 
 # Damping that remembers, clipped gradients -----------------------------------------------------------------
@@ -131,7 +136,7 @@ def test_damping_of_b_remembers_its_largest_trace() -> None:
 
 def clipped_run(change: Any, steps: int = 4, **options: Any) -> list[Tensor]:
     """Updates of a run whose gradients are changed between the backward pass and the step."""
-    case, found = DENSE["linear"], []
+    case, found = DENSE["sequence"], []  # factors of full rank: a basis of what no input reaches is rounding
     net = case.net()
     optimizer = mupass.KFAC(net, LR, RHO, step_bound=None, **options)
     for seed in range(steps):
@@ -156,7 +161,7 @@ def test_a_clip_by_a_constant_factor_changes_no_step(ekfac: bool) -> None:
     plain = clipped_run(times(1.0), ekfac=ekfac)
     for factor in (0.01, 0.5):
         for a, b in zip(plain, clipped_run(times(factor), ekfac=ekfac), strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-10)
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("clip", [0.1, 1.0, 5.0])
@@ -229,6 +234,13 @@ def test_a_gradient_scaler_is_no_clip_and_a_clip_beside_it_is() -> None:
 # Gradients that are no numbers -----------------------------------------------------------------------------
 
 
+def corrected(optimizer: Any) -> dict[tuple[str, str], Tensor]:
+    """All averages and their weights; not those of SOAP that turn with their bases."""
+    ends = ("momentum", "average", "factor", "factor0", "factor1", "weight", "peak", "peak0", "peak1")
+    states = {optimizer.names[p]: s for p, s in optimizer.state.items()}
+    return {(n, k): t.clone() for n, s in states.items() for k, t in s.items() if k.endswith(ends)}
+
+
 @every
 @pytest.mark.parametrize("at", [0, 1, 4])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -236,13 +248,11 @@ def test_a_bad_gradient_changes_nothing_and_is_told(
     cls: Any, options: dict[str, Any], at: int, bad: float
 ) -> None:
     every_step = {k: 1 for k in options if k in ("factor_every", "root_every", "basis_every")}
-    if "eigh_every" in options:
-        pytest.skip("counts iterations by steps")
     net, twin = make(), make()
     optimizer, clean = (cls(n, 0.01, **{**options, **every_step}) for n in (net, twin))
     train(net, optimizer, range(at))
     train(twin, clean, range(at))
-    before = values(net)
+    before, averages = values(net), corrected(optimizer)
     x, y = batch(99)
     optimizer.zero_grad()
     F.cross_entropy(net(x).flatten(0, -2), y.flatten()).backward()
@@ -251,6 +261,10 @@ def test_a_bad_gradient_changes_nothing_and_is_told(
         optimizer.step()
         assert optimizer.stats() == {"steps": at, "skipped_steps": 1}
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    now = corrected(optimizer)
+    assert averages and all(torch.equal(t, now[key]) for key, t in averages.items())
+    if cls is mupass.SOAP:  # the schedule has turned the bases once more
+        return
     train(net, optimizer, range(at, at + 4))
     train(twin, clean, range(at, at + 4))
     for n, p in net.named_parameters():
@@ -302,8 +316,9 @@ def test_a_thawed_layer_is_told_of_and_moves(cls: Any) -> None:
     train(net, optimizer, range(2))
     net.fc.requires_grad_(True)
     before = values(net)
-    with pytest.warns(mupass.MupassWarning, match="fc.weight was frozen when .*adamw trains it from now on"):
+    with pytest.warns(mupass.MupassWarning, match="adamw trains it from now on") as told:
         train(net, optimizer, range(2, 3))
+    assert [str(w.message).split()[1] for w in told] == ["fc.weight", "fc.bias"]
     found = {c.parameter: c for c in optimizer.coverage()}
     assert found["fc.weight"].treatment == "adamw" and "frozen" in found["fc.weight"].reason
     lr = optimizer.param_groups[-1]["lr"] * optimizer.param_groups[-1]["mupass_scale"]
@@ -339,12 +354,12 @@ class Odd(nn.Module):
 
     def __init__(self, w: int) -> None:
         super().__init__()
-        self.inp, self.out = nn.Linear(5, w), nn.Linear(w, 3)
+        self.inp, self.hid, self.out = nn.Linear(5, w), nn.Linear(w, w), nn.Linear(w, 3)
         self.spectrum = nn.Parameter(torch.randn(3, dtype=torch.complex64))
         self.none = nn.Parameter(torch.zeros(0, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.inp(x))
+        h = torch.tanh(self.hid(torch.tanh(self.inp(x))))
         scale = (self.spectrum.real.sin() + self.spectrum.imag.cos()).sum()
         return self.out(h) * scale + self.none.sum()
 
@@ -355,7 +370,7 @@ def test_complex_and_empty_parameters(cls: Any) -> None:
     net = mupass.transform(Odd(8), x, base=4)
     optimizer = cls(net, 0.01, fallback_lr=0.02, weight_decay=0.1)
     found = {c.parameter: c for c in optimizer.coverage()}
-    assert found["spectrum"].treatment == "adamw" and "complex" in found["spectrum"].reason
+    assert found["spectrum"].treatment == "adamw" and found["spectrum"].reason
     assert found["none"].treatment == "none" and "no entries" in found["none"].reason
     scale = next(
         g["mupass_scale"] for g in optimizer.param_groups if any(p.is_complex() for p in g["params"])
@@ -442,33 +457,32 @@ def test_an_ordinary_step_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_step_runs_on_fake_cuda_tensors(name: str) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_a_step_runs_where_there_are_no_numbers_to_look_at(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, by the way of all devices but the CPU: a number that is asked for is an error.
 
+    A fake CUDA tensor cannot be indexed by a torch that was built without CUDA.
+    """
+    # It has no form for the meta device.
+    monkeypatch.setattr(torch, "geqrf", lambda a: (torch.empty_like(a), a.new_empty(a.shape[:-1])))
     cls, options = SILENT[name]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net = make().float()
-        for module in net.modules():
-            for leaf, p in list(module.named_parameters(recurse=False)):
-                fake = nn.Parameter(torch.empty(p.shape, device="cuda"))
-                setattr(module, leaf, fake)
-        optimizer = cls(net, 0.01, **options)
-        optimizer._watching, optimizer.report_every = False, 1 << 30  # a fake tensor has no number to tell
-        for _ in range(2):
-            for p in net.parameters():
-                p.grad = torch.empty_like(p)
-            if isinstance(optimizer, mupass.KFAC):
-                for tap in optimizer._curvature.taps.values():
-                    for leaf in tap.leaves:
-                        leaf.grad = torch.empty(leaf.shape, dtype=leaf.dtype, device="cuda")
-                if optimizer._curvature.terms.count is not None:
-                    count = optimizer._curvature.terms.count
-                    count.grad = torch.empty(count.shape, dtype=count.dtype, device="cuda")
-                optimizer._all_seen = True
-            with Waits() as waits:
-                optimizer.step()
+    net = make().float().to("meta")
+    optimizer = cls(net, 0.01, **options)
+    optimizer._watching, optimizer.report_every = False, 1 << 30
+    for _ in range(3):
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        if isinstance(optimizer, mupass.KFAC):
+            optimizer._all_seen = True
+            leaves = [leaf for tap in optimizer._curvature.taps.values() for leaf in tap.leaves]
+            for leaf in (*leaves, optimizer._curvature.terms.count):
+                leaf.grad = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        with Waits() as waits:
+            optimizer.step()
         assert not waits.seen
-        assert all(p.device.type == "cuda" for p in net.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        optimizer.stats()  # this one does ask
 
 
 # Half precision --------------------------------------------------------------------------------------------
@@ -478,14 +492,18 @@ def test_a_step_runs_on_fake_cuda_tensors(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_moves_as_single_precision_does(cls: Any, dtype: torch.dtype) -> None:
     nets = [make().to(dtype), make().to(dtype).float()]
-    start = values(nets[1])
+    start, moves = values(nets[1]), []
     for net in nets:
-        optimizer = cls(net, 0.01, weight_decay=0.1)
+        optimizer = cls(net, 0.03, fallback_lr=0.03, weight_decay=0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("error", mupass.MupassWarning)
             train(net, optimizer, range(4))
-    near = {torch.float16: 0.05, torch.bfloat16: 0.35}[dtype]
-    for name, p in nets[0].named_parameters():
-        assert p.dtype == dtype and p.isfinite().all(), name
-        moves = [net.get_parameter(name).float().detach() - start[name] for net in nets]
-        assert (moves[0] - moves[1]).norm() < near * moves[1].norm(), name
+        assert all(p.dtype == net.pos.dtype and p.isfinite().all() for p in net.parameters())
+        moves.append(
+            torch.cat([(p.detach().float() - start[n]).flatten() for n, p in net.named_parameters()])
+        )
+    assert nets[0].pos.dtype == dtype
+    # Rows of the table that no batch reaches have directions of rounding errors under SOAP.
+    least = {torch.float16: 0.97, torch.bfloat16: 0.93}[dtype] - 0.15 * (cls is mupass.SOAP)
+    assert torch.cosine_similarity(*moves, dim=0) > least
+    assert 0.85 < moves[0].norm() / moves[1].norm() < 1.15

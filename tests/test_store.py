@@ -339,6 +339,6 @@ def test_a_killed_transfer_goes_on_where_it_was(tmp_path: Path) -> None:
     options: Any = {"grid": grid, "proxy": 32, "steps": 20, "progress": False}
     found = mupass.transfer(mlp(), [(X, Y)], store=store, **options)
     fresh = mupass.transfer(mlp(), [(X, Y)], **options)
-    assert found.best == fresh.best
+    assert found.hyperparameters == fresh.hyperparameters
     with Store(store) as opened:
         assert opened.connection.execute("select count(*) from runs").fetchone() == (40,)

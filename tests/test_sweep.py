@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mupass
 from mupass._study.fingerprint import digest
+from mupass._study.jobs import Job, Work
 from mupass._study.store import Store
 from mupass._study.sweep import points_of
 from mupass._study.trials import Sweep, Trial, vertex
@@ -182,16 +183,20 @@ def test_a_killed_sweep_gives_the_same_table(tmp_path: Path, jobs: int) -> None:
     assert set(old) <= set(new)  # nothing that was known is run again
 
 
-def test_a_larger_sweep_takes_over_what_is_known(tmp_path: Path) -> None:
+def test_a_larger_sweep_takes_over_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "runs.db"
     first = mupass.sweep(mlp(), data(), [0.1, 0.3], store=store, **SMALL)
-    calls = []
+    calls, run = [], Work.run
 
-    def counted(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        calls.append(lr)
+    def counted(self: Work, job: Job) -> tuple[float, float]:
+        calls.append(job)
+        return run(self, job)
+
+    def plain(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"))
 
-    settings = {**SMALL, "optimizer": counted}
+    monkeypatch.setattr(Work, "run", counted)
+    settings = {**SMALL, "optimizer": plain}
     mupass.sweep(mlp(), data(), [0.1, 0.3], store=store, **settings)
     assert len(calls) == 4  # another optimizer is another study
     more = mupass.sweep(mlp(), data(), [0.1, 0.3, 0.5], store=store, **settings)

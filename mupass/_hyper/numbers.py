@@ -16,7 +16,7 @@ from mupass._optim.base import PlannedOptimizer
 from mupass._optim.kfac import KFAC
 from mupass._optim.shampoo import Shampoo
 from mupass._study.batches import StudyError
-from mupass._study.recipes import Make
+from mupass._study.recipes import Make, optimizer_of
 
 STEP = 1e-4  # relative; what recipes do to a number is linear, for which a difference is exact
 
@@ -72,7 +72,7 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
     Raises:
         StudyError: A hyperparameter sets nothing that the step can be differentiated by, or something else.
     """
-    made = make(model, **point)
+    made = optimizer_of(make, model, point)
     rule = rule_of(made, {p: name for name, p in model.named_parameters()})
     here, slopes = _entries(made), {}
     for name, value in point.items():

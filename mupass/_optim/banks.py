@@ -144,7 +144,8 @@ class Bank:
     def forget(self) -> None:
         """Take notice that the state was written from outside."""
         self._traces = None
-        self.fresh = set()
+        same = (self.traces() == self.state["rooted"]) & (self.state["weight"] > 0)
+        self.fresh = {slot for slot, known in enumerate(same.tolist()) if known}
 
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""

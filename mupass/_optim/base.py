@@ -29,6 +29,7 @@ from mupass._optim.fallback import (
     sum_state,
 )
 from mupass._optim.parallel import from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
+from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.schedules import watch_rates
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
@@ -72,6 +73,7 @@ class PlannedOptimizer(BoundOptimizer):
         fallback: str | Fallback,
         fallback_lr: float | None,
         strict: bool,
+        stochastic_rounding: bool = False,
     ) -> None:
         if lr is not None:
             check_number("lr", lr)
@@ -90,6 +92,10 @@ class PlannedOptimizer(BoundOptimizer):
         self._frozen: dict[Tensor, str] = {p: n for n, p in every.items() if not p.requires_grad}
         if not self.names:
             raise OptimizerError("every parameter of the model is frozen")
+        if stochastic_rounding:
+            check_rounded(self.names)
+        self._seed = drawn_seed(self._ranks, self._device) if stochastic_rounding else None
+        self._numbers = {name: number for number, name in enumerate(every)}
         self._overrides = _checked_overrides(overrides, every)
         self._decay_of = decay
         self._steps = 0
@@ -227,6 +233,7 @@ class PlannedOptimizer(BoundOptimizer):
                 "mupass_epsilon": scales.epsilon,
                 "mupass_kind": saved_kind(type(self).__name__, str(self.spec)),
                 "mupass_steps": 0,
+                **({} if self._seed is None else {"mupass_seed": self._seed}),
             }
             groups.setdefault(key, fresh)["params"].append(parameter)
         return list(groups.values())
@@ -416,6 +423,9 @@ class PlannedOptimizer(BoundOptimizer):
             if group["weight_decay"]:
                 moved.mul_(1 - decay * count)
             moved.sub_(update * (rate * count))
+            if target.dtype == torch.bfloat16 and "mupass_seed" in group:
+                turn = (self._steps, self._numbers[self.names[p]])
+                moved = to_bfloat16(moved, mixed(int(group["mupass_seed"]), turn))
             if moved is not target:
                 target.copy_(moved)
 

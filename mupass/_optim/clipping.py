@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mupass._optim.parallel import is_sharded, sum_over_ranks
 
-PROBES = 2
 ENTRIES = 4096  # of a probe that are compared
 ALIKE = 1e-3  # how far the ratios of the probes may be apart; half precision rounds by this much
 
@@ -24,12 +23,13 @@ class GradientScale:
     gradients that autograd did not make) is none, and counts as 1.
 
     Args:
-        parameters: Candidates; the smallest are watched.
+        parameters: Candidates; the smallest vector and the smallest matrix are watched.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         plain = [p for p in parameters if not is_sharded(p) and p.is_leaf and p.numel() > 1]
-        self._watched = sorted(plain, key=lambda p: p.numel())[:PROBES]
+        kinds = ([p for p in plain if p.dim() < 2], [p for p in plain if p.dim() > 1])
+        self._watched = [min(kind, key=lambda p: p.numel()) for kind in kinds if kind]
         self._copies: list[Tensor | None] = [None for _ in self._watched]
         for number, p in enumerate(self._watched):
             handle = p.register_post_accumulate_grad_hook(_Copy(weakref.ref(self), number))  # type: ignore[no-untyped-call]
@@ -51,7 +51,7 @@ class GradientScale:
             ranks: Number of ranks over which gradients were averaged since.
         """
         pairs = [
-            (_entries(p.grad).float(), copy.float())
+            (_entries(p.grad), copy)
             for p, copy in zip(self._watched, self._copies, strict=True)
             if copy is not None and p.grad is not None and not is_sharded(p.grad)
         ]
@@ -80,7 +80,8 @@ def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    return gradient.detach().reshape(-1)[:ENTRIES]
+    entries = gradient.detach().reshape(-1)[:ENTRIES]
+    return entries.to(torch.promote_types(entries.dtype, torch.float32))
 
 
 class _Copy:

@@ -23,14 +23,15 @@ from mupass._optim.update import Compiled, shorten
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
+from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Sums, Tap
 from mupass._taps.terms import TermsTap
 
 # Chosen by `benchmarks/defaults.py`.
-LR = 0.05
+LR = 0.1
 DAMPING = 1e-3
 MOMENTUM = 0.8
-STEP_BOUND = 0.3
+STEP_BOUND = 0.2
 KL_CLIP = 1e-3
 
 
@@ -109,6 +110,9 @@ class KFAC(PlannedOptimizer):
             many entries (``ignore_index``).
         loss_reduction: ``mean`` or ``sum``.
         loss_scale: What the loss is multiplied by before ``backward``, or a function giving it.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
         data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them, and
             each rank keeps the factors and roots of some parameters (EKFAC: of all). By default yes where
@@ -155,6 +159,7 @@ class KFAC(PlannedOptimizer):
         loss_terms: int | Callable[[], int] | None = None,
         loss_reduction: str = "mean",
         loss_scale: float | Callable[[], float] | None = None,
+        stochastic_rounding: bool = False,
         strict: bool = False,
         data_parallel: bool | None = None,
         compile: bool | None = None,
@@ -218,6 +223,7 @@ class KFAC(PlannedOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
         self._due = False
@@ -277,7 +283,10 @@ class KFAC(PlannedOptimizer):
         return self._kronecker.owner if self._ranks > 1 and not self.ekfac else {}
 
     def _replaced(self, name: str, new: Tensor) -> None:
-        self._parameters[name] = new
+        if name in self._parameters:
+            pass_on(self.root, name, self._parameters[name])
+            self._parameters[name] = new
+            self._clipping = GradientScale([self._parameters[b.parameter] for b in self._cover.blocks])
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
@@ -330,6 +339,8 @@ class KFAC(PlannedOptimizer):
         # What `observe` collected is not of these gradients; torch calls this before there is anything.
         if hasattr(self, "_curvature") and not self.sampled:
             self._curvature.clear()
+        if hasattr(self, "_members"):  # before the pass whose factors the new tensors' taps are to see
+            self._adopt_swapped()
 
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor

@@ -449,7 +449,8 @@ class Kronecker:
         """
         for bank in self._all:
             bank.forget()
-        self.rooted, self.moved = steps > 0, True
+        # Roots were looked over in every step that averaged factors, unless none has yet.
+        self.rooted, self.moved = steps > 0, steps == 0
         self.seen = {name for bank in self._all for name, _ in bank.keys} if steps else set()
         if steps and self.rules.mode == "trace" and self.rules.floor:
             self.largest = largest_over_ranks([self._largest(kind) for kind in self.kinds], self.ranks)

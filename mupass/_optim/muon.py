@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mupass._optim.checks import check_number, check_period
+from mupass._errors import OptimizerError
+from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import Fallback
 from mupass._optim.matrix import MatrixOptimizer, wide
 from mupass._optim.polar import Quintic, orthogonalize, product_dtype, quintics
+from mupass._optim.spectral import with_norm_of
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
 ADAPTIVE_EPSILON = 1e-8
 LR = 0.04  # chosen by `benchmarks/defaults.py`
+ADJUST = ("spectral", "match_rms_adamw")
+ADAM_RMS = 0.2  # root mean square of AdamW's usual updates (Liu et al., arXiv 2502.16982)
 
 
 class Muon(MatrixOptimizer):
@@ -33,15 +39,24 @@ class Muon(MatrixOptimizer):
     With ``adaptive=True`` the orthogonal matrix is divided by the root of the moving average of its
     squared entries (AdaMuon), whose rates are Adam's, ``1 / m_in``.
 
+    With ``normuon=True`` every row of it, a neuron, is divided by the root of the moving average of its mean
+    square, and the whole keeps its norm (NorMuon, arXiv 2510.05491). The norm is Muon's, and so is the row of
+    the scale table. With ``adjust="match_rms_adamw"`` steps are ``0.2 sqrt(max(rows, columns))`` times as
+    long, with the rows and columns of the base width: there they have the root mean square of AdamW's, whose
+    rate serves, and at other widths they follow Muon's row, as the spectral norm has to.
+
     Args:
         model: A transformed model, compiled or wrapped or not.
-        lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay.
+        lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay; with
+            ``adjust="match_rms_adamw"`` that of AdamW.
         momentum: Weight of the past in the moving average.
         nesterov: Whether the present gradient is mixed in once more.
         steps: Number of polynomials. Singular values above 0.003 of the Schatten 4-norm come to within 20 %
             of 1 with 4, and 0.5 % with 5.
         adaptive: AdaMuon.
-        beta2: Weight of the past in AdaMuon's squares.
+        normuon: NorMuon.
+        beta2: Weight of the past in AdaMuon's and NorMuon's squares.
+        adjust: ``spectral``, or ``match_rms_adamw`` as in `torch.optim.Muon`.
         roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
         product_dtype: Precision of the matrix products; by default that of the factors, or bfloat16 for
             float32 factors on CUDA and on CPUs with instructions for it (AVX512-BF16 or AMX).
@@ -54,6 +69,9 @@ class Muon(MatrixOptimizer):
         fallback_lr: Learning rate of the fallback at the base width.
         compile: Whether the update of each shape is compiled with `torch.compile`. None compiles on CUDA
             where Triton is there, and nothing on CPU.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -72,7 +90,9 @@ class Muon(MatrixOptimizer):
         nesterov: bool = True,
         steps: int = 4,
         adaptive: bool = False,
+        normuon: bool = False,
         beta2: float = 0.95,
+        adjust: str = "spectral",
         roles: Collection[str] = ("hidden",),
         product_dtype: torch.dtype | None = None,
         weight_decay: float = 0.0,
@@ -81,9 +101,16 @@ class Muon(MatrixOptimizer):
         fallback: str | Fallback = "adamw",
         fallback_lr: float | None = None,
         compile: bool | None = None,
+        stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:
         self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
+        self.normuon, self.adjust = normuon, check_choice("adjust", adjust, ADJUST)
+        if adaptive and (normuon or adjust != "spectral"):
+            raise OptimizerError(
+                "adaptive=True is AdaMuon, which brings every entry to 1 and has Adam's rates already: leave "
+                "out normuon and adjust, or adaptive"
+            )
         self.beta2 = check_number("beta2", beta2, 0, 1)
         self._polynomials = quintics(check_period("steps", steps))
         super().__init__(
@@ -98,31 +125,50 @@ class Muon(MatrixOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
 
     def _default_rate(self) -> float:
-        return super()._default_rate() if self.adaptive else LR
+        return LR if self.adjust == "spectral" and not self.adaptive else super()._default_rate()
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
-        norms = self.plan.for_optimizer("muon")
+        norms, entries = self.plan.for_optimizer("muon"), self.plan.for_optimizer("adamuon")
         self._epsilons = [
             (
                 EPSILON * stack.each(lambda name: norms[name].scales.epsilon),
-                ADAPTIVE_EPSILON * stack.each(lambda name: self.plan[name].scales.epsilon),
+                ADAPTIVE_EPSILON * stack.each(lambda name: entries[name].scales.epsilon),
             )
             for stack in self._stacks
         ]
+        self._matching = [stack.each(partial(self._matched, stack)) for stack in self._stacks]
+
+    def _matched(self, stack: Stack, name: str) -> float:
+        """Return by what steps are longer so that their root mean square is AdamW's at the base width."""
+        geometry, (rows, columns) = self.plan[name].geometry, stack.shape
+        if self.plan.parameterization == "standard":  # rates follow no width, and steps are torch's
+            return ADAM_RMS * sqrt(max(rows, columns))
+        return ADAM_RMS * sqrt(max(rows / geometry.m_out, columns / geometry.m_in))
 
     def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
         state = {"average": stack.zeros(*stack.shape)}
-        return (
-            state | {"square": stack.zeros(*stack.shape), "weight": stack.zeros()} if self.adaptive else state
-        )
+        if self.adaptive:
+            state |= {"square": stack.zeros(*stack.shape), "weight": stack.zeros()}
+        elif self.normuon:
+            state |= {"square": stack.zeros(stack.shape[0], 1), "weight": stack.zeros()}
+        return state
 
     def _update(self) -> Callable[..., Tensor]:
+        if self.normuon:
+            return _by_neuron
         return _adaptive if self.adaptive else _orthogonal
+
+    def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
+        direction = super()._call(number, at, *arguments)
+        if self.adjust == "spectral":
+            return direction
+        return direction * wide(self._matching[number][at], direction)
 
     def _arguments(
         self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
@@ -133,7 +179,7 @@ class Muon(MatrixOptimizer):
         dtype = self.product_dtype or product_dtype(stack.dtype, stack.device)
         average = stack.state["average"][at]
         polar = (mean, average, momentum, norm_epsilon, self._polynomials, self.nesterov, dtype, counts)
-        if not self.adaptive:
+        if not self.adaptive and not self.normuon:
             return polar
         beta2 = 1 - (1 - self.beta2) * counts
         return *polar, stack.state["square"][at], stack.state["weight"][at], beta2, epsilon
@@ -175,3 +221,24 @@ def _adaptive(
     square.lerp_(turned.square(), 1 - wide(beta2, g))
     weight.lerp_(torch.ones_like(weight), 1 - beta2)
     return turned / ((square / wide(weight, g)).sqrt() + wide(epsilon, g))
+
+
+def _by_neuron(
+    g: Tensor,
+    average: Tensor,
+    momentum: Tensor,
+    norm_epsilon: Tensor,
+    polynomials: tuple[Quintic, ...],
+    nesterov: bool,
+    dtype: torch.dtype,
+    counts: Tensor,
+    square: Tensor,
+    weight: Tensor,
+    beta2: Tensor,
+    epsilon: Tensor,
+) -> Tensor:
+    """Return ``U V^T`` with rows over the root of the average of their mean squares, and the norm it had."""
+    turned = _orthogonal(g, average, momentum, norm_epsilon, polynomials, nesterov, dtype, counts)
+    square.lerp_(turned.square().mean(-1, keepdim=True), 1 - wide(beta2, g))
+    weight.lerp_(torch.ones_like(weight), 1 - beta2)
+    return with_norm_of(turned, turned / ((square / wide(weight, g)).sqrt() + wide(epsilon, g)))

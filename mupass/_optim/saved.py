@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 VERSION = 2
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
+NUMBERS |= {"mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = ("weight", "weights", "square", "peak", "recent", "rooted", "rho", "values", "sum")
@@ -59,6 +60,8 @@ def check_state(
         if not isinstance(saved.get(key), form):
             raise OptimizerError(f"not a state of mupass.{kind}: {key!r} is missing or no {form.__name__}")
     groups, own = saved["param_groups"], optimizer.param_groups
+    for number, group in enumerate(groups):
+        _check_kind(f"group {number}", group, own[0]["mupass_kind"])
     if len(groups) != len(own):
         raise OptimizerError(f"the state has {len(groups)} parameter groups; this {kind} has {len(own)}")
     settings, known, states = [], set(), {}
@@ -74,18 +77,22 @@ def check_state(
     return settings, states
 
 
-def _check_group(where: str, theirs: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one group."""
-    if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
+def _check_kind(where: str, group: Any, ours: str) -> None:
+    """Refuse a group of another optimizer, or what is no group."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
         raise OptimizerError(f"{where} of the state is damaged: no parameters")
+    kind = group.get("mupass_kind")
+    if kind != ours:
+        raise OptimizerError(f"state of {kind or 'an unknown optimizer'}; this is {ours}")
+
+
+def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one group."""
     if len(theirs["params"]) != len(ours["params"]):
         raise OptimizerError(
             f"{where} of the state has {len(theirs['params'])} parameters; this optimizer's has "
             f"{len(ours['params'])}: other parameters, groups or factors"
         )
-    kind = theirs.get("mupass_kind")
-    if kind != ours["mupass_kind"]:
-        raise OptimizerError(f"state of {kind or 'an unknown optimizer'}; this is {ours['mupass_kind']}")
     for key in ours:
         if key != "params" and key not in theirs:
             raise OptimizerError(f"{where} of the state lacks {key!r}")

@@ -18,6 +18,7 @@ from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
 from mupass._optim.packed import pack, packed_diagonal, packed_size, unpack
 from mupass._optim.roots import inverse_roots
 from mupass._optim.sides import SIDES, Schedule, active_sides, add_weight, along, observe
+from mupass._optim.spectral import with_norm_of
 from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 from mupass._scales.spec import GRAFTS
@@ -80,6 +81,9 @@ class Shampoo(MatrixOptimizer):
             where Triton is there, and nothing on CPU.
         data_parallel: Whether ranks hold the same gradients, so that each keeps the state of some parameters
             and computes their directions. By default yes where torch.distributed runs with several ranks.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -116,6 +120,7 @@ class Shampoo(MatrixOptimizer):
         fallback_lr: float | None = None,
         compile: bool | None = None,
         data_parallel: bool | None = None,
+        stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:
         check_number("e", e)
@@ -154,6 +159,7 @@ class Shampoo(MatrixOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
 
@@ -313,7 +319,7 @@ def _plain(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...], grown: 
 
 
 def _graft_sgd(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
-    return _with_norm_of(g, _precondition(g, sides, roots))
+    return with_norm_of(g, _precondition(g, sides, roots))
 
 
 def _graft_adaptive(
@@ -336,11 +342,4 @@ def _graft_adaptive(
     weight.lerp_(torch.ones_like(weight), fresh)
     root = wide(weight.clamp(min=torch.finfo(g.dtype).tiny).rsqrt(), g)
     magnitude = wanted / (square.sqrt() * root + wide(epsilon, g))
-    return _with_norm_of(magnitude, _precondition(mean, sides, roots) if sides else magnitude)
-
-
-def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
-    """Return the directions with the norm of other blocks; a zero direction stays zero."""
-    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
-    norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return direction * wide(torch.where(norm > 0, wanted / norm, torch.zeros_like(norm)), direction)
+    return with_norm_of(magnitude, _precondition(mean, sides, roots) if sides else magnitude)

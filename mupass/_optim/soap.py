@@ -57,6 +57,9 @@ class SOAP(MatrixOptimizer):
             where Triton is there, and nothing on CPU.
         data_parallel: Whether ranks hold the same gradients, so that each keeps the state of some parameters
             and computes their directions. By default yes where torch.distributed runs with several ranks.
+        stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
+            that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
+            `torch.manual_seed` at construction, and are the same on all ranks.
         strict: Raise when any parameter falls back.
 
     Raises:
@@ -88,6 +91,7 @@ class SOAP(MatrixOptimizer):
         fallback_lr: float | None = None,
         compile: bool | None = None,
         data_parallel: bool | None = None,
+        stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:
         self.beta2 = check_number("beta2", beta2, 0, 1)
@@ -112,6 +116,7 @@ class SOAP(MatrixOptimizer):
             overrides=overrides,
             fallback=fallback,
             fallback_lr=fallback_lr,
+            stochastic_rounding=stochastic_rounding,
             strict=strict,
         )
 

@@ -1,4 +1,4 @@
-"""Updates of spectral norm 1."""
+"""Updates of spectral norm 1, or of the norm of others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def with_unit_norm(top: Tensor, update: Callable[..., Tensor], *arguments: Any) 
     norm = torch.linalg.vector_norm(image, dim=1)
     top.copy_(x / _norm(x).clamp(min=tiny))
     factor = torch.where(norm > 0, 1 / norm.clamp(min=tiny), torch.zeros_like(norm))
+    return direction * factor.view(-1, *[1] * (direction.dim() - 1))
+
+
+def with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """Return directions with the norm of other blocks, one by one; a zero direction stays zero.
+
+    Args:
+        magnitude: ``[K, *shape]``, whose norms are wanted.
+        direction: ``[K, *shape]``.
+    """
+    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+    norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+    factor = torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
     return direction * factor.view(-1, *[1] * (direction.dim() - 1))
 
 

@@ -74,7 +74,7 @@ class Stack:
             blocks: Parameter -> its blocks.
             at: The slots.
         """
-        return torch.stack([blocks[name][i] for name, i in self.slots[at]])
+        return torch.stack([blocks[name][i] for name, i in self.slots[at]]).to(self.dtype)
 
     def note(self, kind: str, happened: Tensor, at: slice | Tensor, place: str = "") -> None:
         """Count incidents on the device.

@@ -23,7 +23,7 @@ from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
 from mupass._study.plain import untransformed
 from mupass._study.probe import Probe
-from mupass._study.recipes import Make, check_names, recipe
+from mupass._study.recipes import Make, check_names, optimizer_of, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 
@@ -113,7 +113,7 @@ def coord_check(
     for i in range(len(copies.widths)):
         for seed in range(seeds):
             trained = copies.draw(i, seed)
-            made = make(trained) if lr is None else make(trained, lr=lr)
+            made = optimizer_of(make, trained, {} if lr is None else {"lr": lr})
             probe = Probe(trained, batches[0], loss)
             for key, value in _train(trained, made, probe, batches, loss, steps):
                 log[key][i].append(value)

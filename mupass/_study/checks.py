@@ -26,7 +26,7 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_functions(**functions: Any) -> None:
-    """Refuse what cannot be called; None is left to its default.
+    """Refuse what cannot be called; None stands for no function, but for the loss.
 
     Args:
         **functions: Functions by the name of their argument.
@@ -35,7 +35,7 @@ def check_functions(**functions: Any) -> None:
         StudyError: One is something else.
     """
     for name, value in functions.items():
-        if value is not None and not callable(value):
+        if not callable(value) and (value is not None or name == "loss"):
             raise StudyError(f"{name} must be a function, not {kind_of(value)}")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.copies import Copies
 from mupass._study.fingerprint import digest
-from mupass._study.recipes import Make
+from mupass._study.recipes import Make, optimizer_of
 from mupass._study.store import Store
 
 Evaluate = Callable[[nn.Module], Any]  # a number, or a tensor of one number
@@ -116,7 +116,7 @@ class Work:
 
     def _train(self, job: Job) -> float:
         model = self.copies.draw(job.index, job.seed)
-        optimizer = self.make(model, **dict(job.point))
+        optimizer = optimizer_of(self.make, model, dict(job.point))
         losses: list[float] = []
         for step in range(self.steps):
             batch = self.batches[step % len(self.batches)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._errors import kind_of
 from mupass._optim.groups import param_groups
 from mupass._optim.kfac import KFAC
 from mupass._optim.muon import Muon
@@ -42,7 +43,9 @@ def _kfac(model: nn.Module, lr: float = 0.01, damping: float = 1e-2, **options: 
 def _shampoo(
     model: nn.Module, lr: float = 0.01, damping: float = 1e-4, **options: Any
 ) -> torch.optim.Optimizer:
-    return Shampoo(model, lr, damping, **{"momentum": 0.0, "fallback": "sgd", "fallback_lr": lr, **options})
+    # Shampoo's own steps, not those of a graft.
+    own = {"graft": "none", "root_every": 1, "momentum": 0.0, "fallback": "sgd", "fallback_lr": lr}
+    return Shampoo(model, lr, damping, **{**own, **options})
 
 
 def _soap(model: nn.Module, lr: float = 1e-3, **options: Any) -> torch.optim.Optimizer:
@@ -75,10 +78,11 @@ CLASSES: Mapping[Make, type[torch.optim.Optimizer]] = MappingProxyType(
 # The orders in width are those of any damping. They show where the damping, not the width, limits the rank of
 # a factor: at once when it is 1 relative to the trace, only beyond width 1/damping when there are more rows
 # than that. Relative to the largest eigenvalue the rank still shows: it grows with the width up to the rows.
-# SOAP's rows are those of blocks, and a check may be narrower than those of training.
+# SOAP's rows are those of blocks, and a check may be narrower than those of training. Bounds on K-FAC's steps
+# would hide how they grow.
 FOR_CHECK: Mapping[str, Make] = MappingProxyType(
     {
-        "kfac": partial(_kfac, damping=1.0),
+        "kfac": partial(_kfac, damping=1.0, step_bound=None, kl_clip=None, root_every=1),
         "shampoo": partial(_shampoo, damping=1.0, damping_mode="trace"),
         "soap": partial(_soap, block_size=32),
     }
@@ -127,4 +131,24 @@ def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
         raise StudyError(
             f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"
         )
+    return optimizer
+
+
+def optimizer_of(make: Make, model: nn.Module, point: Mapping[str, float]) -> torch.optim.Optimizer:
+    """Make the optimizer of a copy.
+
+    Args:
+        make: Result of `recipe`.
+        model: The transformed copy.
+        point: Hyperparameters by name.
+
+    Raises:
+        StudyError: The function does not take them, or gives no optimizer.
+    """
+    try:
+        optimizer = make(model, **point)
+    except TypeError as error:
+        raise StudyError(f"the function that makes the optimizer fails at {dict(point)}: {error}") from error
+    if not callable(getattr(optimizer, "step", None)) or not callable(getattr(optimizer, "zero_grad", None)):
+        raise StudyError(f"the function that makes the optimizer gives {kind_of(optimizer)}")
     return optimizer

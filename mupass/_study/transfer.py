@@ -23,7 +23,7 @@ from mupass._study.checks import check_counts
 from mupass._study.copies import Prepare, Width, halved
 from mupass._study.jobs import Evaluate, check_jobs
 from mupass._study.plain import undo, untransformed
-from mupass._study.recipes import Make
+from mupass._study.recipes import Make, optimizer_of
 from mupass._study.search import search
 from mupass._study.store import Store
 from mupass._study.sweep import Grid, Study
@@ -206,5 +206,5 @@ def transfer(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )
     wide = prepare(wide) if prepare else wide
-    made = study.work.make(wide, **best)
+    made = optimizer_of(study.work.make, wide, best)
     return Transfer(wide, made, best, narrow, plan_of(wide)[1].width, found)

@@ -112,6 +112,25 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     return taps.setdefault(key, Tap())
 
 
+def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
+    """Let the tensor that took a parameter's place in its module look out for the same uses.
+
+    Args:
+        root: The module that the name is relative to.
+        name: Name of the parameter.
+        old: What the parameter was.
+    """
+    taps: dict[str, Tap] | None = vars(old).get(ATTRIBUTE)
+    new = root.get_parameter(name)
+    if not taps or new is old:
+        return
+    vars(new)[ATTRIBUTE] = taps
+    if is_sharded(new):
+        on_whole(root, name, lambda whole: _look_out(whole, name, taps))
+    else:
+        _look_out(new, name, taps)
+
+
 def _look_out(parameter: nn.Parameter, name: str, taps: dict[str, Tap]) -> None:
     if type(parameter) is nn.Parameter:
         parameter.__class__ = TappedParameter

@@ -67,8 +67,9 @@ class _Factors(torch.autograd.Function):
             if ctx.tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
-                live = (g != 0).any().to(ctx.dtype)
-                rows, a = rows * live, None if a is None else a * live
+                live = (g != 0).any().to(ctx.dtype).reshape(1)
+                a = None if a is None else a * live
+                rows = rows * live
         return g, None, None, None, None, rows, a, *b
 
 
