@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import mupass
+from mupass._optim.stacks import compiles
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo": (mupass.Shampoo, {"root_every": 2}),
@@ -53,6 +54,10 @@ def train(net: Any, x: Any, optimizer: Any, steps: int, schedule: Any = None) ->
             schedule.step()
 
 
+def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
+    return OneCycleLR(optimizer, max_lr=[g["lr"] for g in optimizer.param_groups], total_steps=9)
+
+
 @pytest.mark.sample("cnn-shampoo modes", "attention-soap", "cnn-adamuon")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["cnn", "attention"])
@@ -66,10 +71,54 @@ def test_one_graph_for_each_shape_whatever_the_schedule(
         for (net, _), flag in zip(pair, (False, True), strict=True)
     )
     for (net, x), optimizer in zip(pair, (eager, compiled), strict=True):
-        train(net, x, optimizer, 8, OneCycleLR(optimizer, max_lr=0.02, total_steps=9))
+        train(net, x, optimizer, 8, one_cycle(optimizer))
     assert counter.frame_count == len(compiled._stacks) > 0
     for p, q in zip(*(net.parameters() for net, _ in pair), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+
+
+KFACS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "roots": {"root_every": 1, "step_bound": 1e-3},
+    "blocks": {"block_size": 5, "momentum_of": "directions"},
+    "eigen": {"damping_mode": "eigen", "e_a": 0.5, "e_b": 0.5},
+    "foof": {"e_b": 0.0},
+    "ekfac": {"ekfac": True},
+}
+
+
+@pytest.mark.parametrize("name", KFACS)
+@pytest.mark.parametrize("model", ["cnn", "attention"])
+def test_kfac_has_one_graph_for_each_shape_whatever_the_schedule(
+    model: str, name: str, counter: CompileCounterWithBackend
+) -> None:
+    pair, graphs = [make(model) for _ in range(2)], []
+    for (net, x), flag in zip(pair, (False, True), strict=True):
+        optimizer = mupass.KFAC(net, 0.05, compile=flag, **KFACS[name])
+        schedule = one_cycle(optimizer)
+        for steps in (1, 7):
+            train(net, x, optimizer, steps, schedule)
+            # Dynamo may report an empty graph of its own at its first start.
+            graphs.append(sum(bool(graph.graph.find_nodes(op="call_method")) for graph in counter.graphs))
+    shapes = {(p.shape, p.stride()) for p in pair[0][0].parameters()}
+    first, last = graphs[2:]
+    # The root application and the bound, of matrices and of vectors; nothing after the first step.
+    assert graphs[:2] == [0, 0] and 0 < first == last <= 2 * len(shapes)
+    for p, q in zip(*(net.parameters() for net, _ in pair), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
+
+
+def test_none_compiles_where_the_device_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: name)
+    assert compiles(None, cuda) and not compiles(None, cpu)
+    assert compiles(True, cpu) and not compiles(False, cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not compiles(None, cuda)
+    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: None)
+    assert not compiles(None, cuda)
 
 
 def test_more_shapes_than_dynamo_keeps_graphs_for(counter: CompileCounterWithBackend) -> None:

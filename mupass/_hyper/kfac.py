@@ -120,6 +120,10 @@ class FollowingBank(Bank):
     def _whole(self, name: str, at: Tensor | slice) -> Tensor:
         return self.state[name][at]
 
+    @property
+    def _packed(self) -> int:
+        return 0
+
     def _diagonal(self, at: slice) -> Tensor:
         factor = self.state["factor"][at]
         return factor if self.diagonal else factor.diagonal(dim1=-2, dim2=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mupass._optim.packed import bands, pack, packed_diagonal, packed_size, unpack
 from mupass._optim.roots import diagonal_roots, inverse_roots
-from mupass._taps.pieces import cut, paste
+from mupass._optim.update import Average, Root, by_root
 
 # Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
 # room for several copies of itself.
@@ -207,16 +207,34 @@ class Bank:
         """
         return self.fresh.issuperset(range(first, first + count))
 
-    def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
-        """Multiply with the roots of some slots.
+    def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
+        """Return the roots of some slots.
 
         Args:
-            stack: ``[count, out, in]``.
             first: First slot.
             count: Number of slots.
-            left: From which side.
+            grown: Result of `grown` for all slots.
+            power: Power of the inverse.
         """
-        return times(stack, self._whole("root", slice(first, first + count)), left)
+        at = slice(first, first + count)
+        return Root(by_root, (self.state["root"][at],), self._packed, grown[at], power)
+
+    def mean(self, first: int, count: int) -> Average:
+        """Return the averages of some slots.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+        """
+        at = slice(first, first + count)
+        weight = self.state["weight"][at]
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return Average(self.state["factor"][at], self._packed, weight)
+
+    @property
+    def _packed(self) -> int:
+        """Size of the matrices that are kept packed, or 0."""
+        return 0 if self.diagonal else self.size
 
 
 def growth(now: Tensor, then: Tensor) -> Tensor:
@@ -230,18 +248,6 @@ def growth(now: Tensor, then: Tensor) -> Tensor:
     ratio = now / torch.where(known, then, torch.ones_like(then))
     grown = torch.where(now > then, ratio, torch.ones_like(now))
     return torch.where((now > then) & ~known, torch.inf, grown)
-
-
-def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
-    """Multiply ``[groups, out, in]`` from one side by ``[groups * blocks, n, n]`` or by ``[groups, n]``."""
-    if factor.dim() == 2:
-        return factor[..., None] * stack if left else stack * factor[:, None]
-    count = len(factor) // len(stack)
-    if count > 1:
-        rows = stack.mT if left else stack
-        found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
-        return found.mT if left else found
-    return factor @ stack if left else stack @ factor
 
 
 def _along(numbers: Tensor, factors: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim.banks import Bank, times
+from mupass._optim.banks import Bank
 from mupass._optim.curvature import observed_moments
 from mupass._optim.packed import packed_size
 from mupass._optim.pairs import Pair
 from mupass._optim.roots import eigenbases
+from mupass._optim.update import Root, by_eigenbasis, inverse, times
 from mupass._taps.blocks import Block, Place
 from mupass._taps.factors import Layer
 from mupass._taps.leaves import Sums
@@ -75,18 +76,11 @@ class EigenBank(Bank):
         mixing = torch.where(done[:, None, None], mixing, eye)
         self.turned = dict(zip(slots, mixing, strict=True))
 
-    def apply(self, stack: Tensor, first: int, count: int, left: bool) -> Tensor:
-        """Multiply as `Bank.apply` does, by the damped inverses ``U (diag(values) + rho)^-1 U^T``."""
+    def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
+        """Return the damped inverses of some slots, see `Bank`."""
         at = slice(first, first + count)
-        basis = self.state["vectors"][at]
         damped = self.state["values"][at] + self.state["rho"][at, None]
-        turned = times(stack, basis.mT if left else basis, left)
-        return times(times(turned, _inverse(damped), left), basis if left else basis.mT, left)
-
-
-def _inverse(damped: Tensor) -> Tensor:
-    """Where nothing was ever seen and nothing is added (under a zero readout), the inverse is zero."""
-    return torch.where(damped > 0, 1 / damped.clamp(min=torch.finfo(damped.dtype).tiny), 0.0)
+        return Root(by_eigenbasis, (self.state["vectors"][at], damped), 0, grown[at], power)
 
 
 def not_rescaled(block: Block, layers: Mapping[Place, Layer]) -> str:
@@ -226,7 +220,7 @@ class Moments:
             pair: One of the pairs.
             stack: Gradient, ``[groups, out, in]``.
         """
-        turned = self.turn(pair, stack) * _inverse(self.damped(pair))
+        turned = self.turn(pair, stack) * inverse(self.damped(pair))
         return self.turn(pair, turned, back=True)
 
     def damped(self, pair: Pair) -> Tensor:

@@ -19,6 +19,7 @@ from mupass._optim.eigen import not_rescaled
 from mupass._optim.fallback import Fallback, state_dtype
 from mupass._optim.kronecker import Kronecker, Rules
 from mupass._optim.parallel import exchange, rank_of, sum_of, world_size
+from mupass._optim.update import Compiled, shorten
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
@@ -116,6 +117,8 @@ class KFAC(PlannedOptimizer):
         data_parallel: Whether ranks train on parts of one batch, so that factors are summed over them, and
             each rank keeps the factors and roots of some parameters (EKFAC: of all). By default yes where
             torch.distributed runs with several ranks.
+        compile: Whether the update of each shape is compiled with `torch.compile`, but for what EKFAC
+            rescales. None compiles on CUDA where Triton is there, and nothing on CPU.
 
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
@@ -159,6 +162,7 @@ class KFAC(PlannedOptimizer):
         stochastic_rounding: bool = False,
         strict: bool = False,
         data_parallel: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         check_number("e_a", e_a)
         check_number("e_b", e_b)
@@ -188,6 +192,7 @@ class KFAC(PlannedOptimizer):
         if loss_terms is not None and not callable(loss_terms):
             check_period("loss_terms", loss_terms)
         self._ranks = world_size(data_parallel)
+        self._compiled = Compiled(compile)
         self._options = Options(
             sharing == "reduce",
             check_period("diagonal_above", diagonal_above),
@@ -252,6 +257,7 @@ class KFAC(PlannedOptimizer):
             self._ranks,
             rank_of(self._ranks),
             bank,
+            self._compiled,
         )
 
     @property
@@ -265,6 +271,7 @@ class KFAC(PlannedOptimizer):
         Args:
             bank: Kind of bank, one that writes to no tensor of its state.
         """
+        self._compiled = Compiled(False)
         self._kronecker = self._factors(bank)
         return Functional(self)
 
@@ -401,10 +408,10 @@ class KFAC(PlannedOptimizer):
                 lr, scale, _ = rates[name]
                 # What fold put into a parameter is in its change, too.
                 limit = self.step_bound * rest[name] * self.plan[name].geometry.folded
-                # Squared, for the derivative where nothing changes.
-                size = change * (lr * scale) ** 2
-                factor = (limit**2 / size.clamp(min=1e-30)).clamp(max=1.0).sqrt()
-                directions[name] = directions[name] * factor.to(directions[name].dtype)
+                squares = [(lr * scale) ** 2, limit**2]
+                if self._compiled.on(change.device):  # as tensors: other numbers need no other graph
+                    squares = [change.new_full((), square) for square in squares]
+                directions[name] = self._compiled(shorten, directions[name], change, *squares)
         if self.kl_clip is not None:
             moves = []
             for name, direction in directions.items():

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim.banks import Bank, times
+from mupass._optim.banks import Bank
 from mupass._optim.curvature import nearest_product, observed
 from mupass._optim.damping import damp
 from mupass._optim.eigen import EigenBank, Moments, not_rescaled
 from mupass._optim.pairs import Pair, in_blocks, line_up, phases, slot_name
 from mupass._optim.parallel import largest_over_ranks
+from mupass._optim.update import Average, Compiled, Root, times, update
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Factor, Place
 from mupass._taps.factors import Layer, factor_dtype
@@ -73,7 +74,9 @@ class Kronecker:
         ranks: int = 1,
         rank: int = 0,
         bank: type[Bank] = Bank,
+        compiled: Compiled | None = None,
     ) -> None:
+        self.compiled = compiled or Compiled(False)
         self.rules, self.ranks, self._kind = rules, ranks, bank
         self.geometries = {name: entry.geometry for name, entry in entries.items()}
         self.parameters = parameters
@@ -365,42 +368,36 @@ class Kronecker:
         if pair in self.moments:
             direction = self.moments.direction(pair, stack)
             return direction, self.moments.output_change(pair, direction)
-        if pair.b:
-            stack = self._between(pair, stack, "b")
-        half = stack
-        shrink = prod(more**power for more, power in zip(pair.growth, self.rules.powers, strict=True))
-        half = half if shrink == 1 else half / shrink
-        if pair.a:
-            direction = self._between(pair, half, "a")
-            return direction, self._change(pair, half, direction)
-        if not pair.block.a and self.rules.powers[0] > 0:
-            rho = self.unit_rho[pair.block.parameter, pair.piece]
-            half = half / (1 + rho.view(-1, 1, 1)) ** self.rules.powers[0]
-        return half, None if pair.block.a else half.square().sum((1, 2))
+        powers = self.rules.powers
+        unit = None
+        if not pair.block.a and powers[0] > 0:
+            unit = self.unit_rho[pair.block.parameter, pair.piece]
+        shrink = prod(more**power for more, power in zip(pair.growth, powers, strict=True))
+        b, a = self._root(pair.b, powers[1], self.rules.memory > 0), self._root(pair.a, powers[0], False)
+        mean, rho = self._input_factor(pair)
+        direction, change = self.compiled(update, stack, b, a, mean, rho, unit, powers[0], shrink)
+        return direction, None if pair.block.a and not pair.a else change
 
-    def _between(self, pair: Pair, stack: Tensor, side: str) -> Tensor:
-        """Multiply by the root of one side, as if it had followed the size of its factor."""
-        bank, first, count = self.at[(pair.a if side == "a" else pair.b) or ""]
-        power = self.rules.powers[side == "b"]
-        found = bank.apply(stack, first, count, side == "b")
-        # Blocks of one factor are of one size: the first stands for all.
-        jumps = side == "b" and self.rules.memory > 0
-        grown = bank.grown(jumps)[first : first + count].view(len(stack), -1).amax(1)
-        return found / grown.pow(power).view(-1, 1, 1)
+    def _root(self, slot: str | None, power: float, jumps: bool) -> Root | None:
+        """Return the root of a slot, and by how much its factor has grown since."""
+        if not slot:
+            return None
+        bank, first, count = self.at[slot]
+        return bank.root(first, count, bank.grown(jumps), power)
 
-    def _change(self, pair: Pair, half: Tensor, direction: Tensor) -> Tensor:
-        """Return ``tr(D A D^T)`` of every group; half is the direction before its last product.
+    def _input_factor(self, pair: Pair) -> tuple[Average | None, Tensor | None]:
+        """Return A, or its damping where that is enough to tell what D does to outputs.
 
-        With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed while the root is that
-        of the present A.
+        Compiled code is of one kind for every step, and so always multiplies by A.
         """
-        bank, first, count = self.at[pair.a or ""]
-        whole = pair.blocks[0] == 1 and pair.growth[0] == 1
-        if self.rules.powers[0] == 1 and whole and bank.is_fresh(first, count) and self.rules.mode != "eigen":
-            product = half - bank.state["rho"][first : first + count].view(-1, 1, 1) * direction
-        else:
-            product = self._times_factor(pair, direction, "a")
-        return (direction * product).sum((1, 2)).clamp(min=0.0)
+        if not pair.a:
+            return None, None
+        bank, first, count = self.at[pair.a]
+        plain = self.rules.powers[0] == 1 and self.rules.mode != "eigen"
+        uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
+        if plain and uncut and bank.is_fresh(first, count) and not self.compiled.on(bank.device):
+            return None, bank.state["rho"][first : first + count]
+        return bank.mean(first, count), None
 
     def entries(self, parameter: str) -> dict[str, Tensor]:
         """Return the state that is kept at a parameter, as views; on meta where another rank has it.

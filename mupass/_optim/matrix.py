@@ -14,7 +14,7 @@ from mupass._optim.blocks import WHOLE, Blocking
 from mupass._optim.checks import check_words
 from mupass._optim.parallel import exchange, rank_of, world_size
 from mupass._optim.spectral import with_unit_norm
-from mupass._optim.stacks import Slot, Stack, compiled, make_stacks
+from mupass._optim.stacks import Slot, Stack, compiled, compiles, make_stacks
 from mupass._roles.geometry import Geometry
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.factors import factor_dtype
@@ -43,7 +43,7 @@ class MatrixOptimizer(PlannedOptimizer):
         block_size: int = WHOLE,
         modes: bool = False,
         spectral: bool = False,
-        compile: bool = False,
+        compile: bool | None = None,
         data_parallel: bool | None = None,
         **common: Any,
     ) -> None:
@@ -85,7 +85,10 @@ class MatrixOptimizer(PlannedOptimizer):
             if self._spectral:
                 stack.state["top"] = stack.zeros(stack.shape[1:].numel())
         self._function = with_unit_norm if self._spectral else self._update()
-        self._compiled = [compiled(self._function) for _ in self._stacks] if self._compiles else None
+        self._compiled = [
+            compiled(self._function) if compiles(self._compiles, stack.device) else None
+            for stack in self._stacks
+        ]
 
     def _divide(self, parameters: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the rank that keeps each parameter's state: about the same work for all."""
@@ -168,14 +171,15 @@ class MatrixOptimizer(PlannedOptimizer):
     def _finish(self, number: int, runs: Sequence[slice]) -> None:
         """Do what follows on the directions of a stack."""
 
-    def _pieces(self, stack: Stack, run: slice) -> list[slice]:
-        """Return a run of slots in pieces.
+    def _pieces(self, number: int, run: slice) -> list[slice]:
+        """Return a run of slots of a stack in pieces.
 
         On CPU a few blocks at a time: what is made on the way then stays in the cache, where fresh memory for
         whole stacks would cost more than the arithmetic on it.
         """
+        stack = self._stacks[number]
         whole_stack = run.stop - run.start == len(stack.slots)
-        if stack.device.type != "cpu" or (self._compiled is not None and whole_stack):
+        if stack.device.type != "cpu" or (self._compiled[number] is not None and whole_stack):
             return [run]
         few = max(4, AT_A_TIME // stack.shape.numel())
         return [slice(i, min(i + few, run.stop)) for i in range(run.start, run.stop, few)]
@@ -185,9 +189,8 @@ class MatrixOptimizer(PlannedOptimizer):
         stack = self._stacks[number]
         if self._spectral:
             arguments = (stack.state["top"][at], self._update(), *arguments)
-        if self._compiled is not None and at.stop - at.start == len(stack.slots):
-            return self._compiled[number](*arguments)
-        return self._function(*arguments)
+        function = self._compiled[number] if at.stop - at.start == len(stack.slots) else None
+        return (function or self._function)(*arguments)
 
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
@@ -198,7 +201,7 @@ class MatrixOptimizer(PlannedOptimizer):
         found: dict[Slot, Tensor] = {}
         for number, stack in enumerate(self._stacks):
             runs = stack.runs(mine)
-            pieces = [piece for run in runs for piece in self._pieces(stack, run)]
+            pieces = [piece for run in runs for piece in self._pieces(number, run)]
             seen = {}
             if self.smooths:
                 for at in pieces:

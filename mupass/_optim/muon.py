@@ -67,7 +67,8 @@ class Muon(MatrixOptimizer):
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for all other parameters. A `Fallback` sets betas,
             epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
-        compile: Whether the update of each shape is compiled with `torch.compile`.
+        compile: Whether the update of each shape is compiled with `torch.compile`. None compiles on CUDA
+            where Triton is there, and nothing on CPU.
         stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
             that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
             `torch.manual_seed` at construction, and are the same on all ranks.
@@ -99,7 +100,7 @@ class Muon(MatrixOptimizer):
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         fallback: str | Fallback = "adamw",
         fallback_lr: float | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:

@@ -77,7 +77,8 @@ class Shampoo(MatrixOptimizer):
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for vectors, tables that no activation is contracted
             with, and other roles. A `Fallback` sets betas, epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
-        compile: Whether the update of each shape is compiled with `torch.compile`.
+        compile: Whether the update of each shape is compiled with `torch.compile`. None compiles on CUDA
+            where Triton is there, and nothing on CPU.
         data_parallel: Whether ranks hold the same gradients, so that each keeps the state of some parameters
             and computes their directions. By default yes where torch.distributed runs with several ranks.
         stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
@@ -117,7 +118,7 @@ class Shampoo(MatrixOptimizer):
         roles: Collection[str] = ROLES,
         fallback: str | Fallback = "adamw",
         fallback_lr: float | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         data_parallel: bool | None = None,
         stochastic_rounding: bool = False,
         strict: bool = False,

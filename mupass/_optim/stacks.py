@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from mupass._optim.blocks import Blocking
 from mupass._taps.factors import factor_dtype
 
 Slot = tuple[str, int]  # parameter, block
+TRITON = (7, 0)  # capability of a GPU from which it is supported
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -115,6 +117,19 @@ def make_stacks(
         for i, block in enumerate(blockings[name].cut(torch.empty(parameter.shape, device="meta"))):
             found[block.shape, factor_dtype(parameter), device or parameter.device].append((name, i))
     return [Stack(slots, *key) for key, slots in found.items()]
+
+
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Return whether updates on a device are compiled.
+
+    Args:
+        wanted: As asked for. None is yes where a compiler for the device is there and gains: on CUDA with
+            Triton.
+        device: The device.
+    """
+    if wanted is not None or device.type != "cuda" or not torch.cuda.is_available():
+        return bool(wanted)
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= TRITON
 
 
 def compiled(function: Function) -> Function:

@@ -176,7 +176,7 @@ def _of_update(
             f"its learning rate scales like width^{rate:+.2f}{mixed}; {spec.name} needs width^{planned:+g} "
             "here"
         )
-    elif spec.name in ("kfac", "foof", "shampoo"):
+    elif spec.name in ("kfac", "foof") or (spec.name == "shampoo" and spec.graft == "none"):
         few = power > 0
         yield (
             "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
