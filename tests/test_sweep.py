@@ -278,3 +278,77 @@ def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "loky", None)
     with pytest.raises(mupass.StudyError, match="loky"):
         mupass.sweep(mlp(), data(), [0.1], jobs=2, **SMALL)
+
+
+SHARED = """
+import os, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+import mupass
+from mupass._study import store
+from test_sweep import data, mlp
+store.LEASE = {lease}
+
+def make(model, lr):
+    with open({log!r}, "a") as log:
+        log.write(f"{{os.getpid()}} {{model.mupass_plan.width}} {{lr}} {{torch.initial_seed()}}\\n")
+    time.sleep({pause})
+    return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"))
+
+found = mupass.sweep(mlp(), data(), [0.03, 0.1, 0.3, 1.0], [16, 32], optimizer=make, steps=3, seeds=2,
+                     store={store!r}, progress=False)
+print(found.report())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    """Each run is done once; a killed process's claim lapses, and the table is the undisturbed one."""
+
+    def start(store: str, log: str, lease: float, pause: float) -> subprocess.Popen[str]:
+        words = {"store": str(tmp_path / store), "log": str(tmp_path / log), "lease": lease, "pause": pause}
+        script = SHARED.format(root=str(ROOT), tests=str(ROOT / "tests"), **words)
+        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+    def runs(log: str) -> list[list[str]]:
+        path = tmp_path / log
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    first, second = (start("both.db", "both.log", 60, 0.4) for _ in range(2))
+    tables = [process.communicate(timeout=300)[0] for process in (first, second)]
+    done = runs("both.log")
+    assert len(done) == len({tuple(words[1:]) for words in done}) == 16
+    assert {words[0] for words in done} == {str(first.pid), str(second.pid)}
+    assert tables[0] == tables[1] and "0.03" in tables[0]
+
+    victim, survivor = (start("killed.db", "killed.log", 10, 0.4) for _ in range(2))
+    deadline = time.monotonic() + 300
+    while len([w for w in runs("killed.log") if w[0] == str(victim.pid)]) < 2:
+        assert time.monotonic() < deadline and victim.poll() is None
+        time.sleep(0.01)
+    victim.kill()  # within the pause of its second run or a later one
+    victim.communicate()
+    table = survivor.communicate(timeout=300)[0]
+    assert table == tables[0]
+    begun = [tuple(words[1:]) for words in runs("killed.log")]
+    twice = {run for run in begun if begun.count(run) > 1}
+    assert len(set(begun)) == 16 and len(begun) <= 17 and len(twice) <= 1
+
+
+def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path / "runs.db") as one, Store(tmp_path / "runs.db") as two:
+        assert one.reserve("a") and one.reserve("a") and not two.reserve("a") and two.reserve("b")
+        one.put("a", {}, 1.0, 0.1)
+        assert not two.reserve("a") and two.get("a") == 1.0  # done
+        with one.claims_renewed():
+            assert one.reserve("c") and not two.reserve("c")
+        assert two.reserve("c")  # given back
+        monkeypatch.setattr("mupass._study.store.LEASE", 0.2)
+        with one.claims_renewed():
+            assert one.reserve("d")
+            time.sleep(0.6)
+            assert not two.reserve("d")  # renewed while its holder lives
+        assert two.reserve("e")
+        time.sleep(0.3)
+        assert one.reserve("e")  # void
