@@ -281,59 +281,76 @@ def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 SHARED = """
-import os, sys, time
+import os, pathlib, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import mupass
 from mupass._study import store
 from test_sweep import data, mlp
-store.LEASE = {lease}
+folder = pathlib.Path({folder!r})
 
-def make(model, lr):
-    with open({log!r}, "a") as log:
-        log.write(f"{{os.getpid()}} {{model.mupass_plan.width}} {{lr}} {{torch.initial_seed()}}\\n")
-    time.sleep({pause})
-    return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"))
+def start(name, lease):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        store.LEASE = lease
+        log = folder / f"{{name}}.log"
 
-found = mupass.sweep(mlp(), data(), [0.03, 0.1, 0.3, 1.0], [16, 32], optimizer=make, steps=3, seeds=2,
-                     store={store!r}, progress=False)
-print(found.report())
+        def make(model, lr):
+            with log.open("a") as begun:
+                begun.write(f"{{os.getpid()}} {{model.mupass_plan.width}} {{lr}} {{torch.initial_seed()}}\\n")
+            time.sleep(0.4)
+            return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"))
+
+        found = mupass.sweep(mlp(), data(), [0.03, 0.1, 0.3, 1.0], [16, 32], optimizer=make, steps=3, seeds=2,
+                             store=folder / f"{{name}}.db", progress=False)
+        (folder / f"{{name}}.{{os.getpid()}}.txt").write_text(found.report())
+    finally:
+        os._exit(0)
+
+for pid in [start("both", 60), start("both", 60)]:
+    os.waitpid(pid, 0)
+victim, survivor = start("killed", 10), start("killed", 10)
+log = folder / "killed.log"
+while not log.exists() or log.read_text().count(f"{{victim}} ") < 2:
+    time.sleep(0.01)
+os.kill(victim, signal.SIGKILL)  # within the pause of its second run or a later one
+os.waitpid(victim, 0)
+os.waitpid(survivor, 0)
+print(victim, survivor)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
     """Each run is done once; a killed process's claim lapses, and the table is the undisturbed one."""
+    script = SHARED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        try:
+            said, _ = launcher.communicate(timeout=500)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    assert launcher.returncode == 0
+    victim, survivor = said.split()
 
-    def start(store: str, log: str, lease: float, pause: float) -> subprocess.Popen[str]:
-        words = {"store": str(tmp_path / store), "log": str(tmp_path / log), "lease": lease, "pause": pause}
-        script = SHARED.format(root=str(ROOT), tests=str(ROOT / "tests"), **words)
-        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    def runs(name: str) -> list[tuple[str, ...]]:
+        return [tuple(line.split()) for line in (tmp_path / f"{name}.log").read_text().splitlines()]
 
-    def runs(log: str) -> list[list[str]]:
-        path = tmp_path / log
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    done = runs("both")
+    assert len(done) == len({run[1:] for run in done}) == 16
+    assert len({run[0] for run in done}) == 2  # both took part
+    tables = [path.read_text() for path in tmp_path.glob("both.*.txt")]
+    assert len(tables) == 2 and tables[0] == tables[1] and "0.03" in tables[0]
 
-    first, second = (start("both.db", "both.log", 60, 0.4) for _ in range(2))
-    tables = [process.communicate(timeout=300)[0] for process in (first, second)]
-    done = runs("both.log")
-    assert len(done) == len({tuple(words[1:]) for words in done}) == 16
-    assert {words[0] for words in done} == {str(first.pid), str(second.pid)}
-    assert tables[0] == tables[1] and "0.03" in tables[0]
-
-    victim, survivor = (start("killed.db", "killed.log", 10, 0.4) for _ in range(2))
-    deadline = time.monotonic() + 300
-    while len([w for w in runs("killed.log") if w[0] == str(victim.pid)]) < 2:
-        assert time.monotonic() < deadline and victim.poll() is None
-        time.sleep(0.01)
-    victim.kill()  # within the pause of its second run or a later one
-    victim.communicate()
-    table = survivor.communicate(timeout=300)[0]
-    assert table == tables[0]
-    begun = [tuple(words[1:]) for words in runs("killed.log")]
-    twice = {run for run in begun if begun.count(run) > 1}
-    assert len(set(begun)) == 16 and len(begun) <= 17 and len(twice) <= 1
+    begun = [run[1:] for run in runs("killed")]
+    assert {run[0] for run in runs("killed")} == {victim, survivor}
+    assert len(set(begun)) == 16 and len(begun) <= 17  # only what the victim was at is begun again
+    assert not (tmp_path / f"killed.{victim}.txt").exists()
+    assert (tmp_path / f"killed.{survivor}.txt").read_text() == tables[0]
 
 
 def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
