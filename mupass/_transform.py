@@ -202,7 +202,7 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
             raise TransformError(
                 f"residual branch {number} ({some(branch.parameters) or 'shared weights'}) takes no "
                 f"multiplier: {branch.reason}. Let a module of its own put out what is added, for example "
-                "self.end = nn.Identity() and x + self.end(f(x))"
+                "self.end = nn.Dropout(0.0) and x + self.end(f(x)) (nn.Identity leaves nothing in the graph)"
             )
     inside = {name for branch in analysis.branches for name in branch.parameters}
     geometries = tuple(replace(g, depth=ratio) if g.name in inside else g for g in analysis.geometries)

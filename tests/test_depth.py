@@ -147,19 +147,23 @@ def test_plan_keeps_depth() -> None:
 
 
 class Bare(nn.Module):
-    def __init__(self) -> None:
+    """A branch that ends with a function; or with a module behind it, as the refusal advises."""
+
+    def __init__(self, end: nn.Module | None = None) -> None:
         super().__init__()
         self.inp, self.mid, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.end = end
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inp(x)
-        return self.head(h + torch.tanh(self.mid(h)))
+        added = torch.tanh(self.mid(h))
+        return self.head(h + (self.end(added) if self.end else added))
 
 
 def test_refusals_leave_the_model_alone() -> None:
     x, net = torch.randn(4, 6), Bare()
     want = net(x)
-    with pytest.raises(TransformError, match=r"mid\.weight.*aten\.tanh in the root module.*nn\.Identity"):
+    with pytest.raises(TransformError, match=r"mid\.weight.*aten\.tanh in the root module.*nn\.Dropout\(0"):
         mupass.transform(net, x, base=8, depth=4)
     plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     with pytest.raises(TransformError, match="no sum"):
@@ -167,6 +171,16 @@ def test_refusals_leave_the_model_alone() -> None:
     with pytest.raises(mupass.PlanError, match="depth must be a positive number"):
         mupass.transform(net, x, base=8, depth=0)
     assert (net(x) == want).all() and not hasattr(net, "mupass_plan")
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_advice_of_the_refusal_works(train: bool) -> None:
+    x, net = torch.randn(4, 6), Bare(nn.Dropout(0.0)).train(train)
+    added = torch.tanh(net.mid(net.inp(x)))
+    want = net.head(net.inp(x) + added / 0.25)  # one branch at base depth 4
+    net = mupass.transform(net, x, base=8, depth=4)
+    assert net.mupass_plan.branches == ("end",)
+    torch.testing.assert_close(net(x), want)
 
 
 MAKE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -211,3 +212,36 @@ def test_plan_of_finds_the_root_through_wrappers() -> None:
     assert plan_of(pickle.loads(pickle.dumps(model)))[1] == plan
     with pytest.raises(mupass.PlanError, match="several transformed models"):
         plan_of(nn.ModuleList([model, twin]))
+
+
+@pytest.mark.parametrize("first", [16, 32])  # at 32 the first block's rate differs from the others
+def test_multipliers_by_pattern_are_the_plans(first: int) -> None:
+    """Exactly one pattern fits each name, with this name's scales; blocks that differ are kept apart."""
+    sizes = [32, 64, 64, 64, 128]
+    pairs = zip(sizes, sizes[1:], strict=False)
+    blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairs]
+    net = nn.Sequential(nn.Linear(6, 32), *blocks, nn.Linear(128, 3))
+    base = nn.Sequential(nn.Linear(6, first), *copy.deepcopy(blocks), nn.Linear(64, 3))
+    for block, (a, b) in zip(list(base)[1:-1], [(first, 32), (32, 32), (32, 32), (32, 64)], strict=True):
+        block[0] = nn.Linear(a, b)
+    plan = mupass.transform(net, torch.zeros(2, 6), base=base, optimizer="adamw").mupass_plan
+    found = json.loads(json.dumps(plan.multipliers()))
+    groups = mupass.param_groups(net, lr=1.0, weight_decay=0.1)
+    assert found["optimizer"] == "adamw" and found["branches"] == {}
+    for name in plan:
+        (row,) = (row for pattern, row in found["parameters"].items() if re.fullmatch(pattern, name))
+        scales = plan[name].scales
+        assert (row["init"], row["lr"], row["epsilon"]) == (scales.init, scales.lr, scales.epsilon)
+        group = next(g for g in groups if any(p is net.get_parameter(name) for p in g["params"]))
+        assert group["lr"] == pytest.approx(row["lr"])
+        assert group["weight_decay"] == pytest.approx(0.1 * row["weight_decay_times_lr"])
+    one = r"\d+\.\d+\.weight" in found["parameters"]
+    assert one == (first == 16) and plan["2.0.weight"].scales.lr == 0.5
+
+
+def test_multipliers_know_aliases_and_branches() -> None:
+    plan = mupass.transform(TiedLM(), IDS, base=16, depth=0.5, optimizer="adam").mupass_plan
+    found = plan.multipliers()
+    assert found["parameters"]["wte\\.weight"] == found["parameters"]["head\\.weight"]
+    assert found["parameters"]["wte\\.weight"]["multiplier"] == 0.25
+    assert found["branches"] == {"down": {"multiplier": 0.5}}

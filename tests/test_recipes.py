@@ -30,6 +30,10 @@ def run(chosen: list[str]) -> dict[str, object]:
     return namespace
 
 
+# The recipe from the meta device is warned to call initialize, which it does; torch has one stream of random
+# numbers for all ranks on GPUs only.
+@pytest.mark.filterwarnings("ignore:.*mupass.initialize:mupass._errors.MupassWarning")
+@pytest.mark.filterwarnings("ignore:.*andom:UserWarning")
 def test_recipes_for_torch_alone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run([b for b in blocks() if not library(b)])

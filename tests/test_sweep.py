@@ -283,3 +283,94 @@ def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "loky", None)
     with pytest.raises(mupass.StudyError, match="loky"):
         mupass.sweep(mlp(), data(), [0.1], jobs=2, **SMALL)
+
+
+SHARED = """
+import os, pathlib, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+import mupass
+from mupass._study import store
+from test_sweep import data, mlp
+folder = pathlib.Path({folder!r})
+
+def start(name, lease):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        store.LEASE = lease
+        log = folder / f"{{name}}.log"
+
+        def make(model, lr):
+            with log.open("a") as begun:
+                begun.write(f"{{os.getpid()}} {{model.mupass_plan.width}} {{lr}} {{torch.initial_seed()}}\\n")
+            time.sleep(0.4)
+            return torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"))
+
+        found = mupass.sweep(mlp(), data(), [0.03, 0.1, 0.3, 1.0], [16, 32], optimizer=make, steps=3, seeds=2,
+                             store=folder / f"{{name}}.db", progress=False)
+        (folder / f"{{name}}.{{os.getpid()}}.txt").write_text(found.report())
+    finally:
+        os._exit(0)
+
+for pid in [start("both", 60), start("both", 60)]:
+    os.waitpid(pid, 0)
+victim, survivor = start("killed", 10), start("killed", 10)
+log = folder / "killed.log"
+while not log.exists() or log.read_text().count(f"{{victim}} ") < 2:
+    time.sleep(0.01)
+os.kill(victim, signal.SIGKILL)  # within the pause of its second run or a later one
+os.waitpid(victim, 0)
+os.waitpid(survivor, 0)
+print(victim, survivor)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    """Each run is done once; a killed process's claim lapses, and the table is the undisturbed one."""
+    script = SHARED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        try:
+            said, _ = launcher.communicate(timeout=500)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    assert launcher.returncode == 0
+    victim, survivor = said.split()
+
+    def runs(name: str) -> list[tuple[str, ...]]:
+        return [tuple(line.split()) for line in (tmp_path / f"{name}.log").read_text().splitlines()]
+
+    done = runs("both")
+    assert len(done) == len({run[1:] for run in done}) == 16
+    assert len({run[0] for run in done}) == 2  # both took part
+    tables = [path.read_text() for path in tmp_path.glob("both.*.txt")]
+    assert len(tables) == 2 and tables[0] == tables[1] and "0.03" in tables[0]
+
+    begun = [run[1:] for run in runs("killed")]
+    assert {run[0] for run in runs("killed")} == {victim, survivor}
+    assert len(set(begun)) == 16 and len(begun) <= 17  # only what the victim was at is begun again
+    assert not (tmp_path / f"killed.{victim}.txt").exists()
+    assert (tmp_path / f"killed.{survivor}.txt").read_text() == tables[0]
+
+
+def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path / "runs.db") as one, Store(tmp_path / "runs.db") as two:
+        assert one.reserve("a") and one.reserve("a") and not two.reserve("a") and two.reserve("b")
+        one.put("a", {}, 1.0, 0.1)
+        assert not two.reserve("a") and two.get("a") == 1.0  # done
+        with one.claims_renewed():
+            assert one.reserve("c") and not two.reserve("c")
+        assert two.reserve("c")  # given back
+        monkeypatch.setattr("mupass._study.store.LEASE", 0.2)
+        with one.claims_renewed():
+            assert one.reserve("d")
+            time.sleep(0.6)
+            assert not two.reserve("d")  # renewed while its holder lives
+        assert two.reserve("e")
+        time.sleep(0.3)
+        assert one.reserve("e")  # void

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -183,6 +184,24 @@ class Plan:
         if found:
             more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
             raise PlanError("plan of another model:\n  " + "\n  ".join(found[:8]) + more)
+
+    def multipliers(self) -> dict[str, Any]:
+        """Return the scales by name pattern, for trainers that build their own groups (Megatron, torchtitan).
+
+        ``json.dumps(plan.for_optimizer("adamw").multipliers())`` writes them.
+
+        Returns:
+            The optimizer and widths; under ``parameters`` for every regular expression, of which exactly one
+            fits (``re.fullmatch``) each name and alias, the role and the factors on values at the base width:
+            ``init``, ``multiplier`` (forward, on the input of the readout use of a tied embedding), ``lr``,
+            damping, ``epsilon``, ``weight_decay`` for decoupled decay without the learning rate, and
+            ``weight_decay_times_lr`` for decay that the optimizer multiplies by the learning rate, as
+            torch's AdamW does. Under ``branches`` the factor on the output of the modules at the ends of
+            residual branches.
+        """
+        from mupass._scales.multipliers import multipliers
+
+        return multipliers(self)
 
     def to_json(self) -> str:
         """Return the plan as JSON text; `from_json` gives back an equal plan."""

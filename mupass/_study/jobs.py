@@ -7,8 +7,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from mupass._study.recipes import Make, optimizer_of
 from mupass._study.store import Store
 
 Evaluate = Callable[[nn.Module], Any]  # a number, or a tensor of one number
+PAUSE = 0.1  # seconds between looks at what other processes on the store have done
 DIVERGED = 1e3  # a loss beyond this many times the first one is given up
 
 
@@ -190,49 +191,104 @@ def run_all(
             open_.append(job)
         else:
             yield job, known
+    with store.claims_renewed(), _pool(work, processes) as pool:
+        yield from _share(work, open_, keys, store, pool)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What runs jobs.
+
+    Attributes:
+        submit: Begins a job and returns its future.
+        room: How many jobs run at once: as many are claimed, so that other processes on the store find some.
+    """
+
+    submit: Callable[[Job], Any]
+    room: float
+
+
+@contextmanager
+def _pool(work: Work, processes: int | Executor) -> Iterator[_Pool]:
+    """Make what runs jobs.
+
+    Args:
+        work: What they share.
+        processes: Number of processes, or an executor of the user's.
+
+    Raises:
+        StudyError: Several processes without loky.
+    """
     if not isinstance(processes, int):
-        runs = _by_executor(work, open_, processes)
+        # An executor that does not tell its size may be a cluster: it is given all at once.
+        room = getattr(processes, "_max_workers", None) or math.inf
+        yield _Pool(lambda job: processes.submit(_run_there, work, job, os.getpid()), room)
     elif processes > 1:
-        runs = _in_processes(work, open_, processes)
+        try:
+            import loky
+        except ImportError as error:
+            raise StudyError("jobs > 1 needs loky: pip install 'mupass[sweep]'") from error
+        # loky rather than concurrent.futures: functions of a notebook or a script travel too.
+        with loky.ProcessPoolExecutor(processes, initializer=_begin, initargs=(work,)) as pool:
+            yield _Pool(lambda job: pool.submit(_run_here, job), processes)
     else:
-        runs = ((j, *work.run(j)) for j in open_)
-    for job, score, seconds in runs:
-        note = {"width": work.copies.widths[job.index], "seed": job.seed, **dict(job.point)}
-        store.put(keys[job], note, score, seconds)
-        yield job, score
+        yield _Pool(lambda job: _known(work.run(job)), 1)
+
+
+def _known(result: tuple[float, float]) -> Future[tuple[float, float]]:
+    """Return a future that is done."""
+    future: Future[tuple[float, float]] = Future()
+    future.set_result(result)
+    return future
+
+
+def _share(
+    work: Work, jobs: Sequence[Job], keys: Mapping[Job, str], store: Store, pool: _Pool
+) -> Iterator[tuple[Job, float]]:
+    """Run the jobs that no other process has claimed, wait for those of others, and yield all with scores."""
+    running: dict[Any, Job] = {}
+    left = list(jobs)
+    try:
+        while left or running:
+            claimed = []  # by other processes
+            while left and len(running) < pool.room:
+                job = left.pop(0)
+                known = store.get(keys[job])
+                if known is not None:
+                    yield job, known
+                elif store.reserve(keys[job]):
+                    running[pool.submit(job)] = job
+                else:
+                    claimed.append(job)
+            left = claimed + left
+            if not running:
+                time.sleep(PAUSE if left else 0)
+            for future in _finished(running, PAUSE if claimed else None):
+                job = running.pop(future)
+                score, seconds = future.result()
+                note = {"width": work.copies.widths[job.index], "seed": job.seed, **dict(job.point)}
+                store.put(keys[job], note, score, seconds)
+                yield job, score
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _finished(running: Mapping[Any, Job], limit: float | None) -> list[Any]:
+    """Return futures that are done, or none when the time is over.
+
+    Args:
+        running: Futures.
+        limit: How long to wait at most, in seconds; None for as long as it takes.
+    """
+    if all(isinstance(future, Future) for future in running):
+        return list(wait(running, limit, FIRST_COMPLETED).done)
+    # Executors of clusters may have futures of their own kind, which are waited for in their order.
+    return [next(iter(running))]
 
 
 _WORK: list[Work] = []  # of a worker process
 _ONE = threading.Lock()
-
-
-def _in_processes(work: Work, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, float, float]]:
-    try:
-        import loky
-    except ImportError as error:
-        raise StudyError("jobs > 1 needs loky: pip install 'mupass[sweep]'") from error
-    # loky rather than concurrent.futures: functions of a notebook or a script travel too.
-    with loky.ProcessPoolExecutor(processes, initializer=_begin, initargs=(work,)) as pool:
-        waiting = {pool.submit(_run_here, job): job for job in jobs}
-        try:
-            for done in loky.as_completed(waiting):
-                yield (waiting[done], *done.result())
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _by_executor(work: Work, jobs: Sequence[Job], pool: Executor) -> Iterator[tuple[Job, float, float]]:
-    """Run jobs by the user's executor, and yield them as they are done."""
-    waiting: dict[Any, Job] = {pool.submit(_run_there, work, job, os.getpid()): job for job in jobs}
-    # Executors of clusters may have futures of their own kind, which are waited for in their order.
-    own = all(isinstance(future, Future) for future in waiting)
-    try:
-        for done in as_completed(waiting) if own else waiting:
-            yield (waiting[done], *done.result())
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _run_there(work: Work, job: Job, origin: int) -> tuple[float, float]:

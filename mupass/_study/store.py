@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sqlite3
-from collections.abc import Mapping, Sequence
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +21,20 @@ from mupass._study.batches import StudyError
 TABLES = (
     "create table if not exists studies (structure text primary key, values_ text not null)",
     "create table if not exists runs (key text primary key, job text not null, loss real, seconds real)",
+    "create table if not exists claims (key text primary key, owner text not null, until real not null)",
 )
-COLUMNS = {"studies": ("structure", "values_"), "runs": ("key", "job", "loss", "seconds")}
+COLUMNS = {
+    "studies": ("structure", "values_"),
+    "runs": ("key", "job", "loss", "seconds"),
+    "claims": ("key", "owner", "until"),
+}
+LEASE = 60.0  # seconds after which the claim of a process that was killed is void
+# A claim: new, one's own, or in the place of one that is void; none where the result is there already.
+CLAIM = """
+insert into claims select ?1, ?2, ?3 where not exists (select 1 from runs where key = ?1)
+on conflict (key) do update set owner = excluded.owner, until = excluded.until
+where claims.until < ?4 or claims.owner = excluded.owner
+"""
 
 
 class Store:
@@ -25,6 +42,8 @@ class Store:
 
     A result is committed before the next one is begun, so a killed process loses only what it was computing.
     A file that cannot be written is read: a complete study can be looked up on a read-only disk.
+    Several processes share the work of a file: each run is claimed before it is begun. Claims are renewed
+    while their process lives and void `LEASE` seconds after it was killed; clocks must agree to that.
 
     Args:
         path: The file, made when missing; None keeps results in memory.
@@ -38,6 +57,7 @@ class Store:
             raise StudyError(f"store must be a path, or None to keep results in memory, not {path!r}")
         self.kept = path is not None
         self.path = str(path) if self.kept else ":memory:"
+        self.owner = uuid.uuid4().hex
         folder = Path(self.path).absolute().parent
         if self.kept and not folder.is_dir():
             raise StudyError(f"store {self.path}: the folder {folder} does not exist")
@@ -83,7 +103,8 @@ class Store:
         """
         for table, columns in COLUMNS.items():
             found = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
-            if found != columns:
+            older = table == "claims" and not found  # a file of before there were claims, on a read-only disk
+            if found != columns and not older:
                 raise StudyError(
                     f"{self.path} is not a store of this version of mupass: its table {table} has the "
                     f"columns ({', '.join(found)}), not ({', '.join(columns)}); use another file"
@@ -176,3 +197,45 @@ class Store:
         """
         value = loss if math.isfinite(loss) else None
         self._ask("insert or replace into runs values (?, ?, ?, ?)", (key, json.dumps(job), value, seconds))
+        self._ask("delete from claims where key = ?", (key,))
+
+    def reserve(self, key: str) -> bool:
+        """Claim a run, and return whether it is ours: not while another process is at it or has done it.
+
+        Args:
+            key: Hash of the job.
+
+        Raises:
+            StudyError: The file cannot be written.
+        """
+        if not self.kept:
+            return True
+        now = time.time()
+        return self._ask(CLAIM, (key, self.owner, now + LEASE, now)).rowcount == 1
+
+    @contextmanager
+    def claims_renewed(self) -> Iterator[None]:
+        """Renew claims from a thread, however long a run takes, and give them back at the end."""
+        if not self.kept:
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(over,), name="mupass-claims", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            # After an error that is being raised; claims that cannot be given back become void by themselves.
+            with contextlib.suppress(StudyError):
+                self._ask("delete from claims where owner = ?", (self.owner,))
+
+    def _renew(self, over: threading.Event) -> None:
+        """Renew claims until told to stop; where that fails a run may be done twice, with one result."""
+        while not over.wait(LEASE / 4):
+            until = time.time() + LEASE
+            # The main thread raises what is wrong with the file when it writes its next result.
+            with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(self.path, timeout=60)) as own:
+                own.execute("update claims set until = ? where owner = ?", (until, self.owner))
+                own.commit()

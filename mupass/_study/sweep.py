@@ -70,7 +70,8 @@ def sweep(
         prepare: Function applied to each transformed copy.
         init: As for `mupass.transform`.
         store: File that keeps results: a sweep that was killed goes on where it was, and a larger one takes
-            over what is known. Needs the same initial weights and data, so seed them.
+            over what is known; processes on one file share the runs. Needs the same initial weights and data,
+            so seed them.
         jobs: Number of processes (more than one needs loky), of one thread each; or any
             ``concurrent.futures.Executor`` (of the standard library, Dask, Ray, submitit, loky), which you
             shut down.
