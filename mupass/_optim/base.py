@@ -531,7 +531,8 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _gradients_are_finite(self) -> Tensor | None:
         """Return 1, or 0 where a gradient holds NaN or infinity, on the device; None without any gradient."""
-        grads = [real(local(p.grad)) for p in self.names if p.grad is not None and p.grad.numel()]
+        parts = [real(local(p.grad)) for p in self.names if p.grad is not None]
+        grads = [part for part in parts if part.numel()]  # a rank's shard may be empty
         sharded = any(is_sharded(p) for p in self.names)
         if not grads and not sharded:
             return None
