@@ -82,6 +82,7 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
         raise OptimizerError(f"{where} of the state is damaged: no parameters")
     kind = group.get("mupass_kind")
+    kind = kind if isinstance(kind, str) else None
     if kind != ours:
         raise OptimizerError(f"state of {kind or 'an unknown optimizer'}; this is {ours}")
 
@@ -109,8 +110,9 @@ def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
             check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
         _check_betas(where, theirs["betas"])
-    if theirs["mupass_steps"] != 0:
-        check_period(f"mupass_steps of {where} of the state", theirs["mupass_steps"])
+    steps = theirs["mupass_steps"]
+    if not (isinstance(steps, int) and steps == 0):
+        check_period(f"mupass_steps of {where} of the state", steps)
     return {key: value for key, value in theirs.items() if key != "params"}
 
 
