@@ -440,7 +440,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
         "must be batches": lambda: mupass.coord_check(model, x),
         "a pair": lambda: mupass.coord_check(model, [x]),
         "widths= is needed": lambda: mupass.coord_check(mlp, (x, y)),
-        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=9e19),
+        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e200),
         "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0),
         "takes no lr; it takes rate": lambda: mupass.coord_check(
             model, (x, y), optimizer=lambda model, rate: None, lr=0.1
