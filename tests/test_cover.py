@@ -12,20 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kfac import LR, RHO, damping, moved, power
+from test_kfac import LR, PLAIN, RHO, damping, moved, power
 from test_taps import BASE, WIDTH, normal
 from torch import Tensor, nn
 
 import mupass
-
-PLAIN = {
-    "momentum": 0.0,
-    "step_bound": None,
-    "kl_clip": None,
-    "root_every": 1,
-    "damping_memory": 0.0,
-    "strict": True,
-}
 
 # Dynamo instantiates the class to trace it, on torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -192,7 +183,7 @@ def test_update_equals_the_dense_formula(name: str, mode: str, compiled: bool) -
     cls, uses = USES[name]
     (x, y), net, plain = data(), transformed(cls), make(cls)
     plain.load_state_dict(net.state_dict())
-    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, damping_mode=mode, **PLAIN)
+    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, damping_mode=mode, **PLAIN, strict=True)
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     squares(run(x), y).mean().backward()
     got = moved(net, optimizer.step)
@@ -234,7 +225,7 @@ def test_heads_along_an_axis_of_one_are_one_matrix(compiled: bool) -> None:
         (x, y), net = data(), Heads(broadcast).double()
         # A broadcast axis is no sign of a width: it may count an ensemble as well.
         net = mupass.transform(net, x, base=BASE, dims={"heads:0": "infinite", "heads:2": "finite"})
-        optimizer = mupass.KFAC(net, LR, RHO, **PLAIN)
+        optimizer = mupass.KFAC(net, LR, RHO, **PLAIN, strict=True)
         run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
         squares(run(x), y).mean().backward()
         steps.append(moved(net, optimizer.step))
@@ -287,7 +278,7 @@ def test_norms_take_the_gradient_of_every_position(train: bool) -> None:
     plain.load_state_dict(net.state_dict())
     y = torch.randn_like(plain(x))
     plain.load_state_dict(net.state_dict())  # running statistics
-    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN)
+    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN, strict=True)
     squares(net(x), y).mean().backward()
     got = moved(net, optimizer.step)
     squares(plain(x), y).mean().backward()
@@ -358,7 +349,7 @@ def test_transposed_convolution_equals_its_dense_factors() -> None:
         plain = build(W).double()
         plain.load_state_dict(net.state_dict())
         y = torch.randn_like(plain(x))
-        optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN)
+        optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN, strict=True)
         squares(net(x), y).mean().backward()
         got = moved(net, optimizer.step)["2.weight"]
         want = transposed_update(plain, x, y)
@@ -459,7 +450,7 @@ def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None
     plain.load_state_dict(Spelled(net).double().state_dict())
     steps = []
     for model in (net, plain):
-        optimizer = mupass.KFAC(model, LR, RHO, damping_floor=0.0, **PLAIN)
+        optimizer = mupass.KFAC(model, LR, RHO, damping_floor=0.0, **PLAIN, strict=True)
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         squares(run(x), y).mean().backward()
         steps.append(moved(model, optimizer.step))
@@ -542,7 +533,7 @@ def test_one_number_has_one_gradient_a_sample() -> None:
     net = mupass.transform(Scaled().double(), x, base=BASE)
     plain = Scaled().double()
     plain.load_state_dict(net.state_dict())
-    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN)
+    optimizer = mupass.KFAC(net, LR, RHO, damping_floor=0.0, **PLAIN, strict=True)
     squares(net(x), y).mean().backward()
     got = moved(net, optimizer.step)
     for name in ("scale", "move"):

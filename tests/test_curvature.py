@@ -10,20 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kfac import LR, RHO, matrix_of, moved, power
+from test_kfac import LR, PLAIN, RHO, matrix_of, moved, power
 from test_taps import BASE, DENSE, WIDTH, dense_factors, ids, normal, squares
 from torch import Tensor, nn
 
 import mupass
 
-ONE = {
-    "momentum": 0.0,
-    "damping_floor": 0.0,
-    "damping_memory": 0.0,
-    "step_bound": None,
-    "kl_clip": None,
-    "root_every": 1,
-}
+ONE = {**PLAIN, "damping_floor": 0.0}
 
 
 class Tied(nn.Module):

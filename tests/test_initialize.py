@@ -311,8 +311,7 @@ def test_no_draw_of_a_known_law_bears_a_mark(law: str) -> None:
 
 def test_nothing_is_said_where_nothing_is_rescaled_or_the_law_is_told() -> None:
     model = mlp()
-    with pytest.warns(mupass.MupassWarning, match="one learning rate"):
-        train(model, "Adam", 1e-2, 100)
+    train(model, "Adam", 1e-2, 100)
     for options in ({"base": 64}, {"base": 16, "init": "fan_in"}, {"base": 16, "trained": True}):
         assert raised(lambda options=options: mupass.transform(model, X, inplace=False, **options)) == []
 
@@ -320,8 +319,7 @@ def test_nothing_is_said_where_nothing_is_rescaled_or_the_law_is_told() -> None:
 def test_a_saved_plan_on_trained_weights_is_told() -> None:
     plan = mupass.transform(mlp(), X, base=16).mupass_plan
     model = mlp()
-    with pytest.warns(mupass.MupassWarning, match="one learning rate"):
-        train(model, "Adam", 1e-2, 100)
+    train(model, "Adam", 1e-2, 100)
     (found,) = raised(lambda: mupass.transform(model, plan=plan, inplace=False))
     assert "look trained" in str(found.message)
     assert raised(lambda: mupass.transform(model, plan=plan, trained=True)) == []
@@ -330,8 +328,7 @@ def test_a_saved_plan_on_trained_weights_is_told() -> None:
 def test_resize_tells_of_trained_weights() -> None:
     model = mlp()
     assert raised(lambda: mupass.resize(model, 32, example_inputs=X)) == []
-    with pytest.warns(mupass.MupassWarning, match="one learning rate"):
-        train(model, "Adam", 1e-2, 100)
+    train(model, "Adam", 1e-2, 100)
     assert any(
         "look trained" in str(w.message) for w in raised(lambda: mupass.resize(model, 32, example_inputs=X))
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from mupass._optim.matrix import wide
 from mupass._optim.shampoo import Shampoo
 from mupass._optim.sides import along
 from mupass._study.batches import StudyError
-
-Blocks = Mapping[str, Sequence[Tensor]]
 
 
 class ShampooRule(PlannedRule):

@@ -28,16 +28,16 @@ from mupass._optim.fallback import (
     state_dtype,
     sum_state,
 )
-from mupass._optim.parallel import from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
+from mupass._optim.parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
-from mupass._optim.schedules import watch_rates
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 MOMENTUM_OF = ("gradients", "directions")
 DECAYED = ("all", "matrices")
 OVERRIDES = ("lr", "weight_decay", "damping")
 EMPTY = "none"  # treatment of a parameter without entries
+NO_ENTRIES = "it has no entries"
 
 
 class PlannedOptimizer(BoundOptimizer):
@@ -103,8 +103,11 @@ class PlannedOptimizer(BoundOptimizer):
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None  # steps since the last report, on the device
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
-        own, reasons = self._assign()
-        own, reasons = self._sort_out(own, reasons)
+        reasons = {name: _unfit(p) for p, name in self.names.items()}
+        self._unfit = {name: reason for name, reason in reasons.items() if reason}
+        own, found = self._assign()
+        # No subclass takes these; one without entries is nothing else.
+        reasons = {**self._unfit, **found, **{n: w for n, w in self._unfit.items() if w == NO_ENTRIES}}
         self._coverage = Coverage(self._covered(n, own, reasons) for n in self.names.values())
         left = [c for c in self._coverage if c.parameter not in own and c.treatment != EMPTY]
         if not own and left and self._wanted():
@@ -128,7 +131,6 @@ class PlannedOptimizer(BoundOptimizer):
             for p in group["params"]:
                 self.state[p].update(self._first_state(p, group))
         self._complete = True
-        watch_rates(self)
 
     def _default_rate(self) -> float:
         """Return the learning rate at the base width where none is given: that of Adam."""
@@ -145,23 +147,9 @@ class PlannedOptimizer(BoundOptimizer):
             "eps": fallback.eps,
         }
 
-    def _sort_out(
-        self, own: Mapping[str, str], reasons: Mapping[str, str]
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """Leave parameters to the fallback whose numbers the subclass cannot work with."""
-        own, reasons = dict(own), dict(reasons)
-        for p, name in self.names.items():
-            if p.is_complex() and name in own:
-                del own[name]
-                reasons[name] = "its entries are complex numbers"
-            elif p.numel() == 0:
-                own.pop(name, None)
-                reasons[name] = "it has no entries"
-        return own, reasons
-
     def _covered(self, name: str, own: Mapping[str, str], reasons: Mapping[str, str]) -> Covered:
         reason = reasons.get(name, "")
-        if reason == "it has no entries":
+        if reason == NO_ENTRIES:
             return Covered(name, EMPTY, reason)
         return Covered(name, own.get(name, self.fallback.name), reason)
 
@@ -186,7 +174,7 @@ class PlannedOptimizer(BoundOptimizer):
         return {}
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        """Return own parameters -> block type, and the others -> reason."""
+        """Return own parameters -> block type, none of them unfit, and the others -> reason."""
         raise NotImplementedError
 
     def _wanted(self) -> bool:
@@ -196,7 +184,7 @@ class PlannedOptimizer(BoundOptimizer):
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
-        """Return the direction of every own parameter that has a gradient.
+        """Return the direction of every own parameter that has a gradient, and whose owner this rank is.
 
         Args:
             gradients: Gradient of each own parameter that has one, whole; zeros where the step does not
@@ -347,9 +335,8 @@ class PlannedOptimizer(BoundOptimizer):
         """Take a step that counts or, where ``ok`` is zero, does not."""
         skipped = 1 - ok
         self._skipped = skipped if self._skipped is None else self._skipped + skipped
-        own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
         gradients, means = {}, {}
-        for group in own:
+        for group in self._own_groups():
             some = [p for p in group["params"] if p.grad is not None]
             found = [self._gradient(p, ok) for p in some]
             averaged = self._averaged(some, found, group, ok)
@@ -357,7 +344,7 @@ class PlannedOptimizer(BoundOptimizer):
                 name = self.names[p]
                 gradients[name] = self._whole(gradient, p)
                 means[name] = gradients[name] if mean is gradient else self._whole(mean, p)
-        directions = self._directions(gradients, means, ok)
+        directions = self._from_owners(self._directions(gradients, means, ok), gradients)
         for group in self.param_groups:
             some = [p for p in group["params"] if p.grad is not None and p.numel()]
             if group["algorithm"] == self.spec.name:
@@ -373,6 +360,21 @@ class PlannedOptimizer(BoundOptimizer):
             group["mupass_steps"] = self._steps
         if self._steps % self.report_every == 0 or self._watching:
             self._report()
+
+    def _own_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the parameters that the subclass takes."""
+        return [g for g in self.param_groups if g["algorithm"] == self.spec.name]
+
+    def _from_owners(
+        self, directions: dict[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the directions that all ranks have found, of parameters that have a gradient here."""
+        owner = self._owner
+        if owner:
+            own = {n: p for p, n in self.names.items() if n in owner}
+            like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
+            directions = exchange(directions, owner, like, self._ranks, self._device)
+        return {n: d for n, d in directions.items() if n in gradients}
 
     def _gradient(self, p: Tensor, ok: Tensor) -> Tensor:
         """Return this rank's part of a gradient in the precision of the state; zeros in a skipped step."""
@@ -554,8 +556,7 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _setting(self, key: str) -> dict[str, float]:
         """Return a number of every own parameter's group; a schedule may have changed it."""
-        own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
-        return {self.names[p]: g[key] for g in own for p in g["params"]}
+        return {self.names[p]: g[key] for g in self._own_groups() for p in g["params"]}
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -633,3 +634,10 @@ def _checked_overrides(
             check_number(f"{key} of overrides[{pattern!r}]", value)
         found[pattern] = {key: float(value) for key, value in settings.items()}
     return found
+
+
+def _unfit(parameter: Tensor) -> str:
+    """Return why no preconditioner can work with a parameter's numbers, or nothing."""
+    if parameter.numel() == 0:
+        return NO_ENTRIES
+    return "its entries are complex numbers" if parameter.is_complex() else ""

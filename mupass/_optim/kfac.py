@@ -16,9 +16,9 @@ from mupass._optim.clipping import GradientScale
 from mupass._optim.curvature import Curvature, Loss
 from mupass._optim.damping import MODES
 from mupass._optim.eigen import not_rescaled
-from mupass._optim.fallback import Fallback, state_dtype
+from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker import Kronecker, Rules
-from mupass._optim.parallel import exchange, rank_of, sum_of, world_size
+from mupass._optim.parallel import rank_of, sum_of, world_size
 from mupass._optim.update import Compiled, shorten
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
@@ -230,7 +230,7 @@ class KFAC(PlannedOptimizer):
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        taken: dict[str, Tensor] = {n: p for p, n in self.names.items() if not p.is_complex() and p.numel()}
+        taken = {n: p for p, n in self.names.items() if n not in self._unfit}
         self._parameters = taken
         self._cover = cover(self.root, self.plan, self._options, frozenset(taken))
         self._curvature = Curvature(
@@ -356,11 +356,7 @@ class KFAC(PlannedOptimizer):
                 kronecker.refresh(self._dampings(), due)
         directions, changes = kronecker.directions(means)
         self._bound(directions, changes, means, clipped)
-        if self._owner:
-            own = {name: self._parameters[name] for name in self._owner}
-            like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
-            directions = exchange(directions, self._owner, like, self._ranks, self._device)
-        return {name: d for name, d in directions.items() if name in means}
+        return directions
 
     def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
@@ -399,16 +395,15 @@ class KFAC(PlannedOptimizer):
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
-        rates = {
-            n: (g["lr"], g["mupass_scale"], g["momentum"]) for g in self._own_groups() for n in g["names"]
-        }
+        lrs, scales, momenta = (self._setting(key) for key in ("lr", "mupass_scale", "momentum"))
+        rates = {n: (lrs[n], scales[n], momenta[n]) for n in lrs}
         rest = {n: 1 - m if self.momentum_of == "directions" else 1.0 for n, (_, _, m) in rates.items()}
         if self.step_bound is not None:
             for name, change in changes.items():
                 lr, scale, _ = rates[name]
                 # What fold put into a parameter is in its change, too.
                 limit = self.step_bound * rest[name] * self.plan[name].geometry.folded
-                squares = [(lr * scale) ** 2, limit**2]
+                squares: list[Any] = [(lr * scale) ** 2, limit**2]
                 if self._compiled.on(change.device):  # as tensors: other numbers need no other graph
                     squares = [change.new_full((), square) for square in squares]
                 directions[name] = self._compiled(shorten, directions[name], change, *squares)
@@ -423,10 +418,6 @@ class KFAC(PlannedOptimizer):
             factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             for name, direction in directions.items():
                 directions[name] = direction * factor.to(direction.device, direction.dtype)
-
-    def _own_groups(self) -> list[dict[str, Any]]:
-        own = [g for g in self.param_groups if g["algorithm"] == self.spec.name]
-        return [{**g, "names": [self.names[p] for p in g["params"]]} for g in own]
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         return self._kronecker.incidents()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,14 +16,12 @@ from mupass._optim.curvature import nearest_product, observed
 from mupass._optim.damping import damp
 from mupass._optim.eigen import EigenBank, Moments, not_rescaled
 from mupass._optim.pairs import Pair, in_blocks, line_up, phases, slot_name
-from mupass._optim.parallel import largest_over_ranks
+from mupass._optim.parallel import deal, largest_over_ranks
 from mupass._optim.update import Average, Compiled, Root, times, update
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Factor, Place
 from mupass._taps.factors import Layer, factor_dtype
 from mupass._taps.leaves import Sums
-
-Count = Callable[[str, str, int], None]
 
 
 @dataclass(frozen=True)
@@ -476,10 +474,7 @@ def _divide(
             members[number] += members.pop(old)
             costs[number] += costs.pop(old)
         group.update(dict.fromkeys(slots, number))
-        group = {slot: number if g in joined else g for slot, g in group.items()}
-    load, owner = [0] * ranks, {}
-    for number in sorted(members, key=lambda n: (-costs[n], n)):
-        rank = min(range(ranks), key=load.__getitem__)
-        load[rank] += costs[number]
-        owner.update(dict.fromkeys(members[number], rank))
-    return owner
+        if joined:
+            group = {slot: number if g in joined else g for slot, g in group.items()}
+    rank = deal({number: costs[number] for number in sorted(members)}, ranks)
+    return {name: rank[number] for number, names in members.items() for name in names}

@@ -12,12 +12,11 @@ from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.blocks import WHOLE, Blocking
 from mupass._optim.checks import check_words
-from mupass._optim.parallel import exchange, rank_of, world_size
+from mupass._optim.parallel import deal, rank_of, world_size
 from mupass._optim.spectral import with_unit_norm
 from mupass._optim.stacks import Slot, Stack, compiled, compiles, make_stacks
 from mupass._roles.geometry import Geometry
 from mupass._scales.plan import OptimizerSpec
-from mupass._taps.factors import factor_dtype
 
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
 AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
@@ -58,9 +57,9 @@ class MatrixOptimizer(PlannedOptimizer):
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         own, reasons = {}, {}
-        for parameter, name in self.names.items():
+        for name in self.names.values():
             geometry = self.plan[name].geometry
-            reason = self._reason(geometry) or self._unfit(parameter)
+            reason = self._reason(geometry) or self._unfit.get(name, "")
             if reason:
                 reasons[name] = reason
                 continue
@@ -74,7 +73,7 @@ class MatrixOptimizer(PlannedOptimizer):
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         """Make the stacks, each parameter's on the rank that keeps it."""
         self._parameters = parameters
-        self._keeper = self._divide(parameters)
+        self._keeper = deal({name: self._cost(name, p) for name, p in parameters.items()}, self._ranks)
         rank = rank_of(self._ranks)
         mine = {n: p for n, p in parameters.items() if self._keeper[n] == rank}
         others = {n: p for n, p in parameters.items() if n not in mine}
@@ -90,21 +89,10 @@ class MatrixOptimizer(PlannedOptimizer):
             for stack in self._stacks
         ]
 
-    def _divide(self, parameters: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return the rank that keeps each parameter's state: about the same work for all."""
-        costs = {
-            name: sum(
-                block.numel() * sum(block.shape)
-                for block in self._blockings[name].cut(torch.empty(p.shape, device="meta"))
-            )
-            for name, p in parameters.items()
-        }
-        load, keeper = [0] * self._ranks, {}
-        for name in sorted(costs, key=lambda n: -costs[n]):
-            rank = min(range(self._ranks), key=load.__getitem__)
-            load[rank] += costs[name]
-            keeper[name] = rank
-        return keeper
+    def _cost(self, name: str, parameter: Tensor) -> int:
+        """Return about how much work a parameter's directions are."""
+        blocks = self._blockings[name].cut(torch.empty(parameter.shape, device="meta"))
+        return sum(block.numel() * sum(block.shape) for block in blocks)
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -122,13 +110,6 @@ class MatrixOptimizer(PlannedOptimizer):
 
     def _wanted(self) -> bool:
         return bool(self.roles)
-
-    @staticmethod
-    def _unfit(parameter: Tensor) -> str:
-        """Return why a parameter's numbers cannot be worked with, or nothing."""
-        if parameter.is_complex():
-            return "its entries are complex numbers"
-        return "" if parameter.numel() else "it has no entries"
 
     def _reason(self, geometry: Geometry) -> str:
         """Return why a parameter is not taken, or nothing."""
@@ -225,13 +206,7 @@ class MatrixOptimizer(PlannedOptimizer):
         for name, pieces_ in blocks.items():
             parts = [found[name, i] for i in range(len(pieces_))]
             directions[name] = self._blockings[name].paste(parts, gradients[name])
-        if self._owner:
-            like = {
-                n: torch.empty(p.shape, dtype=factor_dtype(p), device="meta")
-                for n, p in self._parameters.items()
-            }
-            directions = exchange(directions, self._owner, like, self._ranks, self._device)
-        return {n: d for n, d in directions.items() if n in gradients}
+        return directions
 
     def _counted(
         self, stack: Stack, at: slice, blocks: Mapping[str, Sequence[Tensor]], ok: Tensor

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mupass._errors import OptimizerError
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def world_size(choice: bool | None) -> int:
@@ -101,6 +104,21 @@ def rank_of(ranks: int) -> int:
         ranks: Their number.
     """
     return dist.get_rank() if ranks > 1 else 0
+
+
+def deal(costs: Mapping[Key, int], ranks: int) -> dict[Key, int]:
+    """Return the rank that does each piece of work: largest first, to the rank with the least so far.
+
+    Args:
+        costs: Piece -> its cost; among equals the first goes first.
+        ranks: Number of ranks.
+    """
+    load, found = [0] * ranks, {}
+    for piece in sorted(costs, key=lambda piece: -costs[piece]):
+        rank = min(range(ranks), key=load.__getitem__)
+        load[rank] += costs[piece]
+        found[piece] = rank
+    return found
 
 
 def sum_of(values: Sequence[Tensor], ranks: int) -> Tensor:

@@ -22,7 +22,7 @@ def check_counts(**counts: Any) -> None:
     """
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise StudyError(f"{' and '.join(counts)} must be at least 1, and whole; {name} is {value!r}")
+            raise StudyError(f"{name} must be at least 1, and a whole number, not {value!r}")
 
 
 def check_functions(**functions: Any) -> None:
