@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         OptimizerError,
         PlanError,
         ResizeError,
+        StudyError,
         TransformError,
     )
     from mupass._fold import fold
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
     from mupass._optim.sampling import sample_targets
     from mupass._optim.shampoo import Shampoo
     from mupass._optim.soap import SOAP
-    from mupass._records import Analysis, Fusion, Geometry, Use
-    from mupass._report import Question, Report
+    from mupass._records import Fusion, Geometry, Use
+    from mupass._report import Analysis, Question, Report
     from mupass._resize.resize import resize
     from mupass._scales.plan import Entry, OptimizerSpec, Plan, Scales, plan_of
-    from mupass._study.batches import StudyError
     from mupass._study.check import coord_check
     from mupass._study.coords import CoordCheck
     from mupass._study.report import report
     from mupass._study.sweep import sweep
+    from mupass._study.sweep_result import Sweep
     from mupass._study.transfer import Transfer, transfer
-    from mupass._study.trials import Optimum, Sweep, Trial
+    from mupass._study.trials import Optimum, Trial
     from mupass._transform import transform
 
 __version__ = "0.1.0"
@@ -104,7 +105,7 @@ __all__ = [
 _MODULES = {
     "Alignment": "mupass._alignment",
     "AlignmentProbe": "mupass._alignment",
-    "Analysis": "mupass._records",
+    "Analysis": "mupass._report",
     "CaptureError": "mupass._errors",
     "CoordCheck": "mupass._study.coords",
     "Entry": "mupass._scales.plan",
@@ -131,8 +132,8 @@ _MODULES = {
     "SOAP": "mupass._optim.soap",
     "Scales": "mupass._scales.plan",
     "Shampoo": "mupass._optim.shampoo",
-    "StudyError": "mupass._study.batches",
-    "Sweep": "mupass._study.trials",
+    "StudyError": "mupass._errors",
+    "Sweep": "mupass._study.sweep_result",
     "Transfer": "mupass._study.transfer",
     "TransformError": "mupass._errors",
     "Trial": "mupass._study.trials",

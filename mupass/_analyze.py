@@ -19,7 +19,8 @@ from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
-from mupass._records import Analysis, Geometry
+from mupass._records import Geometry
+from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
 from mupass._roles.forward_scales import account, settle

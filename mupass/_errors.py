@@ -39,6 +39,10 @@ class OptimizerError(MupassError, ValueError):
     """An optimizer was given an argument it cannot use."""
 
 
+class StudyError(MupassError):
+    """A study cannot be run as asked; the message says what to change."""
+
+
 class MupassWarning(UserWarning):
     """Something changes a result or asks for an answer: which parameter or operator, why, what to write."""
 

@@ -17,6 +17,9 @@ from mupass._records import Carrier, Geometry, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
+from mupass._taps.intercept import release
+from mupass._taps.sharded import WholeHook
+from mupass._taps.taps import detach, forget_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,10 +115,6 @@ def strip(model: nn.Module) -> None:
     Args:
         model: The module that the plan's names are relative to.
     """
-    from mupass._taps.intercept import release
-    from mupass._taps.sharded import WholeHook
-    from mupass._taps.taps import detach, forget_compiled
-
     detach(model)
     for module in model.modules():
         for table in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):

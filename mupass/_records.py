@@ -1,15 +1,10 @@
-"""What the graph says of each parameter: the record that inference hands to the scale rules."""
+"""Records of what the graph says of each parameter: axes, uses, role. The vocabulary of all rooms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal
-
-from mupass._errors import PlanError
-
-if TYPE_CHECKING:
-    from mupass._report import Report
+from typing import Literal
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
 
@@ -194,55 +189,3 @@ class Geometry:
     def m_out(self) -> float:
         """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
         return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes) if self.fan_out else 1.0
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Result of width inference on one model.
-
-    Attributes:
-        geometries: One record for each parameter, in the order of ``named_parameters()``.
-        width: Size of the dimension that names the model's width (d_model in a transformer).
-        base_width: Width at which the plan equals standard parameterization.
-        capture: How the graph was obtained: ``export`` or ``recorded run``.
-        warnings: What the reader must know: policies applied, operators treated by shape.
-        modules: (qualified name, class name) of every module, in the model's own order.
-        branches: Residual branches, in the order of execution.
-        carriers: For every tied readout, what can hold its multiplier in the place of a hook.
-        notes: Those of the warnings that change no result; only the report shows them.
-    """
-
-    geometries: tuple[Geometry, ...]
-    width: int
-    base_width: float
-    capture: str
-    warnings: tuple[str, ...] = ()
-    modules: tuple[tuple[str, str], ...] = ()
-    branches: tuple[Branch, ...] = ()
-    carriers: tuple[Carrier, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> Geometry:
-        """Return the geometry of a parameter, by any of its names.
-
-        Args:
-            name: Qualified name; a tied parameter answers to all of its names.
-
-        Raises:
-            PlanError: No parameter has that name.
-        """
-        for geometry in self.geometries:
-            if name == geometry.name or name in geometry.aliases:
-                return geometry
-        raise PlanError(f"no parameter {name!r} in this analysis")
-
-    def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
-        """Return the readable report: text, HTML, or a networkx graph.
-
-        Args:
-            optimizer: Whose scales the report shows.
-            parameterization: Under which parameterization.
-        """
-        from mupass._report import Report
-
-        return Report(self, optimizer, parameterization)

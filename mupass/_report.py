@@ -1,4 +1,4 @@
-"""The report: the user's own module tree with a verdict on every axis, as text, HTML or a graph."""
+"""The result of an analysis, and its report: the user's own module tree with a verdict on every axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mupass._records import Analysis, Geometry
+from mupass._errors import PlanError
+from mupass._records import Branch, Carrier, Geometry
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
 
@@ -27,6 +28,56 @@ tr.module td{font-weight:600;background:#f6f8fa} td.name{font-family:ui-monospac
 .role-hidden{color:#0550ae}.role-input{color:#1a7f37}.role-output{color:#cf222e}.role-vector{color:#8250df}
 li.warn{color:#9a6700}
 """
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of width inference on one model.
+
+    Attributes:
+        geometries: One record for each parameter, in the order of ``named_parameters()``.
+        width: Size of the dimension that names the model's width (d_model in a transformer).
+        base_width: Width at which the plan equals standard parameterization.
+        capture: How the graph was obtained: ``export`` or ``recorded run``.
+        warnings: What the reader must know: policies applied, operators treated by shape.
+        modules: (qualified name, class name) of every module, in the model's own order.
+        branches: Residual branches, in the order of execution.
+        carriers: For every tied readout, what can hold its multiplier in the place of a hook.
+        notes: Those of the warnings that change no result; only the report shows them.
+    """
+
+    geometries: tuple[Geometry, ...]
+    width: int
+    base_width: float
+    capture: str
+    warnings: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
+    branches: tuple[Branch, ...] = ()
+    carriers: tuple[Carrier, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Geometry:
+        """Return the geometry of a parameter, by any of its names.
+
+        Args:
+            name: Qualified name; a tied parameter answers to all of its names.
+
+        Raises:
+            PlanError: No parameter has that name.
+        """
+        for geometry in self.geometries:
+            if name == geometry.name or name in geometry.aliases:
+                return geometry
+        raise PlanError(f"no parameter {name!r} in this analysis")
+
+    def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
+        """Return the readable report: text, HTML, or a networkx graph.
+
+        Args:
+            optimizer: Whose scales the report shows.
+            parameterization: Under which parameterization.
+        """
+        return Report(self, optimizer, parameterization)
 
 
 @dataclass(frozen=True)

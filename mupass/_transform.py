@@ -8,15 +8,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mupass._analyze import analyze
 from mupass._errors import PlanError, TransformError, kind_of, warn
-from mupass._records import Analysis, Carrier
+from mupass._optim.schedules import watch_model
+from mupass._records import Carrier
+from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
+from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
 from mupass._scales.learned import learned
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
-from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan, entry_scales
+from mupass._scales.plan import ATTRIBUTE, VERSION, Plan
+from mupass._taps.taps import attach
 
 Model = TypeVar("Model", bound=nn.Module)
 UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
@@ -86,8 +91,6 @@ def transform(
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"plan must be a mupass.Plan (Plan.load reads a file), not {kind_of(plan)}")
     if plan is None:
-        from mupass._analyze import analyze
-
         row(parameterization)  # a misspelt name is told before the model is captured
         spec = OptimizerSpec.of(optimizer or UNDECIDED)
         analysis = analyze(model, example_inputs, base=base, dims=dims, strict=strict)
@@ -239,9 +242,6 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
-    from mupass._optim.schedules import watch_model
-    from mupass._taps.taps import attach
-
     check_rewritable(model, plan)
     with hooks_restored_on_error(model):
         attach(model)

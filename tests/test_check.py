@@ -14,8 +14,8 @@ from zoo.plain_dense import CASES as DENSE
 
 import mupass
 from mupass._rewrite import InputMultiplier
-from mupass._study.batches import Batch, cross_entropy, logits_of
-from mupass._study.copies import default_widths
+from mupass._runs.batches import Batch, cross_entropy, logits_of
+from mupass._runs.copies import default_widths
 from mupass._study.probe import Probe
 from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import fit, student

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mupass
 from mupass._cli import main
 from mupass._cli.words import TRAINED
-from mupass._study.recipes import RECIPES
+from mupass._runs.recipes import RECIPES
 
 HERE = "tests.test_command_line"
 

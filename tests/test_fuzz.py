@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
-from mupass._study.store import Store
+from mupass._runs.store import Store
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -10,10 +10,11 @@ from test_hypergradient import BATCHES, HELD_X, HELD_Y, mlp, odd
 from torch import Tensor, nn
 
 import mupass
-from mupass._study.batches import StudyError, cross_entropy, read_batches
-from mupass._study.copies import Copies
-from mupass._study.jobs import Job, Work
-from mupass._study.recipes import recipe
+from mupass._errors import StudyError
+from mupass._runs.batches import cross_entropy, read_batches
+from mupass._runs.copies import Copies
+from mupass._runs.jobs import Job, Work
+from mupass._runs.recipes import recipe
 
 STEPS = 5
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import mupass
 from mupass._hyper.roots import damped_root
-from mupass._study.batches import cross_entropy, read_batches
-from mupass._study.copies import Copies
-from mupass._study.jobs import Job, Work
-from mupass._study.recipes import recipe
+from mupass._runs.batches import cross_entropy, read_batches
+from mupass._runs.copies import Copies
+from mupass._runs.jobs import Job, Work
+from mupass._runs.recipes import recipe
 
 BATCHES = [(x.double(), y) for x, y in data(4)]
 HELD_X, HELD_Y = BATCHES.pop()

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
-from mupass._study.fingerprint import digest
-from mupass._study.store import Store
+from mupass._runs.fingerprint import digest
+from mupass._runs.store import Store
 
 X, Y = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 SCALE = 1.0

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import mupass
-from mupass._study.fingerprint import digest
-from mupass._study.jobs import Job, Work
-from mupass._study.store import Store
+from mupass._runs.fingerprint import digest
+from mupass._runs.jobs import Job, Work
+from mupass._runs.store import Store
 from mupass._study.sweep import points_of
-from mupass._study.trials import Sweep, Trial, vertex
+from mupass._study.sweep_result import Sweep
+from mupass._study.trials import Trial, vertex
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,7 +127,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import mupass
-from mupass._study.batches import cross_entropy
+from mupass._runs.batches import cross_entropy
 from test_sweep import data, mlp
 
 def slow(output, targets):
@@ -291,7 +292,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import mupass
-from mupass._study import store
+from mupass._runs import store
 from test_sweep import data, mlp
 folder = pathlib.Path({folder!r})
 
@@ -366,7 +367,7 @@ def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with one.claims_renewed():
             assert one.reserve("c") and not two.reserve("c")
         assert two.reserve("c")  # given back
-        monkeypatch.setattr("mupass._study.store.LEASE", 0.2)
+        monkeypatch.setattr("mupass._runs.store.LEASE", 0.2)
         with one.claims_renewed():
             assert one.reserve("d")
             time.sleep(0.6)

@@ -15,7 +15,7 @@ from mupass._capture.inputs import find_inputs
 from mupass._cli.targets import inputs_of, load, named
 from mupass._errors import MupassError
 from mupass._files import write_text
-from mupass._study.batches import cross_entropy, random_batch
+from mupass._runs.batches import cross_entropy, random_batch, read_batches
 
 
 def analyze(options: argparse.Namespace) -> int:
@@ -168,8 +168,6 @@ def _sweep(options: argparse.Namespace, model: nn.Module) -> Any:
 
 def _plan(options: argparse.Namespace, model: nn.Module, example: Any) -> mupass.Plan:
     if example is None:
-        from mupass._study.batches import read_batches
-
         example = read_batches(named(options.data), 1)[0].inputs
     done = mupass.transform(
         model,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._cli.words import suggestion
+from mupass._cli.suggest import suggestion
 from mupass._errors import MupassError
 
 FAMILIES = (

@@ -6,12 +6,12 @@ import argparse
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mupass import __version__
+from mupass._cli.suggest import suggestion
 from mupass._errors import MupassError
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.parameterizations import PARAMETERIZATIONS
@@ -60,17 +60,6 @@ class Parser(argparse.ArgumentParser):
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return found, left
-
-
-def suggestion(word: str, known: Collection[str]) -> str:
-    """Return ``; did you mean ...?``, or nothing where no word is near.
-
-    Args:
-        word: What was written.
-        known: What may be written.
-    """
-    near = get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def one_of(known: Sequence[str]) -> Callable[[str], str]:
@@ -168,33 +157,8 @@ def width(word: str) -> tuple[str, int]:
     return name, int(size)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: Words after the program's name; those of the process when left out.
-
-    Returns:
-        Exit code: 0; 1 when a check fails or an optimum has no bracket; 2 for input that was refused.
-    """
-    try:
-        options = parser().parse_args(arguments)
-        from mupass._cli import commands
-
-        return int(getattr(commands, options.command)(options))
-    except SystemExit as done:  # --help and --version
-        return int(done.code or 0)
-    except MupassError as error:
-        print(f"mupass: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"mupass: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-    return 2
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from mupass import __version__
-
     top = Parser(prog="mupass", description="Width-aware model rewriting for PyTorch.")
     top.add_argument("--version", action="version", version=f"mupass {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)

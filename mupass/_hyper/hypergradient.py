@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from mupass._errors import StudyError
 from mupass._hyper.implicit import implicit
 from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
 from mupass._hyper.run import Unrolled, dual, parts, twice
+from mupass._runs.batches import Batch, Data, Loss, cross_entropy, move, read_batches
+from mupass._runs.checks import check_counts, check_functions, check_point
+from mupass._runs.copies import Copies
+from mupass._runs.jobs import Evaluate, Work
+from mupass._runs.plain import is_transformed
+from mupass._runs.recipes import Make, check_names, recipe
+from mupass._runs.tabular import Tabular
 from mupass._scales.plan import plan_of
-from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, move, read_batches
-from mupass._study.checks import check_counts, check_functions, check_point
-from mupass._study.copies import Copies
-from mupass._study.jobs import Evaluate, Work
-from mupass._study.plain import is_transformed
-from mupass._study.recipes import Make, check_names, recipe
-from mupass._study.tabular import Tabular
 from mupass._transform import transform
 
 FORMS = ("unrolled", "implicit")

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mupass._errors import StudyError
 from mupass._hyper.functional_model import call
 from mupass._hyper.rules import SGD, Key, Rule
 from mupass._hyper.run import gradients, on, refuse_once, score_of
-from mupass._study.batches import Batch, Loss, StudyError
-from mupass._study.jobs import Evaluate
+from mupass._runs.batches import Batch, Loss
+from mupass._runs.jobs import Evaluate
 
 SOLVERS = ("cg", "neumann")
 Vector = list[Tensor]

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mupass._errors import StudyError
 from mupass._hyper.kfac import KFACRule
 from mupass._hyper.rules import SGD, Adam, Key, Rule, entry
 from mupass._hyper.shampoo import ShampooRule
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.kfac import KFAC
 from mupass._optim.shampoo import Shampoo
-from mupass._study.batches import StudyError
-from mupass._study.recipes import Make, optimizer_of
+from mupass._runs.recipes import Make, optimizer_of
 
 STEP = 1e-4  # relative; what recipes do to a number is linear, for which a difference is exact
 

@@ -8,9 +8,9 @@ from math import pi
 import torch
 from torch import Tensor
 
+from mupass._errors import StudyError
 from mupass._hyper.rules import Entries, Key, Rule, State, Tensors, adam_averages, corrected
 from mupass._optim.base import PlannedOptimizer
-from mupass._study.batches import StudyError
 
 
 class PlannedRule(Rule):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError
 
 Tensors = dict[str, Tensor]
 State = dict[str, Any]  # nested; every leaf is a tensor

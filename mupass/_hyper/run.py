@@ -13,10 +13,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from mupass._errors import StudyError
 from mupass._hyper.functional_model import call
 from mupass._hyper.rules import Key, Rule, State, Tensors
-from mupass._study.batches import Batch, Loss, StudyError
-from mupass._study.jobs import Evaluate, Work, diverged
+from mupass._runs.batches import Batch, Loss
+from mupass._runs.jobs import Evaluate, Work, diverged
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mupass._errors import StudyError
 from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Entries, Key, State, Tensors, corrected, root_of
@@ -16,7 +17,6 @@ from mupass._optim.matrix.base import wide
 from mupass._optim.matrix.blocking import Blocking
 from mupass._optim.matrix.mode_products import along
 from mupass._optim.shampoo import Shampoo
-from mupass._study.batches import StudyError
 
 
 class ShampooRule(PlannedRule):

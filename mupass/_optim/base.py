@@ -599,7 +599,7 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: It is the state of another optimizer, of another version, or damaged. This
                 optimizer is then as it was.
         """
-        copy_state(self, *check_state(self, state_dict))
+        copy_state(self, *check_state(self, self.names, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
         self._loaded()
         self._prepare_next()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.schedules import watch_rates
 from mupass._parallel import is_sharded, local, sharded_like
-
-if TYPE_CHECKING:
-    from mupass._optim.base import PlannedOptimizer
 
 VERSION = 2
 # Keys of groups that must not be negative, with what they must stay below.
@@ -37,12 +34,13 @@ def saved_kind(name: str, spec: str) -> str:
 
 
 def check_state(
-    optimizer: PlannedOptimizer, saved: Any
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: Any
 ) -> tuple[list[dict[str, Any]], dict[Tensor, Mapping[str, Tensor]]]:
     """Return the settings of every group and the state of every parameter, after all was found to fit.
 
     Args:
         optimizer: The optimizer that is to take it over.
+        names: Of its parameters.
         saved: The state.
 
     Raises:
@@ -70,7 +68,7 @@ def check_state(
         for key, p in zip(theirs["params"], ours["params"], strict=True):
             known.add(key)
             states[p] = saved["state"].get(key, {})
-            _check_entry(optimizer.names[p], states[p], optimizer.state[p])
+            _check_entry(names[p], states[p], optimizer.state[p])
     stray = [key for key in saved["state"] if key not in known]
     if stray:
         raise OptimizerError(f"the state has entries of unknown parameters: {stray[0]!r}")
@@ -159,7 +157,9 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def copy_state(
-    optimizer: PlannedOptimizer, settings: list[dict[str, Any]], states: Mapping[Tensor, Mapping[str, Tensor]]
+    optimizer: torch.optim.Optimizer,
+    settings: list[dict[str, Any]],
+    states: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> None:
     """Copy a state that was checked into an optimizer; its tensors stay the same objects.
 

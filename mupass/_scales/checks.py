@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from math import isfinite
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mupass._errors import PlanError
 from mupass._records import Geometry
+from mupass._scales.entry import Entry
 from mupass._scales.parameterizations import row
-
-if TYPE_CHECKING:
-    from mupass._scales.plan import Entry, Plan
 
 Record = TypeVar("Record")
 LARGEST = 1e20  # of a factor; widths a million times the base, to the power of 3, stay below
@@ -114,26 +112,38 @@ def _decode_record(kind: type, value: Any, where: str) -> Any:
     return kind(**{name: _decode(types[name], v, f"{where}.{name}") for name, v in value.items()})
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(
+    parameterization: str,
+    width: float,
+    base_width: float,
+    depth: float,
+    branches: Sequence[str],
+    entries: Sequence[Entry],
+) -> None:
     """Refuse a plan that would spoil a model.
 
     Args:
-        plan: The plan.
+        parameterization: Its name.
+        width: Of the model.
+        base_width: Width at which nothing is scaled.
+        depth: Relative to the base depth.
+        branches: Modules whose outputs are multiplied.
+        entries: Of all parameters.
 
     Raises:
         PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, or a
             name comes twice.
     """
-    row(plan.parameterization)
-    _positive("width", plan.width)
-    _positive("base_width", plan.base_width)
-    _positive("depth", plan.depth)
-    names = [name for e in plan.entries for name in (e.geometry.name, *e.geometry.aliases)]
-    for what, many in (("parameter", names), ("branch", plan.branches)):
+    row(parameterization)
+    _positive("width", width)
+    _positive("base_width", base_width)
+    _positive("depth", depth)
+    names = [name for e in entries for name in (e.geometry.name, *e.geometry.aliases)]
+    for what, many in (("parameter", names), ("branch", branches)):
         twice = [name for name, count in Counter(many).items() if count > 1]
         if twice:
             raise PlanError(f"{what} {twice[0]!r} comes twice in the plan")
-    for entry in plan.entries:
+    for entry in entries:
         for fault in _faults(entry):
             raise PlanError(f"{entry.geometry.name}: {fault}")
 

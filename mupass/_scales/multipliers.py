@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mupass._scales.entry import Entry
 from mupass._scales.scales import SCALES
-
-if TYPE_CHECKING:
-    from mupass._scales.plan import Plan
 
 Row = dict[str, Any]
 
 
-def multipliers(plan: Plan) -> dict[str, Any]:
-    """Return what `Plan.multipliers` does.
+def multiplier_rows(entries: Iterable[Entry]) -> dict[str, Row]:
+    """Return the role and the factors of every parameter, by each of its names.
 
     Args:
-        plan: The plan.
+        entries: Those of a plan.
     """
     rows = {}
-    for entry in plan.entries:
+    for entry in entries:
         row = {"role": entry.geometry.role, **{name: getattr(entry.scales, name) for name in SCALES}}
         row["weight_decay_times_lr"] = entry.scales.weight_decay / entry.scales.lr
         for name in (entry.geometry.name, *entry.geometry.aliases):
             rows[name] = row
-    return {
-        "optimizer": str(plan.optimizer),
-        "parameterization": plan.parameterization,
-        "width": plan.width,
-        "base_width": plan.base_width,
-        "parameters": by_pattern(rows),
-        "branches": by_pattern({name: {"multiplier": 1 / plan.depth} for name in plan.branches}),
-    }
+    return rows
 
 
 def by_pattern(rows: Mapping[str, Row]) -> dict[str, Row]:

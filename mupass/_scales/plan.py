@@ -14,32 +14,16 @@ from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
 from mupass._records import Carrier, Geometry
 from mupass._scales.checks import check_plan, read_plan
+from mupass._scales.entry import Entry, entry_scales
+from mupass._scales.multipliers import by_pattern, multiplier_rows
 from mupass._scales.optimizers import OptimizerSpec
-from mupass._scales.scales import Scales, scales
+from mupass._scales.scales import Scales
+from mupass._scales.table import SHOWN, explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
 VERSION = 5
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
-
-
-@dataclass(frozen=True)
-class Entry:
-    """All that is planned for one parameter.
-
-    Attributes:
-        geometry: Fans, role and evidence.
-        init_law: What the user's initialization was taken to be, and how that was decided.
-        init_std: Standard deviation after the transform; None for zeros and constants.
-        init_factor: What the transform multiplies the tensor by.
-        scales: Width factors.
-    """
-
-    geometry: Geometry
-    init_law: str
-    init_std: float | None
-    init_factor: float
-    scales: Scales
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,9 @@ class Plan:
     trained: bool = False
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        check_plan(
+            self.parameterization, self.width, self.base_width, self.depth, self.branches, self.entries
+        )
         for name, _ in self.optimizer.exponents:
             self[name]  # an alignment measured on a parameter that is not there is refused
 
@@ -123,9 +109,18 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the table of all parameters."""
-        from mupass._scales.table import table
-
-        return table(self)
+        others = () if self.decided else SHOWN
+        rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in others}
+        return table(
+            self.entries,
+            self.optimizer,
+            self.parameterization,
+            self.width,
+            self.base_width,
+            self.depth,
+            rates,
+            self.warnings,
+        )
 
     def explain(self, name: str) -> str:
         """Why the scales of one parameter are what they are.
@@ -136,9 +131,7 @@ class Plan:
         Returns:
             Evidence operator by operator, then each scale with its formula and source.
         """
-        from mupass._scales.table import explanation
-
-        return explanation(self, self[name])
+        return explanation(self[name], self.optimizer, self.parameterization)
 
     def for_optimizer(self, optimizer: str | OptimizerSpec) -> "Plan":
         """The same plan with the scales of another optimizer.
@@ -199,9 +192,14 @@ class Plan:
             torch's AdamW does. Under ``branches`` the factor on the output of the modules at the ends of
             residual branches.
         """
-        from mupass._scales.multipliers import multipliers
-
-        return multipliers(self)
+        return {
+            "optimizer": str(self.optimizer),
+            "parameterization": self.parameterization,
+            "width": self.width,
+            "base_width": self.base_width,
+            "parameters": by_pattern(multiplier_rows(self.entries)),
+            "branches": by_pattern({name: {"multiplier": 1 / self.depth} for name in self.branches}),
+        }
 
     def to_json(self) -> str:
         """Return the plan as JSON text; `from_json` gives back an equal plan."""
@@ -251,24 +249,6 @@ class Plan:
         except (OSError, ValueError, TypeError) as error:
             raise PlanError(f"{path!r} cannot be read: {error}") from error
         return Plan.from_json(text)
-
-
-def entry_scales(
-    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str, trained: bool
-) -> Scales:
-    """Width factors of one parameter of a plan.
-
-    Args:
-        geometry: Its fans.
-        optimizer: Family and powers.
-        parameterization: ``mup``, ``standard``, ``ntk`` or ``mean_field``.
-        trained: Whether the outputs of a trained model must stay: a tied readout then has no multiplier, and
-            follows the row of a readout.
-    """
-    if trained and geometry.readout_uses:
-        into, out = geometry.fan_out_axes, geometry.fan_in_axes
-        geometry = replace(geometry, role="output", fan_in_axes=into, fan_out_axes=out, readout_uses=())
-    return scales(geometry, optimizer, parameterization)
 
 
 def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:

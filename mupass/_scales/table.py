@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from mupass._records import Geometry, Use
-from mupass._scales.optimizers import COLUMNS, ENTRYWISE
+from mupass._scales.entry import Entry
+from mupass._scales.optimizers import COLUMNS, ENTRYWISE, OptimizerSpec
 from mupass._scales.parameterizations import row
 from mupass._scales.scales import depth_powers, folded_powers, powers
-
-if TYPE_CHECKING:
-    from mupass._scales.plan import Entry, Plan
 
 SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
@@ -63,76 +60,81 @@ def formula(
     return f"{' '.join(above) or '1'}{'/' if below else ''}{bottom} = {value:.4g}"
 
 
-def table(plan: Plan) -> str:
+def table(
+    entries: Sequence[Entry],
+    optimizer: OptimizerSpec,
+    parameterization: str,
+    width: int,
+    base_width: float,
+    depth: float,
+    rates: Mapping[str, Sequence[float]],
+    warnings: Sequence[str],
+) -> str:
     """Aligned table of all parameters, one a line, under two lines about the plan as a whole.
 
     Args:
-        plan: The plan.
+        entries: Those of the plan.
+        optimizer: Whose scales are shown.
+        parameterization: Of the plan.
+        width: Of the model.
+        base_width: Width at which nothing is scaled.
+        depth: Relative to the base depth.
+        rates: While no optimizer is decided: each one's factor on the learning rate of every entry.
+        warnings: Those of the plan.
 
     Returns:
         Several lines without a newline at the end.
     """
-    columns = COLUMNS[plan.optimizer.name] if plan.decided else {}
-    tied = any(entry.geometry.readout_uses for entry in plan.entries)
+    columns = {} if rates else COLUMNS[optimizer.name]
+    tied = any(entry.geometry.readout_uses for entry in entries)
     multiplier = ["multiplier"] if tied else []
-    others = () if plan.decided else SHOWN
-    rates = [f"lr {name}" for name in others]
-    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *rates]
+    shown = [f"lr {name}" for name in rates]
+    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *shown]
     scales = [*columns, *multiplier]
-    plans = [plan.for_optimizer(name) for name in others]
     rows = [head]
-    for entry in plan.entries:
-        factors = [f"{other[entry.geometry.name].scales.lr:.4g}" for other in plans]
-        rows.append(_cells(plan, entry, scales) + factors)
-    deep = plan.depth != 1
-    size = f"width {plan.width}, base {plan.base_width:g}, {len(plan)} parameters"
-    whose = plan.optimizer if plan.decided else "any optimizer"
+    for number, entry in enumerate(entries):
+        factors = [f"{factors[number]:.4g}" for factors in rates.values()]
+        rows.append(_cells(entry, optimizer, parameterization, scales) + factors)
+    whose = "any optimizer" if rates else str(optimizer)
+    size = f"width {width}, base {base_width:g}, {len(entries)} parameters"
     lines = [
-        f"{plan.parameterization} plan for {whose}: {size}",
+        f"{parameterization} plan for {whose}: {size}",
         "m_in, m_out: fan_in and fan_out relative to the base width; factors are 1 there",
-        *(
-            [f"L: residual branches relative to the base depth, {plan.depth:g}; each is multiplied by 1/L"]
-            * deep
-        ),
-        "",
-        *_align(rows),
-        "",
-        _base(plan),
-        *_whose(plan),
     ]
-    if plan.warnings:
-        lines += ["", *(f"warning: {warning}" for warning in plan.warnings)]
+    if depth != 1:
+        lines += [f"L: residual branches relative to the base depth, {depth:g}; each is multiplied by 1/L"]
+    lines += ["", *_align(rows), "", _base(width, base_width)]
+    if rates:
+        lines += ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
+    elif optimizer.name not in {*ENTRYWISE, "sgd", "adafactor"}:
+        lines += [
+            "what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"
+        ]
+    if warnings:
+        lines += ["", *(f"warning: {warning}" for warning in warnings)]
     return "\n".join(lines)
 
 
-def _base(plan: Plan) -> str:
+def _base(width: int, base_width: float) -> str:
     """Say what the base width means."""
-    if plan.width == plan.base_width:
+    if width == base_width:
         return (
-            f"base {plan.base_width:g}: the width of this model, at which nothing is scaled; a model of "
-            f"another width takes its hyperparameters over with base={plan.base_width:g}"
+            f"base {base_width:g}: the width of this model, at which nothing is scaled; a model of "
+            f"another width takes its hyperparameters over with base={base_width:g}"
         )
     return (
-        f"base {plan.base_width:g}: hyperparameters are those of a model of width {plan.base_width:g}, at "
+        f"base {base_width:g}: hyperparameters are those of a model of width {base_width:g}, at "
         "which nothing is scaled"
     )
 
 
-def _whose(plan: Plan) -> list[str]:
-    """Say which optimizer's scales are shown."""
-    if not plan.decided:
-        return ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
-    if plan.optimizer.name in ENTRYWISE or plan.optimizer.name in {"sgd", "adafactor"}:
-        return []
-    return ["what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"]
-
-
-def explanation(plan: Plan, entry: Entry) -> str:
+def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -> str:
     """Evidence for one parameter, operator by operator, then each scale with formula and source.
 
     Args:
-        plan: Plan that holds the entry.
-        entry: One of its entries.
+        entry: Its entry of the plan.
+        optimizer: Whose scales.
+        parameterization: Under which parameterization.
 
     Returns:
         Several lines without a newline at the end.
@@ -149,16 +151,16 @@ def explanation(plan: Plan, entry: Entry) -> str:
         f"  m_out = {_fan(g, g.fan_out_axes)} = {g.m_out:.4g}",
         f"initialization: {entry.init_law}",
         f"  {_std(entry)}; the tensor is multiplied by {entry.init_factor:.4g}",
-        f"scales of {plan.parameterization} for {plan.optimizer}",
+        f"scales of {parameterization} for {optimizer}",
     ]
-    exponents = powers(g, plan.optimizer, plan.parameterization)
-    depths = depth_powers(plan.optimizer, plan.parameterization)
+    exponents = powers(g, optimizer, parameterization)
+    depths = depth_powers(optimizer, parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
-    shown = ["init", *multiplier, *COLUMNS[plan.optimizer.name], "weight_decay"]
+    shown = ["init", *multiplier, *COLUMNS[optimizer.name], "weight_decay"]
     sources = SOURCES
-    if plan.optimizer.alignment:
+    if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
-    held = folded_powers(plan.optimizer)
+    held = folded_powers(optimizer)
     none = (0.0, 0.0)
     cells = [
         [
@@ -169,18 +171,18 @@ def explanation(plan: Plan, entry: Entry) -> str:
         for name in shown
     ]
     lines += _align(cells)
-    return "\n".join([*lines, f"source of the row: {row(plan.parameterization).source}"])
+    return "\n".join([*lines, f"source of the row: {row(parameterization).source}"])
 
 
-def _cells(plan: Plan, entry: Entry, scales: Sequence[str]) -> list[str]:
+def _cells(entry: Entry, optimizer: OptimizerSpec, parameterization: str, scales: Sequence[str]) -> list[str]:
     g = entry.geometry
-    exponents = powers(g, plan.optimizer, plan.parameterization)
-    depths = depth_powers(plan.optimizer, plan.parameterization)
     init = f"{_std(entry)}, {entry.init_law}" if entry.init_std is not None else entry.init_law
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
-    held = folded_powers(plan.optimizer)
+    exponents = powers(g, optimizer, parameterization)
+    depths = depth_powers(optimizer, parameterization)
+    held = folded_powers(optimizer)
     none = (0.0, 0.0)
     return start + [formula(exponents[n], g, depths.get(n, 0), held.get(n, none)) for n in scales]
 

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._errors import StudyError
 from mupass._optim.base import PlannedOptimizer
+from mupass._runs.batches import Batch, Data, Loss, cross_entropy, read_batches
+from mupass._runs.checks import check_counts, check_functions
+from mupass._runs.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._runs.plain import untransformed
+from mupass._runs.recipes import Make, check_names, optimizer_of, recipe
 from mupass._scales.init import InitChoice
 from mupass._scales.optimizers import OptimizerSpec
-from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
-from mupass._study.checks import check_counts, check_functions
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
-from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
-from mupass._study.plain import untransformed
 from mupass._study.probe import Probe
-from mupass._study.recipes import Make, check_names, optimizer_of, recipe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 

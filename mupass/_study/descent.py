@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mupass._errors import StudyError
 from mupass._hyper.hypergradient import unrolled
-from mupass._study.batches import StudyError
-from mupass._study.fingerprint import digest
-from mupass._study.jobs import Job, quiet
-from mupass._study.store import Store
+from mupass._runs.fingerprint import digest
+from mupass._runs.jobs import Job, quiet
+from mupass._runs.store import Store
 from mupass._study.sweep import Study
 from mupass._study.trials import Trial, mean
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupass._errors import StudyError
 from mupass._files import write_text, write_whole
-from mupass._study.batches import StudyError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

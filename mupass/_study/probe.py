@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._study.batches import Batch, Loss, StudyError, logits_of
+from mupass._errors import StudyError
+from mupass._runs.batches import Batch, Loss, logits_of
 from mupass._study.recorder import OUTPUT, Recorder, Site
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from mupass._errors import StudyError
 from mupass._files import write_text
-from mupass._scales.plan import Plan, plan_of
-from mupass._study import coords_report, trials_report
-from mupass._study.batches import StudyError
+from mupass._scales.plan import Plan
 from mupass._study.coords import CoordCheck
-from mupass._study.page import HTML, Page, document, folded, listing
+from mupass._study.page import HTML, Page, document, listing
+from mupass._study.sweep_result import Sweep
 from mupass._study.transfer import Transfer
-from mupass._study.trials import Sweep
 
 Reported = CoordCheck | Sweep | Transfer | Plan
 
@@ -57,27 +56,14 @@ def page_of(study: Reported) -> Page:
     Raises:
         StudyError: It is none.
     """
-    if isinstance(study, CoordCheck):
-        return coords_report.page(study)
-    if isinstance(study, Sweep):
-        return trials_report.page(study)
-    if isinstance(study, Transfer):
-        return _transfer(study)
+    if isinstance(study, (CoordCheck, Sweep, Transfer)):
+        return study._page()
     if isinstance(study, Plan):
         return _plan(study)
     raise StudyError(
         f"a report has no page for {type(study).__name__}; give what mupass.coord_check, mupass.sweep or "
         "mupass.transfer returned, or a plan"
     )
-
-
-def _transfer(study: Transfer) -> Page:
-    mark = "doubt" if study.search.open_ends() else "good"
-    facts = {"full model": type(study.model).__name__, **trials_report.facts_of(study.search)}
-    # An optimizer of this package has the plan with its own scales.
-    plan = getattr(study.optimizer, "plan", plan_of(study.model)[1])
-    scales = folded("Scales of every parameter", listing(str(plan)))
-    return Page("Transfer", mark, study.verdict(), facts, (*trials_report.sections(study.search), scales))
 
 
 def _plan(plan: Plan) -> Page:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError
+from mupass._runs.jobs import Job
+from mupass._runs.store import Store
 from mupass._study.descent import descend
-from mupass._study.jobs import Job
-from mupass._study.store import Store
 from mupass._study.sweep import Grid, Study
-from mupass._study.trials import Sweep, Trial, mean
+from mupass._study.sweep_result import Sweep
+from mupass._study.trials import Trial, mean
 
 DRIVERS = ("grid", "optuna", "gradient")
 

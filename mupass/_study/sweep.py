@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
+from mupass._errors import StudyError
+from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
+from mupass._runs.checks import check_counts, check_functions
+from mupass._runs.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._runs.fingerprint import called, digest
+from mupass._runs.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
+from mupass._runs.plain import untransformed
+from mupass._runs.recipes import Make, check_names, recipe
+from mupass._runs.store import Store
 from mupass._scales.init import InitChoice
-from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
-from mupass._study.checks import check_counts, check_functions
-from mupass._study.copies import Copies, Prepare, Source, Width, make_copies
-from mupass._study.fingerprint import called, digest
-from mupass._study.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
-from mupass._study.plain import untransformed
-from mupass._study.recipes import Make, check_names, recipe
-from mupass._study.store import Store
-from mupass._study.trials import Sweep, Trial
+from mupass._study.sweep_result import Sweep
+from mupass._study.trials import Trial
 
 Grid = Mapping[str, Sequence[float]] | Sequence[float]
 

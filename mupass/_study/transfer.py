@@ -13,22 +13,23 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._errors import each_matter_once
+from mupass._errors import StudyError, each_matter_once
 from mupass._files import write_text
 from mupass._resize.resize import resize
+from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
+from mupass._runs.checks import check_counts
+from mupass._runs.copies import Prepare, Width, halved
+from mupass._runs.jobs import Evaluate, check_jobs
+from mupass._runs.plain import undo, untransformed
+from mupass._runs.recipes import Make, optimizer_of
+from mupass._runs.store import Store
+from mupass._runs.tabular import Tabular
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
-from mupass._study.batches import Data, Loss, StudyError, cross_entropy, read_batches
-from mupass._study.checks import check_counts
-from mupass._study.copies import Prepare, Width, halved
-from mupass._study.jobs import Evaluate, check_jobs
-from mupass._study.plain import undo, untransformed
-from mupass._study.recipes import Make, optimizer_of
+from mupass._study.page import Page, folded, listing, write
 from mupass._study.search import search
-from mupass._study.store import Store
 from mupass._study.sweep import Grid, Study
-from mupass._study.tabular import Tabular
-from mupass._study.trials import Sweep
+from mupass._study.sweep_result import Sweep, facts_of, figure, sections
 from mupass._transform import transform
 
 
@@ -89,6 +90,15 @@ class Transfer(Tabular):
         """Return the report as text."""
         return f"{self.verdict()}\n\n{self.search}"
 
+    def _page(self) -> Page:
+        """Return what a page of several studies shows of this one."""
+        mark = "doubt" if self.search.open_ends() else "good"
+        facts = {"full model": type(self.model).__name__, **facts_of(self.search)}
+        # An optimizer of this package has the plan with its own scales.
+        plan = getattr(self.optimizer, "plan", plan_of(self.model)[1])
+        scales = folded("Scales of every parameter", listing(str(plan)))
+        return Page("Transfer", mark, self.verdict(), facts, (*sections(self.search), scales))
+
     def report(self, path: str | Path | None = None) -> str:
         """Return the report as text, or write it.
 
@@ -99,14 +109,10 @@ class Transfer(Tabular):
         Returns:
             The text, or the path that was written.
         """
-        from mupass._study.page import write
-        from mupass._study.report import page_of
-        from mupass._study.trials_report import figure
-
         if path is not None and Path(path).suffix == ".json":
             write_text(path, json.dumps(self.record(), indent=1), StudyError)
             return str(path)
-        return write(path, lambda: str(self), lambda: page_of(self), lambda: figure(self.search))
+        return write(path, lambda: str(self), self._page, lambda: figure(self.search))
 
 
 @each_matter_once()

@@ -10,7 +10,7 @@ that toggling ``requires_grad`` gives exactly two graphs: a cheap one and a curv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mupass._errors import OptimizerError
 from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
 from mupass._taps.forms import Form
-
-if TYPE_CHECKING:
-    from mupass._taps.passes import Passes
+from mupass._taps.watcher import Watcher
 
 
 class _Factors(torch.autograd.Function):
@@ -183,7 +181,7 @@ class Tap:
         self.bases: tuple[Tensor, ...] = ()
         self.moments: tuple[Tensor, ...] = ()
         self.once: Once | None = None
-        self.passes: Passes | None = None
+        self.passes: Watcher | None = None
 
     def through(self, output: Tensor, x: Tensor, form: Form) -> Tensor:
         """Hang the factors on the gradient of an output.
@@ -237,7 +235,7 @@ class Tap:
         self.bases = self.moments = ()
         self.once = self.passes = None
 
-    def watch(self, passes: Passes) -> None:
+    def watch(self, passes: Watcher) -> None:
         """Tell of backward passes that reach the tap.
 
         Args:

@@ -72,7 +72,7 @@ class Passes:
             tap.watch(self)
         terms.passes = self
 
-    def miss(self, tap: Tap) -> None:
+    def miss(self, tap: object) -> None:
         """Warn, once, of a use that a tap cannot see.
 
         Args:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._taps.leaves import under_transform
-
-if TYPE_CHECKING:
-    from mupass._taps.passes import Passes
+from mupass._taps.watcher import Watcher
 
 
 class _Terms(torch.autograd.Function):
     """Identity on the model's outputs; its backward pass tells how many loss terms they feed."""
 
     @staticmethod
-    def forward(ctx: Any, passes: Passes | None, count: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, passes: Watcher | None, count: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
         ctx.passes, ctx.terms = passes, [loss_terms(y.shape) for y in outputs]
         ctx.save_for_backward(count)
@@ -72,7 +70,7 @@ class TermsTap:
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
-        self.passes: Passes | None = None
+        self.passes: Watcher | None = None
         self.collecting = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mupass._errors import kind_of
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError, kind_of
 
 
 def check_counts(**counts: Any) -> None:

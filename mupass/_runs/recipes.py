@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import kind_of
+from mupass._errors import StudyError, kind_of
 from mupass._optim.groups import param_groups
 from mupass._optim.kfac import KFAC
 from mupass._optim.muon import Muon
 from mupass._optim.shampoo import Shampoo
 from mupass._optim.soap import SOAP
-from mupass._study.batches import StudyError
 
 Make = Callable[..., torch.optim.Optimizer]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mupass._errors import StudyError
 from mupass._fold import strip
 from mupass._scales.plan import ATTRIBUTE, plan_of
-from mupass._study.batches import StudyError
 
 
 def is_transformed(model: Any) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError
 
 TABLES = (
     "create table if not exists studies (structure text primary key, values_ text not null)",

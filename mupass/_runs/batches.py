@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mupass._capture.inputs import as_call
-from mupass._errors import MupassError
+from mupass._errors import StudyError
 
 Loss = Callable[[Any, Any], Tensor]
-
-
-class StudyError(MupassError):
-    """A study cannot be run as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._study.batches import Batch, Loss, StudyError
-from mupass._study.copies import Copies
-from mupass._study.fingerprint import digest
-from mupass._study.recipes import Make, optimizer_of
-from mupass._study.store import Store
+from mupass._errors import StudyError
+from mupass._runs.batches import Batch, Loss
+from mupass._runs.copies import Copies
+from mupass._runs.fingerprint import digest
+from mupass._runs.recipes import Make, optimizer_of
+from mupass._runs.store import Store
 
 Evaluate = Callable[[nn.Module], Any]  # a number, or a tensor of one number
 PAUSE = 0.1  # seconds between looks at what other processes on the store have done

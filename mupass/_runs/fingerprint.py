@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), type(...), range, slice, PurePath)
 TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._errors import each_matter_once
+from mupass._errors import StudyError, each_matter_once
 from mupass._resize.resize import resize
+from mupass._runs.batches import Batch, move
+from mupass._runs.checks import check_functions, check_widths
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import Plan, plan_of
-from mupass._study.batches import Batch, StudyError, move
-from mupass._study.checks import check_functions, check_widths
 from mupass._transform import transform
 
 Width = int | Mapping[str, int]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mupass._study.batches import StudyError
+from mupass._errors import StudyError
 
 
 class Tabular:

@@ -1,0 +1,31 @@
+"""What a tap tells while a model runs: who listens decides which statistics count."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Watcher(Protocol):
+    """Told of forward and backward passes by the taps; `mupass._taps.passes.Passes` is the one there is."""
+
+    def begin(self) -> None:
+        """A backward pass has reached a tap."""
+
+    def begin_late(self, gradient: Tensor) -> None:
+        """A backward pass has reached a leaf, behind all of a compiled graph.
+
+        Args:
+            gradient: That of the leaf, which is left alone.
+        """
+
+    def enter(self) -> None:
+        """The model runs forward."""
+
+    def miss(self, tap: object) -> None:
+        """A tap cannot see a use of its parameter.
+
+        Args:
+            tap: The tap.
+        """
