@@ -105,14 +105,13 @@ def rooms() -> nx.DiGraph:
 def table() -> str:
     """Return the rooms as a table of the page, from the ground up."""
     graph, known = rooms(), modules()
-    lines = ["| room | what it holds | modules | imports from |", "|---|---|---|---|"]
+    lines = ["| room | what it holds | imports from |", "|---|---|---|"]
     for name in ROOMS:
         top = name if name == "mupass" else f"mupass.{name}"
         what = (ast.get_docstring(ast.parse(known[top].read_text(encoding="utf-8"))) or "").splitlines()[0]
-        size = sum(room(module) == name for module in known)
         below = [other for other in ROOMS if graph.has_edge(name, other)]
         used = ", ".join(f"`{other}`" for other in below) or "nothing"
-        lines.append(f"| `{name}` | {what} | {size} | {used} |")
+        lines.append(f"| `{name}` | {what} | {used} |")
     return "\n".join(lines)
 
 

@@ -11,34 +11,10 @@ from sympy import Integer, nextprime
 from torch.fx import Node
 
 from mupass._dims.facts import Value
+from mupass._dims.operator_traits import Trait, traits
 
-# They compute nothing and let gradients through; which of them a graph has may differ from device to device.
-MOVES = (
-    "aten.to",
-    "aten._to_copy",
-    "aten.type_as",
-    "aten.contiguous",
-    "aten.clone",
-    "aten.alias",
-    "aten._assert_tensor_metadata",
-)
-# Pointwise operators that keep a linear map linear, and others that do not.
-LINEAR = {
-    f"aten.{n}"
-    for n in (
-        *("add", "sub", "rsub", "mul", "div", "neg", "where", "lerp", "masked_fill", "dropout"),
-        *("to", "_to_copy", "clone", "contiguous", "float", "detach", "detach_", "alias", "lift_fresh_copy"),
-    )
-}
-PRODUCTS = {"aten.mul", "aten.div"}  # linear in one tensor only
-BENDING = {
-    f"aten.{n}"
-    for n in (
-        *("batch_norm", "instance_norm", "group_norm", "native_batch_norm", "_native_batch_norm_legit"),
-        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-        *("softmax", "_softmax", "log_softmax", "glu", "prelu", "hardtanh", "hardswish", "relu6", "selu"),
-    )
-}
+# Operators that are linear in each tensor; products of entries only where one tensor depends on the inputs.
+KEEP_LINEAR = Trait.COPIES | Trait.DETACHES | Trait.DROPS_OUT | Trait.LINEAR
 
 
 def operator_name(target: Any) -> str:
@@ -135,11 +111,13 @@ def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise
     Returns:
         False for nonlinearities, for products of two activations, and for pointwise operators not known.
     """
-    name = operator.removesuffix("_")
-    if name in BENDING:
+    known = traits(operator)
+    if known & Trait.BENDS:
         return False
     if not pointwise and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return True
     shapes = [shape_of(t) for t in flatten([node.meta.get("val")]) if isinstance(t, torch.Tensor)]
     full = sum(not v.static and tuple(a.size for a in v.axes) in shapes for v in values)
-    return name in LINEAR and not (full > 1 and name in PRODUCTS)
+    if known & (Trait.MULTIPLIES | Trait.DIVIDES) and full > 1:
+        return False
+    return bool(known & KEEP_LINEAR)

@@ -16,7 +16,8 @@ from mupass._capture.graph import Capture, fresh_copy, parameter_names, quiet
 from mupass._capture.inputs import try_forward
 from mupass._capture.record import record
 from mupass._dims.facts import Value
-from mupass._dims.graph import MOVES, operator_name, shape_of
+from mupass._dims.graph import operator_name, shape_of
+from mupass._dims.operator_traits import Trait, traits
 from mupass._errors import CaptureError
 from mupass._resize.sizes import NewSizes
 
@@ -158,7 +159,8 @@ def computing(captured: Capture) -> list[Node]:
     Args:
         captured: The graph.
     """
-    return [n for n in captured.nodes if operator_name(n.target) not in (*MOVES, "aten.detach")]
+    idle = Trait.COPIES | Trait.DETACHES
+    return [n for n in captured.nodes if not traits(operator_name(n.target)) & idle]
 
 
 def _tensors(node: Node) -> list[Tensor]:

@@ -8,31 +8,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import flatten, operator_name, shape_of
+from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
+from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Branch
 from mupass._roles.carriers import carriers
 
-SUMS = ("aten.add", "aten.add_")
 # Operators on one activation that leave a factor on it alone.
-PASSING = (
-    "dropout",
-    "view",
-    "reshape",
-    "transpose",
-    "permute",
-    "contiguous",
-    "clone",
-    "to",
-    "_to_copy",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "getitem",
-    "mul",
-    "div",
-    "type_as",
-)
+KEEP_FACTOR = Trait.HOMOGENEOUS | Trait.MULTIPLIES | Trait.DIVIDES
 
 
 def find_branches(captured: Capture) -> tuple[Branch, ...]:
@@ -103,7 +85,7 @@ def _branch_of(
 ) -> tuple[Node, Node, Node] | None:
     """Return (stream, where the branch leaves it, branch) of a residual sum, or None for another operator."""
     operands = [x for x in node.args[:2] if isinstance(x, Node)]
-    if operator_name(node.target) not in SUMS or len(operands) < 2:
+    if not traits(operator_name(node.target)) & Trait.ADDS or len(operands) < 2:
         return None
     values = [x.meta.get("val") for x in (*operands, node)]
     if len({shape_of(v) if isinstance(v, Tensor) else None for v in values}) > 1:
@@ -148,9 +130,9 @@ def _modules(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[No
         return {end: module}, ""
     name = operator_name(end.target)
     sources = [x for x in flatten(end.args) if isinstance(x, Node) and x in owners]
-    if (name in SUMS and len(sources) == 2) or (
-        name.rpartition(".")[2].rstrip("_") in PASSING and len(sources) == 1
-    ):
+    is_sum = bool(traits(name) & Trait.ADDS) and len(sources) == 2
+    keeps_factor = is_getitem(end) or bool(traits(name) & KEEP_FACTOR)
+    if is_sum or (keeps_factor and len(sources) == 1):
         parts = [_modules(source, end, owners) for source in sources]
         return {n: m for part, _ in parts for n, m in part.items()}, next((r for _, r in parts if r), "")
     return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"

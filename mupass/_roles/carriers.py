@@ -13,41 +13,10 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import MOVES, flatten, is_getitem, operator_name
+from mupass._dims.graph import flatten, is_getitem, operator_name
+from mupass._dims.operator_traits import PRODUCT_ARGUMENTS, Trait, traits
 from mupass._records import Carrier, Geometry
 
-# f(c x) = c f(x) for c > 0, x the first argument.
-HOMOGENEOUS = frozenset(
-    "dropout feature_dropout native_dropout view _unsafe_view view_as reshape reshape_as transpose "
-    "permute t numpy_T movedim moveaxis swapaxes swapdims contiguous clone to _to_copy alias detach "
-    "type_as flatten unflatten squeeze unsqueeze expand expand_as repeat repeat_interleave tile neg "
-    "negative sum mean cumsum slice select narrow diagonal index index_select gather take_along_dim "
-    "flip roll tril triu lift_fresh_copy relu leaky_relu abs amax max_pool1d max_pool2d max_pool3d "
-    "max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d pixel_shuffle pixel_unshuffle".split()
-)
-# c in one of two operands; the position of a third operand that is added to the product.
-PRODUCTS = {
-    "linear": (0, 1, 2),
-    "conv1d": (0, 1, 2),
-    "conv2d": (0, 1, 2),
-    "conv3d": (0, 1, 2),
-    "conv_transpose1d": (0, 1, 2),
-    "conv_transpose2d": (0, 1, 2),
-    "conv_transpose3d": (0, 1, 2),
-    "convolution": (0, 1, 2),
-    "addmm": (1, 2, 0),
-    "baddbmm": (1, 2, 0),
-    "addmv": (1, 2, 0),
-    "mul": (0, 1, None),
-    "multiply": (0, 1, None),
-    "matmul": (0, 1, None),
-    "mm": (0, 1, None),
-    "bmm": (0, 1, None),
-    "mv": (0, 1, None),
-    "_grouped_mm": (0, 1, None),
-}
 # Positions of gain and shift.
 NORMS = {
     "layer_norm": (2, 3),
@@ -152,14 +121,14 @@ class _Push:
         name = _short(node)
         if operator_name(node.target).rstrip("_") in ZEROS:
             return ()
-        if name in HOMOGENEOUS or name in {"div", "true_divide"}:
+        if traits(operator_name(node.target)) & (Trait.HOMOGENEOUS | Trait.DIVIDES):
             return self._operand(node, 0)
         if name in {"constant_pad_nd", "pad", "masked_fill"}:
             # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
             if any(isinstance(a, (int, float)) and a != 0 for a in node.args[2:]):
                 raise Blocked(f"{self._say(node)} puts in a constant")
             return self._operand(node, 0)
-        if name in PRODUCTS or name == "einsum":
+        if name in PRODUCT_ARGUMENTS or name == "einsum":
             return self._product(node, name)
         if name in NORMS:
             parts = [p for p in NORMS[name] if len(node.args) > p and isinstance(node.args[p], Node)]
@@ -197,7 +166,7 @@ class _Push:
         if name == "einsum":
             operands, added = flatten([node.args[1]]), None
         else:
-            first, second, third = PRODUCTS[name]
+            first, second, third = PRODUCT_ARGUMENTS[name]
             operands = [node.args[first], node.args[second]]
             added = node.args[third] if third is not None and len(node.args) > third else None
         tensors = [x for x in operands if isinstance(x, Node)]
@@ -227,7 +196,9 @@ class _Push:
 
     def _is_parameter(self, node: Node) -> bool:
         """Return whether a value is a parameter as it is, or converted."""
-        while operator_name(node.target) in MOVES and node.args and isinstance(node.args[0], Node):
+        while traits(operator_name(node.target)) & Trait.COPIES:
+            if not node.args or not isinstance(node.args[0], Node):
+                break
             node = node.args[0]
         return node in self.captured.parameters
 

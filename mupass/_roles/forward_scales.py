@@ -10,9 +10,10 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name
+from mupass._dims.operator_traits import traits
 from mupass._dims.second_instance import Second
 from mupass._records import Geometry
-from mupass._roles.forward_scales_search import PASSING, SUMMING, Constant, multiplier
+from mupass._roles.forward_scales_search import PASS_ONE, Constant, multiplier
 from mupass._roles.sites import root_of
 
 UNDONE = ("unit length", "multiplies by")
@@ -101,8 +102,7 @@ def _chain(node: Node, table: Mapping[Node, Constant]) -> Iterator[Constant]:
 
 
 def _passes(node: Node) -> bool:
-    operator = operator_name(node.target).removesuffix("_")
-    return node.op == "call_function" and operator in PASSING - SUMMING
+    return node.op == "call_function" and bool(traits(operator_name(node.target)) & PASS_ONE)
 
 
 def _undone(node: Node, captured: Capture, names: set[str]) -> bool:

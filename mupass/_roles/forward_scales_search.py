@@ -18,42 +18,14 @@ from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import flatten, is_getitem, operator_name
 from mupass._dims.infer import Inference
+from mupass._dims.operator_traits import Trait, traits
 
 POWERS = (-1.0, -0.5, 0.5, 1.0)
 SMALLEST = 8  # powers of smaller sizes are numbers like 1/2 and 2, which are written for other reasons
-MULTIPLY, DIVIDE = ("aten.mul", "aten.multiply"), ("aten.div", "aten.divide", "aten.true_divide")
-PRODUCTS = ("aten.matmul", "aten.mm", "aten.bmm", "aten.einsum", "aten.linear", "aten.addmm", "aten.baddbmm")
-NORMS = ("aten.linalg_vector_norm", "aten.norm", "aten.frobenius_norm")
-# What passes a product, a length or a unit vector on, up to its shape.
-PASSING = {
-    f"aten.{n}"
-    for n in (
-        *(
-            "view",
-            "reshape",
-            "permute",
-            "transpose",
-            "unsqueeze",
-            "squeeze",
-            "expand",
-            "expand_as",
-            "flatten",
-        ),
-        *(
-            "to",
-            "_to_copy",
-            "type_as",
-            "clone",
-            "contiguous",
-            "clamp",
-            "clamp_min",
-            "add",
-            "maximum",
-            "dropout",
-        ),
-    )
-}
-SUMMING = {"aten.add", "aten.maximum"}
+PRODUCTS = Trait.MATRIX_PRODUCT | Trait.AFFINE
+# What passes a product, a length or a unit vector on: one operand, up to its shape, or one of two.
+PASS_ONE = Trait.COPIES | Trait.RESHAPES | Trait.DROPS_OUT | Trait.LIMITS
+PASS_EITHER = Trait.ADDS | Trait.LARGER
 
 
 @dataclass(frozen=True)
@@ -98,12 +70,13 @@ def multiplier(captured: Capture, node: Node) -> tuple[float, Sequence[Any]] | N
         node: The operator.
     """
     operator, operands = operator_name(node.target).removesuffix("_"), node.args[:2]
+    known = traits(operator)
     if operator == "aten.baddbmm" and isinstance(alpha := node.kwargs.get("alpha"), (int, float)):
         return (float(alpha), [node]) if alpha else None
-    if operator in MULTIPLY and len(operands) == 2:
+    if known & Trait.MULTIPLIES and len(operands) == 2:
         number = next((x for a in operands if (x := _number(captured, a)) is not None), None)
         return None if number is None else (number, operands)
-    if operator in DIVIDE and len(operands) == 2 and (number := _number(captured, operands[1])):
+    if known & Trait.DIVIDES and len(operands) == 2 and (number := _number(captured, operands[1])):
         return 1 / number, operands[:1]
     return None
 
@@ -118,9 +91,11 @@ def _number(captured: Capture, value: Any) -> float | None:
     operator, args = operator_name(value.target).removesuffix("_"), value.args
     if operator in ("aten.full", "aten.scalar_tensor") and getattr(value.meta.get("val"), "ndim", 1) == 0:
         return _number(captured, args[-1])
-    if operator in ("aten.to", "aten._to_copy", "aten.detach", "aten.lift_fresh_copy", "aten.sqrt"):
+    if traits(operator) & (Trait.COPIES | Trait.DETACHES):
+        return _number(captured, args[0])
+    if operator == "aten.sqrt":
         inner = _number(captured, args[0])
-        return inner**0.5 if operator == "aten.sqrt" and inner is not None and inner >= 0 else inner
+        return inner**0.5 if inner is not None and inner >= 0 else inner
     return None
 
 
@@ -135,19 +110,21 @@ class _Search:
 
     def run(self) -> Iterator[Constant]:
         for node in [n for n in self.env if n.op == "call_function"]:
-            operator = operator_name(node.target).removesuffix("_")
-            if operator in PRODUCTS:
+            known = traits(operator_name(node.target))
+            if known & PRODUCTS:
                 self.summed[node] = self._contracted(node)
-            elif operator in NORMS and not self._static(node):
+            elif known & Trait.LENGTH and not self._static(node):
                 self.length[node] = self._gone(node)
-            elif operator in PASSING or is_getitem(node):
+            elif known & (PASS_ONE | PASS_EITHER) or is_getitem(node):
                 for table in (self.summed, self.length, self.unit):
                     self._pass_on(table, node)
             yield from self._multiplier(node)
-            yield from self._unit_length(node, operator)
+            yield from self._unit_length(node, known)
 
     def _pass_on(self, table: dict[Node, Any], node: Node) -> None:
-        for source in node.all_input_nodes:
+        either = traits(operator_name(node.target)) & PASS_EITHER
+        operands = node.all_input_nodes if either else node.all_input_nodes[:1]
+        for source in operands:
             if source in table:
                 table[node] = table[source]
 
@@ -180,17 +157,17 @@ class _Search:
     def _is_compared(self, node: Node, dims: tuple[int, ...]) -> bool:
         """Whether a tensor is a query or key: a product with another activation contracts the axis."""
         for user in node.users:
-            operator = operator_name(user.target).removesuffix("_")
+            known = traits(operator_name(user.target))
             moving = not any(self._parametric(n) for n in user.all_input_nodes)
-            if operator in PRODUCTS and moving and set(dims) <= set(self._contracted(user)):
+            if known & PRODUCTS and moving and set(dims) <= set(self._contracted(user)):
                 return True
-            if operator in PASSING - SUMMING and self._is_compared(user, dims):
+            if known & PASS_ONE and self._is_compared(user, dims):
                 return True
         return False
 
-    def _unit_length(self, node: Node, operator: str) -> Iterator[Constant]:
+    def _unit_length(self, node: Node, known: Trait) -> Iterator[Constant]:
         """A tensor divided by its own length; it counts where a weight or a gain then reads it."""
-        below = node.args[1] if operator in DIVIDE and len(node.args) > 1 else None
+        below = node.args[1] if known & Trait.DIVIDES and len(node.args) > 1 else None
         if isinstance(below, Node) and below in self.length:
             dims = tuple(d for d in self.length[below] if self._is_width((d,)))
             if dims:

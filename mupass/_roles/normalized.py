@@ -15,26 +15,12 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
-from mupass._dims.graph import is_getitem, operator_name
+from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
+from mupass._dims.operator_traits import Trait, traits
 
-# What subtracts a mean and divides by a deviation: a constant that was added before drops out too.
-NORMALIZERS = (
-    *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "instance_norm", "batch_norm"),
-    *("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_impl_index"),
-)
-DIVIDERS = ("rms_norm", "_fused_rms_norm", "cosine_similarity")
-SAME = (
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "t"),
-    *("transpose", "expand", "expand_as", "contiguous", "clone", "to", "_to_copy", "type_as", "dropout"),
-    *("alias", "select", "slice", "sum", "mean", "amax", "std", "norm", "linalg_vector_norm", "abs", "neg"),
-    *("relu", "leaky_relu", "frobenius_norm", "linalg_norm"),
-    *("clamp_min", "clamp", "maximum", "chunk", "split", "split_with_sizes", "getitem", "avg_pool2d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "unbind"),
-)
-# Near zero these are multiples of their argument.
-LINEAR_AT_ZERO = ("tanh", "gelu", "silu", "sin", "erf", "hardtanh", "elu", "selu", "mish", "asinh", "prelu")
-PRODUCTS = ("einsum", "matmul", "bmm", "mm", "dot", "vdot", "inner", "linalg_vecdot")
+# What has the order of its argument; near zero some functions have.
+SAME_ORDER = Trait.HOMOGENEOUS | Trait.SAME_ORDER
 POWERS = {"square": 2.0, "var": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
 
@@ -94,10 +80,10 @@ class _Walk:
 
     def _normalizes(self, node: Node) -> bool:
         """Whether it is a normalization of something that follows the scale."""
-        name, sources = _name(node), node.all_input_nodes
-        if name in NORMALIZERS:
+        known, sources = traits(operator_name(node.target)), node.all_input_nodes
+        if known & Trait.NORMALIZES:
             return sources[0] in self.bent or self.power.get(sources[0], 0.0) > 0
-        return name in DIVIDERS and any(self.power.get(n, 0.0) > 0 for n in sources[:2])
+        return bool(known & Trait.DIVIDES_BY_SIZE) and any(self.power.get(n, 0.0) > 0 for n in sources[:2])
 
     def _cancels(self, node: Node) -> bool:
         """Note the power that an operator's result holds; True where powers cancel, as in ``u / |u|``."""
@@ -108,27 +94,30 @@ class _Walk:
             self.power[node] = power
         # f(u + b): after a mean is subtracted and a deviation divided out, little is left of f and b
         sources = node.all_input_nodes
-        unary = torch.Tag.pointwise in getattr(node.target, "tags", ()) or _name(node) in SAME
+        unary = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        unary = unary or bool(traits(operator_name(node.target)) & SAME_ORDER)
         if unary and all(n in self.bent or self._is_static(n) for n in sources):
             self.bent.add(node)
         return power == 0
 
     def _power(self, node: Node, known: list[float], others: bool) -> float | None:
         """Return the power of an operator's result, or None where it has none."""
-        name = _name(node)
+        name, operator = _name(node), traits(operator_name(node.target))
         if name in POWERS:
             return known[0] * POWERS[name]
-        if name in SAME or name in LINEAR_AT_ZERO:
+        if operator & (SAME_ORDER | Trait.LINEAR_AT_ZERO):
             return known[0]
         if others:
             return None
         alone = len(node.all_input_nodes) == 1
-        if name in PRODUCTS:  # of two tensors that follow the scale: u u^T
+        if operator & (
+            Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
+        ):  # of two tensors that follow the scale: u u^T
             full = len(known) == len(node.all_input_nodes)
             return sum(known) * (2 if alone else 1) if full else None
-        if name in ("mul", "multiply"):
+        if operator & Trait.MULTIPLIES:
             return sum(known) * (2 if alone and node.args[0] is node.args[1] else 1)
-        if name in ("div", "divide", "true_divide"):
+        if operator & Trait.DIVIDES:
             above, below = (self.power.get(n, 0.0) if isinstance(n, Node) else 0.0 for n in node.args[:2])
             return above - below
         if name == "pow" and isinstance(node.args[1], (int, float)):
@@ -142,6 +131,4 @@ class _Walk:
 
 
 def _name(node: Node) -> str:
-    if is_getitem(node):
-        return "getitem"
     return operator_name(node.target).removeprefix("aten.").removesuffix("_")

@@ -10,12 +10,11 @@ import torch
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import MOVES, shape_of
+from mupass._dims.graph import shape_of
+from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Site
 from mupass._roles import contraction
 
-ADDED = ("aten.addmm", "aten.baddbmm", "aten.addbmm")  # beta * bias + alpha * product
-PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.einsum", *ADDED)
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
 
@@ -56,7 +55,7 @@ def _users(node: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
             continue
         name = _name(user)
         turned = _turn(user, name, view)
-        if name in MOVES and user.args and user.args[0] is node:
+        if traits(name) & Trait.COPIES and user.args and user.args[0] is node:
             yield from _users(user, view)
         elif turned is not None:
             yield from _users(user, turned)
@@ -91,7 +90,7 @@ def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View)
         return site("embedding", in_axes=(0,), out_axes=(1,)), _source(user.args[1])
     if name.startswith(CONVOLUTIONS) and slots == [1] and view == tuple(range(len(view))):
         return site("conv", in_axes=view[1:], out_axes=view[:1]), _source(user.args[0])
-    if name in PRODUCTS or name.startswith(CONVOLUTIONS):
+    if traits(name) & (Trait.MATRIX_PRODUCT | Trait.AFFINE) or name.startswith(CONVOLUTIONS):
         return _product(captured, user, name, seen, view, shape, site)
     if "norm" in name and len(slots) == 1 and len(shape) >= 1:
         arguments: Any = user.target
@@ -109,11 +108,11 @@ def _product(
     arguments: Any = user.args[1] if name == "aten.einsum" else user.args
     operands: list[Any] = list(arguments)
     alpha, beta = user.kwargs.get("alpha", 1), user.kwargs.get("beta", 1)
-    if name in ADDED:
-        bias, *operands = operands
-    elif name == "aten.linear" or name.startswith(CONVOLUTIONS):
+    if name == "aten.linear" or name.startswith(CONVOLUTIONS):
         bias = operands[2] if len(operands) > 2 else None
         operands = operands[:2]
+    elif traits(name) & Trait.AFFINE:  # addmm(bias, x, w): beta * bias + alpha * product
+        bias, *operands = operands
     else:
         bias = None
     if bias is seen and isinstance(operands[-1], Node):
@@ -190,7 +189,7 @@ def root_of(node: Any) -> Any:
         name, source = _name(node), node.args[0]
         if not isinstance(source, Node):
             break
-        if name not in MOVES and _turn(node, name, tuple(range(len(_shape(source))))) is None:
+        if not traits(name) & Trait.COPIES and _turn(node, name, tuple(range(len(_shape(source))))) is None:
             break
         node = source
     return node
@@ -202,6 +201,6 @@ def _parameter(captured: Capture, node: Any) -> str:
 
 def _source(node: Any) -> str:
     root = node
-    while isinstance(root, Node) and root.op == "call_function" and _name(root) in MOVES:
+    while isinstance(root, Node) and root.op == "call_function" and traits(_name(root)) & Trait.COPIES:
         root = root.args[0]
     return str(root)

@@ -13,6 +13,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import flatten, operator_name
 from mupass._dims.infer import Inference
+from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Geometry
 from mupass._roles.sites import root_of
 
@@ -62,6 +63,6 @@ def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
             continue
         made.add(node)
         # div(w, sigma), where sigma is computed from w
-        if operator_name(node.target) in ("aten.div", "aten.true_divide") and len(sources) == 2:
+        if traits(operator_name(node.target)) & Trait.DIVIDES and len(sources) == 2:
             return f"{operator_name(node.target)} in {captured.owners.get(node, '') or 'the root module'}"
     return ""
