@@ -156,15 +156,39 @@ def _assemble(
 def _width(
     solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
 ) -> int:
-    """The width of a model is the growing dimension that most parameter axes carry (ties: the widest)."""
+    """The width of a model is the growing dimension that most parameter axes carry (ties: the widest).
+
+    An axis of equal blocks that no weight reads as a whole (the gates of a recurrent cell, a gate with its
+    value) carries the dimension of one block as well: the width of an LSTM is its hidden size.
+    """
     read: Counter[int] = Counter()
     unread: Counter[int] = Counter()
-    space = solved.engine.space
+    space, contracted = solved.engine.space, _contracted(solved)
     for name, dims in solved.dims.items():
-        grown = [d for d, f in zip(dims, infinite[name], strict=True) if f]
-        (unread if name in solved.overlooked else read).update({space.find(d): 1 for d in grown})
+        grown = {space.find(d) for d, f in zip(dims, infinite[name], strict=True) if f}
+        for dim in grown - contracted:
+            grown |= _block_of(solved, dim)
+        (unread if name in solved.overlooked else read).update(grown)
     carried = read or unread
     return max((count, space.size(dim)) for dim, count in carried.items())[1]
+
+
+def _contracted(solved: Inference) -> set[int]:
+    """Return the dimensions that some weight sums over."""
+    found = set()
+    for name, uses in solved.uses.items():
+        axes = [axis for use in uses for axis in use.fan_in]
+        found |= {solved.engine.space.find(solved.dims[name][axis]) for axis in axes}
+    return found
+
+
+def _block_of(solved: Inference, dim: int) -> set[int]:
+    """Return the growing dimension of which a dimension is a fixed number of blocks, if it is."""
+    space = solved.engine.space
+    counting = {space.find(d) for d in solved.engine.facts.enumerated}
+    blocks = {m[1] for m in space.terms_of(dim, "product") if len(m) == 2 and m[0] in counting}
+    blocks |= {parts[0] for parts in space.terms_of(dim, "sum") if len(set(parts)) == 1}
+    return {block for block in blocks if solved.verdicts.grows(block)}
 
 
 class _BaseSizes:

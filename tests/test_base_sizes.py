@@ -100,3 +100,47 @@ def test_parts_that_no_weight_reads_follow_their_whole(name: str, width: int) ->
     right.load_state_dict(wide.state_dict())
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(wide(x), right(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: type[nn.RNNBase], width: int, **options: object):
+        super().__init__()
+        self.cell = cell(7, width, batch_first=True, **options)
+        self.readout = nn.Linear(width * (2 if options.get("bidirectional") else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.cell(x)[0])
+
+
+class Gated(nn.Module):
+    """Its gate and its value come of one weight, whose rows are two blocks of the width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.readout = nn.Linear(7, 2 * width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.readout(gate.sigmoid() * value)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+def test_the_width_of_a_recurrent_model_is_its_hidden_size(
+    cell: type[nn.RNNBase], options: dict[str, object]
+) -> None:
+    x = torch.randn(2, 5, 7)
+    analysis = mupass.analyze(Recurrent(cell, 24, **options), x, base=6)
+    assert (analysis.width, analysis.base_width) == (24, 6)
+    narrow = Recurrent(cell, 6, **options)
+    assert {g.name: g.base_shape for g in analysis.geometries} == {
+        n: tuple(p.shape) for n, p in narrow.named_parameters()
+    }
+
+
+def test_an_axis_of_blocks_has_the_width_of_one() -> None:
+    analysis = mupass.analyze(Gated(24), torch.randn(2, 7), base=6)
+    assert analysis.width == 24
+    assert {g.name: g.base_shape for g in analysis.geometries} == {
+        n: tuple(p.shape) for n, p in Gated(6).named_parameters()
+    }

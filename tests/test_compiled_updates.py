@@ -94,7 +94,7 @@ def test_kfac_has_one_graph_for_each_shape_whatever_the_schedule(
 ) -> None:
     pair, graphs = [make(model) for _ in range(2)], []
     for (net, x), flag in zip(pair, (False, True), strict=True):
-        # Factors of full rank: eigenvectors to eigenvalues of zero are rounding, and EKFAC's moments with them.
+        # Factors of full rank: eigenvectors to eigenvalues of zero are rounding, and so are EKFAC's moments.
         x = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(1), dtype=x.dtype)
         optimizer = mupass.KFAC(net, 0.05, compile=flag, **KFACS[name])
         schedule = one_cycle(optimizer)
