@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import mupass
-from mupass._optim.stacks import compiles
+from mupass._optim.matrix.block_stack import compiles
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo": (mupass.Shampoo, {"root_every": 2}),
@@ -94,7 +94,7 @@ def test_kfac_has_one_graph_for_each_shape_whatever_the_schedule(
 ) -> None:
     pair, graphs = [make(model) for _ in range(2)], []
     for (net, x), flag in zip(pair, (False, True), strict=True):
-        # Factors of full rank: eigenvectors to eigenvalues of zero are rounding, and EKFAC's moments with them.
+        # Factors of full rank: eigenvectors to eigenvalues of zero are rounding, EKFAC's moments with them.
         x = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(1), dtype=x.dtype)
         optimizer = mupass.KFAC(net, 0.05, compile=flag, **KFACS[name])
         schedule = one_cycle(optimizer)
@@ -114,12 +114,12 @@ def test_none_compiles_where_the_device_gains(monkeypatch: pytest.MonkeyPatch) -
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: name)
+    monkeypatch.setattr("mupass._optim.matrix.block_stack.find_spec", lambda name: name)
     assert compiles(None, cuda) and not compiles(None, cpu)
     assert compiles(True, cpu) and not compiles(False, cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert not compiles(None, cuda)
-    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: None)
+    monkeypatch.setattr("mupass._optim.matrix.block_stack.find_spec", lambda name: None)
     assert not compiles(None, cuda)
 
 
