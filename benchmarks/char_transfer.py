@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import mupass
 from benchmarks.models import GPT
 from examples.data import python_text
-from mupass._optim.stacks import Stack
+from mupass._optim.matrix.block_stack import Stack
 
 HEAD = 16
 FALLBACK_LR = 2**-8

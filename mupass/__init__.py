@@ -22,20 +22,20 @@ if TYPE_CHECKING:
         TransformError,
     )
     from mupass._fold import fold
+    from mupass._hyper.fomoh import FoMoH
     from mupass._hyper.hypergradient import GroupGradient, HyperGradient, hypergradient
     from mupass._initialize import initialize
     from mupass._optim.adaptive import LevenbergMarquardt
     from mupass._optim.fallback import Fallback
-    from mupass._optim.fomoh import FoMoH
     from mupass._optim.groups import param_groups
     from mupass._optim.kfac import KFAC
     from mupass._optim.muon import Muon
     from mupass._optim.sampling import sample_targets
     from mupass._optim.shampoo import Shampoo
     from mupass._optim.soap import SOAP
+    from mupass._records import Analysis, Fusion, Geometry, Use
     from mupass._report import Question, Report
     from mupass._resize.resize import resize
-    from mupass._roles.geometry import Analysis, Fusion, Geometry, Use
     from mupass._scales.plan import Entry, OptimizerSpec, Plan, Scales, plan_of
     from mupass._study.batches import StudyError
     from mupass._study.check import coord_check
@@ -104,14 +104,14 @@ __all__ = [
 _MODULES = {
     "Alignment": "mupass._alignment",
     "AlignmentProbe": "mupass._alignment",
-    "Analysis": "mupass._roles.geometry",
+    "Analysis": "mupass._records",
     "CaptureError": "mupass._errors",
     "CoordCheck": "mupass._study.coords",
     "Entry": "mupass._scales.plan",
     "Fallback": "mupass._optim.fallback",
-    "FoMoH": "mupass._optim.fomoh",
-    "Fusion": "mupass._roles.geometry",
-    "Geometry": "mupass._roles.geometry",
+    "FoMoH": "mupass._hyper.fomoh",
+    "Fusion": "mupass._records",
+    "Geometry": "mupass._records",
     "GroupGradient": "mupass._hyper.hypergradient",
     "HyperGradient": "mupass._hyper.hypergradient",
     "InferenceError": "mupass._errors",
@@ -136,7 +136,7 @@ _MODULES = {
     "Transfer": "mupass._study.transfer",
     "TransformError": "mupass._errors",
     "Trial": "mupass._study.trials",
-    "Use": "mupass._roles.geometry",
+    "Use": "mupass._records",
     "alignment": "mupass._alignment",
     "analyze": "mupass._analyze",
     "coord_check": "mupass._study.check",

@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from mupass._capture.capture import Capture, parameter_names
+from mupass._capture.graph import Capture, parameter_names
 from mupass._capture.inputs import as_call, find_inputs
-from mupass._dims.constants import constant_notes, find_constants
-from mupass._dims.given import account, settle
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
 from mupass._dims.scaled import Scaled
-from mupass._dims.second import Second, disagreements
+from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError
+from mupass._records import Analysis, Geometry
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
+from mupass._roles.forward_scales import account, settle
+from mupass._roles.forward_scales_search import constant_notes, find_constants
 from mupass._roles.fused import find_fusions
-from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mupass._errors import MupassWarning, TransformError
+from mupass._records import Carrier, Geometry, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice
-from mupass._roles.geometry import Carrier, Geometry, Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
 

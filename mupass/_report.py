@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mupass._roles.geometry import Analysis, Geometry
+from mupass._records import Analysis, Geometry
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
-from mupass._scales.spec import OptimizerSpec
 
 if TYPE_CHECKING:
     import networkx

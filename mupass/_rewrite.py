@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mupass._errors import MupassWarning, PlanError, TransformError
-from mupass._roles.geometry import Use
+from mupass._records import Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
 READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

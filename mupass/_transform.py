@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mupass._errors import PlanError, TransformError, kind_of, warn
+from mupass._records import Analysis, Carrier
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
-from mupass._roles.geometry import Analysis, Carrier
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
 from mupass._scales.learned import learned
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Entry, Plan, entry_scales
-from mupass._scales.spec import OptimizerSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named

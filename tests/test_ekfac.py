@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import mupass
-from mupass._optim import eigen
-from mupass._optim.pairs import Pair
+from mupass._optim.kronecker import ekfac
+from mupass._optim.kronecker.factor_pairs import Pair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
@@ -348,7 +348,7 @@ def test_a_failed_decomposition_keeps_the_old_one_with_its_moments(monkeypatch: 
         return bank[..., 0], bank * torch.nan, torch.zeros(len(bank)) > 0
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="failed roots"):
-        patch.setattr(eigen, "eigenbases", failing)
+        patch.setattr(ekfac, "eigenbases", failing)
         steps(case, net, optimizer, range(1, 2))
         assert optimizer.stats()["failed_roots"] == 6
     assert len(kept) == 12 and all(torch.equal(states[n][k], t) for (n, k), t in kept.items())

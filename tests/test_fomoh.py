@@ -10,8 +10,8 @@ from test_hypergradient import Odd
 from torch import Tensor, nn
 
 import mupass
-from mupass._optim.fomoh import minimizer, plane
-from mupass._optim.swap import call
+from mupass._hyper.fomoh import minimizer, plane
+from mupass._hyper.functional_model import call
 
 torch.manual_seed(0)
 X = torch.randn(32, 10, dtype=torch.float64)

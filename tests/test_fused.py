@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import mupass
+from mupass._records import Fusion
 from mupass._roles.fused import join, split
-from mupass._roles.geometry import Fusion
 
 
 class Attention(nn.Module):

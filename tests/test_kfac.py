@@ -13,8 +13,8 @@ from test_taps import BASE, CASES, DENSE, Case, dense_factors, normal, squares, 
 from torch import Tensor, nn
 
 import mupass
-from mupass._optim.packed import packed_size, unpack
-from mupass._optim.roots import diagonal_roots, inverse_roots
+from mupass._optim.linalg.packed import packed_size, unpack
+from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 from mupass._taps.taps import tap_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -12,7 +12,7 @@ from test_shampoo import MODELS, assert_close, growth, make
 from torch import Tensor, nn
 
 import mupass
-from mupass._optim.polar import orthogonalize, quintics
+from mupass._optim.linalg.polar import orthogonalize, quintics
 
 LR = 0.1
 EVERY = {"roles": ["input", "hidden", "output"], "fallback": "sgd", "fallback_lr": 0.5}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import mupass
 from mupass._rewrite import rescale
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.plan import Plan
-from mupass._scales.spec import OptimizerSpec
 from mupass._transform import make_plan
 
 pytest.importorskip("mup")

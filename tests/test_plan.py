@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import mupass
+from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
 from mupass._scales.parameterizations import PARAMETERIZATIONS
 from mupass._scales.plan import VERSION, Plan, plan_of
-from mupass._scales.spec import OPTIMIZERS, OptimizerSpec
 from mupass._transform import make_plan
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mupass._optim import banks
-from mupass._optim.newton import largest_eigenvalues, newton_roots, root_index
-from mupass._optim.packed import unpack
-from mupass._optim.roots import inverse_roots
+from mupass._optim.kronecker import factor_stack
+from mupass._optim.linalg.newton import largest_eigenvalues, newton_roots, root_index
+from mupass._optim.linalg.packed import unpack
+from mupass._optim.linalg.roots import inverse_roots
 
 N = 48
 
@@ -104,10 +104,10 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     x = torch.randn(5, 4, 9, generator=generator, dtype=torch.float64)
     factors = x @ x.mT
     factors[3] = torch.nan
-    bank = banks.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
+    bank = factor_stack.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
     bank.average({0: (factors, torch.ones(1, dtype=torch.bool))}, 0.0)
     bank.state["factor"][4] = torch.nan  # what no average lets in, to see which one is blamed
-    monkeypatch.setattr(banks, "AT_ONCE", 32)  # two at a time
+    monkeypatch.setattr(factor_stack, "AT_ONCE", 32)  # two at a time
     bank.refresh(torch.full((5,), 0.1, dtype=torch.float64), 1.0, [0, 1, 2, 4])
     assert bank.failed.tolist() == [0, 0, 0, 0, 1] and bank.overflowed.tolist() == [0, 0, 0, 1, 0]
     eye = torch.eye(4, dtype=torch.float64)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import mupass
 from mupass._rewrite import rescale
+from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
 from mupass._scales.parameterizations import PARAMETERIZATIONS
 from mupass._scales.plan import Plan
 from mupass._scales.scales import SCALES, scales
-from mupass._scales.spec import OPTIMIZERS, OptimizerSpec
 from mupass._transform import make_plan
 
 WIDTHS = (64, 128, 256, 512, 1024)

@@ -13,7 +13,7 @@ from test_kfac import moved, power
 from torch import Tensor, nn
 
 import mupass
-from mupass._optim.blocks import Blocking
+from mupass._optim.matrix.blocking import Blocking
 
 WIDTH, BASE, LR, RHO = 12, 6, 0.1, 0.03
 OPTIONS = {"graft": "none", "momentum": 0.0, "damping_memory": 0.0, "fallback": "sgd", "fallback_lr": 0.5}

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch import nn
 from torch.fx import Node
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path
 
 from mupass._capture.draws import settled_draws
+from mupass._capture.graph import Capture, number_in, parameter_names, plain_outputs, quiet
 from mupass._capture.inline import inline_contexts
-from mupass._errors import CaptureError, kind_of
-
-# Leaves of an output that torch.export takes as they are.
-KNOWN = (int, float, bool, str, complex, torch.dtype, torch.device)
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A captured model.
-
-    Attributes:
-        nodes: Operators in execution order; ``meta["val"]`` holds the (fake) result.
-        parameters: Placeholder -> qualified name of the parameter (the first, for a tied one).
-        states: Placeholders of buffers and constants.
-        inputs: Placeholder -> readable path of the input.
-        outputs: (readable path, node) of every output tensor.
-        aliases: Qualified name -> further names of the same parameter.
-        method: ``export`` or ``recorded run``.
-        owners: Node -> qualified name of the module that called the operator.
-        warnings: What the reader of a report must know.
-        buffers: Placeholder -> qualified name, for those states that are buffers.
-        numbers: Placeholder -> value, for those states that are single numbers.
-    """
-
-    nodes: tuple[Node, ...]
-    parameters: Mapping[Node, str]
-    states: tuple[Node, ...]
-    inputs: Mapping[Node, str]
-    outputs: tuple[tuple[str, Node], ...]
-    aliases: Mapping[str, tuple[str, ...]]
-    method: str
-    owners: Mapping[Node, str] = field(repr=False)
-    warnings: tuple[str, ...] = ()
-    buffers: Mapping[Node, str] = field(default_factory=dict)
-    numbers: Mapping[Node, float] = field(default_factory=dict)
+from mupass._capture.record import record
 
 
 def capture(
@@ -83,8 +42,6 @@ def capture(
             raise failed
         return export(model, args, kwargs)
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
-        from mupass._capture.record import record
-
         return record(model, args, kwargs, canonical, aliases, error)
 
 
@@ -100,73 +57,6 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     with quiet(), settled_draws(), plain_outputs(model):
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
-
-
-def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return every parameter name -> its first name, and the first names' further names.
-
-    Args:
-        model: The module.
-
-    Raises:
-        CaptureError: It is no module, has no parameters, or some that have no shape yet.
-    """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"a model (an nn.Module) is needed, not {kind_of(model)}")
-    first: dict[int, str] = {}
-    canonical: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(
-                f"{name} has no shape yet (a lazy module); "
-                "run the model once on example inputs, then call mupass"
-            )
-        canonical[name] = first.setdefault(id(parameter), name)
-    if not canonical:
-        raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
-    aliases: dict[str, tuple[str, ...]] = {}
-    for name, head in canonical.items():
-        if name != head:
-            aliases[head] = (*aliases.get(head, ()), name)
-    return canonical, aliases
-
-
-@contextmanager
-def quiet() -> Any:
-    """Silence what export says of models that it handles; errors are errors, warnings are noise here."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-@contextmanager
-def plain_outputs(model: nn.Module) -> Iterator[None]:
-    """Make the model return tensors and plain values alone, which is all that export takes.
-
-    An object that PyTorch cannot take apart (a distribution, a cache of keys and values) gives way to the
-    tensors among its attributes.
-
-    Args:
-        model: Its output is changed while the context lasts.
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (Tensor, *KNOWN)):
-            return value
-        if dataclasses.is_dataclass(value):
-            return {f.name: tree_map(plain, getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {n: x for n, x in getattr(value, "__dict__", {}).items() if isinstance(x, Tensor)} or None
-
-    handle = model.register_forward_hook(lambda module, args, output: tree_map(plain, output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _from_export(
@@ -197,15 +87,6 @@ def _from_export(
     )
 
 
-def number_in(tensor: Any) -> float | None:
-    """Return the value of a tensor that is one real number and is there to be read."""
-    if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
-        return None
-    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return None
-    return float(tensor)
-
-
 def _owner(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     name = list(stack.values())[-1][0] if stack else ""
@@ -220,8 +101,3 @@ def _output_paths(program: Any, count: int) -> list[str]:
         return ["".join(map(str, p)).strip(".[]'\"") or "output" for p, _ in paths]
     except (ValueError, TypeError, AttributeError):  # structures that only their owner can rebuild
         return [f"output {i}" for i in range(count)]
-
-
-def fresh_copy(value: Any) -> Any:
-    """Copy inputs so that a model that writes into them leaves the caller's alone."""
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.copy(x), value)

@@ -14,8 +14,8 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from mupass._capture.capture import Capture, fresh_copy, number_in, plain_outputs, quiet
 from mupass._capture.draws import settled_draws
+from mupass._capture.graph import Capture, fresh_copy, number_in, plain_outputs, quiet
 from mupass._errors import CaptureError
 
 

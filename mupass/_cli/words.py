@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mupass._errors import MupassError
+from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.parameterizations import PARAMETERIZATIONS
-from mupass._scales.spec import OPTIMIZERS
 
 TARGET = "module:factory, timm:NAME or hf:CONFIG_CLASS[,key=value...]"
 TRAINED = ("sgd", "adam", "adamw", "kfac", "shampoo", "soap", "muon")  # optimizers that studies can make

@@ -1,49 +1,53 @@
-"""One operator call as dimension rules see it, and the registry of rules."""
+"""One operator call as dimension rules see it: its arguments by name, and what a rule can state of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from mupass._dims.facts import Axis, ParameterUse, Value
+from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, ParameterUse, Value
 from mupass._dims.graph import flatten, operator_name, shape_of
-from mupass._roles.geometry import Use
-
-if TYPE_CHECKING:
-    from mupass._dims.engine import Engine
+from mupass._dims.space import Space
+from mupass._records import Use
 
 Result = Any  # a Value, or a tuple or list of results, or None for outputs that are no tensors
-Rule = Callable[["Call"], Result]
-RULES: dict[str, Rule] = {}
 # Operators with an argument that lends its type, device or shape, and none of its values.
 LENDERS = dict.fromkeys(("aten.type_as", "aten.to", "aten.view_as", "aten.reshape_as"), "other")
 PICKED = "its positions are taken one by one"
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators named without overload, such as ``aten.linear``."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise AssertionError(f"two rules for {name}")
-            RULES[name] = function
-        return function
-
-    return register
-
-
 class Call:
-    """One operator call: arguments by schema name, output shapes, and the space."""
+    """One operator call: arguments by schema name, output shapes, and the books that rules write into.
 
-    def __init__(self, engine: Engine, node: Node, arguments: dict[str, Any]):
-        self.engine, self.node, self.arguments = engine, node, arguments
-        self.space, self.facts = engine.space, engine.facts
+    Attributes:
+        node: The operator in the graph.
+        arguments: Arguments by their name in the operator's schema, in its order.
+        space: Dimensions and what is known of their sizes.
+        facts: What rules record.
+        operator: Name without overload, such as ``aten.linear``.
+        module: Qualified name of the module whose forward called it.
+        straight: Whether an operand comes from a weight with no nonlinearity in between.
+        mixed: Parameter axes along which whole weights are mixed into one a sample.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        arguments: dict[str, Any],
+        space: Space,
+        facts: Facts,
+        module: str,
+        straight: bool = False,
+        mixed: Origin = NOWHERE,
+    ):
+        self.node, self.arguments = node, arguments
+        self.space, self.facts = space, facts
         self.operator = operator_name(node.target)
-        self.module = engine.module_of(node)
+        self.module = module
+        self.straight, self.mixed = straight, mixed
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -141,8 +145,7 @@ class Call:
         """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
         if not self.static:
-            straight = any(map(self.engine.is_straight, self.node.all_input_nodes))
-            (self.facts.straight if straight else self.facts.bent).update(a.dim for a in fan_in)
+            (self.facts.straight if self.straight else self.facts.bent).update(a.dim for a in fan_in)
         self.facts.weights.append((tuple(a.dim for a in fan_in), tuple(a.dim for a in fan_out)))
         for axis in fan_in:
             (self.facts.basis if basis else self.facts.fan_in).setdefault(axis.dim, self.where)

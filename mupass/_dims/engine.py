@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mupass._dims.call import PICKED, RULES, Call, Result
+from mupass._dims.call import PICKED, Call, Result
 from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, Value, bare
 from mupass._dims.graph import (
     broadcasts,
     flatten,
     is_getitem,
     is_graph,
+    keeps_straight,
     subgraphs,
     viewed,
     written,
 )
+from mupass._dims.rules import RULES
 from mupass._dims.space import Space
-from mupass._dims.straight import keeps_straight
 from mupass._errors import InferenceError
 
 COUNTED = "it counts equal parts, each of which the code takes on its own"
@@ -88,7 +89,9 @@ class Engine:
             source, index = self._lookup(node.args[0]), node.args[1]
             self._straight.update({node} if node.args[0] in self._straight else ())
             return source[index] if isinstance(source, (tuple, list)) and isinstance(index, int) else None
-        call = Call(self, node, self._arguments(node))
+        straight = any(map(self.is_straight, node.all_input_nodes))
+        module = self.module_of(node)
+        call = Call(node, self._arguments(node), self.space, self.facts, module, straight, self.mixed)
         self.space.where = call.where
         graphs = subgraphs(node) if call.operator not in RULES else []
         if not call.shapes and not graphs:
@@ -103,7 +106,7 @@ class Engine:
         made = any(out for _, out in self.facts.weights[weights:])
         pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
         if not call.static and keeps_straight(node, call.operator, call.values, pointwise):
-            if made or any(map(self.is_straight, node.all_input_nodes)):
+            if made or straight:
                 self._straight.add(node)
         return result
 

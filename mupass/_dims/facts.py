@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from mupass._roles.geometry import Use
+from mupass._records import Use
 
 Origin = frozenset[tuple[str, int]]
 NOWHERE: Origin = frozenset()

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from mupass._capture.capture import Capture, capture
+from mupass._capture.capture import capture
+from mupass._capture.graph import Capture
 from mupass._dims.infer import Inference, infer
 from mupass._dims.names import DimNames, name_dims
-from mupass._dims.second import Second, compare
+from mupass._dims.second_instance import Second, compare
 from mupass._dims.space import SizeConflict
 from mupass._errors import InferenceError
 

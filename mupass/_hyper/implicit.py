@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mupass._hyper.functional_model import call
 from mupass._hyper.rules import SGD, Key, Rule
 from mupass._hyper.run import gradients, on, refuse_once, score_of
-from mupass._optim.swap import call
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.jobs import Evaluate
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
-from mupass._optim.banks import Bank
 from mupass._optim.kfac import KFAC
-from mupass._optim.roots import diagonal_roots
+from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.linalg.roots import diagonal_roots
 from mupass._study.batches import StudyError
 from mupass._study.jobs import quiet
 from mupass._taps.intercept import look_out_for

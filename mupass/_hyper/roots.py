@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim.roots import divided_differences, eigenbases
+from mupass._optim.linalg.roots import divided_differences, eigenbases
 
 
 def damped_root(bank: Tensor, damping: Tensor, power: float, relative: bool) -> Tensor:
-    """Return ``(M + rho I)^-power`` of every matrix, as `mupass._optim.roots.inverse_roots` does.
+    """Return ``(M + rho I)^-power`` of every matrix, as `mupass._optim.linalg.roots.inverse_roots` does.
 
     ``eigh`` of torch divides by differences of eigenvalues, and gradients of one batch always leave many that
     are zero. The derivative of the root itself has divided differences of ``x^-power`` instead (Daleckii and

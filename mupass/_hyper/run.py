@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from mupass._hyper.functional_model import call
 from mupass._hyper.rules import Key, Rule, State, Tensors
-from mupass._optim.swap import call
 from mupass._study.batches import Batch, Loss, StudyError
 from mupass._study.jobs import Evaluate, Work, diverged
 

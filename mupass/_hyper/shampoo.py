@@ -11,11 +11,11 @@ from torch import Tensor
 from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Entries, Key, State, Tensors, corrected, root_of
-from mupass._optim.banks import growth
-from mupass._optim.blocks import Blocking
-from mupass._optim.matrix import wide
+from mupass._optim.kronecker.factor_stack import growth
+from mupass._optim.matrix.base import wide
+from mupass._optim.matrix.blocking import Blocking
+from mupass._optim.matrix.mode_products import along
 from mupass._optim.shampoo import Shampoo
-from mupass._optim.sides import along
 from mupass._study.batches import StudyError
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.kfac import KFAC
-from mupass._optim.parallel import whole
+from mupass._parallel import whole
 
 
 class LevenbergMarquardt:

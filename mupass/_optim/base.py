@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import MupassWarning, OptimizerError
-from mupass._optim.bound import BoundOptimizer
 from mupass._optim.checks import Coverage, Covered, check_choice, check_number
 from mupass._optim.fallback import (
     Fallback,
@@ -28,9 +27,10 @@ from mupass._optim.fallback import (
     state_dtype,
     sum_state,
 )
-from mupass._optim.parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
+from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
+from mupass._parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 MOMENTUM_OF = ("gradients", "directions")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._optim.parallel import is_sharded, sum_over_ranks
+from mupass._parallel import is_sharded, sum_over_ranks
 
 ENTRIES = 4096  # of a probe that are compared
 ALIKE = 1e-3  # how far the ratios of the probes may be apart; half precision rounds by this much

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.banks import Bank
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.checks import check_choice, check_number, check_period, check_words
 from mupass._optim.clipping import GradientScale
-from mupass._optim.curvature import Curvature, Loss
-from mupass._optim.damping import MODES
-from mupass._optim.eigen import not_rescaled
 from mupass._optim.fallback import Fallback
-from mupass._optim.kronecker import Kronecker, Rules
-from mupass._optim.parallel import rank_of, sum_of, world_size
-from mupass._optim.update import Compiled, shorten
+from mupass._optim.kronecker.curvature import Curvature, Loss
+from mupass._optim.kronecker.damping import MODES
+from mupass._optim.kronecker.ekfac import not_rescaled
+from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.preconditioner import Kronecker, Rules
+from mupass._optim.kronecker.update import Compiled, shorten
+from mupass._parallel import rank_of, sum_of, world_size
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import Fallback
-from mupass._optim.matrix import MatrixOptimizer, wide
-from mupass._optim.polar import Quintic, orthogonalize, product_dtype, quintics
-from mupass._optim.spectral import with_norm_of
-from mupass._optim.stacks import Stack
+from mupass._optim.linalg.polar import Quintic, orthogonalize, product_dtype, quintics
+from mupass._optim.linalg.spectral import with_norm_of
+from mupass._optim.matrix.base import MatrixOptimizer, wide
+from mupass._optim.matrix.block_stack import Stack
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mupass._errors import OptimizerError
-from mupass._optim.parallel import from_rank
+from mupass._parallel import from_rank
 
 LOW_BITS = 16  # of a float32 that a bfloat16 does not have
 MIXER = 0x9E3779B97F4A7C15  # odd, far from all simple ratios

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number, check_period
-from mupass._optim.parallel import is_sharded, local, sharded_like
 from mupass._optim.schedules import watch_rates
+from mupass._parallel import is_sharded, local, sharded_like
 
 if TYPE_CHECKING:
     from mupass._optim.base import PlannedOptimizer

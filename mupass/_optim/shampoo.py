@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.banks import AT_ONCE, growth
-from mupass._optim.blocks import Blocking
 from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import Fallback
-from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
-from mupass._optim.packed import pack, packed_diagonal, packed_size, unpack
-from mupass._optim.roots import inverse_roots
-from mupass._optim.sides import SIDES, Schedule, active_sides, add_weight, along, observe
-from mupass._optim.spectral import with_norm_of
-from mupass._optim.stacks import Stack
+from mupass._optim.kronecker.factor_stack import AT_ONCE, growth
+from mupass._optim.linalg.packed import pack, packed_diagonal, packed_size, unpack
+from mupass._optim.linalg.roots import inverse_roots
+from mupass._optim.linalg.spectral import with_norm_of
+from mupass._optim.matrix.base import ROLES, MatrixOptimizer, wide
+from mupass._optim.matrix.block_stack import Stack
+from mupass._optim.matrix.blocking import Blocking
+from mupass._optim.matrix.mode_products import SIDES, Schedule, active_sides, add_weight, along, observe
+from mupass._scales.optimizers import GRAFTS
 from mupass._scales.plan import OptimizerSpec
-from mupass._scales.spec import GRAFTS
 
 MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import EPSILON, Fallback
-from mupass._optim.matrix import ROLES, MatrixOptimizer, wide
-from mupass._optim.packed import packed_size, unpack
-from mupass._optim.roots import eigenbases
+from mupass._optim.linalg.packed import packed_size, unpack
+from mupass._optim.linalg.roots import eigenbases
+from mupass._optim.matrix.base import ROLES, MatrixOptimizer, wide
+from mupass._optim.matrix.block_stack import Stack
+from mupass._optim.matrix.mode_products import Schedule, add_weight, along, observe
 from mupass._optim.shampoo import KERNELS
-from mupass._optim.sides import Schedule, add_weight, along, observe
-from mupass._optim.stacks import Stack
 from mupass._scales.plan import OptimizerSpec
 
 

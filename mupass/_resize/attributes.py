@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.infer import Inference
 from mupass._resize.sizes import NewSizes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._capture.capture import quiet
+from mupass._capture.graph import quiet
 from mupass._errors import ResizeError
 from mupass._resize.attributes import Attributes, Slot, rewrite_config, rewrite_modules
 

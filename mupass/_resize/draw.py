@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mupass._analyze import geometry_of
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._errors import ResizeError, warn
+from mupass._records import Geometry
 from mupass._resize.attributes import Attributes
 from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
-from mupass._roles.geometry import Geometry
 from mupass._scales.init import InitChoice, own_init, told_laws
 from mupass._scales.learned import learned
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mupass._capture.capture import Capture, export, fresh_copy, parameter_names, quiet
+from mupass._capture.capture import export
+from mupass._capture.graph import Capture, fresh_copy, parameter_names, quiet
 from mupass._capture.inputs import try_forward
 from mupass._capture.record import record
 from mupass._dims.facts import Value

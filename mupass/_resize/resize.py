@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mupass._capture.capture import parameter_names
+from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
 from mupass._dims.solve import solve
 from mupass._resize.attributes import Attributes, handled_dims

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.fx import Node
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, operator_name, shape_of
+from mupass._records import Branch
 from mupass._roles.carriers import carriers
-from mupass._roles.geometry import Branch
 
 SUMS = ("aten.add", "aten.add_")
 # Operators on one activation that leave a factor on it alone.

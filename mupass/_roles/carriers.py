@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.graph import MOVES, flatten, is_getitem, operator_name
-from mupass._roles.geometry import Carrier, Geometry
+from mupass._records import Carrier, Geometry
 
 # f(c x) = c f(x) for c > 0, x the first argument.
 HOMOGENEOUS = frozenset(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mupass._dims.infer import Inference
 from mupass._dims.space import Members
-from mupass._roles.geometry import Fusion
+from mupass._records import Fusion
 
 LIMIT = 64  # more pieces than this are positions or entries, not matrices
 

@@ -8,8 +8,8 @@ from math import prod
 
 from torch import Tensor
 
+from mupass._records import Fusion
 from mupass._roles.fused import join, split
-from mupass._roles.geometry import Fusion
 
 
 @dataclass(frozen=True)

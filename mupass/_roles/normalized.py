@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference

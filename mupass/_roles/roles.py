@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mupass._roles.geometry import Role, Use
+from mupass._records import Role, Use
 
 
 def main_use(uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:

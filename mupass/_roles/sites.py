@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.graph import MOVES, shape_of
+from mupass._records import Site
 from mupass._roles import contraction
-from mupass._roles.geometry import Site
 
 ADDED = ("aten.addmm", "aten.baddbmm", "aten.addbmm")  # beta * bias + alpha * product
 PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.einsum", *ADDED)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mupass._capture.capture import Capture
+from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import flatten, operator_name
 from mupass._dims.infer import Inference
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
 from mupass._roles.sites import root_of
 
 NORMED = ("aten._weight_norm", "aten._weight_norm_interface")

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mupass._errors import PlanError
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
 from mupass._scales.parameterizations import row
 
 if TYPE_CHECKING:

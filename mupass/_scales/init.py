@@ -14,12 +14,12 @@ from math import isfinite, prod, sqrt
 import torch
 
 from mupass._errors import PlanError
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
 from mupass._scales.learned import whole
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.own_draws import Draw
 from mupass._scales.scales import powers, scales
-from mupass._scales.spec import OptimizerSpec
 
 InitChoice = str | Mapping[str, str]
 

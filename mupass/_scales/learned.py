@@ -14,7 +14,7 @@ from math import erf, exp, pi, sqrt
 import torch
 from torch import Tensor
 
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
 
 FEWEST = 256  # entries of a matrix below which marks cannot be told from chance
 MOST = 1024  # rows and columns that are looked at

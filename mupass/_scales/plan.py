@@ -12,10 +12,10 @@ from torch import nn
 
 from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
-from mupass._roles.geometry import Carrier, Geometry
+from mupass._records import Carrier, Geometry
 from mupass._scales.checks import check_plan, read_plan
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
-from mupass._scales.spec import OptimizerSpec
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 

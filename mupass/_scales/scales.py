@@ -23,9 +23,9 @@ rows "input", "hidden", "output" and "vector" of the papers' tables need no case
 
 from dataclasses import dataclass, fields, replace
 
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
+from mupass._scales.optimizers import ENTRYWISE, OptimizerSpec
 from mupass._scales.parameterizations import row
-from mupass._scales.spec import ENTRYWISE, OptimizerSpec
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mupass._roles.geometry import Geometry, Use
+from mupass._records import Geometry, Use
+from mupass._scales.optimizers import COLUMNS, ENTRYWISE
 from mupass._scales.parameterizations import row
 from mupass._scales.scales import depth_powers, folded_powers, powers
-from mupass._scales.spec import ENTRYWISE
 
 if TYPE_CHECKING:
     from mupass._scales.plan import Entry, Plan
 
-# Scales that an optimizer reads, with the heading each has there.
-COLUMNS = {
-    "sgd": {"lr": "lr"},
-    "adam": {"lr": "lr", "epsilon": "epsilon"},
-    "adamw": {"lr": "lr", "epsilon": "epsilon"},
-    "adam_atan2": {"lr": "lr"},
-    "adafactor": {"lr": "lr"},
-    "adamuon": {"lr": "lr", "epsilon": "epsilon"},
-    "kfac": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
-    "foof": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
-    "shampoo": {"lr": "lr", "damping_in": "damping R", "damping_out": "damping L"},
-    "soap": {"lr": "lr", "epsilon": "epsilon"},
-    "muon": {"lr": "lr", "epsilon": "epsilon"},
-}
 SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mupass._optim.base import PlannedOptimizer
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.plan import Plan
 from mupass._scales.scales import powers
-from mupass._scales.spec import OptimizerSpec
 from mupass._study.coords import Coordinate
 from mupass._study.recorder import SCORES, Site
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mupass._optim.base import PlannedOptimizer
 from mupass._scales.init import InitChoice
-from mupass._scales.spec import OptimizerSpec
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._study.batches import Batch, Data, Loss, StudyError, cross_entropy, read_batches
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.checks import check_counts, check_functions

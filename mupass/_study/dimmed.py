@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import Plan
 from mupass._scales.scales import scales
-from mupass._scales.spec import OptimizerSpec
 from mupass._study.causes import is_readout
 from mupass._study.probe import Probe
 from mupass._study.recorder import Site

@@ -11,8 +11,8 @@ from math import prod
 from torch import nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.parallel import is_sharded
-from mupass._roles.geometry import Fusion, Geometry, Site
+from mupass._parallel import is_sharded
+from mupass._records import Fusion, Geometry, Site
 from mupass._roles.matrices import Matrices
 from mupass._scales.plan import Plan
 from mupass._taps.blocks import Block, Cover, Factor, Options, Place, Tied

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._roles.geometry import Fusion
 from mupass._taps.forms import Convolution, Elementwise, Form, Lookup
 from mupass._taps.pieces import cut, pieces
 

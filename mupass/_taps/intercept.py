@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.parallel import is_sharded
+from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps.forms import Elementwise, Features, Lookup, Scaled
 from mupass._taps.leaves import Tap

@@ -8,7 +8,7 @@ from math import ceil, prod
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupass._roles.geometry import Geometry
+from mupass._records import Geometry
 from mupass._roles.matrices import Matrices
 
 

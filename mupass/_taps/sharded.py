@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mupass._optim.parallel import is_sharded
+from mupass._parallel import is_sharded
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,284 @@
+"""FoMoH: a second-order step in a few random directions, by forward-mode differentiation alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mupass._errors import OptimizerError
+from mupass._hyper.functional_model import call
+from mupass._optim.checks import check_choice, check_number
+from mupass._optim.linalg.roots import symmetric
+from mupass._optim.model_bound import BoundOptimizer
+from mupass._parallel import is_sharded
+from mupass._scales.plan import plan_of
+
+LAWS = ("plan", "normal")
+Closure = Callable[[], Tensor]
+
+
+class FoMoH(BoundOptimizer):
+    """Newton's step in the plane of K random directions (Cobb et al., arXiv 2408.10419, FoMoH-KD).
+
+    With directions ``V = [v_1 ... v_K]`` the slopes ``g_j = v_j . grad`` and the curvature
+    ``H_jk = v_j . Hessian . v_k`` come from duals of second order (nested `torch.func.jvp`): no backward
+    pass and no memory for activations. The step is ``V kappa`` with ``kappa = -lr (|H| + rho)^-1 g``, where
+    ``|H|`` has the absolute eigenvalues of H, so that a saddle is left and not approached, and
+    ``rho = damping * largest |eigenvalue|``. The loss is more than its parabola: the step is halved until the
+    loss is no larger than before, at most ``halvings`` times, and not taken if it is larger then.
+
+    Directions are drawn anew at each step. Under ``law="plan"`` the entries of a parameter have the standard
+    deviation ``m_in^(-1/2)``, with m_in its fan_in relative to the base width, so that a direction moves the
+    output of every layer by the same at all widths; ``normal`` draws all alike, as in the paper.
+
+    ``step`` needs a closure that returns the loss and does not call ``backward``::
+
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+    Args:
+        model: A transformed model.
+        lr: Part of the step to the minimum of the plane that is taken; 1 is Newton's step.
+        directions: Number of directions K. A step takes K (K + 1) / 2 evaluations with duals of second order.
+        damping: Damping relative to the largest curvature in the plane.
+        halvings: How often a step may be halved.
+        law: ``plan`` or ``normal``.
+        seed: Seed of the directions.
+
+    Raises:
+        OptimizerError: An argument is out of range, a word is unknown, every parameter is frozen, or sharded.
+        PlanError: The model was not transformed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        directions: int = 4,
+        damping: float = 1e-3,
+        *,
+        halvings: int = 10,
+        law: str = "plan",
+        seed: int = 0,
+    ) -> None:
+        check_number("lr", lr)
+        check_number("damping", damping)
+        check_choice("law", law, LAWS)
+        for name, number, least in (("directions", directions, 1), ("halvings", halvings, 0)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise OptimizerError(f"{name} must be a whole number >= {least}, not {number!r}")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
+        self.root, self.plan = plan_of(model)
+        self.plan.check(self.root)
+        self.law, self.directions, self.halvings = law, directions, halvings
+        named = {n: p for n, p in self.root.named_parameters() if p.requires_grad}
+        if not named:
+            raise OptimizerError("every parameter of the model is frozen")
+        sharded = next((n for n, p in named.items() if is_sharded(p)), None)
+        if sharded is not None:
+            raise OptimizerError(f"{sharded} is sharded; FoMoH needs whole parameters on one process")
+        self._named = named
+        self._scales = {n: self._scale(n) for n in named}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._steps, self._skipped = 0, 0
+        self.slopes = torch.zeros(directions)
+        self.curvature = torch.zeros(directions, directions)
+        super().__init__(list(named.values()), {"lr": lr, "damping": damping})
+        self._complete = True
+
+    def _scale(self, name: str) -> float:
+        """Return the standard deviation of a direction's entries."""
+        return self.plan[name].geometry.m_in ** -0.5 if self.law == "plan" else 1.0
+
+    def stats(self) -> dict[str, int]:
+        """Return the number of steps taken, and of those skipped because all parts of them raise the loss."""
+        return {"steps": self._steps, "skipped_steps": self._skipped}
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Returns the loss at the model's present parameters; it is called several times.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            OptimizerError: There is no closure, the loss is no number that depends on the parameters, or an
+                operator has no forward derivative.
+        """
+        if closure is None:
+            raise OptimizerError(
+                "FoMoH needs a closure that returns the loss without backward: "
+                "optimizer.step(lambda: loss(model(x), y))"
+            )
+        group = self.param_groups[0]
+        tangents = [self._draw() for _ in range(self.directions)]
+        states = _random_states(self._named.values())
+        buffers = {n: b.clone() for n, b in self.root.named_buffers()}
+        loss = _scalar(closure())  # what moves with every forward pass moves once
+        after = _random_states(self._named.values())
+
+        def at(*shifts: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+            """Return the loss beside the present parameters, with everything random as it was."""
+            _set_random_states(states)
+            still = {n: b.clone() for n, b in buffers.items()}
+            moved = {
+                n: sum((c.to(p) * v[n] for c, v in shifts), start=p.detach()) for n, p in self._named.items()
+            }
+            # Some forward derivatives (SiLU) can be differentiated again only where gradients are on.
+            with torch.enable_grad():
+                return _scalar(call(self.root, lambda _: closure(), moved, still))
+
+        with _forward():
+            self.slopes, self.curvature = plane(at, tangents)
+            if not self._steps and not (self.slopes.any() or self.curvature.any()):
+                raise OptimizerError("the closure's loss does not depend on the parameters of FoMoH's model")
+            self._move(at, loss, tangents, group)
+        _set_random_states(after)
+        return loss
+
+    def _move(
+        self,
+        at: Callable[..., Tensor],
+        loss: Tensor,
+        tangents: list[dict[str, Tensor]],
+        group: dict[str, Any],
+    ) -> None:
+        """Take the longest step, of the one to the minimum and its halves, that does not raise the loss."""
+        if self.slopes.isfinite().all() and self.curvature.isfinite().all():
+            weights = minimizer(self.slopes, self.curvature, group["damping"]) * group["lr"]
+            for _ in range(self.halvings + 1):
+                if at(*zip(weights, tangents, strict=True)) <= loss:
+                    for name, parameter in self._named.items():
+                        for weight, tangent in zip(weights.tolist(), tangents, strict=True):
+                            parameter.add_(tangent[name], alpha=weight)
+                    self._steps += 1
+                    return
+                weights = weights / 2
+        self._skipped += 1
+
+    def _draw(self) -> dict[str, Tensor]:
+        """Return one direction; drawn on the CPU, so that it is the same on every device."""
+        found = {}
+        for name, p in self._named.items():
+            noise = torch.randn(p.shape, generator=self._generator, dtype=torch.float32)
+            found[name] = (self._scales[name] * noise).to(p.device, p.dtype)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: a resumed run draws the directions that the first would have drawn."""
+        own = {
+            "law": self.law,
+            "directions": self.directions,
+            "names": list(self._named),
+            "steps": self._steps,
+            "skipped": self._skipped,
+            "generator": self._generator.get_state(),
+        }
+        return {**super().state_dict(), "mupass": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take over a saved state.
+
+        Args:
+            state_dict: Result of `state_dict`, of a FoMoH with the same directions on the same model.
+
+        Raises:
+            OptimizerError: It is the state of another optimizer.
+        """
+        own = state_dict.get("mupass", {})
+        ours = {"law": self.law, "directions": self.directions, "names": list(self._named)}
+        if {key: own.get(key) for key in ours} != ours:
+            raise OptimizerError("not a state of FoMoH with this model, law and number of directions")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mupass"})
+        self._steps, self._skipped = own["steps"], own["skipped"]
+        self._generator.set_state(own["generator"].cpu())
+
+
+def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Return slopes ``[K]`` and curvature ``[K, K]`` of a function along tangents, by nested duals.
+
+    Args:
+        at: Function of pairs ``(number, tangent)``, at the sum of whose products it is.
+        tangents: The tangents.
+    """
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    slopes = torch.zeros(len(tangents), dtype=torch.float64)
+    curvature = torch.zeros(len(tangents), len(tangents), dtype=torch.float64)
+
+    def slope(second: Tensor, v: Any, w: Any) -> Tensor:
+        return _jvp(lambda first: at((first, v), (second, w)), zero, one)[1]
+
+    for j, v in enumerate(tangents):
+        for k, w in enumerate(tangents[: j + 1]):
+            slopes[j], curvature[j, k] = _jvp(partial(slope, v=v, w=w), zero, one)
+    return slopes, symmetric(curvature)
+
+
+def minimizer(slopes: Tensor, curvature: Tensor, damping: float) -> Tensor:
+    """Return ``-(|H| + rho)^-1 g``: the minimizer of the quadratic model where H is positive.
+
+    Args:
+        slopes: ``[K]``.
+        curvature: ``[K, K]`` symmetric.
+        damping: Damping relative to the largest absolute eigenvalue.
+
+    Raises:
+        OptimizerError: The loss is linear in the plane, so that no step is the right one.
+    """
+    values, vectors = torch.linalg.eigh(curvature)
+    size = values.abs()
+    damped = size + damping * size.max()
+    if not damped.min() > 0:
+        raise OptimizerError(
+            "the loss has no curvature along some direction, so FoMoH knows no step; damping > 0 or fewer "
+            "directions may help"
+        )
+    return -(vectors @ ((vectors.T @ slopes) / damped))
+
+
+def _jvp(function: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(function, (at,), (along,))  # type: ignore[return-value]
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise OptimizerError(
+            f"the closure must return the loss as a tensor of one number, not {type(loss).__name__}"
+        )
+    return loss.reshape(()).double()
+
+
+@contextmanager
+def _forward() -> Iterator[None]:
+    """Take fused attention apart, which has no forward derivative, and name operators that have none."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward" not in str(error).lower():
+            raise
+        raise OptimizerError(
+            f"an operator of the model has no forward derivative, which FoMoH needs: {error}"
+        ) from error
+
+
+def _random_states(parameters: Iterable[Tensor]) -> list[tuple[torch.device, Tensor]]:
+    """Return the states of the generators that a forward pass may draw from."""
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    return states + [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+
+def _set_random_states(states: Iterable[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,1 @@
+"""Kronecker-factored curvature: factors of many layers in stacks, damped, inverted and applied."""

@@ -1,0 +1,260 @@
+"""Stacks of Kronecker factors: those of equal shape in one tensor, averaged and inverted together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mupass._optim.kronecker.update import Average, Root, by_root
+from mupass._optim.linalg.packed import bands, pack, packed_diagonal, packed_size, unpack
+from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
+
+# Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
+# room for several copies of itself.
+AT_ONCE = 2**21
+
+
+class Bank:
+    """Moving averages of equally shaped factors, and their inverse roots.
+
+    Nothing here waits for the device: what is not finite, or was never observed, is masked.
+
+    Attributes:
+        keys: What each slot belongs to.
+        size: Size of the factors.
+        diagonal: Whether they are diagonal.
+        state: Tensors whose first axis counts slots; all of them belong to the saved state.
+            ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not yet
+            corrected for their start from zero; ``root`` inverse roots of the same shape; ``weight`` the total
+            weight of what was averaged; ``peak`` the largest trace of an average, and ``recent`` that of one
+            observation, both of which fade; ``rooted`` the trace, and
+            ``rho`` the damping, when the root was computed.
+        failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
+            not finite, since they were last reported; ``vanished`` of roots that were computed of a factor
+            whose every observation was zero.
+        fresh: Slots whose root is that of the present average.
+    """
+
+    def __init__(
+        self, keys: list[Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.keys = keys
+        self.slot = {key: i for i, key in enumerate(keys)}
+        self.size, self.diagonal = shape[-1], len(shape) == 1
+        self.dtype, self.device = dtype, device
+        numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
+        self.state = {**self._matrices(), **numbers}
+        self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
+        self.fresh: set[int] = set()
+        self._traces: Tensor | None = None  # until the averages change
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(len(self.keys), *shape, dtype=self.dtype, device=self.device)
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """Return the averages and roots before the first step."""
+        numbers = self.size if self.diagonal else packed_size(self.size)
+        return {"factor": self._zeros(numbers), "root": self._zeros(numbers)}
+
+    def average(
+        self,
+        new: Mapping[Any, tuple[Tensor, Tensor]],
+        decay: float,
+        memory: float = 0.0,
+        ok: Tensor | None = None,
+    ) -> None:
+        """Add one observation of each factor to the moving averages.
+
+        A factor with no observation, or with one that is not finite (an overflow), keeps its average: one bad
+        batch must not stay in it for good.
+
+        Args:
+            new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
+                was observed at all, a tensor of one entry.
+            decay: Weight of the past; 0 keeps only the new ones.
+            memory: What is left of the largest trace seen so far.
+            ok: Whether the observations count at all; a scalar on the device.
+        """
+        self._traces = None
+        for key, (found, seen) in new.items():
+            found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
+            found = found.to(self.dtype)
+            at = slice(self.slot[key], self.slot[key] + len(found))
+            self.fresh -= set(range(at.start, at.stop))
+            # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
+            traces = _trace(found)
+            finite = traces.isfinite()
+            there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
+            counts = finite & there
+            self.overflowed[at] += ~finite & there
+            found = torch.where(_along(counts, found), found, 0.0)
+            fresh = counts.to(self.dtype) * (1 - decay)
+            self._blend(at, found, fresh)
+            weight = self.state["weight"][at]
+            weight.lerp_(torch.ones_like(weight), fresh)
+            peak = self.state["peak"][at]
+            kept = counts.to(self.dtype)
+            torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
+            recent = self.state["recent"][at]
+            jump = torch.where(counts, traces, 0.0)
+            torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
+
+    def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
+        """Move the averages of some slots towards new factors, each by its own fraction."""
+        factor = self.state["factor"][at]
+        if self.diagonal:
+            factor.lerp_(found, fresh[:, None])
+            return
+        for start, end, band in bands(factor, self.size):
+            band.lerp_(found[:, start:end, :end], fresh[:, None, None])
+
+    def value(self, at: Tensor | slice = slice(None)) -> Tensor:
+        """Return the averages, whole and corrected for the start from zero; zeros for what was never seen.
+
+        Args:
+            at: Slots; all by default.
+        """
+        factors, weight = self._whole("factor", at), self.state["weight"][at]
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return factors / _along(weight, factors)
+
+    def _whole(self, name: str, at: Tensor | slice) -> Tensor:
+        """Return ``factor`` or ``root`` of some slots, ``[K, n, n]`` or ``[K, n]``."""
+        kept = self.state[name][at]
+        return kept if self.diagonal else unpack(kept, self.size)
+
+    def _trace(self, at: slice = slice(None)) -> Tensor:
+        weight = self.state["weight"][at]
+        return self._diagonal(at).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+
+    def _diagonal(self, at: slice) -> Tensor:
+        """Return the diagonals of the sums of some slots, ``[K, n]``."""
+        factor = self.state["factor"][at]
+        return factor if self.diagonal else packed_diagonal(factor, self.size)
+
+    def traces(self) -> Tensor:
+        """Return the trace of every factor, ``[K]``."""
+        if self._traces is None:
+            self._traces = self._trace()
+        return self._traces
+
+    def forget(self) -> None:
+        """Take notice that the state was written from outside."""
+        self._traces = None
+        same = (self.traces() == self.state["rooted"]) & (self.state["weight"] > 0)
+        self.fresh = {slot for slot, known in enumerate(same.tolist()) if known}
+
+    def memory(self) -> Tensor:
+        """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
+        now, peak = self.traces(), self.state["peak"]
+        # Divided where it is taken only: a quotient by zero has the derivative NaN even where it is left out.
+        alive, one = now > 0, torch.ones_like(now)
+        return torch.where(alive, peak / torch.where(alive, now, one), one).clamp(min=1.0)
+
+    def grown(self, jumps: bool = False) -> Tensor:
+        """Return by how much every factor has grown since its root was computed, ``[K]``, at least 1.
+
+        It is infinite for a factor that was zero then: its root says nothing.
+
+        Args:
+            jumps: Whether a single observation counts as much as their average, where it is larger: a
+                gradient that jumps is in the mean of gradients sooner than in that of its squares.
+        """
+        now = self.traces()
+        return growth(torch.maximum(now, self.state["recent"]) if jumps else now, self.state["rooted"])
+
+    def _begin(self, slots: Sequence[int]) -> Tensor:
+        """Note from what roots are computed, and return the slots on the device."""
+        at = torch.tensor(slots, device=self.device)
+        self.fresh.update(slots)
+        traces = self.traces()[at]
+        self.state["rooted"][at] = traces
+        self.vanished[at] += (traces <= 0) & (self.state["weight"][at] > 0)
+        return at
+
+    def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
+        """Recompute inverse roots; a factor whose factorization fails keeps the root that it had.
+
+        Args:
+            damping: ``[K]``.
+            power: Power of the inverse.
+            slots: Those to recompute.
+            relative: Whether damping is relative to each factor's largest eigenvalue.
+        """
+        at = self._begin(slots)
+        if self.diagonal:
+            value = self.value(at)
+            rho = damping[at] * value.amax(-1) if relative else damping[at]
+            self.state["root"][at] = diagonal_roots(value, rho, power)
+            self.state["rho"][at] = rho
+            return
+        for part in torch.split(at, max(1, AT_ONCE // self.size**2)):
+            old, rho = self._whole("root", part), damping[part]
+            root, failed = inverse_roots(self.value(part), rho, power, old, relative)
+            self.state["root"][part] = pack(root.to(self.dtype))
+            self.state["rho"][part] = torch.where(failed, self.state["rho"][part], rho)
+            self.failed[part] += failed
+
+    def is_fresh(self, first: int, count: int) -> bool:
+        """Return whether the roots of some slots are those of their present averages.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+        """
+        return self.fresh.issuperset(range(first, first + count))
+
+    def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
+        """Return the roots of some slots.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+            grown: Result of `grown` for all slots.
+            power: Power of the inverse.
+        """
+        at = slice(first, first + count)
+        return Root(by_root, (self.state["root"][at],), self._packed, grown[at], power)
+
+    def mean(self, first: int, count: int) -> Average:
+        """Return the averages of some slots.
+
+        Args:
+            first: First slot.
+            count: Number of slots.
+        """
+        at = slice(first, first + count)
+        weight = self.state["weight"][at]
+        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
+        return Average(self.state["factor"][at], self._packed, weight)
+
+    @property
+    def _packed(self) -> int:
+        """Size of the matrices that are kept packed, or 0."""
+        return 0 if self.diagonal else self.size
+
+
+def growth(now: Tensor, then: Tensor) -> Tensor:
+    """Return by how much traces have grown, at least 1; infinite for those that were zero.
+
+    Args:
+        now: The traces.
+        then: What they were.
+    """
+    known = then > 0
+    ratio = now / torch.where(known, then, torch.ones_like(then))
+    grown = torch.where(now > then, ratio, torch.ones_like(now))
+    return torch.where((now > then) & ~known, torch.inf, grown)
+
+
+def _along(numbers: Tensor, factors: Tensor) -> Tensor:
+    """Return ``[K]`` numbers in a form that goes with ``[K, n, n]`` or ``[K, n]``."""
+    return numbers.view(-1, *[1] * (factors.dim() - 1))
+
+
+def _trace(factors: Tensor) -> Tensor:
+    """Return the traces of ``[K, n, n]`` matrices or ``[K, n]`` diagonals."""
+    return (factors if factors.dim() == 2 else factors.diagonal(dim1=-2, dim2=-1)).sum(-1)

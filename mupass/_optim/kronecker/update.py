@@ -1,0 +1,199 @@
+"""K-FAC's update of one matrix, as pure tensor code: it runs as it is, or compiled for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mupass._optim.linalg.packed import unpack
+from mupass._optim.matrix.block_stack import compiled, compiles
+from mupass._taps.pieces import cut, paste
+
+Product = Callable[[Tensor, tuple[Tensor, ...], int, bool], Tensor]
+
+
+class Root(NamedTuple):
+    """The inverse root of one side.
+
+    Attributes:
+        product: Multiplies a stack by it.
+        tensors: What that needs.
+        size: Of the packed matrices among them; 0 where they are whole, or diagonals.
+        grown: By how much factors have grown since, one entry for each.
+        power: Power of the inverse.
+    """
+
+    product: Product
+    tensors: tuple[Tensor, ...]
+    size: int
+    grown: Tensor
+    power: float
+
+
+class Average(NamedTuple):
+    """The average of a factor.
+
+    Attributes:
+        kept: Packed, whole or diagonal, not corrected for its start.
+        size: As for a root.
+        weight: What it is to be divided by.
+    """
+
+    kept: Tensor
+    size: int
+    weight: Tensor
+
+
+def update(
+    stack: Tensor,
+    b: Root | None,
+    a: Root | None,
+    factor: Average | None,
+    rho: Tensor | None,
+    unit: Tensor | None,
+    unit_power: float,
+    shrink: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the directions ``D`` of one matrix, or of several, and ``tr(D A D^T)`` of each.
+
+    With ``D = H (A + rho)^-1``, ``D A = H - rho D``: no further product is needed while the root is that of
+    the present A.
+
+    Args:
+        stack: Gradients, ``[groups, out, in]``.
+        b: Root on the output side.
+        a: Root on the input side; None where A is the number 1.
+        factor: A, to multiply by.
+        rho: Damping of A where that is not needed.
+        unit: Damping of the number 1.
+        unit_power: Power of that inverse.
+        shrink: What steps are divided by where factors are cut into more blocks than at the base width.
+    """
+    half = stack if b is None else _between(stack, b, True)
+    half = half if shrink == 1 else half / shrink
+    if unit is not None:
+        half = half / (1 + unit.view(-1, 1, 1)) ** unit_power
+    if a is None:
+        return half, half.square().sum((1, 2))
+    direction = _between(half, a, False)
+    if factor is not None:
+        average = whole(factor.kept, factor.size)
+        product = times(direction, average / factor.weight.view(-1, *[1] * (average.dim() - 1)), False)
+    else:
+        assert rho is not None
+        product = half - rho.view(-1, 1, 1) * direction
+    return direction, (direction * product).sum((1, 2)).clamp(min=0.0)
+
+
+def shorten(direction: Tensor, change: Tensor, rate: Any, limit: Any) -> Tensor:
+    """Return a direction, shorter where a step changes outputs by more than is allowed.
+
+    Args:
+        direction: The direction.
+        change: Mean square of the change of an output along it.
+        rate: Square of the learning rate.
+        limit: Square of the largest change.
+    """
+    # Squares, for the derivative where nothing changes.
+    factor = (limit / (change * rate).clamp(min=1e-30)).clamp(max=1.0).sqrt()
+    return direction * factor.to(direction.dtype)
+
+
+def _between(stack: Tensor, root: Root, left: bool) -> Tensor:
+    """Multiply by the root of one side, as if it had followed the size of its factor."""
+    found = root.product(stack, root.tensors, root.size, left)
+    # Blocks of one factor are of one size: the first stands for all.
+    grown = root.grown.view(len(stack), -1).amax(1)
+    return found / grown.pow(root.power).view(-1, 1, 1)
+
+
+def whole(kept: Tensor, size: int) -> Tensor:
+    """Return matrices that are packed, or what is whole or diagonal as it is.
+
+    Args:
+        kept: The matrices.
+        size: Their size where they are packed, else 0.
+    """
+    return unpack(kept, size) if size else kept
+
+
+def by_root(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -> Tensor:
+    """Multiply by roots, see `Root`."""
+    return times(stack, whole(tensors[0], size), left)
+
+
+def by_eigenbasis(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -> Tensor:
+    """Multiply by damped inverses ``U (diag(values) + rho)^-1 U^T``, see `Root`."""
+    basis, damped = tensors
+    turned = times(stack, basis.mT if left else basis, left)
+    return times(times(turned, inverse(damped), left), basis if left else basis.mT, left)
+
+
+def inverse(damped: Tensor) -> Tensor:
+    """Return inverses; zero where nothing was ever seen and nothing is added, as under a zero readout.
+
+    Args:
+        damped: What is inverted, at least zero.
+    """
+    return torch.where(damped > 0, 1 / damped.clamp(min=torch.finfo(damped.dtype).tiny), 0.0)
+
+
+def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
+    """Multiply ``[groups, out, in]`` from one side by ``[groups * blocks, n, n]`` or by ``[groups, n]``.
+
+    Args:
+        stack: The matrices.
+        factor: Symmetric matrices, or diagonals.
+        left: From which side.
+    """
+    if factor.dim() == 2:
+        return factor[..., None] * stack if left else stack * factor[:, None]
+    count = len(factor) // len(stack)
+    if count > 1:
+        rows = stack.mT if left else stack
+        found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
+        return found.mT if left else found
+    return factor @ stack if left else stack @ factor
+
+
+class Compiled:
+    """Functions compiled once for each shape of their arguments.
+
+    Args:
+        wanted: Whether to compile; None where the device gains.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = wanted
+        self._known: dict[Any, Callable[..., Any]] = {}
+
+    def on(self, device: torch.device) -> bool:
+        """Return whether calls with tensors of a device are compiled.
+
+        Args:
+            device: The device.
+        """
+        return compiles(self.wanted, device)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of pure tensor code, whose first argument is a tensor.
+
+        Args:
+            function: The function.
+            *arguments: Its arguments; numbers among them are part of what it is compiled for.
+        """
+        if not self.on(arguments[0].device):
+            return function(*arguments)
+        key = (function, *(_signature(argument) for argument in arguments))
+        if key not in self._known:
+            self._known[key] = compiled(function)
+        return self._known[key](*arguments)
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return tuple(map(_signature, argument)) if isinstance(argument, tuple) else argument

@@ -1,0 +1,198 @@
+"""Inverse roots of banks of symmetric matrices, safe in the middle of training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mupass._optim.linalg.newton import largest_eigenvalues, newton_roots, root_index
+
+# Condition numbers between which an eigendecomposition in single precision is refined. Below it is good to
+# 1e-5; above, the rounding of the matrix itself moves small eigenvalues by more than a refinement mends.
+REFINED = (1e2, 2e4)
+TILE = 64
+
+
+def symmetric(matrices: Tensor) -> Tensor:
+    """Return whole matrices from their lower triangles.
+
+    Args:
+        matrices: ``[..., n, n]``.
+    """
+    whole, n = matrices.clone(), matrices.shape[-1]
+    for start in range(0, n, TILE):  # copies of tiles, where a mask over all entries costs several times more
+        tile = matrices[..., start : start + TILE, start : start + TILE]
+        whole[..., start : start + TILE, start : start + TILE] = tile.tril() + tile.tril(-1).mT
+        if start + TILE < n:
+            whole[..., start : start + TILE, start + TILE :] = matrices[
+                ..., start + TILE :, start : start + TILE
+            ].mT
+    return whole
+
+
+def inverse_roots(
+    bank: Tensor,
+    damping: Tensor,
+    power: float,
+    previous: Tensor,
+    relative: bool = False,
+    method: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compute ``(M + damping I)^-power`` for every matrix of a bank.
+
+    Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU,
+    refined in double precision where that brings the relative error below 1e-5 (up to condition number 1e4);
+    on other devices coupled Newton iterations where the power is 1/p. Nothing but the CPU's own results is
+    looked at, so that no device is waited for. A matrix whose factorization fails, or whose result is not
+    finite, keeps its previous root. A zero matrix with zero damping (the layers under a zero-initialized
+    readout) has the root zero: its gradient is zero too, and nothing is 0/0.
+
+    Args:
+        bank: ``[K, n, n]`` symmetric positive semi-definite.
+        damping: ``[K]``.
+        power: Positive power.
+        previous: ``[K, n, n]`` roots to fall back on.
+        relative: Whether damping is relative to each matrix' largest eigenvalue.
+        method: ``auto``, or ``eigh`` or ``newton`` on any device.
+
+    Returns:
+        The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
+    """
+    finite = _finite(bank) & damping.isfinite()
+    vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
+    empty = finite & vanishing & ((damping <= 0) | relative)
+    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    usable = (finite & ~empty)[:, None, None]
+    rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
+    root, solved = _solve(torch.where(usable, bank, eye), rho, power, relative, method)
+    root = torch.where(empty[:, None, None], torch.zeros_like(root), root)
+    failed = ~(finite & (solved | empty))
+    return torch.where(failed[:, None, None], previous, root), failed
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """Return ``[K]``, which matrices have finite entries only: a product with 0 of any other is NaN."""
+    return (matrices * 0).flatten(1).sum(1) == 0
+
+
+Solved = tuple[Tensor, Tensor]  # roots, and which of them were found
+
+
+def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> Solved:
+    """Solve for matrices that are finite and not zero."""
+    p = root_index(power)
+    if power == 1 and not relative and method == "auto":
+        root, solved = _cholesky(bank, rho)
+    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        root, solved = _newton(bank, rho, p, relative)
+    else:
+        root, solved = _eigh(bank, rho, power, relative)
+    return root, solved & _finite(root)
+
+
+def _cholesky(bank: Tensor, rho: Tensor) -> Solved:
+    damped = bank.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
+    factor, info = torch.linalg.cholesky_ex(damped)
+    solved = info == 0
+    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    factor = torch.where(solved[:, None, None], factor, eye)
+    return torch.cholesky_inverse(factor), solved
+
+
+def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> Solved:
+    rho = rho * largest_eigenvalues(bank) if relative else rho
+    root, solved = newton_roots(bank, rho, p)
+    if bank.device.type == "cpu" and not all(solved.tolist()):
+        rest = ~solved
+        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, False)
+    return root, solved
+
+
+def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> Solved:
+    """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
+    values, vectors, found = eigenbases(bank)
+    rho = rho * values[:, -1] if relative else rho
+    damped = values.clamp(min=0) + rho[:, None]
+    solved = found & (damped > 0).all(1)
+    scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
+    if bank.device.type == "cpu" and bank.dtype == torch.float32:
+        condition = damped[:, -1] / damped[:, 0]
+        rough = solved & (condition > REFINED[0]) & (condition < REFINED[1])
+        # One by one: what is made on the way stays in the cache.
+        for i in (i for i, refine in enumerate(rough.tolist()) if refine):
+            torch.mm(vectors[i], _refined(bank[i], rho[i], values[i], vectors[i], power), out=scaled[i])
+    return scaled @ vectors.mT, solved
+
+
+def _refined(matrix: Tensor, rho: Tensor, values: Tensor, vectors: Tensor, power: float) -> Tensor:
+    """Return a root in the eigenbasis, to first order in what is left of the matrix off its diagonal there.
+
+    Rounding errors of the decomposition are of the order of the largest eigenvalue, and the root is made of
+    the smallest ones. A product with their vectors in double precision shows them. The derivative of a
+    function of a matrix is, in its eigenbasis, a product entry by entry with divided differences (Daleckii
+    and Krein).
+    """
+    small = (values + rho < (values[-1] + rho) / REFINED[0]).tolist().count(True)
+    turned = values.diag()
+    # The lower triangle only: rows of large eigenvalues lose more digits.
+    product = (matrix.double() @ vectors[:, :small].double()).to(matrix.dtype)
+    torch.mm(vectors.mT, product, out=turned[:, :small])
+    turned = symmetric(turned)
+    values = (turned.diagonal() + rho).clamp(min=torch.finfo(matrix.dtype).tiny)
+    # Of values near 1, which may have any power in single precision.
+    unit = values[-1]
+    values = values / unit
+    turned.div_(unit).mul_(divided_differences(values, power)).diagonal().copy_(values.pow(-power))
+    return turned.mul_(unit.pow(-power))
+
+
+def divided_differences(x: Tensor, power: float) -> Tensor:
+    """Return ``(x_i^-power - x_j^-power) / (x_i - x_j)``, the derivative where both are equal.
+
+    Args:
+        x: ``[..., n]``, positive.
+        power: Positive power.
+
+    Returns:
+        ``[..., n, n]``, exact for values as close as may be.
+    """
+    gap = x.log()[..., :, None] - x.log()[..., None, :]  # x_j = x_i e^-gap
+    ratio = torch.where(gap == 0, -power, torch.expm1(power * gap) / torch.expm1(-gap))
+    return x.pow(-power - 1)[..., :, None] * ratio
+
+
+def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of every matrix of a bank.
+
+    Args:
+        bank: ``[K, n, n]`` symmetric and finite.
+
+    Returns:
+        Values ``[K, n]``, vectors ``[K, n, n]`` and a mask ``[K]`` of successes; zeros where it failed.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(bank)
+    # Raised for the whole batch: find out which one it was.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(bank) == 1:
+            return torch.zeros_like(bank[:, 0]), torch.zeros_like(bank), torch.zeros_like(bank[:, 0, 0]) > 0
+        parts = [eigenbases(matrix[None]) for matrix in bank]
+        values, vectors, found = (torch.cat(part) for part in zip(*parts, strict=True))
+        return values, vectors, found
+    return values, vectors, torch.ones_like(values[:, 0]) > 0
+
+
+def diagonal_roots(bank: Tensor, damping: Tensor, power: float) -> Tensor:
+    """Compute the same for diagonal matrices, ``[K, n]``; entries of a zero matrix with no damping are zero.
+
+    Args:
+        bank: ``[K, n]`` diagonals.
+        damping: ``[K]``.
+        power: Positive power.
+    """
+    damped = bank.clamp(min=0) + damping[:, None]
+    alive = damped > 0
+    # Twice, so that the derivative is zero where the result is.
+    safe = torch.where(alive, damped, torch.ones_like(damped))
+    return torch.where(alive, safe.pow(-power), torch.zeros_like(damped))

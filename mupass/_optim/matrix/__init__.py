@@ -1,0 +1,1 @@
+"""Optimizers of whole matrices: parameters as stacks of equally shaped blocks."""

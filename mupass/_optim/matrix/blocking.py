@@ -1,0 +1,98 @@
+"""Matrices of a parameter: fused ones split, axes ordered (fan_out, fan_in), large ones cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from mupass._records import Geometry
+from mupass._roles.fused import split
+from mupass._roles.matrices import Matrices
+
+WHOLE = 1 << 62  # a block size that no matrix reaches
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How a parameter becomes a list of blocks, and back.
+
+    Attributes:
+        geometry: Which axes are fan_out and fan_in, and what is fused; all other axes count matrices.
+        size: Largest side of a block. It must not follow the width: the exponents of the scale table would
+            change with the number of blocks.
+        modes: Whether every axis is a side of its own, instead of two sides fan_out and fan_in; axes of
+            length 1 are left out. For kernels of convolutions.
+    """
+
+    geometry: Geometry
+    size: int = WHOLE
+    modes: bool = False
+
+    @cached_property
+    def _sides(self) -> tuple[tuple[int, ...], ...]:
+        """Return the axes that make up each side of a matrix."""
+        g = self.geometry
+        single = [(i,) for i in (*g.fan_out_axes, *g.fan_in_axes) if g.shape[i] > 1]
+        return tuple(single) if self.modes and len(single) > 2 else (g.fan_out_axes, g.fan_in_axes)
+
+    def cut(self, tensor: Tensor) -> list[Tensor]:
+        """Return the blocks, each ``[rows, columns]`` of one matrix (or one axis for each mode).
+
+        Args:
+            tensor: The parameter, or its gradient.
+        """
+        return self._cut(self._whole.split(tensor))
+
+    @cached_property
+    def _whole(self) -> Matrices:
+        g = self.geometry
+        return Matrices(g.shape, g.fan_out_axes, g.fan_in_axes, g.fusions, sides=self._sides)
+
+    @torch.no_grad()
+    def paste(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Put blocks together again.
+
+        Args:
+            blocks: Tensors of the shapes that `cut` gives.
+            like: The parameter.
+        """
+        stacks = [torch.empty(shape, dtype=blocks[0].dtype, device=like.device) for shape in self._shapes]
+        torch._foreach_copy_(self._cut(stacks), list(blocks))
+        return self._whole.join(stacks, like)
+
+    @cached_property
+    def _shapes(self) -> list[torch.Size]:
+        """Return the shape of every stack of matrices."""
+        return [stack.shape for stack in self._whole.split(torch.empty(self.geometry.shape, device="meta"))]
+
+    def _cut(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the blocks of all matrices, as views."""
+        return [tile for stack in stacks for matrix in stack for tile in _tiles(matrix, self.size)]
+
+    def growth(self) -> float:
+        """Return the number of blocks relative to that at the base width."""
+        g = self.geometry
+        now = base = 0
+        for piece in split(torch.empty(g.shape, device="meta"), g.fusions):
+            # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
+            sizes = [n * b / s for n, b, s in zip(piece.shape, g.base_shape, g.shape, strict=True)]
+            now += self._count(piece.shape)
+            base += self._count(sizes)
+        return now / base
+
+    def _count(self, shape: Sequence[float]) -> int:
+        """Return the number of blocks of one matrix."""
+        return prod(ceil(prod(shape[i] for i in axes) / self.size) for axes in self._sides)
+
+
+def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
+    """Return blocks of a tensor, the first axis outermost."""
+    if axis == tensor.dim():
+        return [tensor]
+    parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
+    return [tile for part in parts for tile in _tiles(part, size, axis + 1)]
