@@ -28,7 +28,7 @@ class Bank:
         diagonal: Whether they are diagonal.
         state: Tensors whose first axis counts slots; all of them belong to the saved state.
             ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not yet
-            corrected for their start from zero; ``root`` inverse roots of the same shape; ``weight`` the total
+            corrected for a start from zero; ``root`` inverse roots of the same shape; ``weight`` the total
             weight of what was averaged; ``peak`` the largest trace of an average, and ``recent`` that of one
             observation, both of which fade; ``rooted`` the trace, and
             ``rho`` the damping, when the root was computed.
