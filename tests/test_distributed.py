@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ranks import free_port, one_of_two
+from ranks import free_port, one_of, one_of_two
 from torch import nn
 
 import mupass
@@ -187,6 +188,80 @@ def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_p
     for a, b, c in zip(want, through, resumed, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
         assert torch.equal(b, c)
+
+
+class Parallel(nn.Module):
+    """A block whose two layers are split over ranks by columns and rows, between layers that are not.
+
+    All matrices are square, so that factors have full rank after one batch: eigenvectors to eigenvalues of
+    zero are rounding, and what SOAP and EKFAC do along them is, too.
+    """
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.enter, self.norm, self.out = nn.Linear(w, w), nn.LayerNorm(w), nn.Linear(w, w)
+        self.up, self.down = nn.Linear(w, w), nn.Linear(w, w)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x)
+        return self.out(self.norm(h + self.down(F.gelu(self.up(h)))))
+
+
+TENSOR_PARALLEL: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "kfac": lambda model: mupass.KFAC(model, strict=True),
+    "ekfac": lambda model: mupass.KFAC(model, ekfac=True, strict=True),
+    "shampoo": lambda model: mupass.Shampoo(model, 0.01),
+    "soap": lambda model: mupass.SOAP(model, 0.01, basis_every=2),
+    "muon": lambda model: mupass.Muon(model, 0.01),
+    "adamw": lambda model: torch.optim.AdamW(mupass.param_groups(model, 0.01)),
+}
+
+
+def _parallel_block() -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(Parallel(8).double(), torch.zeros(2, 8, dtype=torch.float64), base=4)
+
+
+def _train_parallel(model: nn.Module, name: str, rows: slice) -> list[torch.Tensor]:
+    optimizer, draw = TENSOR_PARALLEL[name](model), torch.Generator().manual_seed(1)
+    for _ in range(8):
+        x = torch.randn(64, 8, generator=draw, dtype=torch.float64)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), x.argmax(1)[rows]).backward()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [p.detach().clone() for p in whole]
+
+
+def _tensor_parallel_worker(rank: int, port: int, name: str, shards: int, path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    with one_of(2 * shards, rank, port):
+        mesh = init_device_mesh("cpu", (shards, 2), mesh_dim_names=("data", "tensor"))
+        model = _parallel_block()
+        parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        part = slice(None)
+        if shards > 1:
+            fully_shard(model, mesh=mesh["data"])
+            part = slice(rank // 2, None, shards)
+        trained = _train_parallel(model, name, part)
+        if rank == 0:
+            torch.save(trained, path)
+
+
+@pytest.mark.sample("1-kfac")
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+@pytest.mark.parametrize("shards", [1, 2], ids=["1", "2"])
+def test_tensor_parallel_equals_one_process(name: str, shards: int, tmp_path: Path) -> None:
+    """Alone and, on four ranks, with FSDP2."""
+    where = tmp_path / "result.pt"
+    mp.spawn(_tensor_parallel_worker, (free_port(), name, shards, where), nprocs=2 * shards)
+    for ours, theirs in zip(
+        torch.load(where), _train_parallel(_parallel_block(), name, slice(None)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
 def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> None:

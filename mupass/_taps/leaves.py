@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mupass._errors import OptimizerError
+from mupass._parallel import whole
 from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
 from mupass._taps.forms import Form
 
@@ -58,11 +59,13 @@ class _Factors(torch.autograd.Function):
             return (None,) * len(wanted)
         once = None if ctx.tap is None else ctx.tap.once
         with torch.no_grad():
+            # Under tensor parallelism a rank holds slices of an activation; factors are of all of it.
+            x, outward = whole(x), whole(g)
             a = None
             if wanted[6]:
                 make = raw_input if once is None else once.raw_input
                 a = make(ctx.layer, ctx.form, x, ctx.dtype)
-            b, count = raw_outputs(ctx.layer, ctx.form, x, g, wanted[7:], ctx.dtype)
+            b, count = raw_outputs(ctx.layer, ctx.form, x, outward, wanted[7:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
             if ctx.tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
@@ -95,7 +98,7 @@ class _Moments(torch.autograd.Function):
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
-            moments = second_moments(ctx.layer, ctx.form, x, g, bases, bases[0].dtype)
+            moments = second_moments(ctx.layer, ctx.form, whole(x), whole(g), bases, bases[0].dtype)
         return g, None, None, None, None, *[None for _ in bases], *moments
 
 
