@@ -192,7 +192,9 @@ def test_the_sweep_by_hand_runs_end_to_end(tmp_path, capsys, model, optimizer, w
         "standard: training loss",
     ]
     # 2^20 blows up at every width and is shown, not raised; the minimum inside is bracketed and starred.
-    assert printed.count("diverged") == 4 and "edge of the grid" not in printed
+    # The bounds on K-FAC's step hold at any rate.
+    assert printed.count("diverged") == (0 if optimizer == "kfac" else 4)
+    assert "edge of the grid" not in printed
     rows = re.findall(r"^ +2\^-[47] .*$", printed, re.M)
     assert len(rows) == 2 and all(row.count("*") == 2 for row in rows)
     # At the base width, the first, both parameterizations are one and the same.

@@ -189,7 +189,8 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
             yield f"fusion along {fusion.along} of {fusion.view} is impossible"
     if not isfinite(geometry.given) or abs(geometry.given) > 8:
         yield f"given must be a power, not {geometry.given!r}"
-    _positive(f"{geometry.name}: depth", geometry.depth)
+    for field in ("depth", "folded", "folded_in", "m_direction"):
+        _positive(f"{geometry.name}: {field}", getattr(geometry, field))
 
 
 def _axis_faults(field: str, found: Sequence[int], axes: int, unique: bool = True) -> Iterator[str]:
