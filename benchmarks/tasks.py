@@ -1,13 +1,15 @@
-"""Small training tasks, deterministic by seed, that `defaults` and `quality` share.
+"""Small training tasks, deterministic by seed, that `defaults`, `quality` and `evidence` share.
 
 A task gives a model of any width, endless batches of any size, and the loss on held-out data. Images are
-Fashion-MNIST, characters the sources of Python's standard library; the other two make their data:
+Fashion-MNIST, characters the sources of Python's standard library; the others make their data:
 
 * ``regression``: a fixed random network of two layers on 32 Gaussian inputs, with noise of deviation 0.1;
-* ``staircase``: ``y = (x1 + x1 x2 + x1 x2 x3) / sqrt(3)`` of 128 signs (Abbe et al., arXiv 2202.08658).
+* ``staircase``: ``y = (x1 + x1 x2 + x1 x2 x3) / sqrt(3)`` of 128 signs (Abbe et al., arXiv 2202.08658);
+* ``image_pairs``: two images of Fashion-MNIST side by side, each with a sign by its class; the target is the
+  product of the signs, which no sum of something of each image tells.
 
-Both are half mean squared errors. Widths are those of hidden layers, channels, or token vectors, in which
-heads keep their size of 16.
+All three are half mean squared errors. Widths are those of hidden layers, channels, or token vectors, in
+which heads keep their size of 16.
 """
 
 from __future__ import annotations
@@ -133,14 +135,17 @@ def made(
     tests: int = 4096,
 ) -> Task:
     """Data that is made as it is needed, so that no sample comes twice."""
-
-    def batches(batch: int, seed: int) -> Batches:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield sample(batch, generator)
-
     test = sample(tests, torch.Generator().manual_seed(2**31))
-    return Task(build, batches, half_squares, test, base)
+    return Task(build, partial(endless, sample), half_squares, test, base)
+
+
+def endless(
+    sample: Callable[[int, torch.Generator], tuple[Tensor, Tensor]], batch: int, seed: int
+) -> Batches:
+    """Batch after batch of new samples."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield sample(batch, generator)
 
 
 def noisy_teacher(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -156,6 +161,25 @@ def staircase(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random signs, and a sum of products of the first one, two and three of them."""
     x = 2.0 * torch.randint(2, (n, 128), generator=generator) - 1
     return x, x[:, :3].cumprod(1).sum(1, keepdim=True) / sqrt(3)
+
+
+def pairs_of(x: Tensor, signs: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random pairs of images side by side ``[n, 2 d]``, and the products of their signs ``[n, 1]``."""
+    left, right = torch.randint(len(x), (2, n), generator=generator)
+    return torch.cat([x[left], x[right]], 1), signs[left, None] * signs[right, None]
+
+
+def image_pairs(folder: str | None, base: int, tests: int = 4096) -> Task:
+    """Pairs at 14 x 14 pixels; the sign is +1 for even classes (tops, bags) and -1 for odd ones.
+
+    Images of a batch are training images, those of held-out pairs are test images.
+    """
+    data = fashion_mnist(folder, IMAGES, 10_000)
+    train, test = (F.avg_pool2d(x, 2).flatten(1) for x in (data.train_x, data.test_x))
+    train_signs, test_signs = (1.0 - 2.0 * (y % 2) for y in (data.train_y, data.test_y))
+    held_out = pairs_of(test, test_signs, tests, torch.Generator().manual_seed(2**31))
+    build = partial(mlp, inputs=2 * train.shape[1], outputs=1)
+    return Task(build, partial(endless, partial(pairs_of, train, train_signs)), half_squares, held_out, base)
 
 
 def gpt(width: int, vocabulary: int, layers: int = 1, length: int = 16, tied: bool = False) -> nn.Module:
@@ -186,7 +210,7 @@ def vit(width: int) -> nn.Module:
 
 
 # Base width; and the task, of the base width and a folder with Fashion-MNIST (None: look for it). The first
-# ten are those of `defaults`, the others those of `quality`.
+# ten are those of `defaults`, the next four those of `quality`; `evidence` has one more.
 TASKS: dict[str, tuple[int, Callable[[int, str | None], Task]]] = {
     "mlp": (32, lambda base, folder: images(folder, partial(mlp, inputs=196), base, flat=True)),
     "cnn": (8, lambda base, folder: images(folder, plain_cnn, base)),
@@ -202,6 +226,7 @@ TASKS: dict[str, tuple[int, Callable[[int, str | None], Task]]] = {
     "cnn_28": (32, lambda base, folder: images(folder, plain_cnn, base, size=28)),
     "gpt_64": (64, lambda base, folder: characters(partial(gpt, layers=2, length=64), base, 64)),
     "gpt_128": (128, lambda base, folder: characters(partial(gpt, layers=2, length=64), base, 64)),
+    "image_pairs": (64, lambda base, folder: image_pairs(folder, base)),
 }
 
 
