@@ -73,6 +73,34 @@ def test_branches_are_found_and_their_parameters_with_them() -> None:
     }
 
 
+class Ended(nn.Module):
+    """A branch whose module is not its last operator."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inp, self.branch, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.end = end
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        h = self.inp(x)
+        return self.head(h + factor * self.end(self.branch(h)))
+
+
+@pytest.mark.parametrize("end", [F.relu, lambda y: y.abs().roll(1, -1), lambda y: y.flip(-1) / 3])
+def test_operators_that_pass_a_factor_may_end_a_branch(end: Callable[[Tensor], Tensor]) -> None:
+    net, x = Ended(end).double(), torch.randn(4, 6, dtype=torch.float64)
+    (found,) = find_branches(capture(net, (x,), {}))
+    assert (found.modules, found.reason) == (("branch",), "")
+    want = net(x, 0.25)
+    net.branch.register_forward_hook(lambda module, args, output: output / 4)
+    torch.testing.assert_close(net(x), want)
+
+
+def test_other_operators_may_not_end_a_branch() -> None:
+    (found,) = find_branches(capture(Ended(torch.tanh), (torch.randn(4, 6),), {}))
+    assert not found.modules and "it ends with aten.tanh in the root module" in found.reason
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_a_transformer_has_two_branches_a_layer(train: bool) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)

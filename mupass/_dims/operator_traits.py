@@ -68,11 +68,11 @@ TRAITS: dict[str, Trait] = {
     "contiguous": Trait.COPIES | Trait.HOMOGENEOUS,
     "clone": Trait.COPIES | Trait.HOMOGENEOUS,
     "alias": Trait.COPIES | Trait.HOMOGENEOUS,
+    "lift_fresh_copy": Trait.COPIES | Trait.HOMOGENEOUS,
     "float": Trait.COPIES,
     "_assert_tensor_metadata": Trait.COPIES,
     # The same values, cut off from gradients.
     "detach": Trait.DETACHES | Trait.HOMOGENEOUS,
-    "lift_fresh_copy": Trait.DETACHES | Trait.HOMOGENEOUS,
     # The same values in other axes.
     "view": Trait.RESHAPES | Trait.HOMOGENEOUS,
     "_unsafe_view": Trait.RESHAPES | Trait.HOMOGENEOUS,

@@ -19,7 +19,8 @@ from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
 
-# What has the order of its argument; near zero some functions have.
+PRODUCTS = Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
+# What has the order of its argument.
 SAME_ORDER = Trait.HOMOGENEOUS | Trait.SAME_ORDER
 POWERS = {"square": 2.0, "var": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
@@ -110,9 +111,7 @@ class _Walk:
         if others:
             return None
         alone = len(node.all_input_nodes) == 1
-        if operator & (
-            Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
-        ):  # of two tensors that follow the scale: u u^T
+        if operator & PRODUCTS:  # of two tensors that follow the scale: u u^T
             full = len(known) == len(node.all_input_nodes)
             return sum(known) * (2 if alone else 1) if full else None
         if operator & Trait.MULTIPLIES:
