@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from mupass._optim.matrix.block_stack import compiles
 from test_shampoo import make
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import mupass
+from mupass._optim.matrix.block_stack import compiles
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo": (mupass.Shampoo, {"root_every": 2}),
