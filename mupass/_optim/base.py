@@ -29,13 +29,11 @@ from mupass._optim.fallback import (
 from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
-from mupass._optim.training import Training
+from mupass._optim.training import BOUNDS, Training
 from mupass._parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 OVERRIDES = ("lr", "weight_decay", "damping")
-# Numbers of a group that must not be negative, with what they must stay below.
-BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "momentum": 1.0}
 EMPTY = "none"  # treatment of a parameter without entries
 NO_ENTRIES = "it has no entries"
 
@@ -68,6 +66,7 @@ class PlannedOptimizer(BoundOptimizer):
         self.momentum_of, self.fallback = training.momentum_of, training.fallback
         self.root, plan = plan_of(model)
         self.plan: Plan = plan.for_optimizer(spec)
+        # The model may have been changed since it was transformed.
         self.plan.check(self.root)
         self.spec = spec
         self._steps = 0
@@ -77,6 +76,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
         self._find_parameters()
         treatments, reasons = self._assign()
+        # strict= is refused before torch makes the groups.
         fallen = self._cover_parameters(treatments, reasons)
         if lr is None:
             lr = self._default_rate()
@@ -340,10 +340,12 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: A group holds a number that no step can be taken with, or a gradient is sparse or
                 of another shape than its parameter. Nothing has changed then.
         """
+        # With a closure the gradients are made now, and checked like any others.
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Some trainers put other tensors into the groups, or thaw layers, between steps.
         self._adopt_swapped()
         self._adopt_thawed()
         self._check_groups()
@@ -362,6 +364,7 @@ class PlannedOptimizer(BoundOptimizer):
             skipped = self._skipped + skipped
         self._skipped = skipped
         gradients, means = self._own_gradients(ok)
+        # Only parameters whose block this rank keeps have a direction here; the others come from their ranks.
         directions = self._from_owners(self._directions(gradients, means, ok), gradients)
         for group in self.param_groups:
             if group["algorithm"] == self.spec.name:
@@ -461,6 +464,7 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _own_update(self, p: Tensor, direction: Tensor, group: Mapping[str, Any], ok: Tensor) -> Tensor:
         """Return this rank's part of an own parameter's update, in the precision of the state."""
+        # Directions are whole: each rank cuts out the shard that it has of the parameter.
         part = local(sharded_like(direction.to(state_dtype(p)), p))
         if not self._smooths_with(group) or self.momentum_of == "gradients":
             return part
@@ -540,6 +544,7 @@ class PlannedOptimizer(BoundOptimizer):
         self.names[parameter] = name
         decay = next((g["weight_decay"] for g in self.param_groups), 0.0)
         (group,) = self._groups(self.fallback.name, [name], self._fallback_settings(decay))
+        # For this group alone the refusal of further groups is lifted.
         self._complete = False
         self.add_param_group(group)
         self._complete = True
@@ -676,6 +681,7 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: It is the state of another optimizer, of another version, or damaged. This
                 optimizer is then as it was.
         """
+        # All is checked before anything is copied.
         copy_state(self, *check_state(self, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
         self._loaded()

@@ -15,7 +15,7 @@ from mupass._optim.clipping import GradientScale
 from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.curvature import Curvature
 from mupass._optim.kronecker.ekfac import not_rescaled
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
 from mupass._optim.kronecker.update import Compiled, shorten
@@ -124,6 +124,16 @@ class KFAC(PlannedOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.KFAC(net, lr=0.1, damping=1e-3)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> print(optimizer.coverage()[0])
+        Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
     def __init__(
@@ -204,9 +214,10 @@ class KFAC(PlannedOptimizer):
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         self._parameters = {name: p for p, name in self.names.items() if name not in self._unfit}
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
+        # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
         self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
-        self._kronecker = self._factors(Bank)
+        self._kronecker = self._factors(FactorStack)
         self._curvature.rescale(self._kronecker.moments.bases())
         self._watch_clipping()
         self._all_seen = False
@@ -220,7 +231,7 @@ class KFAC(PlannedOptimizer):
             treatments[block.parameter] = f"{method} {block.kind}"
         return treatments, reasons
 
-    def _factors(self, bank: type[Bank]) -> Kronecker:
+    def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
         ranks = Ranks(self._ranks, rank_of(self._ranks))
         return Kronecker(self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled)
@@ -233,7 +244,7 @@ class KFAC(PlannedOptimizer):
         """What collects factors, and the number of loss terms."""
         return [*self._curvature.taps.values(), self._curvature.terms]
 
-    def functional(self, bank: type[Bank]) -> Functional:
+    def functional(self, bank: type[FactorStack]) -> Functional:
         """Return the computation of directions as a function of a state; this optimizer is used up by it.
 
         Args:
@@ -254,12 +265,14 @@ class KFAC(PlannedOptimizer):
 
     def _replaced(self, name: str, new: Tensor) -> None:
         if name in self._parameters:
+            # The tap inside the parameter goes over to its new tensor.
             pass_on(self.root, name, self._parameters[name])
             self._parameters[name] = new
             self._watch_clipping()
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
+        # Stays due after a step that had no factors, until one has.
         self._due |= self._steps % self.factor_every == 0
         self._curvature.collect(self._due and not self.sampled)
 
@@ -320,6 +333,7 @@ class KFAC(PlannedOptimizer):
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
+        # Average, invert what is due, precondition, bound.
         kronecker = self._kronecker
         clipped = self._clipped()
         if self._due and self._cover.blocks:

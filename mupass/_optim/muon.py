@@ -78,6 +78,16 @@ class Muon(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.Muon(net, roles=("hidden", "input"), fallback_lr=3e-3)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     smooths = False  # the momentum is in the stacks
@@ -163,6 +173,7 @@ class Muon(MatrixOptimizer):
 
     def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
         direction = super()._call(number, at, *arguments)
+        # Spectral norm 1 is what the plan's rates are for.
         if self.adjust == "spectral":
             return direction
         return direction * wide(self._matching[number][at], direction)

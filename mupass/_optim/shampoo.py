@@ -91,6 +91,16 @@ class Shampoo(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.Shampoo(net, graft="adam")
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     def __init__(
@@ -203,6 +213,7 @@ class Shampoo(MatrixOptimizer):
 
     def _correction(self, name: str) -> float:
         # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
+        # (blocks at base width / blocks)^power; Qiu et al., arXiv 2512.05620.
         power = {"none": self.spec.e, "spectral": 0.5}.get(self.spec.graft, 0.0)
         return float(self._blockings[name].growth() ** -power)
 

@@ -66,6 +66,16 @@ class SOAP(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.SOAP(net, lr=3e-3, block_size=64)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     smooths = False  # the momentum is in the stacks
@@ -216,16 +226,19 @@ class SOAP(MatrixOptimizer):
         old = state[f"basis{side}"][at]
         factor = unpack(state[f"factor{side}"][at], stack.shape[side])
         turned = old.mT @ factor  # columns as rows, which are sorted faster and decomposed without a copy
+        # q^T A q estimates the eigenvalue of each column.
         order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
         turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
         if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
             _, vectors, found = eigenbases(factor)
             turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
         # No `torch.linalg.qr`: that makes R, too.
+        # Orthogonal iteration: Q <- qr(A Q).
         new = torch.linalg.householder_product(*torch.geqrf(turned))
         state[f"basis{side}"][at] = new
         # One after the other: together they are a product of two squares, which takes longer.
         state["mean"][at] = along(along(state["mean"][at], old, side), new.mT, side)
+        # Squares cannot be turned: they go along with the order of the columns only.
         square = state["square"][at].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
         state["square"][at] = square.gather(1, rows).movedim(1, side + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from mupass._optim.fallback import Fallback
 
 MOMENTUM_OF = ("gradients", "directions")
 DECAYED = ("all", "matrices")
+# Numbers of a parameter group that must not be negative, with what they must stay below.
+BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "momentum": 1.0}
 
 
 @dataclass(frozen=True)

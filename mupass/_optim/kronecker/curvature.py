@@ -37,6 +37,7 @@ class Curvature:
             tap = _tap(root, place)
             tap.open(layer, weight.device, factor_dtype(weight), *sides)
             self.taps[place] = tap
+        # Taps that read one activation compute its factor once.
         self.together = cover.together
         for group in cover.together:
             once = Once()
@@ -99,6 +100,7 @@ class Curvature:
         Args:
             scale: What the loss was multiplied by (by a gradient scaler); B carries its square.
         """
+        # Passes whose gradients were cleared since do not belong to this step.
         self.passes.drop_cleared()
         before = dict(self.passes.before)
         self.passes.restart()
@@ -145,6 +147,7 @@ class Curvature:
 
     def _on_all_ranks(self, sums: Mapping[Place, Sums]) -> dict[Place, Sums]:
         """Add zeros of taps that took part on other ranks only: not every layer runs on every rank."""
+        # One flag for each tap: does it have sums on any rank?
         like = next(iter(self.taps.values())).rows
         assert like is not None
         (present,) = sum_over_ranks([like.new_tensor([float(place in sums) for place in self.taps])])
@@ -174,6 +177,7 @@ class Curvature:
     ) -> tuple[dict[Place, Sums], Tensor, dict[Place, Tensor]]:
         """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
         copies = self._copies(sums)
+        # All in one message: factors, rows, and the numbers of terms.
         rows = next(iter(sums.values())).rows
         # Which taps forgot passes may differ between ranks: one number for each, most often 0.
         total, *dropped = _numbers([terms, *before.values()])

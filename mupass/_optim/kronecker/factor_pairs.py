@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.kronecker.damping import Sides
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._records import Geometry
 from mupass._scales.scales import Scales
 from mupass._taps.blocks import Block, Factor
@@ -143,7 +143,7 @@ class Lineup:
 
 def line_up(
     pairs: Sequence[Pair],
-    banks: Sequence[Bank],
+    banks: Sequence[FactorStack],
     parameters: Mapping[str, Tensor],
     scales: Mapping[str, Scales],
 ) -> list[Lineup]:
@@ -206,7 +206,7 @@ def _line_up_alike(
     )
 
 
-def phases(banks: Sequence[Bank], remote: Sequence[Bank], stagger: bool) -> list[list[int]]:
+def phases(banks: Sequence[FactorStack], remote: Sequence[FactorStack], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot).
 
     Those of other ranks are dealt out with them: a slot's turn does not depend on the number of ranks.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mupass._optim.kronecker.curvature import Observation, nearest_product, observed
 from mupass._optim.kronecker.damping import damp
-from mupass._optim.kronecker.ekfac import EigenBank, Moments, not_rescaled
+from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
 from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, times, update
 from mupass._parallel import deal, largest_over_ranks
@@ -85,7 +85,7 @@ class Kronecker:
         roots: Roots,
         entries: Mapping[str, Entry],
         ranks: Ranks,
-        bank: type[Bank],
+        bank: type[FactorStack],
         compiled: Compiled,
     ) -> None:
         self.roots, self.ranks, self._bank_type, self.compiled = roots, ranks, bank, compiled
@@ -144,14 +144,16 @@ class Kronecker:
         own = _slots_of(self.pairs)
         self.banks = {side: self._make_banks(side, own) for side in "ab"}
         self._all = [*self.banks["a"], *self.banks["b"]]
-        self.at: dict[str, tuple[Bank, int, int]] = {}
+        self.at: dict[str, tuple[FactorStack, int, int]] = {}
         for bank in self._all:
             for name, _ in bank.keys:
                 self.at[name] = (bank, bank.slot[name, 0], self.slots[name].shape[0])
         others, meta = self.slots.keys() - own, torch.device("meta")
         self._remote = [*self._make_banks("a", others, meta), *self._make_banks("b", others, meta)]
 
-    def _make_banks(self, side: str, names: set[str], device: torch.device | None = None) -> list[Bank]:
+    def _make_banks(
+        self, side: str, names: set[str], device: torch.device | None = None
+    ) -> list[FactorStack]:
         """Put factors of equal shape, precision and device together."""
         alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
         for name, slot in self.slots.items():
@@ -163,7 +165,7 @@ class Kronecker:
         for kind, keys in alike.items():
             bank = self._bank_type
             if self.roots.ekfac and len(kind[0]) > 1:  # diagonals need no eigenvectors
-                bank = EigenBank
+                bank = EigenStack
             banks.append(bank(keys, *kind))
         return banks
 

@@ -102,6 +102,7 @@ class Blocking:
         axes = list(zip(geometry.base_shape, geometry.shape, strict=True))
         now = at_base = 0
         for piece in split(torch.empty(geometry.shape, device="meta"), geometry.fusions):
+            # The same model at the base width has the same pieces, each smaller.
             now += self._count(piece.shape)
             at_base += self._count(
                 [n * base / size for n, (base, size) in zip(piece.shape, axes, strict=True)]
