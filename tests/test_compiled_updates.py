@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from mupass._optim.stacks import compiles
 from test_shampoo import make
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import mupass
+from mupass._optim.matrix.block_stack import compiles
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo": (mupass.Shampoo, {"root_every": 2}),
@@ -114,12 +114,12 @@ def test_none_compiles_where_the_device_gains(monkeypatch: pytest.MonkeyPatch) -
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: name)
+    monkeypatch.setattr("mupass._optim.matrix.block_stack.find_spec", lambda name: name)
     assert compiles(None, cuda) and not compiles(None, cpu)
     assert compiles(True, cpu) and not compiles(False, cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert not compiles(None, cuda)
-    monkeypatch.setattr("mupass._optim.stacks.find_spec", lambda name: None)
+    monkeypatch.setattr("mupass._optim.matrix.block_stack.find_spec", lambda name: None)
     assert not compiles(None, cuda)
 
 

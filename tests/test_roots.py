@@ -104,7 +104,7 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     x = torch.randn(5, 4, 9, generator=generator, dtype=torch.float64)
     factors = x @ x.mT
     factors[3] = torch.nan
-    bank = factor_stack.Bank(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
+    bank = factor_stack.FactorStack(list(range(5)), (4, 4), torch.float64, torch.device("cpu"))
     bank.average({0: (factors, torch.ones(1, dtype=torch.bool))}, 0.0)
     bank.state["factor"][4] = torch.nan  # what no average lets in, to see which one is blamed
     monkeypatch.setattr(factor_stack, "AT_ONCE", 32)  # two at a time

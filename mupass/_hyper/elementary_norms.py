@@ -41,6 +41,7 @@ def _batch_norm(
         if not training:
             return _scaled(input, running_mean, running_var, axes, weight, bias, eps)
         variance, mean = torch.var_mean(input, axes)
+        # As torch: the running variance is the unbiased one, which var_mean gives by default.
         running_mean.mul_(1 - momentum).add_(momentum * mean)
         running_var.mul_(1 - momentum).add_(momentum * variance)
     return _normal(input, axes, axes, weight, bias, eps)
@@ -68,6 +69,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
+    # The last axes are normalized over; the weight has these.
     count = len(normalized_shape)
     axes = list(range(input.dim() - count, input.dim()))
     return _normal(input, axes, list(range(input.dim() - count)), weight, bias, eps)
@@ -98,6 +100,7 @@ def _normal(
     x: Tensor, axes: list[int], kept: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalize over axes; weight and bias have all axes but the kept ones."""
+    # (x - mean) / sqrt(variance + eps), with the biased variance
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return _affine((x - mean) * torch.rsqrt(variance + eps), kept, weight, bias)
 
@@ -117,12 +120,20 @@ def _scaled(
 
 
 def _affine(x: Tensor, kept: list[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * _along(weight, x, kept)
-    return x if bias is None else x + _along(bias, x, kept)
+    """Multiply by the weight and add the bias, which have all axes but the kept ones."""
+    if weight is not None:
+        x = x * _along(weight, x, kept)
+    if bias is not None:
+        x = x + _along(bias, x, kept)
+    return x
 
 
 def _along(t: Tensor, x: Tensor, kept: list[int]) -> Tensor:
-    return t.view([1 if i in kept else n for i, n in enumerate(x.shape)])
+    """Return a tensor with an axis of length 1 where x has a kept one."""
+    shape = list(x.shape)
+    for axis in kept:
+        shape[axis] = 1
+    return t.view(shape)
 
 
 REPLACED = {

@@ -53,6 +53,16 @@ class FoMoH(BoundOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, every parameter is frozen, or sharded.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.FoMoH(net, directions=2)
+        >>> x = torch.randn(4, 8)
+        >>> loss = optimizer.step(lambda: net(x).square().mean())
+        >>> optimizer.stats()["steps"] + optimizer.stats()["skipped_steps"]
+        1
     """
 
     def __init__(
@@ -121,6 +131,7 @@ class FoMoH(BoundOptimizer):
                 "optimizer.step(lambda: loss(model(x), y))"
             )
         group = self.param_groups[0]
+        # Every evaluation of this step has the same masks of dropout and the same buffers.
         tangents = [self._draw() for _ in range(self.directions)]
         states = _random_states(self._named.values())
         buffers = {n: b.clone() for n, b in self.root.named_buffers()}
@@ -163,6 +174,7 @@ class FoMoH(BoundOptimizer):
                             parameter.add_(tangent[name], alpha=weight)
                     self._steps += 1
                     return
+                # Back-tracking: the loss is more than its parabola.
                 weights = weights / 2
         self._skipped += 1
 
@@ -219,6 +231,7 @@ def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, T
         return _jvp(lambda first: at((first, v), (second, w)), zero, one)[1]
 
     for j, v in enumerate(tangents):
+        # The curvature is symmetric: its lower triangle is enough.
         for k, w in enumerate(tangents[: j + 1]):
             slopes[j], curvature[j, k] = _jvp(partial(slope, v=v, w=w), zero, one)
     return slopes, symmetric(curvature)
@@ -235,6 +248,7 @@ def minimizer(slopes: Tensor, curvature: Tensor, damping: float) -> Tensor:
     Raises:
         OptimizerError: The loss is linear in the plane, so that no step is the right one.
     """
+    # |H| has the absolute eigenvalues: saddles are left.
     values, vectors = torch.linalg.eigh(curvature)
     size = values.abs()
     damped = size + damping * size.max()

@@ -92,15 +92,18 @@ class HyperGradient(Tabular):
     def __str__(self) -> str:
         """Return the score, and one line for each hyperparameter and each number of a group."""
         lines = [f"score {self.loss:.6g}"]
-        lines += [
-            f"{name} = {self.point[name]:.4g}: d score / d {name} {g:+.4g}, by its logarithm "
-            f"{self.logarithmic[name]:+.4g}"
-            for name, g in self.gradient.items()
-        ]
-        for g in self.groups:
-            members = ", ".join(g.parameters[:3]) + (", ..." if len(g.parameters) > 3 else "")
+        for name, slope in self.gradient.items():
             lines.append(
-                f"  {g.entry} = {g.value:.4g} of {members}: by its logarithm {g.value * g.gradient:+.4g}"
+                f"{name} = {self.point[name]:.4g}: d score / d {name} {slope:+.4g}, by its logarithm "
+                f"{self.logarithmic[name]:+.4g}"
+            )
+        for group in self.groups:
+            members = ", ".join(group.parameters[:3])
+            if len(group.parameters) > 3:
+                members += ", ..."
+            logarithmic = group.value * group.gradient
+            lines.append(
+                f"  {group.entry} = {group.value:.4g} of {members}: by its logarithm {logarithmic:+.4g}"
             )
         return "\n".join([*lines, *self.notes])
 
@@ -156,6 +159,15 @@ def hypergradient(
         StudyError: An optimizer, option or hyperparameter that cannot be differentiated by; an operator
             without second derivative; a score that is no tensor; a model that is not at a stationary point.
         MupassError: The model cannot be transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> data = [(torch.randn(4, 8), torch.randint(2, (4,))) for _ in range(2)]
+        >>> found = mupass.hypergradient(net, data, {"lr": 0.01}, optimizer="adam", steps=3)
+        >>> list(found.logarithmic)
+        ['lr']
     """
     for what, word, known in (("form", form, FORMS), ("mode", mode, MODES)):
         if word not in known:
@@ -173,6 +185,7 @@ def hypergradient(
     check_names(make, point)
     batches = read_batches(data, steps if form == "unrolled" else 1 << 30)
     device = next(model.parameters()).device
+    # The run changes buffers and taps: it has a copy of its own.
     own = deepcopy(model)
     copies = Copies((plan.width,), (own,), own)
     work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
@@ -207,12 +220,16 @@ def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str
         if mode == "forward":
             return _forward(run, numbers, point, seed)
         torch.manual_seed(seed)
+        # Derivatives by the entries of groups, all at once; the chain rule does the rest.
         leaves = {key: _number(value).requires_grad_() for key, value in numbers.values.items()}
         score = run.score(leaves, cut=False)
         if score is None:
             return _diverged(point)
         found = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
-        by_number = {key: 0.0 if g is None else g.item() for key, g in zip(leaves, found, strict=True)}
+        by_number = dict.fromkeys(leaves, 0.0)
+        for key, slope in zip(leaves, found, strict=True):
+            if slope is not None:
+                by_number[key] = slope.item()
     return _result(score.item(), point, numbers, by_number)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mupass._errors import StudyError
 from mupass._hyper.functional_model import call
-from mupass._hyper.rules import SGD, Key, Rule
+from mupass._hyper.rules import SGD, Key, Rule, Tensors
 from mupass._hyper.run import gradients, on, refuse_once, score_of
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate
@@ -59,60 +59,92 @@ def implicit(
     """
     if solver not in SOLVERS:
         raise StudyError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    _refuse_numbers(rule, numbers)
+    weights = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    slopes = _mean_gradient(model, batches, loss, weights, buffers)
+    group_of = {}
+    for number, members in enumerate(rule.members):
+        group_of.update(dict.fromkeys(members, number))
+    groups = [rule.groups[group_of[name]] for name in weights]
+    decay = [group["weight_decay"] for group in groups]
+    flat = list(weights.values())
+    pull = [factor * weight.detach() for factor, weight in zip(decay, flat, strict=True)]
+    _check_stationary([slope.detach() for slope in slopes], pull, tolerance)
+    score = score_of(model, evaluate, weights, buffers)
+    right = _or_zeros(torch.autograd.grad(score, flat, allow_unused=True), flat)
+
+    def product(vector: Vector) -> Vector:
+        """Return ``(Hessian + weight_decay) vector``."""
+        images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, allow_unused=True)
+        return [
+            factor * part if image is None else image + factor * part
+            for image, factor, part in zip(images, decay, vector, strict=True)
+        ]
+
+    if solver == "cg":
+        solution = conjugate_gradients(product, right, terms, tolerance)
+    else:
+        solution = neumann(product, right, [group["lr"] for group in groups], terms, tolerance)
+    # d score / d weight_decay = -v . parameters, group by group
+    by_number = dict.fromkeys(numbers, 0.0)
+    for name, part, weight in zip(weights, solution, flat, strict=True):
+        key = (group_of[name], "weight_decay")
+        if key in by_number:
+            by_number[key] -= float((part * weight.detach()).sum())
+    return score.item(), by_number
+
+
+def _refuse_numbers(rule: Rule, numbers: Mapping[Key, float]) -> None:
+    """Refuse optimizers whose stationary point is not known, and numbers that do not enter it."""
     if not isinstance(rule, SGD):
         raise StudyError(
             "form='implicit' knows the stationary point of torch.optim.SGD alone; use form='unrolled'"
         )
-    still = sorted({key for _, key in numbers if key != "weight_decay"})
+    still = sorted({entry for _, entry in numbers if entry != "weight_decay"})
     if still:
         raise StudyError(
             f"{', '.join(still)}: the stationary point of SGD does not depend on it, so its implicit "
             "hypergradient is zero; only weight_decay enters. Use form='unrolled'"
         )
-    group_of = {name: i for i, members in enumerate(rule.members) for name in members}
-    weights = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    decay = [rule.groups[group_of[name]]["weight_decay"] for name in weights]
-    flat = list(weights.values())
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
+
+
+def _mean_gradient(
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, weights: Tensors, buffers: Tensors
+) -> Vector:
+    """Return the gradient of the training loss, which can be differentiated once more."""
     parts = [call(model, on(batch, loss), weights, buffers) for batch in batches]
     found, _ = gradients(torch.stack(parts).mean(), weights)
     refuse_once(found.values())
-    moved = next((n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])), None)
-    if moved is not None:
-        raise StudyError(
-            f"the buffer {moved} follows the activations, which form='implicit' does not differentiate; put "
-            "the model in eval mode, or use form='unrolled'"
-        )
-    slopes = [found.get(name, torch.zeros_like(p)) for name, p in weights.items()]
-    force = [g.detach() + d * p.detach() for g, d, p in zip(slopes, decay, flat, strict=True)]
-    size = norm([d * p.detach() for d, p in zip(decay, flat, strict=True)])
-    if not norm(force) <= tolerance * size:
+    for name, buffer in model.named_buffers():
+        if not torch.equal(buffer, buffers[name]):
+            raise StudyError(
+                f"the buffer {name} follows the activations, which form='implicit' does not differentiate; "
+                "put the model in eval mode, or use form='unrolled'"
+            )
+    return _or_zeros([found.get(name) for name in weights], list(weights.values()))
+
+
+def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
+    """Refuse a model at which the gradient of the loss and weight decay do not cancel."""
+    force, size = norm(add(slopes, pull, 1.0)), norm(pull)
+    if not force <= tolerance * size:
         raise StudyError(
             f"the model is not at a stationary point: the gradient of loss and weight decay has the norm "
-            f"{norm(force):.2g}, that of weight decay alone {size:.2g}; train it further, or raise tolerance="
+            f"{force:.2g}, that of weight decay alone {size:.2g}; train it further, or raise tolerance="
         )
-    score = score_of(model, evaluate, weights, buffers)
-    right = [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip(flat, torch.autograd.grad(score, flat, allow_unused=True), strict=True)
+
+
+def _or_zeros(found: Sequence[Tensor | None], like: Vector) -> Vector:
+    """Return gradients, zeros for what nothing depends on."""
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(found, like, strict=True)
     ]
-
-    def product(v: Vector) -> Vector:
-        """Return ``(Hessian + weight decay) v``."""
-        hv = torch.autograd.grad(slopes, flat, v, retain_graph=True, allow_unused=True)
-        return [d * x if h is None else h + d * x for h, d, x in zip(hv, decay, v, strict=True)]
-
-    if solver == "cg":
-        v = conjugate_gradients(product, right, terms, tolerance)
-    else:
-        rates = [rule.groups[group_of[name]]["lr"] for name in weights]
-        v = neumann(product, right, rates, terms, tolerance)
-    by_number = dict.fromkeys(numbers, 0.0)
-    for name, x, p in zip(weights, v, flat, strict=True):
-        key = (group_of[name], "weight_decay")
-        if key in by_number:
-            by_number[key] -= float((x * p.detach()).sum())
-    return score.item(), by_number
 
 
 def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: float) -> Vector:
@@ -127,20 +159,21 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
     Raises:
         StudyError: A direction of negative curvature, or not enough terms.
     """
-    x = [torch.zeros_like(b) for b in right]
+    x = [torch.zeros_like(part) for part in right]
     residual, direction = list(right), list(right)
     square, wanted = dot(residual, residual), tolerance * norm(right)
     for _ in range(terms):
         if square**0.5 <= wanted:
             return x
         image = product(direction)
-        bend = dot(direction, image)
-        if bend <= 0:
+        curvature = dot(direction, image)
+        if curvature <= 0:
             raise StudyError(
                 "the Hessian with weight decay has a direction of negative curvature: this is no minimum; "
                 "train further, or use form='unrolled'"
             )
-        step = square / bend
+        # Hestenes and Stiefel (1952): the exact step along each of a set of conjugate directions.
+        step = square / curvature
         x = add(x, direction, step)
         residual = add(residual, image, -step)
         square, before = dot(residual, residual), square
@@ -165,11 +198,13 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
     Raises:
         StudyError: The series diverges, or has not converged.
     """
-    x, residual, size = [torch.zeros_like(b) for b in right], list(right), norm(right)
+    x = [torch.zeros_like(part) for part in right]
+    residual, size = list(right), norm(right)
     for _ in range(terms):
         if norm(residual) <= tolerance * size:
             return x
-        x = [a + rate * r for a, r, rate in zip(x, residual, rates, strict=True)]
+        # x <- x + R (right - M x)
+        x = [part + rate * left for part, left, rate in zip(x, residual, rates, strict=True)]
         residual = add(right, product(x), -1.0)
         if not norm(residual) <= 1e3 * size:
             raise StudyError(

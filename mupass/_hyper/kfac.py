@@ -18,7 +18,7 @@ from mupass._hyper.planned import PlannedRule, refuse_options
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Key, State, Tensors
 from mupass._optim.kfac import KFAC
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.linalg.roots import diagonal_roots
 from mupass._runs.jobs import quiet
 from mupass._taps.intercept import look_out_for
@@ -32,7 +32,7 @@ class KFACRule(PlannedRule):
         self.made = optimizer
         self.taps = optimizer.taps
         self.real = dict(optimizer.root.named_parameters())
-        self.functional = optimizer.functional(FollowingBank)
+        self.functional = optimizer.functional(FollowingStack)
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
@@ -89,9 +89,11 @@ class KFACRule(PlannedRule):
         """Return averages between their roots, see `PlannedRule`."""
         for (i, key), value in numbers.items():
             if key in self.made.param_groups[i]:  # parts of betas are those of the fallback alone
+                # The optimizer reads its groups: the tensors that are differentiated by are put there.
                 self.made.param_groups[i][key] = value
         if count % self.made.factor_every == 0:
             self._fill(watched)
+        # The state before the first step has no graph.
         state = shared["factors"] if count else self.functional.start
         with quiet():
             found, shared["factors"] = self.functional.directions(count, state, gradients, means)
@@ -104,13 +106,14 @@ class KFACRule(PlannedRule):
 
     def _fill(self, watched: list[Tensor | None]) -> None:
         """Put factors and the number of loss terms where a backward pass would leave them."""
+        # One gradient for each output that a tap has noted.
         rest = iter(watched)
         for tap, uses in zip(self.taps, self.uses, strict=True):
             tap.uses = list(uses)
             tap.fill([next(rest) for _ in uses])
 
 
-class FollowingBank(Bank):
+class FollowingStack(FactorStack):
     """A bank of whole matrices whose averages and roots are new tensors at every change."""
 
     def _matrices(self) -> dict[str, Tensor]:
@@ -135,7 +138,7 @@ class FollowingBank(Bank):
         memory: float = 0.0,
         ok: Tensor | None = None,
     ) -> None:
-        """Add one observation of each factor to the moving averages, see `Bank`.
+        """Add one observation of each factor to the moving averages, see `FactorStack`.
 
         Out of place, one by one: autograd cannot follow several changes of views into one tensor.
         """
@@ -148,6 +151,7 @@ class FollowingBank(Bank):
             several = found if found.dim() == self.state["factor"].dim() else found[None]
             there = rows.reshape(()).to(self.dtype)
             for i, one in enumerate(several, self.slot[key]):
+                # lerp by 0 keeps what was not observed.
                 fresh = (1 - decay) * there
                 factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
                 weights[i] = weights[i] + fresh * (1 - weights[i])
@@ -161,7 +165,7 @@ class FollowingBank(Bank):
         self.state["recent"] = torch.stack(largest)
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
-        """Recompute inverse roots, see `Bank`."""
+        """Recompute inverse roots, see `FactorStack`."""
         at = torch.tensor(slots, device=self.device)
         self.fresh.update(slots)
         value, rho = self.value(at), damping[at]

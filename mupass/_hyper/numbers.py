@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mupass._errors import StudyError
 from mupass._hyper.kfac import KFACRule
-from mupass._hyper.rules import SGD, Adam, Key, Rule, entry
+from mupass._hyper.rules import SGD, Adam, Key, Rule
 from mupass._hyper.shampoo import ShampooRule
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.kfac import KFAC
@@ -72,24 +72,31 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
     Raises:
         StudyError: A hyperparameter sets nothing that the step can be differentiated by, or something else.
     """
+    # Differences of what a recipe makes of neighboring values: it may be any function.
     made = optimizer_of(make, model, point)
     rule = rule_of(made, {p: name for name, p in model.named_parameters()})
     here, slopes = _entries(made), {}
     for name, value in point.items():
         step = STEP * (abs(value) or 1.0)
-        low = value - step if value else 0.0  # most numbers must not be negative
-        below, above = (_entries(make(model, **{**point, name: v})) for v in (low, value + step))
-        moved = {
-            key: (above[key] - below[key]) / (value + step - low) for key in here if above[key] != below[key]
-        }
+        low = 0.0
+        if value:  # most numbers must not be negative
+            low = value - step
+        high = value + step
+        below = _entries(make(model, **{**point, name: low}))
+        above = _entries(make(model, **{**point, name: high}))
+        moved = {}
+        for key in here:
+            if above[key] != below[key]:
+                moved[key] = (above[key] - below[key]) / (high - low)
         foreign = sorted({key for _, key in moved} - set(rule.keys))
         if foreign or not moved:
-            what = f"sets {', '.join(foreign)}" if foreign else "sets no number of its groups"
+            what = f"sets {', '.join(foreign) or 'no number of its groups'}"
             raise StudyError(
                 f"{type(made).__name__} cannot be differentiated by {name!r}, which {what}; possible: "
                 f"{', '.join(rule.keys)}"
             )
         slopes[name] = moved
+    # Only entries that some hyperparameter moves are differentiated by.
     keys = {key for moved in slopes.values() for key in moved}
     return Numbers(rule, {key: here[key] for key in sorted(keys)}, slopes)
 
@@ -97,13 +104,15 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
 def _entries(optimizer: torch.optim.Optimizer) -> dict[Key, float]:
     """Return all numbers of an optimizer: those of its groups, and its own as those of group -1."""
     found: dict[Key, float] = {}
-    for i, group in enumerate(optimizer.param_groups):
-        keys = [k for k in group if k not in ("params", "betas")]
-        keys += ["beta1", "beta2"] if "betas" in group else []
-        found.update({(i, k): float(entry(group, k)) for k in keys if _is_number(entry(group, k))})
+    for number, group in enumerate(optimizer.param_groups):
+        entries = {name: value for name, value in group.items() if name not in ("params", "betas")}
+        if "betas" in group:
+            entries["beta1"], entries["beta2"] = group["betas"]
+        found.update({(number, name): float(value) for name, value in entries.items() if _is_number(value)})
     if isinstance(optimizer, PlannedOptimizer):
-        found.update({(-1, k): float(v) for k, v in vars(optimizer).items() if _is_number(v)})
-        found.update({(-1, k): v for k, v in vars(optimizer.spec).items() if _is_number(v)})
+        # What a recipe may set besides the groups: of these no derivative is known.
+        for settings in (vars(optimizer), vars(optimizer.spec)):
+            found.update({(-1, name): float(v) for name, v in settings.items() if _is_number(v)})
     return found
 
 

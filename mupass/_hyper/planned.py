@@ -21,12 +21,10 @@ class PlannedRule(Rule):
     def __init__(self, optimizer: PlannedOptimizer, names: Mapping[Tensor, str]) -> None:
         super().__init__(optimizer, names)
         self.sums = optimizer.momentum_of == "directions"
-        self.own = {
-            name: i
-            for i, group in enumerate(self.groups)
-            if group["algorithm"] == optimizer.spec.name
-            for name in self.members[i]
-        }
+        self.own: dict[str, int] = {}  # parameter -> number of its group
+        for number, group in enumerate(self.groups):
+            if group["algorithm"] == optimizer.spec.name:
+                self.own.update(dict.fromkeys(self.members[number], number))
 
     def directions(
         self,
@@ -37,15 +35,15 @@ class PlannedRule(Rule):
         watched: list[Tensor | None],
     ) -> Tensors:
         """Return gradients, those of own parameters averaged and preconditioned, see `Rule`."""
-        own = {name: g for name, g in gradients.items() if name in self.own}
-        averages = dict(shared.get("averages", {}))
-        means = {} if not self.sums else dict(own)
-        for name in own if not self.sums else ():
-            index = self.own[name]
-            average = dict(averages.get(name, {}))
-            momentum = Entries(index, self.groups[index], numbers)["momentum"]
-            means[name] = corrected(average, "mean", own[name], momentum)
-            averages[name] = average
+        # Fallbacks keep their averages to themselves, in `update`.
+        own = {name: gradient for name, gradient in gradients.items() if name in self.own}
+        averages, means = dict(shared.get("averages", {})), dict(own)
+        if not self.sums:
+            for name, gradient in own.items():
+                number, average = self.own[name], dict(averages.get(name, {}))
+                momentum = Entries(number, self.groups[number], numbers)["momentum"]
+                means[name] = corrected(average, "mean", gradient, momentum)
+                averages[name] = average
         shared["averages"] = averages
         return {**gradients, **self.preconditioned(count, own, means, shared, numbers, watched)}
 
@@ -78,9 +76,11 @@ class PlannedRule(Rule):
             epsilon = read["eps"] * read["mupass_epsilon"]
             g = mean / (root + epsilon) if algorithm == "adamw" else torch.atan2(mean, root) * (4 / pi)
         elif algorithm == "sgd" or self.sums:
-            past = own.get("momentum")
-            g = g if past is None else read["momentum"] * past + g
+            # Heavy ball: directions add up.
+            if "momentum" in own:
+                g = read["momentum"] * own["momentum"] + g
             own["momentum"] = g
+        # Decay leaves the width factor out.
         p = p * (1 - read["lr"] * read["weight_decay"])
         return p - read["lr"] * read["mupass_scale"] * g
 

@@ -38,6 +38,7 @@ class _DampedRoot(torch.autograd.Function):
         x = values + (damping * unit)[:, None]
         # A zero matrix with nothing added has the root zero: its gradient is zero too.
         alive = (found & (x > 0).all(1))[:, None]
+        # 1 instead of 0, which has no inverse; masked below.
         x = torch.where(alive, x, torch.ones_like(x))
         slope = -power * x.pow(-power - 1) * alive
         divided = divided_differences(x, power) * alive[:, :, None]
@@ -52,6 +53,7 @@ class _DampedRoot(torch.autograd.Function):
         vectors, divided, slope, damping, unit = ctx.saved_tensors
         inner, d_rho = torch.zeros_like(divided), torch.zeros_like(damping)
         if d_bank is not None:
+            # d root = Q (divided * Q^T dM Q) Q^T + d rho part on the diagonal
             turned = vectors.mT @ d_bank @ vectors
             inner = divided * turned
             d_rho = damping * turned[:, -1, -1] if ctx.relative else d_rho
@@ -64,6 +66,7 @@ class _DampedRoot(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         vectors, divided, slope, damping, unit = ctx.saved_tensors
+        # The transpose of the same map.
         turned = vectors.mT @ (gradient + gradient.mT) @ vectors / 2
         by_rho = (slope * turned.diagonal(dim1=-2, dim2=-1)).sum(1)
         inner = divided * turned

@@ -82,6 +82,7 @@ class Rule:
         """
         parameters, by_parameter = dict(parameters), dict(state.get("by_parameter", {}))
         shared = dict(state.get("shared", {}))
+        # Copies above: the tensors of the step before belong to its graph.
         found = self.directions(count, gradients, shared, numbers, watched)
         for i, group in enumerate(self.groups):
             read = Entries(i, group, numbers)
@@ -173,6 +174,7 @@ class Adam(Rule):
 
     def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
+        # AdamW shrinks weights; Adam adds decay to the gradient.
         if self.decoupled:
             p = p * (1 - read["lr"] * read["weight_decay"])
         else:
@@ -191,6 +193,7 @@ def corrected(own: dict[str, Tensor], name: str, new: Tensor, beta: Any) -> Tens
         beta: Weight of the past.
     """
     past, weight = own.get(name, torch.zeros_like(new)), own.get(f"{name}_weight", new.new_zeros(()))
+    # average <- beta average + (1 - beta) new, and the same of 1 for its weight
     own[name] = beta * past + (1 - beta) * new
     own[f"{name}_weight"] = beta * weight + (1 - beta)
     return own[name] / own[f"{name}_weight"]
@@ -214,5 +217,6 @@ def root_of(square: Tensor) -> Tensor:
     Args:
         square: The mean square. Where it is zero every gradient was.
     """
+    # Twice: where() alone would multiply an infinite slope by 0.
     alive = square > 0
     return torch.where(alive, square, 1.0).sqrt() * alive

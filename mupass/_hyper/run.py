@@ -57,6 +57,7 @@ def gradients(
     Returns:
         Gradients by parameter, without what the loss does not depend on, and those of the other tensors.
     """
+    # create_graph: the step is differentiated in turn.
     inputs = [*parameters.values(), *watched]
     found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     named = {name: g for name, g in zip(parameters, found, strict=False) if g is not None}
@@ -74,6 +75,7 @@ def refuse_once(gradients: Iterable[Tensor]) -> None:
     Raises:
         StudyError: One is.
     """
+    # A walk through the graph of the gradients.
     waiting = [g.grad_fn for g in gradients]
     seen = set()
     while waiting:
@@ -81,6 +83,7 @@ def refuse_once(gradients: Iterable[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
+        # once_differentiable leaves a node of this name in the graph.
         if node.name().endswith("Error"):
             raise StudyError(
                 "an autograd function of the model has no second derivative, which hypergradients need: it "
@@ -134,6 +137,7 @@ class Unrolled:
         losses: list[Tensor] = []
         for count in range(work.steps):
             if cut:
+                # Forward mode: values and tangents go on, the graph behind them is let go.
                 parameters, buffers, state = tree_map(_seal, (parameters, buffers, state))
             else:
                 parameters = {n: p if p.requires_grad else p.requires_grad_() for n, p in parameters.items()}
@@ -144,11 +148,13 @@ class Unrolled:
             if diverged(loss.item(), losses[0].item()):
                 return None
             found, others = gradients(loss, parameters, watched)
+            # The graph has the same operators at every step: one look is enough.
             if count == 0:
                 refuse_once([*found.values(), *(g for g in others if g is not None)])
                 refuse_buffers(before, buffers)
             parameters, state = self.rule.step(count, parameters, found, state, numbers, others)
         if work.evaluate is None:
+            # The mean over the last tenth of the steps, as in a sweep.
             tail = losses[-max(1, work.steps // 10) :]
             return torch.stack(tail).mean()
         score = score_of(model, work.evaluate, parameters, buffers)
@@ -166,6 +172,7 @@ def score_of(model: nn.Module, evaluate: Evaluate, *tensors: Mapping[str, Tensor
     Raises:
         StudyError: The score is no tensor of one number, or does not depend on the parameters.
     """
+    # eval() is for the score alone.
     modes = [(module, module.training) for module in model.modules()]
     score = call(model, lambda model: evaluate(model.eval()), *tensors)
     for module, training in modes:

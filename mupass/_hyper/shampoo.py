@@ -60,12 +60,13 @@ class ShampooRule(PlannedRule):
         watched: list[Tensor | None],
     ) -> Tensors:
         """Return averages between their roots, see `PlannedRule`."""
+        # As the optimizer: cut, step stack by stack, paste.
         blockings, found = self.work.blockings, {}
-        lacking = next((name for name in blockings if name not in gradients), None)
-        if lacking is not None:
-            raise StudyError(
-                f"{lacking} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
-            )
+        for name in blockings:
+            if name not in gradients:
+                raise StudyError(
+                    f"{name} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
+                )
         fresh = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
         averaged = {name: blocking.cut(means[name]) for name, blocking in blockings.items()}
         pieces: dict[tuple[str, int], Tensor] = {}
@@ -93,6 +94,7 @@ class ShampooRule(PlannedRule):
     ) -> Tensor:
         """Return the directions of the blocks of one stack, whose state is replaced."""
         graft, direction = self.made.spec.graft, mean
+        # Until then the step is the graft's own.
         started = count >= self.made.start_step
         for side in self.work.sides[number]:
             root, grown = self._root(count, number, side, g, own, numbers)
@@ -118,29 +120,35 @@ class ShampooRule(PlannedRule):
         numbers: Mapping[Key, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return the roots of one side of a stack, and by how much they are too large by now."""
-        made, stack, n = self.made, self.work.stacks[number], self.work.stacks[number].shape[side]
+        made, stack = self.made, self.work.stacks[number]
+        size = stack.shape[side]
         power = made.spec.e / len(self.work.sides[number])
         rows = g.movedim(side + 1, 1).flatten(2)
-        decay, relative = made.factor_decay, made.damping_mode == "relative"
         # A sum without forgetting is no average; its weight stays 1.
-        factor = decay * own.get(f"factor{side}", stack.zeros(n, n))
-        factor = factor + (1.0 if decay == 1 else 1 - decay) * rows @ rows.mT
-        average = factor / (1.0 if decay == 1 else 1 - decay ** (count + 1))
+        fresh, weight = 1.0, 1.0
+        if made.factor_decay < 1:
+            fresh, weight = 1 - made.factor_decay, 1 - made.factor_decay ** (count + 1)
+        factor = made.factor_decay * own.get(f"factor{side}", stack.zeros(size, size))
+        factor = factor + fresh * rows @ rows.mT
+        average = factor / weight
         traces = average.diagonal(dim1=-2, dim2=-1).sum(-1)
         peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * made.damping_memory, traces)
-        root, rooted = own.get(f"root{side}", stack.zeros(n, n)), own.get(f"rooted{side}", stack.zeros())
+        root = own.get(f"root{side}", stack.zeros(size, size))
+        rooted = own.get(f"rooted{side}", stack.zeros())
         due = self.work.schedule.due(count, number, side)
         if due:
             at = torch.tensor(due, device=stack.device)
             rho = self._damping(number, side, numbers)
+            # Damping is relative to the largest trace seen, as in the optimizer.
             if made.damping_mode == "trace":
                 rho = rho * peak
-            elif relative:
+            elif made.damping_mode == "relative":
                 rho = rho * peak / torch.where(traces > 0, traces, torch.ones_like(traces))
-            root = root.index_copy(0, at, damped_root(average[at], rho[at], power, relative))
+            new = damped_root(average[at], rho[at], power, made.damping_mode == "relative")
+            root = root.index_copy(0, at, new)
             rooted = rooted.index_copy(0, at, traces[at])
-        fresh = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
-        own.update({f"{name}{side}": value for name, value in fresh.items()})
+        parts = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
+        own.update({f"{name}{side}": value for name, value in parts.items()})
         return root, growth(traces, rooted).pow(power)
 
     def _damping(self, number: int, side: int, numbers: Mapping[Key, Tensor]) -> Tensor:

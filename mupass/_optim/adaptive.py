@@ -29,6 +29,18 @@ class LevenbergMarquardt:
 
     Raises:
         OptimizerError: An argument is out of range, or the optimizer leaves one side out.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.KFAC(net)
+        >>> adaptive = mupass.LevenbergMarquardt(optimizer, every=2)
+        >>> x = torch.randn(4, 8)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     net(x).square().mean().backward()
+        ...     adaptive.step(lambda: net(x).square().mean())
     """
 
     def __init__(
@@ -59,24 +71,35 @@ class LevenbergMarquardt:
         if self.steps % self.every:
             self.optimizer.step()
             return
-        before, old = float(closure()), {p: p.detach().clone() for p in self.optimizer.names}
-        grads = {p: p.grad for p in old if p.grad is not None}
+        before = float(closure())
+        moving = [parameter for parameter in self.optimizer.names if parameter.grad is not None]
+        old = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in moving]
         self.optimizer.step()
-        moves = {self.optimizer.names[p]: whole(p - old[p]) for p in grads}
-        linear = sum(float((whole(g) * moves[self.optimizer.names[p]]).sum()) for p, g in grads.items())
+        moves, linear = {}, 0.0
+        for parameter, weight, gradient in old:
+            assert gradient is not None
+            move = whole(parameter - weight)
+            moves[self.optimizer.names[parameter]] = move
+            linear += float((whole(gradient) * move).sum())
+        # g d + d^T F d / 2
         predicted = linear + self.optimizer.curvature_along(moves) / 2
         if predicted < 0:
             self.ratio = (float(closure()) - before) / predicted
             self._adapt()
 
     def _adapt(self) -> None:
-        factor = self.omega**self.every
+        """Lower damping where the model predicts well, and raise it where it promises too much."""
+        factor = 1.0
+        if self.ratio > 0.75:
+            factor = self.omega**self.every
+        smallest, largest = self.bounds
         for group in self.optimizer.param_groups:
-            if "damping" in group:
-                damping = group["damping"]
-                damping = damping * factor if self.ratio > 0.75 else damping
-                damping = damping / factor if self.ratio < 0.25 else damping
-                group["damping"] = min(max(damping, self.bounds[0]), self.bounds[1])
+            if "damping" not in group:
+                continue
+            damping = group["damping"] * factor
+            if self.ratio < 0.25:
+                damping = damping / self.omega**self.every
+            group["damping"] = min(max(damping, smallest), largest)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of steps; damping is in the optimizer's groups."""

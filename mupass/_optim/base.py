@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mupass._errors import MupassWarning, OptimizerError
 from mupass._optim.checks import Coverage, Covered, check_choice, check_number
 from mupass._optim.fallback import (
-    Fallback,
     adam_rate,
     average_state,
     averages,
@@ -30,11 +29,10 @@ from mupass._optim.fallback import (
 from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
+from mupass._optim.training import BOUNDS, Training
 from mupass._parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
-MOMENTUM_OF = ("gradients", "directions")
-DECAYED = ("all", "matrices")
 OVERRIDES = ("lr", "weight_decay", "damping")
 EMPTY = "none"  # treatment of a parameter without entries
 NO_ENTRIES = "it has no entries"
@@ -59,99 +57,122 @@ class PlannedOptimizer(BoundOptimizer):
     _ranks = 1
 
     def __init__(
-        self,
-        model: nn.Module,
-        spec: OptimizerSpec,
-        lr: float | None,
-        damping: float,
-        *,
-        momentum: float,
-        momentum_of: str = "gradients",
-        weight_decay: float,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        fallback: str | Fallback,
-        fallback_lr: float | None,
-        strict: bool,
-        stochastic_rounding: bool = False,
+        self, model: nn.Module, spec: OptimizerSpec, lr: float | None, damping: float, training: Training
     ) -> None:
         if lr is not None:
             check_number("lr", lr)
         check_number("damping", damping)
-        check_number("momentum", momentum, 0, 1)
-        check_number("weight_decay", weight_decay)
-        check_choice("decay", decay, DECAYED)
-        self.momentum_of = check_choice("momentum_of", momentum_of, MOMENTUM_OF)
-        self.fallback = Fallback.of(fallback, fallback_lr)
+        self._training = training
+        self.momentum_of, self.fallback = training.momentum_of, training.fallback
         self.root, plan = plan_of(model)
         self.plan: Plan = plan.for_optimizer(spec)
+        # The model may have been changed since it was transformed.
         self.plan.check(self.root)
         self.spec = spec
-        every = {n: p for n, p in self.root.named_parameters()}
-        self.names: dict[Tensor, str] = {p: n for n, p in every.items() if p.requires_grad}
-        self._frozen: dict[Tensor, str] = {p: n for n, p in every.items() if not p.requires_grad}
-        if not self.names:
-            raise OptimizerError("every parameter of the model is frozen")
-        if stochastic_rounding:
-            check_rounded(self.names)
-        self._seed = drawn_seed(self._ranks, self._device) if stochastic_rounding else None
-        self._numbers = {name: number for number, name in enumerate(every)}
-        self._overrides = _checked_overrides(overrides, every)
-        self._decay_of = decay
         self._steps = 0
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None  # steps since the last report, on the device
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
-        reasons = {name: _unfit(p) for p, name in self.names.items()}
-        self._unfit = {name: reason for name, reason in reasons.items() if reason}
-        own, found = self._assign()
-        # No subclass takes these; one without entries is nothing else.
-        reasons = {**self._unfit, **found, **{n: w for n, w in self._unfit.items() if w == NO_ENTRIES}}
-        self._coverage = Coverage(self._covered(n, own, reasons) for n in self.names.values())
-        left = [c for c in self._coverage if c.parameter not in own and c.treatment != EMPTY]
-        if not own and left and self._wanted():
+        self._find_parameters()
+        treatments, reasons = self._assign()
+        # strict= is refused before torch makes the groups.
+        fallen = self._cover_parameters(treatments, reasons)
+        if lr is None:
+            lr = self._default_rate()
+        self._make_groups(treatments, fallen, lr, damping)
+        self._complete = True
+
+    def _find_parameters(self) -> None:
+        """Name the parameters, and find those that no preconditioner can work with."""
+        self.names: dict[Tensor, str] = {}
+        self._frozen: dict[Tensor, str] = {}
+        self._numbers: dict[str, int] = {}
+        parameter: Tensor
+        for number, (name, parameter) in enumerate(self.root.named_parameters()):
+            self._numbers[name] = number
+            if parameter.requires_grad:
+                self.names[parameter] = name
+            else:
+                self._frozen[parameter] = name
+        if not self.names:
+            raise OptimizerError("every parameter of the model is frozen")
+        self._seed: int | None = None
+        if self._training.stochastic_rounding:
+            check_rounded(self.names)
+            self._seed = drawn_seed(self._ranks, self._device)
+        self._overrides = _checked_overrides(self._training.overrides, self._numbers)
+        self._unfit: dict[str, str] = {}
+        for parameter, name in self.names.items():
+            reason = _unfit(parameter)
+            if reason:
+                self._unfit[name] = reason
+
+    def _cover_parameters(self, treatments: Mapping[str, str], reasons: Mapping[str, str]) -> list[str]:
+        """Write the table of coverage, and return the parameters that fall back.
+
+        Args:
+            treatments: Own parameter -> block type.
+            reasons: Parameter -> why the subclass does not take it, or not in full.
+        """
+        # What no preconditioner can take has its own reason, but the subclass may know a better one.
+        reasons = {**self._unfit, **reasons}
+        table, fallen = [], []
+        for name in self.names.values():
+            treatment, reason = treatments.get(name, self.fallback.name), reasons.get(name, "")
+            if self._unfit.get(name) == NO_ENTRIES:
+                treatment, reason = EMPTY, NO_ENTRIES
+            table.append(Covered(name, treatment, reason))
+            if name not in treatments and treatment != EMPTY:
+                fallen.append(table[-1])
+        self._coverage = Coverage(table)
+        if fallen and not treatments and self._wanted():
             warnings.warn(
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to "
-                f"{self.fallback.name}. First reason: {left[0].parameter}: {left[0].reason}",
+                f"{self.fallback.name}. First reason: {fallen[0].parameter}: {fallen[0].reason}",
                 MupassWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        if strict and left:
-            raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(left)))
-        lr = self._default_rate() if lr is None else lr
-        shared = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping}
-        groups = self._groups(spec.name, own, shared)
-        others = [c.parameter for c in left]
-        groups += self._groups(self.fallback.name, others, self._fallback_settings(weight_decay))
+        if fallen and self._training.strict:
+            raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(fallen)))
+        return [covered.parameter for covered in fallen]
+
+    def _make_groups(
+        self, treatments: Mapping[str, str], fallen: Sequence[str], lr: float, damping: float
+    ) -> None:
+        """Make the parameter groups, own ones first, and the state before the first step."""
         # OneCycleLR cycles momentum where the defaults have it.
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._members = [[self.names[p] for p in g["params"]] for g in self.param_groups]
+        defaults = {
+            "lr": lr,
+            "weight_decay": self._training.weight_decay,
+            "momentum": self._training.momentum,
+        }
+        groups = self._groups(self.spec.name, treatments, {**defaults, "damping": damping})
+        settings = self._fallback_settings(self._training.weight_decay)
+        groups += self._groups(self.fallback.name, fallen, settings)
+        super().__init__(groups, defaults)
+        self._members: list[list[str]] = []
         for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p].update(self._first_state(p, group))
-        self._complete = True
+            self._members.append([self.names[p] for p in group["params"]])
+            for parameter in group["params"]:
+                self.state[parameter].update(self._first_state(parameter, group))
 
     def _default_rate(self) -> float:
         """Return the learning rate at the base width where none is given: that of Adam."""
         return adam_rate(self.plan.base_width)
 
     def _fallback_settings(self, weight_decay: float) -> dict[str, Any]:
+        """Return the numbers of the fallback's groups; the decay is the optimizer's unless it has its own."""
         fallback = self.fallback
-        own_decay = fallback.weight_decay
+        if fallback.weight_decay is not None:
+            weight_decay = fallback.weight_decay
         return {
             "lr": fallback_rate(fallback, self.plan.base_width),
-            "weight_decay": weight_decay if own_decay is None else own_decay,
+            "weight_decay": weight_decay,
             "momentum": fallback.momentum,
             "betas": tuple(fallback.betas),
             "eps": fallback.eps,
         }
-
-    def _covered(self, name: str, own: Mapping[str, str], reasons: Mapping[str, str]) -> Covered:
-        reason = reasons.get(name, "")
-        if reason == NO_ENTRIES:
-            return Covered(name, EMPTY, reason)
-        return Covered(name, own.get(name, self.fallback.name), reason)
 
     def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
@@ -198,32 +219,34 @@ class PlannedOptimizer(BoundOptimizer):
         self, algorithm: str, names: Iterable[str], settings: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """Merge parameters of equal scales and settings into groups."""
-        mine = algorithm == self.spec.name
-        plan = self.plan if mine else self.plan.for_optimizer(algorithm)
+        is_own = algorithm == self.spec.name
+        plan = self.plan
+        if not is_own:
+            plan = plan.for_optimizer(algorithm)
         wanted = set(names)
         groups: dict[Any, dict[str, Any]] = {}
         for parameter, name in self.names.items():
             if name not in wanted:
                 continue
             scales = plan[name].scales
-            factor = scales.lr * (self._correction(name) if mine else 1.0)
+            scale = scales.lr
+            if is_own:
+                scale *= self._correction(name)
             chosen = {**settings, **self._overridden(name, settings)}
-            if self._decay_of == "matrices" and not self._decays(name):
+            if self._training.decay == "matrices" and not self._is_matrix(name):
                 chosen["weight_decay"] = 0.0
-            epsilon = scales.epsilon if algorithm == "adamw" else 1.0
-            # Twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
-            key = (float(f"{factor:.12g}"), float(f"{epsilon:.12g}"), *chosen.values())
-            fresh = {
-                "params": [],
-                **chosen,
-                "algorithm": algorithm,
-                "mupass_scale": factor,
-                "mupass_epsilon": scales.epsilon,
-                "mupass_kind": saved_kind(type(self).__name__, str(self.spec)),
-                "mupass_steps": 0,
-                **({} if self._seed is None else {"mupass_seed": self._seed}),
-            }
-            groups.setdefault(key, fresh)["params"].append(parameter)
+            key = [_rounded(scale), *chosen.values()]
+            if algorithm == "adamw":  # the only one whose steps depend on epsilon
+                key.append(_rounded(scales.epsilon))
+            group = groups.setdefault(tuple(key), {"params": [], **chosen})
+            if not group["params"]:
+                group["algorithm"] = algorithm
+                group["mupass_scale"], group["mupass_epsilon"] = scale, scales.epsilon
+                group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec))
+                group["mupass_steps"] = 0
+                if self._seed is not None:
+                    group["mupass_seed"] = self._seed
+            group["params"].append(parameter)
         return list(groups.values())
 
     def _overridden(self, name: str, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -233,11 +256,12 @@ class PlannedOptimizer(BoundOptimizer):
                 return {key: value for key, value in values.items() if key in settings}
         return {}
 
-    def _decays(self, name: str) -> bool:
+    def _is_matrix(self, name: str) -> bool:
         """Return whether a parameter is a matrix in the sense of weight decay: no vector, no table."""
         geometry = self.plan[name].geometry
-        table = any(use.kind == "embedding" for use in geometry.uses)
-        return bool(geometry.fan_in_axes and geometry.fan_out_axes) and not table
+        if any(use.kind == "embedding" for use in geometry.uses):
+            return False
+        return bool(geometry.fan_in_axes and geometry.fan_out_axes)
 
     def _correction(self, name: str) -> float:
         """Return a further factor on the learning rate, for what the scale table cannot know."""
@@ -280,22 +304,22 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _report(self) -> None:
         """Read the counts of what went wrong from the device, all at once, and warn of what is new."""
-        told, counts = self._incidents()
+        incidents, counts = self._incidents()
         if self._skipped is not None:
-            told.append(("skipped_steps", "a gradient holds NaN or infinity"))
+            incidents.append(("skipped_steps", "a gradient holds NaN or infinity"))
             counts.append(self._skipped.reshape(1))
             self._skipped = None
         if not counts:
             return
+        # One message from the device for all counts: each read by itself would wait for it.
         device = counts[0].device
-        numbers = torch.cat([c.to(device, torch.float32) for c in counts]).tolist()
-        skipped = False
-        for (what, where), number in zip(told, numbers, strict=True):
+        numbers = torch.cat([count.to(device, torch.float32) for count in counts]).tolist()
+        self._watching = False
+        for (kind, place), number in zip(incidents, numbers, strict=True):
             if number:
-                self.count(what, where, int(number))
-                skipped |= what == "skipped_steps"
-        self._watching = skipped
-        if skipped:
+                self.count(kind, place, int(number))
+                self._watching |= kind == "skipped_steps"
+        if self._watching:
             self._make_up()
 
     def _make_up(self) -> None:
@@ -316,10 +340,12 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: A group holds a number that no step can be taken with, or a gradient is sparse or
                 of another shape than its parameter. Nothing has changed then.
         """
+        # With a closure the gradients are made now, and checked like any others.
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Some trainers put other tensors into the groups, or thaw layers, between steps.
         self._adopt_swapped()
         self._adopt_thawed()
         self._check_groups()
@@ -334,36 +360,59 @@ class PlannedOptimizer(BoundOptimizer):
     def _step(self, ok: Tensor) -> None:
         """Take a step that counts or, where ``ok`` is zero, does not."""
         skipped = 1 - ok
-        self._skipped = skipped if self._skipped is None else self._skipped + skipped
-        gradients, means = {}, {}
-        for group in self._own_groups():
-            some = [p for p in group["params"] if p.grad is not None]
-            found = [self._gradient(p, ok) for p in some]
-            averaged = self._averaged(some, found, group, ok)
-            for p, gradient, mean in zip(some, found, averaged, strict=True):
-                name = self.names[p]
-                gradients[name] = self._whole(gradient, p)
-                means[name] = gradients[name] if mean is gradient else self._whole(mean, p)
+        if self._skipped is not None:
+            skipped = self._skipped + skipped
+        self._skipped = skipped
+        gradients, means = self._own_gradients(ok)
+        # Only parameters whose block this rank keeps have a direction here; the others come from their ranks.
         directions = self._from_owners(self._directions(gradients, means, ok), gradients)
         for group in self.param_groups:
-            some = [p for p in group["params"] if p.grad is not None and p.numel()]
             if group["algorithm"] == self.spec.name:
-                some = [p for p in some if self.names[p] in directions]
-                updates = [self._own_update(p, directions[self.names[p]], group, ok) for p in some]
+                self._move_own(group, directions, ok)
             else:
-                found = [self._gradient(p, ok) for p in some]
-                states = [self._local_state(p) for p in some]
-                updates = fallback_directions(found, states, group, ok) if some else []
-            self._move(some, updates, group, ok)
+                self._move_fallen(group, ok)
         self._steps += 1
         for group in self.param_groups:
             group["mupass_steps"] = self._steps
         if self._steps % self.report_every == 0 or self._watching:
             self._report()
 
+    def _own_gradients(self, ok: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the whole gradients of own parameters, and their moving averages, by name."""
+        gradients, means = {}, {}
+        for group in self._own_groups():
+            parameters = _with_gradient(group)
+            parts = [self._gradient(p, ok) for p in parameters]
+            averaged = self._averaged(parameters, parts, group, ok)
+            for parameter, part, mean in zip(parameters, parts, averaged, strict=True):
+                name = self.names[parameter]
+                gradients[name] = means[name] = self._whole(part, parameter)
+                if mean is not part:
+                    means[name] = self._whole(mean, parameter)
+        return gradients, means
+
+    def _move_own(self, group: Mapping[str, Any], directions: Mapping[str, Tensor], ok: Tensor) -> None:
+        """Move the parameters of a group that have a direction along it."""
+        parameters, updates = [], []
+        for parameter in _with_gradient(group):
+            direction = directions.get(self.names[parameter])
+            if direction is not None and parameter.numel():
+                parameters.append(parameter)
+                updates.append(self._own_update(parameter, direction, group, ok))
+        self._move(parameters, updates, group, ok)
+
+    def _move_fallen(self, group: Mapping[str, Any], ok: Tensor) -> None:
+        """Let the fallback move the parameters of one of its groups."""
+        parameters = [p for p in _with_gradient(group) if p.numel()]
+        if not parameters:
+            return
+        gradients = [self._gradient(p, ok) for p in parameters]
+        states = [self._local_state(p) for p in parameters]
+        self._move(parameters, fallback_directions(gradients, states, group, ok), group, ok)
+
     def _own_groups(self) -> list[dict[str, Any]]:
         """Return the groups of the parameters that the subclass takes."""
-        return [g for g in self.param_groups if g["algorithm"] == self.spec.name]
+        return [group for group in self.param_groups if group["algorithm"] == self.spec.name]
 
     def _from_owners(
         self, directions: dict[str, Tensor], gradients: Mapping[str, Tensor]
@@ -371,10 +420,12 @@ class PlannedOptimizer(BoundOptimizer):
         """Return the directions that all ranks have found, of parameters that have a gradient here."""
         owner = self._owner
         if owner:
-            own = {n: p for p, n in self.names.items() if n in owner}
-            like = {n: torch.empty(p.shape, dtype=state_dtype(p), device="meta") for n, p in own.items()}
+            like = {}
+            for parameter, name in self.names.items():
+                if name in owner:
+                    like[name] = torch.empty(parameter.shape, dtype=state_dtype(parameter), device="meta")
             directions = exchange(directions, owner, like, self._ranks, self._device)
-        return {n: d for n, d in directions.items() if n in gradients}
+        return {name: direction for name, direction in directions.items() if name in gradients}
 
     def _gradient(self, p: Tensor, ok: Tensor) -> Tensor:
         """Return this rank's part of a gradient in the precision of the state; zeros in a skipped step."""
@@ -396,41 +447,47 @@ class PlannedOptimizer(BoundOptimizer):
         return whole(tensor)
 
     def _averaged(
-        self, some: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any], ok: Tensor
+        self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Mapping[str, Any], ok: Tensor
     ) -> list[Tensor]:
         """Return the moving averages of gradients where these are what momentum is of."""
-        if not self.smooths or not group["momentum"] or self.momentum_of == "directions" or not some:
+        if not self._smooths_with(group) or self.momentum_of == "directions" or not parameters:
             return gradients
-        states = [self._local_state(p) for p in some]
+        states = [self._local_state(p) for p in parameters]
         return averages(gradients, states, "momentum", group["momentum"], ok)
+
+    def _smooths_with(self, group: Mapping[str, Any]) -> bool:
+        """Return whether this class, not the subclass, keeps the momentum of a group."""
+        return bool(self.smooths and group["momentum"])
 
     def _local_state(self, p: Tensor) -> dict[str, Tensor]:
         return {name: local(value) for name, value in self.state[p].items()}
 
     def _own_update(self, p: Tensor, direction: Tensor, group: Mapping[str, Any], ok: Tensor) -> Tensor:
         """Return this rank's part of an own parameter's update, in the precision of the state."""
+        # Directions are whole: each rank cuts out the shard that it has of the parameter.
         part = local(sharded_like(direction.to(state_dtype(p)), p))
-        if not self.smooths or self.momentum_of == "gradients" or not group["momentum"]:
+        if not self._smooths_with(group) or self.momentum_of == "gradients":
             return part
         return heavy_ball(part, self._local_state(p), group["momentum"], ok)
 
-    def _move(self, some: list[Tensor], updates: list[Tensor], group: Mapping[str, Any], ok: Tensor) -> None:
+    def _move(
+        self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any], ok: Tensor
+    ) -> None:
         """Subtract updates, after decay, from the parameters of a group."""
-        if not some:
-            return
+        # W <- (1 - lr decay) W - lr scale D: decay leaves the width factor out.
         rate, decay = group["lr"] * group["mupass_scale"], group["lr"] * group["weight_decay"]
-        for p, update in zip(some, updates, strict=True):
-            target, count = real(local(p)), ok.to(update)
+        for parameter, update in zip(parameters, updates, strict=True):
+            weight, count = real(local(parameter)), ok.to(update)
             # Half precision knows no factor between 0.998 and 1: it is rounded once, after the whole step.
-            moved = target if target.dtype == update.dtype else target.to(update.dtype)
+            moved = weight.to(update.dtype)  # the weight itself where it has this precision
             if group["weight_decay"]:
                 moved.mul_(1 - decay * count)
             moved.sub_(update * (rate * count))
-            if target.dtype == torch.bfloat16 and "mupass_seed" in group:
-                turn = (self._steps, self._numbers[self.names[p]])
+            if weight.dtype == torch.bfloat16 and "mupass_seed" in group:
+                turn = (self._steps, self._numbers[self.names[parameter]])
                 moved = to_bfloat16(moved, mixed(int(group["mupass_seed"]), turn))
-            if moved is not target:
-                target.copy_(moved)
+            if moved is not weight:
+                weight.copy_(moved)
 
     def _adopt_swapped(self) -> None:
         """Follow a trainer that put other tensors of the same parameters into the groups."""
@@ -440,23 +497,28 @@ class PlannedOptimizer(BoundOptimizer):
                     f"a group has {len(group['params'])} parameters where the plan has {len(members)}; "
                     "make the optimizer anew"
                 )
-            for p, name in zip(group["params"], members, strict=True):
-                if p not in self.names:
-                    self._adopt(p, name)
+            for parameter, name in zip(group["params"], members, strict=True):
+                if parameter not in self.names:
+                    self._adopt(parameter, name)
 
     def _adopt(self, new: Tensor, name: str) -> None:
-        old = next(p for p, n in self.names.items() if n == name)
+        """Let a new tensor take the place of a parameter, with its state."""
+        old = next(p for p, known in self.names.items() if known == name)
         if old.shape != new.shape:
             raise OptimizerError(
                 f"{name} was replaced in the optimizer's groups by a tensor of shape {tuple(new.shape)}, not "
                 f"{tuple(old.shape)}; make the optimizer anew"
             )
-        self.names = {new if p is old else p: n for p, n in self.names.items()}
+        names: dict[Tensor, str] = {}  # in the same order
+        for parameter, known in self.names.items():
+            names[new if parameter is old else parameter] = known
+        self.names = names
         state = self.state.pop(old, {})
-        self.state[new] = {
-            key: _placed_like(value, new) if "." not in key and value.shape == old.shape else value
-            for key, value in state.items()
-        }
+        for key, value in state.items():
+            # A dot is in the keys of what belongs to the preconditioner, which is views of its own tensors.
+            if "." not in key and value.shape == old.shape:
+                state[key] = _placed_like(value, new)
+        self.state[new] = state
         self._replaced(name, new)
 
     def _replaced(self, name: str, new: Tensor) -> None:
@@ -464,10 +526,11 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _adopt_thawed(self) -> None:
         """Let the fallback train parameters that were frozen when the optimizer was made."""
-        thawed = {p: n for p, n in self._frozen.items() if p.requires_grad and p.grad is not None}
-        for p, name in thawed.items():
-            del self._frozen[p]
-            self._add_to_fallback(p, name, "it was frozen when the optimizer was made")
+        for parameter, name in list(self._frozen.items()):
+            if not parameter.requires_grad or parameter.grad is None:
+                continue
+            del self._frozen[parameter]
+            self._add_to_fallback(parameter, name)
             warnings.warn(
                 f"mupass.{type(self).__name__}: {name} was frozen when the optimizer was made; "
                 f"{self.fallback.name} trains it from now on. Make the optimizer anew to have it "
@@ -476,39 +539,43 @@ class PlannedOptimizer(BoundOptimizer):
                 stacklevel=4,
             )
 
-    def _add_to_fallback(self, p: Tensor, name: str, reason: str) -> None:
-        self.names[p] = name
+    def _add_to_fallback(self, parameter: Tensor, name: str) -> None:
+        """Make a group of the fallback for a parameter that was frozen."""
+        self.names[parameter] = name
         decay = next((g["weight_decay"] for g in self.param_groups), 0.0)
         (group,) = self._groups(self.fallback.name, [name], self._fallback_settings(decay))
+        # For this group alone the refusal of further groups is lifted.
         self._complete = False
         self.add_param_group(group)
         self._complete = True
         self._members.append([name])
-        self.state[p].update(self._first_state(p, self.param_groups[-1]))
-        self._coverage = Coverage([*self._coverage, Covered(name, self.fallback.name, reason)])
+        self.state[parameter].update(self._first_state(parameter, self.param_groups[-1]))
+        covered = Covered(name, self.fallback.name, "it was frozen when the optimizer was made")
+        self._coverage = Coverage([*self._coverage, covered])
 
     def _check_groups(self) -> None:
         """Refuse numbers, as a scheduler may have set them, that would destroy weights."""
-        bounds = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "momentum": 1.0}
         for number, group in enumerate(self.param_groups):
-            for key, high in bounds.items():
+            where = f"of group {number} ({self._members[number][0]})"
+            for key, high in BOUNDS.items():
                 if key in group and not isinstance(group[key], Tensor):
-                    check_number(f"{key} of group {number} ({self._members[number][0]})", group[key], 0, high)
+                    check_number(f"{key} {where}", group[key], 0, high)
             if group["momentum"] and self._lacks_momentum(group):
                 raise OptimizerError(
-                    f"the momentum of group {number} ({self._members[number][0]}) was set to "
-                    f"{group['momentum']:g}, but the optimizer was made with momentum=0 and has no average; "
+                    f"the momentum {where} was set to {group['momentum']:g}, but the optimizer was made with "
+                    "momentum=0 and has no average; "
                     "make it with momentum, or pass cycle_momentum=False to the scheduler"
                 )
 
     def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
         """Return whether momentum was switched on after the state of a group was made without."""
-        mine = group["algorithm"] == self.spec.name and self.smooths
-        if not mine and group["algorithm"] != "sgd":
+        keeps_own = group["algorithm"] == self.spec.name and self.smooths
+        if not keeps_own and group["algorithm"] != "sgd":
             return False
         return any("momentum" not in self.state[p] for p in group["params"])
 
     def _check_gradients(self) -> None:
+        """Refuse gradients that no step can be taken with."""
         for p, name in self.names.items():
             if p.grad is None:
                 continue
@@ -525,26 +592,34 @@ class PlannedOptimizer(BoundOptimizer):
     def _unscale(self) -> None:
         """Take a gradient scaler's factor out; it leaves it on the optimizer for the time of a step."""
         scale = getattr(self, "grad_scale", None)
-        self._amp_scale: Tensor | float = 1.0 if scale is None else scale
-        if scale is not None:
-            for p in self.names:
-                if p.grad is not None:
-                    local(p.grad).div_(scale.to(p.grad.device))
+        self._amp_scale: Tensor | float = 1.0
+        if scale is None:
+            return
+        self._amp_scale = scale
+        for parameter in self.names:
+            if parameter.grad is not None:
+                local(parameter.grad).div_(scale.to(parameter.grad.device))
 
     def _gradients_are_finite(self) -> Tensor | None:
         """Return 1, or 0 where a gradient holds NaN or infinity, on the device; None without any gradient."""
-        parts = [real(local(p.grad)) for p in self.names if p.grad is not None]
-        grads = [part for part in parts if part.numel()]  # a rank's shard may be empty
-        sharded = any(is_sharded(p) for p in self.names)
-        if not grads and not sharded:
+        gradients, sharded = [], False
+        for parameter in self.names:
+            sharded |= is_sharded(parameter)
+            if parameter.grad is not None:
+                part = real(local(parameter.grad))
+                if part.numel():  # a rank's shard may be empty
+                    gradients.append(part)
+        if not gradients and not sharded:
             return None
-        device = grads[0].device if grads else local(next(iter(self.names))).device
+        device = gradients[0].device if gradients else self._device
         fine = torch.ones((), dtype=torch.bool, device=device)
-        if grads:
-            fine = torch.stack([n.isfinite().to(device) for n in torch._foreach_norm(grads, math.inf)]).all()
+        if gradients:
+            largest = torch._foreach_norm(gradients, math.inf)
+            fine = torch.stack([number.isfinite().to(device) for number in largest]).all()
         if sharded:
+            # All ranks skip the step where the shard of one is broken.
             broken = sum_over_ranks([(~fine).to(torch.float32)])[0]
-            return (broken == 0).to(torch.float32)
+            fine = broken == 0
         return fine.to(torch.float32)
 
     def _prepare_next(self) -> None:
@@ -556,7 +631,11 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _setting(self, key: str) -> dict[str, float]:
         """Return a number of every own parameter's group; a schedule may have changed it."""
-        return {self.names[p]: g[key] for g in self._own_groups() for p in g["params"]}
+        found = {}
+        for group in self._own_groups():
+            for parameter in group["params"]:
+                found[self.names[parameter]] = group[key]
+        return found
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -568,12 +647,15 @@ class PlannedOptimizer(BoundOptimizer):
         owner = self._owner
         if not owner:
             return state
-        ids = {name: i for i, name in enumerate(n for members in self._members for n in members)}
+        # torch numbers parameters through all groups.
+        order = [name for members in self._members for name in members]
+        numbers = {name: number for number, name in enumerate(order)}
         found = dict(state)
         for name, rank in owner.items():
-            kept = self._own_state(name)
-            values = {key: from_rank(tensor, rank, self._device) for key, tensor in kept.items()}
-            found[ids[name]] = {**state[ids[name]], **values}
+            entries = dict(state[numbers[name]])
+            for key, tensor in self._own_state(name).items():
+                entries[key] = from_rank(tensor, rank, self._device)
+            found[numbers[name]] = entries
         return found
 
     @property
@@ -599,6 +681,7 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: It is the state of another optimizer, of another version, or damaged. This
                 optimizer is then as it was.
         """
+        # All is checked before anything is copied.
         copy_state(self, *check_state(self, self.names, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
         self._loaded()
@@ -623,21 +706,34 @@ def _checked_overrides(
         return {}
     if not isinstance(overrides, Mapping):
         raise OptimizerError(f"overrides must map patterns of names to settings, not {overrides!r}")
-    names, found = list(parameters), {}
+    names = list(parameters)
+    found: dict[str, dict[str, float]] = {}
     for pattern, settings in overrides.items():
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
             raise OptimizerError(f"the pattern {pattern!r} in overrides fits no parameter")
         if not isinstance(settings, Mapping) or not settings:
             raise OptimizerError(f"overrides[{pattern!r}] must map {', '.join(OVERRIDES)} to numbers")
+        found[pattern] = {}
         for key, value in settings.items():
             check_choice(f"key of overrides[{pattern!r}]", key, OVERRIDES)
-            check_number(f"{key} of overrides[{pattern!r}]", value)
-        found[pattern] = {key: float(value) for key, value in settings.items()}
+            found[pattern][key] = check_number(f"{key} of overrides[{pattern!r}]", value)
     return found
+
+
+def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
+    """Return the parameters of a group that have a gradient."""
+    return [p for p in group["params"] if p.grad is not None]
+
+
+def _rounded(scale: float) -> float:
+    """Return twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones."""
+    return float(f"{scale:.12g}")
 
 
 def _unfit(parameter: Tensor) -> str:
     """Return why no preconditioner can work with a parameter's numbers, or nothing."""
     if parameter.numel() == 0:
         return NO_ENTRIES
-    return "its entries are complex numbers" if parameter.is_complex() else ""
+    if parameter.is_complex():
+        return "its entries are complex numbers"
+    return ""

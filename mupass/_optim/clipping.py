@@ -28,8 +28,10 @@ class GradientScale:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         plain = [p for p in parameters if not is_sharded(p) and p.is_leaf and p.numel() > 1]
-        kinds = ([p for p in plain if p.dim() < 2], [p for p in plain if p.dim() > 1])
-        self._watched = [min(kind, key=lambda p: p.numel()) for kind in kinds if kind]
+        vectors = [p for p in plain if p.dim() < 2]
+        matrices = [p for p in plain if p.dim() > 1]
+        # Two of them: what changes vectors and matrices differently is no common factor.
+        self._watched = [min(kind, key=Tensor.numel) for kind in (vectors, matrices) if kind]
         self._copies: list[Tensor | None] = [None for _ in self._watched]
         for number, p in enumerate(self._watched):
             handle = p.register_post_accumulate_grad_hook(_Copy(weakref.ref(self), number))  # type: ignore[no-untyped-call]
@@ -42,7 +44,9 @@ class GradientScale:
             number: Of the probe.
             gradient: As autograd left it.
         """
-        self._copies[number] = None if gradient is None else _entries(gradient).clone()
+        self._copies[number] = None
+        if gradient is not None:
+            self._copies[number] = _entries(gradient).clone()
 
     def take(self, ranks: int) -> Tensor | None:
         """Return the factor, on the device, and forget the copies; None where nothing was noted.
@@ -50,36 +54,42 @@ class GradientScale:
         Args:
             ranks: Number of ranks over which gradients were averaged since.
         """
-        pairs = [
-            (_entries(p.grad), copy)
-            for p, copy in zip(self._watched, self._copies, strict=True)
-            if copy is not None and p.grad is not None and not is_sharded(p.grad)
-        ]
+        present, copies = [], []
+        for parameter, copy in zip(self._watched, self._copies, strict=True):
+            if copy is not None and parameter.grad is not None and not is_sharded(parameter.grad):
+                present.append(_entries(parameter.grad))
+                copies.append(copy)
         self._copies = [None for _ in self._watched]
-        if ranks > 1 and pairs:
-            copies = sum_over_ranks([copy for _, copy in pairs])
-            pairs = [(now, copy / ranks) for (now, _), copy in zip(pairs, copies, strict=True)]
-        if not pairs:
+        if not copies:
             return None
-        device = pairs[0][0].device
-        found = [_ratio(now.to(device), then.to(device)) for now, then in pairs]
-        ratios, known = (torch.stack(part) for part in zip(*found, strict=True))
-        largest = torch.where(known, ratios, 0.0).amax()
-        smallest = torch.where(known, ratios, torch.inf).amin()
-        clipped = known.any() & (smallest > 0) & (largest - smallest <= ALIKE * largest)
+        if ranks > 1:
+            # DistributedDataParallel averages after autograd has accumulated.
+            copies = [total / ranks for total in sum_over_ranks(copies)]
+        device = present[0].device
+        ratios, known = [], []
+        for now, then in zip(present, copies, strict=True):
+            ratio, tells = _ratio(now.to(device), then.to(device))
+            ratios.append(ratio)
+            known.append(tells)
+        all_ratios, all_known = torch.stack(ratios), torch.stack(known)
+        largest = torch.where(all_known, all_ratios, 0.0).amax()
+        smallest = torch.where(all_known, all_ratios, torch.inf).amin()
+        clipped = all_known.any() & (smallest > 0) & (largest - smallest <= ALIKE * largest)
         return torch.where(clipped & largest.isfinite(), largest, 1.0)
 
 
 def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     """Return what multiple of its copy a gradient is, -1 for none, and whether the copy tells anything."""
     scale = then.abs().amax()
-    a, b = now / scale, then / scale
-    along = a @ b / (b @ b)
-    same = (a - along * b).abs().amax() <= ALIKE * along.abs()
-    return torch.where(same, along, -1.0), (scale > 0) & scale.isfinite() & now.isfinite().all()
+    now_scaled, then_scaled = now / scale, then / scale
+    # The multiple with the smallest sum of squares of what is left.
+    multiple = now_scaled @ then_scaled / (then_scaled @ then_scaled)
+    same = (now_scaled - multiple * then_scaled).abs().amax() <= ALIKE * multiple.abs()
+    return torch.where(same, multiple, -1.0), (scale > 0) & scale.isfinite() & now.isfinite().all()
 
 
 def _entries(gradient: Tensor) -> Tensor:
+    """Return the first entries, in float32 or better."""
     entries = gradient.detach().reshape(-1)[:ENTRIES]
     return entries.to(torch.promote_types(entries.dtype, torch.float32))
 

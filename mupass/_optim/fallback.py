@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi
 from typing import Any
 
@@ -18,6 +18,7 @@ EPSILON = 1e-8  # at the base width
 BETAS = (0.9, 0.999)
 # Rates of Adam and what moves like it, chosen by `benchmarks/defaults.py` at base widths from 4 to 64.
 ADAM_RATE, NARROW, WIDE = 8e-3, 32, 64
+SGD_RATE = 0.1
 
 
 def adam_rate(base_width: float) -> float:
@@ -38,7 +39,12 @@ def adam_rate(base_width: float) -> float:
 class Fallback:
     """What trains the parameters that an optimizer does not take.
 
-    ``mupass.KFAC(model, fallback=mupass.Fallback("adamw", lr=3e-4, betas=(0.9, 0.95)))``
+    Example:
+        >>> import mupass
+        >>> mupass.Fallback("adamw", lr=3e-4, betas=(0.9, 0.95)).eps
+        1e-08
+
+    An optimizer takes it as ``mupass.KFAC(model, fallback=mupass.Fallback("sgd", momentum=0.8))``.
 
     Attributes:
         name: ``adamw``, ``adam_atan2`` or ``sgd``.
@@ -83,10 +89,11 @@ class Fallback:
         Raises:
             OptimizerError: It is neither, or the rate is out of range.
         """
-        if isinstance(fallback, Fallback):
-            return fallback if lr is None else Fallback(**{**vars(fallback), "lr": lr})
-        check_choice("fallback", fallback, FALLBACKS)
-        return Fallback(fallback) if lr is None else Fallback(fallback, check_number("fallback_lr", lr))
+        if not isinstance(fallback, Fallback):
+            fallback = Fallback(fallback)
+        if lr is None:
+            return fallback
+        return replace(fallback, lr=check_number("fallback_lr", lr))
 
 
 def fallback_rate(fallback: Fallback, base_width: float) -> float:
@@ -98,7 +105,9 @@ def fallback_rate(fallback: Fallback, base_width: float) -> float:
     """
     if fallback.lr is not None:
         return fallback.lr
-    return 0.1 if fallback.name == "sgd" else adam_rate(base_width)
+    if fallback.name == "sgd":
+        return SGD_RATE
+    return adam_rate(base_width)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -107,7 +116,9 @@ def real(tensor: Tensor) -> Tensor:
     Args:
         tensor: Any tensor.
     """
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -151,7 +162,9 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Ten
         group: Its parameter group.
     """
     if group["algorithm"] == "sgd":
-        return sum_state(parameter) if group["momentum"] else {}
+        if not group["momentum"]:
+            return {}
+        return sum_state(parameter)
     return average_state(parameter, "mean", "square")
 
 
@@ -169,13 +182,18 @@ def averages(
         beta: Weight of the past.
         ok: 1, or 0 for a step that does not count.
     """
-    means, weights = [s[name] for s in states], [s[f"{name}_weight"] for s in states]
-    for kind in dict.fromkeys((w.device, w.dtype) for w in weights):
-        at = [i for i, w in enumerate(weights) if (w.device, w.dtype) == kind]
+    means = [state[name] for state in states]
+    weights = [state[f"{name}_weight"] for state in states]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, weight in enumerate(weights):
+        alike.setdefault((weight.device, weight.dtype), []).append(number)
+    for kind, numbers in alike.items():
         fresh = ok.to(*kind) * (1 - beta)
-        torch._foreach_mul_([means[i] for i in at] + [weights[i] for i in at], 1 - fresh)
-        torch._foreach_add_([means[i] for i in at], [gradients[i] for i in at], alpha=1 - beta)
-        torch._foreach_add_([weights[i] for i in at], [fresh for _ in at])
+        own_means, own_weights = [means[i] for i in numbers], [weights[i] for i in numbers]
+        # mean <- beta mean + (1 - beta) gradient, and the same for a gradient of 1
+        torch._foreach_mul_(own_means + own_weights, 1 - fresh)
+        torch._foreach_add_(own_means, [gradients[i] for i in numbers], alpha=1 - beta)
+        torch._foreach_add_(own_weights, [fresh] * len(numbers))
     return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
 
 
@@ -196,15 +214,19 @@ def fallback_directions(
     """
     if group["algorithm"] == "sgd":
         if not group["momentum"]:
-            return [g.clone() for g in gradients]
-        return [heavy_ball(g, s, group["momentum"], ok) for g, s in zip(gradients, states, strict=True)]
+            return [gradient.clone() for gradient in gradients]
+        momentum, directions = group["momentum"], []
+        for gradient, state in zip(gradients, states, strict=True):
+            directions.append(heavy_ball(gradient, state, momentum, ok))
+        return directions
     first, second = group["betas"]
     means = averages(gradients, states, "mean", first, ok)
     squares = averages(torch._foreach_mul(list(gradients), list(gradients)), states, "square", second, ok)
     torch._foreach_sqrt_(squares)
     if group["algorithm"] == "adam_atan2":
         # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
-        return [torch.atan2(m, root) * (4 / pi) for m, root in zip(means, squares, strict=True)]
+        return [torch.atan2(mean, root) * (4 / pi) for mean, root in zip(means, squares, strict=True)]
+    # mean / (root of the mean square + epsilon)
     torch._foreach_add_(squares, group["eps"] * group["mupass_epsilon"])
     torch._foreach_div_(means, squares)
     return means

@@ -57,6 +57,13 @@ def param_groups(
         PlanError: An unknown alignment, one for an optimizer that has no rows, or one measured on a layer
             that this model lacks.
         MupassError: An alignment measured on a layer that has not moved.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> groups = mupass.param_groups(net, lr=3e-4, weight_decay=0.1)
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     spec = OptimizerSpec.of(optimizer)
     if isinstance(alignment, Mapping):
@@ -79,16 +86,20 @@ def param_groups(
     for name, parameter in root.named_parameters():
         scales = plan[name].scales
         decay = _decay_factor(spec, scales)
+        factors = [scales.lr, decay]
+        if adaptive:
+            factors.append(scales.epsilon)
         # Twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
-        key = tuple(float(f"{x:.12g}") for x in (scales.lr, decay, scales.epsilon if adaptive else 1.0))
+        key = tuple(float(f"{factor:.12g}") for factor in factors)
         if key not in groups:
             groups[key] = {
                 "params": [],
                 "lr": lr * scales.lr,
                 "weight_decay": weight_decay * decay,
                 "mupass_scale": scales.lr,
-                **({"eps": epsilon * scales.epsilon} if adaptive else {}),
             }
+            if adaptive:
+                groups[key]["eps"] = epsilon * scales.epsilon
         groups[key]["params"].append(parameter)
     setattr(root, ATTRIBUTE, plan)  # its print shows the optimizer in use
     return list(groups.values())
@@ -96,5 +107,8 @@ def param_groups(
 
 def _decay_factor(spec: OptimizerSpec, scales: Scales) -> float:
     """Return what ``weight_decay`` is multiplied by, so that its effect is the same at all widths."""
-    l2_in_adam = scales.epsilon if spec.name == "adam" else 1.0
-    return scales.weight_decay * l2_in_adam / scales.lr
+    # torch multiplies it by the group's rate, which has scales.lr in it.
+    decay = scales.weight_decay
+    if spec.name == "adam":  # added to the gradient, and so of the order of its entries
+        decay *= scales.epsilon
+    return decay / scales.lr

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_choice, check_number, check_period, check_words
+from mupass._optim.checks import check_period, check_words
 from mupass._optim.clipping import GradientScale
 from mupass._optim.fallback import Fallback
-from mupass._optim.kronecker.curvature import Curvature, Loss
-from mupass._optim.kronecker.damping import MODES
+from mupass._optim.kronecker.curvature import Curvature
 from mupass._optim.kronecker.ekfac import not_rescaled
-from mupass._optim.kronecker.factor_stack import Bank
-from mupass._optim.kronecker.preconditioner import Kronecker, Rules
+from mupass._optim.kronecker.factor_stack import FactorStack
+from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
+from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
 from mupass._optim.kronecker.update import Compiled, shorten
+from mupass._optim.training import Training
 from mupass._parallel import rank_of, sum_of, world_size
 from mupass._scales.plan import OptimizerSpec
 from mupass._taps.blocks import Options, Place
@@ -123,6 +124,16 @@ class KFAC(PlannedOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.KFAC(net, lr=0.1, damping=1e-3)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> print(optimizer.coverage()[0])
+        Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
     def __init__(
@@ -164,108 +175,76 @@ class KFAC(PlannedOptimizer):
         data_parallel: bool | None = None,
         compile: bool | None = None,
     ) -> None:
-        check_number("e_a", e_a)
-        check_number("e_b", e_b)
-        self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
-        self.factor_every = check_period("factor_every", factor_every)
-        self.root_every = self.report_every = check_period("root_every", root_every)
-        self.damping_memory = check_number("damping_memory", damping_memory, 0, 1)
-        self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
-        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        self.step_bound = None if step_bound is None else check_number("step_bound", step_bound)
-        self.kl_clip = None if kl_clip is None else check_number("kl_clip", kl_clip)
-        self.sampled = check_choice("fisher", fisher, ("empirical", "sampled")) == "sampled"
-        check_choice("sharing", sharing, ("expand", "reduce"))
-        self.ekfac = ekfac
-        if ekfac and ((e_a, e_b) != (1, 1) or damping_mode == "pi"):
-            raise OptimizerError(
-                f"ekfac=True divides by second moments: e_a and e_b must be 1, not {e_a:g} and {e_b:g}, and "
-                "damping_mode not 'pi', which gives a factor several roots"
-            )
-        if block_size is not None and (ekfac or damping_mode == "pi"):
-            what = "ekfac=True" if ekfac else "damping_mode='pi'"
-            raise OptimizerError(
-                f"block_size cuts factors, and {what} needs whole ones: leave one of them out"
-            )
+        statistics = Statistics(factor_decay, factor_every, fisher, sharing)
+        damping_rule = Damping(damping_mode, damping_floor, damping_memory)
+        bounds = Bounds(step_bound, kl_clip)
+        self._roots = Roots(e_a, e_b, root_every, stagger, ekfac, block_size, damping_rule)
+        self._loss = Loss(loss_terms, loss_reduction)
+        self._options = Options(
+            reduce=sharing == "reduce",
+            diagonal_above=check_period("diagonal_above", diagonal_above),
+            norms=norms,
+            exclude=check_words("exclude", exclude),
+            block=block_size or 0,
+        )
+        # Those below may be changed while the model is trained; the records are for what is made once.
+        self.factor_decay, self.factor_every = float(statistics.decay), statistics.every
+        self.sampled = statistics.fisher == "sampled"
+        self.root_every = self.report_every = self._roots.every
+        self.stagger, self.ekfac = stagger, ekfac
+        self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
+        self.step_bound, self.kl_clip = bounds.step, bounds.kl
         self.loss_scale = loss_scale
-        self.stagger = stagger
-        if loss_terms is not None and not callable(loss_terms):
-            check_period("loss_terms", loss_terms)
         self._ranks = world_size(data_parallel)
         self._compiled = Compiled(compile)
-        self._options = Options(
-            sharing == "reduce",
-            check_period("diagonal_above", diagonal_above),
-            norms,
-            check_words("exclude", exclude),
-            0 if block_size is None else check_period("block_size", block_size),
+        training = Training(
+            momentum,
+            weight_decay,
+            decay,
+            overrides,
+            Fallback.of(fallback, fallback_lr),
+            stochastic_rounding,
+            strict,
+            momentum_of,
         )
-        self._rules = Rules(
-            powers=(float(e_a), float(e_b)),
-            mode=damping_mode,
-            floor=check_number("damping_floor", damping_floor),
-            memory=self.damping_memory,
-            stagger=stagger,
-            ekfac=ekfac,
-            block=self._options.block,
-        )
-        self._mean_loss = loss_reduction == "mean"
-        self._loss = Loss(loss_terms, self._mean_loss)
-        super().__init__(
-            model,
-            OptimizerSpec("kfac", e_a=e_a, e_b=e_b),
-            lr,
-            damping,
-            momentum=momentum,
-            momentum_of=momentum_of,
-            weight_decay=weight_decay,
-            decay=decay,
-            overrides=overrides,
-            fallback=fallback,
-            fallback_lr=fallback_lr,
-            stochastic_rounding=stochastic_rounding,
-            strict=strict,
-        )
+        super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
         self._due = False
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        taken = {n: p for p, n in self.names.items() if n not in self._unfit}
-        self._parameters = taken
-        self._cover = cover(self.root, self.plan, self._options, frozenset(taken))
-        self._curvature = Curvature(
-            self.root, self._cover, (self.spec.e_a > 0, self.spec.e_b > 0), self._loss, self._ranks
-        )
-        self._kronecker = self._factors(Bank)
+        self._parameters = {name: p for p, name in self.names.items() if name not in self._unfit}
+        self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
+        # A side with the power 0 is not collected.
+        sides = (self.spec.e_a > 0, self.spec.e_b > 0)
+        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
+        self._kronecker = self._factors(FactorStack)
         self._curvature.rescale(self._kronecker.moments.bases())
-        self._clipping = GradientScale([taken[b.parameter] for b in self._cover.blocks])
+        self._watch_clipping()
         self._all_seen = False
-        plain = {b.parameter: not_rescaled(b, self._cover.layers) for b in self._cover.blocks if self.ekfac}
-        own = {
-            b.parameter: f"kfac {b.kind}" if plain.get(b.parameter, "kfac") else f"ekfac {b.kind}"
-            for b in self._cover.blocks
-        }
-        return own, {**self._cover.reasons, **plain}
+        treatments, reasons = {}, dict(self._cover.reasons)
+        for block in self._cover.blocks:
+            method = "kfac"
+            if self.ekfac:
+                reasons[block.parameter] = not_rescaled(block, self._cover.layers)
+                if not reasons[block.parameter]:
+                    method = "ekfac"
+            treatments[block.parameter] = f"{method} {block.kind}"
+        return treatments, reasons
 
-    def _factors(self, bank: type[Bank]) -> Kronecker:
-        return Kronecker(
-            self._cover.blocks,
-            self._cover.layers,
-            self._parameters,
-            self._rules,
-            {e.geometry.name: e for e in self.plan.entries},
-            self._ranks,
-            rank_of(self._ranks),
-            bank,
-            self._compiled,
-        )
+    def _factors(self, bank: type[FactorStack]) -> Kronecker:
+        entries = {entry.geometry.name: entry for entry in self.plan.entries}
+        ranks = Ranks(self._ranks, rank_of(self._ranks))
+        return Kronecker(self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled)
+
+    def _watch_clipping(self) -> None:
+        self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
 
     @property
     def taps(self) -> list[Tap | TermsTap]:
         """What collects factors, and the number of loss terms."""
         return [*self._curvature.taps.values(), self._curvature.terms]
 
-    def functional(self, bank: type[Bank]) -> Functional:
+    def functional(self, bank: type[FactorStack]) -> Functional:
         """Return the computation of directions as a function of a state; this optimizer is used up by it.
 
         Args:
@@ -280,16 +259,20 @@ class KFAC(PlannedOptimizer):
 
     @property
     def _owner(self) -> Mapping[str, int]:
-        return self._kronecker.owner if self._ranks > 1 and not self.ekfac else {}
+        if self._ranks == 1 or self.ekfac:
+            return {}
+        return self._kronecker.owner
 
     def _replaced(self, name: str, new: Tensor) -> None:
         if name in self._parameters:
+            # The tap inside the parameter goes over to its new tensor.
             pass_on(self.root, name, self._parameters[name])
             self._parameters[name] = new
-            self._clipping = GradientScale([self._parameters[b.parameter] for b in self._cover.blocks])
+            self._watch_clipping()
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
+        # Stays due after a step that had no factors, until one has.
         self._due |= self._steps % self.factor_every == 0
         self._curvature.collect(self._due and not self.sampled)
 
@@ -327,7 +310,12 @@ class KFAC(PlannedOptimizer):
             moves: Change of each parameter; those that K-FAC does not take count nothing.
         """
         own = self._kronecker.quadratic(moves).reshape(()).to(self._device)
-        return float(sum_of([own], self._ranks if self._owner else 1))
+        return float(sum_of([own], self._sharing_ranks))
+
+    @property
+    def _sharing_ranks(self) -> int:
+        """Number of ranks that each have blocks of their own."""
+        return self._ranks if self._owner else 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the factors that were collected with them.
@@ -345,11 +333,13 @@ class KFAC(PlannedOptimizer):
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
+        # Average, invert what is due, precondition, bound.
         kronecker = self._kronecker
         clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(gradients, ok, clipped)
         if kronecker.rooted or not self._due:
+            # Factors are collected at the first step of a period: roots, as much work, wait for the next.
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
             due = kronecker.due(self._steps, self.root_every, spare)
             if due:
@@ -360,17 +350,20 @@ class KFAC(PlannedOptimizer):
 
     def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
-        taken = self._curvature.take(1.0 if self.sampled else self._scale_of_loss())
-        if taken:
-            if clipped is not None:
-                _scale_outputs(taken, clipped)
-            memory = self.damping_memory**self.factor_every
-            self._kronecker.average(taken, self.factor_decay, memory, ok)
-            self._due = False
-            self._refuse_unseen(gradients)
-        else:  # made up for at the next step
+        scale: Tensor | float = 1.0  # `observe` was given the loss itself
+        if not self.sampled:
+            scale = self._scale_of_loss()
+        taken = self._curvature.take(scale)
+        if not taken:  # made up for at the next step
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
+            return
+        if clipped is not None:
+            _scale_outputs(taken, clipped)
+        memory = self.damping_memory**self.factor_every
+        self._kronecker.average(taken, self.factor_decay, memory, ok)
+        self._due = False
+        self._refuse_unseen(gradients)
 
     def _clipped(self) -> Tensor | None:
         """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
@@ -378,11 +371,13 @@ class KFAC(PlannedOptimizer):
         A sum over terms may be divided by their number there, which is no change of the loss.
         """
         factor = self._clipping.take(self._ranks)
-        if factor is None or not self._mean_loss:
+        if factor is None or not self._loss.mean:
             return None
         # Gradients were unscaled, too, since the backward pass.
         scale = self._scale_of_loss()
-        return factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
+        if isinstance(scale, Tensor):
+            scale = scale.to(factor)
+        return factor * scale
 
     def _bound(
         self,
@@ -395,29 +390,41 @@ class KFAC(PlannedOptimizer):
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
-        lrs, scales, momenta = (self._setting(key) for key in ("lr", "mupass_scale", "momentum"))
-        rates = {n: (lrs[n], scales[n], momenta[n]) for n in lrs}
-        rest = {n: 1 - m if self.momentum_of == "directions" else 1.0 for n, (_, _, m) in rates.items()}
+        steps = self._step_sizes()
         if self.step_bound is not None:
             for name, change in changes.items():
-                lr, scale, _ = rates[name]
+                size = steps[name]
                 # What fold put into a parameter is in its change, too.
-                limit = self.step_bound * rest[name] * self.plan[name].geometry.folded
-                squares: list[Any] = [(lr * scale) ** 2, limit**2]
+                limit = self.step_bound * size.rest * self.plan[name].geometry.folded
+                squares: list[Any] = [(size.lr * size.scale) ** 2, limit**2]
                 if self._compiled.on(change.device):  # as tensors: other numbers need no other graph
                     squares = [change.new_full((), square) for square in squares]
                 directions[name] = self._compiled(shorten, directions[name], change, *squares)
-        if self.kl_clip is not None:
-            moves = []
-            for name, direction in directions.items():
-                lr, scale, _ = rates[name]
-                moves.append((direction * means[name]).sum() * (lr**2 * scale / rest[name] ** 2))
-            total = sum_of(moves or [torch.zeros((), device=self._device)], self._ranks if self._owner else 1)
+        if self.kl_clip is None:
+            return
+        # sum of lr^2 scale <direction, gradient> over parameters
+        products = []
+        for name, direction in directions.items():
+            size = steps[name]
+            products.append((direction * means[name]).sum() * (size.lr**2 * size.scale / size.rest**2))
+        total = sum_of(products or [torch.zeros((), device=self._device)], self._sharing_ranks)
+        if clipped is not None:
             # Predictions change as they do without clipping, whose factor is in the gradients.
-            total = total if clipped is None else total / clipped.to(total)
-            factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-            for name, direction in directions.items():
-                directions[name] = direction * factor.to(direction.device, direction.dtype)
+            total = total / clipped.to(total)
+        factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
+        for name, direction in directions.items():
+            directions[name] = direction * factor.to(direction.device, direction.dtype)
+
+    def _step_sizes(self) -> dict[str, StepSize]:
+        """Return what the direction of every own parameter is multiplied by."""
+        found = {}
+        for group in self._own_groups():
+            rest = 1.0
+            if self.momentum_of == "directions":
+                rest = 1 - group["momentum"]
+            size = StepSize(group["lr"], group["mupass_scale"], rest)
+            found.update(dict.fromkeys((self.names[p] for p in group["params"]), size))
+        return found
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         return self._kronecker.incidents()
@@ -438,9 +445,10 @@ class KFAC(PlannedOptimizer):
 
     def _scale_of_loss(self) -> Tensor | float:
         """Return what the loss was multiplied by: told, or left here by a gradient scaler."""
-        given = self.loss_scale
-        if given is not None:
-            return float(given() if callable(given) else given)
+        if callable(self.loss_scale):
+            return float(self.loss_scale())
+        if self.loss_scale is not None:
+            return float(self.loss_scale)
         if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:
             raise OptimizerError(
                 "the gradient scaler unscaled the gradients before this step, so its scale, which is in the "
@@ -484,19 +492,34 @@ class Functional:
             gradients: Gradient of each parameter that has one.
             means: Their moving averages.
         """
-        made, kronecker = self._optimizer, self._optimizer._kronecker
+        optimizer, kronecker = self._optimizer, self._optimizer._kronecker
         kronecker.take_state(state, step)
-        made._steps, made._amp_scale = step, 1.0
-        made._due = bool(made._cover.blocks) and step % made.factor_every == 0
-        own = made._parameters
-        gradients, means = ({n: g for n, g in some.items() if n in own} for some in (gradients, means))
-        found = made._directions(gradients, means, torch.ones((), device=made._device))
-        return found, kronecker.state()
+        optimizer._steps, optimizer._amp_scale = step, 1.0
+        optimizer._due = bool(optimizer._cover.blocks) and step % optimizer.factor_every == 0
+        own = optimizer._parameters
+        gradients = {name: gradient for name, gradient in gradients.items() if name in own}
+        means = {name: mean for name, mean in means.items() if name in own}
+        counts = torch.ones((), device=optimizer._device)
+        return optimizer._directions(gradients, means, counts), kronecker.state()
+
+
+class StepSize(NamedTuple):
+    """What a direction is multiplied by in a step.
+
+    Attributes:
+        lr: Learning rate at the base width.
+        scale: Width factor on it.
+        rest: Part of a bound that one direction may take up, where directions add up to their sum.
+    """
+
+    lr: float
+    scale: float
+    rest: float
 
 
 def _scale_outputs(taken: Mapping[Place, Sums], factor: Tensor) -> None:
     """Multiply the factors B of one step: the curvature of a loss that is a multiple is that multiple."""
     for sums in taken.values():
-        for m in (*sums.b, *sums.moments):
-            if m is not None:
-                m.mul_(factor.to(m))
+        for matrix in (*sums.b, *sums.moments):
+            if matrix is not None:
+                matrix.mul_(factor.to(matrix))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import Fallback
 from mupass._optim.linalg.polar import Quintic, orthogonalize, product_dtype, quintics
 from mupass._optim.linalg.spectral import with_norm_of
-from mupass._optim.matrix.base import MatrixOptimizer, wide
+from mupass._optim.matrix.base import Layout, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
+from mupass._optim.training import Training
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
@@ -77,6 +78,16 @@ class Muon(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.Muon(net, roles=("hidden", "input"), fallback_lr=3e-3)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     smooths = False  # the momentum is in the stacks
@@ -113,36 +124,32 @@ class Muon(MatrixOptimizer):
             )
         self.beta2 = check_number("beta2", beta2, 0, 1)
         self._polynomials = quintics(check_period("steps", steps))
-        super().__init__(
-            model,
-            OptimizerSpec("adamuon" if adaptive else "muon"),
-            lr,
-            roles=roles,
-            compile=compile,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            decay=decay,
-            overrides=overrides,
-            fallback=fallback,
-            fallback_lr=fallback_lr,
-            stochastic_rounding=stochastic_rounding,
-            strict=strict,
+        training = Training(
+            momentum,
+            weight_decay,
+            decay,
+            overrides,
+            Fallback.of(fallback, fallback_lr),
+            stochastic_rounding,
+            strict,
         )
+        spec = OptimizerSpec("adamuon" if adaptive else "muon")
+        super().__init__(model, spec, lr, training, Layout(roles, compile))
 
     def _default_rate(self) -> float:
-        return LR if self.adjust == "spectral" and not self.adaptive else super()._default_rate()
+        if self.adaptive or self.adjust != "spectral":  # steps of the size of Adam's
+            return super()._default_rate()
+        return LR
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
         norms, entries = self.plan.for_optimizer("muon"), self.plan.for_optimizer("adamuon")
-        self._epsilons = [
-            (
-                EPSILON * stack.each(lambda name: norms[name].scales.epsilon),
-                ADAPTIVE_EPSILON * stack.each(lambda name: entries[name].scales.epsilon),
-            )
-            for stack in self._stacks
-        ]
-        self._matching = [stack.each(partial(self._matched, stack)) for stack in self._stacks]
+        self._epsilons, self._matching = [], []
+        for stack in self._stacks:
+            of_norms = EPSILON * stack.each(lambda name: norms[name].scales.epsilon)
+            of_entries = ADAPTIVE_EPSILON * stack.each(lambda name: entries[name].scales.epsilon)
+            self._epsilons.append((of_norms, of_entries))
+            self._matching.append(stack.each(partial(self._matched, stack)))
 
     def _matched(self, stack: Stack, name: str) -> float:
         """Return by what steps are longer so that their root mean square is AdamW's at the base width."""
@@ -166,79 +173,88 @@ class Muon(MatrixOptimizer):
 
     def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
         direction = super()._call(number, at, *arguments)
+        # Spectral norm 1 is what the plan's rates are for.
         if self.adjust == "spectral":
             return direction
         return direction * wide(self._matching[number][at], direction)
 
     def _arguments(
-        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+        self, number: int, at: slice, gradient: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
         stack = self._stacks[number]
         momentum = stack.each(self._setting("momentum").__getitem__)[at]
-        norm_epsilon, epsilon = (e[at] for e in self._epsilons[number])
+        norm_epsilon, epsilon = (epsilons[at] for epsilons in self._epsilons[number])
         dtype = self.product_dtype or product_dtype(stack.dtype, stack.device)
         average = stack.state["average"][at]
-        polar = (mean, average, momentum, norm_epsilon, self._polynomials, self.nesterov, dtype, counts)
+        polar = Polar(average, momentum, norm_epsilon, self._polynomials, self.nesterov, dtype, counts)
         if not self.adaptive and not self.normuon:
-            return polar
+            return mean, polar
         beta2 = 1 - (1 - self.beta2) * counts
-        return *polar, stack.state["square"][at], stack.state["weight"][at], beta2, epsilon
+        return mean, polar, Squares(stack.state["square"][at], stack.state["weight"][at], beta2, epsilon)
 
 
-def _orthogonal(
-    g: Tensor,
-    average: Tensor,
-    momentum: Tensor,
-    epsilon: Tensor,
-    polynomials: tuple[Quintic, ...],
-    nesterov: bool,
-    dtype: torch.dtype,
-    counts: Tensor,
-) -> Tensor:
+class Polar(NamedTuple):
+    """What brings the singular values of some slots' momentum to 1.
+
+    Attributes:
+        average: ``[k, rows, columns]``, the momentum; changed in place.
+        momentum: ``[k]``, weight of the past in it.
+        epsilon: ``[k]``, added to the norm that it is divided by.
+        polynomials: Result of `quintics`.
+        nesterov: Whether the present gradient is mixed in once more.
+        dtype: Precision of the products.
+        counts: ``[k]``, 1, or 0 where the average stays as it is.
+    """
+
+    average: Tensor
+    momentum: Tensor
+    epsilon: Tensor
+    polynomials: tuple[Quintic, ...]
+    nesterov: bool
+    dtype: torch.dtype
+    counts: Tensor
+
+
+class Squares(NamedTuple):
+    """The average of squares by which AdaMuon and NorMuon divide, for some slots.
+
+    Attributes:
+        average: ``[k, rows, columns]``, or ``[k, rows, 1]`` for NorMuon; changed in place.
+        weight: ``[k]``, its total weight; changed in place.
+        beta2: ``[k]``, weight of the past.
+        epsilon: ``[k]``, added to the root.
+    """
+
+    average: Tensor
+    weight: Tensor
+    beta2: Tensor
+    epsilon: Tensor
+
+
+def _orthogonal(gradient: Tensor, polar: Polar) -> Tensor:
     """Return ``U V^T`` of the momentum, all ``[K, rows, columns]``; the average is changed in place."""
-    past = wide(momentum, g)
-    average.lerp_(g, wide((1 - momentum) * counts, g))
-    ahead = torch.lerp(g, average, past) if nesterov else average
-    return orthogonalize(ahead, epsilon, polynomials, dtype)
+    past = wide(polar.momentum, gradient)
+    polar.average.lerp_(gradient, wide((1 - polar.momentum) * polar.counts, gradient))
+    ahead = torch.lerp(gradient, polar.average, past) if polar.nesterov else polar.average
+    return orthogonalize(ahead, polar.epsilon, polar.polynomials, polar.dtype)
 
 
-def _adaptive(
-    g: Tensor,
-    average: Tensor,
-    momentum: Tensor,
-    norm_epsilon: Tensor,
-    polynomials: tuple[Quintic, ...],
-    nesterov: bool,
-    dtype: torch.dtype,
-    counts: Tensor,
-    square: Tensor,
-    weight: Tensor,
-    beta2: Tensor,
-    epsilon: Tensor,
-) -> Tensor:
+def _adaptive(gradient: Tensor, polar: Polar, squares: Squares) -> Tensor:
     """Return ``U V^T`` over the root of the average of its squares, corrected for the start from zero."""
-    turned = _orthogonal(g, average, momentum, norm_epsilon, polynomials, nesterov, dtype, counts)
-    square.lerp_(turned.square(), 1 - wide(beta2, g))
-    weight.lerp_(torch.ones_like(weight), 1 - beta2)
-    return turned / ((square / wide(weight, g)).sqrt() + wide(epsilon, g))
+    turned = _orthogonal(gradient, polar)
+    return _divided(turned, turned.square(), squares)
 
 
-def _by_neuron(
-    g: Tensor,
-    average: Tensor,
-    momentum: Tensor,
-    norm_epsilon: Tensor,
-    polynomials: tuple[Quintic, ...],
-    nesterov: bool,
-    dtype: torch.dtype,
-    counts: Tensor,
-    square: Tensor,
-    weight: Tensor,
-    beta2: Tensor,
-    epsilon: Tensor,
-) -> Tensor:
+def _by_neuron(gradient: Tensor, polar: Polar, squares: Squares) -> Tensor:
     """Return ``U V^T`` with rows over the root of the average of their mean squares, and the norm it had."""
-    turned = _orthogonal(g, average, momentum, norm_epsilon, polynomials, nesterov, dtype, counts)
-    square.lerp_(turned.square().mean(-1, keepdim=True), 1 - wide(beta2, g))
-    weight.lerp_(torch.ones_like(weight), 1 - beta2)
-    return with_norm_of(turned, turned / ((square / wide(weight, g)).sqrt() + wide(epsilon, g)))
+    turned = _orthogonal(gradient, polar)
+    return with_norm_of(turned, _divided(turned, turned.square().mean(-1, keepdim=True), squares))
+
+
+def _divided(turned: Tensor, square: Tensor, squares: Squares) -> Tensor:
+    """Add squares to their average, and divide by its root."""
+    squares.average.lerp_(square, 1 - wide(squares.beta2, turned))
+    squares.weight.lerp_(torch.ones_like(squares.weight), 1 - squares.beta2)
+    # turned / (sqrt(average / weight) + epsilon)
+    root = (squares.average / wide(squares.weight, turned)).sqrt()
+    return turned / (root + wide(squares.epsilon, turned))

@@ -43,7 +43,9 @@ def drawn_seed(ranks: int, device: torch.device) -> int:
         device: Of the parameters.
     """
     seed = torch.randint(2**31, ())
-    return int(from_rank(seed.to(device), 0, device) if ranks > 1 else seed)
+    if ranks > 1:
+        seed = from_rank(seed.to(device), 0, device)
+    return int(seed)
 
 
 def mixed(seed: int, numbers: Iterable[int]) -> int:
@@ -54,6 +56,7 @@ def mixed(seed: int, numbers: Iterable[int]) -> int:
         numbers: The numbers; their order matters.
     """
     for number in numbers:
+        # Multiplication carries low bits up, the shift brings high ones down again.
         seed = (seed ^ (number + 1)) * MIXER % 2**63
         seed ^= seed >> 29
     return seed
@@ -68,6 +71,7 @@ def to_bfloat16(values: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator(values.device).manual_seed(seed)
     size = {"size": values.shape, "dtype": torch.int32, "device": values.device}
+    # Uniform noise in the bits that are cut off: the odds of a carry are their value.
     noise = torch.randint(0, 1 << LOW_BITS, generator=generator, **size)  # type: ignore[call-overload]
     # The bits of a float, but for the sign, order as its magnitude does: a carry leads to the next number.
     bits = (values.contiguous().view(torch.int32) + noise) & -(1 << LOW_BITS)

@@ -31,15 +31,23 @@ def sample_targets(
 
     Raises:
         OptimizerError: Unknown loss.
+
+    Example:
+        >>> import mupass, torch
+        >>> mupass.sample_targets(torch.tensor([[0.0, 100.0], [100.0, 0.0]]))
+        tensor([1, 0])
     """
     if loss == "cross_entropy":
-        classes = output.movedim(1, -1) if output.dim() > 1 else output
+        classes = output
+        if output.dim() > 1:  # [batch, classes, ...] -> [batch, ..., classes]
+            classes = output.movedim(1, -1)
         weights = classes.float().softmax(-1)
         drawn = torch.multinomial(weights.reshape(-1, weights.shape[-1]), 1, generator=generator)
         return drawn.reshape(classes.shape[:-1])
     if loss == "bce":
         return torch.bernoulli(output.float().sigmoid(), generator=generator).to(output.dtype)
     if loss == "mse":
+        # exp(-(y - output)^2) is a Gaussian of variance 1/2.
         noise = torch.empty_like(output).normal_(generator=generator)
         return output + noise * 0.5**0.5
     raise OptimizerError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")

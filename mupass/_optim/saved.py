@@ -12,12 +12,12 @@ from torch import Tensor
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.schedules import watch_rates
+from mupass._optim.training import BOUNDS
 from mupass._parallel import is_sharded, local, sharded_like
 
 VERSION = 2
 # Keys of groups that must not be negative, with what they must stay below.
-NUMBERS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "eps": math.inf, "momentum": 1.0}
-NUMBERS |= {"mupass_seed": math.inf}
+NUMBERS = {**BOUNDS, "eps": math.inf, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = ("weight", "weights", "square", "peak", "recent", "rooted", "rho", "values", "sum")
@@ -62,6 +62,7 @@ def check_state(
         _check_kind(f"group {number}", group, own[0]["mupass_kind"])
     if len(groups) != len(own):
         raise OptimizerError(f"the state has {len(groups)} parameter groups; this {kind} has {len(own)}")
+    # Keys of the state are those that the groups list as their parameters.
     settings, known, states = [], set(), {}
     for number, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
         settings.append(_check_group(f"group {number}", theirs, ours))
@@ -79,10 +80,11 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
     """Refuse a group of another optimizer, or what is no group."""
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
         raise OptimizerError(f"{where} of the state is damaged: no parameters")
+    # Class, spec and format in one text.
     kind = group.get("mupass_kind")
-    kind = kind if isinstance(kind, str) else None
     if kind != ours:
-        raise OptimizerError(f"state of {kind or 'an unknown optimizer'}; this is {ours}")
+        known = isinstance(kind, str) and kind
+        raise OptimizerError(f"state of {known or 'an unknown optimizer'}; this is {ours}")
 
 
 def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
     for key, high in NUMBERS.items():
         if key in ours:
             value = theirs[key]
-            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
             check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
         _check_betas(where, theirs["betas"])
@@ -115,6 +118,7 @@ def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
 
 
 def _check_betas(where: str, betas: Any) -> None:
+    """Check the weights of the past of Adam's two averages."""
     if not isinstance(betas, (list, tuple)) or len(betas) != 2:
         raise OptimizerError(f"betas of {where} of the state must be two numbers, not {betas!r}")
     for beta in betas:
@@ -122,6 +126,7 @@ def _check_betas(where: str, betas: Any) -> None:
 
 
 def _same(theirs: Any, ours: Any) -> bool:
+    """Return whether two settings are equal, numbers but for rounding errors."""
     if isinstance(ours, float):
         number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
         return number and math.isclose(theirs, ours, rel_tol=1e-9)
@@ -133,13 +138,12 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
     if not isinstance(theirs, Mapping):
         raise OptimizerError(f"the state of {name} is damaged: {type(theirs).__name__} instead of a dict")
     if theirs.keys() != ours.keys():
-        missing = sorted(set(ours) - set(theirs))
-        what = (
-            f"lacks {missing[0]!r}"
-            if missing
-            else f"has {sorted(set(theirs) - set(ours), key=str)[0]!r} besides"
-        )
-        raise OptimizerError(f"the state of {name} {what}: another optimizer's, or damaged")
+        missing = sorted(ours.keys() - theirs.keys())
+        if missing:
+            difference = f"lacks {missing[0]!r}"
+        else:
+            difference = f"has {min(theirs.keys() - ours.keys(), key=str)!r} besides"
+        raise OptimizerError(f"the state of {name} {difference}: another optimizer's, or damaged")
     for key, own in ours.items():
         value, where = theirs[key], f"{key!r} in the state of {name}"
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
@@ -173,7 +177,9 @@ def copy_state(
     watch_rates(optimizer)  # their ratios are those of the state now
     for p, saved in states.items():
         for name, own in optimizer.state[p].items():
-            if own.device.type != "meta":
-                value = saved[name]
-                value = sharded_like(value, own) if is_sharded(own) and not is_sharded(value) else value
-                local(own).copy_(local(value))
+            if own.device.type == "meta":  # another rank keeps it
+                continue
+            value = saved[name]
+            if not is_sharded(value):
+                value = sharded_like(value, own)
+            local(own).copy_(local(value))

@@ -109,6 +109,7 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         _check_planned(optimizer)
         return watch
     rates = {i: rate for i, rate in _rates(groups).items() if i in scales}
+    # One rate for all groups, where their width factors differ.
     same = len(rates) > 1 and _equal(list(rates.values()))
     if same and any(rates.values()) and not _equal(list(scales.values())):
         watch.done = True  # a scheduler has set one rate for all groups before the first step
@@ -122,24 +123,29 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
 
 def _check_planned(optimizer: torch.optim.Optimizer) -> None:
     """Warn of an optimizer that gives parameters one rate where the plan of their model has several."""
-    rates: dict[int, float | None] = {}
-    group_of: dict[int, int] = {}
+    rates: dict[Tensor, float | None] = {}
+    group_of: dict[Tensor, int] = {}
     for number, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            rates[id(p)], group_of[id(p)] = _rate(group), number
+        for parameter in group["params"]:
+            rates[parameter], group_of[parameter] = _rate(group), number
     for root in list(_roots):
         plan: Plan | None = vars(root).get(ATTRIBUTE)
-        mine = {n: p for n, p in root.named_parameters() if id(p) in rates} if plan else {}
-        if plan is None or not mine:
+        if plan is None:
             continue
         scaled = plan.for_optimizer(_family(optimizer))
-        factors = {n: scaled[n].scales.lr for n in mine if n in scaled}
+        own_rates: set[float | None] = set()
+        factors: dict[str, float] = {}
         by_group: dict[int, list[float]] = {}
-        for name, factor in factors.items():
-            by_group.setdefault(group_of[id(mine[name])], []).append(factor)
+        for name, parameter in root.named_parameters():
+            if parameter not in rates:
+                continue
+            own_rates.add(rates[parameter])
+            if name in scaled:
+                factors[name] = scaled[name].scales.lr
+                by_group.setdefault(group_of[parameter], []).append(factors[name])
+        # One group, or all groups with one rate, for parameters whose factors differ.
         mixed = not all(_equal(values) for values in by_group.values())
-        one_rate = len({rates[id(p)] for p in mine.values()}) == 1
-        if mixed or (one_rate and not _equal(list(factors.values()))):
+        if mixed or (len(own_rates) == 1 and not _equal(list(factors.values()))):
             _tell_unplanned(optimizer, root, factors)
             return
 
@@ -147,12 +153,16 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
 def _family(optimizer: torch.optim.Optimizer) -> str:
     """Return the row of the scale table that fits a class of ``torch.optim``."""
     name = type(optimizer).__name__.lower()
-    return next((row for row in ("sgd", "adafactor", "muon") if row in name), "adamw")
+    for row in ("sgd", "adafactor", "muon"):
+        if row in name:
+            return row
+    return "adamw"
 
 
 def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: dict[str, float]) -> None:
     name = type(optimizer).__name__
-    low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
+    low = min(factors, key=factors.__getitem__)
+    high = max(factors, key=factors.__getitem__)
     warnings.warn(
         f"{name} gives parameters of a transformed {type(root).__name__} one learning rate where its plan "
         f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its "
@@ -185,17 +195,23 @@ def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
 
 
 def _rate(group: dict[str, Any]) -> float | None:
+    """Return a group's rate; None where it has none, or one that an accelerator would be waited for."""
     lr = group.get("lr")
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
         return None
-    return None if lr is None else float(lr)
+    return float(lr)
 
 
 def _rates(groups: Sequence[dict[str, Any]]) -> dict[int, float]:
     """Return the rates that can be read, by number of the group."""
-    found = {i: _rate(group) for i, group in enumerate(groups)}
-    return {i: rate for i, rate in found.items() if rate is not None}
+    rates = {}
+    for number, group in enumerate(groups):
+        rate = _rate(group)
+        if rate is not None:
+            rates[number] = rate
+    return rates
 
 
 def _equal(values: Sequence[float]) -> bool:
+    """Return whether numbers are the same but for rounding errors."""
     return not values or max(values) - min(values) <= TOLERANCE * max(map(abs, values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ from mupass._optim.kronecker.factor_stack import AT_ONCE, growth
 from mupass._optim.linalg.packed import pack, packed_diagonal, packed_size, unpack
 from mupass._optim.linalg.roots import inverse_roots
 from mupass._optim.linalg.spectral import with_norm_of
-from mupass._optim.matrix.base import ROLES, MatrixOptimizer, wide
+from mupass._optim.matrix.base import ROLES, Layout, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.blocking import Blocking
 from mupass._optim.matrix.mode_products import SIDES, Schedule, active_sides, add_weight, along, observe
+from mupass._optim.training import Training
 from mupass._scales.optimizers import GRAFTS
 from mupass._scales.plan import OptimizerSpec
 
 MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")
+ADAPTIVE = {"adam", "rmsprop"}  # grafts that average squares
 # Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
 RATES = {"none": 0.02, "spectral": 0.02, "sgd": 0.1}
 
@@ -89,6 +91,16 @@ class Shampoo(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.Shampoo(net, graft="adam")
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     def __init__(
@@ -134,55 +146,60 @@ class Shampoo(MatrixOptimizer):
         check_choice("graft", graft, GRAFTS)
         self.graft_beta2 = check_number("graft_beta2", graft_beta2, 0, 1)
         self._graft_eps = check_number("graft_eps", graft_eps)
-        self.start_step = check_period("start_step", start_step) if start_step else 0
-        if self.start_step and graft not in {"sgd", "adam", "rmsprop"}:
-            raise OptimizerError(
-                f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
-                "adam, rmsprop or sgd"
-            )
-        self._needs_gradient = graft in {"adam", "rmsprop"}
-        super().__init__(
-            model,
-            OptimizerSpec("shampoo", e=e, graft=graft),
-            lr,
-            damping,
-            roles=roles,
-            block_size=check_period("block_size", block_size),
+        self.start_step = 0
+        if start_step:
+            self.start_step = check_period("start_step", start_step)
+            if graft not in {"sgd", "adam", "rmsprop"}:
+                raise OptimizerError(
+                    f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
+                    "adam, rmsprop or sgd"
+                )
+        self._needs_gradient = graft in ADAPTIVE
+        layout = Layout(
+            roles,
+            compile,
+            data_parallel,
+            check_period("block_size", block_size),
             modes=kernels == "modes",
             spectral=graft == "spectral",
-            compile=compile,
-            data_parallel=data_parallel,
-            momentum=momentum,
-            momentum_of=momentum_of,
-            weight_decay=weight_decay,
-            decay=decay,
-            overrides=overrides,
-            fallback=fallback,
-            fallback_lr=fallback_lr,
-            stochastic_rounding=stochastic_rounding,
-            strict=strict,
         )
+        training = Training(
+            momentum,
+            weight_decay,
+            decay,
+            overrides,
+            Fallback.of(fallback, fallback_lr),
+            stochastic_rounding,
+            strict,
+            momentum_of,
+        )
+        super().__init__(model, OptimizerSpec("shampoo", e=e, graft=graft), lr, training, layout, damping)
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
         self._sides = [self._active(stack) for stack in self._stacks]
         self._schedule = Schedule(self._stacks, self._remote, self._active, self.root_every, self._staggered)
-        self._epsilons = [
-            self._graft_eps * stack.each(lambda name: self.plan[name].scales.epsilon)
-            for stack in self._stacks
-        ]
+        self._epsilons = [self._graft_eps * stack.each(self._epsilon) for stack in self._stacks]
+
+    def _epsilon(self, name: str) -> float:
+        """Return the width factor on the graft's epsilon."""
+        return self.plan[name].scales.epsilon
 
     def _default_rate(self) -> float:
         return RATES.get(self.spec.graft) or super()._default_rate()
 
     def work(self) -> Work:
         """Return what the optimizer works on, and when."""
-        scales = [[self._damping_scale(s, side) for side in range(len(s.shape))] for s in self._stacks]
+        scales = []
+        for stack in self._stacks:
+            scales.append([self._damping_scale(stack, side) for side in range(len(stack.shape))])
         return Work(self._blockings, self._stacks, self._sides, self._schedule, scales, self._epsilons)
 
     def _active(self, stack: Stack) -> tuple[int, ...]:
         """Return the sides of a stack's blocks that are preconditioned."""
-        return active_sides(self.sides, stack.shape) if self.spec.e > 0 else ()
+        if self.spec.e == 0:
+            return ()
+        return active_sides(self.sides, stack.shape)
 
     def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
         state = {"weight": stack.zeros()}
@@ -190,12 +207,13 @@ class Shampoo(MatrixOptimizer):
             packed = packed_size(stack.shape[side])
             state |= {f"factor{side}": stack.zeros(packed), f"root{side}": stack.zeros(packed)}
             state |= {f"peak{side}": stack.zeros(), f"rooted{side}": stack.zeros()}
-        if self.spec.graft in {"adam", "rmsprop"}:
+        if self.spec.graft in ADAPTIVE:
             state |= {"square": stack.zeros(*stack.shape), "square_weight": stack.zeros()}
         return state
 
     def _correction(self, name: str) -> float:
         # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
+        # (blocks at base width / blocks)^power; Qiu et al., arXiv 2512.05620.
         power = {"none": self.spec.e, "spectral": 0.5}.get(self.spec.graft, 0.0)
         return float(self._blockings[name].growth() ** -power)
 
@@ -207,11 +225,11 @@ class Shampoo(MatrixOptimizer):
         }
         return known.get(self.spec.graft, _graft_adaptive)
 
-    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
+    def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
         add_weight(state["weight"][at], self.factor_decay, counts)
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
+            observe(state[f"factor{side}"][at], gradient, side, self.factor_decay, counts)
             peak = state[f"peak{side}"][at]
             kept = 1 - (1 - self.damping_memory) * counts
             torch.maximum(peak * kept, self._trace(number, side, at), out=peak)
@@ -230,34 +248,57 @@ class Shampoo(MatrixOptimizer):
                 self._refresh(number, side, torch.tensor(due, device=self._stacks[number].device))
 
     def _refresh(self, number: int, side: int, due: Tensor) -> None:
-        stack, n = self._stacks[number], self._stacks[number].shape[side]
-        factors, roots, weight = (stack.state[k] for k in (f"factor{side}", f"root{side}", "weight"))
-        traces, tiny = self._trace(number, side, due), torch.finfo(weight.dtype).tiny
-        damping = self._damping(stack, side)[due]
-        if self.damping_mode != "absolute":
-            peak = torch.maximum(stack.state[f"peak{side}"][due], traces)
-            damping = damping * (peak if self.damping_mode == "trace" else peak / traces.clamp(min=tiny))
-        power, relative = self.spec.e / len(self._sides[number]), self.damping_mode == "relative"
-        for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // n**2)):
+        """Recompute the roots of one side of some slots; a root that fails stays as it was.
+
+        Args:
+            number: Of the stack.
+            side: Number of the side.
+            due: The slots.
+        """
+        stack = self._stacks[number]
+        size = stack.shape[side]
+        factors, roots, weight = (stack.state[key] for key in (f"factor{side}", f"root{side}", "weight"))
+        traces = self._trace(number, side, due)
+        damping = self._present_damping(number, side, due, traces)
+        # Few at a time: each needs room for several copies of itself.
+        for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // size**2)):
             slots = due[at]
-            average = unpack(factors[slots], n) / weight[slots].clamp(min=tiny)[:, None, None]
-            old = unpack(roots[slots], n)
-            found, failed = inverse_roots(average, damping[at], power, old, relative)
+            total_weight = weight[slots].clamp(min=torch.finfo(weight.dtype).tiny)
+            average = unpack(factors[slots], size) / total_weight[:, None, None]
+            old = unpack(roots[slots], size)
+            found, failed = inverse_roots(
+                average, damping[at], self._power(number), old, relative=self.damping_mode == "relative"
+            )
             roots[slots] = pack(found)
             stack.note("failed_roots", failed, slots, f"side {side} of ")
         stack.state[f"rooted{side}"][due] = traces
 
+    def _present_damping(self, number: int, side: int, due: Tensor, traces: Tensor) -> Tensor:
+        """Return the damping of some slots, larger by what the trace has fallen from its peak."""
+        stack = self._stacks[number]
+        damping = self._damping(stack, side)[due]
+        if self.damping_mode == "absolute":
+            return damping
+        peak = torch.maximum(stack.state[f"peak{side}"][due], traces)
+        if self.damping_mode == "trace":
+            return damping * peak
+        return damping * (peak / traces.clamp(min=torch.finfo(traces.dtype).tiny))
+
+    def _power(self, number: int) -> float:
+        """Return the power of one side: the total power is shared equally."""
+        return self.spec.e / len(self._sides[number])
+
     def _grown(self, number: int, side: int, at: slice) -> Tensor:
         """Return by what a root is too large since its factor has grown, ``[k]``, at least 1."""
         now, then = self._trace(number, side, at), self._stacks[number].state[f"rooted{side}"][at]
-        return growth(now, then).pow(self.spec.e / len(self._sides[number]))
+        return growth(now, then).pow(self._power(number))
 
     def _arguments(
-        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+        self, number: int, at: slice, gradient: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
         stack = self._stacks[number]
         state, sides = stack.state, self._sides[number]
-        if self._steps < self.start_step:
+        if self._steps < self.start_step:  # the graft's own steps
             sides = ()
         roots = tuple(unpack(state[f"root{side}"][at], stack.shape[side]) for side in sides)
         if self.spec.graft == "none":
@@ -267,12 +308,13 @@ class Shampoo(MatrixOptimizer):
             return mean, sides, roots, grown
         if not self._needs_gradient:
             return mean, sides, roots
-        own = (state["square"][at], state["square_weight"][at], self._epsilons[number][at])
-        wanted = mean if self.spec.graft == "adam" else g
-        return mean, sides, roots, g, wanted, *own, counts, self._beta2(counts)
-
-    def _beta2(self, like: Tensor) -> Tensor:
-        return torch.full_like(like, self.graft_beta2)
+        # Adam's step is that of the average, RMSprop's that of the gradient.
+        wanted = mean if self.spec.graft == "adam" else gradient
+        beta2 = torch.full_like(counts, self.graft_beta2)
+        squares = Squares(
+            state["square"][at], state["square_weight"][at], self._epsilons[number][at], beta2, counts
+        )
+        return mean, sides, roots, gradient, wanted, squares
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
         return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
@@ -281,9 +323,31 @@ class Shampoo(MatrixOptimizer):
         """Return the width factor on the damping of every slot."""
         if self.damping_mode != "absolute":
             return stack.each(lambda name: 1.0)
-        # A block's gradient is one of so many: its factors are smaller by their number.
         key = "damping_out" if side == 0 else "damping_in"
-        return stack.each(lambda name: getattr(self.plan[name].scales, key) / self._blockings[name].growth())
+
+        def scale(name: str) -> float:
+            # A block's gradient is one of so many: its factors are smaller by their number.
+            return float(getattr(self.plan[name].scales, key) / self._blockings[name].growth())
+
+        return stack.each(scale)
+
+
+class Squares(NamedTuple):
+    """The average of squares in Adam's and RMSprop's graft, for some slots.
+
+    Attributes:
+        average: ``[k, *shape]``, not corrected for its start; changed in place.
+        weight: ``[k]``, its total weight; changed in place.
+        epsilon: ``[k]``, added to the root.
+        beta2: ``[k]``, weight of the past.
+        counts: ``[k]``, 1, or 0 where the averages stay as they are.
+    """
+
+    average: Tensor
+    weight: Tensor
+    epsilon: Tensor
+    beta2: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -307,39 +371,41 @@ class Work:
     epsilons: Sequence[Tensor]
 
 
-def _precondition(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
+def _precondition(blocks: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
     """Multiply every side by its root, ``[K, *shape]``."""
     for side, root in zip(sides, roots, strict=True):
-        g = along(g, root, side)
-    return g
+        blocks = along(blocks, root, side)
+    return blocks
 
 
-def _plain(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...], grown: Tensor) -> Tensor:
-    return _precondition(g, sides, roots) / wide(grown, g)
+def _plain(mean: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...], grown: Tensor) -> Tensor:
+    """Return the preconditioned average, smaller where factors have grown since their roots."""
+    return _precondition(mean, sides, roots) / wide(grown, mean)
 
 
-def _graft_sgd(g: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
-    return with_norm_of(g, _precondition(g, sides, roots))
+def _graft_sgd(mean: Tensor, sides: tuple[int, ...], roots: tuple[Tensor, ...]) -> Tensor:
+    """Return the preconditioned average with the norm of the average itself."""
+    return with_norm_of(mean, _precondition(mean, sides, roots))
 
 
 def _graft_adaptive(
     mean: Tensor,
     sides: tuple[int, ...],
     roots: tuple[Tensor, ...],
-    g: Tensor,
+    gradient: Tensor,
     wanted: Tensor,
-    square: Tensor,
-    weight: Tensor,
-    epsilon: Tensor,
-    counts: Tensor,
-    beta2: Tensor,
+    squares: Squares,
 ) -> Tensor:
     """Graft Adam's norm, or RMSprop's where what is wanted is the gradient; averages change in place."""
-    fresh = (1 - beta2) * counts
-    zero = torch.zeros((), dtype=g.dtype, device=g.device)
-    g = torch.where(wide(counts, g) > 0, g, zero)
-    square.lerp_(g.square(), wide(fresh, g))
+    square, weight = squares.average, squares.weight
+    fresh = (1 - squares.beta2) * squares.counts
+    zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
+    gradient = torch.where(wide(squares.counts, gradient) > 0, gradient, zero)
+    square.lerp_(gradient.square(), wide(fresh, gradient))
     weight.lerp_(torch.ones_like(weight), fresh)
-    root = wide(weight.clamp(min=torch.finfo(g.dtype).tiny).rsqrt(), g)
-    magnitude = wanted / (square.sqrt() * root + wide(epsilon, g))
-    return with_norm_of(magnitude, _precondition(mean, sides, roots) if sides else magnitude)
+    # wanted / (sqrt(square / weight) + epsilon)
+    correction = wide(weight.clamp(min=torch.finfo(gradient.dtype).tiny).rsqrt(), gradient)
+    magnitude = wanted / (square.sqrt() * correction + wide(squares.epsilon, gradient))
+    if not sides:
+        return with_norm_of(magnitude, magnitude)
+    return with_norm_of(magnitude, _precondition(mean, sides, roots))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from mupass._optim.checks import check_choice, check_number, check_period
 from mupass._optim.fallback import EPSILON, Fallback
 from mupass._optim.linalg.packed import packed_size, unpack
 from mupass._optim.linalg.roots import eigenbases
-from mupass._optim.matrix.base import ROLES, MatrixOptimizer, wide
+from mupass._optim.matrix.base import ROLES, Layout, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.mode_products import Schedule, add_weight, along, observe
 from mupass._optim.shampoo import KERNELS
+from mupass._optim.training import Training
 from mupass._scales.plan import OptimizerSpec
 
 
@@ -65,6 +66,16 @@ class SOAP(MatrixOptimizer):
     Raises:
         OptimizerError: An argument is out of range, a word is unknown, or ``strict`` finds a fallback.
         PlanError: The model was not transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        >>> net = mupass.transform(net, torch.randn(4, 8))
+        >>> optimizer = mupass.SOAP(net, lr=3e-3, block_size=64)
+        >>> net(torch.randn(4, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()
+        {'steps': 1}
     """
 
     smooths = False  # the momentum is in the stacks
@@ -97,28 +108,29 @@ class SOAP(MatrixOptimizer):
         self.beta2 = check_number("beta2", beta2, 0, 1)
         self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
         self.basis_every = check_period("basis_every", basis_every)
-        self.eigh_every = check_period("eigh_every", eigh_every) if eigh_every else 0
+        self.eigh_every = 0
+        if eigh_every:
+            self.eigh_every = check_period("eigh_every", eigh_every)
         check_choice("kernels", kernels, KERNELS)
         self._staggered, self.report_every = staggered, self.basis_every
-        super().__init__(
-            model,
-            OptimizerSpec("soap"),
-            lr,
-            roles=roles,
-            block_size=check_period("block_size", block_size),
+        layout = Layout(
+            roles,
+            compile,
+            data_parallel,
+            check_period("block_size", block_size),
             modes=kernels == "modes",
             spectral=spectral,
-            compile=compile,
-            data_parallel=data_parallel,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            decay=decay,
-            overrides=overrides,
-            fallback=fallback,
-            fallback_lr=fallback_lr,
-            stochastic_rounding=stochastic_rounding,
-            strict=strict,
         )
+        training = Training(
+            momentum,
+            weight_decay,
+            decay,
+            overrides,
+            Fallback.of(fallback, fallback_lr),
+            stochastic_rounding,
+            strict,
+        )
+        super().__init__(model, OptimizerSpec("soap"), lr, training, layout)
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
@@ -131,8 +143,9 @@ class SOAP(MatrixOptimizer):
     def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
         state = {name: stack.zeros(*stack.shape) for name in ("mean", "square")}
         state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
-        for side, n in enumerate(stack.shape):
-            state |= {f"factor{side}": stack.zeros(packed_size(n)), f"basis{side}": stack.zeros(n, n)}
+        for side, size in enumerate(stack.shape):
+            state[f"factor{side}"] = stack.zeros(packed_size(size))
+            state[f"basis{side}"] = stack.zeros(size, size)
         return state
 
     def _correction(self, name: str) -> float:
@@ -147,51 +160,62 @@ class SOAP(MatrixOptimizer):
 
     def _loaded(self) -> None:
         # A slot of any weight has been observed, and so has a basis.
-        self._started = [
-            {i for i, weight in enumerate(stack.state["weight"].tolist()) if weight > 0}
-            for stack in self._stacks
-        ]
+        for number, stack in enumerate(self._stacks):
+            observed = stack.state["weight"].nonzero().flatten()
+            self._started[number] = set(observed.tolist())
 
     def _make_up(self) -> None:
         # A basis that was started by a gradient that did not count is none.
         self._loaded()
 
     def _arguments(
-        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+        self, number: int, at: slice, gradient: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
         stack = self._stacks[number]
         bases = tuple(stack.state[f"basis{side}"][at] for side in self._sides[number])
         momentum = stack.each(self._setting("momentum").__getitem__)[at]
         betas = torch.stack([momentum, torch.full_like(momentum, self.beta2)], 1)
-        averages = (stack.state[k][at] for k in ("mean", "square", "weights", "weight"))
-        return mean, bases, *averages, betas, self._epsilons[number][at], counts
+        state = stack.state
+        averages = Averages(
+            mean=state["mean"][at],
+            square=state["square"][at],
+            weights=state["weights"][at],
+            weight=state["weight"][at],
+            betas=betas,
+            epsilon=self._epsilons[number][at],
+            counts=counts,
+        )
+        return mean, bases, averages
 
-    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
+    def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
         for side in self._sides[number]:
-            observe(state[f"factor{side}"][at], g, side, self.factor_decay, counts)
+            observe(state[f"factor{side}"][at], gradient, side, self.factor_decay, counts)
         add_weight(state["weight"][at], self.factor_decay, counts)
 
     def _finish(self, number: int, runs: Sequence[slice]) -> None:
         """Start the bases of slots that were seen for the first time, and turn those that are due."""
         started = self._started[number]
-        seen = {i for run in runs for i in range(run.start, run.stop)}
+        seen: set[int] = set()
+        for run in runs:
+            seen.update(range(run.start, run.stop))
         new = sorted(seen - started)
         started |= seen
         for side in self._sides[number]:
             if new:
                 self._start(number, side, new)
             if self._steps > 0:
-                due = [i for i in self._schedule.due(self._steps, number, side) if i in started]
+                due = [slot for slot in self._schedule.due(self._steps, number, side) if slot in started]
                 if due:
                     self._turn(number, side, due)
 
     def _start(self, number: int, side: int, slots: Sequence[int]) -> None:
         """Compute the first basis of some slots; what has no decomposition keeps the axes."""
         stack = self._stacks[number]
-        n, at = stack.shape[side], torch.tensor(slots, device=stack.device)
-        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][at], n))
-        axes = torch.eye(n, dtype=stack.dtype, device=stack.device)
+        size, at = stack.shape[side], torch.tensor(slots, device=stack.device)
+        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][at], size))
+        # Descending eigenvalues, as orthogonal iteration orders them.
+        axes = torch.eye(size, dtype=stack.dtype, device=stack.device)
         stack.state[f"basis{side}"][at] = torch.where(found[:, None, None], vectors.flip(-1), axes)
         stack.note("failed_bases", ~found, at, f"side {side} of ")
 
@@ -202,16 +226,19 @@ class SOAP(MatrixOptimizer):
         old = state[f"basis{side}"][at]
         factor = unpack(state[f"factor{side}"][at], stack.shape[side])
         turned = old.mT @ factor  # columns as rows, which are sorted faster and decomposed without a copy
+        # q^T A q estimates the eigenvalue of each column.
         order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
         turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
         if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
             _, vectors, found = eigenbases(factor)
             turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
         # No `torch.linalg.qr`: that makes R, too.
+        # Orthogonal iteration: Q <- qr(A Q).
         new = torch.linalg.householder_product(*torch.geqrf(turned))
         state[f"basis{side}"][at] = new
         # One after the other: together they are a product of two squares, which takes longer.
         state["mean"][at] = along(along(state["mean"][at], old, side), new.mT, side)
+        # Squares cannot be turned: they go along with the order of the columns only.
         square = state["square"][at].movedim(side + 1, 1)
         rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
         state["square"][at] = square.gather(1, rows).movedim(1, side + 1)
@@ -221,34 +248,48 @@ def _every_side(stack: Stack) -> tuple[int, ...]:
     return tuple(range(len(stack.shape)))
 
 
-def _turned_adam(
-    g: Tensor,
-    bases: tuple[Tensor, ...],
-    mean: Tensor,
-    square: Tensor,
-    weights: Tensor,
-    weight: Tensor,
-    betas: Tensor,
-    epsilon: Tensor,
-    counts: Tensor,
-) -> Tensor:
+class Averages(NamedTuple):
+    """Adam's averages of some slots in their bases, changed in place.
+
+    Attributes:
+        mean: ``[k, *shape]``, of gradients.
+        square: ``[k, *shape]``, of their squares.
+        weights: ``[k, 2]``, total weights of the two, which correct for the start from zero.
+        weight: ``[k]``, total weight of the factors; 0 where there is no basis yet. Not changed.
+        betas: ``[k, 2]``, weights of the past.
+        epsilon: ``[k]``, added to the root.
+        counts: ``[k]``, 1, or 0 where the averages stay as they are.
+    """
+
+    mean: Tensor
+    square: Tensor
+    weights: Tensor
+    weight: Tensor
+    betas: Tensor
+    epsilon: Tensor
+    counts: Tensor
+
+
+def _turned_adam(gradient: Tensor, bases: tuple[Tensor, ...], averages: Averages) -> Tensor:
     """Return Adam's direction in the bases, turned back; averages are changed in place.
 
     A block without a basis yet (``weight`` 0) is not counted, and its direction is zero.
     """
-    turned = g
+    mean, square, weights, weight, betas, epsilon, counts = averages
+    # Q_L^T G Q_R
+    turned = gradient
     for side, basis in enumerate(bases):
         turned = along(turned, basis.mT, side)
     fresh = (1 - betas) * ((weight > 0) * counts)[:, None]
     betas = 1 - (1 - betas) * counts[:, None]
     weights.lerp_(torch.ones_like(weights), fresh)
-    mean.lerp_(turned, wide(1 - betas[:, 0], g))
-    square.mul_(wide(betas[:, 1], g)).addcmul_(turned, turned * wide(1 - betas[:, 1], g))
-    # Corrections for the start from zero are one number a block.
-    total = weights.clamp(min=torch.finfo(g.dtype).tiny)
+    mean.lerp_(turned, wide(1 - betas[:, 0], gradient))
+    square.mul_(wide(betas[:, 1], gradient)).addcmul_(turned, turned * wide(1 - betas[:, 1], gradient))
+    # (mean / w_1) / (sqrt(square / w_2) + epsilon), with corrections as one number a block.
+    total = weights.clamp(min=torch.finfo(gradient.dtype).tiny)
     root = total[:, 1].sqrt()
-    direction = square.sqrt().add_(wide(epsilon * root, g))
-    torch.div(mean, direction, out=direction).mul_(wide(root / total[:, 0], g))
+    direction = square.sqrt().add_(wide(epsilon * root, gradient))
+    torch.div(mean, direction, out=direction).mul_(wide(root / total[:, 0], gradient))
     for side, basis in enumerate(bases):
         direction = along(direction, basis, side)
     return direction

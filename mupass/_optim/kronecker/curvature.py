@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
+from mupass._optim.kronecker.settings import Loss
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import factor_dtype
@@ -17,19 +17,6 @@ from mupass._taps.leaves import Once, Sums, Tap
 from mupass._taps.passes import Passes
 from mupass._taps.taps import tap_of
 from mupass._taps.terms import terms_tap_of
-
-
-@dataclass(frozen=True)
-class Loss:
-    """How the loss is made of terms.
-
-    Attributes:
-        terms: Number of terms that it averages over, or a function giving it; None counts them.
-        mean: Whether it is their mean, or their sum.
-    """
-
-    terms: int | Callable[[], int] | None
-    mean: bool
 
 
 class Curvature:
@@ -41,13 +28,16 @@ class Curvature:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
         parameters = dict(root.named_parameters())
-        device = next(iter(parameters.values())).device
+        weight: Tensor = next(iter(parameters.values()))
         for place, layer in cover.layers.items():
-            weight = parameters[place.parameter] if place.parameter else _any_parameter(root, place)
+            if place.parameter:
+                weight = parameters[place.parameter]
+            else:
+                weight = next(root.get_submodule(place.module or "").parameters(recurse=False))
             tap = _tap(root, place)
             tap.open(layer, weight.device, factor_dtype(weight), *sides)
             self.taps[place] = tap
-            device = weight.device
+        # Taps that read one activation compute its factor once.
         self.together = cover.together
         for group in cover.together:
             once = Once()
@@ -58,7 +48,7 @@ class Curvature:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
         if self.taps and sides[1] and loss.terms is None:
-            terms.open(device)
+            terms.open(weight.device)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
@@ -87,11 +77,15 @@ class Curvature:
             loss: Computed while factors were collected.
         """
         self.clear()
-        leaves = [leaf for tap in self.taps.values() for leaf in tap.leaves]
-        leaves += [] if self.terms.count is None else [self.terms.count]
+        leaves: list[Tensor] = []
+        for tap in self.taps.values():
+            leaves += tap.leaves
+        if self.terms.count is not None:
+            leaves.append(self.terms.count)
         self.passes.watching = False
-        for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
-            leaf.grad = grad
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
 
     def clear(self) -> None:
         """Forget what was summed."""
@@ -106,36 +100,54 @@ class Curvature:
         Args:
             scale: What the loss was multiplied by (by a gradient scaler); B carries its square.
         """
+        # Passes whose gradients were cleared since do not belong to this step.
         self.passes.drop_cleared()
         before = dict(self.passes.before)
         self.passes.restart()
-        sums = {place: found for place, tap in self.taps.items() if (found := tap.take()) is not None}
+        sums: dict[Place, Sums] = {}
+        for place, tap in self.taps.items():
+            taken = tap.take()
+            if taken is not None:
+                sums[place] = taken
         if self.ranks > 1:
             sums = self._on_all_ranks(sums)
         if not sums:
             self.terms.clear()
             return {}
-        terms = self._count_terms() if self.sides[1] else torch.ones(())
+        terms = torch.ones(())
+        if self.sides[1]:
+            terms = self._count_terms()
         if self.ranks > 1:
             sums, terms, before = self._over_ranks(sums, terms, before)
             if not float(terms):
                 raise _no_terms()
-        for place, found in sums.items():
-            own = terms - before[place].to(terms) if place in before else terms
-            # In place: the gradients of the leaves are ours. Without a row, as of an expert that got no
-            # sample, there is nothing to divide: `observed` says that the tap took no part.
-            if found.a is not None:
-                found.a.div_(found.rows.clamp(min=1))
-            for m in (*found.b, *found.moments):
-                if m is not None:
-                    share = _like(own, m)
-                    # Each rank's mean divides by its own share of terms.
-                    share = share / self.ranks**2 if self.loss.mean else 1 / share
-                    m.mul_(share / _like(scale, m) ** 2)
+        for place, raw in sums.items():
+            own_terms = terms
+            if place in before:
+                own_terms = terms - before[place].to(terms)
+            self._average(raw, own_terms, scale)
         return sums
+
+    def _average(self, sums: Sums, terms: Tensor, scale: Tensor | float) -> None:
+        """Divide sums by numbers of rows and of loss terms.
+
+        In place: the gradients of the leaves are ours. Without a row, as of an expert that got no sample,
+        there is nothing to divide: `observed` says that the tap took no part.
+        """
+        if sums.a is not None:
+            sums.a.div_(sums.rows.clamp(min=1))
+        for matrix in (*sums.b, *sums.moments):
+            if matrix is None:
+                continue
+            count = _like(terms, matrix)
+            # The gradient of a mean over T terms is 1/T of that of each: T^2 / T. Each rank's mean divides by
+            # its own share of terms.
+            share = count / self.ranks**2 if self.loss.mean else 1 / count
+            matrix.mul_(share / _like(scale, matrix) ** 2)
 
     def _on_all_ranks(self, sums: Mapping[Place, Sums]) -> dict[Place, Sums]:
         """Add zeros of taps that took part on other ranks only: not every layer runs on every rank."""
+        # One flag for each tap: does it have sums on any rank?
         like = next(iter(self.taps.values())).rows
         assert like is not None
         (present,) = sum_over_ranks([like.new_tensor([float(place in sums) for place in self.taps])])
@@ -144,55 +156,70 @@ class Curvature:
 
     def _copies(self, sums: Mapping[Place, Sums]) -> dict[Place, Place]:
         """Return taps whose input factor is that of another one on all ranks: tap -> the other one."""
-        pairs = [(other, group[0]) for group in self.together for other in group[1:]]
-        pairs = [(other, first) for other, first in pairs if other in sums and first in sums]
-        if not pairs or not self.sides[0]:
+        if not self.sides[0]:
             return {}
-        differing = [torch.ne(sums[other].a, sums[first].a).any() for other, first in pairs]  # type: ignore[arg-type]
+        pairs: list[tuple[Place, Place]] = []
+        differing = []
+        for first, *others in self.together:
+            for other in others:
+                if first in sums and other in sums:
+                    pairs.append((other, first))
+                    differing.append(torch.ne(sums[other].a, sums[first].a).any())  # type: ignore[arg-type]
+        if not pairs:
+            return {}
         (counts,) = sum_over_ranks([torch.stack(differing).float()])
-        return {other: first for (other, first), n in zip(pairs, counts.tolist(), strict=True) if not n}
+        return {
+            other: first for (other, first), count in zip(pairs, counts.tolist(), strict=True) if not count
+        }
 
     def _over_ranks(
         self, sums: Mapping[Place, Sums], terms: Tensor, before: Mapping[Place, Tensor]
     ) -> tuple[dict[Place, Sums], Tensor, dict[Place, Tensor]]:
         """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
         copies = self._copies(sums)
+        # All in one message: factors, rows, and the numbers of terms.
         rows = next(iter(sums.values())).rows
         # Which taps forgot passes may differ between ranks: one number for each, most often 0.
-        numbers = _numbers([terms, *before.values()])
-        own = dict(zip(before, numbers[1:], strict=True))
-        counts = rows.new_tensor([numbers[0], *(own.get(place, 0.0) for place in sums)])
-        # Moments are not symmetric: sent flat, as all of their entries.
-        flat = [
-            m
-            for place, s in sums.items()
-            for m in (None if place in copies else s.a, *s.b, s.rows, *(m.flatten(1) for m in s.moments))
-            if m is not None
-        ]
-        *flat, counts = sum_over_ranks([*flat, counts])
-        rest = iter(flat)
-
-        def summed(m: Tensor | None) -> Tensor | None:
-            return None if m is None else next(rest)
-
+        total, *dropped = _numbers([terms, *before.values()])
+        dropped_by_place = dict(zip(before, dropped, strict=True))
+        counts = rows.new_tensor([total, *(dropped_by_place.get(place, 0.0) for place in sums)])
+        message: list[Tensor] = []
+        for place, raw in sums.items():
+            if raw.a is not None and place not in copies:
+                message.append(raw.a)
+            message += [matrix for matrix in raw.b if matrix is not None]
+            message.append(raw.rows)
+            # Moments are not symmetric: sent flat, as all of their entries.
+            message += [moments.flatten(1) for moments in raw.moments]
+        *parts, counts = sum_over_ranks([*message, counts])
+        rest = iter(parts)
         found: dict[Place, Sums] = {}
-        for place, s in sums.items():
-            a = s.a if place in copies else summed(s.a)
-            b, count = tuple(summed(m) for m in s.b), next(rest)
-            found[place] = Sums(a, b, count, tuple(next(rest).view_as(m) for m in s.moments))
+        for place, raw in sums.items():
+            a = raw.a
+            if a is not None and place not in copies:
+                a = next(rest)
+            b = tuple(None if matrix is None else next(rest) for matrix in raw.b)
+            own_rows = next(rest)
+            moments = tuple(next(rest).view_as(like) for like in raw.moments)
+            found[place] = Sums(a, b, own_rows, moments)
         for place, other in copies.items():
             found[place] = found[place]._replace(a=found[other].a.clone())  # type: ignore[union-attr]
-        total, *dropped = counts.unbind()
-        return found, total, dict(zip(sums, dropped, strict=True))
+        all_terms, *dropped_by_all = counts.unbind()
+        return found, all_terms, dict(zip(sums, dropped_by_all, strict=True))
 
     def _count_terms(self) -> Tensor:
+        """Return the number of loss terms of this rank: told, or counted."""
         terms = self.loss.terms
+        if callable(terms):
+            terms = terms()
         if terms is not None:
-            return torch.tensor(float(terms() if callable(terms) else terms), dtype=torch.float64)
+            return torch.tensor(float(terms), dtype=torch.float64)
         counted = self.terms.take()
-        if counted is None and self.ranks == 1:
+        if counted is not None:
+            return counted
+        if self.ranks == 1:
             raise _no_terms()
-        return torch.zeros(()) if counted is None else counted
+        return torch.zeros(())  # another rank may have some
 
 
 def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
@@ -218,18 +245,33 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
         factor: Where it comes from.
         taken: Result of `Curvature.take`.
     """
-    raw = [taken[p] for p in factor.places if p in taken]
+    raw = [taken[place] for place in factor.places if place in taken]
     if factor.side == "b":
-        found = [m for sums in raw if (m := sums.b[factor.piece]) is not None]
-        if not found:
-            return None
-        total = found[0] if len(found) == 1 else torch.stack(found).sum(0)
-        return total if factor.scale == 1 else total * factor.scale, _any_row(raw)
-    pairs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
-    if len(pairs) < 2:
-        return (pairs[0][0], pairs[0][1] > 0) if pairs else None
-    rows = torch.stack([n for _, n in pairs]).sum(0)
-    return torch.stack([a * n for a, n in pairs]).sum(0) / rows.clamp(min=1), rows > 0
+        return _observed_output(factor, raw)
+    inputs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
+    if not inputs:
+        return None
+    if len(inputs) == 1:
+        mean, rows = inputs[0]
+        return mean, rows > 0
+    # The mean over the rows of all taps.
+    rows = _sum([rows for _, rows in inputs])
+    return _sum([mean * rows for mean, rows in inputs]) / rows.clamp(min=1), rows > 0
+
+
+def _observed_output(factor: Factor, raw: Sequence[Sums]) -> Observation | None:
+    """Return a factor B: the sum over taps, since each loss term has gradients at all of them."""
+    found = []
+    for sums in raw:
+        matrix = sums.b[factor.piece]
+        if matrix is not None:
+            found.append(matrix)
+    if not found:
+        return None
+    total = _sum(found)
+    if factor.scale != 1:
+        total = total * factor.scale
+    return total, _any_row(raw)
 
 
 def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
@@ -239,16 +281,21 @@ def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation
         factor: Output factor of their matrix, which knows its taps.
         taken: Result of `Curvature.take`.
     """
-    raw = [taken[p] for p in factor.places if p in taken]
+    raw = [taken[place] for place in factor.places if place in taken]
     if not raw:
         return None
-    found = [sums.moments[factor.piece] for sums in raw]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0), _any_row(raw)
+    return _sum([sums.moments[factor.piece] for sums in raw]), _any_row(raw)
 
 
 def _any_row(raw: Sequence[Sums]) -> Tensor:
-    rows = [sums.rows for sums in raw]
-    return (rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)) > 0
+    return _sum([sums.rows for sums in raw]) > 0
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum; of one tensor that tensor, which may be large."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.stack(list(tensors)).sum(0)
 
 
 def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
@@ -261,26 +308,33 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tens
         tied: The two uses.
         taken: Result of `Curvature.take`.
     """
-    seen = [[observed(f, taken) for f in pair] for pair in (tied.first, tied.second)]
-    first, second = ([o[0] for o in pair if o is not None] for pair in seen)
-    rows = [o[1] for pair in seen for o in pair if o is not None]
-    if len(first) < 2 or len(second) < 2:  # one of the uses did not take part: the other is the curvature
-        pair = first if len(first) == 2 else second[::-1]
-        return ((pair[0], pair[1]), torch.stack(rows).any(0)) if len(pair) == 2 else None
-    left, right = torch.stack([first[0], second[1]]), torch.stack([first[1], second[0]])
-    gram_left, gram_right = (m.flatten(1) @ m.flatten(1).T for m in (left, right))
+    first = [observed(factor, taken) for factor in tied.first]
+    second = [observed(factor, taken) for factor in tied.second]
+    rows = [observation[1] for observation in (*first, *second) if observation is not None]
+    if None in first or None in second:  # one of the uses did not take part: the other is the curvature
+        a, b = second[::-1] if None in first else first
+        if a is None or b is None:
+            return None
+        return (a[0], b[0]), torch.stack(rows).any(0)
+    (a1, _), (b1, _), (a2, _), (b2, _) = (*first, *second)  # type: ignore[misc]
+    left, right = torch.stack([a1, b2]), torch.stack([b1, a2])
+    gram_left, gram_right = left.flatten(1) @ left.flatten(1).T, right.flatten(1) @ right.flatten(1).T
+    # P = x_1 A1 + x_2 B2 and Q = y_1 B1 + y_2 A2; each step is the best x or y for the other one.
     y = torch.ones(2, dtype=left.dtype, device=left.device)
     tiny = torch.finfo(left.dtype).tiny
     for _ in range(20):
         x = gram_right @ y / (y @ gram_right @ y).clamp(min=tiny)
         y = gram_left @ x / (x @ gram_left @ x).clamp(min=tiny)
-    p, q = (torch.tensordot(c, m, 1) for c, m in ((x, left), (y, right)))
-    scale = _trace(p) / _trace(left[0]).clamp(min=tiny)
+    p, q = torch.tensordot(x, left, 1), torch.tensordot(y, right, 1)
+    scale = _trace(p) / _trace(a1).clamp(min=tiny)
     return (p / scale.clamp(min=tiny), q * scale), torch.stack(rows).any(0)
 
 
 def _trace(factor: Tensor) -> Tensor:
-    return factor.sum() if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum()
+    """Return the trace of ``[K, n]`` diagonals or of ``[K, n, n]`` matrices, over all K."""
+    if factor.dim() == 2:
+        return factor.sum()
+    return factor.diagonal(dim1=-2, dim2=-1).sum()
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
@@ -293,20 +347,22 @@ def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list
     """Return tap -> the parameters whose factors it adds to."""
     found: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
     for block in cover.blocks:
-        second = block.tied.second if block.tied else ()
-        for place in dict.fromkeys(p for f in (*block.a, *block.b, *second) for p in f.places):
+        factors = [*block.a, *block.b]
+        if block.tied:
+            factors += block.tied.second
+        places: dict[Place, None] = {}  # each once, in order
+        for factor in factors:
+            places.update(dict.fromkeys(factor.places))
+        for place in places:
             found[place].append(parameters[block.parameter])
     return found
 
 
 def _tap(root: nn.Module, place: Place) -> Tap:
+    """Return the tap of a place; inside a parameter it is put there now."""
     if place.module is None:
         return intercept(root, place.parameter, place.key)
     tap = tap_of(root.get_submodule(place.module))
     if tap is None:
         raise OptimizerError(f"{place.module} has lost its tap; transform the model again")
     return tap
-
-
-def _any_parameter(root: nn.Module, place: Place) -> Tensor:
-    return next(root.get_submodule(place.module or "").parameters(recurse=False))

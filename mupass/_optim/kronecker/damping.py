@@ -59,14 +59,16 @@ def damp(mode: str, sides: Sides, floor: float = 0.0, largest: Tensor | None = N
     """
     damping = sides.damping
     if mode == "trace":
-        largest = (sides.trace_b / sides.scale_b).amax() if largest is None else largest
-        return damping * sides.trace_a, damping * torch.maximum(
-            sides.trace_b, floor * largest * sides.scale_b
-        )
+        if largest is None:
+            largest = (sides.trace_b / sides.scale_b).amax()
+        # The floor is relative to the largest trace at the base width: back to this width by each factor.
+        trace_b = torch.maximum(sides.trace_b, floor * largest * sides.scale_b)
+        return damping * sides.trace_a, damping * trace_b
     if mode == "eigen":
         return damping, damping
     if mode == "absolute":
         return damping * sides.scale_a, damping * sides.scale_b
+    # pi^2 is the ratio of the mean eigenvalues.
     mean_a = (sides.trace_a / sides.dim_a).clamp(min=FLOOR)
     mean_b = (sides.trace_b / sides.dim_b).clamp(min=FLOOR)
     pi, root = torch.sqrt(mean_a / mean_b), damping.sqrt()

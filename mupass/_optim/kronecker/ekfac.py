@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mupass._optim.kronecker.curvature import observed_moments
 from mupass._optim.kronecker.factor_pairs import Pair
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.update import Root, by_eigenbasis, inverse, times
 from mupass._optim.linalg.packed import packed_size
 from mupass._optim.linalg.roots import eigenbases
@@ -23,10 +23,11 @@ from mupass._taps.blocks import Block, Place
 from mupass._taps.factors import Layer
 from mupass._taps.leaves import Sums
 
-At = Mapping[str, tuple[Bank, int, int]]
+Side = tuple[FactorStack, int, int]  # bank, first of the matrices there, and their number
+At = Mapping[str, Side]
 
 
-class EigenBank(Bank):
+class EigenStack(FactorStack):
     """A bank that holds eigenvectors where others hold roots; a factor never observed has eigenvalues zero.
 
     Its state has ``vectors``, ``[K, n, n]``, and ``values``, ``[K, n]``, in place of ``root``; ``rho`` is the
@@ -43,11 +44,10 @@ class EigenBank(Bank):
         self.turned: dict[int, Tensor] = {}
 
     def _matrices(self) -> dict[str, Tensor]:
-        n = self.size
         return {
-            "factor": self._zeros(packed_size(n)),
-            "vectors": self._zeros(n, n),
-            "values": self._zeros(n),
+            "factor": self._zeros(packed_size(self.size)),
+            "vectors": self._zeros(self.size, self.size),
+            "values": self._zeros(self.size),
         }
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
@@ -60,24 +60,27 @@ class EigenBank(Bank):
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
         state, at = self.state, self._begin(slots)
-        whole = self.value(at)
-        finite = whole.isfinite().flatten(1).all(1)
-        values, vectors, found = eigenbases(torch.where(finite[:, None, None], whole, 0.0))
+        factors = self.value(at)
+        finite = factors.isfinite().flatten(1).all(1)
+        values, vectors, found = eigenbases(torch.where(finite[:, None, None], factors, 0.0))
         done = found & finite
         self.failed[at] += ~done
-        old, old_values, old_rho = (state[name][at] for name in ("vectors", "values", "rho"))
-        vectors = torch.where(done[:, None, None], vectors, old)
-        values = torch.where(done[:, None], values.clamp(min=0), old_values)
-        rho = damping[at] * values.amax(-1) if relative else damping[at]
+        old_vectors = state["vectors"][at]
+        vectors = torch.where(done[:, None, None], vectors, old_vectors)
+        values = torch.where(done[:, None], values.clamp(min=0), state["values"][at])
+        rho = damping[at]
+        if relative:
+            rho = rho * values.amax(-1)
         state["vectors"][at], state["values"][at] = vectors, values
-        state["rho"][at] = torch.where(done, rho, old_rho)
-        mixing = (vectors.mT @ old).square()
+        state["rho"][at] = torch.where(done, rho, state["rho"][at])
+        # Entry ij: the part of the old axis j in the new axis i. A basis that stays turns nothing.
+        mixing = (vectors.mT @ old_vectors).square()
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         mixing = torch.where(done[:, None, None], mixing, eye)
         self.turned = dict(zip(slots, mixing, strict=True))
 
     def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
-        """Return the damped inverses of some slots, see `Bank`."""
+        """Return the damped inverses of some slots, see `FactorStack`."""
         at = slice(first, first + count)
         damped = self.state["values"][at] + self.state["rho"][at, None]
         return Root(by_eigenbasis, (self.state["vectors"][at], damped), 0, grown[at], power)
@@ -94,9 +97,11 @@ def not_rescaled(block: Block, layers: Mapping[Place, Layer]) -> str:
         return "not rescaled: its input factor is the number 1"
     if block.tied:
         return "not rescaled: its two transposed uses have no common eigenbasis"
-    used = [(f, layers[p]) for f in (*block.a, *block.b) for p in f.places]
-    if any(layer.diagonal_in if f.side == "a" else layer.diagonal_out for f, layer in used):
-        return "not rescaled: one of its factors is a diagonal"
+    for factor in (*block.a, *block.b):
+        for place in factor.places:
+            layer = layers[place]
+            if (factor.side == "a" and layer.diagonal_in) or (factor.side == "b" and layer.diagonal_out):
+                return "not rescaled: one of its factors is a diagonal"
     return ""
 
 
@@ -113,10 +118,11 @@ class Moments:
 
     def __init__(self, pairs: Sequence[Pair], at: At) -> None:
         self.at = at
-        self.pairs = {(p.block.parameter, p.piece): p for p in pairs}
+        self.pairs = {pair.name: pair for pair in pairs}
         self.state: dict[tuple[str, int], dict[str, Tensor]] = {}
         self.overflowed: dict[tuple[str, int], Tensor] = {}
         for name, pair in self.pairs.items():
+            # Precision and device of the factors.
             like = self._sides(pair)[0][0].state["weight"]
             self.state[name] = {
                 "sum": like.new_zeros(pair.groups, pair.outputs, pair.inputs),
@@ -124,7 +130,7 @@ class Moments:
             }
             self.overflowed[name] = like.new_zeros(())
 
-    def _sides(self, pair: Pair) -> list[tuple[EigenBank, int, int]]:
+    def _sides(self, pair: Pair) -> list[tuple[EigenStack, int, int]]:
         """Return (bank, first slot, number of slots) of the output and of the input factor."""
         return [self.at[slot] for slot in (pair.b, pair.a) if slot]  # type: ignore[misc]
 
@@ -136,10 +142,11 @@ class Moments:
     def bases(self) -> dict[Place, tuple[Tensor, ...]]:
         """Return the bases that every tap needs, views into the banks: the input's, then every output's."""
         found: dict[Place, tuple[Tensor, ...]] = {}
-        for pair in sorted(self.pairs.values(), key=lambda p: p.block.b[p.piece].piece):
-            b, a = self._decomposed(pair, "vectors")
+        # A tap's outputs are in the order of their pieces.
+        for pair in sorted(self.pairs.values(), key=lambda pair: pair.block.b[pair.piece].piece):
+            basis_b, basis_a = self._decomposed(pair, "vectors")
             for place in pair.block.b[pair.piece].places:
-                found[place] = (*found.get(place, (a,)), b)
+                found[place] = (*found.get(place, (basis_a,)), basis_b)
         return found
 
     def average(self, taken: Mapping[Place, Sums], decay: float, ok: Tensor) -> None:
@@ -160,6 +167,7 @@ class Moments:
             finite = new.sum((1, 2)).isfinite()
             there = seen.reshape(()) & ok
             self.overflowed[name] += (~finite & there).any()
+            # A moment starts in `follow`, when both bases are there.
             counts = finite & there
             fresh = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
             total.lerp_(torch.where(counts[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
@@ -168,26 +176,25 @@ class Moments:
     def follow(self) -> None:
         """Go over to the bases that the banks have turned to, and start what has both bases now."""
         for name, pair in self.pairs.items():
-            total, own = self.state[name]["sum"], self.state[name]["weight"]
-            for left, (bank, first, count) in zip((True, False), self._sides(pair), strict=True):
-                for g in range(count):
-                    mixing = bank.turned.get(first + g)
-                    if mixing is not None:
-                        total[g] = mixing @ total[g] if left else total[g] @ mixing.mT
+            total, weight = self.state[name]["sum"], self.state[name]["weight"]
+            side_b, side_a = self._sides(pair)
+            _turn(total, side_b, left=True)
+            _turn(total, side_a, left=False)
             values_b, values_a = self._decomposed(pair, "values")
-            (bank_b, first_b, n), _ = self._sides(pair)
-            start = (own == 0) & (values_b[:, -1] > 0) & (values_a[:, -1] > 0)
-            weight = torch.where(start, bank_b.state["weight"][first_b : first_b + n], own)
-            product = values_b[:, :, None] * values_a[:, None, :] * weight[:, None, None]
+            # Start as S_ij = b_i a_j, with the weight of the average of B.
+            bank, first, count = side_b
+            start = (weight == 0) & (values_b[:, -1] > 0) & (values_a[:, -1] > 0)
+            weight_b = torch.where(start, bank.state["weight"][first : first + count], weight)
+            product = values_b[:, :, None] * values_a[:, None, :] * weight_b[:, None, None]
             total.copy_(torch.where(start[:, None, None], product, total))
-            own.copy_(weight)
-        for some, _, _ in self.at.values():
-            if isinstance(some, EigenBank):
-                some.turned = {}
+            weight.copy_(weight_b)
+        for any_bank, _, _ in self.at.values():
+            if isinstance(any_bank, EigenStack):
+                any_bank.turned = {}
 
     def __contains__(self, pair: Pair) -> bool:
         """Return whether a pair is one of them."""
-        return (pair.block.parameter, pair.piece) in self.pairs
+        return pair.name in self.pairs
 
     def value(self, pair: Pair) -> Tensor:
         """Return the averages of a pair, corrected for their start.
@@ -195,8 +202,8 @@ class Moments:
         Args:
             pair: One of them.
         """
-        own = self.state[pair.block.parameter, pair.piece]
-        return own["sum"] / torch.where(own["weight"] > 0, own["weight"], 1.0)[:, None, None]
+        total, weight = self.state[pair.name]["sum"], self.state[pair.name]["weight"]
+        return total / torch.where(weight > 0, weight, 1.0)[:, None, None]
 
     def turn(self, pair: Pair, stack: Tensor, back: bool = False) -> Tensor:
         """Return ``U_B^T stack U_A``, or ``U_B stack U_A^T``.
@@ -206,8 +213,10 @@ class Moments:
             stack: ``[groups, out, in]``.
             back: Which of the two.
         """
-        b, a = self._decomposed(pair, "vectors")
-        return b @ stack @ a.mT if back else b.mT @ stack @ a
+        basis_b, basis_a = self._decomposed(pair, "vectors")
+        if back:
+            return basis_b @ stack @ basis_a.mT
+        return basis_b.mT @ stack @ basis_a
 
     def direction(self, pair: Pair, stack: Tensor) -> Tensor:
         """Return the preconditioned gradient, ``U_B [ U_B^T G U_A / (S + damping) ] U_A^T``.
@@ -232,6 +241,7 @@ class Moments:
         values_b, values_a = self._decomposed(pair, "values")
         rho_b, rho_a = (rho[:, None, None] for rho in self._decomposed(pair, "rho"))
         values_b, values_a = values_b[:, :, None], values_a[:, None, :]
+        # S + rho_A b + rho_B a + rho_A rho_B
         return self.value(pair) + rho_a * values_b + rho_b * (values_a + rho_a)
 
     def output_change(self, pair: Pair, direction: Tensor) -> Tensor:
@@ -243,8 +253,20 @@ class Moments:
         """
         _, (bank, first, count) = self._sides(pair)
         if not bank.is_fresh(first, count):
+            # A has changed since it was decomposed: multiply by it.
             product = times(direction, bank.value(slice(first, first + count)), False)
             return (direction * product).sum((1, 2)).clamp(min=0.0)
+        # In the basis of A, A is the diagonal of its eigenvalues.
         _, vectors = self._decomposed(pair, "vectors")
         _, values = self._decomposed(pair, "values")
         return ((direction @ vectors).square() * values[:, None, :]).sum((1, 2))
+
+
+def _turn(total: Tensor, side: tuple[EigenStack, int, int], left: bool) -> None:
+    """Mix the averages of every group by the turn of the basis on one side, in place."""
+    bank, first, count = side
+    for group in range(count):
+        mixing = bank.turned.get(first + group)
+        if mixing is None:
+            continue
+        total[group] = mixing @ total[group] if left else total[group] @ mixing.mT

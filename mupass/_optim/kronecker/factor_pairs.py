@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.kronecker.damping import Sides
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._records import Geometry
 from mupass._scales.scales import Scales
 from mupass._taps.blocks import Block, Factor
@@ -50,12 +50,21 @@ class Pair:
         """How many rows a group takes where factors are lined up: one for each block of the longer side."""
         return max(self.blocks)
 
+    @property
+    def name(self) -> tuple[str, int]:
+        """Parameter and number of the matrix."""
+        return self.block.parameter, self.piece
+
     def rows(self) -> Iterator[tuple[int, int]]:
-        """Yield for every row its number within A's slot, and within B's."""
-        a, b = self.blocks
+        """Yield, group by group and block by block, which of A's matrices goes with which of B's.
+
+        Where one side is whole and the other is cut, all blocks of the other go with the one matrix.
+        """
+        blocks_a, blocks_b = self.blocks
         for group in range(self.groups):
-            for i in range(self.repeats):
-                yield group * a + min(i, a - 1), group * b + min(i, b - 1)
+            for block in range(self.repeats):
+                in_a, in_b = min(block, blocks_a - 1), min(block, blocks_b - 1)
+                yield group * blocks_a + in_a, group * blocks_b + in_b
 
 
 def in_blocks(pair: Pair, shapes: Sequence[tuple[int, ...]], size: int, geometry: Geometry) -> Pair:
@@ -67,17 +76,20 @@ def in_blocks(pair: Pair, shapes: Sequence[tuple[int, ...]], size: int, geometry
         size: Largest block; 0 for whole factors.
         geometry: Of the parameter.
     """
-    matrices, blocks, grown = pair.block.matrices, [1, 1], [1.0, 1.0]
+    matrices = pair.block.matrices
     sides = ((pair.inputs, matrices.in_axes), (pair.outputs, matrices.out_axes))
-    for i, ((n, axes), shape) in enumerate(zip(sides, shapes, strict=True)):
-        if len(shape) == 3 and shape[1] < n:
-            blocks[i] = shape[0] // pair.groups
-            grown[i] = growth(n, size, geometry, matrices, axes)
+    blocks, grown = [1, 1], [1.0, 1.0]
+    for number, (width, axes) in enumerate(sides):
+        shape = shapes[number]
+        # [groups * blocks, n, n] with n below the width: a factor in blocks.
+        if len(shape) == 3 and shape[1] < width:
+            blocks[number] = shape[0] // pair.groups
+            grown[number] = growth(width, size, geometry, matrices, axes)
     return replace(pair, blocks=(blocks[0], blocks[1]), growth=(grown[0], grown[1]))
 
 
 @dataclass(frozen=True)
-class Kind:
+class Lineup:
     """Pairs of one precision and device, lined up group by group and block by block.
 
     Attributes:
@@ -109,11 +121,15 @@ class Kind:
             traces: Of all slots of the banks.
             dampings: Damping of each parameter; None where only traces are of interest.
         """
-        dampings = dampings or {pair.block.parameter: 0.0 for pair in self.pairs}
-        values = [dampings[pair.block.parameter] for pair in self.pairs for _ in pair.rows()]
-        # Hypergradients differentiate by them.
-        tensors = any(isinstance(v, Tensor) for v in values)
-        damping = [torch.as_tensor(v).to(traces) for v in values] if tensors else []
+        values: list[float | Tensor] = []
+        for pair in self.pairs:
+            damping = dampings[pair.block.parameter] if dampings else 0.0
+            values += [damping] * (pair.groups * pair.repeats)
+        if any(isinstance(value, Tensor) for value in values):
+            # Hypergradients differentiate by them.
+            damping_of_rows = torch.stack([torch.as_tensor(value).to(traces) for value in values])
+        else:
+            damping_of_rows = traces.new_tensor(values)
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -121,16 +137,16 @@ class Kind:
             dim_b=self.dim_b,
             scale_a=self.scale_a,
             scale_b=self.scale_b,
-            damping=torch.stack(damping) if tensors else traces.new_tensor(values),
+            damping=damping_of_rows,
         )
 
 
 def line_up(
     pairs: Sequence[Pair],
-    banks: Sequence[Bank],
+    banks: Sequence[FactorStack],
     parameters: Mapping[str, Tensor],
     scales: Mapping[str, Scales],
-) -> list[Kind]:
+) -> list[Lineup]:
     """Line up what damping needs, for the pairs of each precision and device.
 
     Args:
@@ -139,39 +155,58 @@ def line_up(
         parameters: Parameters by name.
         scales: Width factors of each parameter.
     """
-    kinds: dict[Any, list[Pair]] = defaultdict(list)
+    alike: dict[Any, list[Pair]] = defaultdict(list)
     for pair in pairs:
         weight = parameters[pair.block.parameter]
-        kinds[factor_dtype(weight), weight.device].append(pair)
+        alike[factor_dtype(weight), weight.device].append(pair)
     found = []
-    for (dtype, device), alike in kinds.items():
-        own = [i for i, b in enumerate(banks) if (b.dtype, b.device) == (dtype, device)]
-        slots = {key: n for n, key in enumerate(key for i in own for key in banks[i].keys)}
-        rows = [(pair, *at) for pair in alike for at in pair.rows()]
-        at_a, at_b = (
-            [slots.get((p.a, i), -1) for p, i, _ in rows],
-            [slots.get((p.b, i), -1) for p, _, i in rows],
-        )
-        row = {slot: i for i, slot in enumerate(at_a + at_b) if slot >= 0}
-        of = [(scales[pair.block.parameter], pair.growth) for pair, _, _ in rows]
+    for (dtype, device), own in alike.items():
+        numbers = [i for i, bank in enumerate(banks) if (bank.dtype, bank.device) == (dtype, device)]
         like = torch.zeros((), dtype=dtype, device=device)
-        found.append(
-            Kind(
-                banks=tuple(own),
-                pairs=tuple(alike),
-                at_a=torch.tensor(at_a, device=device),
-                at_b=torch.tensor(at_b, device=device),
-                row=torch.tensor([row[i] for i in range(len(slots))], device=device),
-                dim_a=like.new_tensor([p.inputs for p, _, _ in rows]),
-                dim_b=like.new_tensor([p.outputs for p, _, _ in rows]),
-                scale_a=like.new_tensor([s.damping_in / more[0] for s, more in of]),
-                scale_b=like.new_tensor([s.damping_out / more[1] for s, more in of]),
-            )
-        )
+        slots: dict[Any, int] = {}
+        for number in numbers:
+            for key in banks[number].keys:
+                slots[key] = len(slots)
+        found.append(_line_up_alike(own, numbers, slots, scales, like))
     return found
 
 
-def phases(banks: Sequence[Bank], remote: Sequence[Bank], stagger: bool) -> list[list[int]]:
+def _line_up_alike(
+    pairs: Sequence[Pair],
+    numbers: Sequence[int],
+    slots: Mapping[Any, int],
+    scales: Mapping[str, Scales],
+    like: Tensor,
+) -> Lineup:
+    """Line up pairs of one precision and device, whose banks have the given numbers and slots."""
+    at_a, at_b, dims_a, dims_b, scales_a, scales_b = [], [], [], [], [], []
+    for pair in pairs:
+        scale = scales[pair.block.parameter]
+        for in_a, in_b in pair.rows():
+            at_a.append(slots.get((pair.a, in_a), -1))
+            at_b.append(slots.get((pair.b, in_b), -1))
+            dims_a.append(pair.inputs)
+            dims_b.append(pair.outputs)
+            # A block's trace is smaller by the number of blocks.
+            scales_a.append(scale.damping_in / pair.growth[0])
+            scales_b.append(scale.damping_out / pair.growth[1])
+    row_of = dict.fromkeys(range(len(slots)), 0)
+    for row, slot in enumerate(at_a + at_b):
+        row_of[slot] = row
+    return Lineup(
+        banks=tuple(numbers),
+        pairs=tuple(pairs),
+        at_a=torch.tensor(at_a, device=like.device),
+        at_b=torch.tensor(at_b, device=like.device),
+        row=torch.tensor([row_of[slot] for slot in range(len(slots))], device=like.device),
+        dim_a=like.new_tensor(dims_a),
+        dim_b=like.new_tensor(dims_b),
+        scale_a=like.new_tensor(scales_a),
+        scale_b=like.new_tensor(scales_b),
+    )
+
+
+def phases(banks: Sequence[FactorStack], remote: Sequence[FactorStack], stagger: bool) -> list[list[int]]:
     """Deal slots out to the steps of a period, so that each has about the same work (n^3 a slot).
 
     Those of other ranks are dealt out with them: a slot's turn does not depend on the number of ranks.
@@ -181,15 +216,26 @@ def phases(banks: Sequence[Bank], remote: Sequence[Bank], stagger: bool) -> list
         remote: What other ranks keep.
         stagger: Whether slots have turns of their own.
     """
-    slots = [(-(bank.size**3), *key) for bank in (*banks, *remote) for key in bank.keys]
+    if not stagger:
+        return [[0] * len(bank.keys) for bank in banks]
+    slots: list[tuple[int, str, int]] = []
+    for bank in (*banks, *remote):
+        slots += [(-(bank.size**3), *key) for key in bank.keys]
     turns = {(name, group): turn for turn, (_, name, group) in enumerate(sorted(slots))}
-    return [[turns[key] if stagger else 0 for key in bank.keys] for bank in banks]
+    return [[turns[key] for key in bank.keys] for bank in banks]
 
 
 def slot_name(block: Block, factor: Factor, piece: int | None) -> str:
     """Name a slot by its taps; with a piece, by the matrix that has it for itself."""
-    places = "+".join(p.module if p.module is not None else f"{p.parameter}#{p.key}" for p in factor.places)
-    own = f"@{block.parameter}.{piece}" if piece is not None else ""
-    tied = f"&{block.parameter}" if block.tied and factor in (*block.a, *block.b) else ""
-    scale = f"*{factor.scale!r}" if factor.scale != 1 else ""
-    return f"{factor.side}:{places}:{factor.piece}{scale}{tied}{own}"
+    places = []
+    for place in factor.places:
+        # A tap of a module, or one inside a parameter.
+        places.append(f"{place.parameter}#{place.key}" if place.module is None else place.module)
+    name = f"{factor.side}:{'+'.join(places)}:{factor.piece}"
+    if factor.scale != 1:
+        name += f"*{factor.scale!r}"
+    if block.tied and factor in (*block.a, *block.b):  # holds the nearest product's factor
+        name += f"&{block.parameter}"
+    if piece is not None:
+        name += f"@{block.parameter}.{piece}"
+    return name

@@ -17,7 +17,7 @@ from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 AT_ONCE = 2**21
 
 
-class Bank:
+class FactorStack:
     """Moving averages of equally shaped factors, and their inverse roots.
 
     Nothing here waits for the device: what is not finite, or was never observed, is masked.
@@ -42,7 +42,7 @@ class Bank:
         self, keys: list[Any], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.keys = keys
-        self.slot = {key: i for i, key in enumerate(keys)}
+        self.slot = {key: number for number, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
         numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
@@ -79,37 +79,46 @@ class Bank:
             ok: Whether the observations count at all; a scalar on the device.
         """
         self._traces = None
-        for key, (found, seen) in new.items():
-            found = found if found.dim() == (2 if self.diagonal else 3) else found[None]
-            found = found.to(self.dtype)
-            at = slice(self.slot[key], self.slot[key] + len(found))
+        for key, (observed, seen) in new.items():
+            if observed.dim() == self._dims - 1:
+                observed = observed[None]
+            observed = observed.to(self.dtype)
+            at = slice(self.slot[key], self.slot[key] + len(observed))
             self.fresh -= set(range(at.start, at.stop))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
-            traces = _trace(found)
-            finite = traces.isfinite()
-            there = seen.reshape(()) if ok is None else seen.reshape(()) & ok
+            traces = _trace(observed)
+            finite, there = traces.isfinite(), seen.reshape(())
+            if ok is not None:
+                there = there & ok
             counts = finite & there
             self.overflowed[at] += ~finite & there
-            found = torch.where(_along(counts, found), found, 0.0)
-            fresh = counts.to(self.dtype) * (1 - decay)
-            self._blend(at, found, fresh)
+            observed = torch.where(_along(counts, observed), observed, 0.0)
+            # average <- decay average + (1 - decay) factor; where nothing counts it stays.
+            kept = counts.to(self.dtype)
+            fresh = kept * (1 - decay)
+            self._blend(at, observed, fresh)
             weight = self.state["weight"][at]
             weight.lerp_(torch.ones_like(weight), fresh)
+            # Both peaks fade, each at its own pace, unless the new trace is larger.
             peak = self.state["peak"][at]
-            kept = counts.to(self.dtype)
             torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
             recent = self.state["recent"][at]
             jump = torch.where(counts, traces, 0.0)
             torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
 
-    def _blend(self, at: slice, found: Tensor, fresh: Tensor) -> None:
+    @property
+    def _dims(self) -> int:
+        """Number of axes of several factors: ``[K, n, n]`` or ``[K, n]``."""
+        return 2 if self.diagonal else 3
+
+    def _blend(self, at: slice, observed: Tensor, fresh: Tensor) -> None:
         """Move the averages of some slots towards new factors, each by its own fraction."""
         factor = self.state["factor"][at]
         if self.diagonal:
-            factor.lerp_(found, fresh[:, None])
+            factor.lerp_(observed, fresh[:, None])
             return
         for start, end, band in bands(factor, self.size):
-            band.lerp_(found[:, start:end, :end], fresh[:, None, None])
+            band.lerp_(observed[:, start:end, :end], fresh[:, None, None])
 
     def value(self, at: Tensor | slice = slice(None)) -> Tensor:
         """Return the averages, whole and corrected for the start from zero; zeros for what was never seen.
@@ -117,23 +126,31 @@ class Bank:
         Args:
             at: Slots; all by default.
         """
-        factors, weight = self._whole("factor", at), self.state["weight"][at]
-        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-        return factors / _along(weight, factors)
+        factors = self._whole("factor", at)
+        return factors / _along(self._weight(at), factors)
+
+    def _weight(self, at: Tensor | slice) -> Tensor:
+        """Return what the sums of some slots are to be divided by; 1 for what was never seen."""
+        weight = self.state["weight"][at]
+        return torch.where(weight > 0, weight, torch.ones_like(weight))
 
     def _whole(self, name: str, at: Tensor | slice) -> Tensor:
         """Return ``factor`` or ``root`` of some slots, ``[K, n, n]`` or ``[K, n]``."""
         kept = self.state[name][at]
-        return kept if self.diagonal else unpack(kept, self.size)
+        if self.diagonal:
+            return kept
+        return unpack(kept, self.size)
 
     def _trace(self, at: slice = slice(None)) -> Tensor:
-        weight = self.state["weight"][at]
-        return self._diagonal(at).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+        """Return the traces of the averages of some slots."""
+        return self._diagonal(at).sum(-1) / self._weight(at)
 
     def _diagonal(self, at: slice) -> Tensor:
         """Return the diagonals of the sums of some slots, ``[K, n]``."""
         factor = self.state["factor"][at]
-        return factor if self.diagonal else packed_diagonal(factor, self.size)
+        if self.diagonal:
+            return factor
+        return packed_diagonal(factor, self.size)
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -144,8 +161,9 @@ class Bank:
     def forget(self) -> None:
         """Take notice that the state was written from outside."""
         self._traces = None
+        # A root is that of the present average where the trace is still what it was.
         same = (self.traces() == self.state["rooted"]) & (self.state["weight"] > 0)
-        self.fresh = {slot for slot, known in enumerate(same.tolist()) if known}
+        self.fresh = set(same.nonzero().flatten().tolist())
 
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
@@ -164,7 +182,9 @@ class Bank:
                 gradient that jumps is in the mean of gradients sooner than in that of its squares.
         """
         now = self.traces()
-        return growth(torch.maximum(now, self.state["recent"]) if jumps else now, self.state["rooted"])
+        if jumps:
+            now = torch.maximum(now, self.state["recent"])
+        return growth(now, self.state["rooted"])
 
     def _begin(self, slots: Sequence[int]) -> Tensor:
         """Note from what roots are computed, and return the slots on the device."""
@@ -186,12 +206,14 @@ class Bank:
         """
         at = self._begin(slots)
         if self.diagonal:
-            value = self.value(at)
-            rho = damping[at] * value.amax(-1) if relative else damping[at]
+            value, rho = self.value(at), damping[at]
+            if relative:
+                rho = rho * value.amax(-1)
             self.state["root"][at] = diagonal_roots(value, rho, power)
             self.state["rho"][at] = rho
             return
         for part in torch.split(at, max(1, AT_ONCE // self.size**2)):
+            # What fails keeps its old root, with the damping that this has.
             old, rho = self._whole("root", part), damping[part]
             root, failed = inverse_roots(self.value(part), rho, power, old, relative)
             self.state["root"][part] = pack(root.to(self.dtype))
@@ -227,9 +249,7 @@ class Bank:
             count: Number of slots.
         """
         at = slice(first, first + count)
-        weight = self.state["weight"][at]
-        weight = torch.where(weight > 0, weight, torch.ones_like(weight))
-        return Average(self.state["factor"][at], self._packed, weight)
+        return Average(self.state["factor"][at], self._packed, self._weight(at))
 
     @property
     def _packed(self) -> int:
@@ -245,6 +265,7 @@ def growth(now: Tensor, then: Tensor) -> Tensor:
         then: What they were.
     """
     known = then > 0
+    # Divided where it is known only, for the derivative.
     ratio = now / torch.where(known, then, torch.ones_like(then))
     grown = torch.where(now > then, ratio, torch.ones_like(now))
     return torch.where((now > then) & ~known, torch.inf, grown)
@@ -257,4 +278,6 @@ def _along(numbers: Tensor, factors: Tensor) -> Tensor:
 
 def _trace(factors: Tensor) -> Tensor:
     """Return the traces of ``[K, n, n]`` matrices or ``[K, n]`` diagonals."""
-    return (factors if factors.dim() == 2 else factors.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    if factors.dim() == 3:
+        factors = factors.diagonal(dim1=-2, dim2=-1)
+    return factors.sum(-1)

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mupass._optim.kronecker.curvature import nearest_product, observed
+from mupass._optim.kronecker.curvature import Observation, nearest_product, observed
 from mupass._optim.kronecker.damping import damp
-from mupass._optim.kronecker.ekfac import EigenBank, Moments, not_rescaled
-from mupass._optim.kronecker.factor_pairs import Pair, in_blocks, line_up, phases, slot_name
-from mupass._optim.kronecker.factor_stack import Bank
+from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
+from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
+from mupass._optim.kronecker.factor_stack import FactorStack
+from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, times, update
 from mupass._parallel import deal, largest_over_ranks
 from mupass._scales.plan import Entry
-from mupass._taps.blocks import Block, Factor, Place
-from mupass._taps.factors import Layer, factor_dtype
+from mupass._taps.blocks import Block, Cover, Factor
+from mupass._taps.factors import factor_dtype
 from mupass._taps.leaves import Sums
+
+BlockPairs = list[tuple[Block, list[Pair]]]
+
+
+class Ranks(NamedTuple):
+    """Which of how many ranks this one is.
+
+    Attributes:
+        size: Number of ranks that share the work.
+        own: Number of this one.
+    """
+
+    size: int
+    own: int
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How factors become roots.
+class Slot:
+    """Place of one factor, as many matrices as it has groups and blocks.
 
     Attributes:
-        powers: Powers of A and of B.
-        mode: Mode of damping, see `mupass._optim.kronecker.damping.damp`.
-        floor: Smallest trace of B that damping reckons with, relative to the largest one.
-        memory: What a step leaves of the largest trace of B seen so far, to which damping is relative.
-        stagger: Whether roots are spread over the steps of a period.
-        ekfac: Whether gradients are scaled by their second moments in the eigenbases.
-        block: Largest block of a factor; 0 for whole ones.
+        block: The first block that uses it: its state is kept at that block's parameter.
+        factor: Where it is summed.
+        key: Of its state at the parameter.
+        shape: ``(matrices, n, n)``, or ``(matrices, n)`` for diagonals.
     """
 
-    powers: tuple[float, float]
-    mode: str
-    floor: float
-    memory: float
-    stagger: bool
-    ekfac: bool
-    block: int
+    block: Block
+    factor: Factor
+    key: str
+    shape: tuple[int, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether it holds a factor of the product nearest to the curvature of two transposed uses."""
+        return self.block.tied is not None and self.factor in (*self.block.a, *self.block.b)
 
 
 class Kronecker:
@@ -58,107 +72,119 @@ class Kronecker:
 
     Attributes:
         owner: Parameter -> the rank that keeps its block.
+        slots: Slots of all ranks by name.
         banks: Banks of this rank, by side.
         blocks: Blocks of this rank with their pairs.
+        at: Slot of this rank -> its bank, the first of its matrices there, and their number.
     """
 
     def __init__(
         self,
-        blocks: tuple[Block, ...],
-        layers: Mapping[Place, Layer],
+        cover: Cover,
         parameters: Mapping[str, Tensor],
-        rules: Rules,
+        roots: Roots,
         entries: Mapping[str, Entry],
-        ranks: int = 1,
-        rank: int = 0,
-        bank: type[Bank] = Bank,
-        compiled: Compiled | None = None,
+        ranks: Ranks,
+        bank: type[FactorStack],
+        compiled: Compiled,
     ) -> None:
-        self.compiled = compiled or Compiled(False)
-        self.rules, self.ranks, self._kind = rules, ranks, bank
-        self.geometries = {name: entry.geometry for name, entry in entries.items()}
+        self.roots, self.ranks, self._bank_type, self.compiled = roots, ranks, bank, compiled
         self.parameters = parameters
-        self.sources: dict[str, tuple[Block, Factor]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        # Where the state of every slot is kept: the first parameter that uses it, and a key there.
-        self.home: dict[str, tuple[str, str]] = {}
-        everything = [(block, self._pairs(block, layers)) for block in blocks]
-        self.owner = _divide(everything, self._shapes, ranks)
-        # EKFAC's taps need all bases on every rank.
-        mine = [(b, p) for b, p in everything if rules.ekfac or self.owner[b.parameter] == rank]
-        if rules.ekfac:
-            self.owner = dict.fromkeys(self.owner, rank)
-        self.blocks = mine
-        self.pairs = [pair for _, pairs in mine for pair in pairs]
-        own = {slot for pair in self.pairs for slot in (pair.a, pair.b) if slot}
-        self.banks = {side: self._make_banks(side, own) for side in "ab"}
-        self.at = {
-            name: (bank, bank.slot[name, 0], self._shapes[name][0])
-            for bank in self._all
-            for name, _ in bank.keys
-        }
-        # The shapes of what other ranks keep.
-        others = set(self._shapes) - own
-        self._remote = [b for side in "ab" for b in self._make_banks(side, others, torch.device("meta"))]
-        # Pairs that EKFAC rescales; none without it.
-        taken = {b.parameter for b, _ in mine if rules.ekfac and not not_rescaled(b, layers)}
-        self.moments = Moments([p for p in self.pairs if p.block.parameter in taken], self.at)
-        self.phase = phases(self._all, self._remote, rules.stagger)
-        self.kinds = line_up(self.pairs, self._all, parameters, {n: e.scales for n, e in entries.items()})
-        # Dampings of the number 1, the input factor of vectors.
-        self.unit_rho = {
-            (p.block.parameter, p.piece): like.dim_a.new_zeros(p.groups)
-            for like in self.kinds
-            for p in like.pairs
-            if not p.block.a
-        }
-        self._remote_units = {
-            (p.block.parameter, p.piece): torch.zeros(
-                p.groups, dtype=factor_dtype(parameters[p.block.parameter]), device="meta"
-            )
-            for block, pairs in everything
-            for p in pairs
-            if not block.a and (p.block.parameter, p.piece) not in self.unit_rho
-        }
+        self.slots: dict[str, Slot] = {}
+        every = [(block, self._pairs(block, cover, entries[block.parameter])) for block in cover.blocks]
+        self.owner = _divide(every, self.slots, ranks.size)
+        if roots.ekfac:  # its taps need all bases on every rank
+            self.owner = dict.fromkeys(self.owner, ranks.own)
+        self.blocks: BlockPairs = []
+        self.pairs: list[Pair] = []
+        for block, pairs in every:
+            if self.owner[block.parameter] == ranks.own:
+                self.blocks.append((block, pairs))
+                self.pairs += pairs
+        self._stack_factors()
+        rescaled = []
+        if roots.ekfac:
+            rescaled = [pair for pair in self.pairs if not not_rescaled(pair.block, cover.layers)]
+        self.moments = Moments(rescaled, self.at)
+        scales = {name: entry.scales for name, entry in entries.items()}
+        self.phase = phases(self._all, self._remote, roots.stagger)
+        self.lineups = line_up(self.pairs, self._all, parameters, scales)
+        self._damp_units(every)
         self.seen: set[str] = set()  # slots with an observation
         self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
         self.rooted = False
         self.moved = True  # whether averages have changed since roots were last looked over
 
-    def _pairs(self, block: Block, layers: Mapping[Place, Layer]) -> list[Pair]:
+    def _pairs(self, block: Block, cover: Cover, entry: Entry) -> list[Pair]:
+        """Name the slots of a block's matrices."""
         pairs = []
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
-            slots: dict[str, str] = {}
+            names: dict[str, str] = {}
             for side, factors in (("a", block.a), ("b", block.b)):
-                if factors and self.rules.powers[side == "b"] > 0:
-                    factor = factors[piece]
-                    layer = layers[factor.places[0]]
-                    name = slots[side] = slot_name(block, factor, piece if self.rules.mode == "pi" else None)
-                    self.sources.setdefault(name, (block, factor))
-                    self.home.setdefault(name, (block.parameter, f"{side}{piece}"))
-                    self._shapes[name] = (
-                        layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
-                    )
+                if factors and self.roots.power(side) > 0:
+                    names[side] = self._slot(side, block, factors[piece], piece, cover)
             groups, outputs, inputs = stack.shape
-            pair = Pair(block, piece, slots.get("a"), slots.get("b"), groups, inputs, outputs)
-            shapes = [self._shapes.get(slot or "", ()) for slot in (pair.a, pair.b)]
-            pairs.append(in_blocks(pair, shapes, self.rules.block, self.geometries[block.parameter]))
+            pair = Pair(block, piece, names.get("a"), names.get("b"), groups, inputs, outputs)
+            shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
+            pairs.append(in_blocks(pair, shapes, self.roots.block or 0, entry.geometry))
         return pairs
 
-    def _make_banks(self, side: str, names: set[str], device: torch.device | None = None) -> list[Bank]:
+    def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
+        """Return the name of the slot of one factor, which is new or that of an earlier block."""
+        name = slot_name(block, factor, piece if self.roots.damping.mode == "pi" else None)
+        if name not in self.slots:
+            layer = cover.layers[factor.places[0]]
+            shape = layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
+            self.slots[name] = Slot(block, factor, f"{side}{piece}", shape)
+        return name
+
+    def _stack_factors(self) -> None:
+        """Make the banks of this rank, and the shapes of those of others."""
+        own = _slots_of(self.pairs)
+        self.banks = {side: self._make_banks(side, own) for side in "ab"}
+        self._all = [*self.banks["a"], *self.banks["b"]]
+        self.at: dict[str, tuple[FactorStack, int, int]] = {}
+        for bank in self._all:
+            for name, _ in bank.keys:
+                self.at[name] = (bank, bank.slot[name, 0], self.slots[name].shape[0])
+        others, meta = self.slots.keys() - own, torch.device("meta")
+        self._remote = [*self._make_banks("a", others, meta), *self._make_banks("b", others, meta)]
+
+    def _make_banks(
+        self, side: str, names: set[str], device: torch.device | None = None
+    ) -> list[FactorStack]:
         """Put factors of equal shape, precision and device together."""
         alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
-        for name, shape in self._shapes.items():
-            block, factor = self.sources[name]
-            if factor.side == side and name in names:
-                weight = self.parameters[block.parameter]
-                slots = [(name, g) for g in range(shape[0])]
-                alike[shape[1:], factor_dtype(weight), device or weight.device] += slots
-        full = EigenBank if self.rules.ekfac else self._kind
-        return [(full if len(kind[0]) > 1 else self._kind)(slots, *kind) for kind, slots in alike.items()]
+        for name, slot in self.slots.items():
+            if slot.factor.side == side and name in names:
+                weight = self.parameters[slot.block.parameter]
+                kind = (slot.shape[1:], factor_dtype(weight), device or weight.device)
+                alike[kind] += [(name, number) for number in range(slot.shape[0])]
+        banks = []
+        for kind, keys in alike.items():
+            bank = self._bank_type
+            if self.roots.ekfac and len(kind[0]) > 1:  # diagonals need no eigenvectors
+                bank = EigenStack
+            banks.append(bank(keys, *kind))
+        return banks
 
-    def average(self, taken: Mapping[Place, Sums], decay: float, memory: float, ok: Tensor) -> None:
+    def _damp_units(self, every: BlockPairs) -> None:
+        """Make room for the dampings of the number 1, the input factor of vectors."""
+        self.unit_rho: dict[tuple[str, int], Tensor] = {}
+        self._remote_units: dict[tuple[str, int], Tensor] = {}
+        for lineup in self.lineups:
+            for pair in lineup.pairs:
+                if not pair.block.a:
+                    self.unit_rho[pair.name] = lineup.dim_a.new_zeros(pair.groups)
+        for block, pairs in every:
+            if block.a or self.owner[block.parameter] == self.ranks.own:
+                continue
+            dtype = factor_dtype(self.parameters[block.parameter])
+            for pair in pairs:
+                self._remote_units[pair.name] = torch.zeros(pair.groups, dtype=dtype, device="meta")
+
+    def average(self, taken: Mapping[Any, Sums], decay: float, memory: float, ok: Tensor) -> None:
         """Add the factors of one step to the averages.
 
         Args:
@@ -168,72 +194,84 @@ class Kronecker:
             ok: 1, or 0 where the observations do not count.
         """
         self.moved = True
-        new: dict[str, tuple[Tensor, Tensor]] = {}
-        tied: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
-        for name in self.at:
-            block, factor = self.sources[name]
-            if block.tied and factor in (*block.a, *block.b):
-                if block.parameter not in tied:
-                    tied[block.parameter] = nearest_product(block.tied, taken)
-                found = tied[block.parameter]
-                value = None if found is None else (found[0][factor.side == "b"], found[1])
-            else:
-                value = observed(factor, taken)
-            if value is not None:
-                new[name] = value
-        self.seen.update(new)
+        observations = self._observations(taken)
+        self.seen.update(observations)
+        by_bank: dict[int, dict[Any, Observation]] = defaultdict(dict)
+        for name, observation in observations.items():
+            by_bank[id(self.at[name][0])][name, 0] = observation
         counts = ok > 0
         for bank in self._all:
-            seen = {(name, 0): value for name, value in new.items() if self.at[name][0] is bank}
-            bank.average(seen, decay, memory, counts.to(bank.device))
+            bank.average(by_bank[id(bank)], decay, memory, counts.to(bank.device))
         self.moments.average(taken, decay, counts)
-        if self.rules.mode == "trace" and self.rules.floor:
-            self.largest = largest_over_ranks([self._largest(kind) for kind in self.kinds], self.ranks)
+        self._find_largest()
 
-    @property
-    def _all(self) -> list[Bank]:
-        return [*self.banks["a"], *self.banks["b"]]
+    def _observations(self, taken: Mapping[Any, Sums]) -> dict[str, Observation]:
+        """Return the factors of one step by slot, without those that no tap has seen."""
+        found: dict[str, Observation] = {}
+        products: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
+        for name in self.at:
+            slot = self.slots[name]
+            block, observation = slot.block, None
+            if slot.tied:
+                assert block.tied is not None
+                if block.parameter not in products:  # once for both factors
+                    products[block.parameter] = nearest_product(block.tied, taken)
+                product = products[block.parameter]
+                if product is not None:
+                    factors, seen = product
+                    observation = factors["ab".index(slot.factor.side)], seen
+            else:
+                observation = observed(slot.factor, taken)
+            if observation is not None:
+                found[name] = observation
+        return found
 
-    def _place(self, name: str) -> str:
-        block, factor = self.sources[name]
-        return f"factor {factor.side.upper()} of {block.parameter}"
+    def _find_largest(self) -> None:
+        """Find the largest trace of B, where damping has a floor relative to it."""
+        if self.roots.damping.has_floor:
+            largest = [self._largest(lineup) for lineup in self.lineups]
+            self.largest = largest_over_ranks(largest, self.ranks.size)
 
     def unseen(self) -> list[str]:
         """Return parameters of this rank that have a factor which was never observed."""
-        missing = set(self.at) - self.seen
-        return list(dict.fromkeys(p.block.parameter for p in self.pairs if missing & {p.a, p.b}))
+        missing = self.at.keys() - self.seen
+        return list(dict.fromkeys(pair.block.parameter for pair in self.pairs if missing & {pair.a, pair.b}))
 
     def incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         """Return what may have gone wrong where, and for each how often since the last call.
 
         The counts stay on the device. They start anew from here.
         """
-        told: list[tuple[str, str]] = []
+        incidents: list[tuple[str, str]] = []
         counts: list[Tensor] = []
-        traced: set[tuple[Factor, int]] = set()
         for bank in self._all:
-            owners = [bank.keys[i][0] for i in range(len(bank.keys))]
-            told += [("failed_roots", self._place(name)) for name in owners]
-            told += [("overflowed_factors", self._place(name)) for name in owners]
-            counts += [bank.failed.clone(), bank.overflowed.clone()]
-            bank.failed.zero_()
-            bank.overflowed.zero_()
+            places = []
+            for name, _ in bank.keys:
+                slot = self.slots[name]
+                places.append(f"factor {slot.factor.side.upper()} of {slot.block.parameter}")
+            for kind, numbers in (("failed_roots", bank.failed), ("overflowed_factors", bank.overflowed)):
+                incidents += [(kind, place) for place in places]
+                counts.append(_taken(numbers))
+        self._vanished(incidents, counts)
+        for (name, _), numbers in self.moments.overflowed.items():
+            incidents.append(("overflowed_factors", f"the second moments of {name}"))
+            counts.append(_taken(numbers)[None])
+        return incidents, counts
+
+    def _vanished(self, incidents: list[tuple[str, str]], counts: list[Tensor]) -> None:
+        """Add factors B that were zero in every observation."""
+        named: set[tuple[Factor, int]] = set()
         for bank in self.banks["b"]:
-            vanished = torch.split(bank.vanished.clone(), 1)
-            for (name, group), count in zip(bank.keys, vanished, strict=True):
-                block, factor = self.sources[name]
+            numbers = torch.split(_taken(bank.vanished), 1)
+            for (name, group), number in zip(bank.keys, numbers, strict=True):
+                slot = self.slots[name]
                 # Under pi-damping a bias has a copy of its weight's factor: it is named once.
-                if (factor, group) not in traced:
-                    traced.add((factor, group))
-                    what = f"{block.parameter} receives no gradient (is the readout zero?); its update is 0"
-                    told.append(("zero_traces", what))
-                    counts.append(count)
-            bank.vanished.zero_()
-        for (name, _), count in self.moments.overflowed.items():
-            told.append(("overflowed_factors", f"the second moments of {name}"))
-            counts.append(count.clone()[None])
-            count.zero_()
-        return told, counts
+                if (slot.factor, group) in named:
+                    continue
+                named.add((slot.factor, group))
+                place = f"{slot.block.parameter} receives no gradient (is the readout zero?); its update is 0"
+                incidents.append(("zero_traces", place))
+                counts.append(number)
 
     def due(self, step: int, period: int, spare: bool) -> dict[int, list[int]]:
         """Return the slots of every bank whose roots are to be computed anew.
@@ -249,14 +287,16 @@ class Kronecker:
         Returns:
             Index of the bank -> slots, without banks that have none.
         """
-        early = self.moved and step < period and step & (step - 1) == 0
-        found = {}
-        for i, own in enumerate(self.phase):
-            at = [phase % (period - 1) + 1 if spare else phase for phase in own]
-            turn = [s for s, p in enumerate(at) if (p - step) % period == 0 or early or not self.rooted]
-            if turn:
-                found[i] = turn
+        early = self.moved and step < period and step & (step - 1) == 0  # a power of two
+        every_root = early or not self.rooted
         self.moved = False
+        found: dict[int, list[int]] = {}
+        for number, turns in enumerate(self.phase):
+            for slot, turn in enumerate(turns):
+                if spare:
+                    turn = turn % (period - 1) + 1
+                if every_root or (turn - step) % period == 0:
+                    found.setdefault(number, []).append(slot)
         return found
 
     def refresh(self, dampings: Mapping[str, float | Tensor], due: Mapping[int, Sequence[int]]) -> None:
@@ -267,44 +307,61 @@ class Kronecker:
             due: Result of `due`.
         """
         rho = self._damp(dampings)
-        for i, slots in due.items():
-            power = self.rules.powers[i >= len(self.banks["a"])]
-            self._all[i].refresh(rho[i], power, slots, self.rules.mode == "eigen")
+        relative = self.roots.damping.mode == "eigen"
+        for number, slots in due.items():
+            power = self.roots.power("b" if self._is_output(number) else "a")
+            self._all[number].refresh(rho[number], power, slots, relative)
         self.moments.follow()
         self.rooted = True
 
-    def _remembered(self, bank: Bank) -> Tensor:
-        """Return the traces that damping is relative to: of B, the largest seen, which fades."""
-        traces = bank.traces()
-        if self.rules.memory == 0 or all(bank is not b for b in self.banks["b"]):
-            return traces
-        return torch.maximum(traces, bank.state["peak"])
+    def _is_output(self, number: int) -> bool:
+        """Return whether a bank has factors B."""
+        return number >= len(self.banks["a"])
 
-    def _largest(self, kind: Any) -> Tensor:
-        sides = kind.sides(torch.cat([self._remembered(self._all[i]) for i in kind.banks]), None)
-        return (sides.trace_b / sides.scale_b).amax()  # type: ignore[no-any-return]
+    def _traces(self, lineup: Lineup, remembered: bool) -> Tensor:
+        """Return the traces of all slots of a lineup; if remembered, of B the largest seen, which fades."""
+        traces = []
+        for number in lineup.banks:
+            bank = self._all[number]
+            trace = bank.traces()
+            if remembered and self.roots.damping.memory > 0 and self._is_output(number):
+                trace = torch.maximum(trace, bank.state["peak"])
+            traces.append(trace)
+        return torch.cat(traces)
+
+    def _largest(self, lineup: Lineup) -> Tensor:
+        """Return the largest trace of B, each over its width factor: as if at the base width."""
+        sides = lineup.sides(self._traces(lineup, remembered=True), None)
+        return (sides.trace_b / sides.scale_b).amax()
 
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
+        settings = self.roots.damping
         rho: list[Tensor] = [bank.state["weight"] for bank in self._all]
-        traced = self.rules.mode in {"trace", "eigen"}
-        for kind in self.kinds:
-            banks = [self._all[i] for i in kind.banks]
-            traces = torch.cat([self._remembered(b) if traced else b.traces() for b in banks])
-            largest = None if self.largest is None else self.largest.to(traces)
-            rho_a, rho_b = damp(self.rules.mode, kind.sides(traces, dampings), self.rules.floor, largest)
-            both = torch.cat([rho_a, rho_b])[kind.row]
-            counts = [len(bank.keys) for bank in banks]
-            for i, part in zip(kind.banks, torch.split(both, counts), strict=True):
-                eigen = self.rules.mode == "eigen" and i >= len(self.banks["a"]) and self.rules.memory > 0
-                rho[i] = part * self._all[i].memory() if eigen else part
-            first = 0
-            for pair in kind.pairs:
-                if not pair.block.a:
-                    own = rho_a[first : first + pair.groups * pair.repeats : pair.repeats]
-                    self.unit_rho[pair.block.parameter, pair.piece].copy_(own)
-                first += pair.groups * pair.repeats
+        for lineup in self.lineups:
+            traces = self._traces(lineup, remembered=settings.mode in {"trace", "eigen"})
+            largest = None
+            if self.largest is not None:
+                largest = self.largest.to(traces)
+            rho_a, rho_b = damp(settings.mode, lineup.sides(traces, dampings), settings.floor, largest)
+            by_slot = torch.cat([rho_a, rho_b])[lineup.row]
+            lengths = [len(self._all[number].keys) for number in lineup.banks]
+            for number, part in zip(lineup.banks, torch.split(by_slot, lengths), strict=True):
+                # Relative to the largest eigenvalue seen, as traces are elsewhere.
+                if settings.mode == "eigen" and settings.memory > 0 and self._is_output(number):
+                    part = part * self._all[number].memory()
+                rho[number] = part
+            self._keep_unit_damping(lineup, rho_a)
         return rho
+
+    def _keep_unit_damping(self, lineup: Lineup, rho_a: Tensor) -> None:
+        """Keep the damping of the number 1 for every group of a vector."""
+        first = 0
+        for pair in lineup.pairs:
+            end = first + pair.groups * pair.repeats
+            if not pair.block.a:
+                self.unit_rho[pair.name].copy_(rho_a[first : end : pair.repeats])
+            first = end
 
     def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the preconditioned gradient of every block of this rank, and what it does to outputs.
@@ -316,21 +373,23 @@ class Kronecker:
             Directions ``D``, and for each the mean over outputs of ``D A D^T``, the mean square of the change
             that it makes to an output; nothing for blocks that keep no A.
         """
-        found, changes = {}, {}
+        directions, changes = {}, {}
         for block, pairs in self.blocks:
             grad = grads.get(block.parameter)
             if grad is None:
                 continue
-            stacks = block.matrices.split(grad)
-            parts = [self._apply(pair, stack) for pair, stack in zip(pairs, stacks, strict=True)]
-            directions = [direction for direction, _ in parts]
-            joined = block.matrices.join(directions, grad)
-            found[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
-            squares = [change for _, change in parts if change is not None]
+            parts, squares, outputs = [], [], 0
+            for pair, stack in zip(pairs, block.matrices.split(grad), strict=True):
+                direction, change = self._apply(pair, stack)
+                parts.append(direction)
+                outputs += pair.groups * pair.outputs
+                if change is not None:
+                    squares.append(change.sum())
+            joined = block.matrices.join(parts, grad)
+            directions[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
             if len(squares) == len(parts):
-                outputs = sum(pair.groups * pair.outputs for pair in pairs)
-                changes[block.parameter] = torch.stack([s.sum() for s in squares]).sum() / outputs
-        return found, changes
+                changes[block.parameter] = torch.stack(squares).sum() / outputs
+        return directions, changes
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
@@ -338,17 +397,21 @@ class Kronecker:
         Args:
             moves: Change of each parameter.
         """
-        total = []
+        terms = []
         for block, pairs in self.blocks:
-            if block.parameter in moves:
-                for pair, d in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
-                    if pair in self.moments:
-                        turned = self.moments.turn(pair, d)
-                        total.append((turned.square() * self.moments.value(pair)).sum())
-                    else:
-                        left = self._times_factor(pair, d, "b")
-                        total.append((d * self._times_factor(pair, left, "a")).sum())
-        return torch.stack(total).sum() if total else torch.zeros(())
+            if block.parameter not in moves:
+                continue
+            for pair, move in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                if pair in self.moments:
+                    turned = self.moments.turn(pair, move)
+                    terms.append((turned.square() * self.moments.value(pair)).sum())
+                else:
+                    # <D, B D A>
+                    left = self._times_factor(pair, move, "b")
+                    terms.append((move * self._times_factor(pair, left, "a")).sum())
+        if not terms:
+            return torch.zeros(())
+        return torch.stack(terms).sum()
 
     def _times_factor(self, pair: Pair, stack: Tensor, side: str) -> Tensor:
         """Multiply by the average of a factor itself; a side without a factor is the identity."""
@@ -362,19 +425,24 @@ class Kronecker:
     def _apply(self, pair: Pair, stack: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the directions of one matrix, and ``tr(D A D^T)`` of every group where A is known."""
         slot = pair.b or pair.a
-        stack = stack.to(self.at[slot][0].dtype) if slot else stack
+        if slot:
+            stack = stack.to(self.at[slot][0].dtype)
         if pair in self.moments:
             direction = self.moments.direction(pair, stack)
             return direction, self.moments.output_change(pair, direction)
-        powers = self.rules.powers
+        power_a, power_b = self.roots.powers
         unit = None
-        if not pair.block.a and powers[0] > 0:
-            unit = self.unit_rho[pair.block.parameter, pair.piece]
-        shrink = prod(more**power for more, power in zip(pair.growth, powers, strict=True))
-        b, a = self._root(pair.b, powers[1], self.rules.memory > 0), self._root(pair.a, powers[0], False)
+        if not pair.block.a and power_a > 0:
+            unit = self.unit_rho[pair.name]
+        shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
+        # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
+        root_b = self._root(pair.b, power_b, self.roots.damping.memory > 0)
+        root_a = self._root(pair.a, power_a, False)
         mean, rho = self._input_factor(pair)
-        direction, change = self.compiled(update, stack, b, a, mean, rho, unit, powers[0], shrink)
-        return direction, None if pair.block.a and not pair.a else change
+        direction, change = self.compiled(update, stack, root_b, root_a, mean, rho, unit, power_a, shrink)
+        if pair.block.a and not pair.a:
+            return direction, None
+        return direction, change
 
     def _root(self, slot: str | None, power: float, jumps: bool) -> Root | None:
         """Return the root of a slot, and by how much its factor has grown since."""
@@ -391,7 +459,8 @@ class Kronecker:
         if not pair.a:
             return None, None
         bank, first, count = self.at[pair.a]
-        plain = self.rules.powers[0] == 1 and self.rules.mode != "eigen"
+        # D A = H - rho D holds for the inverse of the whole present A with a damping that is a number.
+        plain = self.roots.powers[0] == 1 and self.roots.damping.mode != "eigen"
         uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
         if plain and uncut and bank.is_fresh(first, count) and not self.compiled.on(bank.device):
             return None, bank.state["rho"][first : first + count]
@@ -405,15 +474,15 @@ class Kronecker:
         """
         found = {}
         for bank in (*self._all, *self._remote):
-            counts = Counter(name for name, _ in bank.keys)
-            for name, count in counts.items():
-                home, key = self.home[name]
-                if home == parameter:
-                    at = slice(bank.slot[name, 0], bank.slot[name, 0] + count)
-                    found.update({f"{key}.{what}": tensor[at] for what, tensor in bank.state.items()})
-        for (name, piece), own in self.moments.state.items():
+            for name in dict.fromkeys(name for name, _ in bank.keys):
+                slot, first = self.slots[name], bank.slot[name, 0]
+                if slot.block.parameter != parameter:
+                    continue
+                for what, tensor in bank.state.items():
+                    found[f"{slot.key}.{what}"] = tensor[first : first + slot.shape[0]]
+        for (name, piece), averages in self.moments.state.items():
             if name == parameter:
-                found.update({f"moments{piece}.{what}": tensor for what, tensor in own.items()})
+                found.update({f"moments{piece}.{what}": tensor for what, tensor in averages.items()})
         for (name, piece), rho in (*self.unit_rho.items(), *self._remote_units.items()):
             if name == parameter:
                 found[f"unit{piece}.rho"] = rho
@@ -421,10 +490,12 @@ class Kronecker:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return all that changes from step to step, without second moments: tensors by part and name."""
-        found = {f"bank{i}": dict(bank.state) for i, bank in enumerate(self._all)}
-        found["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
-        found["largest"] = {} if self.largest is None else {"trace": self.largest}
-        return found
+        parts = {f"bank{number}": dict(bank.state) for number, bank in enumerate(self._all)}
+        parts["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
+        parts["largest"] = {}
+        if self.largest is not None:
+            parts["largest"]["trace"] = self.largest
+        return parts
 
     def take_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Go on from a state, whose tensors are not written to if the banks write to none.
@@ -433,10 +504,11 @@ class Kronecker:
             state: Result of `state`.
             steps: Number of steps it has seen.
         """
-        for i, bank in enumerate(self._all):
-            bank.state = dict(state[f"bank{i}"])
+        for number, bank in enumerate(self._all):
+            bank.state = dict(state[f"bank{number}"])
             bank._traces = None
-        self.unit_rho = {(n, piece): state["units"][f"{n}.{piece}"].clone() for n, piece in self.unit_rho}
+        for name, piece in self.unit_rho:
+            self.unit_rho[name, piece] = state["units"][f"{name}.{piece}"].clone()
         self.largest = state["largest"].get("trace")
         self.rooted, self.moved = steps > 0, False
 
@@ -450,31 +522,50 @@ class Kronecker:
             bank.forget()
         # Roots were looked over in every step that averaged factors, unless none has yet.
         self.rooted, self.moved = steps > 0, steps == 0
-        self.seen = {name for bank in self._all for name, _ in bank.keys} if steps else set()
-        if steps and self.rules.mode == "trace" and self.rules.floor:
-            self.largest = largest_over_ranks([self._largest(kind) for kind in self.kinds], self.ranks)
+        self.seen = set()
+        if steps:
+            self.seen.update(self.at)
+            self._find_largest()
 
 
-def _divide(
-    blocks: Sequence[tuple[Block, Sequence[Pair]]], shapes: Mapping[str, tuple[int, ...]], ranks: int
-) -> dict[str, int]:
+def _taken(counts: Tensor) -> Tensor:
+    """Return counts, which start anew."""
+    found = counts.clone()
+    counts.zero_()
+    return found
+
+
+def _divide(blocks: BlockPairs, slots: Mapping[str, Slot], ranks: int) -> dict[str, int]:
     """Return the rank that keeps each parameter's block: about the same work for all.
 
     Blocks that share a factor go to one rank.
     """
-    group: dict[str, int] = {}  # slot -> number of the set of blocks that it belongs to
+    set_of: dict[str, int] = {}  # slot -> number of the set of blocks that it belongs to
     members: dict[int, list[str]] = {}
     costs: dict[int, int] = {}
     for number, (block, pairs) in enumerate(blocks):
-        slots = {slot for pair in pairs for slot in (pair.a, pair.b) if slot}
-        joined = {group[slot] for slot in slots if slot in group}
+        names = _slots_of(pairs)
+        joined = {set_of[name] for name in names if name in set_of}
         members[number] = [block.parameter]
-        costs[number] = sum(shapes[s][0] * shapes[s][-1] ** 3 for s in slots if s not in group)
+        # A root of an n x n matrix takes n^3.
+        shapes = [slots[name].shape for name in names if name not in set_of]
+        costs[number] = sum(shape[0] * shape[-1] ** 3 for shape in shapes)
+        for name in names:
+            set_of[name] = number
         for old in joined:
             members[number] += members.pop(old)
             costs[number] += costs.pop(old)
-        group.update(dict.fromkeys(slots, number))
-        if joined:
-            group = {slot: number if g in joined else g for slot, g in group.items()}
+            set_of.update({name: number for name, own in set_of.items() if own == old})
     rank = deal({number: costs[number] for number in sorted(members)}, ranks)
-    return {name: rank[number] for number, names in members.items() for name in names}
+    found = {}
+    for number, parameters in members.items():
+        found.update(dict.fromkeys(parameters, rank[number]))
+    return found
+
+
+def _slots_of(pairs: Iterable[Pair]) -> set[str]:
+    """Return the names of the slots of pairs."""
+    names: set[str] = set()
+    for pair in pairs:
+        names.update(name for name in (pair.a, pair.b) if name)
+    return names

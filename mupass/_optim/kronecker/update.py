@@ -72,16 +72,22 @@ def update(
         unit_power: Power of that inverse.
         shrink: What steps are divided by where factors are cut into more blocks than at the base width.
     """
-    half = stack if b is None else _between(stack, b, True)
-    half = half if shrink == 1 else half / shrink
+    # H = B^-1 G
+    half = stack
+    if b is not None:
+        half = _between(stack, b, True)
+    if shrink != 1:
+        half = half / shrink
     if unit is not None:
         half = half / (1 + unit.view(-1, 1, 1)) ** unit_power
     if a is None:
         return half, half.square().sum((1, 2))
+    # D = H A^-1, and D A
     direction = _between(half, a, False)
     if factor is not None:
         average = whole(factor.kept, factor.size)
-        product = times(direction, average / factor.weight.view(-1, *[1] * (average.dim() - 1)), False)
+        weight = factor.weight.view(-1, *[1] * (average.dim() - 1))
+        product = times(direction, average / weight, False)
     else:
         assert rho is not None
         product = half - rho.view(-1, 1, 1) * direction
@@ -117,7 +123,9 @@ def whole(kept: Tensor, size: int) -> Tensor:
         kept: The matrices.
         size: Their size where they are packed, else 0.
     """
-    return unpack(kept, size) if size else kept
+    if size:
+        return unpack(kept, size)
+    return kept
 
 
 def by_root(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -> Tensor:
@@ -128,8 +136,9 @@ def by_root(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -
 def by_eigenbasis(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -> Tensor:
     """Multiply by damped inverses ``U (diag(values) + rho)^-1 U^T``, see `Root`."""
     basis, damped = tensors
-    turned = times(stack, basis.mT if left else basis, left)
-    return times(times(turned, inverse(damped), left), basis if left else basis.mT, left)
+    there, back = (basis.mT, basis) if left else (basis, basis.mT)
+    turned = times(stack, there, left)
+    return times(times(turned, inverse(damped), left), back, left)
 
 
 def inverse(damped: Tensor) -> Tensor:
@@ -152,10 +161,10 @@ def times(stack: Tensor, factor: Tensor, left: bool) -> Tensor:
     if factor.dim() == 2:
         return factor[..., None] * stack if left else stack * factor[:, None]
     count = len(factor) // len(stack)
-    if count > 1:
-        rows = stack.mT if left else stack
-        found = paste(cut(rows, count, factor.shape[-1]) @ factor, count, rows.shape[-1])  # symmetric
-        return found.mT if left else found
+    if count > 1:  # a factor in blocks, each of which multiplies its part of a side
+        if left:
+            return times(stack.mT, factor, False).mT  # blocks are symmetric
+        return paste(cut(stack, count, factor.shape[-1]) @ factor, count, stack.shape[-1])
     return factor @ stack if left else stack @ factor
 
 
@@ -194,6 +203,9 @@ class Compiled:
 
 
 def _signature(argument: Any) -> Any:
+    """Return what compiled code depends on in an argument."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device
-    return tuple(map(_signature, argument)) if isinstance(argument, tuple) else argument
+    if isinstance(argument, tuple):
+        return tuple(map(_signature, argument))
+    return argument

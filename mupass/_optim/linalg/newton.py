@@ -58,12 +58,14 @@ def newton_roots(bank: Tensor, rho: Tensor, p: int) -> tuple[Tensor, Tensor]:
     if bank.device.type != "mps":  # it has no double precision
         bank, rho = bank.double(), rho.double()
     eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    # M_0 = scale (A + rho I), X_0 = scale^(1/p) I.
     damped = bank + rho[:, None, None] * eye
     # The largest sum of a row bounds the eigenvalues, and M starts in (0, (p + 1) / 2].
     scale = (p + 1) / (2 * damped.abs().sum(-1).amax(-1))
     m = damped * scale[:, None, None]
     x = eye * scale.pow(1 / p)[:, None, None]
     for number in range(ITERATIONS):
+        # From here on the matrices are well conditioned.
         if number == PRECISE:
             eye, m, x = (t.to(dtype) for t in (eye, m, x))
         m, x = _iterate(m, x, eye, p)
@@ -76,8 +78,11 @@ def _residual(m: Tensor, eye: Tensor) -> Tensor:
 
 def _iterate(m: Tensor, x: Tensor, eye: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """Return the next pair; converged matrices stay where they are."""
+    # T = ((p + 1) I - M) / p
     t = ((p + 1) * eye - m) / p
     new = torch.linalg.matrix_power(t, p) @ m
+    # Rounding errors grow once M is the identity: what gets no better stays.
     better = (_residual(new, eye) <= _residual(m, eye).clamp(min=CONVERGED))[:, None, None]
+    # Symmetric but for rounding errors, which would grow.
     new = (new + new.mT) / 2
     return torch.where(better, new, m), torch.where(better, x @ t, x)

@@ -14,6 +14,7 @@ NARROWEST = 16  # rows; narrower bands cost more in overhead than they save
 
 def _edges(n: int) -> list[tuple[int, int]]:
     """Return the first row of every band, and the row after its last."""
+    # A band has the rows of a square tile on the diagonal, and all columns left of it.
     rows = max(NARROWEST, ceil(n / BANDS))
     return [(start, min(start + rows, n)) for start in range(0, n, rows)]
 
@@ -51,6 +52,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     whole = packed.new_empty(len(packed), n, n)
     for start, end, band in bands(packed, n):
         whole[:, start:end, :end] = band
+        # What is left of the tile is mirrored above it.
         whole[:, :start, start:end] = band[:, :, :start].mT
     return whole
 

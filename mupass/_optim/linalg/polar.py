@@ -29,6 +29,7 @@ def quintics(steps: int, lower: float = LOWER) -> tuple[Quintic, ...]:
         steps: Number of polynomials.
         lower: Smallest singular value to be brought up to 1.
     """
+    # After each polynomial all singular values lie in [1 - error, 1 + error].
     low, high, found = lower, 1.0, []
     for _ in range(steps):
         polynomial, error = _minimax(low, high)
@@ -43,12 +44,15 @@ def _minimax(low: float, high: float) -> tuple[Quintic, float]:
         middle = (low + high) / 2
         taylor = (15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5)
         return taylor, (high - low) ** 3 / middle**3
+    # A first guess for the two inner extrema of the error.
     inner, outer = low + (high - low) / 4, low + 3 * (high - low) / 4
     for _ in range(100):
         points = torch.tensor([low, inner, outer, high], dtype=torch.float64)
         signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        # a x + b x^3 + c x^5 + sign error = 1 at the four points.
         system = torch.stack([points, points**3, points**5, signs], 1)
         a, b, c, error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        # Where the derivative a + 3 b x^2 + 5 c x^4 is zero.
         root = sqrt(9 * b * b - 20 * a * c)
         extrema = sqrt((-3 * b - root) / (10 * c)), sqrt((-3 * b + root) / (10 * c))
         if max(abs(extrema[0] - inner), abs(extrema[1] - outer)) < 1e-14:
@@ -75,14 +79,17 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     """
     tiny = torch.finfo(x.dtype).tiny
     tall = x.shape[-2] > x.shape[-1]
+    # First to Frobenius norm 1.
     frobenius = torch.linalg.vector_norm(x.flatten(1), dim=1)
     # In range for a Gram matrix: the squares of small gradients are not.
     y = (x / frobenius.clamp(min=tiny)[:, None, None]).to(dtype)
     y = y.mT if tall else y
     gram = y @ y.mT
+    # |Y Y^T|_F^(1/2) is the Schatten 4-norm of Y.
     norm = torch.linalg.vector_norm(gram.flatten(1), dim=1, dtype=x.dtype).sqrt()
     factor = (frobenius / (frobenius * norm + epsilon).clamp(min=tiny))[:, None, None]
     y, gram = y * factor.to(dtype), gram * factor.square().to(dtype)
+    # Not the last polynomial: it is to end at 1, not beside it.
     half = dtype in {torch.bfloat16, torch.float16}
     safe = [shrink(q, MARGIN) if half else q for q in polynomials[:-1]] + [*polynomials[-1:]]
     # The first alone, no more than two in one: a Gram matrix holds squares, and small ones drown in rounding.
@@ -138,8 +145,10 @@ def shrink(polynomial: Quintic, margin: float) -> Quintic:
 def _apply(group: Sequence[Quintic], gram: Tensor, y: Tensor) -> Tensor:
     """Return one polynomial of y, or the composition of two by one Gram matrix, small where y is wide."""
     if len(group) == 1:
+        # a Y + (b G + c G^2) Y with G = Y Y^T.
         a, b, c = group[0]
         return torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    # p_2(p_1(Y)): the Gram matrix of p_1(Y) = E Y is E G E, with E even in Y and symmetric.
     inner = _even(group[0], gram)
     return (_even(group[1], inner @ gram @ inner) @ inner) @ y
 

@@ -64,7 +64,9 @@ def inverse_roots(
     eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
     usable = (finite & ~empty)[:, None, None]
     rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
+    # What cannot be solved is replaced by the identity, so that it does no harm to the others of its batch.
     root, solved = _solve(torch.where(usable, bank, eye), rho, power, relative, method)
+    # Under a zero readout gradient and factor are zero, and so is the step.
     root = torch.where(empty[:, None, None], torch.zeros_like(root), root)
     failed = ~(finite & (solved | empty))
     return torch.where(failed[:, None, None], previous, root), failed
@@ -80,6 +82,7 @@ Solved = tuple[Tensor, Tensor]  # roots, and which of them were found
 
 def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> Solved:
     """Solve for matrices that are finite and not zero."""
+    # Newton iterations have products only, which accelerators are fast at.
     p = root_index(power)
     if power == 1 and not relative and method == "auto":
         root, solved = _cholesky(bank, rho)
@@ -92,10 +95,12 @@ def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str)
 
 def _cholesky(bank: Tensor, rho: Tensor) -> Solved:
     damped = bank.clone()
+    # M + rho I = L L^T.
     damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
     solved = info == 0
     eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    # The inverse of a half-finished factor may be anything.
     factor = torch.where(solved[:, None, None], factor, eye)
     return torch.cholesky_inverse(factor), solved
 
@@ -104,6 +109,7 @@ def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> Solved:
     rho = rho * largest_eigenvalues(bank) if relative else rho
     root, solved = newton_roots(bank, rho, p)
     if bank.device.type == "cpu" and not all(solved.tolist()):
+        # On the CPU a look at the mask costs nothing.
         rest = ~solved
         root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, False)
     return root, solved
@@ -113,10 +119,12 @@ def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> Solved:
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
     values, vectors, found = eigenbases(bank)
     rho = rho * values[:, -1] if relative else rho
+    # V (values + rho)^-power V^T, in two steps.
     damped = values.clamp(min=0) + rho[:, None]
     solved = found & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
     if bank.device.type == "cpu" and bank.dtype == torch.float32:
+        # Eigenvalues ascend.
         condition = damped[:, -1] / damped[:, 0]
         rough = solved & (condition > REFINED[0]) & (condition < REFINED[1])
         # One by one: what is made on the way stays in the cache.
@@ -133,6 +141,7 @@ def _refined(matrix: Tensor, rho: Tensor, values: Tensor, vectors: Tensor, power
     function of a matrix is, in its eigenbasis, a product entry by entry with divided differences (Daleckii
     and Krein).
     """
+    # The small eigenvalues come first: their columns are those with large errors.
     small = (values + rho < (values[-1] + rho) / REFINED[0]).tolist().count(True)
     turned = values.diag()
     # The lower triangle only: rows of large eigenvalues lose more digits.

@@ -32,9 +32,11 @@ def with_unit_norm(top: Tensor, update: Callable[..., Tensor], *arguments: Any) 
     # Should the old one be orthogonal to the new.
     x = x + 1e-3 * row * (_norm(x) / _norm(row).clamp(min=tiny))
     for _ in range(ITERATIONS):
+        # x <- M^T M x
         x = x / _norm(x).clamp(min=tiny)
         image = (matrices @ x[:, :, None])[:, :, 0]
         x = (image[:, None, :] @ matrices)[:, 0]
+    # |M x| of a unit vector x close to the leading one.
     norm = torch.linalg.vector_norm(image, dim=1)
     top.copy_(x / _norm(x).clamp(min=tiny))
     factor = torch.where(norm > 0, 1 / norm.clamp(min=tiny), torch.zeros_like(norm))

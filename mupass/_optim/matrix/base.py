@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,43 @@ from mupass._optim.checks import check_words
 from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
+from mupass._optim.training import Training
 from mupass._parallel import deal, rank_of, world_size
 from mupass._records import Geometry
 from mupass._scales.plan import OptimizerSpec
 
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
 AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
+Blocks = Mapping[str, Sequence[Tensor]]  # parameter -> its blocks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameters are taken, as what blocks, and where and how these are worked on.
+
+    Attributes:
+        roles: Roles of parameters, of `ROLES`.
+        compile: Whether the update of each shape is compiled; None where it gains.
+        data_parallel: Whether ranks share the work; None where there are several.
+        block_size: Largest side of a block.
+        modes: Whether every axis of a convolution's kernel is a side of its own.
+        spectral: Whether every block of the update is divided by its spectral norm.
+
+    Raises:
+        OptimizerError: Unknown roles.
+    """
+
+    roles: Collection[str] = ROLES
+    compile: bool | None = None
+    data_parallel: bool | None = None
+    block_size: int = WHOLE
+    modes: bool = False
+    spectral: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = set(check_words("roles", self.roles)) - set(ROLES)
+        if unknown:
+            raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
 
 
 class MatrixOptimizer(PlannedOptimizer):
@@ -36,28 +68,19 @@ class MatrixOptimizer(PlannedOptimizer):
         model: nn.Module,
         spec: OptimizerSpec,
         lr: float | None,
+        training: Training,
+        layout: Layout,
         damping: float = 0.0,
-        *,
-        roles: Collection[str] = ROLES,
-        block_size: int = WHOLE,
-        modes: bool = False,
-        spectral: bool = False,
-        compile: bool | None = None,
-        data_parallel: bool | None = None,
-        **common: Any,
     ) -> None:
-        unknown = set(check_words("roles", roles)) - set(ROLES)
-        if unknown:
-            raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
-        self.roles, self.block_size, self.modes = frozenset(roles), block_size, modes
-        self._ranks = world_size(data_parallel)
+        self.roles, self.block_size, self.modes = frozenset(layout.roles), layout.block_size, layout.modes
+        self._ranks = world_size(layout.data_parallel)
+        self._layout = layout
         self._blockings: dict[str, Blocking] = {}
-        self._spectral, self._compiles = spectral, compile
-        super().__init__(model, spec, lr, damping, **common)
+        super().__init__(model, spec, lr, damping, training)
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        own, reasons = {}, {}
-        for name in self.names.values():
+        treatments, reasons, own = {}, {}, {}
+        for parameter, name in self.names.items():
             geometry = self.plan[name].geometry
             reason = self._reason(geometry) or self._unfit.get(name, "")
             if reason:
@@ -65,34 +88,40 @@ class MatrixOptimizer(PlannedOptimizer):
                 continue
             kernel = any(use.kind == "conv" for use in geometry.uses)
             self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
-            count = len(self._blockings[name].cut(torch.empty(geometry.shape, device="meta")))
-            own[name] = f"{self.spec.name} x{count}" if count > 1 else self.spec.name
-        self._set_up({n: p for p, n in self.names.items() if n in own})
-        return own, reasons
+            own[name], treatments[name] = parameter, self.spec.name
+            count = len(self._blockings[name].shapes())
+            if count > 1:
+                treatments[name] += f" x{count}"
+        self._set_up(own)
+        return treatments, reasons
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         """Make the stacks, each parameter's on the rank that keeps it."""
         self._parameters = parameters
-        self._keeper = deal({name: self._cost(name, p) for name, p in parameters.items()}, self._ranks)
-        rank = rank_of(self._ranks)
-        mine = {n: p for n, p in parameters.items() if self._keeper[n] == rank}
-        others = {n: p for n, p in parameters.items() if n not in mine}
+        self._keeper = deal({name: self._cost(name) for name in parameters}, self._ranks)
+        mine: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            kept = mine if self._keeper[name] == rank_of(self._ranks) else others
+            kept[name] = parameter
         self._stacks = make_stacks(self._blockings, mine)
+        # The shapes of what other ranks keep.
         self._remote = make_stacks(self._blockings, others, torch.device("meta"))
         for stack in (*self._stacks, *self._remote):
             stack.state |= self._first_stack_state(stack)
-            if self._spectral:
+            if self._layout.spectral:
                 stack.state["top"] = stack.zeros(stack.shape[1:].numel())
-        self._function = with_unit_norm if self._spectral else self._update()
-        self._compiled = [
-            compiled(self._function) if compiles(self._compiles, stack.device) else None
-            for stack in self._stacks
-        ]
+        self._function: Callable[..., Tensor] = self._update()
+        if self._layout.spectral:
+            self._function = with_unit_norm
+        self._compiled: list[Callable[..., Tensor] | None] = []
+        for stack in self._stacks:
+            compiles_here = compiles(self._layout.compile, stack.device)
+            self._compiled.append(compiled(self._function) if compiles_here else None)
 
-    def _cost(self, name: str, parameter: Tensor) -> int:
+    def _cost(self, name: str) -> int:
         """Return about how much work a parameter's directions are."""
-        blocks = self._blockings[name].cut(torch.empty(parameter.shape, device="meta"))
-        return sum(block.numel() * sum(block.shape) for block in blocks)
+        return sum(shape.numel() * sum(shape) for shape in self._blockings[name].shapes())
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -103,10 +132,10 @@ class MatrixOptimizer(PlannedOptimizer):
             self._parameters[name] = new
 
     def _own_state(self, name: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        entries: dict[str, Tensor] = {}
         for stack in (*self._stacks, *self._remote):
-            found |= stack.entries(name)
-        return found
+            entries |= stack.entries(name)
+        return entries
 
     def _wanted(self) -> bool:
         return bool(self.roles)
@@ -127,7 +156,7 @@ class MatrixOptimizer(PlannedOptimizer):
         """Return the function that is compiled: pure tensor code, state changed in place."""
         raise NotImplementedError
 
-    def _observe(self, number: int, at: slice, g: Tensor, counts: Tensor) -> None:
+    def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         """Take in the gradients of some slots.
 
         Before all directions where gradients are averaged by the base class, after their own direction
@@ -136,7 +165,7 @@ class MatrixOptimizer(PlannedOptimizer):
         Args:
             number: Of the stack.
             at: The slots.
-            g: Their gradients, ``[k, *shape]``; zeros for those that do not count.
+            gradient: Their gradients, ``[k, *shape]``; zeros for those that do not count.
             counts: ``[k]``, 1 or 0.
         """
 
@@ -144,9 +173,12 @@ class MatrixOptimizer(PlannedOptimizer):
         """Get ready for the directions of a stack, after all of its gradients were seen."""
 
     def _arguments(
-        self, number: int, at: slice, g: Tensor | None, mean: Tensor, counts: Tensor
+        self, number: int, at: slice, gradient: Tensor | None, mean: Tensor, counts: Tensor
     ) -> tuple[Any, ...]:
-        """Return the arguments of the update for some slots, see `_observe`; g where it was asked for."""
+        """Return the arguments of the update for some slots, see `_observe`.
+
+        The gradient is there where ``_needs_gradient`` or the update works on gradients.
+        """
         raise NotImplementedError
 
     def _finish(self, number: int, runs: Sequence[slice]) -> None:
@@ -162,73 +194,89 @@ class MatrixOptimizer(PlannedOptimizer):
         whole_stack = run.stop - run.start == len(stack.slots)
         if stack.device.type != "cpu" or (self._compiled[number] is not None and whole_stack):
             return [run]
-        few = max(4, AT_A_TIME // stack.shape.numel())
-        return [slice(i, min(i + few, run.stop)) for i in range(run.start, run.stop, few)]
+        length = max(4, AT_A_TIME // stack.shape.numel())
+        return [slice(i, min(i + length, run.stop)) for i in range(run.start, run.stop, length)]
 
     def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
         """Call the update: compiled for whole stacks, eager for parts of any size."""
         stack = self._stacks[number]
-        if self._spectral:
+        if self._layout.spectral:
             arguments = (stack.state["top"][at], self._update(), *arguments)
-        function = self._compiled[number] if at.stop - at.start == len(stack.slots) else None
-        return (function or self._function)(*arguments)
+        function = self._compiled[number]
+        if function is None or at.stop - at.start < len(stack.slots):
+            function = self._function
+        return function(*arguments)
 
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
-        mine = {n for n in gradients if self._keeper[n] == rank_of(self._ranks)}
-        blocks = {n: self._blockings[n].cut(gradients[n]) for n in mine}
-        averaged = {n: self._blockings[n].cut(means[n]) for n in mine} if self.smooths else blocks
+        mine = [name for name in gradients if self._keeper[name] == rank_of(self._ranks)]
+        blocks = {name: self._blockings[name].cut(gradients[name]) for name in mine}
+        averaged = blocks
+        if self.smooths:
+            averaged = {name: self._blockings[name].cut(means[name]) for name in mine}
         found: dict[Slot, Tensor] = {}
         for number, stack in enumerate(self._stacks):
-            runs = stack.runs(mine)
-            pieces = [piece for run in runs for piece in self._pieces(number, run)]
-            seen = {}
-            if self.smooths:
-                for at in pieces:
-                    g, seen[at.start] = self._counted(stack, at, blocks, ok)
-                    self._observe(number, at, g, seen[at.start])
-                self._prepare(number)
-            for at in pieces:
-                if self.smooths:
-                    again = stack.gather(blocks, at) if self._needs_gradient else None
-                    counts = seen[at.start]
-                    mean = stack.gather(averaged, at)
-                else:
-                    mean, counts = self._counted(stack, at, blocks, ok)
-                    again = mean
-                direction = self._call(number, at, *self._arguments(number, at, again, mean, counts))
-                if not self.smooths:
-                    self._observe(number, at, mean, counts)
-                found.update(zip(stack.slots[at], _masked(direction, counts).unbind(), strict=True))
+            runs = stack.runs(blocks)
+            pieces: list[slice] = []
+            for run in runs:
+                pieces += self._pieces(number, run)
+            step = self._step_smoothed if self.smooths else self._step_and_observe
+            for at, directions in step(number, pieces, blocks, averaged, ok):
+                found.update(zip(stack.slots[at], directions.unbind(), strict=True))
             self._finish(number, runs)
-        directions = {}
-        for name, pieces_ in blocks.items():
-            parts = [found[name, i] for i in range(len(pieces_))]
-            directions[name] = self._blockings[name].paste(parts, gradients[name])
-        return directions
+        whole = {}
+        for name, own in blocks.items():
+            parts = [found[name, block] for block in range(len(own))]
+            whole[name] = self._blockings[name].paste(parts, gradients[name])
+        return whole
 
-    def _counted(
-        self, stack: Stack, at: slice, blocks: Mapping[str, Sequence[Tensor]], ok: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _step_smoothed(
+        self, number: int, pieces: Sequence[slice], blocks: Blocks, averaged: Blocks, ok: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the directions of averages: all gradients of a stack are observed before any of them."""
+        stack, counted = self._stacks[number], []
+        for at in pieces:
+            gradient, counts = self._counted(stack, at, blocks, ok)
+            self._observe(number, at, gradient, counts)
+            counted.append(counts)
+        self._prepare(number)
+        for at, counts in zip(pieces, counted, strict=True):
+            # Gathered once more: to keep the gradients of all pieces would take the memory of the stack.
+            again = stack.gather(blocks, at) if self._needs_gradient else None
+            arguments = self._arguments(number, at, again, stack.gather(averaged, at), counts)
+            yield at, _masked(self._call(number, at, *arguments), counts)
+
+    def _step_and_observe(
+        self, number: int, pieces: Sequence[slice], blocks: Blocks, averaged: Blocks, ok: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the directions of gradients, each observed after its own direction."""
+        for at in pieces:
+            gradient, counts = self._counted(self._stacks[number], at, blocks, ok)
+            arguments = self._arguments(number, at, gradient, gradient, counts)
+            directions = self._call(number, at, *arguments)
+            self._observe(number, at, gradient, counts)
+            yield at, _masked(directions, counts)
+
+    def _counted(self, stack: Stack, at: slice, blocks: Blocks, ok: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of some slots, and which of them count, ``[k]``.
 
         One the square of whose norm is not finite would spoil every average. It is zero, and does not count.
         """
-        g = stack.gather(blocks, at)
-        fine = torch.linalg.vector_norm(g.flatten(1), dim=1).square().isfinite()
-        stack.note("overflowed_blocks", ~fine, at, "the squared gradient of ")
-        counts = fine.to(stack.dtype) * ok.to(stack.device, stack.dtype)
-        return _masked(g, counts), counts
+        gradient = stack.gather(blocks, at)
+        finite = torch.linalg.vector_norm(gradient.flatten(1), dim=1).square().isfinite()
+        stack.note("overflowed_blocks", ~finite, at, "the squared gradient of ")
+        counts = finite.to(stack.dtype) * ok.to(stack.device, stack.dtype)
+        return _masked(gradient, counts), counts
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
-        told, counts = [], []
+        incidents, counts = [], []
         for stack in self._stacks:
             for (kind, place), happened in stack.incidents.items():
-                told += [(kind, f"{place}{name}, block {i}") for name, i in stack.slots]
+                incidents += [(kind, f"{place}{name}, block {block}") for name, block in stack.slots]
                 counts.append(happened.clone())
                 happened.zero_()
-        return told, counts
+        return incidents, counts
 
 
 def wide(weights: Tensor, like: Tensor) -> Tensor:

@@ -58,13 +58,13 @@ class Stack:
             present: Names of the parameters.
         """
         found: list[slice] = []
-        for i, (name, _) in enumerate(self.slots):
+        for number, (name, _) in enumerate(self.slots):
             if name not in present:
                 continue
-            if found and found[-1].stop == i:
-                found[-1] = slice(found[-1].start, i + 1)
-            else:
-                found.append(slice(i, i + 1))
+            start = number
+            if found and found[-1].stop == number:
+                start = found.pop().start
+            found.append(slice(start, number + 1))
         return found
 
     def gather(self, blocks: Mapping[str, Sequence[Tensor]], at: slice) -> Tensor:
@@ -74,7 +74,7 @@ class Stack:
             blocks: Parameter -> its blocks.
             at: The slots.
         """
-        return torch.stack([blocks[name][i] for name, i in self.slots[at]]).to(self.dtype)
+        return torch.stack([blocks[name][block] for name, block in self.slots[at]]).to(self.dtype)
 
     def note(self, kind: str, happened: Tensor, at: slice | Tensor, place: str = "") -> None:
         """Count incidents on the device.
@@ -114,8 +114,8 @@ def make_stacks(
     """
     found: dict[Any, list[Slot]] = defaultdict(list)
     for name, parameter in parameters.items():
-        for i, block in enumerate(blockings[name].cut(torch.empty(parameter.shape, device="meta"))):
-            found[block.shape, factor_dtype(parameter), device or parameter.device].append((name, i))
+        for block, shape in enumerate(blockings[name].shapes()):
+            found[shape, factor_dtype(parameter), device or parameter.device].append((name, block))
     return [Stack(slots, *key) for key, slots in found.items()]
 
 

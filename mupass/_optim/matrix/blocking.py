@@ -36,9 +36,11 @@ class Blocking:
     @cached_property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
         """Return the axes that make up each side of a matrix."""
-        g = self.geometry
-        single = [(i,) for i in (*g.fan_out_axes, *g.fan_in_axes) if g.shape[i] > 1]
-        return tuple(single) if self.modes and len(single) > 2 else (g.fan_out_axes, g.fan_in_axes)
+        fan_out_axes, fan_in_axes = self.geometry.fan_out_axes, self.geometry.fan_in_axes
+        single = [(axis,) for axis in (*fan_out_axes, *fan_in_axes) if self.geometry.shape[axis] > 1]
+        if self.modes and len(single) > 2:
+            return tuple(single)
+        return fan_out_axes, fan_in_axes
 
     def cut(self, tensor: Tensor) -> list[Tensor]:
         """Return the blocks, each ``[rows, columns]`` of one matrix (or one axis for each mode).
@@ -50,8 +52,15 @@ class Blocking:
 
     @cached_property
     def _whole(self) -> Matrices:
-        g = self.geometry
-        return Matrices(g.shape, g.fan_out_axes, g.fan_in_axes, g.fusions, sides=self._sides)
+        """Return how the parameter becomes stacks of matrices, before these are cut."""
+        geometry = self.geometry
+        return Matrices(
+            geometry.shape,
+            geometry.fan_out_axes,
+            geometry.fan_in_axes,
+            geometry.fusions,
+            sides=self._sides,
+        )
 
     @torch.no_grad()
     def paste(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -61,29 +70,44 @@ class Blocking:
             blocks: Tensors of the shapes that `cut` gives.
             like: The parameter.
         """
-        stacks = [torch.empty(shape, dtype=blocks[0].dtype, device=like.device) for shape in self._shapes]
+        stacks = [
+            torch.empty(stack.shape, dtype=blocks[0].dtype, device=like.device)
+            for stack in self._empty_stacks
+        ]
+        # The blocks of the stacks are views into them.
         torch._foreach_copy_(self._cut(stacks), list(blocks))
         return self._whole.join(stacks, like)
 
     @cached_property
-    def _shapes(self) -> list[torch.Size]:
-        """Return the shape of every stack of matrices."""
-        return [stack.shape for stack in self._whole.split(torch.empty(self.geometry.shape, device="meta"))]
+    def _empty_stacks(self) -> list[Tensor]:
+        """Return every stack of matrices on the meta device, for its shape."""
+        return self._whole.split(torch.empty(self.geometry.shape, device="meta"))
+
+    def shapes(self) -> list[torch.Size]:
+        """Return the shape of every block, in the order of `cut`."""
+        return [block.shape for block in self._cut(self._empty_stacks)]
 
     def _cut(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Return the blocks of all matrices, as views."""
-        return [tile for stack in stacks for matrix in stack for tile in _tiles(matrix, self.size)]
+        blocks: list[Tensor] = []
+        for stack in stacks:
+            for matrix in stack:
+                blocks += _tiles(matrix, self.size)
+        return blocks
 
     def growth(self) -> float:
         """Return the number of blocks relative to that at the base width."""
-        g = self.geometry
-        now = base = 0
-        for piece in split(torch.empty(g.shape, device="meta"), g.fusions):
-            # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
-            sizes = [n * b / s for n, b, s in zip(piece.shape, g.base_shape, g.shape, strict=True)]
+        geometry = self.geometry
+        # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
+        axes = list(zip(geometry.base_shape, geometry.shape, strict=True))
+        now = at_base = 0
+        for piece in split(torch.empty(geometry.shape, device="meta"), geometry.fusions):
+            # The same model at the base width has the same pieces, each smaller.
             now += self._count(piece.shape)
-            base += self._count(sizes)
-        return now / base
+            at_base += self._count(
+                [n * base / size for n, (base, size) in zip(piece.shape, axes, strict=True)]
+            )
+        return now / at_base
 
     def _count(self, shape: Sequence[float]) -> int:
         """Return the number of blocks of one matrix."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from mupass._optim.linalg.packed import add_gram
 from mupass._optim.matrix.block_stack import Stack
 
+Slots = dict[tuple[int, int], list[int]]  # stack and side -> slots
 SIDES = ("both", "left", "right", "smaller")
 
 
@@ -22,7 +23,7 @@ def active_sides(choice: str, shape: Sequence[int]) -> tuple[int, ...]:
     """
     every = tuple(range(len(shape)))
     if choice == "smaller":
-        return (min(every, key=lambda i: shape[i]),)
+        return (min(every, key=shape.__getitem__),)
     return {"both": every, "left": every[:1], "right": every[1:]}[choice]
 
 
@@ -40,20 +41,22 @@ def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
     return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
 
 
-def observe(packed: Tensor, g: Tensor, side: int, decay: float, counts: Tensor) -> None:
+def observe(packed: Tensor, gradient: Tensor, side: int, decay: float, counts: Tensor) -> None:
     """Add the second moments of one side to their moving average, in place.
 
     Args:
         packed: ``[K, packed_size(n)]``, see `mupass._optim.linalg.packed`.
-        g: Gradients, ``[K, *shape]``; zeros for those that do not count.
+        gradient: ``[K, *shape]``; zeros for those that do not count.
         side: Number of the side.
         decay: Weight of the past; 1 sums without forgetting.
         counts: ``[K]``, 1, or 0 where the average stays as it is.
     """
-    rows = g.movedim(side + 1, 1).flatten(2)
+    rows = gradient.movedim(side + 1, 1).flatten(2)
+    fresh = 1.0
     if decay < 1:
-        packed.mul_((1 - (1 - decay) * counts)[:, None])
-    add_gram(packed, rows, 1.0 if decay == 1 else 1 - decay)
+        fresh = 1 - decay
+        packed.mul_((1 - fresh * counts)[:, None])
+    add_gram(packed, rows, fresh)
 
 
 def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
@@ -88,23 +91,27 @@ class Schedule:
     ) -> None:
         # Blocks of other ranks are dealt out with this one's: when a block's turn is does not depend on the
         # number of ranks.
-        jobs = [
-            (-(stack.shape[side] ** 3), *slot, side, number, at)
-            for number, stack in enumerate((*stacks, *remote))
-            for at, slot in enumerate(stack.slots)
-            for side in sides(stack)
-        ]
+        jobs: list[tuple[int, str, int, int, int, int]] = []
+        for number, stack in enumerate((*stacks, *remote)):
+            for side in sides(stack):
+                cost = stack.shape[side] ** 3
+                for at, (parameter, block) in enumerate(stack.slots):
+                    jobs.append((-cost, parameter, block, side, number, at))
         load = [0] * period
-        at_phase: list[dict[tuple[int, int], list[int]]] = [{} for _ in load]
+        self._at: list[Slots] = [{} for _ in range(period)]
+        self._every: Slots = {}
         # The largest first, each to the phase with the least work so far.
-        for cost, _, _, side, number, at in sorted(jobs):
-            phase = min(range(period), key=load.__getitem__) if staggered else 0
-            load[phase] -= cost
+        for negative_cost, _, _, side, number, at in sorted(jobs):
+            phase = 0
+            if staggered:
+                phase = min(range(period), key=load.__getitem__)
+            load[phase] -= negative_cost
             if number < len(stacks):
-                at_phase[phase].setdefault((number, side), []).append(at)
-        every = [(number, side) for number, stack in enumerate(stacks) for side in sides(stack)]
-        self._every = {(number, side): list(range(len(stacks[number].slots))) for number, side in every}
-        self._at = [{key: sorted(slots) for key, slots in phase.items()} for phase in at_phase]
+                for slots in (self._at[phase], self._every):
+                    slots.setdefault((number, side), []).append(at)
+        for slots in (*self._at, self._every):
+            for own in slots.values():
+                own.sort()
 
     def due(self, step: int, stack: int, side: int) -> list[int]:
         """Return the slots to work on.
@@ -117,6 +124,7 @@ class Schedule:
         Returns:
             Their numbers.
         """
-        early = step < len(self._at) and step & (step - 1) == 0
-        phase = self._every if early else self._at[step % len(self._at)]
-        return phase.get((stack, side), [])
+        slots = self._at[step % len(self._at)]
+        if step < len(self._at) and step & (step - 1) == 0:  # 0 or a power of two
+            slots = self._every
+        return slots.get((stack, side), [])

@@ -1,0 +1,49 @@
+"""What a training run asks of any optimizer: momentum, decay, overrides, fallback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mupass._optim.checks import check_choice, check_number
+from mupass._optim.fallback import Fallback
+
+MOMENTUM_OF = ("gradients", "directions")
+DECAYED = ("all", "matrices")
+# Numbers of a parameter group that must not be negative, with what they must stay below.
+BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "momentum": 1.0}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings that all planned optimizers share; their keywords are explained at `mupass.KFAC`.
+
+    Attributes:
+        momentum: Weight of the past.
+        weight_decay: Decoupled decay.
+        decay: One of `DECAYED`: which parameters decay.
+        overrides: Other settings by pattern of names.
+        fallback: What trains the parameters that the optimizer does not take.
+        stochastic_rounding: Whether weights in bfloat16 are rounded at random.
+        strict: Whether to raise when any parameter falls back.
+        momentum_of: One of `MOMENTUM_OF`: what momentum averages or adds up.
+
+    Raises:
+        OptimizerError: A number out of range, or an unknown word.
+    """
+
+    momentum: float
+    weight_decay: float
+    decay: str
+    overrides: Mapping[str, Mapping[str, float]] | None
+    fallback: Fallback
+    stochastic_rounding: bool
+    strict: bool
+    momentum_of: str = "gradients"
+
+    def __post_init__(self) -> None:
+        check_number("momentum", self.momentum, 0, 1)
+        check_number("weight_decay", self.weight_decay)
+        check_choice("decay", self.decay, DECAYED)
+        check_choice("momentum_of", self.momentum_of, MOMENTUM_OF)
