@@ -92,7 +92,7 @@ def sweep(
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
         >>> data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
-        >>> found = mupass.sweep(model, data, [0.01, 0.1, 1.0], [64, 128], steps=20, progress=False)
+        >>> found = mupass.sweep(model, data, [0.001, 0.1, 10.0], [64, 128], steps=20, progress=False)
         >>> found.best()
         {'lr': 0.1}
     """

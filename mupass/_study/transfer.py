@@ -181,7 +181,7 @@ def transfer(
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 256), torch.nn.ReLU(), torch.nn.Linear(256, 3))
         >>> data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
-        >>> ready = mupass.transfer(model, data, grid=[0.01, 0.1, 1.0], steps=20, progress=False)
+        >>> ready = mupass.transfer(model, data, grid=[0.001, 0.1, 10.0], steps=20, progress=False)
         >>> ready.proxy_width, ready.width, ready.hyperparameters
         (64, 256, {'lr': 0.1})
     """
