@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,16 +66,27 @@ def analyze(
     Raises:
         CaptureError: The model has no parameters, or fails on the example inputs.
         InferenceError: No dimension grows, an operator is unknown, or ``base`` or ``dims`` fit nothing.
+
+    Example:
+        >>> import mupass, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+        >>> mupass.analyze(model)["2.weight"].role
+        'output'
     """
     _check_base(base)
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     other = base if isinstance(base, nn.Module) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
+    solved = found.solved
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    infinite = {}
+    for name, shape in shapes.items():
+        infinite[name] = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))
+    inferred = _Inferred(model, found.captured, solved, found.names, found.second, shapes, infinite)
     # A second instance is the truth: what it settles, and otherwise than one model would, is for the report.
     settled = (*found.second.notes, *disagreements(found.alone, found.second.axes))
-    notes = (*found.conflicts, *settled)
-    analysis = _assemble(model, found.captured, found.solved, found.names, base, found.second, notes)
+    analysis = _assemble(inferred, base, (*found.conflicts, *settled))
     return replace(analysis, notes=(*analysis.notes, *settled))
 
 
@@ -96,67 +107,132 @@ def _check_base(base: Base) -> None:
             raise InferenceError(f"base names dimensions by text, not {name!r}")
 
 
-def _assemble(
-    model: nn.Module,
-    captured: Capture,
-    solved: Inference,
-    names: DimNames,
-    base: Base,
-    second: Second,
-    notes: tuple[str, ...],
-) -> Analysis:
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    infinite = {n: tuple(solved.verdict(n, i).infinite for i in range(len(s))) for n, s in shapes.items()}
-    if not any(any(row) for row in infinite.values()):
+@dataclass(frozen=True)
+class _Inferred:
+    """What was inferred of a model, and how its axes are judged.
+
+    Attributes:
+        model: The model.
+        captured: Its graph.
+        solved: The inference.
+        names: Names of dimensions.
+        second: A second instance, where there is one.
+        shapes: Parameter -> shape.
+        infinite: Parameter -> for every axis, whether it grows.
+    """
+
+    model: nn.Module
+    captured: Capture
+    solved: Inference
+    names: DimNames
+    second: Second
+    shapes: Mapping[str, tuple[int, ...]]
+    infinite: Mapping[str, tuple[bool, ...]]
+
+    def geometries(self, base: Base, sizes: _BaseSizes) -> tuple[list[Geometry], dict[str, str]]:
+        """Describe every parameter.
+
+        Args:
+            base: The reference width, or a second instance at it.
+            sizes: Sizes at that width.
+
+        Returns:
+            The geometries, and the input and output weights that an operator divides by their own size: name
+            -> operator.
+        """
+        captured, solved = self.captured, self.solved
+        sites = find_sites(captured)
+        geometries, divided = [], dict[str, str]()
+        for name, shape in self.shapes.items():
+            infinite = self.infinite[name]
+            if isinstance(base, nn.Module):
+                base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
+            else:
+                base_shape = tuple(map(sizes.of, solved.dims[name], infinite))
+            geometry = geometry_of(name, shape, base_shape, infinite, captured, solved, self.names)
+            normalized = ""
+            if geometry.role == "output":
+                normalized = find_normalized(captured, solved, name)
+            if geometry.role in ("input", "output"):
+                operator = self_divided(captured, solved, name)
+                if operator:
+                    divided[name] = operator
+                    # Of a readout both may be found; the division of its output comes first.
+                    if geometry.role == "output":
+                        normalized = normalized or operator
+            geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
+        return with_lengths(geometries, captured), divided
+
+
+def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analysis:
+    """Put geometries, branches and warnings of a model into one record.
+
+    Args:
+        inferred: What was inferred.
+        base: The reference width.
+        notes: What the inference has to say.
+
+    Raises:
+        InferenceError: Nothing grows.
+    """
+    captured, solved, names = inferred.captured, inferred.solved, inferred.names
+    if not any(map(any, inferred.infinite.values())):
         raise InferenceError(
-            f"no dimension of {type(model).__name__} grows: every axis is data, classes, a kernel or a "
-            "table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
+            f"no dimension of {type(inferred.model).__name__} grows: every axis is data, classes, a kernel "
+            "or a table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
-    width = _width(solved, shapes, infinite)
-    base = min(BASE, width) if base is None else base
-    sizes = _BaseSizes(solved, names, base, second, width)
-    geometries, divided = [], dict[str, str]()
-    sites = find_sites(captured)
-    for name, shape in shapes.items():
-        if isinstance(base, nn.Module):
-            base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
-        else:
-            base_shape = tuple(sizes.of(d, f) for d, f in zip(solved.dims[name], infinite[name], strict=True))
-        geometry = geometry_of(name, shape, base_shape, infinite[name], captured, solved, names)
-        normalized = find_normalized(captured, solved, name) if geometry.role == "output" else ""
-        if geometry.role in ("input", "output") and (where := self_divided(captured, solved, name)):
-            divided[name] = where
-            normalized = normalized or (where if geometry.role == "output" else "")
-        geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
-    geometries = with_lengths(geometries, captured)
-    warnings = (*captured.warnings, *notes, *dict.fromkeys(solved.engine.facts.warnings))
-    unread = tuple(f"{n} is not read by the captured forward pass" for n in solved.overlooked)
-    # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
-    noted = (*unread, *captured.warnings) if captured.method == "export" or not unread else ()
-    warnings += unread
-    warnings += _attention_notes(solved)
-    certain, doubtful = settle(find_constants(captured, solved), second)
+    width = _width(solved, inferred.infinite)
+    if base is None:
+        base = min(BASE, width)
+    sizes = _BaseSizes(solved, names, base, inferred.second, width)
+    geometries, divided = inferred.geometries(base, sizes)
+
+    # Factors that the code puts on activations, such as 1/sqrt(d_model): they act like multipliers.
+    certain, doubtful = settle(find_constants(captured, solved), inferred.second)
     geometries, left = account(
-        geometries, certain, captured, lambda d: solved.engine.space.size(d) / sizes.of_any(d)
+        geometries, certain, captured, lambda dim: solved.engine.space.size(dim) / sizes.of_any(dim)
     )
-    warnings += constant_notes([*left, *doubtful], names.term, sizes.of_any)
-    ratios = [
-        w / b for g in geometries for w, b, f in zip(g.shape, g.base_shape, g.infinite, strict=True) if f
-    ]
-    base_width = width / ratios[0] if isinstance(base, nn.Module) else sizes.base_width
-    warnings += tuple(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided)
-    warnings += tuple(_divided_note(name, where) for name, where in divided.items())
-    branches = find_branches(captured)
-    modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
-    held = readout_carriers(captured, geometries)
+
+    unread = tuple(f"{name} is not read by the captured forward pass" for name in solved.overlooked)
+    warnings = (
+        *captured.warnings,
+        *notes,
+        *dict.fromkeys(solved.engine.facts.warnings),
+        *unread,
+        *_attention_notes(solved),
+        *constant_notes([*left, *doubtful], names.term, sizes.of_any),
+        *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
+        *(_divided_note(name, operator) for name, operator in divided.items()),
+    )
+    # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.
+    report_only: tuple[str, ...] = ()
+    if captured.method == "export" or not unread:
+        report_only = (*unread, *captured.warnings)
     return Analysis(
-        tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held, noted
+        geometries=tuple(geometries),
+        width=width,
+        base_width=_ratio_to_base(geometries, width) if isinstance(base, nn.Module) else sizes.base_width,
+        capture=captured.method,
+        warnings=warnings,
+        modules=tuple((name, type(module).__name__) for name, module in inferred.model.named_modules()),
+        branches=find_branches(captured),
+        carriers=readout_carriers(captured, geometries),
+        notes=report_only,
     )
 
 
-def _width(
-    solved: Inference, shapes: Mapping[str, tuple[int, ...]], infinite: Mapping[str, tuple[bool, ...]]
-) -> int:
+def _ratio_to_base(geometries: Iterable[Geometry], width: int) -> float:
+    """Return the width of a base model: the first axis that grows tells the ratio."""
+    for geometry in geometries:
+        for size, base_size, grows in zip(
+            geometry.shape, geometry.base_shape, geometry.infinite, strict=True
+        ):
+            if grows:
+                return width / (size / base_size)
+    return width
+
+
+def _width(solved: Inference, infinite: Mapping[str, tuple[bool, ...]]) -> int:
     """The width of a model is the growing dimension that most parameter axes carry (ties: the widest).
 
     An axis of equal blocks that no weight reads as a whole (the gates of a recurrent cell, a gate with its
@@ -166,30 +242,35 @@ def _width(
     unread: Counter[int] = Counter()
     space, contracted = solved.engine.space, _contracted(solved)
     for name, dims in solved.dims.items():
-        grown = {space.find(d) for d, f in zip(dims, infinite[name], strict=True) if f}
+        grown = {space.find(dim) for dim, grows in zip(dims, infinite[name], strict=True) if grows}
         for dim in grown - contracted:
             grown |= _block_of(solved, dim)
-        (unread if name in solved.overlooked else read).update(grown)
+        counts = unread if name in solved.overlooked else read
+        counts.update(grown)
     carried = read or unread
-    return max((count, space.size(dim)) for dim, count in carried.items())[1]
+    _, size = max((count, space.size(dim)) for dim, count in carried.items())
+    return size
 
 
 def _contracted(solved: Inference) -> set[int]:
     """Return the dimensions that some weight sums over."""
-    found = set()
+    contracted: set[int] = set()
     for name, uses in solved.uses.items():
-        axes = [axis for use in uses for axis in use.fan_in]
-        found |= {solved.engine.space.find(solved.dims[name][axis]) for axis in axes}
-    return found
+        for use in uses:
+            contracted.update(solved.engine.space.find(solved.dims[name][axis]) for axis in use.fan_in)
+    return contracted
 
 
 def _block_of(solved: Inference, dim: int) -> set[int]:
     """Return the growing dimension of which a dimension is a fixed number of blocks, if it is."""
     space = solved.engine.space
-    counting = {space.find(d) for d in solved.engine.facts.enumerated}
-    blocks = {m[1] for m in space.terms_of(dim, "product") if len(m) == 2 and m[0] in counting}
+    # product(number of blocks, block), as a view that splits the axis makes it
+    counting = set(map(space.find, solved.engine.facts.enumerated))
+    products = [members for members in space.terms_of(dim, "product") if len(members) == 2]
+    blocks = {block for count, block in products if count in counting}
+    # sum(block, block, ...), as chunk makes it
     blocks |= {parts[0] for parts in space.terms_of(dim, "sum") if len(set(parts)) == 1}
-    return {block for block in blocks if solved.verdicts.grows(block)}
+    return set(filter(solved.verdicts.grows, blocks))
 
 
 class _BaseSizes:
@@ -205,8 +286,10 @@ class _BaseSizes:
                 if not found:
                     raise InferenceError(f"base names no dimension {name!r}; known are {sorted(names.all())}")
                 self.given.update(dict.fromkeys(found, float(size)))
-            factors = {s / self.space.size(d) for d, s in self.given.items()}
-            self.base_width = width * next(iter(factors)) if len(factors) == 1 else width
+            factors = {size / self.space.size(dim) for dim, size in self.given.items()}
+            # Sizes of one ratio give the width that ratio too.
+            if len(factors) == 1:
+                self.base_width = width * factors.pop()
         self.factor = self.base_width / width
 
     @cached_property
@@ -249,17 +332,18 @@ def geometry_of(
     uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
     use = main_use(uses, infinite)
     role = role_of(use, infinite)
-    grown = tuple(i for i, f in enumerate(infinite) if f)
+    fan_in_axes: tuple[int, ...] = ()
     if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
-        fans: tuple[tuple[int, ...], tuple[int, ...]] = (), grown or tuple(range(len(shape)))
+        grown = tuple(axis for axis, grows in enumerate(infinite) if grows)
+        fan_out_axes = grown or tuple(range(len(shape)))
     else:
-        fans = separate(use.fan_in, use.fan_out)
-    verdicts = [solved.verdict(name, i) for i in range(len(shape))]
-    terms = tuple(names.term(d) for d in solved.dims[name])
-    evidence = tuple(
-        f"axis {i} ({term}) {'grows' if v.infinite else 'is fixed'}: {v.why}"
-        for i, (term, v) in enumerate(zip(terms, verdicts, strict=True))
-    )
+        fan_in_axes, fan_out_axes = separate(use.fan_in, use.fan_out)
+    terms = tuple(map(names.term, solved.dims[name]))
+    verdicts = [solved.verdict(name, axis) for axis in range(len(shape))]
+    evidence = []
+    for axis, verdict in enumerate(verdicts):
+        decision = "grows" if verdict.infinite else "is fixed"
+        evidence.append(f"axis {axis} ({terms[axis]}) {decision}: {verdict.why}")
     return Geometry(
         name=name,
         shape=shape,
@@ -267,12 +351,12 @@ def geometry_of(
         infinite=infinite,
         dims=terms,
         role=role,
-        fan_in_axes=fans[0],
-        fan_out_axes=fans[1],
+        fan_in_axes=fan_in_axes,
+        fan_out_axes=fan_out_axes,
         readout_uses=readout_uses(uses, role, infinite),
         uses=uses,
-        evidence=evidence,
-        ambiguous=tuple(v.policy for v in verdicts),
+        evidence=tuple(evidence),
+        ambiguous=tuple(verdict.policy for verdict in verdicts),
         aliases=tuple(captured.aliases.get(name, ())),
         fusions=find_fusions(solved, name, use.fan_out if use else ()),
     )
@@ -284,8 +368,9 @@ def _attention_notes(solved: Inference) -> tuple[str, ...]:
     for dim, scale, where in solved.engine.facts.attention:
         size = solved.engine.space.size(dim)
         if solved.verdicts.grows(dim) and not (scale and math.isclose(scale, 1 / size, rel_tol=1e-5)):
-            usual = scale is None or math.isclose(scale, size**-0.5, rel_tol=1e-5)
-            instead = ", not 1/sqrt(head_dim)" if usual else f"; see that the scale given, {scale:.6g}, does"
+            instead = ", not 1/sqrt(head_dim)"
+            if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
+                instead = f"; see that the scale given, {scale:.6g}, does"
             notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
     return tuple(notes.values())
 

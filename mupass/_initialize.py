@@ -54,40 +54,54 @@ def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
     plan.check(root)
     if plan.trained:
         raise TransformError("the model was transformed with trained=True: its values are left as they are")
-    parameters = {name: p.detach() for name, p in root.named_parameters()}
-    empty = [name for name, p in parameters.items() if p.is_meta]
+    parameters = {name: parameter.detach() for name, parameter in root.named_parameters()}
+    _refuse_empty(parameters)
+    _refuse_trained(parameters, plan, init)
+    done = _scaled_already(parameters, plan)
+    # What the user's law gave, also where it is scaled already.
+    drawn = dict(parameters)
+    for name, entry in done.items():
+        drawn[name] = parameters[name] / entry.init_factor
+    inits = plan_init(drawn, [entry.geometry for entry in plan.entries], plan.parameterization, init)
+    new = {name: law for name, law in inits.items() if name not in done}
+    doubtful = [name for name, law in new.items() if law.doubtful]
+    if doubtful:
+        warn([f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}"])
+    rescale(root, {name: law.factor for name, law in new.items()})
+    entries = []
+    for entry in plan.entries:
+        law = new.get(entry.geometry.name)
+        if law is not None:
+            entry = replace(entry, init_law=law.law, init_std=law.std, init_factor=law.factor)
+        entries.append(entry)
+    plan = replace(plan, entries=tuple(entries))
+    setattr(root, ATTRIBUTE, plan)
+    return plan
+
+
+def _refuse_empty(parameters: Mapping[str, torch.Tensor]) -> None:
+    empty = [name for name, values in parameters.items() if values.is_meta]
     if empty:
         raise TransformError(
             f"{some(empty)} on the meta device; give the model memory and values first: "
             "model.to_empty(device=...), then its own initialization"
         )
+
+
+def _refuse_trained(parameters: Mapping[str, torch.Tensor], plan: Plan, init: InitChoice) -> None:
+    """Refuse values that no law draws, but for those whose law the caller states."""
     told = told_laws(init, list(plan))
-    suspects = learned(parameters, [e.geometry for e in plan.entries if e.geometry.name not in told])
-    if suspects:
-        sharded = any(hasattr(p, "full_tensor") for p in parameters.values())
-        ranks = (
-            "; ranks that drew the same numbers for their shards need seeds of their own" if sharded else ""
-        )
-        raise TransformError(
-            f"{some(suspects)} look trained: no initialization law draws such values. A checkpoint of a "
-            f"transformed model needs no call; init={{pattern: law}} if these are initial values{ranks}"
-        )
-    done = _scaled_already(parameters, plan)
-    # What the user's law gave, also where it is scaled already.
-    own = {n: p / done[n].init_factor if n in done else p for n, p in parameters.items()}
-    inits = plan_init(own, [e.geometry for e in plan.entries], plan.parameterization, init)
-    doubtful = [n for n, found in inits.items() if found.doubtful and n not in done]
-    if doubtful:
-        warn([f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}"])
-    rescale(root, {name: found.factor for name, found in inits.items() if name not in done})
-    entries = []
-    for entry in plan.entries:
-        found = inits[entry.geometry.name]
-        new = replace(entry, init_law=found.law, init_std=found.std, init_factor=found.factor)
-        entries.append(entry if entry.geometry.name in done else new)
-    plan = replace(plan, entries=tuple(entries))
-    setattr(root, ATTRIBUTE, plan)
-    return plan
+    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told]
+    suspects = learned(parameters, judged)
+    if not suspects:
+        return
+    ranks = ""
+    if any(hasattr(values, "full_tensor") for values in parameters.values()):
+        ranks = "; ranks that drew the same numbers for their shards need seeds of their own"
+    raise TransformError(
+        f"{some(suspects)} look trained: no initialization law draws such values. A checkpoint of a "
+        f"transformed model needs no call; init={{pattern: law}} if these are initial values{ranks}"
+    )
 
 
 def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, Entry]:
@@ -96,18 +110,23 @@ def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[
     Modules are drawn as a whole, and what a few entries cannot tell the others of their module do: the size
     under which all of them are likelier counts.
     """
-    evidence: dict[str, float] = defaultdict(float)
-    owners = {entry.geometry.name: entry.geometry.name.rpartition(".")[0] for entry in plan.entries}
-    for entry in plan.entries:
-        if entry.init_factor != 1 and entry.init_std:
-            values = whole(parameters[entry.geometry.name])
-            values = torch.view_as_real(values) if values.is_complex() else values
-            square = values.float().square().mean().item() / entry.init_std**2
-            # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
-            after, before = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
-            evidence[owners[entry.geometry.name]] += values.numel() * (after - before)
-    return {
-        e.geometry.name: e
-        for e in plan.entries
-        if e.init_factor != 1 and e.init_std and evidence[owners[e.geometry.name]] > 0
+    # Parameters whose size can tell: it is known, and scaling changed it.
+    telling = {
+        entry.geometry.name: entry for entry in plan.entries if entry.init_factor != 1 and entry.init_std
     }
+    evidence: dict[str, float] = defaultdict(float)
+    for name, entry in telling.items():
+        assert entry.init_std is not None
+        values = whole(parameters[name])
+        if values.is_complex():
+            values = torch.view_as_real(values)
+        square = values.float().square().mean().item() / entry.init_std**2
+        # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
+        after, before = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
+        evidence[_owner(name)] += values.numel() * (after - before)
+    return {name: entry for name, entry in telling.items() if evidence[_owner(name)] > 0}
+
+
+def _owner(name: str) -> str:
+    """Return the module that a parameter belongs to."""
+    return name.rpartition(".")[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mupass._errors import PlanError
+from mupass._page import aligned, column_widths, document, note
 from mupass._records import Branch, Carrier, Geometry
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
@@ -18,16 +19,32 @@ if TYPE_CHECKING:
     import networkx
 
 COLUMNS, NAMES = 100, 48  # widest table, widest name in it
-STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#1b1f24;background:#fff}
-h1{font-size:1.25rem;margin:0 0 .25rem} p.note{margin:.15rem 0;color:#59636e}
-table{border-collapse:collapse;margin-top:1rem} th{font-weight:600;text-align:left;color:#59636e}
-th,td{padding:.2rem .8rem .2rem 0;border-bottom:1px solid #eaeef2;white-space:nowrap}
-tr.module td{font-weight:600;background:#f6f8fa} td.name{font-family:ui-monospace,monospace}
-.inf{color:#0550ae;font-weight:600} .fix{color:#59636e} .maybe{border-bottom:2px dotted #bf8700}
-.role-hidden{color:#0550ae}.role-input{color:#1a7f37}.role-output{color:#cf222e}.role-vector{color:#8250df}
-li.warn{color:#9a6700}
-"""
+SHAPE = 1  # the column of shapes, which is wrapped where the table is too wide
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the module tree.
+
+    Attributes:
+        label: Name of the parameter, or name and class of the module.
+        geometry: The parameter; None for a module.
+        depth: How deep it lies in the tree.
+    """
+
+    label: str
+    geometry: Geometry | None
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """Name of the module without its class: the number of a repeated block."""
+        return self.label.partition(" ")[0]
+
+    @property
+    def kind(self) -> str:
+        """Class of the module, in brackets."""
+        return self.label.partition(" ")[2]
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,13 @@ class Report:
         analysis: The analysis.
         optimizer: Optimizer whose learning-rate factors are shown.
         parameterization: Parameterization that they belong to.
+
+    Example:
+        >>> import mupass, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+        >>> report = mupass.analyze(model, base=8).report("sgd")
+        >>> print(report.text().splitlines()[5])
+            weight    [0.out=32*, 6]  input   1     4
     """
 
     analysis: Analysis
@@ -111,70 +135,87 @@ class Report:
 
         Growing axes carry ``*``, axes that a policy decided ``?``. Of blocks that are alike one is shown.
         """
-        rows: list[tuple[str, ...]] = [("parameter", "shape", "role", "init", f"lr ({self.optimizer})")]
-        for label, g, depth in _folded(list(self._lines()), self._likeness):
-            name, *cells = self._cells(g) if g else (label, "", "", "", "")
-            rows.append((_cut("  " * depth + name, NAMES), *cells))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        widths[1] = min(widths[1], COLUMNS - sum(widths) + widths[1] - 8)
-        lines = [line for row in rows for line in _row(row, widths)]
-        lines.insert(1, "-" * (sum(widths) + 8))
-        head = textwrap.wrap(self._headline(), COLUMNS)
-        return "\n".join([*head, *lines, *_wrapped(self._footer())])
+        rows: list[list[str]] = [["parameter", "shape", "role", "init", f"lr ({self.optimizer})"]]
+        for line in _folded(list(self._lines()), self._likeness):
+            cells = ["", "", "", ""]
+            if line.geometry is not None:
+                cells = self._cells(line.geometry)
+            rows.append([_cut("  " * line.depth + line.label, NAMES), *cells])
+        widths = column_widths(rows)
+        # Two blanks between the columns; what is too much for the page is taken from the shapes.
+        others = sum(widths) - widths[SHAPE] + 2 * (len(widths) - 1)
+        widths[SHAPE] = min(widths[SHAPE], COLUMNS - others)
+        head, *lines = [aligned(_wrapped_row(row, widths[SHAPE]), widths) for row in rows]
+        rule = "-" * (others + widths[SHAPE])
+        return "\n".join([*textwrap.wrap(self._headline(), COLUMNS), head, rule, *lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        """Return the footer, wrapped."""
+        wrapped = []
+        for line in self._footer():
+            wrapped += _wrapped_note(line)
+        return wrapped
 
     def record(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
-        a = self.analysis
+        analysis = self.analysis
         return {
-            "model": a.modules[0][1] if a.modules else "model",
-            "width": a.width,
-            "base_width": a.base_width,
+            "model": self._model(),
+            "width": analysis.width,
+            "base_width": analysis.base_width,
             "parameterization": self.parameterization,
             "optimizer": self.optimizer,
-            "capture": a.capture,
-            "warnings": list(a.warnings),
+            "capture": analysis.capture,
+            "warnings": list(analysis.warnings),
             "questions": [vars(question) for question in self.questions()],
-            "parameters": [self._parameter(g) for g in a.geometries],
+            "parameters": [self._parameter(geometry) for geometry in analysis.geometries],
         }
 
-    def _parameter(self, g: Geometry) -> dict[str, Any]:
-        factors = {k: v for k, v in asdict(self.scales(g)).items() if k != "lr_powers"}
+    def _model(self) -> str:
+        """Return the class of the model; the first module is the root."""
+        modules = self.analysis.modules
+        return modules[0][1] if modules else "model"
+
+    def _parameter(self, geometry: Geometry) -> dict[str, Any]:
+        factors = asdict(self.scales(geometry))
+        del factors["lr_powers"]
         return {
-            "name": g.name,
-            "aliases": list(g.aliases),
-            "shape": list(g.shape),
-            "base_shape": list(g.base_shape),
-            "dims": list(g.dims),
-            "grows": list(g.infinite),
-            "ambiguous": list(g.ambiguous),
-            "role": g.role,
+            "name": geometry.name,
+            "aliases": list(geometry.aliases),
+            "shape": list(geometry.shape),
+            "base_shape": list(geometry.base_shape),
+            "dims": list(geometry.dims),
+            "grows": list(geometry.infinite),
+            "ambiguous": list(geometry.ambiguous),
+            "role": geometry.role,
             **factors,
         }
 
-    def _likeness(self, g: Geometry) -> tuple[Any, ...]:
+    def _likeness(self, geometry: Geometry) -> tuple[Hashable, ...]:
         """Return what parameters of repeated blocks have in common."""
-        found = self.scales(g)
-        aliases = bool(g.aliases)  # a tie is of this block alone
-        return g.shape, g.role, g.infinite, g.ambiguous, found.init, found.lr, g.name if aliases else ""
+        factors = self.scales(geometry)
+        own_name = geometry.name if geometry.aliases else ""  # a tie is of this block alone
+        verdicts = geometry.shape, geometry.role, geometry.infinite, geometry.ambiguous
+        return *verdicts, factors.init, factors.lr, own_name
 
     def html(self) -> str:
         """Return one self-contained HTML page; hovering over an axis shows the evidence."""
         body = []
-        for label, geometry, depth in self._lines():
-            pad = f' style="padding-left:{1.2 * depth:.1f}rem"'
-            if geometry is None:
-                body.append(f'<tr class="module"><td colspan="5"{pad}>{html.escape(label)}</td></tr>')
+        for line in self._lines():
+            indent = f' style="padding-left:{1.2 * line.depth:.1f}rem"'
+            if line.geometry is None:
+                label = html.escape(line.label)
+                body.append(f'<tr class="module"><td colspan="5"{indent}>{label}</td></tr>')
             else:
-                body.append(self._html_row(label, geometry, pad))
-        notes = "".join(f'<li class="warn">{html.escape(line)}</li>' for line in self._footer())
-        return (
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>mupass report</title>'
-            f"<style>{STYLE}</style><h1>Width analysis</h1>"
-            f"<p class='note'>{html.escape(self._headline())}</p>"
-            "<p class='note'>Blue axes grow with width; dotted ones were settled by a policy.</p>"
-            "<table><tr><th>parameter</th><th>shape</th><th>role</th><th>init</th>"
-            f"<th>lr ({self.optimizer})</th></tr>"
-            f"{''.join(body)}</table><ul>{notes}</ul></html>"
+                body.append(self._html_row(line.label, line.geometry, indent))
+        notes = [f'<li class="warn">{html.escape(line)}</li>' for line in self._footer()]
+        heads = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
+        return document(
+            "mupass report",
+            f"<h1>Width analysis</h1>{note(self._headline())}"
+            f"{note('Blue axes grow with width; dotted ones were settled by a policy.')}"
+            f"<table><tr><th>{'</th><th>'.join(heads)}</th></tr>{''.join(body)}</table>"
+            f"<ul>{''.join(notes)}</ul>",
         )
 
     def graph(self) -> networkx.DiGraph:
@@ -187,72 +228,87 @@ class Report:
         import networkx
 
         graph = networkx.DiGraph()
-        for g in self.analysis.geometries:
-            graph.add_node(g.name, kind="parameter", role=g.role)
-            for i, (term, infinite) in enumerate(zip(g.dims, g.infinite, strict=True)):
-                graph.add_node(term, kind="dimension", infinite=infinite)
-                edge = (term, g.name) if i in g.fan_in_axes else (g.name, term)
-                graph.add_edge(*edge, axis=i)
+        for geometry in self.analysis.geometries:
+            name = geometry.name
+            graph.add_node(name, kind="parameter", role=geometry.role)
+            for axis, (term, grows) in enumerate(zip(geometry.dims, geometry.infinite, strict=True)):
+                graph.add_node(term, kind="dimension", infinite=grows)
+                if axis in geometry.fan_in_axes:
+                    graph.add_edge(term, name, axis=axis)
+                else:
+                    graph.add_edge(name, term, axis=axis)
         return graph
 
-    def _lines(self) -> Iterator[tuple[str, Geometry | None, int]]:
-        """Yield (label, parameter or None for a module, depth) in the model's own order."""
+    def _lines(self) -> Iterator[Line]:
+        """Yield modules and their parameters in the model's own order."""
         owned: dict[str, list[Geometry]] = {}
-        for g in self.analysis.geometries:
-            owned.setdefault(g.name.rpartition(".")[0], []).append(g)
-        used = {prefix for owner in owned for prefix in _prefixes(owner)}
-        for path, kind in self.analysis.modules or tuple((p, "") for p in owned):
+        for geometry in self.analysis.geometries:
+            owned.setdefault(geometry.name.rpartition(".")[0], []).append(geometry)
+        # A module without parameters in it has no line.
+        used = {ancestor for owner in owned for ancestor in _ancestors(owner)}
+        modules = self.analysis.modules or [(path, "") for path in owned]
+        for path, kind in modules:
             if path not in used:
                 continue
-            depth = path.count(".") + 1 if path else 0
-            yield f"{path.rpartition('.')[2]} ({kind})" if path else kind, None, depth
-            for g in owned.get(path, ()):
-                yield g.name.rpartition(".")[2], g, depth + 1
+            if path:
+                depth = path.count(".") + 1
+                yield Line(f"{path.rpartition('.')[2]} ({kind})", None, depth)
+            else:
+                depth = 0
+                yield Line(kind, None, depth)
+            for geometry in owned.get(path, ()):
+                yield Line(geometry.name.rpartition(".")[2], geometry, depth + 1)
 
-    def _cells(self, g: Geometry) -> tuple[str, str, str, str, str]:
-        found = self.scales(g)
+    def _cells(self, geometry: Geometry) -> list[str]:
+        """Return shape, role, and factors of a parameter."""
         axes = []
-        for size, term, infinite, policy in zip(g.shape, g.dims, g.infinite, g.ambiguous, strict=True):
-            label = str(size) if term == str(size) else f"{term}={size}"
-            axes.append(label + ("*" if infinite else "") + ("?" if policy else ""))
-        tied = f" (tied: {', '.join(g.aliases)})" if g.aliases else ""
-        name = g.name.rpartition(".")[2]
-        return name, "[" + ", ".join(axes) + "]" + tied, g.role, f"{found.init:.4g}", f"{found.lr:.4g}"
-
-    def _html_row(self, label: str, g: Geometry, pad: str) -> str:
-        axes = []
-        for size, term, infinite, policy, why in zip(
-            g.shape, g.dims, g.infinite, g.ambiguous, g.evidence, strict=True
+        for label, grows, policy in zip(
+            _axis_labels(geometry), geometry.infinite, geometry.ambiguous, strict=True
         ):
-            kind = ("inf" if infinite else "fix") + (" maybe" if policy else "")
-            text = str(size) if term == str(size) else f"{term}={size}"
-            axes.append(f'<span class="{kind}" title="{html.escape(why)}">{html.escape(text)}</span>')
-        found = self.scales(g)
-        tied = f" <span class='fix'>tied: {html.escape(', '.join(g.aliases))}</span>" if g.aliases else ""
+            # The marks are explained in the headline: grows with width, decided by a policy.
+            axes.append(label + "*" * grows + "?" * policy)
+        shape = f"[{', '.join(axes)}]"
+        if geometry.aliases:
+            shape += f" (tied: {', '.join(geometry.aliases)})"
+        factors = self.scales(geometry)
+        return [shape, geometry.role, f"{factors.init:.4g}", f"{factors.lr:.4g}"]
+
+    def _html_row(self, label: str, geometry: Geometry, indent: str) -> str:
+        axes = []
+        for axis, text in enumerate(_axis_labels(geometry)):
+            kind = "inf" if geometry.infinite[axis] else "fix"
+            if geometry.ambiguous[axis]:
+                kind += " maybe"
+            why = html.escape(geometry.evidence[axis])
+            axes.append(f'<span class="{kind}" title="{why}">{html.escape(text)}</span>')
+        shape = " × ".join(axes)
+        if geometry.aliases:
+            shape += f" <span class='fix'>tied: {html.escape(', '.join(geometry.aliases))}</span>"
+        factors = self.scales(geometry)
         return (
-            f'<tr><td class="name"{pad}>{html.escape(label)}</td><td>{" × ".join(axes)}{tied}</td>'
-            f'<td class="role-{g.role}">{g.role}</td><td>{found.init:.4g}</td><td>{found.lr:.4g}</td></tr>'
+            f'<tr><td class="name"{indent}>{html.escape(label)}</td><td>{shape}</td>'
+            f'<td class="role-{geometry.role}">{geometry.role}</td>'
+            f"<td>{factors.init:.4g}</td><td>{factors.lr:.4g}</td></tr>"
         )
 
     def _headline(self) -> str:
-        a = self.analysis
-        name = a.modules[0][1] if a.modules else "model"
+        analysis = self.analysis
         return (
-            f"{name}: width {a.width}, base width {a.base_width:g}, {self.parameterization}, "
-            f"captured by {a.capture}; * grows with width, ? by policy"
+            f"{self._model()}: width {analysis.width}, base width {analysis.base_width:g}, "
+            f"{self.parameterization}, captured by {analysis.capture}; * grows with width, ? by policy"
         )
 
     def questions(self) -> list[Question]:
         """Return what one model could not settle, repeated blocks taken together."""
-        groups: dict[tuple[str, ...], list[tuple[Geometry, int]]] = {}
-        for g in self.analysis.geometries:
-            for axis, policy in enumerate(g.ambiguous):
+        groups: dict[tuple[str, bool], list[tuple[Geometry, int]]] = {}
+        for geometry in self.analysis.geometries:
+            for axis, policy in enumerate(geometry.ambiguous):
                 if policy:
-                    groups.setdefault(_alike(g, axis), []).append((g, axis))
-        return [Question.of(found) for found in groups.values()]
+                    groups.setdefault(_reason(geometry, axis), []).append((geometry, axis))
+        return list(map(Question.of, groups.values()))
 
     def _footer(self) -> list[str]:
-        lines = [f"note: {w}" for w in self.analysis.warnings]
+        lines = [f"note: {warning}" for warning in self.analysis.warnings]
         questions = self.questions()
         if questions:
             lines.append(
@@ -289,17 +345,17 @@ class Question:
         Args:
             found: Parameters and axes, at least one.
         """
-        g, axis = found[0]
-        path = f"{g.name}:{axis}"
-        pattern = (
-            re.sub(r"(?:(?<=\.)|^)\d+(?=\\\.)", r"\\d+", re.escape(path))
-            if len(found) > 1
-            else re.escape(path)
-        )
-        opposite = "finite" if g.infinite[axis] else "infinite"
-        why = g.evidence[axis].partition(": ")[2].removeprefix("policy: ")
+        geometry, axis = found[0]
+        grows = geometry.infinite[axis]
+        path = f"{geometry.name}:{axis}"
+        pattern = re.escape(path)
+        if len(found) > 1:
+            # Any number in the place of a block's own: blocks.0.weight -> blocks\.\d+\.weight
+            pattern = re.sub(r"(?:(?<=\.)|^)\d+(?=\\\.)", r"\\d+", pattern)
+        opposite = "finite" if grows else "infinite"
+        why = geometry.evidence[axis].partition(": ")[2].removeprefix("policy: ")
         override = f"{{{pattern!r}: {opposite!r}}}"
-        return cls(path, g.shape[axis], len(found), g.infinite[axis], why, override)
+        return cls(path, geometry.shape[axis], len(found), grows, why, override)
 
     def __str__(self) -> str:
         """Return one line with the verdict, the reason and the override."""
@@ -308,86 +364,100 @@ class Question:
         return f"{self.axis}{more} (size {self.size}) {verdict}: {self.why}  {self.override}"
 
 
-def _alike(g: Geometry, axis: int) -> tuple[str, ...]:
+def _axis_labels(geometry: Geometry) -> list[str]:
+    """Return the axes as ``name=size``, or the size alone where there is no name."""
+    labels = []
+    for size, term in zip(geometry.shape, geometry.dims, strict=True):
+        labels.append(str(size) if term == str(size) else f"{term}={size}")
+    return labels
+
+
+def _reason(geometry: Geometry, axis: int) -> tuple[str, bool]:
     """Return what axes have in common that one reason settles; block numbers do not count."""
-    return (re.sub(r"\d+", "#", g.evidence[axis].partition(" ")[2].partition(" ")[2]), str(g.infinite[axis]))
+    # "axis 0 (name) grows: why", without the first two words.
+    why = geometry.evidence[axis].split(" ", 2)[-1]
+    return re.sub(r"\d+", "#", why), geometry.infinite[axis]
 
 
-Line = tuple[str, "Geometry | None", int]
+Likeness = Callable[[Geometry], tuple[Hashable, ...]]
 
 
-def _folded(lines: list[Line], likeness: Callable[[Geometry], tuple[Any, ...]]) -> Iterator[Line]:
+def _folded(lines: list[Line], likeness: Likeness) -> Iterator[Line]:
     """Yield the lines of a module tree, of neighboring numbered modules that are alike the first alone."""
-    at = 0
-    while at < len(lines):
-        label, geometry, depth = lines[at]
-        end = _end(lines, at)
-        same = [label.partition(" ")[0]]
-        if geometry is None and same[0].isdigit():
-            first, next_ = _alike_block(lines, at, end, likeness), end
-            while next_ < len(lines) and _is_next(lines, next_, depth, int(same[-1])):
-                last = _end(lines, next_)
-                if _alike_block(lines, next_, last, likeness) != first:
-                    break
-                same.append(lines[next_][0].partition(" ")[0])
-                next_ = last
-            if len(same) > 1:
-                kind = label.partition(" ")[2].strip("()")
-                yield f"{same[0]} to {same[-1]} ({len(same)} x {kind})", None, depth
-                yield from _folded(lines[at + 1 : end], likeness)
-                at = next_
-                continue
-        yield lines[at]
-        at += 1
+    start = 0
+    while start < len(lines):
+        line, end = lines[start], _end(lines, start)
+        blocks, after = _repetitions(lines, start, likeness)
+        if len(blocks) > 1:
+            kind = line.kind.strip("()")
+            yield Line(f"{blocks[0]} to {blocks[-1]} ({len(blocks)} x {kind})", None, line.depth)
+            yield from _folded(lines[start + 1 : end], likeness)
+            start = after
+        else:
+            yield line
+            start += 1
 
 
-def _end(lines: list[Line], at: int) -> int:
+def _repetitions(lines: list[Line], start: int, likeness: Likeness) -> tuple[list[str], int]:
+    """Return the names of a module and of those after it that are alike, and where the last one ends."""
+    line, end = lines[start], _end(lines, start)
+    blocks = [line.name]
+    if line.geometry is not None or not line.name.isdigit():
+        return blocks, end
+    first = _block(lines, start, end, likeness)
+    while end < len(lines) and _is_next(lines[end], line.depth, int(blocks[-1])):
+        after = _end(lines, end)
+        if _block(lines, end, after, likeness) != first:
+            break
+        blocks.append(lines[end].name)
+        end = after
+    return blocks, end
+
+
+def _end(lines: list[Line], start: int) -> int:
     """Return where the module that starts at a line ends."""
-    end = at + 1
-    while end < len(lines) and lines[end][2] > lines[at][2]:
+    end = start + 1
+    while end < len(lines) and lines[end].depth > lines[start].depth:
         end += 1
     return end
 
 
-def _is_next(lines: list[Line], at: int, depth: int, number: int) -> bool:
-    label, geometry, own = lines[at]
-    return geometry is None and own == depth and label.partition(" ")[0] == str(number + 1)
+def _is_next(line: Line, depth: int, number: int) -> bool:
+    return line.geometry is None and line.depth == depth and line.name == str(number + 1)
 
 
-def _alike_block(
-    lines: list[Line], at: int, end: int, likeness: Callable[[Geometry], tuple[Any, ...]]
-) -> list[Any]:
+def _block(lines: list[Line], start: int, end: int, likeness: Likeness) -> list[Any]:
     """Return what a module has in common with its repetitions: all but its own number."""
-    kind = lines[at][0].partition(" ")[2]
-    inside = [(label, depth, likeness(g) if g else None) for label, g, depth in lines[at + 1 : end]]
-    return [kind, *inside]
+    block: list[Any] = [lines[start].kind]
+    for line in lines[start + 1 : end]:
+        common = likeness(line.geometry) if line.geometry else None
+        block.append((line.label, line.depth, common))
+    return block
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Return one row of a table; a shape that is too wide goes on in further lines."""
-    shapes = textwrap.wrap(cells[1], widths[1], subsequent_indent=" ") or [""]
-    first = [cells[0], shapes[0], *cells[2:]]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(first, widths, strict=True)).rstrip()]
-    return lines + [" " * (widths[0] + 2) + shape for shape in shapes[1:]]
+def _wrapped_row(row: Sequence[str], width: int) -> list[list[str]]:
+    """Return one row of a table; a shape that is too wide goes on in further rows."""
+    first, *more = textwrap.wrap(row[SHAPE], width, subsequent_indent=" ") or [""]
+    rows = [[row[0], first, *row[2:]]]
+    return rows + [["", shape, "", "", ""] for shape in more]
 
 
 def _cut(name: str, width: int) -> str:
     return name if len(name) <= width else f"{name[: width - 3]}..."
 
 
-def _wrapped(lines: Sequence[str]) -> list[str]:
-    """Wrap notes; the entry of ``dims=`` at the end of one stays whole, on a line of its own."""
-    wrapped = []
-    for line in lines:
-        text, brace, entry = line.partition("  {")
-        wrapped += textwrap.wrap(text, COLUMNS, subsequent_indent="    ")
-        if brace:
-            fits = len(wrapped[-1]) + len(entry) + 3 <= COLUMNS
-            wrapped[-1:] = [f"{wrapped[-1]}  {{{entry}"] if fits else [wrapped[-1], f"    {{{entry}"]
+def _wrapped_note(line: str) -> list[str]:
+    """Wrap a note; the entry of ``dims=`` at its end stays whole, on a line of its own if need be."""
+    text, brace, entry = line.partition("  {")
+    wrapped = textwrap.wrap(text, COLUMNS, subsequent_indent="    ")
+    if brace and len(wrapped[-1]) + len(entry) + 3 <= COLUMNS:
+        wrapped[-1] += brace + entry
+    elif brace:
+        wrapped.append(f"    {{{entry}")
     return wrapped
 
 
-def _prefixes(path: str) -> Iterator[str]:
+def _ancestors(path: str) -> Iterator[str]:
     """Yield the path and all its ancestors, the root included."""
     while path:
         yield path

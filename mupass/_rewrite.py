@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mupass._errors import MupassWarning, PlanError, TransformError
+from mupass._parallel import local
 from mupass._records import Use
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
@@ -116,8 +117,10 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
         TransformError: A readout use has no module of its own to hold the multiplier, or a parameter
             that must be rescaled is a view with shared memory.
     """
+    if plan.folded:  # the weights hold everything, nothing is rewritten
+        return
     parameters = dict(model.named_parameters())
-    for entry in () if plan.folded else plan.entries:
+    for entry in plan.entries:
         parameter = parameters[entry.geometry.name]
         if entry.scales.multiplier != 1:
             for use in entry.geometry.readout_uses:
@@ -144,14 +147,17 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
     for entry in plan.entries:
         if entry.scales.multiplier != 1:
             hook = InputMultiplier(entry.scales.multiplier)
-            for module in {_readout(model, entry, use) for use in entry.geometry.readout_uses}:
+            # One hook a module, however many times its forward reads the weight.
+            readouts = {_readout(model, entry, use) for use in entry.geometry.readout_uses}
+            for module in readouts:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
                 module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
-            model.get_submodule(name).register_forward_hook(OutputMultiplier(1 / plan.depth))
-            model.get_submodule(name).register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+            module = model.get_submodule(name)
+            module.register_forward_hook(OutputMultiplier(1 / plan.depth))
+            module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if values:
         rescale(model, {entry.geometry.name: entry.init_factor for entry in plan.entries})
 
@@ -171,7 +177,7 @@ def rescale(model: nn.Module, factors: Mapping[str, float]) -> None:
         # All products first: what can fail (memory, range) fails before the first parameter changes.
         scaled = {name: parameters[name] * factor for name, factor in factors.items() if factor != 1}
         for name, values in scaled.items():
-            if not values.is_meta and not bool(_local(values).isfinite().all()):
+            if not values.is_meta and not bool(local(values).isfinite().all()):
                 raise PlanError(f"{name} times {factors[name]:.6g} is not finite in {values.dtype}")
         for name, values in scaled.items():
             parameters[name].copy_(values)
@@ -189,17 +195,19 @@ def hooks_restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     """
     before = []
     for module in model.modules():
-        state = dict(vars(module))
-        before.append((module, state, {key: table.copy() for key, table in state.items() if "_hooks" in key}))
+        attributes = dict(vars(module))
+        hooks = {name: table.copy() for name, table in attributes.items() if "_hooks" in name}
+        before.append((module, attributes, hooks))
     try:
         yield
     except BaseException:
         for module, attributes, hooks in before:
             vars(module).clear()
             vars(module).update(attributes)
-            for key, table in hooks.items():
-                vars(module)[key].clear()
-                vars(module)[key].update(table)
+            # Tables of hooks are filled anew, not replaced: handles of other hooks hold on to them.
+            for name, table in hooks.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(table)
         raise
 
 
@@ -216,23 +224,18 @@ def _readout(model: nn.Module, entry: Entry, use: Use) -> nn.Module:
         module = None
     if isinstance(module, READOUTS) and module.weight is model.get_parameter(name):
         return module
-    attribute, _, _ = name.rpartition(".")
+    owner, _, _ = name.rpartition(".")
     raise TransformError(
         f"{name} is an embedding and also the readout, by {use.operator} inside "
         f"{use.module or 'the root module'}. That readout needs a multiplier 1/m on its input, and no module "
         "holds this operator alone. Give it one:\n"
         f"    self.head = nn.Linear(width, vocabulary, bias=False)\n"
-        f"    self.head.weight = self.{attribute or name}{'.weight' if attribute else ''}\n"
+        f"    self.head.weight = self.{owner or name}{'.weight' if owner else ''}\n"
         "and call self.head(x) in forward."
     )
 
 
 def _overlaps(parameter: torch.Tensor) -> bool:
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
-    )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor that FSDP2 may shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    # A stride of zero shows the same memory many times, as expand makes it.
+    axes = zip(parameter.stride(), parameter.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in axes)

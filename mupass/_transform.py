@@ -86,6 +86,14 @@ def transform(
         PlanError: ``plan`` comes with an argument that it settles, or is of another model. An unknown
             optimizer, parameterization or law raises it too; a model that is transformed already,
             compiled or wrapped, or has no module to hold a multiplier, raises TransformError.
+
+    Example:
+        >>> import mupass, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> model = mupass.transform(model, base=16)
+        >>> model.mupass_plan["2.weight"].init_factor  # a readout starts smaller, by (16/64)^(1/2)
+        0.5
     """
     _refuse(model)
     if plan is not None and not isinstance(plan, Plan):
@@ -98,21 +106,25 @@ def transform(
             raise PlanError("depth= multiplies branches, which would change what a trained model computes")
         plan = make_plan(model, analysis, spec, parameterization, init, depth, trained)
         plan = replace(plan, decided=optimizer is not None)
-        alerts = [w for w in plan.warnings if w not in analysis.notes]
+        alerts = [warning for warning in plan.warnings if warning not in analysis.notes]
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         settled = [name for name, value in given.items() if value is not None]
-        settled += ["parameterization"] if parameterization not in ("mup", plan.parameterization) else []
-        settled += ["init"] if init != "auto" else []
+        if parameterization not in ("mup", plan.parameterization):
+            settled.append("parameterization")
+        if init != "auto":
+            settled.append("init")
         if settled:
             raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
-        plan = plan if optimizer is None else plan.for_optimizer(optimizer)
+        if optimizer is not None:
+            plan = plan.for_optimizer(optimizer)
         plan.check(model)
         alerts = [] if trained else _late(model, plan.entries)
     check_rewritable(model, plan)  # what is refused is not warned of as well
     if not trained:
         alerts += _learned(model, plan, init)
-    if any(e.geometry.shape != e.geometry.base_shape for e in plan.entries):  # else no scale matters
+    # At the base width nothing is scaled, so that no doubt matters.
+    if any(entry.geometry.shape != entry.geometry.base_shape for entry in plan.entries):
         warn(alerts)
     target = model if inplace else deepcopy(model)
     _apply(target, plan, trained)
@@ -156,22 +168,17 @@ def make_plan(
         inits = plan_init(tensors, analysis.geometries, parameterization, init, own_draws(model))
     entries = []
     for geometry in analysis.geometries:
-        found = inits[geometry.name]
-        own = entry_scales(geometry, optimizer, parameterization, trained)
-        entries.append(Entry(geometry, found.law, found.std, found.factor, own))
-    warnings = (*analysis.warnings, *_doubts(inits))
-    warnings += () if trained else tuple(_late(model, entries))
-    tied = [g.name for g in analysis.geometries if g.readout_uses]
-    if trained and tied:
-        warnings += (
-            f"{some(tied)} is embedding and readout of a trained model, whose logits a multiplier would "
-            "change: it takes the smaller rates of a readout; untie the two for a rate of each",
-        )
-    if parameterization == "ntk" and tied and not trained:
-        warnings += (
-            f"{some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
-            "|embedding|^2/sqrt(m), which grows as sqrt(width) under ntk; untie them for a lazy limit",
-        )
+        law = inits[geometry.name]
+        factors = entry_scales(geometry, optimizer, parameterization, trained)
+        entries.append(Entry(geometry, law.law, law.std, law.factor, factors))
+    warnings = [*analysis.warnings, *_doubts(inits)]
+    if not trained:
+        warnings += _late(model, entries)
+    warnings += _ties(analysis, parameterization, trained)
+    branches: list[str] = []
+    if ratio != 1:
+        for branch in analysis.branches:
+            branches += branch.modules
     return Plan(
         version=VERSION,
         optimizer=optimizer,
@@ -179,13 +186,31 @@ def make_plan(
         width=analysis.width,
         base_width=analysis.base_width,
         capture=analysis.capture,
-        warnings=warnings,
+        warnings=tuple(warnings),
         entries=tuple(entries),
         depth=ratio,
-        branches=tuple(m for branch in analysis.branches for m in branch.modules) if ratio != 1 else (),
+        branches=tuple(branches),
         carriers=_carriers(analysis, entries, ratio),
         trained=trained,
     )
+
+
+def _ties(analysis: Analysis, parameterization: str, trained: bool) -> list[str]:
+    """Say of tied embeddings what the readout's multiplier cannot do."""
+    tied = [geometry.name for geometry in analysis.geometries if geometry.readout_uses]
+    if not tied:
+        return []
+    if trained:
+        return [
+            f"{some(tied)} is embedding and readout of a trained model, whose logits a multiplier would "
+            "change: it takes the smaller rates of a readout; untie the two for a rate of each"
+        ]
+    if parameterization == "ntk":
+        return [
+            f"{some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
+            "|embedding|^2/sqrt(m), which grows as sqrt(width) under ntk; untie them for a lazy limit"
+        ]
+    return []
 
 
 def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
@@ -207,18 +232,24 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
                 f"multiplier: {branch.reason}. Let a module of its own put out what is added, for example "
                 "self.end = nn.Dropout(0.0) and x + self.end(f(x)) (nn.Identity leaves nothing in the graph)"
             )
-    inside = {name for branch in analysis.branches for name in branch.parameters}
-    geometries = tuple(replace(g, depth=ratio) if g.name in inside else g for g in analysis.geometries)
-    return replace(analysis, geometries=geometries), ratio
+    inside: set[str] = set()
+    for branch in analysis.branches:
+        inside.update(branch.parameters)
+    geometries = []
+    for geometry in analysis.geometries:
+        if geometry.name in inside:
+            geometry = replace(geometry, depth=ratio)
+        geometries.append(geometry)
+    return replace(analysis, geometries=tuple(geometries)), ratio
 
 
 def _carriers(analysis: Analysis, entries: Sequence[Entry], depth: float) -> tuple[Carrier, ...]:
     """Return what can hold the multipliers that this plan has."""
-    scaled = {e.geometry.name for e in entries if e.scales.multiplier != 1}
-    found = [carrier for carrier in analysis.carriers if carrier.tied in scaled]
+    multiplied = {entry.geometry.name for entry in entries if entry.scales.multiplier != 1}
+    carriers = [carrier for carrier in analysis.carriers if carrier.tied in multiplied]
     if depth != 1:
-        found += [branch.carrier for branch in analysis.branches]
-    return tuple(found)
+        carriers += [branch.carrier for branch in analysis.branches]
+    return tuple(carriers)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -229,16 +260,17 @@ def _refuse(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TransformError(f"transform takes a model (an nn.Module), not {kind_of(model)}")
-    wrapped = [n for n, m in model.named_modules() if type(m).__name__ in WRAPPERS]
-    if wrapped:
-        where = wrapped[0] or "the model"
-        raise TransformError(f"{where} is compiled or wrapped; transform first, then compile and wrap")
-    done = [n or "the model" for n, m in model.named_modules() if ATTRIBUTE in vars(m)]
-    if done:
-        raise TransformError(
-            f"{done[0]} is transformed already; a second pass would scale twice. Build the model anew, or "
-            "use model.mupass_plan.for_optimizer(...) for another optimizer"
-        )
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if type(module).__name__ in WRAPPERS:
+            where = path or "the model"
+            raise TransformError(f"{where} is compiled or wrapped; transform first, then compile and wrap")
+    for path, module in modules.items():
+        if ATTRIBUTE in vars(module):
+            raise TransformError(
+                f"{path or 'the model'} is transformed already; a second pass would scale twice. Build the "
+                "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer"
+            )
 
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
@@ -263,8 +295,8 @@ def _doubts(inits: Mapping[str, Init]) -> list[str]:
 def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
     """Say which parameters have no values yet that could be rescaled."""
     parameters = dict(model.named_parameters())
-    grown = [e.geometry.name for e in entries if e.geometry.shape != e.geometry.base_shape]
-    late = [name for name in grown if parameters[name].is_meta]
+    scaled = [entry.geometry.name for entry in entries if entry.geometry.shape != entry.geometry.base_shape]
+    late = [name for name in scaled if parameters[name].is_meta]
     if not late:
         return []
     return [
@@ -278,12 +310,12 @@ def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
     if all(entry.init_factor == 1 for entry in plan.entries):
         return []
     told = told_laws(init, list(plan))
-    judged = [e.geometry for e in plan.entries if e.geometry.name not in told]
-    found = learned(dict(model.named_parameters()), judged)
-    if not found:
+    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told]
+    suspects = learned(dict(model.named_parameters()), judged)
+    if not suspects:
         return []
     return [
-        f"{some(found)} look trained: no initialization law draws such values, and they are rescaled with "
+        f"{some(suspects)} look trained: no initialization law draws such values, and they are rescaled with "
         "what was learned. Transform the model as it is built and load the checkpoint after that; or give "
         "trained=True to fine-tune it as it is; or init={pattern: law} if these are initial values"
     ]

@@ -15,6 +15,7 @@ from mupass._capture.inputs import find_inputs
 from mupass._cli.targets import inputs_of, load, named
 from mupass._errors import MupassError
 from mupass._files import write_text
+from mupass._page import column_widths
 from mupass._runs.batches import cross_entropy, random_batch, read_batches
 
 
@@ -27,6 +28,7 @@ def analyze(options: argparse.Namespace) -> int:
     model = _build(options)
     base: Any = options.base
     if options.base_target:
+        # Of a second instance only the shapes matter, so it needs no memory.
         with torch.device("meta"):
             base = load(options.base_target)
     inputs = inputs_of(options.input, model)
@@ -35,8 +37,10 @@ def analyze(options: argparse.Namespace) -> int:
     if options.html:
         write_text(options.html, report.html(), MupassError)
         print(f"wrote {options.html}")
+    elif options.json:
+        print(json.dumps(report.record(), indent=1))
     else:
-        print(json.dumps(report.record(), indent=1) if options.json else report.text())
+        print(report.text())
     return 0
 
 
@@ -100,13 +104,17 @@ def report(options: argparse.Namespace) -> int:
         raise MupassError("a sweep needs both --data and --lr; without it leave out both")
     model = _build(options, options.seed)
     checked = _check(options, model, None, 3, 3)
-    swept = _sweep(options, model) if options.data else None
-    example = find_inputs(model) if not options.data else None
-    plan = _plan(options, model, example)
-    studies = [checked, *([swept] if swept else []), plan]
-    print(f"wrote {mupass.report(options.out, *studies, title=f'mupass: {options.target}')}")
-    print("\n".join(study.verdict() for study in studies[:-1]))
-    return 0 if checked.ok and not (swept and swept.open_ends()) else 1
+    passed = checked.ok
+    studies = [checked]
+    if options.data:
+        swept = _sweep(options, model)
+        passed = passed and not swept.open_ends()
+        studies.append(swept)
+    path = mupass.report(options.out, *studies, _plan(options, model), title=f"mupass: {options.target}")
+    print(f"wrote {path}")
+    for study in studies:
+        print(study.verdict())
+    return 0 if passed else 1
 
 
 def resize(options: argparse.Namespace) -> int:
@@ -141,7 +149,7 @@ def _build(options: argparse.Namespace, seed: int | None = None) -> nn.Module:
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
-    except Exception as error:  # of every kind, from device to device
+    except Exception as error:  # each kind of device raises errors of its own
         raise MupassError(f"--device {options.device!r}: {str(error).splitlines()[0]}") from error
     if seed is not None:
         torch.manual_seed(seed)
@@ -166,10 +174,13 @@ def _sweep(options: argparse.Namespace, model: nn.Module) -> Any:
     return mupass.sweep(model, named(options.data), _grid(options), widths=options.widths, **shared)
 
 
-def _plan(options: argparse.Namespace, model: nn.Module, example: Any) -> mupass.Plan:
-    if example is None:
-        example = read_batches(named(options.data), 1)[0].inputs
-    done = mupass.transform(
+def _plan(options: argparse.Namespace, model: nn.Module) -> mupass.Plan:
+    """Return the plan of a transformed copy; the narrowest width of the study is its base."""
+    if options.data:
+        example: Any = read_batches(named(options.data), 1)[0].inputs
+    else:
+        example = find_inputs(model)
+    transformed = mupass.transform(
         model,
         example,
         base=min(options.widths) if options.widths else None,
@@ -177,7 +188,7 @@ def _plan(options: argparse.Namespace, model: nn.Module, example: Any) -> mupass
         parameterization=options.parameterization,
         inplace=False,
     )
-    return mupass.plan_of(done)[1]
+    return mupass.plan_of(transformed)[1]
 
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +210,10 @@ def _runs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(options: argparse.Namespace) -> dict[str, list[float]]:
-    return {"lr": options.lr, **({"damping": options.damping} if options.damping else {})}
+    grid = {"lr": options.lr}
+    if options.damping:
+        grid["damping"] = options.damping
+    return grid
 
 
 def _show(result: Any, paths: list[str]) -> None:
@@ -210,15 +224,24 @@ def _show(result: Any, paths: list[str]) -> None:
 
 def _sizes_of(old: nn.Module, new: nn.Module) -> str:
     """Return the shapes of both models, one line a parameter, and their numbers of parameters."""
-    shapes = {n: _shape(p) for n, p in new.named_parameters()}
-    rows = [(n, _shape(p), shapes[n]) for n, p in old.named_parameters()]
-    before, after = (f"{sum(p.numel() for p in m.parameters()):,}" for m in (old, new))
-    rows.append(("parameters", before, after))
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {before:>{widths[1]}} -> {after}{'' if before != after else '  (same)'}"
-        for name, before, after in rows
-    )
+    shapes = {name: _shape(parameter) for name, parameter in new.named_parameters()}
+    sizes = [(name, _shape(parameter), shapes[name]) for name, parameter in old.named_parameters()]
+    sizes.append(("parameters", _count(old), _count(new)))
+    rows = []
+    for name, before, after in sizes:
+        same = "  (same)" if before == after else ""
+        rows.append([name, before, f"-> {after}{same}"])
+    names, befores, _ = column_widths(rows)
+    # The new sizes are set to the left, so only the two columns before them are padded.
+    lines = []
+    for name, before, after in rows:
+        lines.append(f"{name.ljust(names)}  {before.rjust(befores)} {after}")
+    return "\n".join(lines)
+
+
+def _count(model: nn.Module) -> str:
+    """Return the number of a model's parameters."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
 
 
 def _shape(parameter: torch.Tensor) -> str:

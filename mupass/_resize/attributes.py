@@ -80,13 +80,17 @@ class Attributes:
             return Slot(holder, name, value, (self.known[path, name],))
         while path and path not in self.handled:
             path = path.rpartition(".")[0]
-        options: tuple[Number, ...]
+        options: list[Number] = []
         if isinstance(value, int):
-            hint = [self.hints[name, value]] if (name, value) in self.hints and not path else []
-            options = tuple(dict.fromkeys([*hint, *self._sizes(path, name, value)]))
+            # The configuration belongs to the root, which handles every dimension: modules know better.
+            if (name, value) in self.hints and not path:
+                options.append(self.hints[name, value])
+            options += self._sizes(path, name, value)
         else:
-            options = tuple(self._roots(path, name, value))
-        return Slot(holder, name, value, options) if any(o != value for o in options) else None
+            options.append(self._root(path, name, value))
+        if all(option == value for option in options):
+            return None
+        return Slot(holder, name, value, tuple(dict.fromkeys(options)))
 
     def take_hints(self, model: nn.Module) -> None:
         """Let modules tell what entries of the configuration mean: they know which dimensions they handle.
@@ -95,7 +99,9 @@ class Attributes:
             model: The module that has the configuration.
         """
         for path, module in model.named_modules():
-            for name, value in vars(module).items() if path else ():
+            if not path:
+                continue
+            for name, value in vars(module).items():
                 if type(value) is int and name != "training":
                     slot = self.slot(path, type(module).__name__, name, value)
                     self.hints.setdefault((name, value), value if slot is None else slot.options[0])
@@ -126,28 +132,39 @@ class Attributes:
     def _sizes(self, path: str, name: str, value: int) -> list[int]:
         if value < 2:
             return [value]
-        near, far = (self._table(p).get(value, Counter()) for p in (path, ""))
-        changed = [n for n, _ in near.most_common() if n != value]
-        elsewhere = [n for n, _ in far.most_common() if n != value]
-        if FIXED_NAMES.search(name):
-            likely = [value]
-        elif SIZE_NAMES.search(name):
-            likely = [value] if not changed and value in near else [*changed, *elsewhere]
-        else:  # a small number is hardly a size
-            likely = changed if value >= 16 and value not in near else [value]
+        near = self._table(path).get(value, Counter())
+        far = self._table("").get(value, Counter())
+        changed, elsewhere = _other_sizes(near, value), _other_sizes(far, value)
+        likely = [value]
+        if SIZE_NAMES.search(name) and not FIXED_NAMES.search(name):
+            # Where all dimensions of this size near it stay, it is one of them.
+            if changed or value not in near:
+                likely = [*changed, *elsewhere]
+        elif not FIXED_NAMES.search(name) and value >= 16 and value not in near:
+            likely = changed  # a number below 16 is hardly a size
+        options = [*likely, value, *changed, *elsewhere]
         scaled = value * self.sizes.factor  # where the graph splits no dimension of this size off
-        last = [round(scaled)] if abs(scaled - round(scaled)) < 1e-6 and scaled >= 1 else []
-        return list(dict.fromkeys([*likely, value, *changed, *elsewhere, *last]))
+        if abs(scaled - round(scaled)) < 1e-6 and scaled >= 1:
+            options.append(round(scaled))
+        return list(dict.fromkeys(options))
 
-    def _roots(self, path: str, name: str, value: float) -> list[float]:
-        """Return options for a number such as sqrt(d_model); no shape tells, so there is only one."""
-        for old, news in self._table(path).items():
-            changed = [n for n, _ in news.most_common() if n != old]
+    def _root(self, path: str, name: str, value: float) -> float:
+        """Return the new value of a number such as sqrt(d_model); no shape tells, so there is only one."""
+        for size, new_sizes in self._table(path).items():
+            changed = _other_sizes(new_sizes, size)
             for power in (0.5, -0.5):
-                if changed and math.isclose(value, old**power, rel_tol=1e-12):
-                    coincidence = float(old**0.5).is_integer() and not SCALE_NAMES.search(name)
-                    return [value] if coincidence or old in news else [float(changed[0] ** power)]
-        return [value]
+                if changed and math.isclose(value, size**power, rel_tol=1e-12):
+                    # 8.0 may be sqrt(64), or just 8: only its name tells.
+                    coincidence = float(size**0.5).is_integer() and not SCALE_NAMES.search(name)
+                    if coincidence or size in new_sizes:
+                        return value
+                    return float(changed[0] ** power)
+        return value
+
+
+def _other_sizes(new_sizes: Counter[int], size: int) -> list[int]:
+    """Return the new sizes that dimensions of one size get, but for that size; the commonest first."""
+    return [new for new, _ in new_sizes.most_common() if new != size]
 
 
 def handled_dims(captured: Capture, solved: Inference) -> dict[str, set[int]]:
@@ -167,13 +184,18 @@ def handled_dims(captured: Capture, solved: Inference) -> dict[str, set[int]]:
         handled[""] |= dims
 
     for node in captured.nodes:
-        values = [solved.engine.env.get(n) for n in (node, *node.all_input_nodes)]
-        dims = {find(a.dim) for v in tree_leaves(values) if isinstance(v, Value) for a in v.axes}
+        values = [solved.engine.env.get(read) for read in (node, *node.all_input_nodes)]
+        dims: set[int] = set()
+        for value in tree_leaves(values):
+            if isinstance(value, Value):
+                dims.update(find(axis.dim) for axis in value.axes)
         note(captured.owners.get(node, ""), dims)
     for name, axes in solved.dims.items():
-        note(name.rpartition(".")[0], {find(d) for d in axes})
-    inner = {m for kind in ("product", "sum") for _, ms in solved.engine.space.terms(kind) for m in ms}
-    handled[""] |= {find(m) for m in inner}
+        note(name.rpartition(".")[0], set(map(find, axes)))
+    # Factors and parts that no operator of a module shows, such as the number of heads.
+    for kind in ("product", "sum"):
+        for _, members in solved.engine.space.terms(kind):
+            handled[""].update(map(find, members))
     return handled
 
 
@@ -185,20 +207,28 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
         pick: Gives the new numbers.
     """
     done: set[int] = set()
-    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    # A group a channel, unless that is the number of groups where channels are more.
-    constant = {m.num_groups for m in norms if m.num_groups < m.num_channels}
-    alone = {m for m in norms if m.num_groups == m.num_channels and m.num_groups not in constant}
+    one_channel_groups = _norms_of_one_channel_groups(model)
     for path, module in model.named_modules():
         for name, value in list(vars(module).items()):
             if name not in MODULE_TABLES and not name.endswith("_hooks"):
                 new = _rewritten(value, path, type(module).__name__, name, pick, done)
                 if new is not value:
                     vars(module)[name] = new
-        if isinstance(module, nn.GroupNorm) and module in alone:  # no shape shows the number of groups
-            module.num_groups = module.num_channels
+        if isinstance(module, nn.GroupNorm) and module in one_channel_groups:
+            module.num_groups = module.num_channels  # no shape shows the number of groups
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
-            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _norms_of_one_channel_groups(model: nn.Module) -> set[nn.Module]:
+    """Return the group norms with a group for each channel, at any width.
+
+    Not those whose number of groups other norms of the model have too with more channels: it is a constant.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    constant = {norm.num_groups for norm in norms if norm.num_groups < norm.num_channels}
+    equal = [norm for norm in norms if norm.num_groups == norm.num_channels]
+    return {norm for norm in equal if norm.num_groups not in constant}
 
 
 def rewrite_config(config: Any, pick: Pick) -> Any:
@@ -217,8 +247,10 @@ def _rewritten(value: Any, path: str, holder: str, name: str, pick: Pick, done: 
     if type(value) in (int, float):
         return pick(path, holder, name, value)
     if isinstance(value, (tuple, list)) and type(value).__module__ in ("builtins", "torch"):
-        new = [_rewritten(v, path, holder, name, pick, done) for v in value]
-        return type(value)(new) if any(a is not b for a, b in zip(new, value, strict=True)) else value
+        new = [_rewritten(entry, path, holder, name, pick, done) for entry in value]
+        # What does not change stays the same object: others may hold it too.
+        same = all(after is before for after, before in zip(new, value, strict=True))
+        return value if same else type(value)(new)
     if _is_config(value) and id(value) not in done:
         done.add(id(value))
         for key, entry in list(vars(value).items()):
@@ -246,8 +278,11 @@ def nearest(slots: Mapping[Slot, Iterable[str]], path: str) -> list[Slot]:
     """
 
     def distance(slot: Slot) -> tuple[int, int]:
-        above = [len(p) for p in slots[slot] if not p or path == p or path.startswith(f"{p}.")]
-        below = any(p.startswith(f"{path}.") for p in slots[slot])
-        return (0, -max(above)) if above else (1 if below else 2, 0)
+        holders = slots[slot]
+        ancestors = [len(holder) for holder in holders if f"{path}.".startswith(f"{holder}.") or not holder]
+        if ancestors:
+            return 0, -max(ancestors)  # the longest path is the nearest
+        inside = any(holder.startswith(f"{path}.") for holder in holders)
+        return (1, 0) if inside else (2, 0)
 
     return sorted(slots, key=lambda s: (*distance(s), s))

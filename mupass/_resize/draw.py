@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,11 @@ from mupass._records import Geometry
 from mupass._resize.attributes import Attributes
 from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
-from mupass._scales.init import InitChoice, own_init, told_laws
+from mupass._scales.init import Init, InitChoice, own_init, told_laws
 from mupass._scales.learned import learned
+
+Shape = tuple[int, ...]
+Axes = list[list[Segment]]  # the parts of every axis
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Draw:
     fresh: bool
     generator: torch.Generator | None
 
-    def parameters(self, shapes: Mapping[str, tuple[int, ...]], own_code: bool) -> dict[str, Tensor]:
+    def parameters(self, shapes: Mapping[str, Shape], own_code: bool) -> dict[str, Tensor]:
         """Return new parameters, on the CPU; without values where the source has none.
 
         Args:
@@ -53,48 +56,67 @@ class Draw:
         Raises:
             ResizeError: The values follow a pattern that is not known.
         """
-        source = {n: p.detach() for n, p in self.model.named_parameters()}
-        if any(p.is_meta for p in source.values()):
-            return {} if own_code else {n: torch.empty(shapes[n], dtype=p.dtype) for n, p in source.items()}
-        made = {}
-        axes = {
-            n: self._axes(self.sizes.solved.dims[n], tuple(p.shape), shapes[n]) for n, p in source.items()
-        }
-        for name, old in source.items():
-            if tuple(old.shape) != shapes[name] and (value := pattern(old, axes[name])) is not None:
-                made[name] = value
+        source = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        if any(values.is_meta for values in source.values()):
+            if own_code:
+                return {}
+            return {name: torch.empty(shapes[name], dtype=values.dtype) for name, values in source.items()}
+        axes = {}
+        for name, values in source.items():
+            axes[name] = self._axes(self.sizes.solved.dims[name], tuple(values.shape), shapes[name])
+        made = self._continued(source, axes, shapes)
         # A pattern has no law, and must not speak for one.
-        random = {n: p for n, p in source.items() if n not in made}
-        geometries = [self._geometry(n, shapes[n]) for n in source]
-        laws = own_init(random, geometries, self.init)
+        drawn = {name: values for name, values in source.items() if name not in made}
+        geometries = [self._geometry(name, shapes[name]) for name in source]
+        laws = own_init(drawn, geometries, self.init)
         if not own_code:
-            told = told_laws(self.init, list(source))
-            suspects = learned(random, [g for g in geometries if g.name in random and g.name not in told])
-            if suspects:
-                names = ", ".join(suspects[:4]) + (" ..." if suspects[4:] else "")
-                warn(
-                    [f"{names} look trained; a resized model is drawn anew by their size, as initial weights"]
-                )
-        doubtful = [n for n in random if laws[n].doubtful]
-        if doubtful and not own_code:
-            names = ", ".join(doubtful[:4]) + (" ..." if doubtful[4:] else "")
-            warn([f"initialization law in doubt for {names}; settle it with init={{pattern: law}}"])
+            self._warn_of_doubts(drawn, geometries, laws)
         # What no width changes comes first: one seed draws it alike at every width.
-        grows = {n: any(g for axis in axes[n] for s in axis for g in s.grows) for n in random}
-        for name, old in sorted(random.items(), key=lambda item: grows[item[0]]):
-            if own_code and name in doubtful:
-                continue
+        for name in sorted(drawn, key=lambda name: _grows(axes[name])):
             law = laws[name]
-            if tuple(old.shape) == shapes[name] and not self.fresh:
-                # It may change all the same: the bias of a readout has the range 1/sqrt(fan_in).
-                made[name] = old.clone() if math.isclose(law.factor, 1) else old * law.factor
+            if own_code and law.doubtful:
+                continue
+            values = drawn[name]
+            if tuple(values.shape) == shapes[name] and not self.fresh:
+                made[name] = _kept(values, law)
                 continue
             try:
-                made[name] = draw(name, old, axes[name], law, self.generator)
+                made[name] = draw(name, values, axes[name], law, self.generator)
             except ResizeError:
                 if not own_code:
                     raise
         return made
+
+    def _continued(
+        self, source: Mapping[str, Tensor], axes: Mapping[str, Axes], shapes: Mapping[str, Shape]
+    ) -> dict[str, Tensor]:
+        """Return the parameters of another size whose values are a pattern, not random."""
+        made = {}
+        for name, values in source.items():
+            if tuple(values.shape) != shapes[name]:
+                continued = pattern(values, axes[name])
+                if continued is not None:
+                    made[name] = continued
+        return made
+
+    def _warn_of_doubts(
+        self, drawn: Mapping[str, Tensor], geometries: Sequence[Geometry], laws: Mapping[str, Init]
+    ) -> None:
+        """Warn of values that look trained, and of those whose law is not clear."""
+        told = told_laws(self.init, [geometry.name for geometry in geometries])
+        judged = [g for g in geometries if g.name in drawn and g.name not in told]
+        suspects = learned(drawn, judged)
+        if suspects:
+            warn(
+                [
+                    f"{_first_names(suspects)} look trained; a resized model is drawn anew by their size, as "
+                    "initial weights"
+                ]
+            )
+        doubtful = [name for name in drawn if laws[name].doubtful]
+        if doubtful:
+            names = _first_names(doubtful)
+            warn([f"initialization law in doubt for {names}; settle it with init={{pattern: law}}"])
 
     def buffers(self, attributes: Attributes) -> dict[str, Tensor]:
         """Return new buffers: those of an untrained model where the size changes.
@@ -105,51 +127,86 @@ class Draw:
         Raises:
             ResizeError: A buffer grows and its values cannot be told.
         """
+        dims = self._buffer_dims()
+        made = {}
+        for name, values in self.model.named_buffers():
+            shape = tuple(values.shape)
+            if name in dims:
+                shape = tuple(map(self.sizes.of_dim, dims[name]))
+            made[name] = self._buffer(name, values, dims.get(name, ()), shape, attributes)
+        return made
+
+    def _buffer_dims(self) -> dict[str, tuple[int, ...]]:
+        """Return the dimensions of every buffer that the graph reads."""
         dims = {}
         for node, name in self.captured.buffers.items():
             value = self.sizes.solved.engine.env.get(node)
             if isinstance(value, Value):
-                dims[name] = tuple(a.dim for a in value.axes)
-        made = {}
-        for name, old in self.model.named_buffers():
-            path, _, leaf = name.rpartition(".")
-            shape = tuple(map(self.sizes.of_dim, dims.get(name, ()))) if name in dims else tuple(old.shape)
-            owner = self.model.get_submodule(path)
-            changed = shape != tuple(old.shape)
-            if isinstance(owner, _NormBase) and (changed or self.fresh or old.is_meta):
-                made[name] = torch.full(shape, float(leaf == "running_var")).to(old.dtype)
-            elif old.is_meta:
-                raise ResizeError(
-                    f"buffer {name} is on the meta device, so its values are unknown; "
-                    "build the model on the CPU"
-                )
-            elif changed:
-                axes = self._axes(dims[name], tuple(old.shape), shape)
-                value = pattern(old, axes)
-                made[name] = draw(name, old, axes, None, self.generator) if value is None else value
-            elif old.numel() == 1 and old.is_floating_point():
-                slot = attributes.slot(path, type(owner).__name__, leaf, float(old))
-                made[name] = old.detach().clone() if slot is None else torch.full_like(old, slot.options[0])
-            else:
-                made[name] = old.detach().clone()
-        return made
+                dims[name] = tuple(axis.dim for axis in value.axes)
+        return dims
 
-    def _geometry(self, name: str, shape: tuple[int, ...]) -> Geometry:
+    def _buffer(
+        self, name: str, values: Tensor, dims: tuple[int, ...], shape: Shape, attributes: Attributes
+    ) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        changed = shape != tuple(values.shape)
+        if isinstance(owner, _NormBase) and (changed or self.fresh or values.is_meta):
+            # Batch statistics before the first batch: variance 1, mean and count 0.
+            return torch.full(shape, float(leaf == "running_var")).to(values.dtype)
+        if values.is_meta:
+            raise ResizeError(
+                f"buffer {name} is on the meta device, so its values are unknown; build the model on the CPU"
+            )
+        if changed:
+            axes = self._axes(dims, tuple(values.shape), shape)
+            continued = pattern(values, axes)
+            if continued is not None:
+                return continued
+            return draw(name, values, axes, None, self.generator)
+        if values.numel() == 1 and values.is_floating_point():
+            # A number such as sqrt(d_model) that the code keeps as a buffer.
+            slot = attributes.slot(path, type(owner).__name__, leaf, float(values))
+            if slot is not None:
+                return torch.full_like(values, slot.options[0])
+        return values.detach().clone()
+
+    def _geometry(self, name: str, shape: Shape) -> Geometry:
         """Describe a parameter, with the new shape in the place of the base shape."""
         solved = self.sizes.solved
-        infinite = tuple(solved.verdict(name, i).infinite for i in range(len(shape)))
-        old = tuple(solved.engine.space.size(d) for d in solved.dims[name])
-        return geometry_of(
-            name, old, tuple(map(float, shape)), infinite, self.captured, solved, self.sizes.names
-        )
+        infinite = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))
+        old = tuple(map(solved.engine.space.size, solved.dims[name]))
+        base = tuple(map(float, shape))
+        return geometry_of(name, old, base, infinite, self.captured, solved, self.sizes.names)
 
-    def _axes(self, dims: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]) -> list[list[Segment]]:
+    def _axes(self, dims: Sequence[int], old_shape: Shape, new_shape: Shape) -> Axes:
+        """Return the parts of every axis, as the graph tells them apart."""
         axes = []
-        for dim, a, b in zip(dims, old, new, strict=True):
-            cut = segments(self.sizes, dim)
-            whole = [Segment((a,), (b,), (a != b,))]  # of an axis that nothing reads no parts are known
-            axes.append(cut if sum(math.prod(s.new) for s in cut) == b else whole)
+        for dim, old, new in zip(dims, old_shape, new_shape, strict=True):
+            parts = segments(self.sizes, dim)
+            if sum(math.prod(part.new) for part in parts) != new:
+                # An axis that nothing reads: no parts are known of it.
+                parts = [Segment((old,), (new,), (old != new,))]
+            axes.append(parts)
         return axes
+
+
+def _grows(axes: Axes) -> bool:
+    return any(any(segment.grows) for axis in axes for segment in axis)
+
+
+def _kept(values: Tensor, law: Init) -> Tensor:
+    """Return values of unchanged size at the scale of the new width.
+
+    They may change all the same: the bias of a readout has the range 1/sqrt(fan_in).
+    """
+    if math.isclose(law.factor, 1):
+        return values.clone()
+    return values * law.factor
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if names[4:] else "")
 
 
 def initialize(model: nn.Module, seed: int | None) -> None:
@@ -162,18 +219,17 @@ def initialize(model: nn.Module, seed: int | None) -> None:
     Raises:
         ResizeError: A parameter belongs to a module without ``reset_parameters``.
     """
-    for path, module in model.named_modules():
-        if not hasattr(module, "reset_parameters") and any(
-            p is not None for p in module._parameters.values()
-        ):
-            name = next(n for n, p in module._parameters.items() if p is not None)
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if own and not hasattr(module, "reset_parameters"):
             raise ResizeError(
-                f"the model is on the meta device and {path}.{name}".strip(".")
+                f"the model is on the meta device and {path}.{own[0]}".strip(".")
                 + " belongs to a module without reset_parameters; build the model on the CPU"
             )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for module in model.modules():
+        for module in modules.values():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]

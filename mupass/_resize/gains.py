@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -17,6 +18,23 @@ from mupass._resize.attributes import SCALE_NAMES
 
 POWERS = (-0.5, 0.5, -1.0, 1.0)
 Place = tuple[str, str]  # module path, attribute
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A number of one module that may follow the fan_in of its weight.
+
+    Attributes:
+        path: The module.
+        value: The number.
+        fan_in: Of the weight now.
+        new_fan_in: Of the weight at the new width.
+    """
+
+    path: str
+    value: float
+    fan_in: int
+    new_fan_in: int
 
 
 def follow_fan_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Place, float]:
@@ -29,39 +47,54 @@ def follow_fan_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> di
     Warns:
         A module whose fan_in changes holds a scale that may follow it, and its class does not tell.
     """
-    groups: dict[tuple[type, str], dict[str, tuple[float, int, int]]] = defaultdict(dict)
+    values: dict[Place, float] = {}
+    for (kind, name), scales in _scales_by_class(model, shapes).items():
+        power = _common_power(scales)
+        if power is None:
+            _warn_of_unknown(kind, name, scales)
+            continue
+        for scale in scales:
+            values[scale.path, name] = scale.value * (scale.new_fan_in / scale.fan_in) ** power
+    return values
+
+
+def _scales_by_class(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[type, str], list[_Scale]]:
+    """Return (class, attribute) -> numbers whose name says that they may scale something."""
+    groups: dict[tuple[type, str], list[_Scale]] = defaultdict(list)
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
-        new = shapes.get(f"{path}.weight".lstrip("."))
-        if isinstance(weight, Tensor) and new is not None and weight.dim() > 1:
-            fans = math.prod(weight.shape[1:]), math.prod(new[1:])
-            for name, value in vars(module).items():
-                if type(value) is float and SCALE_NAMES.search(name) and value not in (0.0, 1.0):
-                    groups[type(module), name][path] = (value, *fans)
-    found: dict[Place, float] = {}
-    for (kind, name), places in groups.items():
-        power = _power([(value, old) for value, old, _ in places.values()])
-        for path, (value, old, new_fan) in places.items():
-            if power is not None:
-                found[path, name] = value * (new_fan / old) ** power
-        changed = [path for path, (_, old, new_fan) in places.items() if old != new_fan]
-        if power is None and changed:
-            where = f"{changed[0]}{' ...' if len(changed) > 1 else ''}"
-            value = places[changed[0]][0]
-            message = (
-                f"{kind.__name__}.{name} = {value:.6g} of {where} keeps its value although the fan_in of its "
-                "weight changes; if it is computed from that, set it on the copy"
-            )
-            warn([message])
-    return found
+        new_shape = shapes.get(f"{path}.weight".lstrip("."))
+        if not isinstance(weight, Tensor) or new_shape is None or weight.dim() < 2:
+            continue
+        fan_in, new_fan_in = math.prod(weight.shape[1:]), math.prod(new_shape[1:])
+        for name, value in vars(module).items():
+            # Off (0) and without effect (1) are no scales.
+            if type(value) is float and SCALE_NAMES.search(name) and value not in (0.0, 1.0):
+                groups[type(module), name].append(_Scale(path, value, fan_in, new_fan_in))
+    return groups
 
 
-def _power(pairs: list[tuple[float, int]]) -> float | None:
+def _common_power(scales: Collection[_Scale]) -> float | None:
     """Return the power of fan_in that all values follow; None where they do not, or none differ."""
-    if len({fan for _, fan in pairs}) < 2:
+    if len({scale.fan_in for scale in scales}) < 2:
         return None
     for power in POWERS:
-        gains = [value / fan**power for value, fan in pairs]
-        if all(math.isclose(g, gains[0], rel_tol=1e-6) for g in gains):
+        gains = [scale.value / scale.fan_in**power for scale in scales]
+        if all(math.isclose(gain, gains[0], rel_tol=1e-6) for gain in gains):
             return power
     return None
+
+
+def _warn_of_unknown(kind: type, name: str, scales: Collection[_Scale]) -> None:
+    """Warn of a number that stays as it is although the fan_in of its weight changes."""
+    changed = [scale for scale in scales if scale.fan_in != scale.new_fan_in]
+    if changed:
+        first = changed[0]
+        more = " ..." if len(changed) > 1 else ""
+        message = (
+            f"{kind.__name__}.{name} = {first.value:.6g} of {first.path}{more} keeps its value although the "
+            "fan_in of its weight changes; if it is computed from that, set it on the copy"
+        )
+        warn([message])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
 from mupass._errors import ResizeError
+
+Implied = tuple[int, int]  # dimension, size
 
 
 def checked_size(name: str, size: object) -> int:
@@ -45,47 +47,93 @@ def named_sizes(solved: Inference, names: DimNames, width: Mapping[str, int]) ->
     if not given:
         raise ResizeError("width names no dimension")
     size_of = solved.engine.space.size
-    while implied := dict(_implied(solved, names, given)):
-        for dim, size in implied.items():  # the head_dim of queries is no other than that of values
-            twins = names.find(names.of(dim) or "")
-            given |= {t: size for t in (dim, *twins) if t not in given and size_of(t) == size_of(dim)}
+    rules = _Consequences(solved, names, given)
+    # One size at a time, since each may determine others.
+    while implied := rules.next():
+        dim, size = implied
+        given[dim] = size
+        # The head_dim of queries is no other than that of values.
+        for twin in names.find(names.of(dim) or ""):
+            if twin not in given and size_of(twin) == size_of(dim):
+                given[twin] = size
     return given
 
 
-def _implied(solved: Inference, names: DimNames, given: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield one size that follows from those given: a product of them, its last factor, or its equal parts.
+class _Consequences:
+    """What follows from sizes that are given: of products, of their factors, and of equal parts.
 
-    Raises:
-        ResizeError: The last factor or the parts would not be whole numbers.
+    Args:
+        solved: The inference.
+        names: Names of dimensions.
+        given: Sizes known so far, to which the caller adds.
     """
-    space = solved.engine.space
 
-    def certain(dim: int) -> bool:
-        verdict = solved.verdicts.get(dim)
-        return dim in given or verdict is None or not (verdict.infinite or verdict.policy)
+    def __init__(self, solved: Inference, names: DimNames, given: Mapping[int, int]) -> None:
+        self.solved, self.names, self.given = solved, names, given
+        self.space = solved.engine.space
 
-    for kind in ("product", "groups"):
-        for whole, members in space.terms(kind):
-            open_ = [m for m in members if not certain(m)]
-            rest = math.prod(given.get(m, space.size(m)) for m in members if m not in open_)
-            if whole not in given and not open_ and given.keys() & set(members):
-                yield whole, rest
-                return
-            told = kind == "groups" or given.keys() & set(members) or not solved.verdicts.grows(whole)
-            if whole in given and len(open_) == 1 and (told or solved.verdicts.grows(open_[0])):
-                if given[whole] % rest:
-                    raise ResizeError(
-                        f"{names.term(whole)} = {given[whole]} is not divisible by {rest}, so there is no "
-                        f"whole {names.of(open_[0]) or 'factor'}"
-                    )
-                yield open_[0], given[whole] // rest
-                return
-    for whole, members in space.terms("sum"):
-        halves = len({space.size(m) for m in members}) == 1 and not space.rests & set(members)
-        if whole in given and halves and not any(map(certain, members)):
-            if given[whole] % len(members):
-                raise ResizeError(
-                    f"{names.term(whole)} = {given[whole]} is cut into {len(members)} equal parts"
-                )
-            yield members[0], given[whole] // len(members)
-            return
+    def next(self) -> Implied | None:
+        """Return one more size that follows from those given, or None.
+
+        Raises:
+            ResizeError: The last factor or the parts would not be whole numbers.
+        """
+        for kind, rule in self._rules():
+            for whole, members in self.space.terms(kind):
+                implied = rule(whole, members)
+                if implied is not None:
+                    return implied
+        return None
+
+    def _rules(self) -> Sequence[tuple[str, Callable[[int, Sequence[int]], Implied | None]]]:
+        return (("product", self._of_product), ("groups", self._of_groups), ("sum", self._of_sum))
+
+    def _is_open(self, dim: int) -> bool:
+        """Whether a size is neither given nor fixed."""
+        verdict = self.solved.verdicts.get(dim)
+        if dim in self.given or verdict is None:
+            return False
+        return verdict.infinite or verdict.policy
+
+    def _of_product(self, whole: int, members: Sequence[int]) -> Implied | None:
+        """Whole = factor * factor: the whole from all its factors, or the last factor from the rest."""
+        # A whole that grows says nothing of a factor that may be fixed, unless another factor is given.
+        told = self._any_given(members) or not self.solved.verdicts.grows(whole)
+        return self._of_factors(whole, members, told)
+
+    def _of_groups(self, whole: int, members: Sequence[int]) -> Implied | None:
+        """Whole = groups * members of a group, of a grouped convolution: the same, and always told."""
+        return self._of_factors(whole, members, True)
+
+    def _of_factors(self, whole: int, members: Sequence[int], told: bool) -> Implied | None:
+        open_factors = [factor for factor in members if self._is_open(factor)]
+        sizes = [self.given.get(f, self.space.size(f)) for f in members if f not in open_factors]
+        known = math.prod(sizes)
+        if whole not in self.given and not open_factors and self._any_given(members):
+            return whole, known
+        if whole not in self.given or len(open_factors) != 1:
+            return None
+        last = open_factors[0]
+        if not told and not self.solved.verdicts.grows(last):
+            return None
+        size = self.given[whole]
+        if size % known:
+            raise ResizeError(
+                f"{self.names.term(whole)} = {size} is not divisible by {known}, so there is no "
+                f"whole {self.names.of(last) or 'factor'}"
+            )
+        return last, size // known
+
+    def _of_sum(self, whole: int, members: Sequence[int]) -> Implied | None:
+        """Whole = part + part: parts that are equal now stay equal."""
+        sizes = {self.space.size(part) for part in members}
+        equal = len(sizes) == 1 and not self.space.rests & set(members)
+        if whole not in self.given or not equal or not all(map(self._is_open, members)):
+            return None
+        size, count = self.given[whole], len(members)
+        if size % count:
+            raise ResizeError(f"{self.names.term(whole)} = {size} is cut into {count} equal parts")
+        return members[0], size // count
+
+    def _any_given(self, members: Sequence[int]) -> bool:
+        return any(member in self.given for member in members)

@@ -41,21 +41,37 @@ def segments(sizes: NewSizes, dim: int) -> list[Segment]:
         dim: Dimension of the axis.
     """
     space, grows = sizes.solved.engine.space, sizes.solved.verdicts.grows
-    for members in sizes.terms(sizes.solved.engine.space.find(dim), "sum") if grows(dim) else ():
-        return [s for m in members for s in segments(sizes, m)]
+    parts = []
+    for part in _members(sizes, dim, "sum"):
+        parts += segments(sizes, part)
+    if parts:
+        return parts
     factors = _factors(sizes, dim)
     old, new = tuple(map(space.size, factors)), tuple(map(sizes.of_dim, factors))
-    return [Segment(old, new, tuple(grows(f) or a != b for f, a, b in zip(factors, old, new, strict=True)))]
+    growing = []
+    for factor, before, after in zip(factors, old, new, strict=True):
+        growing.append(grows(factor) or before != after)
+    return [Segment(old, new, tuple(growing))]
 
 
 def _factors(sizes: NewSizes, dim: int) -> list[int]:
-    for members in (
-        sizes.terms(sizes.solved.engine.space.find(dim), "product")
-        if sizes.solved.verdicts.grows(dim)
-        else ()
-    ):
-        return [f for m in members for f in _factors(sizes, m)]
-    return [dim]
+    """Return the factors that a dimension is the product of, itself where there are none."""
+    factors = []
+    for member in _members(sizes, dim, "product"):
+        factors += _factors(sizes, member)
+    return factors or [dim]
+
+
+def _members(sizes: NewSizes, dim: int, kind: str) -> Sequence[int]:
+    """Return what a growing dimension is made of, by the first term that is known."""
+    if not sizes.solved.verdicts.grows(dim):
+        return ()
+    terms = sizes.terms(sizes.solved.engine.space.find(dim), kind)
+    return next(iter(terms), ())
+
+
+def _new_shape(axes: Sequence[Sequence[Segment]]) -> list[int]:
+    return [sum(math.prod(segment.new) for segment in axis) for axis in axes]
 
 
 def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
@@ -68,10 +84,12 @@ def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
     Returns:
         The values at the new shape, or None where some of the old ones look drawn.
     """
-    shape = [sum(math.prod(s.new) for s in axis) for axis in axes]
+    shape = _new_shape(axes)
     old = old.detach().cpu()
-    if list(old.shape) != shape and (made := recompute(old, shape)) is not None:
-        return made
+    if list(old.shape) != shape:
+        recomputed = recompute(old, shape)
+        if recomputed is not None:
+            return recomputed
     new = torch.empty(shape, dtype=old.dtype)
     for block in _blocks(axes):
         rows = block.rows(old)
@@ -104,14 +122,16 @@ def draw(
         ResizeError: The values follow a pattern that is not recognized.
     """
     old = old.detach().cpu()
-    new = torch.empty([sum(math.prod(s.new) for s in axis) for axis in axes], dtype=old.dtype)
+    new = torch.empty(_new_shape(axes), dtype=old.dtype)
     for block in _blocks(axes):
         here = new[block.here]
-        orthogonal = _orthogonal(old[block.there], here.shape, generator) if init is not None else None
-        if orthogonal is not None:
-            here.copy_(orthogonal)
-            continue
+        if init is not None:
+            orthogonal = _orthogonal(old[block.there], here.shape, generator)
+            if orthogonal is not None:
+                here.copy_(orthogonal)
+                continue
         values = block.rows(old)
+        # Rows that are constant (padding, gate biases) are continued, the others are drawn.
         rows = values[:, :1].repeat(1, block.count)
         free = ~(values == values[:, :1]).all(1)
         if free.any():
@@ -141,7 +161,8 @@ class _Block:
 
     @property
     def _grows(self) -> list[bool]:
-        grows = [g for p in self.parts for g in p.grows]
+        grows = [grows for part in self.parts for grows in part.grows]
+        # Where nothing grows the whole block is one row.
         return grows if any(grows) else [True] * len(grows)
 
     @property
@@ -150,19 +171,20 @@ class _Block:
 
     @property
     def _new(self) -> list[int]:
-        return [n for p in self.parts for n in p.new]
+        return [size for part in self.parts for size in part.new]
 
     @property
     def count(self) -> int:
         """Length of a new row."""
-        return math.prod(n for n, g in zip(self._new, self._grows, strict=True) if g)
+        return math.prod(size for size, grows in zip(self._new, self._grows, strict=True) if grows)
 
     def opened(self, old: Tensor) -> Tensor:
         """Return the old block as (row, growing factors...)."""
-        split = old[self.there].reshape([n for p in self.parts for n in p.old]).permute(self._order)
-        return (
-            split.flatten(0, len(self._order) - sum(self._grows) - 1) if not all(self._grows) else split[None]
-        )
+        sizes = [size for part in self.parts for size in part.old]
+        split = old[self.there].reshape(sizes).permute(self._order)
+        # Factors that do not grow come first in the order: together they count the rows.
+        fixed = len(self._order) - sum(self._grows)
+        return split.flatten(0, fixed - 1) if fixed else split[None]
 
     def rows(self, old: Tensor) -> Tensor:
         """Return the old block as (row, entry)."""
@@ -176,35 +198,39 @@ class _Block:
 
 
 def _blocks(axes: Sequence[Sequence[Segment]]) -> Iterator[_Block]:
-    for block in product(*(_spans(axis) for axis in axes)):
-        yield _Block(tuple(b[0] for b in block), tuple(b[1] for b in block), tuple(b[2] for b in block))
+    for spans in product(*map(_spans, axes)):
+        there = tuple(old for old, _, _ in spans)
+        here = tuple(new for _, new, _ in spans)
+        yield _Block(there, here, tuple(segment for _, _, segment in spans))
 
 
 def _spans(axis: Sequence[Segment]) -> list[tuple[slice, slice, Segment]]:
     """Return where each segment lies now, where it will lie, and itself."""
-    spans, at, to = [], 0, 0
+    spans, old_start, new_start = [], 0, 0
     for segment in axis:
-        old, new = math.prod(segment.old), math.prod(segment.new)
-        spans.append((slice(at, at + old), slice(to, to + new), segment))
-        at, to = at + old, to + new
+        old_end = old_start + math.prod(segment.old)
+        new_end = new_start + math.prod(segment.new)
+        spans.append((slice(old_start, old_end), slice(new_start, new_end), segment))
+        old_start, new_start = old_end, new_end
     return spans
 
 
 def _patterned(free: Tensor) -> bool:
     """Whether neighbours along a growing axis are alike: independent draws are not."""
-    x = torch.view_as_real(free).movedim(-1, 0).flatten(0, 1) if free.is_complex() else free
-    x = x.double()
+    if free.is_complex():  # real and imaginary parts are rows of their own
+        free = torch.view_as_real(free).movedim(-1, 0).flatten(0, 1)
+    x = free.double()
     for axis in range(1, x.dim()):
         length = x.shape[axis]
         if length < 2:
             continue
         steps = x.diff(dim=axis)
-        if (
-            length >= 8
-            and len(x) * length == x.numel()
-            and ((steps > 0).all(axis) | (steps < 0).all(axis)).any()
-        ):
+        # A ramp: eight draws that happen to be in order are met once in 20,000 times.
+        one_axis = len(x) * length == x.numel()
+        monotone = (steps > 0).all(axis) | (steps < 0).all(axis)
+        if length >= 8 and one_axis and monotone.any():
             return True
+        # Correlation of neighbours: 0 +- 1/sqrt(pairs) for independent draws.
         centred = x - x.mean(tuple(range(1, x.dim())), keepdim=True)
         total = centred.square().mean()
         pairs = steps.numel()
@@ -229,11 +255,13 @@ def _drawn(
         )
     work = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     mean, std = work.mean(), work.std(correction=0)
+    # A mean within its own sampling error is that of a law of mean zero.
     if mean.abs() <= SIGMAS * std / math.sqrt(work.numel()):
         mean = torch.zeros_like(mean)
     factor = 1.0
     if init is not None:
         factor, law = init.factor, init.std
+        # The law's own size, where the entries have it: their sample size has an error.
         if law is not None and abs(std.item() * factor / law - 1) <= tolerance(work.numel()):
             std = std.new_tensor(law / factor)
     elif mean != 0 or abs(std - 1) > tolerance(work.numel()):
@@ -248,8 +276,10 @@ def _unit(values: Tensor, shape: tuple[int, int], generator: torch.Generator | N
     n = values.numel()
     x = (values - values.mean()) / values.std(correction=0)
     new = torch.empty(shape, dtype=values.dtype)
+    # Uniform on [-sqrt(3), sqrt(3)] has variance 1, and nothing lies beyond.
     if x.abs().max() <= math.sqrt(3) * (1 + tolerance(n) / 2):
         return new.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+    # Third and fourth moments of n normal draws: 0 +- sqrt(6/n) and 3 +- sqrt(24/n).
     skew, tails = x.pow(3).mean().abs(), (x.pow(4).mean() - 3).abs()
     if skew <= SIGMAS * math.sqrt(6 / n) and tails <= SIGMAS * math.sqrt(24 / n):
         return new.normal_(generator=generator)
@@ -261,12 +291,13 @@ def _orthogonal(old: Tensor, shape: Sequence[int], generator: torch.Generator | 
     if old.dim() < 2 or not old.dtype == torch.float32 or min(old.shape[0], old[0].numel()) < 3:
         return None
     matrix = old.flatten(1).double()
-    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    # Orthogonal rows: W W^T = gain^2 I.
     gram = matrix @ matrix.T
     square = gram.diagonal().mean()
-    if not torch.allclose(
-        gram, square * torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=1e-4 * square.item()
-    ):
+    multiple = square * torch.eye(len(gram), dtype=gram.dtype)
+    if not torch.allclose(gram, multiple, rtol=0, atol=1e-4 * square.item()):
         return None
     new = torch.empty(tuple(shape))
     torch.nn.init.orthogonal_(new, math.sqrt(square.item()), generator=generator)

@@ -61,33 +61,49 @@ def resize(
     Raises:
         ResizeError: A dimension would not be a whole number, a name is unknown, sizes contradict each other,
             values follow a pattern that is not known, or the code holds a size that cannot be found.
+
+    Example:
+        >>> import mupass, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> mupass.resize(model, 256)
+        Sequential(
+          (0): Linear(in_features=6, out_features=256, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=256, out_features=3, bias=True)
+        )
     """
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
-    found = solve(model, args, kwargs, None, dims or {}, strict=True)
-    captured, solved = found.captured, found.solved
-    sizes = NewSizes.of(solved, found.names, width, scale)
-    place = (
-        torch.device(device) if device is not None else home if home.type != "meta" else torch.device("cpu")
-    )
+    dims = dims or {}
+    inferred = solve(model, args, kwargs, None, dims, strict=True)
+    captured, solved = inferred.captured, inferred.solved
+    sizes = NewSizes.of(solved, inferred.names, width, scale)
+    if device is not None:
+        place = torch.device(device)
+    else:
+        place = torch.device("cpu") if home.type == "meta" else home
     target = target_of(model, captured, sizes, (args, kwargs), place)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     draw = Draw(model, captured, sizes, init, fresh, generator)
-    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    # A Hugging Face constructor knows its own initialization, and what else follows from a configuration.
     own_code = (sizes.changes or home.type == "meta") and has_constructor(model)
-    values = draw.parameters(target.shapes, own_code)
-    new: dict[str, Tensor] = {n: nn.Parameter(t.to(place), trained[n]) for n, t in values.items()}
-    known = {} if own_code else follow_fan_in(model, target.shapes)
-    attributes = Attributes(sizes, handled_dims(captured, solved), known=known)
+    tensors: dict[str, Tensor] = {}
+    for name, values in draw.parameters(target.shapes, own_code).items():
+        trained = model.get_parameter(name).requires_grad
+        tensors[name] = nn.Parameter(values.to(place), trained)
+    handled = handled_dims(captured, solved)
     if own_code:
-        build = by_config(model, attributes, new, place, seed)
+        attributes = Attributes(sizes, handled)
+        build = by_config(model, attributes, tensors, place, seed)
     else:
-        buffers = {n: b.to(place) for n, b in draw.buffers(attributes).items()}
-        build = by_copy(model, attributes, {**new, **buffers})
+        attributes = Attributes(sizes, handled, known=follow_fan_in(model, target.shapes))
+        for name, buffer in draw.buffers(attributes).items():
+            tensors[name] = buffer.to(place)
+        build = by_copy(model, attributes, tensors)
     resized = rebuild(build, attributes, target, type(model).__name__)
     if home.type == "meta" and not own_code:
         initialize(resized, seed)
-    check_anew(resized, sizes, target.inputs, dims or {})
+    check_anew(resized, sizes, target.inputs, dims)
     return resized

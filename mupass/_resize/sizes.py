@@ -123,22 +123,30 @@ class NewSizes:
     def _as_its_equals(self, dim: int) -> int:
         """Return the new size of a dimension that nothing reads: that of one of its size that grows."""
         space = self.solved.engine.space
-        rows = (d for dims in self.solved.dims.values() for d in dims)
-        twins = [d for d in rows if space.size(d) == space.size(dim) and self.solved.verdicts.grows(d)]
-        return self.of_dim(twins[0]) if twins else self._whole(dim, self.factor * space.size(dim))
+        for dims in self.solved.dims.values():
+            for twin in dims:
+                if space.size(twin) == space.size(dim) and self.solved.verdicts.grows(twin):
+                    return self.of_dim(twin)
+        return self._whole(dim, self.factor * space.size(dim))
 
     @cached_property
     def _carried(self) -> frozenset[int]:
         """Dimensions of parameters; those without a verdict are fixed: no weight is contracted along them."""
         space = self.solved.engine.space
-        return frozenset(space.find(d) for dims in self.solved.dims.values() for d in dims)
+        carried: set[int] = set()
+        for dims in self.solved.dims.values():
+            carried.update(map(space.find, dims))
+        return frozenset(carried)
 
     @cached_property
     def _contested(self) -> frozenset[int]:
         """Factors of a growing product of which one has no verdict: any of them may be the one that grows."""
         verdicts, space = self.solved.verdicts, self.solved.engine.space
-        grown = [members for whole, members in space.terms("product") if verdicts.grows(whole)]
-        return frozenset(m for ms in grown if any(map(verdicts.is_open, ms)) for m in ms) - self._carried
+        contested: set[int] = set()
+        for whole, factors in space.terms("product"):
+            if verdicts.grows(whole) and any(map(verdicts.is_open, factors)):
+                contested.update(factors)
+        return frozenset(contested) - self._carried
 
     def exact(self, dim: int) -> float:
         """Return the new size of a dimension before it is asked to be a whole number.
@@ -173,10 +181,8 @@ class NewSizes:
                     parts = [self.of_dim(m) for m in members]
                     if self.of_dim(whole) != combine(parts):
                         sign = " + " if kind == "sum" else " * "
-                        text = sign.join(
-                            f"{self.names.of(m) or 'fixed'} = {p}"
-                            for m, p in zip(members, parts, strict=True)
-                        )
+                        named = zip(members, parts, strict=True)
+                        text = sign.join(f"{self.names.of(dim) or 'fixed'} = {size}" for dim, size in named)
                         raise ResizeError(
                             f"dimension {self.names.term(whole)} would become {self.of_dim(whole)}, "
                             f"but it is made of {text}"
@@ -186,14 +192,16 @@ class NewSizes:
 def model_width(solved: Inference) -> int:
     """Return the growing dimension that most parameters carry (ties: the widest)."""
     space = solved.engine.space
-    carried = Counter(d for dims in solved.dims.values() for d in {space.find(d) for d in dims})
-    grown = [d for d in carried if solved.verdicts.grows(d)]
+    carried: Counter[int] = Counter()
+    for dims in solved.dims.values():
+        carried.update(set(map(space.find, dims)))  # once for a parameter, though two axes may have it
+    grown = [dim for dim in carried if solved.verdicts.grows(dim)]
     if not grown:
         raise ResizeError(
             "no dimension of the model grows, so it has no width; name one: "
             "dims={'PARAMETER:AXIS': 'infinite'}"
         )
-    return max(grown, key=lambda d: (carried[d], space.size(d)))
+    return max(grown, key=lambda dim: (carried[dim], space.size(dim)))
 
 
 def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int]) -> float:
@@ -209,10 +217,13 @@ def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int])
         return told / space.size(width)
     factors = {size / space.size(dim) for dim, size in given.items()}
     if len(factors) > 1:
-        open_ = {n for d, n in names.table.items() if d not in given and solved.verdicts.grows(d)}
-        if open_:
+        missing = set()
+        for dim, name in names.table.items():
+            if dim not in given and solved.verdicts.grows(dim):
+                missing.add(name)
+        if missing:
             raise ResizeError(
                 f"the sizes given differ in ratio, so name the width ({names.term(width)}) or these too: "
-                f"{sorted(open_)}"
+                f"{sorted(missing)}"
             )
     return factors.pop()

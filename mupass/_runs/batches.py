@@ -104,10 +104,11 @@ def move(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch
         dtype: Precision of floating-point tensors; None leaves them.
     """
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(device, dtype if x.is_floating_point() else None)
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        # Token and class numbers keep their type.
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
     return Batch(*tree_map(one, (batch.args, batch.kwargs, batch.targets)))
 
@@ -155,8 +156,10 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
             f"targets are {kind}, and the default loss needs class numbers; give loss=, a function of the "
             "model's output and the targets"
         )
+    # logits [batch, tokens, classes] or [batch, classes]
     if logits.dim() == targets.dim() + 1 and logits.shape[:-1] == targets.shape:
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    # logits [batch, classes, height, width], as torch takes them
     if logits.dim() == targets.dim() + 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
         return F.cross_entropy(logits, targets)
     raise StudyError(
@@ -174,7 +177,7 @@ def random_batch(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]
         size: Number of samples.
     """
     generator = torch.Generator().manual_seed(0)
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
@@ -189,6 +192,7 @@ def random_batch(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]
     args, kwargs = tree_map(one, inputs)
     with torch.no_grad():
         logits = logits_of(Batch(args, kwargs, None).run(model))
+    # Images have their classes on axis 1, all else on the last.
     classes = 1 if logits.dim() >= 4 else logits.dim() - 1
-    shape = [n for axis, n in enumerate(logits.shape) if axis != classes]
+    shape = [size for axis, size in enumerate(logits.shape) if axis != classes]
     return Batch(args, kwargs, torch.randint(logits.shape[classes], shape, generator=generator))

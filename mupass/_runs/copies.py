@@ -26,6 +26,27 @@ SMALLEST = 64  # below, effects of finite width are as large as a wrong power
 
 
 @dataclass(frozen=True)
+class CopyOptions:
+    """How every copy of a model is transformed: what `coord_check`, `sweep` and `transfer` are given alike.
+
+    Attributes:
+        parameterization: As for `mupass.transform`.
+        base: As for `mupass.transform`; the narrowest copy if None.
+        dims: As for `mupass.transform`.
+        prepare: Applied to each transformed copy.
+        init: As for `mupass.transform`.
+        dtype: Precision of the copies; None for that of the model.
+    """
+
+    parameterization: str = "mup"
+    base: Any = None
+    dims: Mapping[str, str] | None = None
+    prepare: Prepare | None = None
+    init: InitChoice = "auto"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class Copies:
     """Transformed copies, one for each width.
 
@@ -55,14 +76,14 @@ class Copies:
             seed: Number of the initialization; 0 is the one that the copy has.
         """
         model = deepcopy(self.models[index])
-        if seed:
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        order = torch.randperm(parameter.numel(), generator=generator)
-                        shuffled = parameter.flatten()[order.to(parameter.device)]
-                        parameter.copy_(shuffled.view_as(parameter))
+        if not seed:
+            return model
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                values = parameter.detach()
+                order = torch.randperm(values.numel(), generator=generator).to(values.device)
+                values.copy_(values.flatten()[order].view_as(values))
         return model
 
 
@@ -71,13 +92,7 @@ def make_copies(
     source: Source,
     widths: Sequence[Width] | None,
     batches: Sequence[Batch],
-    *,
-    parameterization: str = "mup",
-    base: Any = None,
-    dims: Mapping[str, str] | None = None,
-    prepare: Prepare | None = None,
-    init: InitChoice = "auto",
-    dtype: torch.dtype | None = None,
+    options: CopyOptions,
     least: int = 2,
 ) -> tuple[Copies, list[Batch]]:
     """Resize one model, or build it by a function, at several widths, and transform each.
@@ -86,12 +101,7 @@ def make_copies(
         source: A model, which is not changed, or a function of a width.
         widths: As for `mupass.resize`, or what the function takes; three around `SMALLEST` if left out.
         batches: Batches; the first is the example input.
-        parameterization: As for `mupass.transform`.
-        base: As for `mupass.transform`; the narrowest copy if left out.
-        dims: As for `mupass.transform`.
-        prepare: Applied to each transformed copy.
-        init: As for `mupass.transform`.
-        dtype: Precision of the copies; that of the model if left out.
+        options: How the copies are transformed.
         least: Smallest number of different widths.
 
     Returns:
@@ -101,39 +111,42 @@ def make_copies(
         StudyError: Fewer widths than wanted, or the same twice.
     """
     check_widths(source, widths)
-    check_functions(prepare=prepare)
-    build = _builder(source, batches[0], dims, init)
+    check_functions(prepare=options.prepare)
+    build = _builder(source, batches[0], options)
     if widths is None:
         if not isinstance(source, nn.Module):
             raise StudyError("widths= is needed with a function that builds the model")
         widths = default_widths(analyze(source, batches[0].inputs).width)
-    raw = [build(width).to(dtype=dtype) for width in widths]
-    device = next((p.device for p in raw[0].parameters()), torch.device("cpu"))
-    batches = [move(batch, device, dtype) for batch in batches]
-    inputs = batches[0].inputs
-    raw.sort(key=_numbers)
-    if len(set(map(_numbers, raw))) < max(len(raw), least):
+    models = [build(width).to(dtype=options.dtype) for width in widths]
+    models.sort(key=_count_entries)
+    if len(set(map(_count_entries, models))) < max(len(models), least):
         raise StudyError(f"at least {least} different widths are needed, not {list(widths)}")
-    done = []
-    for model in raw:
-        # The narrowest copy is the base: for the others a second instance, which settles all dimensions.
-        own = analyze(raw[0], inputs, dims=dims).width if model is raw[0] else raw[0]
-        chosen = own if base is None else base
-        copy = transform(
-            deepcopy(model),
-            inputs,
-            base=chosen,
-            parameterization=parameterization,
-            init=init,
-            dims=None if isinstance(chosen, nn.Module) else dims,
-        )
-        done.append(prepare(copy) if prepare else copy)
-    sizes = tuple(plan_of(model)[1].width for model in done)
-    return Copies(sizes, tuple(done), raw[0]), list(batches)
+    device = next((parameter.device for parameter in models[0].parameters()), torch.device("cpu"))
+    moved = [move(batch, device, options.dtype) for batch in batches]
+    narrow = models[0]
+    transformed = [_transformed(model, narrow, moved[0].inputs, options) for model in models]
+    sizes = tuple(plan_of(model)[1].width for model in transformed)
+    return Copies(sizes, tuple(transformed), narrow), moved
 
 
-def _numbers(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _transformed(model: nn.Module, narrow: nn.Module, inputs: Any, options: CopyOptions) -> nn.Module:
+    """Return a transformed copy of a model; the narrowest model is the base unless there is another."""
+    base = options.base
+    if base is None and model is narrow:
+        base = analyze(narrow, inputs, dims=options.dims).width
+    elif base is None:
+        base = narrow
+    # A base model is a second instance, which settles all dimensions itself.
+    dims = None if isinstance(base, nn.Module) else options.dims
+    copy = transform(
+        deepcopy(model), inputs, base=base, parameterization=options.parameterization, init=options.init,
+        dims=dims,
+    )  # fmt: skip
+    return options.prepare(copy) if options.prepare else copy
+
+
+def _count_entries(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def default_widths(width: int) -> tuple[int, ...]:
@@ -159,13 +172,13 @@ def halved(width: int) -> int:
     return width
 
 
-def _builder(
-    source: Source, batch: Batch, dims: Mapping[str, str] | None, init: InitChoice
-) -> Callable[[Any], nn.Module]:
+def _builder(source: Source, batch: Batch, options: CopyOptions) -> Callable[[Any], nn.Module]:
+    """Return what makes a model of a width: `resize` of a model, or the caller's function."""
     if isinstance(source, nn.Module):
         return lambda width: resize(
-            source, width, example_inputs=batch.inputs, dims=dims, init=init, seed=0, fresh=True
-        )
+            source, width, example_inputs=batch.inputs, dims=options.dims, init=options.init, seed=0,
+            fresh=True,
+        )  # fmt: skip
 
     def build(width: Any) -> nn.Module:
         try:

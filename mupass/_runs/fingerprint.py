@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mupass._errors import StudyError
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), type(...), range, slice, PurePath)
+# What Python keeps in a class for itself, some of it different in every process.
+BOOKKEEPING = ("__dict__", "__weakref__", "__doc__", "__module__", "__slotnames__")
 TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 
@@ -59,6 +61,7 @@ class _State:
 
     def add(self, thing: Any, where: str) -> None:
         """Add one thing and all that it holds."""
+        # Values that print as they are first; then what can hold itself, and so is numbered when first met.
         if isinstance(thing, enum.Enum):
             self.mark("enum", type(thing).__qualname__, thing.name)
         elif type(thing) in PLAIN or isinstance(thing, (PurePath, *TORCH)):
@@ -91,14 +94,19 @@ class _State:
     def _add_tensor(self, tensor: Tensor) -> None:
         self.mark("tensor", tensor.dtype, tuple(tensor.shape))
         if self.values and not tensor.is_meta:
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            plain = whole.detach().cpu().to_dense() if whole.layout != torch.strided else whole.detach().cpu()
+            if hasattr(tensor, "full_tensor"):  # FSDP2 and tensor parallelism shard it
+                tensor = tensor.full_tensor()
+            plain = tensor.detach().cpu()
+            if plain.layout != torch.strided:
+                plain = plain.to_dense()
+            # Conjugation and sign can be flags of a view: the bytes must hold them.
             plain = plain.resolve_conj().resolve_neg().contiguous().flatten()
             self.mark(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
 
     def _add_container(self, thing: Any, where: str) -> None:
         self.mark(type(thing).__qualname__, len(thing))
         if isinstance(thing, (set, frozenset)):
+            # The order of a set differs between processes, so its items are hashed one by one.
             self.mark(*sorted(digest(item, values=self.values) for item in thing))
         elif isinstance(thing, dict):
             for key, value in thing.items():
@@ -107,6 +115,7 @@ class _State:
         else:
             for number, item in enumerate(thing):
                 self.add(item, f"{where}[{number}]")
+        # A class of the caller's own may hold more than its items.
         if type(thing) not in (list, tuple, set, frozenset, dict):
             self.add(type(thing), where)
             self.add(vars(thing) if hasattr(thing, "__dict__") else {}, where)
@@ -140,13 +149,14 @@ class _State:
                 self.mark("empty")  # not filled yet
         names = _names(function.__code__)
         for name in sorted(names & function.__globals__.keys()):
-            found = function.__globals__[name]
+            value = function.__globals__[name]
             self.mark(name)
-            self.add(found, f"the global {name} in {where}")
-            if isinstance(found, ModuleType) and not _installed(found.__name__):
-                for inner in sorted(names & vars(found).keys()):
+            self.add(value, f"the global {name} in {where}")
+            # Of a module of the caller's own counts what the function names, not all that is in it.
+            if isinstance(value, ModuleType) and not _installed(value.__name__):
+                for inner in sorted(names & vars(value).keys()):
                     self.mark(inner)
-                    self.add(vars(found)[inner], f"{name}.{inner} in {where}")
+                    self.add(vars(value)[inner], f"{name}.{inner} in {where}")
 
     def _add_code(self, code: CodeType, where: str) -> None:
         self.mark("code", code.co_code, *code.co_names, *code.co_varnames)
@@ -160,17 +170,13 @@ class _State:
         for base in kind.__bases__:
             self.add(base, where)
         for name, value in vars(kind).items():
-            if name in (
-                "__dict__",
-                "__weakref__",
-                "__doc__",
-                "__module__",
-                "__slotnames__",
-            ) or name.startswith("_abc_"):
+            if name in BOOKKEEPING or name.startswith("_abc_"):
                 continue
-            value = getattr(value, "__func__", value)  # of static and class methods
             self.mark(name)
-            for part in (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,):
+            parts = [getattr(value, "__func__", value)]  # of static and class methods
+            if isinstance(value, property):
+                parts = [value.fget, value.fset, value.fdel]
+            for part in parts:
                 self._add_attribute(part, f"{kind.__qualname__}.{name}")
 
     def _add_attribute(self, value: Any, where: str) -> None:
@@ -216,6 +222,7 @@ class _State:
         if isinstance(parts, str):
             self.mark(parts)
             return
+        # (function, arguments, state, items, pairs), of which the last three may be left out.
         function, arguments, state, items, pairs = (*parts, None, None, None)[:5]
         if isinstance(function, FunctionType) and function.__module__ == "copyreg":
             arguments = arguments[1:]  # the class, which is in it already
@@ -256,10 +263,15 @@ def _installed(module: str | None) -> bool:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return False
-    places = [spec.origin] if spec and spec.origin else list((spec and spec.submodule_search_locations) or ())
-    homes = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")]
-    found = [Path(place).resolve() for place in places if place]
-    return any(home in place.parents for home in homes for place in found)
+    if spec is None:
+        return False
+    # A namespace package has no file of its own, but folders.
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    parents: set[Path] = set()
+    for place in filter(None, places):
+        parents.update(Path(place).resolve().parents)
+    homes = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    return not homes.isdisjoint(parents)
 
 
 def called(function: Any) -> str:

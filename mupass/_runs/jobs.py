@@ -125,6 +125,7 @@ class Work:
             optimizer.zero_grad()
             error = self.loss(batch.run(model), batch.targets)
             losses.append(error.item())
+            # An infinite score ends a run early, and is worse than any other.
             if diverged(losses[-1], losses[0]):
                 return math.inf
             error.backward()  # type: ignore[no-untyped-call]
@@ -185,15 +186,15 @@ def run_all(
         StudyError: Several processes without loky.
     """
     keys = {job: work.key(job, store.kept) for job in jobs}
-    open_ = []
+    unknown = []
     for job in jobs:
-        known = store.get(keys[job])
-        if known is None:
-            open_.append(job)
+        score = store.get(keys[job])
+        if score is None:
+            unknown.append(job)
         else:
-            yield job, known
+            yield job, score
     with store.claims_renewed(), _pool(work, processes) as pool:
-        yield from _share(work, open_, keys, store, pool)
+        yield from _share(work, unknown, keys, store, pool)
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def _share(
     left = list(jobs)
     try:
         while left or running:
+            # Fill the pool with jobs that are not done and that no other process is at.
             claimed = []  # by other processes
             while left and len(running) < pool.room:
                 job = left.pop(0)
@@ -262,6 +264,7 @@ def _share(
                 else:
                     claimed.append(job)
             left = claimed + left
+            # With nothing of its own to wait for, a process looks again at what others claimed.
             if not running:
                 time.sleep(PAUSE if left else 0)
             for future in _finished(running, PAUSE if claimed else None):
@@ -271,6 +274,7 @@ def _share(
                 store.put(keys[job], note, score, seconds)
                 yield job, score
     finally:
+        # After an error, or when the caller stops asking: nothing more is begun.
         for future in running:
             future.cancel()
 

@@ -60,6 +60,7 @@ def undo(model: nn.Module) -> None:
     parameters = dict(root.named_parameters())
     with torch.no_grad():
         for entry in plan.entries:
+            # Factors of exactly 1 touched nothing: those parameters stay as they are to the bit.
             if entry.init_factor != 1:
                 parameters[entry.geometry.name].div_(entry.init_factor)
     strip(root)

@@ -98,12 +98,15 @@ def check_names(make: Make, names: Iterable[str]) -> None:
     Raises:
         StudyError: It takes no such hyperparameter.
     """
+    # The first parameter is the model.
     taken = list(signature(make).parameters.values())[1:]
     if make in CLASSES:
         taken += list(signature(CLASSES[make]).parameters.values())[1:]
-    elif any(p.kind is Parameter.VAR_KEYWORD for p in taken):
-        return
-    known = dict.fromkeys(p.name for p in taken if p.kind is not Parameter.VAR_KEYWORD)
+    elif any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken):
+        return  # a function of **options takes anything
+    # dict.fromkeys: each name once, in order.
+    named = [parameter.name for parameter in taken if parameter.kind is not Parameter.VAR_KEYWORD]
+    known = dict.fromkeys(named)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {', '.join(known)}")
@@ -125,7 +128,9 @@ def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
                 f"unknown optimizer {optimizer!r}; known: {', '.join(RECIPES)}, or give a function such as "
                 "lambda model, lr: mupass.KFAC(model, lr=lr)"
             )
-        return (FOR_CHECK if for_check and optimizer in FOR_CHECK else RECIPES)[optimizer]
+        if for_check and optimizer in FOR_CHECK:
+            return FOR_CHECK[optimizer]
+        return RECIPES[optimizer]
     if not callable(optimizer):
         raise StudyError(
             f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"

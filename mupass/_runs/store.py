@@ -146,9 +146,10 @@ class Store:
         query = "select values_ from studies where structure = ?"
         row = self._ask(query, (structure,)).fetchone()
         if row is None:
+            # Another process may be first: what is there then counts.
             self._ask("insert or ignore into studies values (?, ?)", (structure, values))
             row = self._ask(query, (structure,)).fetchone()
-        (known,) = row
+        known = row[0]
         if known != values:
             raise StudyError(
                 f"{self.path} holds this study with other initial weights or other data, so its results do "
@@ -195,6 +196,7 @@ class Store:
             loss: Its loss.
             seconds: How long it took.
         """
+        # SQLite has no infinity of its own: NULL is a run that diverged.
         value = loss if math.isfinite(loss) else None
         self._ask("insert or replace into runs values (?, ?, ?, ?)", (key, json.dumps(job), value, seconds))
         self._ask("delete from claims where key = ?", (key,))

@@ -16,6 +16,7 @@ from mupass._study.coords import Coordinate
 from mupass._study.recorder import SCORES, Site
 
 NEAR = 0.3  # powers come in halves
+PLAIN_OPTIMIZERS = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}  # torch's own, by class
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
 DIMMED = (
     "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
@@ -40,10 +41,11 @@ def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) ->
     """
     if isinstance(optimizer, PlannedOptimizer):
         for group in optimizer.param_groups:
-            if any(p is parameter for p in group["params"]) and group["algorithm"] != optimizer.spec.name:
+            held = any(other is parameter for other in group["params"])
+            if held and group["algorithm"] != optimizer.spec.name:
                 return OptimizerSpec(group["algorithm"])
         return optimizer.spec
-    name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(type(optimizer).__name__)
+    name = PLAIN_OPTIMIZERS.get(type(optimizer).__name__)
     return OptimizerSpec(name) if name else None
 
 
@@ -93,9 +95,10 @@ def cause(
             "standard parameterization: PyTorch's initialization and one learning rate at all widths; "
             "mup is made for this"
         )
-    culprit = next((e.geometry for e in plan.entries if e.geometry.normalized), None)
-    if culprit is not None and row.step:
-        return NORMALIZED.format(where=culprit.normalized, name=culprit.name)
+    # A normalized readout spoils what every parameter below it learns.
+    for entry in plan.entries:
+        if entry.geometry.normalized and row.step:
+            return NORMALIZED.format(where=entry.geometry.normalized, name=entry.geometry.name)
     if site.operator in SCORES:
         return _of_scores(head_dims)
     if not site.parameter:
@@ -106,10 +109,10 @@ def cause(
     if dimmed and power > 0 and spec is not None and spec.name == "kfac":
         return DIMMED
     if row.quantity == "activation":
-        found = list(_of_activation(site, geometry, power, measured, plan.parameterization))
+        causes = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
-        found = list(_of_update(site, geometry, power, measured, plan, spec))
-    return "; or ".join(found) or (
+        causes = list(_of_update(site, geometry, power, measured, plan, spec))
+    return "; or ".join(causes) or (
         "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
         "above it, or sums over an axis that grows"
     )
@@ -128,26 +131,28 @@ def _of_scores(head_dims: tuple[int, ...]) -> str:
 def _of_activation(
     site: Site, geometry: Geometry, power: float, measured: Mapping[str, float], parameterization: str
 ) -> Iterator[str]:
-    given, drawn = measured.get("input", 0.0), measured.get("weight", 0.0)
+    input_power, weight_power = measured.get("input", 0.0), measured.get("weight", 0.0)
     if is_tied_readout(site, geometry):
         yield UNMULTIPLIED
         return
-    if abs(given - geometry.given) > NEAR and abs(given - power) < NEAR:
-        yield GIVEN.format(power=given)
+    if abs(input_power - geometry.given) > NEAR and abs(input_power - power) < NEAR:
+        yield GIVEN.format(power=input_power)
         return
-    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    fan_in_power, fan_out_power = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
     grows_in, grows_out = _growing(geometry)
-    right = p_in * grows_in + p_out * grows_out
-    if abs(drawn - right) > NEAR / 2:
-        yield f"initialization: its entries scale like width^{drawn:+.2f} instead of width^{right:+g}"
+    # m_in^p m_out^q, of which each factor is the width where its fan grows and 1 where not.
+    planned = fan_in_power * grows_in + fan_out_power * grows_out
+    if abs(weight_power - planned) > NEAR / 2:
+        yield (
+            f"initialization: its entries scale like width^{weight_power:+.2f} instead of width^{planned:+g}"
+        )
 
 
 def _growing(geometry: Geometry) -> tuple[bool, bool]:
     """Return whether fan_in and fan_out grow."""
-    first, second = (
-        any(geometry.infinite[i] for i in axes) for axes in (geometry.fan_in_axes, geometry.fan_out_axes)
-    )
-    return first, second
+    grows_in = any(geometry.infinite[axis] for axis in geometry.fan_in_axes)
+    grows_out = any(geometry.infinite[axis] for axis in geometry.fan_out_axes)
+    return grows_in, grows_out
 
 
 def _of_update(
@@ -158,29 +163,30 @@ def _of_update(
     plan: Plan,
     spec: OptimizerSpec | None,
 ) -> Iterator[str]:
-    given, rate = measured.get("input"), measured.get("rate")
-    if given is not None and is_tied_readout(site, geometry):
-        if given > NEAR - 1:  # T5's code itself has brought it down to -1/2
+    input_power, rate_power = measured.get("input"), measured.get("rate")
+    if input_power is not None and is_tied_readout(site, geometry):
+        if input_power > NEAR - 1:  # T5's code itself has brought it down to -1/2
             yield UNMULTIPLIED
-    elif given is not None and abs(given - geometry.given) > NEAR:
-        yield GIVEN.format(power=given)
+    elif input_power is not None and abs(input_power - geometry.given) > NEAR:
+        yield GIVEN.format(power=input_power)
     if spec is None:
         return
     grows_in, grows_out = _growing(geometry)
-    p_in, p_out = powers(geometry, spec, plan.parameterization)["lr"]
-    planned = p_in * grows_in + p_out * grows_out
-    swapped = p_in * grows_out + p_out * grows_in
-    if rate is not None and abs(rate - planned) > NEAR:
-        mixed = ", as if fan_in were fan_out" if abs(rate - swapped) < NEAR else ""
+    fan_in_power, fan_out_power = powers(geometry, spec, plan.parameterization)["lr"]
+    planned = fan_in_power * grows_in + fan_out_power * grows_out
+    swapped = fan_in_power * grows_out + fan_out_power * grows_in
+    if rate_power is not None and abs(rate_power - planned) > NEAR:
+        mixed = ", as if fan_in were fan_out" if abs(rate_power - swapped) < NEAR else ""
         yield (
-            f"its learning rate scales like width^{rate:+.2f}{mixed}; {spec.name} needs width^{planned:+g} "
-            "here"
+            f"its learning rate scales like width^{rate_power:+.2f}{mixed}; {spec.name} needs "
+            f"width^{planned:+g} here"
         )
     elif spec.name in ("kfac", "foof") or (spec.name == "shampoo" and spec.graft == "none"):
-        few = power > 0
-        yield (
-            "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
-            "damping or larger widths would tell"
-            if few
-            else "its damping is absolute, or too large for the wider layers"
-        )
+        # Steps that divide by factors: the rate is right, so the damping is not.
+        if power > 0:
+            yield (
+                "its damping is so small that the width, not the batch, limits the rank of the factors: "
+                "larger damping or larger widths would tell"
+            )
+        else:
+            yield "its damping is absolute, or too large for the wider layers"

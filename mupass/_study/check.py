@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import nn
 
 from mupass._errors import StudyError
 from mupass._optim.base import PlannedOptimizer
+from mupass._records import Geometry
 from mupass._runs.batches import Batch, Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
-from mupass._runs.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._runs.copies import Copies, CopyOptions, Prepare, Source, Width, make_copies
 from mupass._runs.plain import untransformed
 from mupass._runs.recipes import Make, check_names, optimizer_of, recipe
 from mupass._scales.init import InitChoice
@@ -32,8 +33,9 @@ from mupass._study.slopes import Slope, fit
 FLOOR = {torch.float64: 1e-10}
 COARSE_FLOOR = 1e-5
 CONFIDENCE = 0.99  # of each interval: a large model has hundreds of them
-Key = tuple[Site, str, int]
-Log = dict[Key, list[list[float]]]
+
+Key = tuple[Site, str, int]  # place, quantity, step
+Values = list[list[float]]  # for each width those of all seeds
 
 
 def coord_check(
@@ -96,37 +98,36 @@ def coord_check(
         StudyError: Fewer than two widths, no batch, an unknown optimizer or one without `lr`, or nothing is
             trained.
         MupassError: The model cannot be resized or transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+        >>> mupass.coord_check(model, data, widths=[64, 128, 256]).ok
+        True
     """
     check_counts(steps=steps, seeds=seeds)
     check_functions(loss=loss)
     make = recipe(optimizer, for_check=True)
     model, notes = untransformed(model)
-    check_names(make, [] if lr is None else ["lr"])
-    copies, batches = make_copies(
-        model, widths, read_batches(data, steps), parameterization=parameterization, base=base, dims=dims,
-        prepare=prepare, init=init, dtype=dtype,
-    )  # fmt: skip
+    hyperparameters = {} if lr is None else {"lr": lr}
+    check_names(make, hyperparameters)
+    options = CopyOptions(parameterization, base, dims, prepare, init, dtype)
+    copies, batches = make_copies(model, widths, read_batches(data, steps), options)
     if len(copies.widths) * seeds < 3:
         raise StudyError("an interval needs three points: more widths or more seeds")
-    log: Log = defaultdict(lambda: [[] for _ in copies.widths])
-    rates: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in copies.widths])
-    head_dims: dict[Site, list[int]] = defaultdict(list)
-    for i in range(len(copies.widths)):
+    runs = _Runs(copies, batches, loss, steps)
+    for index in range(len(copies.widths)):
         for seed in range(seeds):
-            trained = copies.draw(i, seed)
-            made = optimizer_of(make, trained, {} if lr is None else {"lr": lr})
-            probe = Probe(trained, batches[0], loss)
-            for key, value in _train(trained, made, probe, batches, loss, steps):
-                log[key][i].append(value)
-            for name, rate in _rates(trained, made).items():
-                rates[name][i].append(rate)
-        for site, size in probe.head_dims.items():
-            head_dims[site].append(size)
-    floor = FLOOR.get(next(p.dtype for p in trained.parameters()), COARSE_FLOOR)
-    parameters = dict(trained.named_parameters())
-    dimmed = {s: spec_of(made, parameters.get(s.parameter)) for s in dimmed_places(probe, copies.plans[-1])}
-    rows, silent = _judge(log, copies, tolerance, floor, dimmed)
-    found = CoordCheck(
+            trained = copies.draw(index, seed)
+            made = optimizer_of(make, trained, hyperparameters)
+            probe = runs.train(index, trained, made)
+        runs.note_head_dims(probe)
+    # What does not depend on width or seed is read off the last run, of the widest copy.
+    judge = _Judge(runs, tolerance, trained, made, probe)
+    rows, silent = judge.judge()
+    checked = CoordCheck(
         widths=copies.widths,
         optimizer=optimizer if isinstance(optimizer, str) else type(made).__name__,
         parameterization=parameterization,
@@ -135,165 +136,265 @@ def coord_check(
         tolerance=tolerance,
         rows=rows,
         silent=silent,
-        dimmed=tuple(s for s in dimmed if s.parameter),
+        dimmed=tuple(site for site in judge.dimmed if site.parameter),
         blame="",
         notes=notes,
     )
-    if not any(r.quantity == "update" for r in rows):
+    if not any(row.quantity == "update" for row in rows):
         raise StudyError("no parameter moved the output of its operator; is all frozen, or lr zero?")
-    row = found.first
-    if row is None:
-        return found
-    evidence = {q: log[row.site, q, 0] for q in ("input", "weight") if (row.site, q, 0) in log}
-    evidence["rate"] = rates.get(row.site.parameter, [[0.0]])
-    measured = {
-        name: fit(copies.widths, table).power
-        for name, table in evidence.items()
-        if all(v > 0 for values in table for v in values)
-    }
-    sizes = tuple(head_dims.get(row.site, ()))
-    spec = spec_of(made, parameters.get(row.site.parameter))
-    blame = cause(row, measured, copies.plans[-1], spec, sizes, row.site in dimmed)
-    return replace(found, blame=blame)
+    if checked.first is None:
+        return checked
+    return replace(checked, blame=judge.blame(checked.first))
 
 
-def _train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    probe: Probe,
-    batches: Sequence[Batch],
-    loss: Loss,
-    steps: int,
-) -> Iterator[tuple[Key, float]]:
-    """Take the steps, and yield what the probe sees before the first and after each."""
-    for site, quantity, value in probe.at_start():
-        yield (site, quantity, 0), value
-    for step in range(1, steps + 1):
-        batch = batches[(step - 1) % len(batches)]
-        optimizer.zero_grad()
-        error = loss(batch.run(model), batch.targets)
-        if not error.isfinite():
-            raise StudyError(f"the loss is {error.item()} at step {step}: give a smaller lr")
-        error.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        for site, quantity, value in probe.now():
-            yield (site, quantity, step), value
+@dataclass(frozen=True)
+class _Runs:
+    """All runs of a check, and what they measured.
+
+    Attributes:
+        copies: The copies.
+        batches: What they are trained on; the first is also what is measured on.
+        loss: Function of the model's output and the targets.
+        steps: Number of optimizer steps.
+        log: What the probe saw.
+        rates: Learning rate of every parameter, width factors included.
+        head_dims: Size of one attention head at each width, by place.
+    """
+
+    copies: Copies
+    batches: Sequence[Batch]
+    loss: Loss
+    steps: int
+    log: dict[Key, Values] = field(default_factory=dict)
+    rates: dict[str, Values] = field(default_factory=dict)
+    head_dims: dict[Site, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def train(self, index: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Probe:
+        """Train one copy, write down what the probe sees before the first step and after each.
+
+        Args:
+            index: Which width.
+            model: The copy, changed in place.
+            optimizer: Its optimizer.
+
+        Returns:
+            The probe.
+
+        Raises:
+            StudyError: The loss is not finite.
+        """
+        probe = Probe(model, self.batches[0], self.loss)
+        self._note(index, 0, probe.at_start())
+        for step in range(1, self.steps + 1):
+            batch = self.batches[(step - 1) % len(self.batches)]
+            optimizer.zero_grad()
+            error = self.loss(batch.run(model), batch.targets)
+            if not error.isfinite():
+                raise StudyError(f"the loss is {error.item()} at step {step}: give a smaller lr")
+            error.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            self._note(index, step, probe.now())
+        for name, rate in _rates(model, optimizer).items():
+            self.rates.setdefault(name, self._empty())[index].append(rate)
+        return probe
+
+    def _note(self, index: int, step: int, seen: Iterator[tuple[Site, str, float]]) -> None:
+        for site, quantity, value in seen:
+            self.log.setdefault((site, quantity, step), self._empty())[index].append(value)
+
+    def _empty(self) -> Values:
+        return [[] for _ in self.copies.widths]
+
+    def note_head_dims(self, probe: Probe) -> None:
+        """Write down the sizes of attention heads, which seeds do not change.
+
+        Args:
+            probe: Of one copy.
+        """
+        for site, size in probe.head_dims.items():
+            self.head_dims[site].append(size)
 
 
-def _judge(
-    log: Log,
-    copies: Copies,
-    tolerance: float,
-    floor: float,
-    dimmed: Mapping[Site, OptimizerSpec | None],
-) -> tuple[tuple[Coordinate, ...], tuple[Site, ...]]:
-    """Fit and judge all quantities; tell apart the places where nothing is learned."""
-    rows, silent = [], []
-    seeds = max(len(values) for table in log.values() for values in table)
-    for (site, quantity, step), table in log.items():
-        if quantity not in NAMES:
-            continue
-        if any(len(values) < seeds for values in table):
-            raise StudyError(f"{site} does not run at every width; control flow must not depend on values")
-        if not all(map(math.isfinite, chain(*table))):
-            raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
-        pairs = zip(chain(*table), chain(*log[site, "activation", 0]), strict=True)
-        if all(value > floor * activation for value, activation in pairs):
-            slope = fit(copies.widths, table, CONFIDENCE)
-            rule = _rule((site, quantity, step), log, copies, tolerance)
-            if site in dimmed and rule == "flat" and step and slope.power < tolerance:
-                # There is one before its first step only, except at the start.
-                power, gradients = gradient_power(dimmed[site]), log.get((site, "gradient", step - 1), [])
-                rule = "shown"
-                if (
-                    power is not None
-                    and all(chain(*gradients))
-                    and sum(map(len, gradients)) == seeds * len(table)
-                ):
-                    table = relative(table, gradients, site.parameter, copies.plans, power)
-                    slope, rule = fit(copies.widths, table, CONFIDENCE), "relative"
-            known = step > 0 and _is_normalized(site, copies)
-            rows.append(
-                Coordinate(site, quantity, step, slope, rule, _verdict(slope, rule, tolerance, known))
-            )
-            if quantity == "update" and known:
-                slope = fit(copies.widths, _shares(table, log[site, "activation", 0]), CONFIDENCE)
-                verdict = _verdict(slope, "flat", tolerance, known)
-                rows.append(Coordinate(site, "share", step, slope, "flat", verdict))
-        elif quantity == "update" and any(chain(*table)):
-            silent.append(site)
-    return tuple(rows), tuple(dict.fromkeys(silent))
+class _Judge:
+    """Fits and judges all that the runs measured.
+
+    Args:
+        runs: The runs.
+        tolerance: Largest power that counts as flat.
+        model: The widest copy.
+        optimizer: Its optimizer.
+        probe: Its probe.
+    """
+
+    def __init__(
+        self, runs: _Runs, tolerance: float, model: nn.Module, optimizer: torch.optim.Optimizer, probe: Probe
+    ) -> None:
+        self.runs, self.tolerance, self.optimizer = runs, tolerance, optimizer
+        self.log, self.widths, self.plans = runs.log, runs.copies.widths, runs.copies.plans
+        self.plan = self.plans[-1]
+        self.seeds = max(map(len, chain.from_iterable(self.log.values())))
+        self.parameters = dict(model.named_parameters())
+        precision = next(iter(self.parameters.values())).dtype
+        self.floor = FLOOR.get(precision, COARSE_FLOOR)
+        # Place below a readout in the middle of the model -> how the optimizer treats its parameter.
+        self.dimmed = {site: self._spec(site) for site in dimmed_places(probe, self.plan)}
+
+    def judge(self) -> tuple[tuple[Coordinate, ...], tuple[Site, ...]]:
+        """Fit and judge all quantities; tell apart the places where nothing is learned.
+
+        Returns:
+            The quantities, and the places whose parameter did not move the output at some width.
+
+        Raises:
+            StudyError: A place is not met at every width, or a quantity is not finite.
+        """
+        rows: list[Coordinate] = []
+        silent: dict[Site, None] = {}  # a set that keeps its order
+        for (site, quantity, step), values in self.log.items():
+            if quantity not in NAMES:
+                continue
+            if any(len(of_width) < self.seeds for of_width in values):
+                raise StudyError(
+                    f"{site} does not run at every width; control flow must not depend on values"
+                )
+            if not all(map(math.isfinite, chain(*values))):
+                raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
+            if self._exceeds_rounding(site, values):
+                rows += self._coordinates(site, quantity, step, values)
+            elif quantity == "update" and any(chain(*values)):
+                silent[site] = None
+        return tuple(rows), tuple(silent)
+
+    def _exceeds_rounding(self, site: Site, values: Values) -> bool:
+        activations = chain(*self.log[site, "activation", 0])
+        pairs = zip(chain(*values), activations, strict=True)
+        return all(value > self.floor * activation for value, activation in pairs)
+
+    def _coordinates(self, site: Site, quantity: str, step: int, values: Values) -> Iterator[Coordinate]:
+        """Yield a quantity, and for a readout that is normalized its update relative to the output."""
+        slope = fit(self.widths, values, CONFIDENCE)
+        rule = self._rule(site, quantity, step)
+        if site in self.dimmed and rule == "flat" and step and slope.power < self.tolerance:
+            rule = "shown"
+            explained = self._relative_to_gradient(site, step, values)
+            if explained is not None:
+                values, rule = explained, "relative"
+                slope = fit(self.widths, values, CONFIDENCE)
+        # The graph proves the fault of such a readout, so its estimate alone is enough.
+        normalized = step > 0 and self._is_normalized(site)
+        verdict = self._verdict(slope, rule, normalized)
+        yield Coordinate(site, quantity, step, slope, rule, verdict)
+        if quantity == "update" and normalized:
+            slope = fit(self.widths, _ratios(values, self.log[site, "activation", 0]), CONFIDENCE)
+            yield Coordinate(site, "share", step, slope, "flat", self._verdict(slope, "flat", normalized))
+
+    def _relative_to_gradient(self, site: Site, step: int, values: Values) -> Values | None:
+        """Return an update divided by what the size of the gradient before that step explains of it.
+
+        None where that gradient was not measured in all runs (it is at the start, and later only at the first
+        step with one), or where no one power of it is in the size of a step.
+        """
+        power = gradient_power(self.dimmed[site])
+        gradients = self.log.get((site, "gradient", step - 1), [])
+        complete = sum(map(len, gradients)) == self.seeds * len(values)
+        if power is None or not complete or not all(chain(*gradients)):
+            return None
+        return relative(values, gradients, site.parameter, self.plans, power)
+
+    def _geometry(self, site: Site) -> Geometry | None:
+        """Return the geometry of the parameter that is read at a place, if the plan has it."""
+        return self.plan[site.parameter].geometry if site.parameter in self.plan else None
+
+    def _is_normalized(self, site: Site) -> bool:
+        """Whether a place is a readout whose output the model divides by its own size."""
+        geometry = self._geometry(site)
+        return geometry is not None and bool(geometry.normalized)
+
+    def _rule(self, site: Site, quantity: str, step: int) -> str:
+        """Return how a quantity is judged: see `Coordinate.rule`."""
+        if quantity == "update":
+            # With more rows than width most of dW h is noise, which shrinks: its part along the gradient
+            # is what must be flat.
+            return "bounded" if (site, "aligned", step) in self.log else "flat"
+        if quantity == "aligned":
+            return "bounded" if self._grows_in_entries(site) or self._is_starved(site) else "flat"
+        if site.operator in SCORES or site.operator == OUTPUT:
+            return "bounded"
+        geometry = self._geometry(site)
+        if quantity == "change" or geometry is None:
+            return "shown"
+        if is_readout(site, geometry):
+            return "bounded"
+        return "flat" if geometry.role in ("input", "hidden") else "shown"
+
+    def _grows_in_entries(self, site: Site) -> bool:
+        """Whether a parameter of fixed shape acts on more entries at larger widths, as a norm of all heads.
+
+        At the start its gradient is a sum of unrelated terms from them, and its update is along few of them.
+        """
+        geometry, entries = self._geometry(site), self.log[site, "entries", 0]
+        fixed = geometry is not None and not any(geometry.infinite)
+        return fixed and entries[-1][0] > entries[0][0]
+
+    def _is_starved(self, site: Site) -> bool:
+        """Whether what an operator is given shrinks at the start, as what comes out of a readout does.
+
+        Then so does its update for a while. A fault above it shows in the activation there.
+        """
+        geometry, inputs = self._geometry(site), self.log.get((site, "input", 0), [])
+        if geometry is None or not inputs or not all(chain(*inputs)) or is_readout(site, geometry):
+            return False
+        return fit(self.widths, inputs).power < geometry.given - self.tolerance
+
+    def _verdict(self, slope: Slope, rule: str, proven: bool) -> str:
+        """Judge a slope by its interval, or by its estimate where the graph proves the fault."""
+        if rule == "shown":
+            return ""
+        beyond, surely = slope.power > self.tolerance, slope.low > self.tolerance
+        if rule != "bounded":  # to shrink is a fault too
+            beyond = beyond or slope.power < -self.tolerance
+            surely = surely or slope.high < -self.tolerance
+        if surely or (proven and beyond):
+            return "FAIL"
+        return "unclear" if beyond else "ok"
+
+    def _spec(self, site: Site) -> OptimizerSpec | None:
+        return spec_of(self.optimizer, self.parameters.get(site.parameter))
+
+    def blame(self, row: Coordinate) -> str:
+        """Return the likely cause of a fault, by the powers of width that were measured at its place.
+
+        Args:
+            row: The quantity that fails.
+        """
+        site = row.site
+        evidence = {name: self.log.get((site, name, 0), []) for name in ("input", "weight")}
+        evidence["rate"] = self.runs.rates.get(site.parameter, [])
+        powers = {}
+        for name, values in evidence.items():
+            if values and all(value > 0 for value in chain(*values)):
+                powers[name] = fit(self.widths, values).power
+        head_dims = tuple(self.runs.head_dims.get(site, ()))
+        return cause(row, powers, self.plan, self._spec(site), head_dims, site in self.dimmed)
 
 
-def _is_normalized(site: Site, copies: Copies) -> bool:
-    """Whether a place is a readout whose output the model divides by its own size."""
-    plan = copies.plans[-1]
-    return site.parameter in plan and bool(plan[site.parameter].geometry.normalized)
-
-
-def _shares(updates: list[list[float]], outputs: list[list[float]]) -> list[list[float]]:
+def _ratios(updates: Values, outputs: Values) -> Values:
     """Return the sizes of updates relative to what they are added to."""
-    pairs = zip(updates, outputs, strict=True)
-    return [[u / y for u, y in zip(row, before, strict=True)] for row, before in pairs]
-
-
-def _rule(key: Key, log: Log, copies: Copies, tolerance: float) -> str:
-    """Return how a quantity is judged: see `Coordinate.rule`."""
-    site, quantity, step = key
-    if quantity == "update":
-        return "bounded" if (site, "aligned", step) in log else "flat"
-    if quantity == "aligned":
-        return "bounded" if _shared(site, log, copies) or _starved(site, log, copies, tolerance) else "flat"
-    if site.operator in SCORES or site.operator == OUTPUT:
-        return "bounded"
-    plan = copies.plans[-1]
-    if quantity == "change" or site.parameter not in plan:
-        return "shown"
-    geometry = plan[site.parameter].geometry
-    if is_readout(site, geometry):
-        return "bounded"
-    return "flat" if geometry.role in ("input", "hidden") else "shown"
-
-
-def _shared(site: Site, log: Log, copies: Copies) -> bool:
-    """Whether a parameter of fixed shape acts on more entries the wider the model is, as a norm of all heads.
-
-    At the start its gradient is a sum of unrelated terms from them, and its update is along few of them.
-    """
-    plan, entries = copies.plans[-1], log[site, "entries", 0]
-    fixed = site.parameter in plan and not any(plan[site.parameter].geometry.infinite)
-    return fixed and entries[-1][0] > entries[0][0]
-
-
-def _starved(site: Site, log: Log, copies: Copies, tolerance: float) -> bool:
-    """Whether what an operator is given shrinks at the start, as what comes out of a readout does.
-
-    Then so does its update for a while. A fault above it shows in the activation there.
-    """
-    plan, given = copies.plans[-1], log.get((site, "input", 0), [])
-    if site.parameter not in plan or not given or not all(chain(*given)):
-        return False
-    geometry = plan[site.parameter].geometry
-    return not is_readout(site, geometry) and fit(copies.widths, given).power < geometry.given - tolerance
-
-
-def _verdict(slope: Slope, rule: str, tolerance: float, known: bool = False) -> str:
-    """Judge a slope by its interval, or by its estimate where the graph proves the fault."""
-    if rule == "shown":
-        return ""
-    beyond, surely = slope.power > tolerance, slope.low > tolerance
-    if rule != "bounded":
-        beyond, surely = beyond or slope.power < -tolerance, surely or slope.high < -tolerance
-    return "FAIL" if surely or known and beyond else "unclear" if beyond else "ok"
+    ratios = []
+    for of_width, before in zip(updates, outputs, strict=True):
+        ratios.append([update / output for update, output in zip(of_width, before, strict=True)])
+    return ratios
 
 
 def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the learning rate of every parameter, width factors included."""
-    names = {p: n for n, p in model.named_parameters()}
-    apart = isinstance(optimizer, PlannedOptimizer)  # these keep the width factor apart from lr
-    return {
-        names[p]: float(group["lr"]) * (group["mupass_scale"] if apart else 1.0)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p in names
-    }
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {}
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        if isinstance(optimizer, PlannedOptimizer):  # these keep the width factor apart from lr
+            rate *= group["mupass_scale"]
+        for parameter in group["params"]:
+            if parameter in names:
+                rates[names[parameter]] = rate
+    return rates

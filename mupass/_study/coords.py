@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupass._page import Table, folded, note, section
 from mupass._runs.tabular import Tabular
-from mupass._study.page import (
-    Page,
-    Table,
-    drawing,
-    folded,
-    logarithmic,
-    new_figure,
-    note,
-    section,
-    write,
-)
+from mupass._study.page import Page, drawing, logarithmic, new_figure, write
 from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import Slope
 
@@ -37,6 +28,8 @@ MARKS = {"FAIL": "bad", "unclear": "doubt"}
 START = ("activation", "reach")
 MOVED = ("aligned", "update")  # how a parameter moves its operator's output; the first is shown
 MANY = 40  # lines of text beyond which only what does not pass is listed
+SIGNS = {"FAIL": "!", "unclear": "?"}
+MARKERS = "osv^DP"  # of the first places that fail, which the legend names; a dot for all others
 
 
 @dataclass(frozen=True)
@@ -181,99 +174,126 @@ class CoordCheck(Tabular):
         return write(path, lambda: str(self), self._page, lambda: figure(self))
 
 
+# (quantity, step) -> what was measured at one place.
+Measured = Mapping[tuple[str, int], Coordinate]
+
+
 def text(check: CoordCheck) -> str:
     """Return the verdict and one line for each place.
 
     Args:
         check: The check.
     """
-    table = table_of(check)
-    keep = list(range(len(table.rows)))
-    if len(keep) > MANY:
-        keep = [i for i in keep if table.marks[i]]
-    left = len(table.rows) - len(keep)
-    chosen = Table(table.heads, [table.rows[i] for i in keep], [table.marks[i] for i in keep])
-    lines = [check.verdict(), "", *(f"{k}: {v}" for k, v in _facts(check).items()), ""]
-    lines += [chosen.text()] if keep else []
-    lines += [f"and {left} more places that pass"] if left else []
+    every = table_of(check)
+    table = every
+    if len(every.rows) > MANY:
+        table = every.only_marked()
+    lines = [check.verdict(), ""]
+    lines += [f"{name}: {value}" for name, value in _facts(check).items()]
+    lines.append("")
+    if table.rows:
+        lines.append(table.text())
+    left_out = len(every.rows) - len(table.rows)
+    if left_out:
+        lines.append(f"and {left_out} more places that pass")
     return "\n".join(lines + _remarks(check))
 
 
 def page(check: CoordCheck) -> Page:
-    """Return what is shown.
+    """Return what is shown on a page.
 
     Args:
         check: The check.
     """
     table = table_of(check)
-    bad = [i for i, mark in enumerate(table.marks) if mark]
+    marked = table.only_marked()
     parts = [section("Sizes against width", drawing(lambda: figure(check)))]
-    every = table.html()
-    if bad and len(bad) < len(table.rows):
-        some = Table(table.heads, [table.rows[i] for i in bad], [table.marks[i] for i in bad])
-        parts += [section("What does not pass", some.html()), folded("All places", every)]
+    if 0 < len(marked.rows) < len(table.rows):
+        parts += [section("What does not pass", marked.html()), folded("All places", table.html())]
     else:
-        parts += [section("Powers of width", every)]
-    parts += [note(remark) for remark in _remarks(check)]
-    mark = "bad" if not check.ok else "doubt" if any(table.marks) else "good"
+        parts.append(section("Powers of width", table.html()))
+    parts += map(note, _remarks(check))
+    mark = "good"
+    if not check.ok:
+        mark = "bad"
+    elif marked.rows:
+        mark = "doubt"
     return Page("Coordinate check", mark, check.verdict(), _facts(check), parts)
 
 
 def figure(check: CoordCheck) -> Figure:
-    """Draw the values against width, one line for each place.
+    """Draw the values against width, one line for each place: at the start, and after the last step.
 
     Args:
         check: The check.
     """
-    panels = {0: START, check.steps: MOVED}
-    drawn, axes = new_figure(2)
-    for axis, (step, quantities) in zip(axes, panels.items(), strict=True):
-        labels = 0
-        for found in _places(check).values():
-            row = _chosen(found, quantities, step)
-            if row is None or row.rule == "shown":
-                continue
-            bad = row.verdict == "FAIL"
-            name = _short(row.site) if bad and labels < 6 else None
-            labels += bad
-            marker = "osv^DP"[labels - 1] if name else "."
-            axis.plot(
-                check.widths, row.slope.values, marker=marker, ms=4, alpha=0.85, label=name,
-                color="#cf222e" if bad else "#0969da", lw=1.8 if bad else 0.9, zorder=3 if bad else 2,
-            )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        logarithmic(axis)
-        axis.set_xticks(check.widths, [str(w) for w in check.widths])
-        axis.minorticks_off()
-        axis.set_xlabel("width")
-        axis.set_title(
-            "RMS of activations at the start"
-            if step == 0
-            else f"RMS of dW h along the gradient, step {step}",
-            fontsize=10,
-        )
-        if labels:
-            title = "fails" if labels <= 6 else f"{labels} fail, first of all"
-            axis.legend(
-                frameon=False, fontsize=7, title=title, title_fontsize=7, alignment="left",
-                loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0,
-            )  # fmt: skip
+    drawn, (start, end) = new_figure(2)
+    _draw_panel(start, check, START, 0)
+    start.set_title("RMS of activations at the start", fontsize=10)
+    _draw_panel(end, check, MOVED, check.steps)
+    end.set_title(f"RMS of dW h along the gradient, step {check.steps}", fontsize=10)
     return drawn
 
 
+def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: int) -> None:
+    """Draw what was measured at one step; what fails is thick, red and named."""
+    failures = 0
+    for measured in _places(check).values():
+        row = _chosen(measured, quantities, step)
+        if row is None or row.rule == "shown":
+            continue
+        if row.verdict != "FAIL":
+            _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2)
+        elif failures < len(MARKERS):
+            named = {"marker": MARKERS[failures], "label": _short(row.site)}
+            _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3, **named)
+            failures += 1
+        else:
+            _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3)
+            failures += 1
+    axis.set_xscale("log", base=2)
+    logarithmic(axis)
+    axis.set_xticks(check.widths, list(map(str, check.widths)))
+    axis.minorticks_off()
+    axis.set_xlabel("width")
+    if failures:
+        title = "fails" if failures <= len(MARKERS) else f"{failures} fail, first of all"
+        axis.legend(
+            frameon=False, fontsize=7, title=title, title_fontsize=7, alignment="left",
+            loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0,
+        )  # fmt: skip
+
+
+def _draw_line(axis: Any, check: CoordCheck, row: Coordinate, marker: str = ".", **style: Any) -> None:
+    axis.plot(check.widths, row.slope.values, marker=marker, ms=4, alpha=0.85, **style)
+
+
 def table_of(check: CoordCheck) -> Table:
-    places = _places(check)
-    heads = ["place", "start", *(f"step {s}" for s in range(1, check.steps + 1)), "verdict"]
+    """Return the powers of width of every place: before the first step, and after each.
+
+    Args:
+        check: The check.
+    """
+    steps = range(1, check.steps + 1)
     rows, marks = [], []
-    for site, found in places.items():
+    for site, measured in _places(check).items():
         moved = MOVED if site.parameter else ("change",)
-        cells = [_chosen(found, START, 0)]
-        cells += [_chosen(found, moved, s) for s in range(1, check.steps + 1)]
-        verdicts = {r.verdict for r in found.values()}
-        verdict = next((v for v in ("FAIL", "unclear", "ok") if v in verdicts), "")
-        rows.append([str(site), *map(_cell, cells), verdict])
+        cells = [_cell(_chosen(measured, START, 0))]
+        cells += [_cell(_chosen(measured, moved, step)) for step in steps]
+        verdict = _worst(measured)
+        rows.append([str(site), *cells, verdict])
         marks.append(MARKS.get(verdict, ""))
+    heads = ["place", "start", *(f"step {step}" for step in steps), "verdict"]
     return Table(heads, rows, marks)
+
+
+def _worst(measured: Measured) -> str:
+    """Return the worst verdict on a place."""
+    verdicts = {row.verdict for row in measured.values()}
+    for verdict in ("FAIL", "unclear", "ok"):
+        if verdict in verdicts:
+            return verdict
+    return ""
 
 
 def _places(check: CoordCheck) -> dict[Site, dict[tuple[str, int], Coordinate]]:
@@ -283,20 +303,22 @@ def _places(check: CoordCheck) -> dict[Site, dict[tuple[str, int], Coordinate]]:
     return places
 
 
-def _chosen(
-    found: dict[tuple[str, int], Coordinate], quantities: tuple[str, ...], step: int
-) -> Coordinate | None:
+def _chosen(measured: Measured, quantities: Sequence[str], step: int) -> Coordinate | None:
     """Return the first of some quantities, but one that fails before others."""
-    rows = [found[q, step] for q in quantities if (q, step) in found]
-    return next((r for r in rows if r.verdict == "FAIL"), rows[0] if rows else None)
+    rows = [measured[quantity, step] for quantity in quantities if (quantity, step) in measured]
+    for row in rows:
+        if row.verdict == "FAIL":
+            return row
+    return next(iter(rows), None)
 
 
 def _cell(row: Coordinate | None) -> str:
     if row is None:
         return "-"
-    sign = {"FAIL": "!", "unclear": "?", "ok": ""}.get(row.verdict, "")
-    body = f"{row.slope.power:+.2f} ± {row.slope.error:.2f}"
-    return f"({body})" if row.rule == "shown" else body + sign
+    power = f"{row.slope.power:+.2f} ± {row.slope.error:.2f}"
+    if row.rule == "shown":
+        return f"({power})"
+    return power + SIGNS.get(row.verdict, "")
 
 
 def _facts(check: CoordCheck) -> dict[str, str]:
@@ -314,17 +336,18 @@ def _facts(check: CoordCheck) -> dict[str, str]:
 def _remarks(check: CoordCheck) -> list[str]:
     remarks = list(check.notes)
     if check.silent:
-        remarks += [f"{_some(check.silent)} hardly move at some width and are not judged"]
+        remarks.append(f"{_count(check.silent)} hardly move at some width and are not judged")
     if check.dimmed:
-        remarks += [
-            f"{_some(check.dimmed)} are below a readout in the middle of the model, which starts near zero "
+        remarks.append(
+            f"{_count(check.dimmed)} are below a readout in the middle of the model, which starts near zero "
             "and hides the loss: their first step is judged relative to their gradient, later ones only for "
             "growth"
-        ]
+        )
     return remarks
 
 
-def _some(sites: Sequence[Site]) -> str:
+def _count(sites: Sequence[Site]) -> str:
+    """Say how many places there are, and name the first."""
     more = " ..." if len(sites) > 4 else ""
     return f"{len(sites)} places ({', '.join(map(_short, sites[:4]))}{more})"
 

@@ -17,11 +17,10 @@ from mupass._runs.fingerprint import digest
 from mupass._runs.jobs import Job, quiet
 from mupass._runs.store import Store
 from mupass._study.sweep import Study
-from mupass._study.trials import Trial, mean
+from mupass._study.trials import Point, Trial, mean
 
 CLOSE = 0.05  # a step of so few natural logarithms ends a descent
 OF_ONE = ("momentum", "beta1", "beta2")  # searched by the logarithm of what they lack to 1
-Point = tuple[tuple[str, float], ...]
 
 
 def descend(
@@ -45,16 +44,17 @@ def descend(
     for name in OF_ONE:
         if max(bounds.get(name, [0.0])) >= 1:
             raise StudyError(f"grid[{name!r}] must be below 1")
-    low, high = (torch.tensor([to(n, f(v)) for n, v in bounds.items()]).double() for f in (min, max))
+    low = torch.tensor([to(name, min(values)) for name, values in bounds.items()]).double()
+    high = torch.tensor([to(name, max(values)) for name, values in bounds.items()]).double()
     search = _Search(study, list(bounds), low, high, seeds, store)
-    left = trials
-    for start in itertools.count(1):
-        x = (low + high) / 2
-        x[0] = low[0] + (high[0] - low[0]) * _fraction(start)
-        for found in search.descend(x, left):
-            yield from found
-            left -= 1
-        if not left:
+    trials_left = trials
+    for number in itertools.count(1):
+        start = (low + high) / 2
+        start[0] = low[0] + (high[0] - low[0]) * _fraction(number)
+        for runs in search.descend(start, trials_left):
+            yield from runs
+            trials_left -= 1
+        if not trials_left:
             return
 
 
@@ -81,24 +81,27 @@ class _Search:
             trials: Largest number of points.
         """
         longest = (self.high - self.low) / 4
+        # Until a run ends well the best is the lowest learning rate: a start that diverges steps towards it.
         best = x.clone()
-        best[0] = self.low[0]  # where the first point diverges less of the first is tried
+        best[0] = self.low[0]
         lowest, slope, inverse = math.inf, torch.zeros_like(x), torch.eye(len(x)).double()
         for _ in range(trials):
-            found, loss, here = self._measure(x)
-            yield found
+            runs, loss, slope_here = self._measure(x)
+            yield runs
             moved = x - best
-            if math.isinf(loss) or (loss >= lowest and here @ moved < 0):
+            if math.isinf(loss) or (loss >= lowest and slope_here @ moved < 0):
                 x = (x + best) / 2
             else:
                 if math.isinf(lowest):
-                    inverse = torch.diag(longest / here.abs().clamp(min=1e-12))
+                    # The first step is the longest one in every coordinate.
+                    inverse = torch.diag(longest / slope_here.abs().clamp(min=1e-12))
                 else:
-                    inverse = _bfgs(inverse, moved, here - slope)
+                    inverse = _bfgs(inverse, moved, slope_here - slope)
                 if loss < lowest:
-                    best, lowest, slope = x, loss, here
+                    best, lowest, slope = x, loss, slope_here
                 step = inverse @ slope
-                x = (best - step / max(1.0, float((step.abs() / longest).max()))).clamp(self.low, self.high)
+                excess = max(1.0, float((step.abs() / longest).max()))
+                x = (best - step / excess).clamp(self.low, self.high)
             if (x - best).abs().max() < CLOSE:
                 return
 
@@ -119,21 +122,25 @@ def _fraction(index: int) -> float:
 
 def _slope(point: Point, runs: Sequence[tuple[float, dict[str, float]]]) -> Tensor:
     """Return the derivatives of the mean log score by the coordinates."""
-    weight = [1 / (len(runs) * (abs(loss) or 1.0)) for loss, _ in runs]
-    rows = [
-        sum(w * gradient[n] for w, (_, gradient) in zip(weight, runs, strict=True)) * chain(n, v)
-        for n, v in point
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    slopes = []
+    for name, value in point:
+        # d log(loss) = d loss / |loss|, averaged over the seeds.
+        terms = [1 / (len(runs) * (abs(loss) or 1.0)) * gradient[name] for loss, gradient in runs]
+        slopes.append(sum(terms) * chain(name, value))
+    return torch.tensor(slopes, dtype=torch.float64)
 
 
 def _bfgs(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """Return the next estimate of the inverse Hessian; where the curvature is negative, a larger one."""
-    bend = s @ y
-    if bend <= 0:
+    """Return the next estimate of the inverse Hessian; where the curvature is negative, a larger one.
+
+    BFGS: ``H <- (I - s y^T / s.y) H (I - y s^T / s.y) + s s^T / s.y`` for a move s that changes the
+    derivatives by y.
+    """
+    curvature = s @ y
+    if curvature <= 0:
         return 2 * inverse
-    left = torch.eye(len(s)).double() - torch.outer(s, y) / bend
-    return left @ inverse @ left.T + torch.outer(s, s) / bend
+    left = torch.eye(len(s)).double() - torch.outer(s, y) / curvature
+    return left @ inverse @ left.T + torch.outer(s, s) / curvature
 
 
 def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, dict[str, float]]:
@@ -143,16 +150,19 @@ def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, di
     if known is None:
         begin = time.perf_counter()
         with quiet():
-            found = unrolled(study.work, study.copies.draw(0, seed), dict(point), "reverse", seed)
+            run = unrolled(study.work, study.copies.draw(0, seed), dict(point), "reverse", seed)
         seconds = time.perf_counter() - begin
-        gradient = {n: g if math.isfinite(g) else 0.0 for n, g in found.gradient.items()}
-        if gradient != dict(found.gradient) and math.isfinite(found.loss):
-            raise StudyError(
-                f"the hypergradient is not finite at {dict(point)}, where the loss is {found.loss:.3g}"
-            )
+        gradient = dict(run.gradient)
+        for name, slope in run.gradient.items():
+            if not math.isfinite(slope):
+                if math.isfinite(run.loss):
+                    raise StudyError(
+                        f"the hypergradient is not finite at {dict(point)}, where the loss is {run.loss:.3g}"
+                    )
+                gradient[name] = 0.0  # of a run that diverged: the search goes back and does not ask for it
         note = {"width": study.copies.widths[0], "seed": seed, **dict(point), "gradient": gradient}
-        store.put(key, note, found.loss, seconds)
-        return found.loss, gradient
+        store.put(key, note, run.loss, seconds)
+        return run.loss, gradient
     return known, store.note(key)["gradient"]
 
 

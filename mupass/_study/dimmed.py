@@ -28,9 +28,14 @@ def dimmed_places(probe: Probe, plan: Plan) -> set[Site]:
     """
     if row(plan.parameterization).readout_power != 1:  # readouts do not start near zero
         return set()
-    geometries = {s: plan[s.parameter].geometry for s in probe.start if s.parameter in plan}
-    readouts = {s for s, g in geometries.items() if is_readout(s, g)}
-    weights = {s for s, g in geometries.items() if g.role in ("input", "hidden", "output")}
+    readouts, weights = set(), set()
+    for site in probe.start:
+        if site.parameter in plan:
+            geometry = plan[site.parameter].geometry
+            if is_readout(site, geometry):
+                readouts.add(site)
+            if geometry.role in ("input", "hidden", "output"):
+                weights.add(site)
     return probe.dimmed(readouts, weights)
 
 
@@ -50,11 +55,13 @@ def relative(
         plans: Plans of all widths.
         power: Of the gradient's size in the size of one step.
     """
-    found = []
-    for plan, sizes, slopes in zip(plans, table, gradients, strict=True):
+    relative_sizes = []
+    for plan, updates, slopes in zip(plans, table, gradients, strict=True):
+        # Adam's epsilon is added to the gradient's size, so it has the order that this should have.
         order = scales(plan[parameter].geometry, OptimizerSpec("adam"), plan.parameterization).epsilon
-        found.append([v / (g / order) ** power for v, g in zip(sizes, slopes, strict=True)])
-    return found
+        pairs = zip(updates, slopes, strict=True)
+        relative_sizes.append([update / (gradient / order) ** power for update, gradient in pairs])
+    return relative_sizes
 
 
 def gradient_power(spec: OptimizerSpec | None) -> float | None:
@@ -69,4 +76,8 @@ def gradient_power(spec: OptimizerSpec | None) -> float | None:
         return None
     if spec.name in ("sgd", "foof"):
         return 1.0
-    return 1 - 2 * spec.e if spec.name == "shampoo" and spec.graft == "none" else float(spec.graft == "sgd")
+    if spec.name == "shampoo" and spec.graft == "none":
+        # G -> L^(-e/2) G R^(-e/2) by each of two factors of order G^2: G^(1 - 2e) in all.
+        return 1 - 2 * spec.e
+    # A step of Adam's size does not depend on the gradient's.
+    return 1.0 if spec.graft == "sgd" else 0.0

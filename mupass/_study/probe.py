@@ -62,11 +62,13 @@ class Probe:
             if site in self.first.reach:
                 yield site, "reach", self.first.reach[site]
         for call in self.first.calls.values():
-            others = [x for i, x in enumerate(call.given) if i not in call.at and _is_real(x)]
-            for i, site in call.at.items():
-                yield site, "weight", rms(call.given[i])
-                if others:
-                    yield site, "input", max(map(rms, others))
+            activations = [
+                given for index, given in enumerate(call.given) if index not in call.at and _is_real(given)
+            ]
+            for index, site in call.at.items():
+                yield site, "weight", rms(call.given[index])
+                if activations:
+                    yield site, "input", max(map(rms, activations))
                 if site.parameter in self.gradients:
                     yield site, "gradient", self.gradients[site.parameter]
 
@@ -84,8 +86,10 @@ class Probe:
         later = Recorder(self.model, self.first)
         gradients = self._pass(later, slopes=bool(idle))
         if later.made.keys() != self.start.keys():
-            odd = next(iter(later.made.keys() ^ self.start.keys()))
-            raise StudyError(f"the model calls other operators than before the first step: {odd}")
+            differing = later.made.keys() ^ self.start.keys()
+            raise StudyError(
+                f"the model calls other operators than before the first step: {next(iter(differing))}"
+            )
         for site, update in later.updates.items():
             yield site, "update", rms(update)
             if site in self.slopes:
@@ -99,12 +103,13 @@ class Probe:
 
     def _pass(self, recorder: Recorder, slopes: bool) -> dict[str, float]:
         """Run the model under a recorder; with slopes, find them and return sizes of gradients."""
-        buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         handles = []
         for module, name in self.names.items():
             handles.append(module.register_forward_pre_hook(recorder.enter(name)))
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        # The pass leaves no trace: not in random numbers, nor in buffers such as running means.
         try:
             with torch.set_grad_enabled(slopes), torch.random.fork_rng(devices=list(devices)):
                 torch.manual_seed(0)
@@ -122,11 +127,15 @@ class Probe:
 
     def _gradients(self, error: Tensor) -> dict[str, float]:
         """Return the RMS of parameters' gradients; hooks of the recorder find those at outputs on the way."""
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not error.requires_grad:
             return {}
-        found = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
-        return {n: rms(g) for n, g in zip(trained, found, strict=True) if g is not None}
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
+        sizes = {}
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                sizes[name] = rms(gradient)
+        return sizes
 
 
 def rms(x: Tensor) -> float:
@@ -141,8 +150,11 @@ def rms(x: Tensor) -> float:
 def _along(update: Tensor, slope: Tensor) -> float:
     """RMS of the part of an update along a direction."""
     length = slope.double().norm().item()
-    part = (update.double() * slope.double()).sum().abs().item()
-    return part / length / update.numel() ** 0.5 if length else 0.0
+    if not length:
+        return 0.0
+    # |<update, slope>| / |slope| is the length of that part; its RMS is that over sqrt(entries).
+    product = (update.double() * slope.double()).sum().abs().item()
+    return product / length / update.numel() ** 0.5
 
 
 def _is_real(x: Any) -> bool:

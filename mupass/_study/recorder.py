@@ -60,8 +60,8 @@ class Call:
     def run(self, index: int, new: Tensor) -> Tensor:
         """Return its output with one parameter changed."""
         leaves = [*self.given[:index], new.detach(), *self.given[index + 1 :]]
-        if _works_in_place(self.func):
-            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        if _works_in_place(self.func):  # what was given is needed again at the next step
+            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         result = _first(_seeded(self.func, args, kwargs))
         assert result is not None  # as in the first pass
@@ -99,20 +99,21 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        leaves, spec = tree_flatten((args, kwargs or {}))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        named = [x for x in tensors if id(x) in self.weights]
-        call = None
-        if named and len(named) < len(tensors) and not _is_bookkeeping(func):
+        kwargs = kwargs or {}
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        weights = [tensor for tensor in tensors if id(tensor) in self.weights]
+        # operator(weight, activation): what is measured.
+        if weights and len(weights) < len(tensors) and not _is_bookkeeping(func):
             call = self._call(func, leaves, spec)
-        if not call:
-            self._scores(func, args, kwargs or {}, tensors)
-        run = _seeded if call else _plain
-        out = run(func, args, kwargs or {})
-        if call:
+            out = _seeded(func, args, kwargs)
             self._record(call, leaves, out)
-        elif named and len(named) == len(tensors):
-            self._derive(named, out)
+            return out
+        self._scores(func, args, kwargs, tensors)
+        out = func(*args, **kwargs)
+        # operator(weight, weight), such as a transpose or a concatenation: stands for the weights.
+        if weights and len(weights) == len(tensors):
+            self._derive(weights, out)
         return out
 
     def _call(self, func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> Call:
@@ -155,17 +156,19 @@ class Recorder(TorchFunctionMode):
             sites: The others.
             strictly: Whether to leave out those that none of the others depends on.
         """
+        ends = {node for node, places in self.origins.items() if not sites.isdisjoint(places)}
+        pending = list(ends)
+        if strictly:
+            pending = [parent for node in ends for parent in _parents(node)]
+        # Walk down the graph of autograd, whose nodes point to what they were computed from.
         found: set[Site] = set()
-        seen = {node for node, key in self.origins.items() if sites & set(key)}
-        todo = [n for node in seen for n, _ in node.next_functions] if strictly else list(seen)
-        seen = set(todo)
-        while todo:
-            node = todo.pop()
-            if node is not None:
-                found |= set(self.origins.get(node, ()))
-                more = {n for n, _ in node.next_functions} - seen
-                seen |= more
-                todo += more
+        seen = set(pending)
+        while pending:
+            node = pending.pop()
+            found.update(self.origins.get(node, ()))
+            new = _parents(node) - seen
+            seen |= new
+            pending += new
         return found
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:
@@ -190,8 +193,9 @@ class Recorder(TorchFunctionMode):
         self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
 
 
-def _plain(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return func(*args, **kwargs)
+def _parents(node: Any) -> set[Any]:
+    """Return the nodes of autograd's graph that a node was computed from."""
+    return {parent for parent, _ in node.next_functions if parent is not None}
 
 
 def _seeded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -206,9 +210,11 @@ def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[
     At the start they are unrelated; training aligns them (Yang et al., arXiv 2203.03466, definition 4.1).
     """
     q, k = q.detach(), k.detach()
-    if k.dim() > 2 and k.shape[-3] != q.shape[-3]:  # grouped queries
+    if k.dim() > 2 and k.shape[-3] != q.shape[-3]:  # several heads of queries share one of keys
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else kwargs["scale"]
+    scale = kwargs.get("scale")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     reach = float(scale * q.norm(dim=-1).mean() * k.norm(dim=-1).mean())
     return q @ k.transpose(-1, -2) * scale, abs(reach)
 

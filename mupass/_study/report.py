@@ -7,9 +7,10 @@ from pathlib import Path
 
 from mupass._errors import StudyError
 from mupass._files import write_text
+from mupass._page import document, listing
 from mupass._scales.plan import Plan
 from mupass._study.coords import CoordCheck
-from mupass._study.page import HTML, Page, document, listing
+from mupass._study.page import HTML, Page
 from mupass._study.sweep_result import Sweep
 from mupass._study.transfer import Transfer
 
@@ -30,19 +31,25 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
 
     Raises:
         StudyError: No study, something that is none, or a file of another kind.
+
+    Example:
+        >>> import mupass, tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.Linear(64, 3))
+        >>> plan = mupass.transform(model).mupass_plan
+        >>> path = mupass.report(f"{tempfile.mkdtemp()}/plan.html", plan)
     """
     if Path(path).suffix not in HTML:
         raise StudyError(f"{path}: a page of several studies is written as .html")
     if not studies:
         raise StudyError("a report needs at least one study, such as the result of mupass.coord_check")
-    pages = [page_of(study) for study in studies]
-    summary = "".join(
-        f'<li><a href="#study{i}">{html.escape(page.title)}</a>'
-        f'<p class="verdict {page.mark}">{html.escape(page.verdict)}</p></li>'
-        for i, page in enumerate(pages)
-    )
-    articles = "".join(f'<article id="study{i}">{page.html()}</article>' for i, page in enumerate(pages))
-    body = f"<h1>{html.escape(title)}</h1><nav><ol>{summary}</ol></nav>{articles}"
+    links, articles = [], []
+    for number, study in enumerate(studies):
+        page = page_of(study)
+        verdict = f'<p class="verdict {page.mark}">{html.escape(page.verdict)}</p>'
+        links.append(f'<li><a href="#study{number}">{html.escape(page.title)}</a>{verdict}</li>')
+        articles.append(f'<article id="study{number}">{page.html()}</article>')
+    summary = f"<nav><ol>{''.join(links)}</ol></nav>"
+    body = f"<h1>{html.escape(title)}</h1>{summary}{''.join(articles)}"
     write_text(path, document(title, body), StudyError)
     return str(path)
 

@@ -5,72 +5,85 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from mupass._errors import StudyError
-from mupass._runs.jobs import Job
 from mupass._runs.store import Store
 from mupass._study.descent import descend
-from mupass._study.sweep import Grid, Study
+from mupass._study.sweep import Grid, Study, all_seeds
 from mupass._study.sweep_result import Sweep
-from mupass._study.trials import Trial, mean
+from mupass._study.trials import Point, Trial, mean
 
 DRIVERS = ("grid", "optuna", "gradient")
 
 
-def search(
-    study: Study,
-    grid: Grid,
-    *,
-    driver: str,
-    trials: int,
-    seeds: int,
-    store: Store,
-    jobs: int | Executor,
-    progress: bool,
-) -> Sweep:
+@dataclass(frozen=True)
+class Search:
+    """How hyperparameters are searched for.
+
+    Attributes:
+        driver: One of `DRIVERS`.
+        trials: Number of points that are tried, but for ``grid``.
+        seeds: Number of initializations of each point.
+        store: Where results are kept.
+        jobs: Number of processes, or what runs them.
+        progress: Whether to show progress.
+    """
+
+    driver: str
+    trials: int
+    seeds: int
+    store: Store
+    jobs: int | Executor
+    progress: bool
+
+
+def search(study: Study, grid: Grid, settings: Search) -> Sweep:
     """Find hyperparameters of the first width of a study.
 
     Args:
         study: The study.
         grid: Values by name; but for ``grid`` their smallest and largest are the bounds.
-        driver: One of `DRIVERS`.
-        trials: Number of points that are tried, but for ``grid``.
-        seeds: Number of initializations of each point.
-        store: Where results are kept.
-        jobs: Number of processes.
-        progress: Whether to show progress.
+        settings: How to search.
 
     Raises:
         StudyError: Unknown driver, Optuna is missing, or hypergradients cannot be had.
     """
+    driver, store = settings.driver, settings.store
     if driver not in DRIVERS:
         raise StudyError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
     points = study.points(grid)
     study.claim(store)
     if driver == "grid":
-        plan = [Job(0, point, seed) for point in points for seed in range(seeds)]
-        return study.result(study.run(plan, store, jobs, progress))
-    if trials < 1:
-        raise StudyError(f"trials must be at least 1, not {trials}")
-    bounds = {name: [dict(p)[name] for p in points] for name, _ in points[0]}
-    flat = next((name for name, values in bounds.items() if min(values) == max(values)), None)
-    if flat is not None:
-        raise StudyError(f"grid[{flat!r}] must hold two different values, the bounds of the search")
+        plan = all_seeds(0, points, settings.seeds)
+        return study.result(study.run(plan, store, settings.jobs, settings.progress))
+    if settings.trials < 1:
+        raise StudyError(f"trials must be at least 1, not {settings.trials}")
+    bounds = _bounds(points)
     if driver == "optuna":
-        return study.result(list(_by_optuna(study, bounds, trials, seeds, store, jobs)), driver)
-    if jobs != 1:
+        return study.result(_by_optuna(study, bounds, settings), driver)
+    if settings.jobs != 1:
         raise StudyError("driver='gradient' goes from point to point in one process; leave jobs=1")
-    return study.result(list(descend(study, bounds, trials, seeds, store)), driver)
+    return study.result(descend(study, bounds, settings.trials, settings.seeds, store), driver)
 
 
-def _by_optuna(
-    study: Study,
-    bounds: Mapping[str, Sequence[float]],
-    trials: int,
-    seeds: int,
-    store: Store,
-    jobs: int | Executor,
-) -> Iterator[Trial]:
+def _bounds(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
+    """Return the smallest and the largest value of every hyperparameter.
+
+    Raises:
+        StudyError: They are the same.
+    """
+    bounds = {}
+    for column in zip(*points, strict=True):
+        name, lowest = min(column)
+        _, highest = max(column)
+        if lowest == highest:
+            raise StudyError(f"grid[{name!r}] must hold two different values, the bounds of the search")
+        bounds[name] = (lowest, highest)
+    return bounds
+
+
+def _by_optuna(study: Study, bounds: Mapping[str, tuple[float, float]], settings: Search) -> Iterator[Trial]:
     """Ask Optuna for one point after the other.
 
     Its sampler is seeded: a search that was killed asks for the same points, which the store knows.
@@ -82,14 +95,19 @@ def _by_optuna(
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        asked = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-        for _ in range(trials):
-            trial = asked.ask()
-            point = tuple((n, trial.suggest_float(n, min(v), max(v), log=True)) for n, v in bounds.items())
-            runs = study.run([Job(0, point, seed) for seed in range(seeds)], store, jobs, False)
+        sampled = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+        for _ in range(settings.trials):
+            trial = sampled.ask()
+            point = []
+            for name, (low, high) in bounds.items():
+                point.append((name, trial.suggest_float(name, low, high, log=True)))
+            plan = all_seeds(0, [tuple(point)], settings.seeds)
+            runs = study.run(plan, settings.store, settings.jobs, False)
             yield from runs
             score = mean([run.loss for run in runs])
-            failed = optuna.trial.TrialState.FAIL
-            asked.tell(trial, score) if math.isfinite(score) else asked.tell(trial, state=failed)
+            if math.isfinite(score):
+                sampled.tell(trial, score)
+            else:
+                sampled.tell(trial, state=optuna.trial.TrialState.FAIL)
     finally:
         optuna.logging.set_verbosity(before)

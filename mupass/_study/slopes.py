@@ -45,15 +45,22 @@ def fit(widths: Sequence[float], values: Sequence[Sequence[float]], confidence: 
     Returns:
         The slope. The interval is infinite with fewer than three points.
     """
-    points = [(math.log(w), math.log(v)) for w, row in zip(widths, values, strict=True) for v in row]
-    mean_x, mean_y = (math.fsum(p[i] for p in points) / len(points) for i in (0, 1))
+    points, means = [], []
+    for width, seeds in zip(widths, values, strict=True):
+        logs = list(map(math.log, seeds))
+        points += [(math.log(width), y) for y in logs]
+        means.append(math.exp(math.fsum(logs) / len(logs)))
+    mean_x = math.fsum(x for x, _ in points) / len(points)
+    mean_y = math.fsum(y for _, y in points) / len(points)
+    # Least squares: power = sum(dx dy) / sum(dx^2), its variance = residual / (points - 2) / sum(dx^2).
     spread = math.fsum((x - mean_x) ** 2 for x, _ in points)
     power = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    rest = math.fsum((y - mean_y - power * (x - mean_x)) ** 2 for x, y in points)
+    residual = math.fsum((y - mean_y - power * (x - mean_x)) ** 2 for x, y in points)
     freedom = len(points) - 2
-    error = student(freedom, confidence) * math.sqrt(rest / freedom / spread) if freedom > 0 else math.inf
-    means = tuple(math.exp(math.fsum(map(math.log, row)) / len(row)) for row in values)
-    return Slope(power, error, means)
+    error = math.inf
+    if freedom > 0:
+        error = student(freedom, confidence) * math.sqrt(residual / freedom / spread)
+    return Slope(power, error, tuple(means))
 
 
 def student(freedom: int, confidence: float) -> float:
@@ -66,7 +73,7 @@ def student(freedom: int, confidence: float) -> float:
         freedom: Degrees of freedom, at least 1.
         confidence: Probability of the interval.
     """
-    p = (1 + confidence) / 2
+    p = (1 + confidence) / 2  # both tails count
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
     if freedom == 2:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from mupass._errors import StudyError
 from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
-from mupass._runs.copies import Copies, Prepare, Source, Width, make_copies
+from mupass._runs.copies import Copies, CopyOptions, Prepare, Source, Width, make_copies
 from mupass._runs.fingerprint import called, digest
 from mupass._runs.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
 from mupass._runs.plain import untransformed
@@ -22,7 +23,7 @@ from mupass._runs.recipes import Make, check_names, recipe
 from mupass._runs.store import Store
 from mupass._scales.init import InitChoice
 from mupass._study.sweep_result import Sweep
-from mupass._study.trials import Trial
+from mupass._study.trials import Point, Trial
 
 Grid = Mapping[str, Sequence[float]] | Sequence[float]
 
@@ -87,28 +88,68 @@ def sweep(
         StudyError: A grid that is empty or not positive, or names what the optimizer does not take; no batch,
             an unknown optimizer, a store of another study, or several processes without loky.
         MupassError: The model cannot be resized or transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+        >>> found = mupass.sweep(model, data, [0.001, 0.1, 10.0], [64, 128], steps=20, progress=False)
+        >>> found.best()
+        {'lr': 0.1}
     """
-    study = Study.of(
-        model, data, widths, loss=loss, optimizer=optimizer, steps=steps, evaluate=evaluate,
-        parameterization=parameterization, base=base, dims=dims, prepare=prepare, init=init, dtype=dtype,
-    )  # fmt: skip
+    training = Training(loss, optimizer, steps, evaluate)
+    options = CopyOptions(parameterization, base, dims, prepare, init, dtype)
+    study = Study.of(model, data, widths, training, options)
     check_counts(seeds=seeds)
     check_jobs(jobs)
     points = study.points(grid)
-    plan = [
-        Job(i, point, seed)
-        for i in range(len(study.copies.widths))
-        for point in points
-        for seed in range(seeds)
-    ]
+    plan = []
+    for index in range(len(study.copies.widths)):
+        plan += all_seeds(index, points, seeds)
     with Store(store) as opened:
         study.claim(opened)
         trials = study.run(plan, opened, jobs, progress)
     return study.result(trials)
 
 
+def all_seeds(index: int, points: Iterable[Point], seeds: int) -> list[Job]:
+    """Return the runs of some points at one width.
+
+    Args:
+        index: Which width.
+        points: The points.
+        seeds: Number of initializations of each.
+    """
+    return [Job(index, point, seed) for point in points for seed in range(seeds)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every copy is trained and scored: what `sweep` and `transfer` are given alike.
+
+    Attributes:
+        loss: Function of the model's output and the targets.
+        optimizer: Name of a recipe, or a function of a transformed model and hyperparameters by name.
+        steps: Number of optimizer steps.
+        evaluate: Score of a trained model; None for the mean training loss over the last tenth of the steps.
+    """
+
+    loss: Loss
+    optimizer: str | Make
+    steps: int
+    evaluate: Evaluate | None
+
+
 class Study:
-    """A model at several widths with all that its runs share; `sweep` and the searches are made of it."""
+    """A model at several widths with all that its runs share; `sweep` and the searches are made of it.
+
+    Args:
+        copies: The models.
+        work: What their runs share.
+        name: Of the optimizer, for the reader.
+        notes: What was made of the model given.
+    """
 
     def __init__(self, copies: Copies, work: Work, name: str, notes: tuple[str, ...] = ()) -> None:
         self.copies, self.work, self.name, self.notes = copies, work, name, notes
@@ -118,17 +159,8 @@ class Study:
         model: Source,
         data: Data,
         widths: Sequence[Width] | None,
-        *,
-        loss: Loss,
-        optimizer: str | Make,
-        steps: int,
-        evaluate: Evaluate | None,
-        parameterization: str,
-        base: Any = None,
-        dims: Mapping[str, str] | None = None,
-        prepare: Prepare | None = None,
-        init: InitChoice = "auto",
-        dtype: torch.dtype | None = None,
+        training: Training,
+        options: CopyOptions,
     ) -> Study:
         """Read what `sweep` is given.
 
@@ -136,42 +168,38 @@ class Study:
             model: See `sweep`.
             data: See `sweep`.
             widths: See `sweep`.
-            loss: See `sweep`.
-            optimizer: See `sweep`.
-            steps: See `sweep`.
-            evaluate: See `sweep`.
-            parameterization: See `sweep`.
-            base: See `sweep`.
-            dims: See `sweep`.
-            prepare: See `sweep`.
-            init: See `sweep`.
-            dtype: See `sweep`.
+            training: How copies are trained.
+            options: How they are transformed.
 
         Raises:
             StudyError: As `sweep`.
         """
+        loss, optimizer, steps, evaluate = (
+            training.loss,
+            training.optimizer,
+            training.steps,
+            training.evaluate,
+        )
         check_counts(steps=steps)
         check_functions(loss=loss, evaluate=evaluate)
         make = recipe(optimizer)
         model, notes = untransformed(model)
-        batches = read_batches(data, steps)
-        given = [(b.args, b.kwargs, b.targets) for b in batches]
-        copies, batches = make_copies(
-            model, widths, batches, parameterization=parameterization, base=base, dims=dims, prepare=prepare,
-            init=init, dtype=dtype, least=1,
-        )  # fmt: skip
-        name = optimizer if isinstance(optimizer, str) else called(make)
+        given = read_batches(data, steps)
+        contents = [(batch.args, batch.kwargs, batch.targets) for batch in given]
+        copies, batches = make_copies(model, widths, given, options, least=1)
 
         def identity() -> Identity:
             # Weights of another seed make it another start of one study; all else makes another study.
-            structure = digest(model, values=False), digest(loss, make, steps, evaluate, parameterization)
-            whole = digest(structure, prepare, dtype, init, dims)
-            return Identity(whole, digest(model, given))
+            code = digest(model, values=False)
+            settings = digest(loss, make, steps, evaluate, options.parameterization)
+            structure = digest((code, settings), options.prepare, options.dtype, options.init, options.dims)
+            return Identity(structure, digest(model, contents))
 
         work = Work(copies, batches, loss, make, steps, evaluate, identity)
+        name = optimizer if isinstance(optimizer, str) else called(make)
         return Study(copies, work, name, notes)
 
-    def points(self, grid: Grid) -> list[tuple[tuple[str, float], ...]]:
+    def points(self, grid: Grid) -> list[Point]:
         """Return all points of a grid.
 
         Args:
@@ -204,15 +232,18 @@ class Study:
             processes: Number of processes, or what runs them.
             shown: Whether to show progress.
         """
-        bar, scores = bar_of(len(jobs), shown), {}
+        scores = {}
+        progress = bar_of(len(jobs), shown)
         try:
             for job, score in run_all(self.work, jobs, store, processes):
                 scores[job] = score
-                bar.set_postfix_str(f"width {self.copies.widths[job.index]} loss {score:.3g}", refresh=False)
-                bar.update()
+                width = self.copies.widths[job.index]
+                progress.set_postfix_str(f"width {width} loss {score:.3g}", refresh=False)
+                progress.update()
         finally:
-            bar.close()
-        return tuple(Trial(self.copies.widths[j.index], j.point, j.seed, scores[j]) for j in jobs)
+            progress.close()
+        widths = self.copies.widths
+        return tuple(Trial(widths[job.index], job.point, job.seed, scores[job]) for job in jobs)
 
     def result(self, trials: Iterable[Trial], driver: str = "grid") -> Sweep:
         """Return the record.
@@ -227,11 +258,12 @@ class Study:
         trials = tuple(trials)
         name = self.name
         if "<lambda>" in name:  # the class says more
-            name = type(self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))).__name__
+            made = self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))
+            name = type(made).__name__
         return Sweep(trials, name, parameterization, self.work.steps, score, driver, self.notes)
 
 
-def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:
+def points_of(grid: Grid) -> list[Point]:
     """Return all points of a grid.
 
     Args:
@@ -241,14 +273,18 @@ def points_of(grid: Grid) -> list[tuple[tuple[str, float], ...]]:
         StudyError: It is empty, or a value is not positive.
     """
     axes = dict(grid) if isinstance(grid, Mapping) else {"lr": grid}
+    if not axes:
+        raise StudyError("grid names no hyperparameter")
+    rows = []
     for name, values in axes.items():
         if isinstance(values, (int, float, str)) or not list(values):
             raise StudyError(f"grid[{name!r}] must be a list of values, not {values!r}")
         for value in values:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+            if not _is_number(value) or not 0 < value < math.inf:
                 raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
-    if not axes:
-        raise StudyError("grid names no hyperparameter")
-    rows = ([(name, float(v)) for v in sorted(set(values))] for name, values in axes.items())
+        rows.append([(name, float(value)) for value in sorted(set(values))])
     return list(itertools.product(*rows))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupass._page import Table, note, section
 from mupass._runs.tabular import Tabular
-from mupass._study.page import Page, Table, drawing, logarithmic, new_figure, note, section, write
+from mupass._study.page import Page, drawing, logarithmic, new_figure, write
 from mupass._study.slopes import student
-from mupass._study.trials import Optimum, Trial, mean, vertex
+from mupass._study.trials import Optimum, Point, Trial, mean, vertex
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE = 1.0  # octaves beyond which a page says in red that an optimum moves
+TICKS = 6  # of a grid, at most
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Sweep(Tabular):
         score: What the loss is: ``training loss`` or the name of the function that evaluated.
         driver: ``grid``, ``optuna`` or ``gradient``.
         notes: What was made of the model given.
+
+    Example:
+        >>> from mupass import Sweep, Trial
+        >>> losses = {0.01: 2.0, 0.1: 1.0, 1.0: 4.0}
+        >>> trials = [Trial(64, (("lr", lr),), 0, loss) for lr, loss in losses.items()]
+        >>> found = Sweep(tuple(trials), "adam", "mup", steps=100)
+        >>> found.best()
+        {'lr': 0.1}
+        >>> print(found.optimum(64))  # vertex of a parabola, between the values that were tried
+        0.0681 [0.01, 1] at width 64
     """
 
     trials: tuple[Trial, ...]
@@ -43,7 +56,7 @@ class Sweep(Tabular):
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths, the narrowest first, which is the base width."""
-        return tuple(sorted({t.width for t in self.trials}))
+        return tuple(sorted({trial.width for trial in self.trials}))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +66,7 @@ class Sweep(Tabular):
     @property
     def seeds(self) -> int:
         """Number of initializations."""
-        return len({t.seed for t in self.trials})
+        return len({trial.seed for trial in self.trials})
 
     def losses(self, width: int) -> dict[tuple[tuple[str, float], ...], list[float]]:
         """Return the losses of all seeds, by hyperparameters.
@@ -61,8 +74,8 @@ class Sweep(Tabular):
         Args:
             width: One of the widths.
         """
-        table: dict[tuple[tuple[str, float], ...], list[float]] = {}
-        for trial in sorted(self.trials, key=lambda t: (t.point, t.seed)):
+        table: dict[Point, list[float]] = {}
+        for trial in sorted(self.trials, key=lambda trial: (trial.point, trial.seed)):
             if trial.width == width:
                 table.setdefault(trial.point, []).append(trial.loss)
         return table
@@ -74,7 +87,8 @@ class Sweep(Tabular):
             width: One of the widths; the narrowest if left out.
         """
         table = self.losses(self.widths[0] if width is None else width)
-        return dict(min(table.items(), key=lambda item: mean(item[1]))[0])
+        point, _ = min(table.items(), key=lambda item: mean(item[1]))
+        return dict(point)
 
     def curve(self, width: int, name: str) -> dict[float, list[float]]:
         """Return the losses of all seeds by one hyperparameter, the others at their best for its value.
@@ -83,12 +97,12 @@ class Sweep(Tabular):
             width: One of the widths.
             name: The hyperparameter.
         """
-        found: dict[float, list[float]] = {}
+        lowest: dict[float, list[float]] = {}
         for point, losses in self.losses(width).items():
             value = dict(point)[name]
-            if value not in found or mean(losses) < mean(found[value]):
-                found[value] = losses
-        return dict(sorted(found.items()))
+            if value not in lowest or mean(losses) < mean(lowest[value]):
+                lowest[value] = losses
+        return dict(sorted(lowest.items()))
 
     def optimum(self, width: int, name: str = "lr") -> Optimum:
         """Return where the loss is lowest.
@@ -98,24 +112,18 @@ class Sweep(Tabular):
             name: The hyperparameter.
         """
         curve = self.curve(width, name)
-        values, means = list(curve), [mean(losses) for losses in curve.values()]
-        at = min(range(len(values)), key=means.__getitem__)
-        inside = 0 < at < len(values) - 1 and math.isfinite(means[at])
-        best, low, high = values[at], values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)]
+        values = list(curve)
+        means = [mean(losses) for losses in curve.values()]
+        lowest = _index_of_lowest(means)
+        last = len(values) - 1
+        bracketed = 0 < lowest < last and math.isfinite(means[lowest])
+        best, low, high = values[lowest], values[max(lowest - 1, 0)], values[min(lowest + 1, last)]
         value = best
-        if inside and self.driver == "grid":
-            value = vertex(values, means, at)
-            seeds = [[losses[s] for losses in curve.values()] for s in range(len(curve[best]))]
-            spots = [min(range(len(values)), key=row.__getitem__) for row in seeds]
-            if len(seeds) > 1 and all(0 < s < len(values) - 1 for s in spots):
-                logs = [math.log(vertex(values, row, s)) for row, s in zip(seeds, spots, strict=True)]
-                center = math.fsum(logs) / len(logs)
-                spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (len(logs) - 1))
-                half = student(len(logs) - 1, 0.95) * spread / math.sqrt(len(logs))
-                half = min(half, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
-                low = max(values[0], min(value, math.exp(center - half)))
-                high = min(values[-1], max(value, math.exp(center + half)))
-        return Optimum(width, name, value, low, high, best, means[at], inside)
+        # Points of a search lie too unevenly for a parabola: there the best tried value stands.
+        if bracketed and self.driver == "grid":
+            value = vertex(values, means, lowest)
+            low, high = _interval(values, list(curve.values()), value) or (low, high)
+        return Optimum(width, name, value, low, high, best, means[lowest], bracketed)
 
     def moves(self, name: str = "lr") -> float:
         """Return by how many octaves the optimum moves from the narrowest to the widest model.
@@ -123,29 +131,34 @@ class Sweep(Tabular):
         Args:
             name: The hyperparameter.
         """
-        first, last = (self.optimum(w, name).value for w in (self.widths[0], self.widths[-1]))
-        return math.log2(last / first)
+        narrow, wide = self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
+        return math.log2(wide.value / narrow.value)
 
     def open_ends(self) -> tuple[Optimum, ...]:
         """Return the optima that the tried values do not bracket."""
-        several = [n for n in self.names if len(self.curve(self.widths[0], n)) > 1]
-        found = [self.optimum(width, name) for name in several for width in self.widths]
-        return tuple(o for o in found if not o.bracketed)
+        optima = []
+        for name in searched(self):
+            optima += [self.optimum(width, name) for width in self.widths]
+        return tuple(optimum for optimum in optima if not optimum.bracketed)
 
     def verdict(self) -> str:
         """Return where the optima are and how far they move; first of all what is not bracketed."""
         parts = [_open_end(self, optimum) for optimum in self.open_ends()]
         for name in self.names:
+            narrow = self.optimum(self.widths[0], name)
             if len(self.widths) > 1:
-                first, last = self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
-                parts.append(f"best {name} {first}, {last}: it moves by {self.moves(name):+.2f} octaves")
+                wide = self.optimum(self.widths[-1], name)
+                parts.append(f"best {name} {narrow}, {wide}: it moves by {self.moves(name):+.2f} octaves")
             else:
-                parts.append(f"best {name} {self.optimum(self.widths[0], name)}")
+                parts.append(f"best {name} {narrow}")
         return "; ".join(parts)
 
     def records(self) -> list[dict[str, Any]]:
         """Return one record for each run."""
-        return [{"width": t.width, **dict(t.point), "seed": t.seed, "loss": t.loss} for t in self.trials]
+        return [
+            {"width": trial.width, **dict(trial.point), "seed": trial.seed, "loss": trial.loss}
+            for trial in self.trials
+        ]
 
     def _tables(self) -> list[str]:
         return [optima(self).html(), losses(self).html()]
@@ -171,11 +184,57 @@ class Sweep(Tabular):
         return write(path, lambda: str(self), self._page, lambda: figure(self))
 
 
+def searched(sweep: Sweep) -> list[str]:
+    """Return the hyperparameters of which more than one value was tried.
+
+    Args:
+        sweep: The sweep.
+    """
+    return [name for name in sweep.names if len(sweep.curve(sweep.widths[0], name)) > 1]
+
+
+def _index_of_lowest(losses: Sequence[float]) -> int:
+    return min(range(len(losses)), key=losses.__getitem__)
+
+
+def _interval(
+    values: Sequence[float], curve: Sequence[Sequence[float]], value: float
+) -> tuple[float, float] | None:
+    """Return Student's t interval (95 %) of the vertices of single seeds, in logarithms.
+
+    Args:
+        values: The values that were tried, in order.
+        curve: Of each value the losses of all seeds.
+        value: Vertex of the mean losses, which the interval is made to hold.
+
+    Returns:
+        Its ends, kept within the tried values; None with one seed, or where the minimum of a seed lies at an
+        end of the grid and so has no vertex.
+    """
+    logs = []
+    for losses in zip(*curve, strict=False):
+        lowest = _index_of_lowest(losses)
+        if not 0 < lowest < len(values) - 1:
+            return None
+        logs.append(math.log(vertex(values, losses, lowest)))
+    count = len(logs)
+    if count < 2:
+        return None
+    center = math.fsum(logs) / count
+    spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (count - 1))
+    half = student(count - 1, 0.95) * spread / math.sqrt(count)
+    half = min(half, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
+    low = max(values[0], min(value, math.exp(center - half)))
+    high = min(values[-1], max(value, math.exp(center + half)))
+    return low, high
+
+
 def _open_end(sweep: Sweep, optimum: Optimum) -> str:
-    values = list(sweep.curve(optimum.width, optimum.name))
+    """Say of an optimum that is not bracketed where to look further."""
     if math.isinf(optimum.loss):
         return f"NOT BRACKETED: every run diverged at width {optimum.width}; try a smaller {optimum.name}"
-    side = "below" if optimum.best == values[0] else "above"
+    smallest = min(sweep.curve(optimum.width, optimum.name))
+    side = "below" if optimum.best == smallest else "above"
     return (
         f"NOT BRACKETED: at width {optimum.width} the lowest loss is at the end of the grid, "
         f"{optimum.name} = {optimum.best:.3g}; extend it {side}"
@@ -188,17 +247,21 @@ def text(sweep: Sweep) -> str:
     Args:
         sweep: The sweep.
     """
-    facts = [f"{k}: {v}" for k, v in facts_of(sweep).items()]
+    facts = [f"{name}: {value}" for name, value in facts_of(sweep).items()]
     return "\n".join([sweep.verdict(), "", *facts, "", optima(sweep).text(), "", losses(sweep).text()])
 
 
 def page(sweep: Sweep) -> Page:
-    """Return what is shown.
+    """Return what is shown on a page.
 
     Args:
         sweep: The sweep.
     """
-    mark = "doubt" if sweep.open_ends() else "bad" if moved(sweep) else "good"
+    mark = "good"
+    if sweep.open_ends():
+        mark = "doubt"
+    elif moved(sweep):
+        mark = "bad"
     return Page("Sweep", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
 
 
@@ -208,12 +271,12 @@ def sections(sweep: Sweep) -> list[str]:
     Args:
         sweep: The sweep.
     """
+    how = note(_how(sweep))
+    legend = note("Geometric mean over seeds; * lowest of its width.")
     return [
         section("Loss against hyperparameters", drawing(lambda: figure(sweep))),
-        section("Optimum by width", optima(sweep).html(), note(_how(sweep))),
-        section(
-            "All losses", losses(sweep).html(), note("Geometric mean over seeds; * lowest of its width.")
-        ),
+        section("Optimum by width", optima(sweep).html(), how),
+        section("All losses", losses(sweep).html(), legend),
     ]
 
 
@@ -224,8 +287,10 @@ def moved(sweep: Sweep) -> bool:
         sweep: The sweep.
     """
     for name in sweep.names:
-        first, last = (sweep.optimum(w, name) for w in (sweep.widths[0], sweep.widths[-1]))
-        if abs(sweep.moves(name)) > WIDE and (first.high < last.low or last.high < first.low):
+        narrow = sweep.optimum(sweep.widths[0], name)
+        wide = sweep.optimum(sweep.widths[-1], name)
+        apart = narrow.high < wide.low or wide.high < narrow.low
+        if apart and abs(sweep.moves(name)) > WIDE:
             return True
     return False
 
@@ -236,14 +301,18 @@ def optima(sweep: Sweep) -> Table:
     Args:
         sweep: The sweep.
     """
+    rows, marks = [], []
+    for name in sweep.names:
+        for width in sweep.widths:
+            best = sweep.optimum(width, name)
+            interval = f"{best.low:.3g} to {best.high:.3g}"
+            # What no tried value brackets is no optimum yet: the reader must see that first.
+            bracketed, mark = ("yes", "") if best.bracketed else ("NO", "doubt")
+            tried, loss = f"{best.best:.4g}", show(best.loss)
+            rows.append([name, str(width), f"{best.value:.4g}", interval, tried, loss, bracketed])
+            marks.append(mark)
     heads = ["hyperparameter", "width", "best", "interval", "tried", "loss", "bracketed"]
-    found = [sweep.optimum(width, name) for name in sweep.names for width in sweep.widths]
-    rows = [
-        [o.name, str(o.width), f"{o.value:.4g}", f"{o.low:.3g} to {o.high:.3g}", f"{o.best:.4g}",
-         show(o.loss), "yes" if o.bracketed else "NO"]
-        for o in found
-    ]  # fmt: skip
-    return Table(heads, rows, ["" if o.bracketed else "doubt" for o in found])
+    return Table(heads, rows, marks)
 
 
 def losses(sweep: Sweep) -> Table:
@@ -252,19 +321,27 @@ def losses(sweep: Sweep) -> Table:
     Args:
         sweep: The sweep.
     """
-    tables = {w: {p: mean(v) for p, v in sweep.losses(w).items()} for w in sweep.widths}
-    points = sorted({p for table in tables.values() for p in table})
-    lowest = {w: min(table.values()) for w, table in tables.items()}
+    tables = []
+    points: set[Point] = set()
+    for width in sweep.widths:
+        table = {point: mean(seeds) for point, seeds in sweep.losses(width).items()}
+        tables.append(table)
+        points.update(table)
     rows = []
-    for point in points:
-        cells = []
-        for width, table in tables.items():
-            value = table.get(point)
-            star = "*" if value == lowest[width] and value < math.inf else " "
-            cells.append("-" if value is None else show(value) + star)
-        rows.append([*(f"{value:.4g}" for _, value in point), *cells])
-    heads = [*sweep.names, *(f"width {w}" for w in sweep.widths)]
+    for point in sorted(points):
+        row = [f"{value:.4g}" for _, value in point]
+        row += [_loss_cell(table.get(point), min(table.values())) for table in tables]
+        rows.append(row)
+    heads = [*sweep.names, *(f"width {width}" for width in sweep.widths)]
     return Table(heads, rows, [""] * len(rows), numbers=0)
+
+
+def _loss_cell(loss: float | None, lowest: float) -> str:
+    """Return a loss with a star if it is the lowest of its width; a blank keeps the column aligned."""
+    if loss is None:
+        return "-"
+    star = "*" if loss == lowest and loss < math.inf else " "
+    return show(loss) + star
 
 
 def figure(sweep: Sweep) -> Figure:
@@ -273,43 +350,54 @@ def figure(sweep: Sweep) -> Figure:
     Args:
         sweep: The sweep.
     """
-    names = [n for n in sweep.names if len(sweep.curve(sweep.widths[0], n)) > 1] or list(sweep.names)
+    names = searched(sweep) or sweep.names
     drawn, axes = new_figure(len(names))
-    import matplotlib
-
-    shades = matplotlib.colormaps["viridis_r"]
     for axis, name in zip(axes, names, strict=True):
-        for i, width in enumerate(sweep.widths):
-            color = shades(0.12 + 0.88 * i / max(len(sweep.widths) - 1, 1))
-            curve = {v: mean(row) for v, row in sweep.curve(width, name).items()}
-            kept = {v: y for v, y in curve.items() if math.isfinite(y)}
-            style = "-" if sweep.driver == "grid" else ""
-            axis.plot(list(kept), list(kept.values()), style, marker=".", color=color, label=f"width {width}")
-            if kept:
-                best = sweep.optimum(width, name)
-                axis.plot(
-                    best.value, best.loss, marker="*", ms=13, color=color, mec="white", ls="none", zorder=3
-                )
-                axis.hlines(best.loss, best.low, best.high, color=color, alpha=0.5, lw=3)
+        _draw_curves(axis, sweep, name)
         axis.set_xscale("log")
-        tried = sorted({value for width in sweep.widths for value in sweep.curve(width, name)})
-        marked = (
-            tried[:: max(1, math.ceil(len(tried) / 6))] if sweep.driver == "grid" else [tried[0], tried[-1]]
-        )
-        axis.set_xticks(marked, [f"{value:.3g}" for value in marked])
-        if all(t.loss > 0 for t in sweep.trials):
+        ticks = _ticks(sweep, name)
+        axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
+        if all(trial.loss > 0 for trial in sweep.trials):
             logarithmic(axis)
         axis.minorticks_off()
         axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
         axis.set_ylabel(sweep.score)
         axis.legend(
-            frameon=False,
-            fontsize=8,
-            loc="upper center",
-            title="star: optimum; bar: interval",
+            frameon=False, fontsize=8, loc="upper center", title="star: optimum; bar: interval",
             title_fontsize=7,
-        )
+        )  # fmt: skip
     return drawn
+
+
+def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:
+    """Draw the curve of every width, with its optimum and the interval of that."""
+    import matplotlib
+
+    shades = matplotlib.colormaps["viridis_r"]
+    # Points of a search do not lie on one curve, so only a grid is joined by lines.
+    style = "-" if sweep.driver == "grid" else ""
+    for number, width in enumerate(sweep.widths):
+        color = shades(0.12 + 0.88 * number / max(len(sweep.widths) - 1, 1))
+        curve = _finite(sweep.curve(width, name))
+        axis.plot(list(curve), list(curve.values()), style, marker=".", color=color, label=f"width {width}")
+        if curve:
+            best = sweep.optimum(width, name)
+            axis.plot(best.value, best.loss, marker="*", ms=13, color=color, mec="white", ls="none", zorder=3)
+            axis.hlines(best.loss, best.low, best.high, color=color, alpha=0.5, lw=3)
+
+
+def _finite(curve: Mapping[float, Sequence[float]]) -> dict[float, float]:
+    """Return the mean losses of a curve that did not diverge."""
+    means = {value: mean(seeds) for value, seeds in curve.items()}
+    return {value: loss for value, loss in means.items() if math.isfinite(loss)}
+
+
+def _ticks(sweep: Sweep, name: str) -> list[float]:
+    """Return the values that are marked: some of a grid, the ends of a search."""
+    tried = sorted({value for width in sweep.widths for value in sweep.curve(width, name)})
+    if sweep.driver == "grid":
+        return tried[:: math.ceil(len(tried) / TICKS)]
+    return [tried[0], tried[-1]]
 
 
 def facts_of(sweep: Sweep) -> dict[str, str]:
@@ -318,14 +406,16 @@ def facts_of(sweep: Sweep) -> dict[str, str]:
     Args:
         sweep: The sweep.
     """
-    diverged = sum(math.isinf(t.loss) for t in sweep.trials)
-    return {
+    diverged = sum(math.isinf(trial.loss) for trial in sweep.trials)
+    facts = {
         "trained": f"{sweep.optimizer}, {sweep.parameterization}, {sweep.steps} steps, {sweep.seeds} seeds",
         "widths": ", ".join(map(str, sweep.widths)) + "; hyperparameters are those of the first",
         "runs": f"{len(sweep.trials)} ({sweep.driver}), {diverged} diverged",
         "score": sweep.score,
-        **{f"note {i}" if i else "note": text for i, text in enumerate(sweep.notes)},
     }
+    for number, remark in enumerate(sweep.notes):
+        facts[f"note {number}" if number else "note"] = remark
+    return facts
 
 
 def show(loss: float) -> str:
@@ -338,10 +428,11 @@ def show(loss: float) -> str:
 
 
 def _how(sweep: Sweep) -> str:
+    """Say what an optimum and its interval are."""
     if sweep.driver != "grid":
         return "Best: the best that was tried; interval: the next values that were tried."
-    seeds = "t interval (95 %) over the seeds" if sweep.seeds > 1 else "the neighbors in the grid"
+    interval = "t interval (95 %) over the seeds" if sweep.seeds > 1 else "the neighbors in the grid"
     return (
         "Best: vertex of a parabola through the lowest loss and its neighbors, in logarithms. "
-        f"Interval: {seeds}."
+        f"Interval: {interval}."
     )

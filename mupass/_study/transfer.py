@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._errors import StudyError, each_matter_once
 from mupass._files import write_text
+from mupass._page import folded, listing
 from mupass._resize.resize import resize
 from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts
-from mupass._runs.copies import Prepare, Width, halved
+from mupass._runs.copies import CopyOptions, Prepare, Width, halved
 from mupass._runs.jobs import Evaluate, check_jobs
 from mupass._runs.plain import undo, untransformed
 from mupass._runs.recipes import Make, optimizer_of
@@ -26,9 +28,9 @@ from mupass._runs.store import Store
 from mupass._runs.tabular import Tabular
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
-from mupass._study.page import Page, folded, listing, write
-from mupass._study.search import search
-from mupass._study.sweep import Grid, Study
+from mupass._study.page import Page, write
+from mupass._study.search import Search, search
+from mupass._study.sweep import Grid, Study, Training
 from mupass._study.sweep_result import Sweep, facts_of, figure, sections
 from mupass._transform import transform
 
@@ -56,17 +58,21 @@ class Transfer(Tabular):
     def verdict(self) -> str:
         """Return what was found, and first of all what is not bracketed."""
         chosen = ", ".join(f"{name} = {value:.4g}" for name, value in self.hyperparameters.items())
-        warnings = [w for w in self.search.verdict().split("; ") if w.startswith("NOT BRACKETED")]
-        found = f"{chosen}, tuned at width {self.proxy_width}, for a model of width {self.width}"
-        return "; ".join([*warnings, found])
+        result = f"{chosen}, tuned at width {self.proxy_width}, for a model of width {self.width}"
+        parts = self.search.verdict().split("; ")
+        warnings = [part for part in parts if part.startswith("NOT BRACKETED")]
+        return "; ".join([*warnings, result])
 
     def record(self) -> dict[str, Any]:
         """Return how the hyperparameters were found, as plain values for a JSON file or a pull request."""
         search = self.search
         optima = [search.optimum(self.proxy_width, name) for name in search.names]
+        trials = search.records()
+        for trial in trials:
+            del trial["width"]  # all of them are of the proxy
         return {
             "hyperparameters": dict(self.hyperparameters),
-            "intervals": {o.name: [o.low, o.high] for o in optima},
+            "intervals": {optimum.name: [optimum.low, optimum.high] for optimum in optima},
             "bracketed": not search.open_ends(),
             "proxy_width": self.proxy_width,
             "width": self.width,
@@ -76,7 +82,7 @@ class Transfer(Tabular):
             "seeds": search.seeds,
             "score": search.score,
             "driver": search.driver,
-            "trials": [{**dict(t.point), "seed": t.seed, "loss": t.loss} for t in search.trials],
+            "trials": trials,
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -176,41 +182,52 @@ def transfer(
         StudyError: As `mupass.sweep`; the proxy is not narrower than the full model, every run diverged, the
             driver is unknown or not installed.
         MupassError: The model cannot be resized or transformed.
+
+    Example:
+        >>> import mupass, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 256), torch.nn.ReLU(), torch.nn.Linear(256, 3))
+        >>> data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+        >>> ready = mupass.transfer(model, data, grid=[0.001, 0.1, 10.0], steps=20, progress=False)
+        >>> ready.proxy_width, ready.width, ready.hyperparameters
+        (64, 256, {'lr': 0.1})
     """
     check_jobs(jobs)
-    given, (model, notes) = model, untransformed(model)
+    given = model
+    model, notes = untransformed(model)
     if parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
     check_counts(seeds=seeds, trials=trials)
     inputs = read_batches(data, 1)[0].inputs
     width = analyze(model, inputs, dims=dims).width
-    study = Study.of(
-        model, data, [halved(width) if proxy is None else proxy], loss=loss, optimizer=optimizer, steps=steps,
-        evaluate=evaluate, parameterization=parameterization, dims=dims, prepare=prepare, init=init,
-    )  # fmt: skip
-    narrow = study.copies.widths[0]
-    full = width if target is None else target
-    if isinstance(full, int) and full <= narrow:
+    training = Training(loss, optimizer, steps, evaluate)
+    options = CopyOptions(parameterization, dims=dims, prepare=prepare, init=init)
+    study = Study.of(model, data, [halved(width) if proxy is None else proxy], training, options)
+    proxy_width = study.copies.widths[0]
+    full_width = width if target is None else target
+    if isinstance(full_width, int) and full_width <= proxy_width:
         raise StudyError(
-            f"the proxy (width {narrow}) must be narrower than the full model (width {full}); give proxy=, "
-            "or tune the model itself with mupass.sweep"
+            f"the proxy (width {proxy_width}) must be narrower than the full model (width {full_width}); "
+            "give proxy=, or tune the model itself with mupass.sweep"
         )
     with Store(store) as opened:
-        found = search(
-            study, grid, driver=driver, trials=trials, seeds=seeds, store=opened, jobs=jobs, progress=progress
+        settings = Search(driver, trials, seeds, opened, jobs, progress)
+        searched = replace(search(study, grid, settings), notes=notes)
+    best = searched.best()
+    if not searched.optimum(proxy_width, searched.names[0]).loss < math.inf:
+        raise StudyError(
+            f"every run on the proxy diverged; try smaller values of {', '.join(searched.names)}"
         )
-    found = replace(found, notes=notes)
-    best = found.best()
-    if not found.optimum(narrow, found.names[0]).loss < float("inf"):
-        raise StudyError(f"every run on the proxy diverged; try smaller values of {', '.join(found.names)}")
     if target is not None:
         model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
     elif notes:
+        # `model` is the copy that the study took; the caller's own is what is asked for.
         undo(given)
         model = given
     wide = transform(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )
-    wide = prepare(wide) if prepare else wide
+    if prepare is not None:
+        wide = prepare(wide)
     made = optimizer_of(study.work.make, wide, best)
-    return Transfer(wide, made, best, narrow, plan_of(wide)[1].width, found)
+    return Transfer(wide, made, best, proxy_width, plan_of(wide)[1].width, searched)

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Hyperparameters by name, in one order.
+Point = tuple[tuple[str, float], ...]
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One run.
+    """One run of a sweep.
 
     Attributes:
         width: Width of the model.
@@ -19,7 +22,7 @@ class Trial:
     """
 
     width: int
-    point: tuple[tuple[str, float], ...]
+    point: Point
     seed: int
     loss: float
 
@@ -63,7 +66,7 @@ def mean(losses: Sequence[float]) -> float:
     """
     if not all(map(math.isfinite, losses)):
         return math.inf
-    if all(x > 0 for x in losses):
+    if all(loss > 0 for loss in losses):
         return math.exp(math.fsum(map(math.log, losses)) / len(losses))
     return math.fsum(losses) / len(losses)
 
@@ -79,15 +82,17 @@ def vertex(values: Sequence[float], losses: Sequence[float], at: int) -> float:
     Returns:
         The vertex, between the neighbors; the value at the minimum where a neighbor is infinite.
     """
-    x = [math.log(v) for v in values[at - 1 : at + 2]]
+    x = [math.log(value) for value in values[at - 1 : at + 2]]
     y = list(losses[at - 1 : at + 2])
     if not all(map(math.isfinite, y)):
         return values[at]
     if min(y) > 0:
-        y = [math.log(v) for v in y]
-    left, right = (y[0] - y[1]) / (x[0] - x[1]), (y[2] - y[1]) / (x[2] - x[1])
-    bend = (right - left) / (x[2] - x[0])
+        y = list(map(math.log, y))
+    left_slope = (y[0] - y[1]) / (x[0] - x[1])
+    right_slope = (y[2] - y[1]) / (x[2] - x[1])
+    # Second divided difference: half of the second derivative.
+    bend = (right_slope - left_slope) / (x[2] - x[0])
     if bend <= 0:  # three equal losses
         return values[at]
-    # The slope at the middle of the first interval is `left`; it is zero at the vertex.
-    return math.exp((x[0] + x[1]) / 2 - left / (2 * bend))
+    # The slope at the middle of the first interval is `left_slope`; it is zero at the vertex.
+    return math.exp((x[0] + x[1]) / 2 - left_slope / (2 * bend))
