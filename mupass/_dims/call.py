@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ Result = Any  # a Value, or a tuple or list of results, or None for outputs that
 # Operators with an argument that lends its type, device or shape, and none of its values.
 LENDERS = dict.fromkeys(("aten.type_as", "aten.to", "aten.view_as", "aten.reshape_as"), "other")
 PICKED = "its positions are taken one by one"
+
+
+def one_or_all(outputs: Sequence[Value]) -> Result:
+    """Return a single output alone, and several as a tuple, as operators do."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(outputs)
 
 
 class Call:
@@ -92,6 +99,16 @@ class Call:
     def derive(self, axis: Axis, size: int) -> Axis:
         """Return an axis of another size that grows when the given one does."""
         return Axis(self.space.derive(axis.dim, size), size, axis.origin)
+
+    def resized(self, axis: Axis, size: int) -> Axis:
+        """Return an axis itself where it has that size already, else one that grows when it does."""
+        if axis.size == size:
+            return axis
+        return self.derive(axis, size)
+
+    def unknown(self, shape: Iterable[int]) -> Value:
+        """Return an output about whose axes nothing is known."""
+        return self.value([self.new(size) for size in shape])
 
     def value(self, axes: Iterable[Axis], static: bool | None = None) -> Value:
         """Return an output; parameter origins survive only in static tensors."""
