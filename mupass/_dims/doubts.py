@@ -58,6 +58,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
 def _linear_bottlenecks(wiring: Wiring) -> Found:
     """Ranks, latents, codes: two weights in a row that would be one matrix but for a narrow middle."""
     for dim in wiring.widths:
+        # The nearest row of a table: vector quantization.
         if wiring.codebook(dim) and wiring.source(dim):
             yield dim, "it is the width of a codebook"
         if not wiring.straight(dim) or not wiring.readers(dim):
@@ -84,6 +85,7 @@ def _bottlenecks(wiring: Wiring) -> Found:
         source, results = wiring.source(dim), wiring.results(dim)
         if not source or not results:
             continue
+        # x + up(relu(down(x))) returns to where it left.
         if min([source, *results]) >= NARROW * wiring.space.size(dim) and not wiring.returns(dim):
             yield dim, f"it is far narrower than the widths around it ({_of(source, results)})"
 
@@ -92,6 +94,7 @@ def _wide_heads(wiring: Wiring) -> Found:
     """A last width far above the one before it, which only readouts see."""
     for dim in wiring.widths:
         size, source = wiring.space.size(dim), wiring.source(dim)
+        # features -> WIDE x features -> classes, as in MobileNet
         if not source or size < WIDE * source:
             continue
         doubtful = [d for d in wiring.grown_sources(dim) if not wiring.verdicts.is_firm(d)]
@@ -106,14 +109,14 @@ def _plateau(wiring: Wiring, start: int) -> set[int]:
     if not wiring.readers(start):
         return set()
     space = wiring.space
-    region, todo = {start}, [start]
-    while todo:
-        for made in set(wiring.grown_results(todo.pop())) - region:
+    region, frontier = {start}, [start]
+    while frontier:
+        for made in set(wiring.grown_results(frontier.pop())) - region:
             factors = set(wiring.grown(space.members_of(made, "product")))
             if space.size(start) not in map(space.size, factors or {made}):
                 return set()
             region |= {made, *factors}
-            todo.append(made)
+            frontier.append(made)
     return region
 
 
@@ -222,7 +225,7 @@ def _several_factors(wiring: Wiring) -> Found:
         for whole, members in space.terms(kind):
             grown = wiring.grown(members)
             undecided = []
-            if kind == "product":
+            if kind == "product":  # groups of a convolution are settled by their own policy
                 without = [member for member in members if verdicts.get(member) is None]
                 undecided = [member for member in without if not wiring.is_position(member)]
             is_free = undecided or any(map(verdicts.by_policy, members))

@@ -63,6 +63,7 @@ class Engine:
         self.space.where = "slices"
         self._close_picks()
         self.space.close_slices()
+        # q, k, v = split(3 * heads * head_dim): the 3 counts parts
         for dim, where in self.space.counts.items():
             self.facts.finite.setdefault(dim, f"{COUNTED} ({where})")
             self.facts.enumerated.setdefault(dim, COUNTED)
@@ -102,6 +103,7 @@ class Engine:
         module = self.module_of(node)
         call = Call(node, self._arguments(node), self.space, self.facts, module, straight, self.mixed)
         self.space.where = call.where
+        # Higher-order operators with a rule of their own (flex_attention) are not entered.
         graphs = subgraphs(node) if call.operator not in RULES else []
         if not call.shapes and not graphs:
             return None
@@ -110,8 +112,10 @@ class Engine:
         known_weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
+        # buffer[:, t].copy_(x): the buffer is no constant any more
         if isinstance(result, Value) and not result.static:
             self._unsettle(written(node))
+        # A line of linear operators starts at a weight and ends at the first nonlinearity.
         made = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
         if (made or straight) and self._is_linear(call):
             self._straight.add(node)

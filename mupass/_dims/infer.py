@@ -167,10 +167,12 @@ def infer(
     uses: dict[str, tuple[Use, ...]] = {}
     for found in engine.facts.uses:
         uses[found.parameter] = (*uses.get(found.parameter, ()), found.use)
+    # What the caller says of an axis holds for all that is the same dimension.
     settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
     settled.update(by_dim or {})
     outputs = _outputs(captured, engine)
     verdicts = decide(engine.space, engine.facts, inputs, outputs, _made(dims, uses), settled)
+    # An unused placeholder: nothing in the graph reads that parameter.
     seen = {name for node, name in captured.parameters.items() if node.users}
     overlooked = tuple(name for name in dims if name not in seen)
     return Inference(engine, verdicts, dims, uses, overlooked, overrides)
@@ -216,6 +218,7 @@ def decide(
     for dim, why in facts.finite.items():
         verdicts.settle([dim], Verdict(False, why))
     hidden = policies.settle_outputs(verdicts, outputs)
+    # Policies, then defaults. The order is a ranking: what is settled first is not asked again.
     policies.settle_heads(verdicts)
     policies.settle_blocks(verdicts)
     policies.settle_groups(verdicts)
@@ -227,6 +230,7 @@ def decide(
     policies.settle_fans(verdicts, unmade, made)
     policies.settle_unmade(verdicts, unmade)
     policies.settle_basis(verdicts)
+    # Last, what only members and wholes of settled widths tell.
     policies.settle_joined(verdicts)
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)

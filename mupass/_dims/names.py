@@ -98,7 +98,7 @@ def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = Non
             if verdict.infinite and dim not in table:
                 widths.append(dim)
     if table and widths:
-        table.setdefault(widths[0], "d_model")
+        table.setdefault(widths[0], "d_model")  # the most frequent width of a transformer
     ff_sizes = _config_sizes(model)
     for dim in named:
         if dim in table or space.members_of(dim, "product", "sum"):
@@ -122,6 +122,7 @@ def _name_attention(solved: Inference, table: dict[int, str]) -> None:
     space, verdicts = solved.engine.space, solved.verdicts
     for product in solved.engine.facts.bilinear:
         inner = [space.find(dim) for dim in product.inner if _is_policy(verdicts.get(dim))]
+        # scores[b, h, l, s]: the batch b is data, h grows, the inner axis is fixed by a policy
         heads = [space.find(dim) for dim in product.batch if verdicts.grows(dim)]
         if not inner or not heads:
             continue

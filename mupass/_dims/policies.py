@@ -15,6 +15,7 @@ from mupass._dims.verdicts import Verdict, Verdicts
 
 def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
+    # What a weight reads, or is a part or a whole of that, may be hidden state.
     hidden = verdicts.kin(verdicts.facts.fan_in)
     read: dict[int, str] = {}
     for dim, why in outputs:
@@ -27,6 +28,7 @@ def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> di
 
 def settle_heads(verdicts: Verdicts) -> None:
     """Policy: in a batched product of two activations the batch grows (heads), the rest is fixed."""
+    # scores[b, h, l, s] = sum_e q[b, h, l, e] k[b, h, s, e]: h is in both and in the result, e is not.
     for product in verdicts.facts.bilinear:
         heads = list(filter(verdicts.is_open, product.batch))
         inner = list(filter(verdicts.is_open, product.inner))
@@ -55,6 +57,7 @@ def settle_blocks(verdicts: Verdicts) -> None:
     pairs: set[tuple[int, int]] = set()  # factors of one width
     for _, members in space.terms("product"):
         pairs.update(permutations(set(members), 2))
+    # y[b, g, o] = sum_i x[b, g, i] W[g, i, o], where the width is g x i.
     for product in verdicts.facts.blocks:
         counts = space.find_all(filter(verdicts.is_open, product.batch))
         why = f"policy: fixed size per block ({product.where})"
@@ -69,6 +72,7 @@ def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     """Return the open dimensions that weights read and none makes: features that the code computes."""
     space, facts = verdicts.space, verdicts.facts
     spread = space.find_all(facts.spread)  # frequencies: a vector times a number
+    # Made is what weights make and what parameters bring along.
     parameters = [dim for dim in made if space.find(dim) not in spread]
     reached = verdicts.relatives([*parameters, *facts.fan_out])
     found: dict[int, str] = {}
@@ -130,7 +134,7 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     for sides in facts.between:
         for side in sides:
             between |= space.find_all(side)
-    counts = _counts(verdicts)
+    counts = _counts(verdicts)  # sum_s a_s f_s, read as (s f): the weights read slots x features
     for dim, why in facts.alternatives.items():
         root = space.find(dim)
         flattened = dim in facts.softmaxed and root not in direct and root in counts
@@ -177,6 +181,7 @@ def settle_adapters(verdicts: Verdicts) -> None:
 def settle_rests(verdicts: Verdicts) -> None:
     """Policy: an axis of which only fixed parts are ever read is fixed; what no slice covers says nothing."""
     space = verdicts.space
+    # x[:, :3] where the rest of x is never read
     rests = space.find_all(space.rests)
     cuts = [(whole, parts) for whole, parts in space.terms("sum") if not rests.isdisjoint(parts)]
     progress = True
@@ -272,6 +277,7 @@ def settle_scores(verdicts: Verdicts) -> None:
 
 def settle_joined(verdicts: Verdicts) -> None:
     """Default: parameters joined into one growing weight all grow, except for data among them."""
+    # linear(x, cat([W_q, W_k, W_v]))
     joined = verdicts.space.find_all(verdicts.facts.joined)
     for whole, parts in verdicts.space.terms("sum"):
         top = verdicts.get(whole)
@@ -291,6 +297,7 @@ def settle_products(verdicts: Verdicts) -> None:
             if not still_open or top is None or any(map(verdicts.grows, members)):
                 continue
             free = [member for member in still_open if member not in literal] or still_open
+            # The parts of a sum may all grow; of the factors of a product one does.
             choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
             if choice:
                 free = free[:1]
@@ -361,6 +368,7 @@ def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None
     plain: set[int] = set()
     for fan_in, fan_out in facts.weights:
         parts = _factors_of(space, fan_out)
+        # The weight makes a weight: an activation whose axes another product sums and keeps.
         if any(parts & summed and (parts - summed) & kept for summed, kept in made):
             found.update(dict.fromkeys(map(space.find, fan_in), len(fan_out) > 1))
         else:
@@ -371,11 +379,11 @@ def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None
 def _factors_of(space: Space, dims: Iterable[int]) -> set[int]:
     """Return dimensions with all factors that they are viewed as."""
     found: set[int] = set()
-    todo = list(map(space.find, dims))
-    while todo:
-        dim = todo.pop()
+    frontier = list(map(space.find, dims))
+    while frontier:
+        dim = frontier.pop()
         found.add(dim)
-        todo += set(space.members_of(dim, "product", "groups")) - found
+        frontier += set(space.members_of(dim, "product", "groups")) - found
     return found
 
 

@@ -44,10 +44,11 @@ class Scaled:
     def _computed(self, root: int) -> float:
         space, grows = self.solved.engine.space, self.solved.verdicts.grows
         size = space.size(root)
-        if root in self.given:
+        if root in self.given:  # the caller's word
             return self.given[root]
         if not grows(root):
             return size
+        # What is made of others follows from them: d_model = heads x head_dim.
         for kind in ("product", "sum"):
             for members in self.terms(root, kind):
                 if any(grows(member) or member in self.given for member in members):

@@ -75,6 +75,7 @@ def compare(
         return Second(axes, notes=(f"{_UNSETTLED} since it cannot be captured ({error})",))
     if [node.target for node in other.nodes] != [node.target for node in captured.nodes]:
         return Second(axes, notes=(f"{_UNSETTLED} since it runs other operators at its width",))
+    # The same operators in the same order: each has its twin.
     twins = dict(zip(captured.nodes, other.nodes, strict=True))
     sizes = _other_sizes(alone, twins, base)
     dims = {}
@@ -91,6 +92,7 @@ def _other_sizes(alone: Inference, twins: Mapping[Node, Node], base: nn.Module) 
     """Return the size in the second instance of every dimension of a tensor or a parameter."""
     find = alone.engine.space.find
     sizes: dict[int, int] = {}
+    # Activations first, since they show factors that no parameter has as an axis.
     for node, twin in twins.items():
         values = [value for value in flatten([alone.engine.env.get(node)]) if isinstance(value, Value)]
         for value, shape in zip(values, output_shapes(twin), strict=False):

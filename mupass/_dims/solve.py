@@ -74,6 +74,7 @@ def solve(
         alone = infer(captured, {}, strict)
     first, second = alone, Second()
     if base is not None:
+        # The base model decides; inference from one model only says where it would have been wrong.
         second = compare(captured, alone, shapes, base, args, kwargs)
         first = infer(captured, second.axes, strict, second.dims)
     names = name_dims(model, first, alone)

@@ -6,7 +6,6 @@ agree, never because their sizes happen to be equal. Sizes are used for one thin
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import add, mul
 
@@ -19,21 +18,6 @@ Span = tuple[int, int]  # of a slice: start, stop
 
 class SizeConflict(InferenceError):
     """Two dimensions of different sizes were to be one: the graph misstates a size that depends on data."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """One constraint as it was met in the graph; links are the edges that explanations walk.
-
-    Attributes:
-        dims: The dimensions tied together.
-        kind: ``equal``, ``product``, ``sum`` or ``derived``.
-        where: The operator and module that imposed it.
-    """
-
-    dims: Members
-    kind: str
-    where: str
 
 
 class Space:
@@ -49,8 +33,7 @@ class Space:
         self.cuts: list[tuple[int, Members]] = []  # wholes that were there before their parts
         self.counts: dict[int, str] = {}  # factors that count equal parts -> where
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
-        self.links: list[Link] = []
-        self.where = "input"
+        self.where = "input"  # the operator whose rule runs, for messages
 
     def new(self, size: int) -> int:
         """Return a fresh dimension of the given size."""
@@ -61,6 +44,7 @@ class Space:
     def find(self, dim: int) -> int:
         """Return the representative of a dimension's class."""
         root = dim
+        # Walk up to the root, then point all on the way to it (path compression).
         while self._parent[root] != root:
             root = self._parent[root]
         while self._parent[dim] != root:
@@ -80,9 +64,9 @@ class Space:
 
     def unify(self, first: int, second: int) -> None:
         """Make two dimensions one; sizes of 1 broadcast and stay apart from everything else."""
-        todo = [(first, second)]
-        while todo:
-            first, second = todo.pop()
+        pending = [(first, second)]
+        while pending:
+            first, second = pending.pop()
             if self._sizes[first] != self._sizes[second]:
                 raise SizeConflict(
                     f"{self.where}: sizes {self._sizes[first]} and {self._sizes[second]} unified"
@@ -90,10 +74,10 @@ class Space:
             root, other = self.find(first), self.find(second)
             if root == other:
                 continue
-            self.links.append(Link((first, second), "equal", self.where))
+            # Union by weight: the class with fewer terms is moved.
             if self._weight(root) < self._weight(other):
                 root, other = other, root
-            todo += self._merge(root, other)
+            pending += self._merge(root, other)
             self._join_terms(root)
 
     def _weight(self, root: int) -> int:
@@ -165,7 +149,6 @@ class Space:
         dim = self.new(size)
         if size > 1:  # a single position carries no width
             self.derived.append((dim, source))
-            self.links.append(Link((dim, source), "derived", self.where))
         return dim
 
     def close_slices(self) -> None:
@@ -222,8 +205,6 @@ class Space:
         """Record that a dimension is a product or sum of others, and what follows."""
         if not members:
             return
-        link = kind if len(members) > 1 else "equal"
-        self.links.append(Link((whole, *members), link, self.where))
         for first, second in self._add(kind, self.find(whole), members):
             self.unify(first, second)
         if kind in ("sum", "product"):
@@ -246,6 +227,7 @@ class Space:
         """Store a term and return the equalities that follow from the terms already known."""
         if len(members) == 1:
             return [(whole, members[0])]
+        # Terms of the same sizes, in the same order, are one term: its members agree one by one.
         table = self._terms[kind].setdefault(whole, {})
         sizes = tuple(map(self.size, members))
         if sizes in table:
@@ -263,6 +245,7 @@ class Space:
         right_ends = list(accumulate(map(self.size, right), combine))
         equal: list[tuple[int, int]] = []
         left_start = right_start = 0
+        # 12 = (3 * 4) = (3 * 2 * 2): the boundary after 3 is shared, so 3 is 3, and 4 is 2 * 2.
         for end in sorted(set(left_ends) & set(right_ends)):
             left_stop, right_stop = left_ends.index(end) + 1, right_ends.index(end) + 1
             left_run, right_run = left[left_start:left_stop], right[right_start:right_stop]

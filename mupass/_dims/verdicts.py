@@ -85,16 +85,16 @@ class Verdicts:
 
     def settle(self, dims: Iterable[int], verdict: Verdict) -> None:
         """Decide open dimensions and follow the consequences."""
-        todo = [self.space.find(dim) for dim in dims if self.is_open(dim)]
-        for dim in todo:
+        frontier = [self.space.find(dim) for dim in dims if self.is_open(dim)]
+        for dim in frontier:
             self._known.setdefault(dim, verdict)
-        self._spread(todo)
+        self._spread(frontier)
 
-    def _spread(self, todo: list[int]) -> None:
+    def _spread(self, frontier: list[int]) -> None:
         """Draw all consequences of verdicts on some classes."""
-        while todo:
-            for place in self._terms_with[todo.pop()]:
-                todo += self._follow(*self._terms[place])
+        while frontier:
+            for place in self._terms_with[frontier.pop()]:
+                frontier += self._follow(*self._terms[place])
 
     def _follow(self, whole: int, members: Members) -> list[int]:
         """Draw the consequences within one term; return the classes that it settles."""
@@ -102,7 +102,7 @@ class Verdicts:
         still_open = [dim for dim in dict.fromkeys(members) if self.is_open(dim)]
         if top is None:
             return self._follow_up(whole, members, still_open)
-        if not top.infinite:
+        if not top.infinite:  # nothing in it can grow
             return self._set(still_open, top)
         if len(still_open) == 1 and not any(map(self.grows, members)):  # the only one left to grow
             return self._set(still_open, Verdict(True, top.why, top.policy))
@@ -112,7 +112,7 @@ class Verdicts:
         """Settle a whole by its members, if they do."""
         known = [verdict for verdict in map(self._known.get, members) if verdict]
         for verdict in known:
-            if verdict.infinite:
+            if verdict.infinite:  # one member that grows is enough
                 return self._set([whole], Verdict(True, verdict.why, verdict.policy))
         if still_open or self.space.size(whole) <= 1:
             return []
@@ -143,15 +143,15 @@ class Verdicts:
 
         Nothing is reached through what is fixed: the factors beside data are not data.
         """
-        todo = [dim for dim in map(self.space.find, dims) if not self._is_certain(dim)]
-        seen = set(todo)
-        while todo:
-            dim = todo.pop()
+        frontier = [dim for dim in map(self.space.find, dims) if not self._is_certain(dim)]
+        seen = set(frontier)
+        while frontier:
+            dim = frontier.pop()
             for place in self._terms_with[dim]:
                 for other in step(dim, *self._terms[place]):
                     if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
                         seen.add(other)
-                        todo.append(other)
+                        frontier.append(other)
         return seen
 
     def open_terms(self) -> list[tuple[int, Members]]:

@@ -46,6 +46,7 @@ class Wiring:
         for fan_in, fan_out in self.verdicts.facts.weights:
             contracted = tuple(sorted(self.space.find_all(fan_in)))
             made = tuple(sorted(self.space.find_all(fan_out)))
+            # Data and kernels beside a width do not make it one of several.
             open_or_grown = [d for d in contracted if self.verdicts.get(d) is None or self.verdicts.grows(d)]
             self.sides += [made, tuple(open_or_grown)]
             for dim in made:
@@ -113,6 +114,7 @@ class Wiring:
 
     def before(self, dim: int, factor: float) -> int | None:
         """Return the first source wider by a factor, back along weights that follow each other straight."""
+        # x W1 W2 W3: W1 W2 is one linear map, so its width counts and not that between the two.
         wide, seen, source = factor * self.space.size(dim), {dim}, self.source(dim)
         while source and source < wide:
             back = set(self.grown_sources(dim)) - seen
@@ -145,6 +147,7 @@ class Wiring:
         if sums:
             return max(map(self.space.size, sums[0]))
         size = self.space.size(dim)
+        # 4 gates x width: the width; heads x head_dim: all of it.
         for members in self.space.terms_of(dim, "product")[:1]:
             for member in members:
                 if not self.verdicts.grows(member) and not self.is_per_head(member):
@@ -165,11 +168,11 @@ class Wiring:
 
     def wholes(self, dim: int) -> set[int]:
         """Return a dimension with the products and sums that it is part of."""
-        found, todo = {dim}, [dim]
-        while todo:
-            more = self._wholes[todo.pop()] - found
+        found, frontier = {dim}, [dim]
+        while frontier:
+            more = self._wholes[frontier.pop()] - found
             found |= more
-            todo += more
+            frontier += more
         return found
 
     def around(self, dim: int) -> set[int]:

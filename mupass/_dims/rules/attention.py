@@ -36,10 +36,11 @@ def attention(call: Call) -> Result:
         share = call.new(query.axes[-3].size // key.axes[-3].size)
         call.literal(share, "query heads for each key/value head")
         key, value = _repeat_heads(call, key, share), _repeat_heads(call, value, share)
+    # Kept for the check of the scale: 1/sqrt(E) or 1/E.
     call.facts.attention.append((query.axes[-1].dim, call.get("scale"), call.where))
     scores = _scores(call, query, key)
     mask = call.get("attn_mask", call.get("attn_bias"))
-    if isinstance(mask, Value):
+    if isinstance(mask, Value):  # softmax(q k^T + mask)
         for axis, other in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
             call.unify(axis, other)
         if mask.parametric:

@@ -132,6 +132,7 @@ def _record_weight(
             named.update(other.axes)
     fan_in, fan_out, beside = [], [], []
     for label, axis in weight.axes.items():
+        # y[b, o] = sum_i x[b, i] W[o, i]: i is fan_in, o is fan_out
         if label not in out:
             if label in shared:
                 fan_in.append(axis)
@@ -168,6 +169,7 @@ def _record_bilinear(call: Call, axes: Mapping[str, Axis], terms: Sequence[Opera
         if axis.size == 1:
             continue
         in_both = label in left and label in right
+        # scores[b, l, s] = sum_e q[b, l, e] k[b, s, e]: b is batch, e is summed
         if in_both and label in out:
             batch.append(axis.dim)
         else:
@@ -257,7 +259,7 @@ def matmul(call: Call) -> Result:
 def add_batched_matmul(call: Call) -> Result:
     """Return b + x W for every matrix of a batch, or for `addbmm` with the sum over the batch."""
     left_labels, right_labels, out = _matmul_labels(call["batch1"], call["batch2"])
-    if call.operator == "aten.addbmm":
+    if call.operator == "aten.addbmm":  # y[i, j] = b[i, j] + sum_bk x[b, i, k] W[b, k, j]
         out = ["i", "j"]
     result = contract(call, "matmul", [call["batch1"], call["batch2"]], [left_labels, right_labels], out)
     bias: Value = call["self"]
@@ -294,6 +296,7 @@ def einsum(call: Call) -> Result:
             call.unify(value.axes[names.index(name)], axis)
         labels.append(names)
     out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
+    # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
     while len(operands) > 2:
         pair = _activations(operands, labels, out)
         if pair is None:

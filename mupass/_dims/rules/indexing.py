@@ -44,6 +44,7 @@ def index(call: Call) -> Result:
     indices = {place: item for place, item in enumerate(call["indices"]) if isinstance(item, Value)}
     if any(_is_mask(call, place) for place in indices):
         return _masked(call, source, call["indices"])
+    # x[i, j]: both indices broadcast to one shape.
     common = bare(broadcast(call, list(indices.values()), max(len(i.axes) for i in indices.values())))
     for place in indices:
         _pick_by_index(call, source, source.axes[place])
@@ -152,7 +153,7 @@ def _match_written(call: Call, target: Value, source: Value) -> None:
         return
     axes = list(source.axes)
     dim = call.get("dim", -1) % len(target.axes)
-    if name == "aten.select_scatter":
+    if name == "aten.select_scatter":  # x.select(dim, index) = source, which lacks that axis
         axes.insert(dim, target.axes[dim])
     if len(axes) != len(target.axes):
         return

@@ -34,6 +34,7 @@ def cat(call: Call) -> Result:
         parts = [value.axes[i] for value in values]
         first, *others = parts
         origin = NOWHERE.union(*(part.origin for part in parts))
+        # Axes that are not joined agree; a lone tensor is joined to nothing.
         if i != dim or not others:
             for other in others:
                 call.unify(first, other)
@@ -146,12 +147,12 @@ def select(call: Call) -> Result:
 def diagonal(call: Call) -> Result:
     """Read or write a diagonal: the two axes are one."""
     source = call.values[0]
-    if len(call.shape) > len(source.axes):
+    if len(call.shape) > len(source.axes):  # a vector onto a diagonal
         return call.value([*source.axes, call.derive(source.axes[-1], call.shape[-1])])
     first = call.get("dim1", 0) % len(source.axes)
     second = call.get("dim2", 1) % len(source.axes)
     kept = [axis for i, axis in enumerate(source.axes) if i not in (first, second)]
-    if len(call.shape) == len(kept):
+    if len(call.shape) == len(kept):  # a trace
         return call.value(kept)
     return call.value([*kept, call.derive(source.axes[first], call.shape[-1])])
 
@@ -193,6 +194,7 @@ def as_strided(call: Call) -> Result:
 @rule("aten.unfold", "aten.unfold_copy")
 def unfold(call: Call) -> Result:
     """Slide a window along an axis: count in place, window last."""
+    # [b, l] -> [b, windows, k]
     source = call.values[0]
     dim = call["dimension"] % len(source.axes)
     axes = list(source.axes)

@@ -132,6 +132,7 @@ def tensordot(call: Call) -> Result:
     """Contract pairs of axes."""
     first, second = call.values[:2]
     left, right = letters(len(first.axes)), letters(len(second.axes), len(first.axes))
+    # An axis of one and an axis of the other that are contracted get one label.
     for i, j in zip(call["dims_self"], call["dims_other"], strict=True):
         right[j] = left[i]
     out = [label for label in (*left, *right) if (label in left) != (label in right)]

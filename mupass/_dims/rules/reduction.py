@@ -82,6 +82,7 @@ def reduce(call: Call) -> Result:
     kept, held = _left(call, source, default)
     outputs = []
     for shape in call.shapes:
+        # Of several outputs (values, indices) each has lost the axes, or has them of length 1.
         dropped = len(shape) == len(kept) and not call.get("keepdim")
         outputs.append(call.value(kept if dropped else held))
     return one_or_all(outputs)

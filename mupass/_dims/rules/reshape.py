@@ -65,6 +65,7 @@ def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
         of_source, of_view = [left.pop(0)], [right.pop(0)]
         have, want = before[of_source[0]], after[of_view[0]]
         while have != want:
+            # (12) -> (3, 4) takes another axis of the view, (3, 4) -> (12) another of the source.
             if have < want:
                 of_source.append(left.pop(0))
                 have *= before[of_source[-1]]
@@ -178,7 +179,7 @@ def squeeze(call: Call) -> Result:
 def expand(call: Call) -> Result:
     """Repeat axes of size 1; the count is a number from the code, or the other tensor's axis."""
     values = call.values
-    if len(values) > 1:
+    if len(values) > 1:  # expand_as
         return call.value(broadcast(call, values, len(call.shape)))
     axes = []
     for axis, size in zip(_with_leading_ones(call, values[0]), call.shape, strict=True):

@@ -12,6 +12,7 @@ from mupass._dims.rules.reshape import merge_axes, split_axis
 def pixel_shuffle(call: Call) -> Result:
     """Trade channels for positions by a literal factor."""
     *batch, channels, height, width = call.values[0].axes
+    # [c r r, h, w] -> [c, h r, w r], or back
     if call.operator == "aten.pixel_shuffle":
         factor = call["upscale_factor"]
         made, *steps = split_axis(call, channels, [channels.size // factor**2, factor, factor])
@@ -38,6 +39,7 @@ def channel_shuffle(call: Call) -> Result:
 def im2col(call: Call) -> Result:
     """Trade positions for channels x kernel."""
     batch, channels, height = call.values[0].axes[:3]
+    # [b, c, h, w] -> [b, c k k, positions]
     kernel = call.new(prod(call["kernel_size"]))
     call.finite(kernel, "kernel positions")
     return call.value([batch, merge_axes(call, [channels, kernel]), call.derive(height, call.shape[2])])
@@ -57,7 +59,7 @@ def col2im(call: Call) -> Result:
 def meshgrid(call: Call) -> Result:
     """Spread vectors over a common grid."""
     axes = [value.axes[0] if value.axes else call.new(1) for value in call.values]
-    if call.get("indexing") == "xy":
+    if call.get("indexing") == "xy":  # the first two are swapped, as in numpy
         axes[:2] = axes[1::-1]
     return [call.value(axes) for _ in call.values]
 
