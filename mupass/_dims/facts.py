@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 
 from mupass._records import Use
 
@@ -116,11 +115,6 @@ class Facts:
     mixtures: dict[int, str] = field(default_factory=dict)  # dims that count weights mixed into one
     attention: list[tuple[int, float | None, str]] = field(default_factory=list)  # head_dim, scale, where
     warnings: list[str] = field(default_factory=list)
-
-
-def product_of(axes: Sequence[Axis]) -> int:
-    """Return the number of elements along several axes."""
-    return prod(axis.size for axis in axes)
 
 
 def bare(axes: Iterable[Axis]) -> tuple[Axis, ...]:

@@ -97,7 +97,7 @@ class Inference:
         return None
 
     def _beside(self, parameter: str, axis: int) -> tuple[str, bool] | None:
-        """Return the nearest parameter that has an axis of that size at the same place, and if it grows.
+        """Return the nearest parameter that has an axis of that size at the same position, and if it grows.
 
         The nearest are those of the same module, then of the module around it. Of several that are as near
         one that grows is taken.
@@ -280,4 +280,4 @@ def _is_tensor(node: Node) -> bool:
 
 def _described(value: Value, what: str) -> list[tuple[int, str]]:
     """Return the dimensions of a tensor, each with its description."""
-    return [(axis.dim, f"axis {place} of {what}") for place, axis in enumerate(value.axes)]
+    return [(axis.dim, f"axis {position} of {what}") for position, axis in enumerate(value.axes)]

@@ -42,9 +42,9 @@ class Verdicts:
         for derived, source in space.derived:
             self._terms.append((space.find(derived), (space.find(source),)))
         self._terms_with: dict[int, list[int]] = defaultdict(list)  # class -> places in the list of terms
-        for place, (whole, members) in enumerate(self._terms):
+        for position, (whole, members) in enumerate(self._terms):
             for dim in {whole, *members}:
-                self._terms_with[dim].append(place)
+                self._terms_with[dim].append(position)
 
     def get(self, dim: int) -> Verdict | None:
         """Return the verdict of a dimension's class, or None while it is open."""
@@ -93,8 +93,8 @@ class Verdicts:
     def _spread(self, frontier: list[int]) -> None:
         """Draw all consequences of verdicts on some classes."""
         while frontier:
-            for place in self._terms_with[frontier.pop()]:
-                frontier += self._follow(*self._terms[place])
+            for position in self._terms_with[frontier.pop()]:
+                frontier += self._follow(*self._terms[position])
 
     def _follow(self, whole: int, members: Members) -> list[int]:
         """Draw the consequences within one term; return the classes that it settles."""
@@ -147,8 +147,8 @@ class Verdicts:
         seen = set(frontier)
         while frontier:
             dim = frontier.pop()
-            for place in self._terms_with[dim]:
-                for other in step(dim, *self._terms[place]):
+            for position in self._terms_with[dim]:
+                for other in step(dim, *self._terms[position]):
                     if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
                         seen.add(other)
                         frontier.append(other)

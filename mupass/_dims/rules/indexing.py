@@ -41,23 +41,23 @@ def embedding_bag(call: Call) -> Result:
 def index(call: Call) -> Result:
     """Advanced indexing: the indexed axes go, the broadcast index axes come."""
     source: Value = call["self"]
-    indices = {place: item for place, item in enumerate(call["indices"]) if isinstance(item, Value)}
-    if any(_is_mask(call, place) for place in indices):
+    indices = {position: item for position, item in enumerate(call["indices"]) if isinstance(item, Value)}
+    if any(_is_mask(call, position) for position in indices):
         return _masked(call, source, call["indices"])
     # x[i, j]: both indices broadcast to one shape.
     common = bare(broadcast(call, list(indices.values()), max(len(i.axes) for i in indices.values())))
-    for place in indices:
-        _pick_by_index(call, source, source.axes[place])
-    kept = [axis for place, axis in enumerate(source.axes) if place not in indices]
+    for position in indices:
+        _pick_by_index(call, source, source.axes[position])
+    kept = [axis for position, axis in enumerate(source.axes) if position not in indices]
     places = list(indices)
     adjacent = places == list(range(places[0], places[-1] + 1))
     start = places[0] if adjacent else 0  # x[i, :, j]: what is picked comes first
     return call.value([*kept[:start], *common, *kept[start:]])
 
 
-def _is_mask(call: Call, place: int) -> bool:
+def _is_mask(call: Call, position: int) -> bool:
     """Whether an index is a boolean mask."""
-    node = call.node.args[1][place]  # type: ignore[index]
+    node = call.node.args[1][position]  # type: ignore[index]
     value = getattr(node, "meta", {}).get("val")
     return value is not None and value.dtype in (torch.bool, torch.uint8)
 
@@ -165,8 +165,8 @@ def _match_written(call: Call, target: Value, source: Value) -> None:
 def _match_put(call: Call, target: Value, source: Value) -> None:
     """The trailing axes that no index touches agree with those of the values."""
     touched = 0
-    for place, item in enumerate(call["indices"]):
-        if isinstance(item, Value) and _is_mask(call, place):
+    for position, item in enumerate(call["indices"]):
+        if isinstance(item, Value) and _is_mask(call, position):
             touched += max(len(item.axes), 1)
         else:
             touched += 1

@@ -1,9 +1,10 @@
 """Rules for operators that only move, regroup or repeat axes."""
 
 from collections.abc import Sequence
+from math import prod
 
 from mupass._dims.call import Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Origin, Value, product_of
+from mupass._dims.facts import NOWHERE, Axis, Origin, Value
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast
 
@@ -30,7 +31,7 @@ def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:
     axes = [axis for axis in axes if axis.size != 1] or axes[:1]
     if len(axes) == 1:
         return axes[0]
-    size = product_of(axes)
+    size = prod(axis.size for axis in axes)
     whole = call.space.new(size)
     call.space.product(whole, tuple(axis.dim for axis in axes))
     return Axis(whole, size, NOWHERE.union(*(axis.origin for axis in axes)))
