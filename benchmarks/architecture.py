@@ -20,6 +20,7 @@ BEGIN, END = "<!-- rooms: written by benchmarks/architecture.py -->", "<!-- end 
 ROOMS = (
     "_errors",
     "_files",
+    "_page",
     "_records",
     "_parallel",
     "_capture",

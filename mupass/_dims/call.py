@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, ParameterUse, Value
-from mupass._dims.graph import flatten, operator_name, shape_of
+from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, ParameterUse, Value, bare
+from mupass._dims.graph import flatten, operator_name, output_shapes
 from mupass._dims.space import Space
 from mupass._records import Use
 
@@ -17,6 +17,13 @@ Result = Any  # a Value, or a tuple or list of results, or None for outputs that
 # Operators with an argument that lends its type, device or shape, and none of its values.
 LENDERS = dict.fromkeys(("aten.type_as", "aten.to", "aten.view_as", "aten.reshape_as"), "other")
 PICKED = "its positions are taken one by one"
+
+
+def one_or_all(outputs: Sequence[Value]) -> Result:
+    """Return a single output alone, and several as a tuple, as operators do."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(outputs)
 
 
 class Call:
@@ -55,7 +62,9 @@ class Call:
     def get(self, name: str, default: Any = None) -> Any:
         """Return an argument by schema name, or a default where the operator has none of it."""
         value = self.arguments.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        return value
 
     @property
     def where(self) -> str:
@@ -66,19 +75,18 @@ class Call:
     def values(self) -> list[Value]:
         """All tensor arguments in order, lists flattened, but for those that lend their type or shape."""
         lender = LENDERS.get(self.operator)
-        lent = [v for name, v in self.arguments.items() if name != lender]
-        return [v for v in flatten(lent) if isinstance(v, Value)]
+        others = [argument for name, argument in self.arguments.items() if name != lender]
+        return [item for item in flatten(others) if isinstance(item, Value)]
 
     @property
     def static(self) -> bool:
         """Whether no tensor argument depends on the model's inputs."""
-        return all(v.static for v in self.values)
+        return all(value.static for value in self.values)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all output tensors, flattened."""
-        outputs = flatten([self.node.meta.get("val")])
-        return [shape_of(t) for t in outputs if isinstance(t, torch.Tensor)]
+        return output_shapes(self.node)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,16 +101,28 @@ class Call:
         """Return an axis of another size that grows when the given one does."""
         return Axis(self.space.derive(axis.dim, size), size, axis.origin)
 
+    def resized(self, axis: Axis, size: int) -> Axis:
+        """Return an axis itself where it has that size already, else one that grows when it does."""
+        if axis.size == size:
+            return axis
+        return self.derive(axis, size)
+
+    def unknown(self, shape: Iterable[int]) -> Value:
+        """Return an output about whose axes nothing is known."""
+        return self.value([self.new(size) for size in shape])
+
     def value(self, axes: Iterable[Axis], static: bool | None = None) -> Value:
         """Return an output; parameter origins survive only in static tensors."""
-        static = self.static if static is None else static
-        axes = tuple(axes)
-        return Value(axes if static else tuple(Axis(a.dim, a.size) for a in axes), static)
+        if static is None:
+            static = self.static
+        if static:
+            return Value(tuple(axes), static)
+        return Value(bare(axes), static)
 
-    def unify(self, a: Axis, b: Axis) -> None:
+    def unify(self, first: Axis, second: Axis) -> None:
         """State that two axes agree; a size of 1 broadcasts and states nothing."""
-        if a.size == b.size and a.size != 1:
-            self.space.unify(a.dim, b.dim)
+        if first.size == second.size != 1:
+            self.space.unify(first.dim, second.dim)
 
     def finite(self, axis: Axis, why: str) -> None:
         """Record certain evidence that an axis does not grow."""
@@ -144,21 +164,30 @@ class Call:
         well (a batch of weights that all read the same), which is no sign that they grow.
         """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
+        contracted, made = tuple(axis.dim for axis in fan_in), tuple(axis.dim for axis in fan_out)
+        facts = self.facts
         if not self.static:
-            (self.facts.straight if self.straight else self.facts.bent).update(a.dim for a in fan_in)
-        self.facts.weights.append((tuple(a.dim for a in fan_in), tuple(a.dim for a in fan_out)))
-        for axis in fan_in:
-            (self.facts.basis if basis else self.facts.fan_in).setdefault(axis.dim, self.where)
-        for axis in fan_out:
-            self.facts.fan_out.setdefault(axis.dim, self.where)
-        rows = {p: ([], []) for a in weight.axes for p, _ in a.origin}  # type: ignore[var-annotated]
-        for side, axes in enumerate((fan_in, (*fan_out, *beside))):
-            for parameter, index in sorted({o for a in axes for o in a.origin}):
-                rows[parameter][side].append(index)
-        for parameter, (i, o) in rows.items():
-            use = Use(str(self.node.target), self.module, kind, tuple(i), tuple(o))
-            self.facts.uses.append(ParameterUse(parameter, use))
+            (facts.straight if self.straight else facts.bent).update(contracted)
+        facts.weights.append((contracted, made))
+        for dim in contracted:
+            (facts.basis if basis else facts.fan_in).setdefault(dim, self.where)
+        for dim in made:
+            facts.fan_out.setdefault(dim, self.where)
+        # A weight may be computed from several parameters: each has the axes that are still its own.
+        inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
+        for parameter in dict.fromkeys(parameter for axis in weight.axes for parameter, _ in axis.origin):
+            use = Use(str(self.node.target), self.module, kind, inputs[parameter], outputs[parameter])
+            facts.uses.append(ParameterUse(parameter, use))
 
     def pointwise_use(self, kind: str, parameter: Value) -> None:
         """Record that a parameter multiplies or shifts an activation elementwise."""
         self.use(kind, (), (), parameter)
+
+
+def _origins(axes: Iterable[Axis]) -> dict[str, tuple[int, ...]]:
+    """Return for every parameter which of its axes are among some axes."""
+    places: dict[str, set[int]] = defaultdict(set)
+    for axis in axes:
+        for parameter, place in axis.origin:
+            places[parameter].add(place)
+    return defaultdict(tuple, {parameter: tuple(sorted(own)) for parameter, own in places.items()})

@@ -8,14 +8,15 @@ it marks it as settled by a policy, with the reason, so that the report asks and
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from math import prod
 
 from mupass._dims.policies import mixed
-from mupass._dims.verdicts import Verdict, Verdicts
+from mupass._dims.verdicts import Verdicts
 from mupass._dims.wiring import Wiring
 
-Found = Iterator[tuple[int, str]]
+Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
 STRAIGHT = 1.5  # a linear bottleneck is one when it is narrower than its neighbours by this factor
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
@@ -32,7 +33,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         outputs: Axes of the outputs that a loss may see.
     """
     wiring = Wiring(verdicts)
-    for dim, why in list(_factors(wiring)):
+    for dim, why in [*_several_axes(wiring), *_several_factors(wiring)]:
         verdicts.question(dim, why)
     _follow(verdicts)
     rules: tuple[Callable[[Wiring], Found], ...] = (
@@ -57,6 +58,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
 def _linear_bottlenecks(wiring: Wiring) -> Found:
     """Ranks, latents, codes: two weights in a row that would be one matrix but for a narrow middle."""
     for dim in wiring.widths:
+        # The nearest row of a table: vector quantization.
         if wiring.codebook(dim) and wiring.source(dim):
             yield dim, "it is the width of a codebook"
         if not wiring.straight(dim) or not wiring.readers(dim):
@@ -64,40 +66,41 @@ def _linear_bottlenecks(wiring: Wiring) -> Found:
         source, results = wiring.before(dim, STRAIGHT), wiring.after(dim, STRAIGHT)
         if source is None:
             continue
-        narrowest = min(results, default=0)
-        if not source:
-            narrow = wiring.space.size(dim) * (STRAIGHT if wiring.looked_up(dim) else STEM) <= narrowest
-        elif results:
-            narrow = wiring.space.size(dim) * STRAIGHT <= min(source, narrowest)
-        else:
-            narrow = wiring.space.size(dim) * STRAIGHT <= source and wiring.is_read(dim)
-        if narrow or not source and wiring.as_many_as_data(dim):
+        if _is_narrow(wiring, dim, source, results) or source == 0 and wiring.as_many_as_data(dim):
             yield dim, f"no nonlinearity parts the weights around it ({_of(source, results)})"
+
+
+def _is_narrow(wiring: Wiring, dim: int, source: int, results: Sequence[int]) -> bool:
+    """Whether a dimension is narrower than what it is made of and what is made of it, none in a row apart."""
+    size = wiring.space.size(dim)
+    if source == 0:  # made of data
+        factor = STRAIGHT if wiring.looked_up(dim) else STEM
+        return size * factor <= min(results, default=0)
+    return size * STRAIGHT <= min([source, *results])
 
 
 def _bottlenecks(wiring: Wiring) -> Found:
     """A width far below those around it, unless it is a branch that returns to where it left."""
     for dim in wiring.widths:
-        size, source, results = wiring.space.size(dim), wiring.source(dim), wiring.results(dim)
-        if not source or not results or source < NARROW * size or min(results) < NARROW * size:
+        source, results = wiring.source(dim), wiring.results(dim)
+        if not source or not results:
             continue
-        if not wiring.returns(dim):
+        # x + up(relu(down(x))) returns to where it left.
+        if min([source, *results]) >= NARROW * wiring.space.size(dim) and not wiring.returns(dim):
             yield dim, f"it is far narrower than the widths around it ({_of(source, results)})"
 
 
 def _wide_heads(wiring: Wiring) -> Found:
     """A last width far above the one before it, which only readouts see."""
     for dim in wiring.widths:
-        source = wiring.source(dim)
-        if not source or wiring.space.size(dim) < WIDE * source or not wiring.is_made(dim):
+        size, source = wiring.space.size(dim), wiring.source(dim)
+        # features -> WIDE x features -> classes, as in MobileNet
+        if not source or size < WIDE * source:
             continue
-        narrow = [d for s in wiring.sources(dim) for d in wiring.grown(s) if not wiring.verdicts.is_firm(d)]
-        if narrow and wiring.space.size(dim) <= (
-            wiring.before(narrow[0], STRAIGHT) or wiring.space.size(dim)
-        ):
+        doubtful = [d for d in wiring.grown_sources(dim) if not wiring.verdicts.is_firm(d)]
+        if doubtful and size <= (wiring.before(doubtful[0], STRAIGHT) or size):
             continue  # wide only beside something narrow
-        region = _plateau(wiring, dim)
-        for member in region:
+        for member in _plateau(wiring, dim):
             yield member, f"only readouts see it and the width before it has {source}"
 
 
@@ -105,14 +108,15 @@ def _plateau(wiring: Wiring, start: int) -> set[int]:
     """Return what is made of a width, and again of that, if all of it has its size."""
     if not wiring.readers(start):
         return set()
-    region, todo = {start}, [start]
-    while todo:
-        for out in {d for r in wiring.readers(todo.pop()) for d in wiring.grown(r)} - region:
-            factors = {f for term in wiring.space.terms_of(out, "product") for f in wiring.grown(term)}
-            if wiring.space.size(start) not in map(wiring.space.size, factors or {out}):
+    space = wiring.space
+    region, frontier = {start}, [start]
+    while frontier:
+        for made in set(wiring.grown_results(frontier.pop())) - region:
+            factors = set(wiring.grown(space.members_of(made, "product")))
+            if space.size(start) not in map(space.size, factors or {made}):
                 return set()
-            region |= {out, *factors}
-            todo.append(out)
+            region |= {made, *factors}
+            frontier.append(made)
     return region
 
 
@@ -126,28 +130,32 @@ def _broad_starts(wiring: Wiring) -> Found:
 
 def _repeated_sizes(wiring: Wiring) -> Found:
     """A size that stays the same at places where all widths around it are larger by one factor."""
-    places: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+    places: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)  # size -> (dim, sizes around)
     for dim in wiring.widths:
         source, results = wiring.source(dim), wiring.results(dim)
         if source is not None and results and not wiring.returns(dim):
             places[wiring.space.size(dim)].append((dim, (source, *sorted(set(results)))))
     for size, found in places.items():
-        apart = sorted({around for _, around in found if size not in around})
-        if any(_proportional(a, b) for a, b in zip(apart, apart[1:], strict=False)):
-            like = [dim for dim, around in found if _proportional(around, apart[0])]
-            for dim in like:
+        others = sorted({around for _, around in found if size not in around})
+        if not any(_proportional(first, second) for first, second in pairwise(others)):
+            continue
+        for dim, around in found:
+            if _proportional(around, others[0]):
                 yield dim, f"it is {size} at several places whose widths differ"
 
 
-def _proportional(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return len(a) == len(b) and all(x * b[-1] == y * a[-1] for x, y in zip(a, b, strict=True))
+def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two rows of sizes are the same but for one factor."""
+    if len(first) != len(second):
+        return False
+    return all(a * second[-1] == b * first[-1] for a, b in zip(first, second, strict=True))
 
 
 def _unread(wiring: Wiring) -> Found:
     """What weights make and none reads: it ends in a reduction, a comparison, or unused."""
-    verdicts, space = wiring.verdicts, wiring.space
-    read, made = verdicts.relatives(verdicts.facts.fan_in), set(map(space.find, verdicts.facts.fan_out))
-    for dim in filter(verdicts.is_firm, sorted(made)):
+    verdicts, facts = wiring.verdicts, wiring.verdicts.facts
+    read = verdicts.relatives(facts.fan_in)
+    for dim in filter(verdicts.is_firm, sorted(wiring.space.find_all(facts.fan_out))):
         if dim not in read:
             yield dim, "no weight reads it again"
         elif not wiring.readers(dim) and _own_heads(wiring, dim):
@@ -158,17 +166,22 @@ def _own_heads(wiring: Wiring, dim: int) -> bool:
     """Whether a width of heads has another size per head than all of the same heads that weights read."""
     space = wiring.space
     for term in space.terms_of(dim, "product"):
-        inner = {p for m in term if not wiring.verdicts.grows(m) for p in (m, *wiring.parts(m))}
-        read = [w for m in wiring.grown(term) for w in wiring.around(m) if wiring.readers(w)]
-        sizes = {space.size(m) for w in read for t in space.terms_of(w, "product") for m in t}
-        if sizes and not sizes & set(map(space.size, inner)):
+        own: set[int] = set()
+        of_read: set[int] = set()
+        for member in term:
+            if not wiring.verdicts.grows(member):
+                own.update(map(space.size, (member, *wiring.parts(member))))
+                continue
+            for width in filter(wiring.readers, wiring.around(member)):
+                of_read.update(map(space.size, space.members_of(width, "product")))
+        if of_read and of_read.isdisjoint(own):
             return True
     return False
 
 
 def _competing(wiring: Wiring) -> Found:
     """Memory slots or units: entries that compete in a softmax and that a weight then reads."""
-    competing = {wiring.space.find(d): why for d, why in wiring.verdicts.facts.alternatives.items()}
+    competing = {wiring.space.find(dim): why for dim, why in wiring.verdicts.facts.alternatives.items()}
     for dim in wiring.widths:
         if dim in competing and wiring.source(dim) is not None:
             yield dim, competing[dim]
@@ -177,46 +190,52 @@ def _competing(wiring: Wiring) -> Found:
 def _mixing(wiring: Wiring) -> Found:
     """Units that mix the positions of data and give them back: a number of their own, or of the positions."""
     for dim in wiring.widths:
-        ends = [{d for side in ends for d in side} for ends in (wiring.sources(dim), wiring.readers(dim))]
-        if ends[0] and ends[0] == ends[1] and not wiring.grown(ends[0]):
+        sources = set(chain.from_iterable(wiring.sources(dim)))
+        results = set(chain.from_iterable(wiring.readers(dim)))
+        if sources and sources == results and not wiring.grown(sources):
             yield dim, "it only mixes positions of data"
 
 
 def _mixed_weights(wiring: Wiring) -> Found:
     """What a weight a sample is made of: a number of experts, or the width of a net that makes weights."""
     verdicts, space = wiring.verdicts, wiring.space
-    for dim in mixed(space, verdicts.facts, verdicts.grows):
-        if verdicts.is_firm(dim):
-            yield dim, "what it is read into is a weight itself, so it may count weights that are mixed"
+    for dim in filter(verdicts.is_firm, mixed(space, verdicts.facts, verdicts.grows)):
+        yield dim, "what it is read into is a weight itself, so it may count weights that are mixed"
     for sides in verdicts.facts.between:
         sizes = [prod(map(space.size, side)) for side in sides]
-        for side in sides:
-            if prod(map(space.size, side)) < max(sizes):
-                for dim in filter(verdicts.is_firm, map(space.find, side)):
-                    yield dim, "a weight stands between it and a wider one, so it may count matrices"
+        for side, size in zip(sides, sizes, strict=True):
+            if size == max(sizes):
+                continue
+            for dim in filter(verdicts.is_firm, map(space.find, side)):
+                yield dim, "a weight stands between it and a wider one, so it may count matrices"
 
 
-def _factors(wiring: Wiring) -> Found:
-    """Where a width is a product of which no fact fixes one factor, that the other grows is a policy too."""
-    verdicts, space = wiring.verdicts, wiring.space
+def _several_axes(wiring: Wiring) -> Found:
+    """Where several axes are one side of a weight and a policy fixed one, that another grows is a policy."""
     for side in wiring.sides:
-        fixed = [d for d in side if (v := verdicts.get(d)) and v.policy and not v.infinite]
-        if any(d not in wiring.alternatives for d in fixed):
+        if any(map(wiring.is_per_head, side)):
             for dim in wiring.grown(side):
                 yield dim, "policy: of several axes that are one width together, this one grows"
+
+
+def _several_factors(wiring: Wiring) -> Found:
+    """Where a width is a product of which no fact fixes one factor, that the other grows is a policy too."""
+    verdicts, space = wiring.verdicts, wiring.space
     for kind in ("product", "groups"):
         for whole, members in space.terms(kind):
-            grown, rest = wiring.grown(members), [m for m in members if not verdicts.grows(m)]
-            open_ = [m for m in rest if (v := verdicts.get(m)) and v.policy]
-            if kind == "product":
-                open_ += [m for m in rest if verdicts.get(m) is None and not wiring.is_position(m)]
-            if whole in wiring.fans and open_:
-                sizes = " x ".join(str(space.size(m)) for m in members)
-                for member in grown:
-                    yield member, f"policy: of the factors {sizes} of a width, this one grows"
-                for member in open_ if grown else ():
-                    if verdicts.get(member) is None:
-                        yield member, f"policy: of the factors {sizes} of a width, another grows"
+            grown = wiring.grown(members)
+            undecided = []
+            if kind == "product":  # groups of a convolution are settled by their own policy
+                without = [member for member in members if verdicts.get(member) is None]
+                undecided = [member for member in without if not wiring.is_position(member)]
+            is_free = undecided or any(map(verdicts.by_policy, members))
+            if whole not in wiring.fans or not grown or not is_free:
+                continue
+            sizes = " x ".join(str(space.size(member)) for member in members)
+            for member in grown:
+                yield member, f"policy: of the factors {sizes} of a width, this one grows"
+            for member in undecided:
+                yield member, f"policy: of the factors {sizes} of a width, another grows"
 
 
 def _follow(verdicts: Verdicts) -> None:
@@ -226,41 +245,47 @@ def _follow(verdicts: Verdicts) -> None:
         changed = False
         for kind in ("product", "sum"):
             for whole, members in verdicts.space.terms(kind):
-                changed |= _doubt_whole(verdicts, whole, members) or (
-                    kind == "sum" and _doubt_parts(verdicts, whole, members)
-                )
+                if _doubt_whole(verdicts, whole, members):
+                    changed = True
+                elif kind == "sum" and _doubt_parts(verdicts, whole, members):
+                    changed = True
 
 
 def _doubt_whole(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
-    known = [verdicts.get(m) for m in members]
-    grown = [v for v in known if v and v.infinite]
-    rest_is_fixed = all(v and (v.infinite or not v.policy) for v in known)
-    if not verdicts.is_firm(whole) or not grown or not rest_is_fixed or not all(v.policy for v in grown):
+    """Doubt what grows by its members only, if all that grow do so by a policy and the rest is certain."""
+    known = list(map(verdicts.get, members))
+    reasons = [verdict.why for verdict in known if verdict and verdict.infinite]
+    as_wanted = all(verdict and verdict.infinite == verdict.policy for verdict in known)
+    if not as_wanted or not reasons or not verdicts.is_firm(whole):
         return False
-    verdicts.question(whole, grown[0].why)
+    verdicts.question(whole, reasons[0])
     return True
 
 
 def _doubt_parts(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
+    """Doubt the parts of what grows by a policy only."""
     top = verdicts.get(whole)
-    firm = [m for m in members if verdicts.is_firm(m)]
-    if top is None or not top.infinite or not top.policy or not firm:
+    if top is None or not top.infinite or not top.policy:
         return False
+    firm = list(filter(verdicts.is_firm, members))
     for member in firm:
         verdicts.question(member, top.why)
-    return True
+    return bool(firm)
 
 
 def _wide_outputs(wiring: Wiring, outputs: Iterable[tuple[int, str]]) -> Found:
     """An output as wide as the width that it is made of: classes, or hidden state for another model."""
+    space = wiring.space
     for dim, what in outputs:
-        root = wiring.space.find(dim)
-        verdict: Verdict | None = wiring.verdicts.get(root)
-        sources = [d for s in wiring.sources(root) for d in wiring.grown(s)]
-        if verdict and not verdict.infinite and wiring.space.size(root) in map(wiring.space.size, sources):
+        root = space.find(dim)
+        verdict = wiring.verdicts.get(root)
+        if verdict is None or verdict.infinite:
+            continue
+        if space.size(root) in map(space.size, wiring.grown_sources(root)):
             yield root, f"policy: fixed like data, though as many as the width it is made of ({what})"
 
 
-def _of(source: int, results: list[int]) -> str:
-    made = f"made of {source or 'data'}"
-    return f"{made}, read into {', '.join(map(str, sorted(set(results)))) or 'a readout'}"
+def _of(source: int, results: Iterable[int]) -> str:
+    """Return what a width is made of and read into, in words."""
+    read = ", ".join(map(str, sorted(set(results))))
+    return f"made of {source or 'data'}, read into {read or 'a readout'}"

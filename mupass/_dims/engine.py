@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mupass._dims.call import PICKED, Call, Result
+from mupass._dims.call import PICKED, Call, Result, one_or_all
 from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, Value, bare
 from mupass._dims.graph import (
     broadcasts,
     flatten,
+    graph_of,
     is_getitem,
-    is_graph,
     keeps_straight,
     subgraphs,
     viewed,
@@ -63,15 +63,17 @@ class Engine:
         self.space.where = "slices"
         self._close_picks()
         self.space.close_slices()
+        # q, k, v = split(3 * heads * head_dim): the 3 counts parts
         for dim, where in self.space.counts.items():
             self.facts.finite.setdefault(dim, f"{COUNTED} ({where})")
             self.facts.enumerated.setdefault(dim, COUNTED)
 
     def _close_picks(self) -> None:
         """Positions taken alone are separate things, but where weights read all the others: then a part."""
-        read = {self.space.find(d) for d in self.facts.fan_in}
+        read = self.space.find_all(self.facts.fan_in)
         for whole, parts in self.space.terms("sum"):
-            read |= set(parts) if whole in read else set()
+            if whole in read:
+                read.update(parts)
         for dim, index, where in self.facts.picks:
             if self.space.others(dim, index) in read:
                 self.space.part(dim, index, index + 1)
@@ -81,34 +83,48 @@ class Engine:
 
     def _interpret(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            if node.op == "call_function":
-                self.env[node] = self._call(node)
+            if node.op != "call_function":
+                continue
+            self.env[node] = self._pick(node) if is_getitem(node) else self._call(node)
+
+    def _pick(self, node: Node) -> Result:
+        """Return one of several results."""
+        source, index = node.args[:2]
+        if source in self._straight:
+            self._straight.add(node)
+        results = self._lookup(source)
+        if isinstance(results, (tuple, list)) and isinstance(index, int):
+            return results[index]
+        return None
 
     def _call(self, node: Node) -> Result:
-        if is_getitem(node):
-            source, index = self._lookup(node.args[0]), node.args[1]
-            self._straight.update({node} if node.args[0] in self._straight else ())
-            return source[index] if isinstance(source, (tuple, list)) and isinstance(index, int) else None
+        """Apply the rule of an operator, and follow what it does to values."""
         straight = any(map(self.is_straight, node.all_input_nodes))
         module = self.module_of(node)
         call = Call(node, self._arguments(node), self.space, self.facts, module, straight, self.mixed)
         self.space.where = call.where
+        # Higher-order operators with a rule of their own (flex_attention) are not entered.
         graphs = subgraphs(node) if call.operator not in RULES else []
         if not call.shapes and not graphs:
             return None
-        if any(a.size == 0 for v in call.values for a in v.axes):
+        if any(0 in value.sizes for value in call.values):
             return self._empty(call)
-        weights = len(self.facts.weights)
+        known_weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
+        # buffer[:, t].copy_(x): the buffer is no constant any more
         if isinstance(result, Value) and not result.static:
             self._unsettle(written(node))
-        made = any(out for _, out in self.facts.weights[weights:])
-        pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
-        if not call.static and keeps_straight(node, call.operator, call.values, pointwise):
-            if made or straight:
-                self._straight.add(node)
+        # A line of linear operators starts at a weight and ends at the first nonlinearity.
+        made = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
+        if (made or straight) and self._is_linear(call):
+            self._straight.add(node)
         return result
+
+    def _is_linear(self, call: Call) -> bool:
+        """Whether an operator on data is linear in its operands."""
+        pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
+        return not call.static and keeps_straight(call.node, call.operator, call.values, pointwise)
 
     def _unsettle(self, target: Node | None) -> None:
         """What was written into a tensor, or into a view of it, depends on the inputs from then on."""
@@ -120,38 +136,42 @@ class Engine:
 
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
-        full = [v for v in call.values if all(a.size for a in v.axes)]
-        if any(v.parametric for v in full):
+        full = [value for value in call.values if 0 not in value.sizes]
+        if any(value.parametric for value in full):
             raise InferenceError(
                 f"{call.where}: a tensor with an axis of size 0 carries no width; "
                 "give example inputs and a model without empty tensors"
             )
         if call.operator == "aten.cat" and full:
-            call.arguments = {k: full if k == "tensors" else v for k, v in call.arguments.items()}
+            call.arguments = {**call.arguments, "tensors": full}
             return self._apply(call)
-        outputs = [call.value([call.new(s) for s in shape]) for shape in call.shapes]
-        return outputs[0] if len(outputs) == 1 else outputs
+        return one_or_all(list(map(call.unknown, call.shapes)))
 
     def _nested(self, call: Call, graphs: Sequence[torch.fx.GraphModule]) -> Result:
         """Interpret the subgraphs of a higher-order operator (no_grad, autocast, checkpoint, cond, scan)."""
-        last = max(i for i, a in enumerate(call.node.args) if is_graph(call.node, a))
-        operands = [x for x in flatten(call.node.args[last + 1 :]) if isinstance(x, Node)]
+        arguments = call.node.args
+        last = max(i for i, argument in enumerate(arguments) if graph_of(call.node, argument) is not None)
+        operands = [item for item in flatten(arguments[last + 1 :]) if isinstance(item, Node)]
+        first, *branches = [self._run_graph(graph, operands) for graph in graphs]
+        for branch in branches:  # of a condition: whichever runs, the results are the same tensors
+            for left, right in zip(first, branch, strict=True):
+                for axis, other in zip(left.axes, right.axes, strict=True):
+                    call.unify(axis, other)
         results = []
-        for graph in graphs:
-            holes = [n for n in graph.graph.nodes if n.op == "placeholder"]
-            for hole, operand in zip(holes, operands, strict=False):
-                self.env[hole] = self._element(hole, self.env.get(operand))
-            self._interpret(graph.graph.nodes)
-            output = next(n for n in graph.graph.nodes if n.op == "output")
-            results.append([v for v in flatten([self._lookup(output.args[0])]) if isinstance(v, Value)])
-        for branch in results[1:]:
-            for left, right in zip(results[0], branch, strict=True):
-                for a, b in zip(left.axes, right.axes, strict=True):
-                    call.unify(a, b)
-        return [
-            value if len(value.axes) == len(shape) else call.value([call.new(shape[0]), *value.axes])
-            for value, shape in zip(results[0], call.shapes, strict=True)
-        ]
+        for value, shape in zip(first, call.shapes, strict=True):
+            if len(value.axes) != len(shape):  # a scan stacks what its body returns
+                value = call.value([call.new(shape[0]), *value.axes])
+            results.append(value)
+        return results
+
+    def _run_graph(self, graph: torch.fx.GraphModule, operands: Sequence[Node]) -> list[Value]:
+        """Interpret a subgraph on operands of the outer graph."""
+        holes = graph.graph.find_nodes(op="placeholder")
+        for hole, operand in zip(holes, operands, strict=False):
+            self.env[hole] = self._element(hole, self.env.get(operand))
+        self._interpret(graph.graph.nodes)
+        outputs = flatten([self._lookup(graph.graph.output_node().args[0])])
+        return [value for value in outputs if isinstance(value, Value)]
 
     def _element(self, hole: Node, value: Result) -> Result:
         """A scan hands its body one element of the sequence."""
@@ -161,20 +181,19 @@ class Engine:
         return value
 
     def _apply(self, call: Call) -> Result:
-        target = call.node.target
-        found = RULES.get(call.operator) or RULES.get(call.operator.removesuffix("_"))
-        if found:
-            return found(call)
+        rule = RULES.get(call.operator) or RULES.get(call.operator.removesuffix("_"))
+        if rule:
+            return rule(call)
         if not call.values:
             return RULES["create"](call)
-        if torch.Tag.pointwise in getattr(target, "tags", ()):
+        if torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
             return RULES["pointwise"](call)
         return self._unknown(call)
 
     def _unknown(self, call: Call) -> Result:
         """Treat by shape what looks pointwise; refuse the rest, or leave it open when not strict."""
-        sizes = [tuple(a.size for a in v.axes) for v in call.values]
-        if len(call.shapes) == 1 and call.shape in sizes and all(broadcasts(s, call.shape) for s in sizes):
+        shapes = [value.sizes for value in call.values]
+        if len(call.shapes) == 1 and call.shape in shapes and all(broadcasts(s, call.shape) for s in shapes):
             self.facts.warnings.append(f"{call.where}: no dimension rule; treated as pointwise by its shapes")
             return RULES["pointwise"](call)
         message = f"{call.where}: no dimension rule for this operator"
@@ -184,35 +203,36 @@ class Engine:
                 "second instance of the model at another width, which settles it"
             )
         self.facts.warnings.append(f"{message}; what depends on it is ambiguous")
-        outputs = [call.value([call.new(s) for s in shape]) for shape in call.shapes]
-        return outputs[0] if len(outputs) == 1 else outputs
+        return one_or_all(list(map(call.unknown, call.shapes)))
 
     def _check(self, call: Call, result: Result) -> None:
-        got = [tuple(a.size for a in v.axes) for v in flatten([result]) if isinstance(v, Value)]
+        """Refuse a rule's result that has other shapes than the operator's."""
+        got = [value.sizes for value in flatten([result]) if isinstance(value, Value)]
         if got != call.shapes:
             raise InferenceError(f"{call.where}: the rule gave shapes {got}, the operator {call.shapes}")
 
     def _arguments(self, node: Node) -> dict[str, Any]:
         """Bind arguments to the names of the operator's schema."""
         schema = getattr(node.target, "_schema", None)
+        bound: dict[str, Any] = {}
         if schema is None:
-            bound: dict[str, Any] = {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-        else:
-            given = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | node.kwargs
-            bound = {  # in the schema's order: what is transformed comes before its options
-                a.name: given.get(a.name, a.default_value)
-                for a in schema.arguments
-                if a.name in given or a.has_default_value()
-            }
+            bound.update({str(place): value for place, value in enumerate(node.args)})
+            bound.update(node.kwargs)
+        else:  # in the schema's order: what is transformed comes before its options
+            for place, argument in enumerate(schema.arguments):
+                if argument.name in node.kwargs:
+                    bound[argument.name] = node.kwargs[argument.name]
+                elif place < len(node.args):
+                    bound[argument.name] = node.args[place]
+                elif argument.has_default_value():
+                    bound[argument.name] = argument.default_value
         return {name: self._lookup(value) for name, value in bound.items()}
 
     def _lookup(self, value: Any) -> Any:
+        """Return what is known of an argument, nodes within lists included."""
         if isinstance(value, Node):
             return self.env.get(value)
         if isinstance(value, (tuple, list)):
-            return (
-                type(value)(self._lookup(v) for v in value)
-                if type(value) in (tuple, list)
-                else [self._lookup(v) for v in value]
-            )
+            items = [self._lookup(item) for item in value]
+            return tuple(items) if type(value) is tuple else items
         return value

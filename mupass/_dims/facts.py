@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 
 from mupass._records import Use
 
@@ -42,7 +41,12 @@ class Value:
     @property
     def parametric(self) -> bool:
         """Whether some axis is still an axis of a parameter."""
-        return self.static and any(a.origin for a in self.axes)
+        return self.static and any(axis.origin for axis in self.axes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(axis.size for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,18 @@ class MadeWeight:
 class Facts:
     """What the rules have found, next to the space itself."""
 
+    # Of parameters.
     uses: list[ParameterUse] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)  # dims along which parameters are concatenated
     parts: list[int] = field(default_factory=list)  # dims of what activations are joined of
     carried: dict[tuple[str, int], int] = field(default_factory=dict)  # parameter axis -> dim
-    finite: dict[int, str] = field(default_factory=dict)  # dim -> why, certain
-    literal: dict[int, str] = field(default_factory=dict)  # dim -> why, used to break ties
-    weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=list
-    )  # their dims, in and out
+
+    # Evidence on single dimensions; strings say where it was met, or why it counts.
+    finite: dict[int, str] = field(default_factory=dict)  # certain
+    literal: dict[int, str] = field(default_factory=dict)  # used to break ties
+
+    # Weights: the dims that each contracts, and those that it makes.
+    weights: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     straight: set[int] = field(default_factory=set)  # dims that a weight reads just as another made them
     bent: set[int] = field(default_factory=set)  # dims that a weight reads behind a nonlinearity
     positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
@@ -90,29 +97,26 @@ class Facts:
     rows: list[int] = field(default_factory=list)  # dims of the rows of lookup tables
     fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
     fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make
-    enumerated: dict[int, str] = field(
-        default_factory=dict
-    )  # finite dims whose positions are separate things
+
+    # What counts things apart from each other.
+    enumerated: dict[int, str] = field(default_factory=dict)  # finite dims, positions are separate things
     picks: list[tuple[int, int, str]] = field(default_factory=list)  # dim, the one position taken, where
-    spread: set[int] = field(default_factory=set)  # dims of vectors that multiply data without that axis
+    spread: set[int] = field(default_factory=set)  # dims of vectors in outer products with data: frequencies
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index
     softmaxed: set[int] = field(default_factory=set)  # those of them that are softmaxed
     basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone
+
+    # Products of activations, and weights that a sample makes for itself.
     bilinear: list[Bilinear] = field(default_factory=list)
     blocks: list[Bilinear] = field(default_factory=list)  # the same for a weight that is a batch of weights
     made_weights: list[MadeWeight] = field(default_factory=list)
-    between: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # see contract._between
+    between: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # see `contract`
     mixtures: dict[int, str] = field(default_factory=dict)  # dims that count weights mixed into one
-    attention: list[tuple[int, float | None, str]] = field(default_factory=list)
+    attention: list[tuple[int, float | None, str]] = field(default_factory=list)  # head_dim, scale, where
     warnings: list[str] = field(default_factory=list)
-
-
-def product_of(axes: Sequence[Axis]) -> int:
-    """Return the number of elements along several axes."""
-    return prod(a.size for a in axes)
 
 
 def bare(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     """Return the axes without the parameters that they came from."""
-    return tuple(Axis(a.dim, a.size) for a in axes)
+    return tuple(Axis(axis.dim, axis.size) for axis in axes)

@@ -20,22 +20,32 @@ KEEP_LINEAR = Trait.COPIES | Trait.DETACHES | Trait.DROPS_OUT | Trait.LINEAR
 def operator_name(target: Any) -> str:
     """Return ``aten.linear`` for ``aten.linear.default``; other callables give their own name."""
     packet = getattr(target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+    if packet is not None:
+        return str(packet)
+    return str(getattr(target, "__name__", target))
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return a shape; every size that depends on data gets a number that no other size is likely to have."""
-    return tuple(s if isinstance(s, int) else _stand_in(s) for s in tensor.shape)
+    return tuple(size if isinstance(size, int) else _stand_in(size) for size in tensor.shape)
+
+
+def output_shapes(node: Node) -> list[tuple[int, ...]]:
+    """Return the shapes of all tensors that an operator returns."""
+    outputs = flatten([node.meta.get("val")])
+    return [shape_of(output) for output in outputs if isinstance(output, torch.Tensor)]
 
 
 def _stand_in(size: Any) -> int:
     """Evaluate a symbolic size, with a large prime for each symbol."""
-    return int(size.node.expr.xreplace({s: _prime_for(str(s)) for s in size.node.expr.free_symbols}))
+    expression = size.node.expr
+    return int(expression.xreplace({symbol: _prime_for(str(symbol)) for symbol in expression.free_symbols}))
 
 
 @cache
 def _prime_for(symbol: str) -> Integer:
-    return Integer(nextprime(17389 + 100 * int("".join(filter(str.isdigit, symbol)) or 0)))
+    number = "".join(filter(str.isdigit, symbol))  # torch calls them s0, u1...
+    return Integer(nextprime(17389 + 100 * int(number or 0)))
 
 
 def written(node: Node) -> Node | None:
@@ -49,30 +59,34 @@ def viewed(node: Node) -> Node | None:
 
 
 def _aliased(node: Node, write: bool) -> Node | None:
+    """Return the first argument that an operator's schema marks as shared with its result."""
     schema = getattr(node.target, "_schema", None)
-    for argument, value in zip(schema.arguments, node.args, strict=False) if schema else ():
+    if schema is None:
+        return None
+    for argument, value in zip(schema.arguments, node.args, strict=False):
         if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write >= write:
             return value
     return None
 
 
-def is_graph(node: Node, argument: Any) -> bool:
-    return isinstance(argument, Node) and argument.op == "get_attr" and _attribute(node, argument) is not None
-
-
-def _attribute(node: Node, argument: Node) -> torch.fx.GraphModule | None:
-    found = getattr(node.graph.owning_module, str(argument.target), None)
-    return found if isinstance(found, torch.fx.GraphModule) else None
+def graph_of(node: Node, argument: Any) -> torch.fx.GraphModule | None:
+    """Return the graph that an argument of a higher-order operator names, if it names one."""
+    if not isinstance(argument, Node) or argument.op != "get_attr":
+        return None
+    attribute = getattr(node.graph.owning_module, str(argument.target), None)
+    return attribute if isinstance(attribute, torch.fx.GraphModule) else None
 
 
 def subgraphs(node: Node) -> list[torch.fx.GraphModule]:
+    """Return the graphs that a higher-order operator runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
-    found = [_attribute(node, a) for a in node.args if isinstance(a, Node) and a.op == "get_attr"]
-    return [g for g in found if g is not None]
+    graphs = [graph_of(node, argument) for argument in node.args]
+    return [graph for graph in graphs if graph is not None]
 
 
 def is_getitem(node: Node) -> bool:
+    """Whether a node picks one of several results."""
     return getattr(node.target, "__name__", "") == "getitem" and not hasattr(node.target, "_schema")
 
 
@@ -84,10 +98,14 @@ def is_filled(node: Any) -> bool:
 
 
 def broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
-    return len(small) <= len(big) and all(s in (1, b) for s, b in zip(small[::-1], big[::-1], strict=False))
+    """Whether a tensor of one shape can be expanded to another."""
+    if len(small) > len(big):
+        return False
+    return all(size in (1, other) for size, other in zip(small[::-1], big[::-1], strict=False))
 
 
 def flatten(items: Iterable[Any]) -> list[Any]:
+    """Return the leaves of nested tuples, lists and dicts."""
     flat: list[Any] = []
     for item in items:
         if isinstance(item, (tuple, list)):
@@ -116,8 +134,8 @@ def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise
         return False
     if not pointwise and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return True
-    shapes = [shape_of(t) for t in flatten([node.meta.get("val")]) if isinstance(t, torch.Tensor)]
-    full = sum(not v.static and tuple(a.size for a in v.axes) in shapes for v in values)
-    if known & (Trait.MULTIPLIES | Trait.DIVIDES) and full > 1:
+    shapes = output_shapes(node)
+    activations = [value for value in values if not value.static and value.sizes in shapes]
+    if known & (Trait.MULTIPLIES | Trait.DIVIDES) and len(activations) > 1:
         return False
     return bool(known & KEEP_LINEAR)

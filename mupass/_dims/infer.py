@@ -9,12 +9,13 @@ touches, is a width). Last come doubts: a default that what is around it speaks 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims import policies
@@ -56,53 +57,84 @@ class Inference:
         """Return the verdict on one axis of one parameter."""
         if (parameter, axis) in self.settled:
             return Verdict(*self.settled[parameter, axis])
-        found = self.verdicts.get(self.dims[parameter][axis])
-        if (
-            found is None
-            and parameter in self.overlooked
-            and self.engine.space.size(self.dims[parameter][axis]) > 1
-        ):
+        dim = self.dims[parameter][axis]
+        verdict = self.verdicts.get(dim)
+        if verdict is not None:
+            return verdict
+        if parameter in self.overlooked and self.engine.space.size(dim) > 1:
             return self._by_analogy(parameter, axis)
-        return found or Verdict(False, "no weight is contracted along it")
+        return Verdict(False, "no weight is contracted along it")
+
+    def _sizes(self, parameter: str) -> list[int]:
+        return list(map(self.engine.space.size, self.dims[parameter]))
 
     def _by_analogy(self, parameter: str, axis: int) -> Verdict:
         """Judge a parameter that nothing reads by its twin in another block, else by its neighbours."""
-        space = self.engine.space
-        shape = [space.size(d) for d in self.dims[parameter]]
-        read = {n: row for n, row in self.dims.items() if n not in self.overlooked}
-        for name, row in read.items():
-            if _numberless(name) == _numberless(parameter) and [space.size(d) for d in row] == shape:
-                twin = self.verdict(name, axis)
-                return Verdict(twin.infinite, f"policy: nothing reads it; as in {name}", True)
-        prefix, back = parameter, axis - len(shape)
-        while prefix:
-            prefix = prefix.rpartition(".")[0]
-            near = [
-                (n, r)
-                for n, r in read.items()
-                if n.startswith(f"{prefix}." if prefix else "") and len(r) >= -back
-            ]
-            seen = [
-                (n, v)
-                for n, r in near
-                if space.size(r[back]) == shape[axis] and (v := self.verdicts.get(r[back]))
-            ]
-            if seen:
-                name, verdict = max(seen, key=lambda pair: pair[1].infinite)
-                why = f"policy: nothing reads it; {name} beside it has an axis of that size"
-                return Verdict(verdict.infinite, why, True)
-        if shape[axis] in self._unread_widths:
+        twin = self._twin(parameter)
+        if twin is not None:
+            infinite = self.verdict(twin, axis).infinite
+            return Verdict(infinite, f"policy: nothing reads it; as in {twin}", True)
+        beside = self._beside(parameter, axis)
+        if beside is not None:
+            neighbour, infinite = beside
+            why = f"policy: nothing reads it; {neighbour} beside it has an axis of that size"
+            return Verdict(infinite, why, True)
+        if self._sizes(parameter)[axis] in self._unread_widths:
             return Verdict(True, "policy: nothing reads it; others that nothing reads have that size", True)
         return Verdict(False, "policy: nothing reads it", True)
 
     @cached_property
+    def _read(self) -> list[str]:
+        """Parameters that the forward pass reads."""
+        return [name for name in self.dims if name not in self.overlooked]
+
+    def _twin(self, parameter: str) -> str | None:
+        """Return the parameter of that name and shape in another block, where blocks differ by number."""
+        for name in self._read:
+            same_name = _numberless(name) == _numberless(parameter)
+            if same_name and self._sizes(name) == self._sizes(parameter):
+                return name
+        return None
+
+    def _beside(self, parameter: str, axis: int) -> tuple[str, bool] | None:
+        """Return the nearest parameter that has an axis of that size at the same position, and if it grows.
+
+        The nearest are those of the same module, then of the module around it. Of several that are as near
+        one that grows is taken.
+        """
+        sizes = self._sizes(parameter)
+        back = axis - len(sizes)  # counted from the last axis
+        prefix = parameter
+        while prefix:
+            prefix = prefix.rpartition(".")[0]
+            inside = f"{prefix}." if prefix else ""
+            known: list[tuple[str, bool]] = []
+            for name in self._read:
+                dims = self.dims[name]
+                if not name.startswith(inside) or len(dims) < -back:
+                    continue
+                verdict = self.verdicts.get(dims[back])
+                if verdict is not None and self.engine.space.size(dims[back]) == sizes[axis]:
+                    known.append((name, verdict.infinite))
+            if known:
+                return max(known, key=lambda pair: pair[1])
+        return None
+
+    @cached_property
     def _unread_widths(self) -> frozenset[int]:
         """Sizes at which parameters that nothing reads fit together: of norms, of what several contract."""
-        shapes = {n: [self.engine.space.size(d) for d in self.dims[n]] for n in self.overlooked}
-        gains = {s[0] for n, s in shapes.items() if len(s) == 1 and n.endswith(".weight")}
-        matrices = [s for s in shapes.values() if len(s) == 2]
-        made, read = {m[0] for m in matrices}, Counter(m[1] for m in matrices)
-        return frozenset(gains | {size for size, count in read.items() if count > 1 or size in made} - {1})
+        widths: set[int] = set()
+        made: set[int] = set()
+        read: Counter[int] = Counter()
+        for name in self.overlooked:
+            sizes = self._sizes(name)
+            if len(sizes) == 1 and name.endswith(".weight"):
+                widths.add(sizes[0])  # of a norm
+            elif len(sizes) == 2:
+                made.add(sizes[0])
+                read[sizes[1]] += 1
+        widths.update(size for size, count in read.items() if size != 1 and (count > 1 or size in made))
+        return frozenset(widths)
 
 
 def _numberless(name: str) -> str:
@@ -127,20 +159,34 @@ def infer(
         The solved dimensions.
     """
     engine, dims, inputs = _run(captured, strict)
-    counting = {d for d, apart in policies.mixed(engine.space, engine.facts).items() if apart}
+    counting = {dim for dim, apart in policies.mixed(engine.space, engine.facts).items() if apart}
     if counting:  # known only at the end: the weights that are mixed are then seen as the weights they are
-        axes = frozenset(o for o, d in engine.facts.carried.items() if engine.space.find(d) in counting)
+        carried = engine.facts.carried.items()
+        axes = frozenset(axis for axis, dim in carried if engine.space.find(dim) in counting)
         engine, dims, inputs = _run(captured, strict, axes)
-    uses: dict[str, list[Use]] = defaultdict(list)
+    uses: dict[str, tuple[Use, ...]] = {}
     for found in engine.facts.uses:
-        uses[found.parameter].append(found.use)
-    read = {p: {i for u in uses.get(p, ()) for i in u.fan_in} for p in dims}
-    made = [dim for p, row in dims.items() for i, dim in enumerate(row) if i not in read[p]]
-    settled = {dims[p][i]: v for (p, i), v in overrides.items()} | dict(by_dim or {})
-    verdicts = decide(engine.space, engine.facts, inputs, _outputs(captured, engine), made, settled)
+        uses[found.parameter] = (*uses.get(found.parameter, ()), found.use)
+    # What the caller says of an axis holds for all that is the same dimension.
+    settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
+    settled.update(by_dim or {})
+    outputs = _outputs(captured, engine)
+    verdicts = decide(engine.space, engine.facts, inputs, outputs, _made(dims, uses), settled)
+    # An unused placeholder: nothing in the graph reads that parameter.
     seen = {name for node, name in captured.parameters.items() if node.users}
     overlooked = tuple(name for name in dims if name not in seen)
-    return Inference(engine, verdicts, dims, {k: tuple(v) for k, v in uses.items()}, overlooked, overrides)
+    return Inference(engine, verdicts, dims, uses, overlooked, overrides)
+
+
+def _made(dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]) -> list[int]:
+    """Return the axes that parameters bring into the computation: all but those that they contract."""
+    made: list[int] = []
+    for parameter, own in dims.items():
+        contracted: set[int] = set()
+        for use in uses.get(parameter, ()):
+            contracted.update(use.fan_in)
+        made += [dim for axis, dim in enumerate(own) if axis not in contracted]
+    return made
 
 
 def decide(
@@ -172,6 +218,7 @@ def decide(
     for dim, why in facts.finite.items():
         verdicts.settle([dim], Verdict(False, why))
     hidden = policies.settle_outputs(verdicts, outputs)
+    # Policies, then defaults. The order is a ranking: what is settled first is not asked again.
     policies.settle_heads(verdicts)
     policies.settle_blocks(verdicts)
     policies.settle_groups(verdicts)
@@ -182,10 +229,8 @@ def decide(
     unmade = policies.unmade(verdicts, made)
     policies.settle_fans(verdicts, unmade, made)
     policies.settle_unmade(verdicts, unmade)
-    for dim, where in facts.basis.items():
-        verdicts.settle(
-            [dim], Verdict(False, f"policy: two parameters are contracted along it ({where})", True)
-        )
+    policies.settle_basis(verdicts)
+    # Last, what only members and wholes of settled widths tell.
     policies.settle_joined(verdicts)
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
@@ -206,25 +251,33 @@ def _run(
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
         value = engine.placeholder(node, shape_of(node.meta["val"]), name, static=True)
-        if name in dims:
-            for a, b in zip(dims[name], value.axes, strict=True):
-                engine.space.unify(a, b.dim)
-        dims.setdefault(name, tuple(a.dim for a in value.axes))
-    for node in captured.states:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
+        own = tuple(axis.dim for axis in value.axes)
+        for first, second in zip(dims.setdefault(name, own), own, strict=True):  # tied: placeholders of one
+            engine.space.unify(first, second)
+    for node in filter(_is_tensor, captured.states):
+        engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
     for node, name in captured.inputs.items():
-        if isinstance(node.meta.get("val"), torch.Tensor):
+        if _is_tensor(node):
             value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)
-            inputs += [(a.dim, f"axis {i} of input {name}") for i, a in enumerate(value.axes)]
+            inputs += _described(value, f"input {name}")
     engine.run(captured.nodes)
     return engine, dims, inputs
 
 
 def _outputs(captured: Capture, engine: Engine) -> list[tuple[int, str]]:
-    found = []
+    """Return the axes of the outputs that a loss may see, each with its description."""
+    outputs: list[tuple[int, str]] = []
     for path, node in captured.outputs:
         value = engine.env.get(node)
         if isinstance(value, Value) and not HIDDEN_OUTPUTS.search(path):
-            found += [(a.dim, f"axis {i} of output {path}") for i, a in enumerate(value.axes)]
-    return found
+            outputs += _described(value, f"output {path}")
+    return outputs
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _described(value: Value, what: str) -> list[tuple[int, str]]:
+    """Return the dimensions of a tensor, each with its description."""
+    return [(axis.dim, f"axis {position} of {what}") for position, axis in enumerate(value.axes)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
 
 from torch import nn
 
 from mupass._dims.infer import Inference
 from mupass._dims.space import Space
+from mupass._dims.verdicts import Verdict
 
 # Attributes by which models call the width of their feed-forward layers.
 D_FF = ("d_ff", "intermediate_size", "ffn_dim", "n_inner", "dim_feedforward", "decoder_ffn_dim", "mlp_dim")
@@ -35,7 +35,7 @@ class DimNames:
 
     def find(self, name: str) -> list[int]:
         """Return the dimensions of that name."""
-        return [d for d, n in self.table.items() if n == name]
+        return [dim for dim, known in self.table.items() if known == name]
 
     def all(self) -> Iterator[str]:
         """Yield all names."""
@@ -54,17 +54,22 @@ class DimNames:
         if known or not depth:
             return known or str(self.space.size(dim))
         for members in self.space.terms_of(dim, "product"):
-            return "*".join(_bracketed(self.term(m, depth - 1)) for m in members)
+            factors = [self.term(member, depth - 1) for member in members]
+            return "*".join(map(_bracketed, factors))
         for members in self.space.terms_of(dim, "sum"):
-            runs = [(part, len(list(run))) for part, run in groupby(self.term(m, depth - 1) for m in members)]
-            if len(runs) == 1 and runs[0][0].isdigit():
+            parts = [self.term(member, depth - 1) for member in members]
+            if parts[0].isdigit() and len(set(parts)) == 1:
                 break  # parts about which only their size is known
-            return "+".join(part if n == 1 else f"{n}*{_bracketed(part)}" for part, n in runs)
+            return "+".join(_counted(part, len(list(run))) for part, run in groupby(parts))
         return str(self.space.size(dim))
 
 
 def _bracketed(term: str) -> str:
     return f"({term})" if "+" in term else term
+
+
+def _counted(part: str, count: int) -> str:
+    return part if count == 1 else f"{count}*{_bracketed(part)}"
 
 
 def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = None) -> DimNames:
@@ -84,67 +89,87 @@ def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = Non
     """
     space = solved.engine.space
     table: dict[int, str] = {}
-    order = _carried(solved)
-    known = [d for d in order if (v := solved.verdicts.get(d)) and (v.infinite or v.policy)]
     _name_attention(alone or solved, table)
-    grown = [d for d in known if solved.verdicts.get(d).infinite and d not in table]  # type: ignore[union-attr]
-    if table and grown:
-        table.setdefault(grown[0], "d_model")
-    ff = _config_sizes(model)
-    for dim in known:
-        if dim in table or space.terms_of(dim, "product") or space.terms_of(dim, "sum"):
+    widths, named = [], []
+    for dim in _carried(solved):
+        verdict = solved.verdicts.get(dim)
+        if verdict and (verdict.infinite or verdict.policy):
+            named.append(dim)
+            if verdict.infinite and dim not in table:
+                widths.append(dim)
+    if table and widths:
+        table.setdefault(widths[0], "d_model")  # the most frequent width of a transformer
+    ff_sizes = _config_sizes(model)
+    for dim in named:
+        if dim in table or space.members_of(dim, "product", "sum"):
             continue
-        table[dim] = "d_ff" if space.size(dim) in ff else _first_carrier(solved, dim)
+        table[dim] = "d_ff" if space.size(dim) in ff_sizes else _first_carrier(solved, dim)
     return DimNames(space, table)
 
 
 def _carried(solved: Inference) -> list[int]:
     """Return the classes that parameters carry, the most frequent first, then their members."""
     space = solved.engine.space
-    count = Counter(space.find(d) for dims in solved.dims.values() for d in dims)
-    order = [d for d, _ in count.most_common()]
-    members = [
-        m for d in order for kind in ("product", "sum") for term in space.terms_of(d, kind) for m in term
-    ]
-    return [d for d in dict.fromkeys([*order, *members]) if space.size(d) > 1]
+    count = Counter(map(space.find, chain.from_iterable(solved.dims.values())))
+    order = [dim for dim, _ in count.most_common()]
+    for dim in tuple(order):
+        order += space.members_of(dim, "product", "sum")
+    return [dim for dim in dict.fromkeys(order) if space.size(dim) > 1]
 
 
 def _name_attention(solved: Inference, table: dict[int, str]) -> None:
-    space = solved.engine.space
+    """Name heads and head_dim: the batch of a product of activations, and what it is contracted along."""
+    space, verdicts = solved.engine.space, solved.verdicts
     for product in solved.engine.facts.bilinear:
-        inner = [space.find(d) for d in product.inner if (v := solved.verdicts.get(d)) and v.policy]
-        heads = [space.find(d) for d in product.batch if (v := solved.verdicts.get(d)) and v.infinite]
+        inner = [space.find(dim) for dim in product.inner if _is_policy(verdicts.get(dim))]
+        # scores[b, h, l, s]: the batch b is data, h grows, the inner axis is fixed by a policy
+        heads = [space.find(dim) for dim in product.batch if verdicts.grows(dim)]
         if not inner or not heads:
             continue
         table.update(dict.fromkeys(inner, "head_dim"))
         for head in heads:
-            if not _is_batched(solved, head):
-                table.setdefault(head, "heads")
-            shared = [m for term in space.terms_of(head, "product") for m in term]
-            table.update(
-                {m: "kv_heads" for m in shared if solved.verdicts.grows(m) and not _is_batched(solved, head)}
-            )
+            if _is_batched(solved, head):
+                continue
+            table.setdefault(head, "heads")
+            # heads = kv_heads x queries that share one
+            shared = filter(verdicts.grows, space.members_of(head, "product"))
+            table.update(dict.fromkeys(shared, "kv_heads"))
+
+
+def _is_policy(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.policy
 
 
 def _is_batched(solved: Inference, head: int) -> bool:
     """Whether the axis is batch x heads in one."""
-    space = solved.engine.space
-    terms = [m for term in space.terms_of(head, "product") for m in term]
-    return any((v := solved.verdicts.get(m)) and not v.infinite and v.why.startswith("axis") for m in terms)
+    for member in solved.engine.space.members_of(head, "product"):
+        verdict = solved.verdicts.get(member)
+        if verdict and not verdict.infinite and verdict.why.startswith("axis"):  # of an input or output
+            return True
+    return False
 
 
 def _config_sizes(model: nn.Module) -> set[int]:
-    sources: Iterable[Any] = (getattr(model, "config", None), model)
-    found = (getattr(s, name, None) for s in sources for name in D_FF)
-    return {v for v in found if isinstance(v, int) and not isinstance(v, bool)}
+    """Return the widths of feed-forward layers that a model's attributes tell."""
+    sizes = set()
+    for source in (getattr(model, "config", None), model):
+        for name in D_FF:
+            size = getattr(source, name, None)
+            if isinstance(size, int) and not isinstance(size, bool):
+                sizes.add(size)
+    return sizes
 
 
 def _first_carrier(solved: Inference, dim: int) -> str:
     """Name a dimension after the parameter that makes it, else the first that carries it."""
     space = solved.engine.space
-    carriers = [(n, i) for n, dims in solved.dims.items() for i, d in enumerate(dims) if space.find(d) == dim]
-    if not carriers:
-        return str(space.size(dim))
-    made = [(n, i) for n, i in carriers for u in solved.uses.get(n, ()) if i in u.fan_out]
-    name, axis = (made or carriers)[0]
-    return f"{name.removesuffix('.weight')}.{'out' if made else axis}"
+    first = None
+    for name, dims in solved.dims.items():
+        for axis, own in enumerate(dims):
+            if space.find(own) != dim:
+                continue
+            layer = name.removesuffix(".weight")
+            if any(axis in use.fan_out for use in solved.uses.get(name, ())):
+                return f"{layer}.out"
+            first = first or f"{layer}.{axis}"
+    return first or str(space.size(dim))

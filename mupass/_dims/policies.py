@@ -6,6 +6,7 @@ Every policy marks what it decides, so that a report can say so and the caller o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import permutations
 
 from mupass._dims.facts import Facts
 from mupass._dims.space import Space
@@ -14,6 +15,7 @@ from mupass._dims.verdicts import Verdict, Verdicts
 
 def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
+    # What a weight reads, or is a part or a whole of that, may be hidden state.
     hidden = verdicts.kin(verdicts.facts.fan_in)
     read: dict[int, str] = {}
     for dim, why in outputs:
@@ -26,9 +28,10 @@ def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> di
 
 def settle_heads(verdicts: Verdicts) -> None:
     """Policy: in a batched product of two activations the batch grows (heads), the rest is fixed."""
+    # scores[b, h, l, s] = sum_e q[b, h, l, e] k[b, h, s, e]: h is in both and in the result, e is not.
     for product in verdicts.facts.bilinear:
-        heads = [d for d in product.batch if verdicts.is_open(d)]
-        inner = [d for d in product.inner if verdicts.is_open(d)]
+        heads = list(filter(verdicts.is_open, product.batch))
+        inner = list(filter(verdicts.is_open, product.inner))
         if heads and inner:
             fixed = Verdict(False, f"policy: fixed size per head ({product.where})", True)
             verdicts.settle([*inner, *_beside(verdicts, heads)], fixed)
@@ -36,58 +39,85 @@ def settle_heads(verdicts: Verdicts) -> None:
 
 def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
     """Return the other factor of every width that is heads times something."""
-    space, facts = verdicts.space, verdicts.facts
-    widths = {space.find(d) for d in (*facts.fan_in, *facts.fan_out)}
-    roots = {space.find(d) for d in heads}
-    roots |= {m for d in roots for term in space.terms_of(d, "product") for m in term if verdicts.is_open(m)}
-    pairs = [members for whole, members in space.terms("product") if whole in widths and len(members) == 2]
-    return [m for pair in pairs if len(roots & set(pair)) == 1 for m in pair if m not in roots]
+    space = verdicts.space
+    widths = space.find_all((*verdicts.facts.fan_in, *verdicts.facts.fan_out))
+    counts = space.find_all(heads)
+    for head in tuple(counts):  # the heads of keys, where several queries share them
+        counts.update(filter(verdicts.is_open, space.members_of(head, "product")))
+    found: list[int] = []
+    for whole, members in space.terms("product"):
+        if whole in widths and len(members) == 2 and len(counts.intersection(members)) == 1:
+            found += [member for member in members if member not in counts]
+    return found
 
 
 def settle_blocks(verdicts: Verdicts) -> None:
     """Policy: a width cut into blocks, each with a weight of its own, gets more blocks, not larger ones."""
-    together = {
-        (a, b) for _, members in verdicts.space.terms("product") for a in members for b in members if a != b
-    }
+    space = verdicts.space
+    pairs: set[tuple[int, int]] = set()  # factors of one width
+    for _, members in space.terms("product"):
+        pairs.update(permutations(set(members), 2))
+    # y[b, g, o] = sum_i x[b, g, i] W[g, i, o], where the width is g x i.
     for product in verdicts.facts.blocks:
-        count = {verdicts.space.find(d) for d in product.batch if verdicts.is_open(d)}
-        inner = [d for d in product.inner if verdicts.is_open(d)]
-        cut = [d for d in inner if any((c, verdicts.space.find(d)) in together for c in count)]
-        verdicts.settle(cut, Verdict(False, f"policy: fixed size per block ({product.where})", True))
+        counts = space.find_all(filter(verdicts.is_open, product.batch))
+        why = f"policy: fixed size per block ({product.where})"
+        cut = []
+        for dim in filter(verdicts.is_open, product.inner):
+            if any((count, space.find(dim)) in pairs for count in counts):
+                cut.append(dim)
+        verdicts.settle(cut, Verdict(False, why, True))
 
 
 def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     """Return the open dimensions that weights read and none makes: features that the code computes."""
     space, facts = verdicts.space, verdicts.facts
-    spread = set(map(space.find, facts.spread))  # frequencies: a vector times a number
-    reached = verdicts.relatives([*(d for d in made if space.find(d) not in spread), *facts.fan_out])
-    found = {space.find(d): where for d, where in facts.fan_in.items() if verdicts.is_open(d)}
-    return {d: where for d, where in found.items() if d not in reached}
+    spread = space.find_all(facts.spread)  # frequencies: a vector times a number
+    # Made is what weights make and what parameters bring along.
+    parameters = [dim for dim in made if space.find(dim) not in spread]
+    reached = verdicts.relatives([*parameters, *facts.fan_out])
+    found: dict[int, str] = {}
+    for dim, where in facts.fan_in.items():
+        if verdicts.is_open(dim) and space.find(dim) not in reached:
+            found[space.find(dim)] = where
+    return found
 
 
-def settle_unmade(verdicts: Verdicts, unmade: Mapping[int, str]) -> None:
+def settle_unmade(verdicts: Verdicts, features: Mapping[int, str]) -> None:
     """Policy: features that the code computes are fixed, unless as many as the first layer has units.
 
     Sinusoids of positions come in d_model, those of a time step often in a number of their own. Nothing but
     the size tells them apart, so the verdict is marked as a policy.
+
+    Args:
+        verdicts: What is decided so far.
+        features: What `unmade` returned.
     """
     space = verdicts.space
-    weights = verdicts.facts.weights
+    widths = _first_widths(verdicts, features)
+    atoms_first = sorted(features, key=lambda dim: bool(space.terms_of(dim, "product")))
+    for dim in atoms_first:
+        grows = space.size(dim) in widths
+        why = "as many features of the code as the first layer has units" if grows else "features of the code"
+        verdicts.settle([dim], Verdict(grows, f"policy: {why} ({features[dim]})", True))
+
+
+def _first_widths(verdicts: Verdicts, features: Mapping[int, str]) -> set[int]:
+    """Return the sizes of growing dimensions that weights make of data."""
+    space, weights = verdicts.space, verdicts.facts.weights
     # What is made of these features is no input of a first layer, also where the caller fixes its size.
-    behind = {
-        space.find(d) for into, out in weights if unmade.keys() & set(map(space.find, into)) for d in out
-    }
-    widths = {
-        space.size(dim)
-        for into, out in weights
-        if not any(verdicts.is_open(d) or verdicts.grows(d) or space.find(d) in behind for d in into)
-        for dim in out
-        if verdicts.grows(dim)
-    }
-    for dim, where in sorted(unmade.items(), key=lambda item: bool(space.terms_of(item[0], "product"))):
-        grown = space.size(dim) in widths
-        why = "as many features of the code as the first layer has units" if grown else "features of the code"
-        verdicts.settle([dim], Verdict(grown, f"policy: {why} ({where})", True))
+    behind: set[int] = set()
+    for fan_in, fan_out in weights:
+        if not space.find_all(fan_in).isdisjoint(features):
+            behind |= space.find_all(fan_out)
+
+    def is_data(dim: int) -> bool:
+        return not (verdicts.is_open(dim) or verdicts.grows(dim) or space.find(dim) in behind)
+
+    sizes: set[int] = set()
+    for fan_in, fan_out in weights:
+        if all(map(is_data, fan_in)):
+            sizes.update(map(space.size, filter(verdicts.grows, fan_out)))
+    return sizes
 
 
 def settle_alternatives(verdicts: Verdicts) -> None:
@@ -97,21 +127,31 @@ def settle_alternatives(verdicts: Verdicts) -> None:
 
     What is read flattened, so many features for each of those that a softmax weighs, are the features.
     """
-    space = verdicts.space
-    read = verdicts.relatives(verdicts.facts.fan_in)
-    sides = {space.find(d) for between in verdicts.facts.between for side in between for d in side}
-    counts: dict[int, bool] = {}  # factor -> whether it stands beside an open one wherever it is a part
-    for kind in ("product", "sum"):
-        for _, term in space.terms(kind):
-            for dim in term:
-                beside = kind == "product" and any(m != dim and verdicts.is_open(m) for m in term)
-                counts[dim] = counts.get(dim, True) and beside
-    direct = set(map(space.find, verdicts.facts.fan_in))
-    for dim, why in verdicts.facts.alternatives.items():
+    space, facts = verdicts.space, verdicts.facts
+    read = verdicts.relatives(facts.fan_in)
+    direct = space.find_all(facts.fan_in)
+    between: set[int] = set()
+    for sides in facts.between:
+        for side in sides:
+            between |= space.find_all(side)
+    counts = _counts(verdicts)  # sum_s a_s f_s, read as (s f): the weights read slots x features
+    for dim, why in facts.alternatives.items():
         root = space.find(dim)
-        flat = dim in verdicts.facts.softmaxed and root not in direct and counts.get(root, False)
-        if root not in read or root in sides or flat:
+        flattened = dim in facts.softmaxed and root not in direct and root in counts
+        if root not in read or root in between or flattened:
             verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+
+
+def _counts(verdicts: Verdicts) -> set[int]:
+    """Return the factors that stand beside an open one wherever they are part of something."""
+    counts: dict[int, bool] = {}
+    for kind in ("product", "sum"):
+        for _, term in verdicts.space.terms(kind):
+            for dim in term:
+                others = [other for other in term if other != dim]
+                beside_open = kind == "product" and any(map(verdicts.is_open, others))
+                counts[dim] = counts.get(dim, True) and beside_open
+    return {dim for dim, always in counts.items() if always}
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
@@ -121,15 +161,19 @@ def settle_adapters(verdicts: Verdicts) -> None:
     of activations in between (values of attention).
     """
     space, facts = verdicts.space, verdicts.facts
-    weights = [tuple(frozenset(map(space.find, side)) for side in weight) for weight in facts.weights]
-    joined = set(weights)
-    straight = set(map(space.find, facts.straight)) - set(map(space.find, facts.bent))
-    straight -= {space.find(d) for product in facts.bilinear for d in (*product.batch, *product.inner)}
+    weights = []
+    for fan_in, fan_out in facts.weights:
+        weights.append((frozenset(space.find_all(fan_in)), frozenset(space.find_all(fan_out))))
+    straight = space.find_all(facts.straight) - space.find_all(facts.bent)
+    for product in facts.bilinear:
+        straight -= space.find_all((*product.batch, *product.inner))
     for rank in sorted(filter(verdicts.is_open, straight)):
-        makers = [into for into, out in weights if out == {rank}]
-        readers = [out for into, out in weights if into == {rank}]
-        pair = (*makers, *readers)
-        if len(makers) == len(readers) == 1 and pair in joined and makers != readers:
+        # y = (A B + W) x
+        sources = [fan_in for fan_in, fan_out in weights if fan_out == {rank}]
+        results = [fan_out for fan_in, fan_out in weights if fan_in == {rank}]
+        if len(sources) != 1 or len(results) != 1 or sources == results:
+            continue
+        if (sources[0], results[0]) in weights:
             why = "policy: the rank of two weights in a row, beside one that joins the same widths"
             verdicts.settle([rank], Verdict(False, why, True))
 
@@ -137,13 +181,14 @@ def settle_adapters(verdicts: Verdicts) -> None:
 def settle_rests(verdicts: Verdicts) -> None:
     """Policy: an axis of which only fixed parts are ever read is fixed; what no slice covers says nothing."""
     space = verdicts.space
-    rests = {space.find(d) for d in space.rests}
-    cuts = [(whole, parts) for whole, parts in space.terms("sum") if rests & set(parts)]
+    # x[:, :3] where the rest of x is never read
+    rests = space.find_all(space.rests)
+    cuts = [(whole, parts) for whole, parts in space.terms("sum") if not rests.isdisjoint(parts)]
     progress = True
     while progress:
         progress = False
         for whole, parts in cuts:
-            known = [verdicts.get(p) for p in parts if p not in rests]
+            known = [verdicts.get(part) for part in parts if part not in rests]
             if verdicts.is_open(whole) and known and all(v and not v.infinite for v in known):
                 verdicts.settle([whole], Verdict(False, "policy: only fixed parts of it are read", True))
                 progress = True
@@ -151,8 +196,10 @@ def settle_rests(verdicts: Verdicts) -> None:
 
 def _fixed_heads(verdicts: Verdicts) -> set[int]:
     """Return what the policy of heads fixed: the sizes per head."""
-    inner = {verdicts.space.find(d) for product in verdicts.facts.bilinear for d in product.inner}
-    return {d for d in inner if (v := verdicts.get(d)) and v.policy and not v.infinite}
+    inner: set[int] = set()
+    for product in verdicts.facts.bilinear:
+        inner |= verdicts.space.find_all(product.inner)
+    return set(filter(verdicts.by_policy, inner))
 
 
 def settle_groups(verdicts: Verdicts) -> None:
@@ -161,10 +208,14 @@ def settle_groups(verdicts: Verdicts) -> None:
     It is fixed too where the channels are cut into heads of just that size: a group is a head then.
     """
     space = verdicts.space
-    heads, free = _fixed_heads(verdicts), set()
-    for whole, (group, channels) in ((w, m) for w, m in space.terms("groups") if len(m) == 2):
+    heads = _fixed_heads(verdicts)
+    free = set()
+    for whole, members in space.terms("groups"):
+        if len(members) != 2:
+            continue
+        group, channels = members
         alike = {head for head in heads if space.size(head) == space.size(channels)}
-        if alike and alike & verdicts.relatives([whole]):
+        if alike and not alike.isdisjoint(verdicts.relatives([whole])):
             verdicts.settle([channels], Verdict(False, "policy: a group is a head of fixed size", True))
         if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1:
             free.add(group)
@@ -178,20 +229,25 @@ def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[in
 
     So is a part of a concatenation that a weight contracts, where parameters bring that part along. Wholes
     first would hide which of their members grow, so members with evidence of their own go first.
+
+    Args:
+        verdicts: What is decided so far.
+        unmade: Features that the code computes.
+        made: Axes that parameters bring into the computation.
     """
     facts, space = verdicts.facts, verdicts.space
-    fans = {space.find(d): w for d, w in [*facts.fan_out.items(), *facts.fan_in.items()]}
-    brought = set(map(space.find, made))
-    parted: dict[int, str] = {}  # those that are read last come first
-    for dim, where in reversed(facts.fan_in.items()):
-        parts = {p for term in space.terms_of(dim, "sum") for p in term}
-        parted.update(dict.fromkeys(sorted(parts & brought), where))
-    fans = {d: w for d, w in (parted | fans).items() if d not in unmade}
-    atoms = [d for d in fans if not space.terms_of(d, "product") and not space.terms_of(d, "sum")]
-    for dim in [*atoms, *fans]:
-        verdicts.settle(
-            [dim], Verdict(True, f"a width: no data, kernel or class axis touches it ({fans[dim]})")
-        )
+    brought = space.find_all(made)
+    fans: dict[int, str] = {}  # class -> where
+    for dim, where in reversed(facts.fan_in.items()):  # those that are read last come first
+        parts = brought.intersection(space.members_of(dim, "sum"))
+        fans.update(dict.fromkeys(sorted(parts), where))
+    for dim, where in (*facts.fan_out.items(), *facts.fan_in.items()):
+        fans[space.find(dim)] = where
+    read_or_made = [dim for dim in fans if dim not in unmade]
+    atoms = [dim for dim in read_or_made if not space.members_of(dim, "product", "sum")]
+    for dim in [*atoms, *read_or_made]:
+        why = f"a width: no data, kernel or class axis touches it ({fans[dim]})"
+        verdicts.settle([dim], Verdict(True, why))
 
 
 def settle_scores(verdicts: Verdicts) -> None:
@@ -201,47 +257,52 @@ def settle_scores(verdicts: Verdicts) -> None:
     once to write and once to read.
     """
     space = verdicts.space
-    sums = [list(map(space.find, term)) for whole, term in space.terms("sum") if verdicts.grows(whole)]
-    apart = {p for parts in sums for p in parts if parts.count(p) == 1}
-    met: dict[int, bool] = {}
+    single: set[int] = set()  # parts that are there once
+    for whole, parts in space.terms("sum"):
+        if verdicts.grows(whole):
+            single.update(part for part in parts if parts.count(part) == 1)
+    meets_width: dict[int, bool] = {}
     where: dict[int, str] = {}
     for product in verdicts.facts.bilinear:
-        inner = {space.find(d) for d in product.inner}
-        for dim in inner & apart:
-            others = inner - {dim} | {space.find(d) for d in product.batch}
-            met[dim] = met.get(dim, False) or any(map(verdicts.grows, others))
+        inner, batch = space.find_all(product.inner), space.find_all(product.batch)
+        for dim in inner & single:
+            others = inner - {dim} | batch
+            meets_width[dim] = meets_width.get(dim, False) or any(map(verdicts.grows, others))
             where[dim] = product.where
-    for dim in sorted(d for d, grown in met.items() if not grown):
-        why = f"policy: one head of a width that grows, compared between positions ({where[dim]})"
-        verdicts.settle([dim], Verdict(True, why, True))
+    for dim in sorted(meets_width):
+        if not meets_width[dim]:
+            why = f"policy: one head of a width that grows, compared between positions ({where[dim]})"
+            verdicts.settle([dim], Verdict(True, why, True))
 
 
 def settle_joined(verdicts: Verdicts) -> None:
     """Default: parameters joined into one growing weight all grow, except for data among them."""
-    joined = {verdicts.space.find(d) for d in verdicts.facts.joined}
+    # linear(x, cat([W_q, W_k, W_v]))
+    joined = verdicts.space.find_all(verdicts.facts.joined)
     for whole, parts in verdicts.space.terms("sum"):
-        if whole in joined and verdicts.grows(whole):
-            why = f"a part of a growing weight ({verdicts.get(whole).why})"  # type: ignore[union-attr]
-            verdicts.settle(parts, Verdict(True, why))
+        top = verdicts.get(whole)
+        if whole in joined and top is not None and top.infinite:
+            verdicts.settle(parts, Verdict(True, f"a part of a growing weight ({top.why})"))
 
 
 def settle_products(verdicts: Verdicts) -> None:
     """Where a whole must grow and several members could, prefer those that the code does not spell out."""
-    literal = {verdicts.space.find(d) for d in verdicts.facts.literal}
-    while open_terms := verdicts.open_terms():
+    literal = verdicts.space.find_all(verdicts.facts.literal)
+    progress = True
+    while progress:
         progress = False
-        for whole, members in open_terms:
-            open_ = [m for m in members if verdicts.is_open(m)]
+        for whole, members in verdicts.open_terms():
+            still_open = list(filter(verdicts.is_open, members))
             top = verdicts.get(whole)
-            if not open_ or top is None or any((v := verdicts.get(m)) and v.infinite for m in members):
+            if not still_open or top is None or any(map(verdicts.grows, members)):
                 continue
-            free = [m for m in open_ if m not in literal] or open_
+            free = [member for member in still_open if member not in literal] or still_open
+            # The parts of a sum may all grow; of the factors of a product one does.
             choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
-            why = f"policy: it grows with its whole ({top.why})"
-            verdicts.settle(free[:1] if choice else free, Verdict(True, why, choice))
+            if choice:
+                free = free[:1]
+            verdicts.settle(free, Verdict(True, f"policy: it grows with its whole ({top.why})", choice))
             progress = True
-        if not progress:
-            break
 
 
 def settle_cuts(verdicts: Verdicts) -> None:
@@ -250,35 +311,40 @@ def settle_cuts(verdicts: Verdicts) -> None:
     Partial convolutions keep most channels as they are. Policy: what other activations meet instead, such as
     the state of a scan, is fixed; as many as a part that grows are the other half of it.
     """
-    space = verdicts.space
-    rests = set(map(space.find, space.rests))
-    joined = _wholes(verdicts, map(space.find, verdicts.facts.parts))
-    carried = set(map(space.find, verdicts.facts.carried.values()))
+    space, facts = verdicts.space, verdicts.facts
+    rests = space.find_all(space.rests)
+    joined = _wholes(verdicts, facts.parts)
+    carried = space.find_all(facts.carried.values())
     settled = True
     while settled:  # a part may be cut again
         settled = False
         for whole, parts in space.cuts:
             top = verdicts.get(whole)
-            open_ = {p for p in map(space.find, parts) if verdicts.is_open(p)} - rests
-            if not open_ or top is None or not top.infinite:
+            still_open = space.find_all(filter(verdicts.is_open, parts)) - rests
+            if not still_open or top is None or not top.infinite:
                 continue
-            halves = {space.size(p) for p in parts if verdicts.grows(p)}
-            for part in sorted(open_):
-                grows = part in joined or part not in carried and space.size(part) in halves
-                why = f"a part of a width that is cut ({top.why})"
-                verdicts.settle([part], Verdict(grows, why if grows else f"policy: {why}", not grows))
+            halves = set(map(space.size, filter(verdicts.grows, parts)))
+            why = f"a part of a width that is cut ({top.why})"
+            for part in sorted(still_open):
+                if part in joined or part not in carried and space.size(part) in halves:
+                    verdicts.settle([part], Verdict(True, why))
+                else:
+                    verdicts.settle([part], Verdict(False, f"policy: {why}", True))
             settled = True
 
 
 def _wholes(verdicts: Verdicts, members: Iterable[int]) -> set[int]:
     """Return dimensions, and all that is cut or viewed into them."""
     space = verdicts.space
-    found, terms = set(members), [*space.cuts, *space.terms("product")]
-    while True:
-        more = {space.find(w) for w, parts in terms if not found.isdisjoint(map(space.find, parts))} - found
-        if not more:
-            return found
-        found |= more
+    terms = [*space.cuts, *space.terms("product")]
+    found = space.find_all(members)
+    count = -1
+    while count < len(found):
+        count = len(found)
+        for whole, parts in terms:
+            if not found.isdisjoint(map(space.find, parts)):
+                found.add(space.find(whole))
+    return found
 
 
 def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None) -> dict[int, bool]:
@@ -294,36 +360,42 @@ def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None
     Returns:
         Dimension -> whether the parameter holds it beside two axes of its own, so that it counts matrices.
     """
-    made = [
-        (_factors_of(space, m.summed), _factors_of(space, m.kept))
-        for m in facts.made_weights
-        if grows is None or any(map(grows, m.summed))
-    ]
+    made = []
+    for weight in facts.made_weights:
+        if grows is None or any(map(grows, weight.summed)):
+            made.append((_factors_of(space, weight.summed), _factors_of(space, weight.kept)))
     found: dict[int, bool] = {}
     plain: set[int] = set()
-    for into, out in facts.weights:
-        parts = _factors_of(space, out)
+    for fan_in, fan_out in facts.weights:
+        parts = _factors_of(space, fan_out)
+        # The weight makes a weight: an activation whose axes another product sums and keeps.
         if any(parts & summed and (parts - summed) & kept for summed, kept in made):
-            found.update({space.find(d): len(out) > 1 for d in into})
+            found.update(dict.fromkeys(map(space.find, fan_in), len(fan_out) > 1))
         else:
-            plain.update(map(space.find, into))
+            plain |= space.find_all(fan_in)
     return {dim: apart for dim, apart in found.items() if dim not in plain}
 
 
 def _factors_of(space: Space, dims: Iterable[int]) -> set[int]:
     """Return dimensions with all factors that they are viewed as."""
-    found, todo = set[int](), list(map(space.find, dims))
-    while todo:
-        dim = todo.pop()
+    found: set[int] = set()
+    frontier = list(map(space.find, dims))
+    while frontier:
+        dim = frontier.pop()
         found.add(dim)
-        factors = {f for kind in ("product", "groups") for term in space.terms_of(dim, kind) for f in term}
-        todo += factors - found
+        frontier += set(space.members_of(dim, "product", "groups")) - found
     return found
 
 
 def settle_mixtures(verdicts: Verdicts) -> None:
     """Policy: the number of matrices that are mixed into one weight a sample is fixed, whatever the gate."""
     for dim, where in verdicts.facts.mixtures.items():
-        verdicts.settle(
-            [dim], Verdict(False, f"policy: it counts weights that are mixed into one ({where})", True)
-        )
+        why = f"policy: it counts weights that are mixed into one ({where})"
+        verdicts.settle([dim], Verdict(False, why, True))
+
+
+def settle_basis(verdicts: Verdicts) -> None:
+    """Policy: what is summed between parameters alone is fixed."""
+    for dim, where in verdicts.facts.basis.items():
+        why = f"policy: two parameters are contracted along it ({where})"
+        verdicts.settle([dim], Verdict(False, why, True))

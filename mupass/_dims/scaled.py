@@ -44,28 +44,32 @@ class Scaled:
     def _computed(self, root: int) -> float:
         space, grows = self.solved.engine.space, self.solved.verdicts.grows
         size = space.size(root)
-        if root in self.given:
+        if root in self.given:  # the caller's word
             return self.given[root]
         if not grows(root):
             return size
+        # What is made of others follows from them: d_model = heads x head_dim.
         for kind in ("product", "sum"):
             for members in self.terms(root, kind):
-                if any(grows(m) or m in self.given for m in members):
-                    return float(COMBINE[kind]([self.exact(m) for m in members]))
+                if any(grows(member) or member in self.given for member in members):
+                    return float(COMBINE[kind]([self.exact(member) for member in members]))
         source = self._sources.get(root)
-        if source is not None:  # pooled, padded: by ratio where one divides the other, else by difference
-            old, new = space.size(source), self.exact(source)
-            return size * new / old if size % old == 0 or old % size == 0 else size + new - old
-        return size * self.factor
+        if source is None:
+            return size * self.factor
+        old, new = space.size(source), self.exact(source)
+        if size % old == 0 or old % size == 0:  # pooled: by ratio
+            return size * new / old
+        return size + new - old  # padded: by difference
 
     @cached_property
     def _sources(self) -> dict[int, int]:
         """Derived dimension -> what it was first derived from."""
-        space, found = self.solved.engine.space, dict[int, int]()
+        space = self.solved.engine.space
+        sources: dict[int, int] = {}
         for derived, source in space.derived:
             if space.find(derived) != space.find(source):
-                found.setdefault(space.find(derived), source)
-        return found
+                sources.setdefault(space.find(derived), source)
+        return sources
 
     def terms(self, root: int, kind: str) -> list[Members]:
         """Return what a dimension is made of; what slices leave uncovered makes nothing.
@@ -75,5 +79,5 @@ class Scaled:
             kind: ``product``, ``groups`` or ``sum``.
         """
         space = self.solved.engine.space
-        rests = {space.find(d) for d in space.rests}
-        return [m for m in space.terms_of(root, kind) if not rests & set(m)]
+        rests = space.find_all(space.rests)
+        return [members for members in space.terms_of(root, kind) if rests.isdisjoint(members)]

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from mupass._capture.capture import capture
 from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
-from mupass._dims.graph import flatten, shape_of
+from mupass._dims.graph import flatten, output_shapes
 from mupass._dims.infer import Inference
 from mupass._errors import CaptureError, InferenceError
 
@@ -68,56 +68,64 @@ def compare(
     """
     axes = _by_parameter(shapes, base)
     device = next(base.parameters()).device
-    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+    moved_args, moved_kwargs = tree_map_only(Tensor, lambda x: x.to(device), (tuple(args), dict(kwargs)))
     try:
-        other = capture(base, *moved)
+        other = capture(base, moved_args, moved_kwargs)
     except CaptureError as error:
         return Second(axes, notes=(f"{_UNSETTLED} since it cannot be captured ({error})",))
-    if [n.target for n in other.nodes] != [n.target for n in captured.nodes]:
+    if [node.target for node in other.nodes] != [node.target for node in captured.nodes]:
         return Second(axes, notes=(f"{_UNSETTLED} since it runs other operators at its width",))
-    sizes: dict[int, int] = {}
-    for node, twin in zip(captured.nodes, other.nodes, strict=True):
-        for value, shape in zip(_values(alone, node), _shapes(twin), strict=False):
-            sizes |= {alone.engine.space.find(a.dim): s for a, s in zip(value.axes, shape, strict=False)}
-    for name, row in alone.dims.items():
-        at = base.get_parameter(name).shape
-        sizes |= {alone.engine.space.find(d): s for d, s in zip(row, at, strict=True)}
-    size = alone.engine.space.size
-    dims = {d: (size(d) != s, f"the base model has size {s}, this one {size(d)}") for d, s in sizes.items()}
-    return Second(axes, dims, sizes, (), other, dict(zip(captured.nodes, other.nodes, strict=True)))
+    # The same operators in the same order: each has its twin.
+    twins = dict(zip(captured.nodes, other.nodes, strict=True))
+    sizes = _other_sizes(alone, twins, base)
+    dims = {}
+    for dim, other_size in sizes.items():
+        size = alone.engine.space.size(dim)
+        dims[dim] = (size != other_size, f"the base model has size {other_size}, this one {size}")
+    return Second(axes, dims, sizes, (), other, twins)
 
 
 _UNSETTLED = "the base model settles parameter axes, but no factors of them,"
 
 
-def _values(solved: Inference, node: Node) -> list[Value]:
-    return [v for v in flatten([solved.engine.env.get(node)]) if isinstance(v, Value)]
-
-
-def _shapes(node: Node) -> list[tuple[int, ...]]:
-    return [shape_of(t) for t in flatten([node.meta.get("val")]) if isinstance(t, Tensor)]
+def _other_sizes(alone: Inference, twins: Mapping[Node, Node], base: nn.Module) -> dict[int, int]:
+    """Return the size in the second instance of every dimension of a tensor or a parameter."""
+    find = alone.engine.space.find
+    sizes: dict[int, int] = {}
+    # Activations first, since they show factors that no parameter has as an axis.
+    for node, twin in twins.items():
+        values = [value for value in flatten([alone.engine.env.get(node)]) if isinstance(value, Value)]
+        for value, shape in zip(values, output_shapes(twin), strict=False):
+            for axis, size in zip(value.axes, shape, strict=False):
+                sizes[find(axis.dim)] = size
+    for name, dims in alone.dims.items():
+        for dim, size in zip(dims, base.get_parameter(name).shape, strict=True):
+            sizes[find(dim)] = size
+    return sizes
 
 
 def _by_parameter(
     shapes: Mapping[str, tuple[int, ...]], base: nn.Module
 ) -> dict[tuple[str, int], tuple[bool, str]]:
     """Read verdicts off a second instance: what differs in size is infinite."""
-    other = {n: tuple(p.shape) for n, p in base.named_parameters()}
-    if list(other) != list(shapes) or any(len(other[n]) != len(s) for n, s in shapes.items()):
-        odd = sorted(set(other) ^ set(shapes)) or [n for n, s in shapes.items() if len(other[n]) != len(s)]
+    base_shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    shared = [name for name in shapes if name in base_shapes]
+    odd = sorted(base_shapes.keys() ^ shapes.keys())
+    odd = odd or [name for name in shared if len(base_shapes[name]) != len(shapes[name])]
+    if odd or list(base_shapes) != list(shapes):
         raise InferenceError(
             f"the base model is not the same architecture: parameters differ at {odd[:3] or 'order'}"
         )
-    table = {}
+    verdicts = {}
     for name, shape in shapes.items():
-        for axis, (size, base_size) in enumerate(zip(shape, other[name], strict=True)):
+        for axis, (size, base_size) in enumerate(zip(shape, base_shapes[name], strict=True)):
             why = f"the base model has size {base_size}, this one {size}"
-            table[name, axis] = (size != base_size, why)
-    if not any(infinite for infinite, _ in table.values()):
+            verdicts[name, axis] = (size != base_size, why)
+    if shapes == base_shapes:
         raise InferenceError(
             "the base model has the same width as this one; give a narrower or wider instance"
         )
-    return table
+    return verdicts
 
 
 def disagreements(alone: Inference, truth: Mapping[tuple[str, int], tuple[bool, str]]) -> tuple[str, ...]:
@@ -127,9 +135,10 @@ def disagreements(alone: Inference, truth: Mapping[tuple[str, int], tuple[bool, 
         alone: Inference from one model.
         truth: (parameter, axis) -> whether it grows, and why.
     """
-    return tuple(
-        f"{name}:{axis} {why}, but inference from one model says "
-        f"{'infinite' if alone.verdict(name, axis).infinite else 'finite'} ({alone.verdict(name, axis).why})"
-        for (name, axis), (infinite, why) in truth.items()
-        if alone.verdict(name, axis).infinite != infinite
-    )
+    found = []
+    for (name, axis), (infinite, why) in truth.items():
+        verdict = alone.verdict(name, axis)
+        if verdict.infinite != infinite:
+            kind = "infinite" if verdict.infinite else "finite"
+            found.append(f"{name}:{axis} {why}, but inference from one model says {kind} ({verdict.why})")
+    return tuple(found)

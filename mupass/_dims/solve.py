@@ -65,50 +65,65 @@ def solve(
     """
     if not isinstance(dims, Mapping):
         raise InferenceError(f"dims must be a mapping from name to 'finite' or 'infinite', not {dims!r}")
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     captured = capture(model, args, kwargs)
     try:
         alone = infer(captured, {}, strict)
-    except SizeConflict as error:
+    except SizeConflict as error:  # the export misstates a size: record a concrete run instead
         captured = capture(model, args, kwargs, error)
         alone = infer(captured, {}, strict)
     first, second = alone, Second()
     if base is not None:
+        # The base model decides; inference from one model only says where it would have been wrong.
         second = compare(captured, alone, shapes, base, args, kwargs)
         first = infer(captured, second.axes, strict, second.dims)
     names = name_dims(model, first, alone)
-    by_axis, by_dim = _overrides(dims, shapes, first, names)
+    by_axis, by_dim = _overrides(dims, shapes, names)
     overrides = {**second.axes, **by_axis}
     solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
-    found = Solution(captured, alone, solved, names, second)
-    if found.conflicts and not second.axes:
-        raise InferenceError(found.conflicts[0])
-    return found
+    solution = Solution(captured, alone, solved, names, second)
+    if solution.conflicts and not second.axes:
+        raise InferenceError(solution.conflicts[0])
+    return solution
 
 
 def _overrides(
-    dims: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], first: Inference, names: DimNames
+    dims: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], names: DimNames
 ) -> tuple[dict[tuple[str, int], tuple[bool, str]], dict[int, tuple[bool, str]]]:
     """Read the caller's verdicts, by parameter axis and by dimension (a head_dim inside a product, say)."""
     by_axis: dict[tuple[str, int], tuple[bool, str]] = {}
     by_dim: dict[int, tuple[bool, str]] = {}
     for pattern, verdict in dims.items():
-        if not isinstance(pattern, str) or not isinstance(verdict, str):
-            raise InferenceError(f"dims maps names to 'finite' or 'infinite', not {pattern!r} to {verdict!r}")
-        if verdict not in ("finite", "infinite"):
-            raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
+        _check_override(pattern, verdict)
         named = names.find(pattern)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InferenceError(
-                f"dims[{pattern!r}] is no dimension and no regular expression: {error}"
-            ) from error
-        axes = [(name, axis) for name, shape in shapes.items() for axis in range(len(shape))]
-        hits = [] if named else [(n, i) for n, i in axes if re.fullmatch(pattern, f"{n}:{i}")]
+        hits = [] if named else _matching_axes(pattern, shapes)
         if not named and not hits:
             raise InferenceError(f"dims[{pattern!r}] matches no dimension and no parameter:axis")
         settled = (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}")
         by_axis.update(dict.fromkeys(hits, settled))
         by_dim.update(dict.fromkeys(named, settled))
     return by_axis, by_dim
+
+
+def _check_override(pattern: object, verdict: object) -> None:
+    """Refuse what is no name, no regular expression or no verdict."""
+    if not isinstance(pattern, str) or not isinstance(verdict, str):
+        raise InferenceError(f"dims maps names to 'finite' or 'infinite', not {pattern!r} to {verdict!r}")
+    if verdict not in ("finite", "infinite"):
+        raise InferenceError(f"dims[{pattern!r}] must be 'finite' or 'infinite', not {verdict!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InferenceError(
+            f"dims[{pattern!r}] is no dimension and no regular expression: {error}"
+        ) from error
+
+
+def _matching_axes(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+    """Return every (parameter, axis) that a regular expression matches, written ``parameter:axis``."""
+    hits = []
+    for name, shape in shapes.items():
+        for axis in range(len(shape)):
+            if re.fullmatch(pattern, f"{name}:{axis}"):
+                hits.append((name, axis))
+    return hits

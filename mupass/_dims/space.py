@@ -5,50 +5,35 @@ agree, never because their sizes happen to be equal. Sizes are used for one thin
 (or parts) of one and the same dimension that is split in two places.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, pairwise
 from operator import add, mul
 
 from mupass._errors import InferenceError
 
 Sizes = tuple[int, ...]
 Members = tuple[int, ...]
+Span = tuple[int, int]  # of a slice: start, stop
 
 
 class SizeConflict(InferenceError):
     """Two dimensions of different sizes were to be one: the graph misstates a size that depends on data."""
 
 
-@dataclass(frozen=True)
-class Link:
-    """One constraint as it was met in the graph; links are the edges that explanations walk.
-
-    Attributes:
-        dims: The dimensions tied together.
-        kind: ``equal``, ``product``, ``sum`` or ``derived``.
-        where: The operator and module that imposed it.
-    """
-
-    dims: Members
-    kind: str
-    where: str
-
-
 class Space:
     """Union-find over dimensions, closed under congruence of products and sums."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._parent: list[int] = []  # a representative is its own parent
         self._sizes: list[int] = []
+        # kind -> whole -> sizes of the members -> members; one entry a way to split the whole
         self._terms: dict[str, dict[int, dict[Sizes, Members]]] = {"product": {}, "groups": {}, "sum": {}}
-        self._slices: dict[int, dict[tuple[int, int], int]] = {}
-        self.derived: list[tuple[int, int]] = []
+        self._slices: dict[int, dict[Span, int]] = {}  # whole -> span -> part
+        self.derived: list[tuple[int, int]] = []  # (dimension, what it grows with)
         self.cuts: list[tuple[int, Members]] = []  # wholes that were there before their parts
         self.counts: dict[int, str] = {}  # factors that count equal parts -> where
         self.rests: set[int] = set()  # what slices leave uncovered, so that nothing ever reads it
-        self.links: list[Link] = []
-        self.where = "input"
+        self.where = "input"  # the operator whose rule runs, for messages
 
     def new(self, size: int) -> int:
         """Return a fresh dimension of the given size."""
@@ -59,6 +44,7 @@ class Space:
     def find(self, dim: int) -> int:
         """Return the representative of a dimension's class."""
         root = dim
+        # Walk up to the root, then point all on the way to it (path compression).
         while self._parent[root] != root:
             root = self._parent[root]
         while self._parent[dim] != root:
@@ -72,47 +58,61 @@ class Space:
     def __len__(self) -> int:
         return len(self._parent)
 
-    def roots(self) -> Iterator[int]:
-        """Yield the representative of every class."""
-        return (dim for dim, parent in enumerate(self._parent) if dim == parent)
+    def find_all(self, dims: Iterable[int]) -> set[int]:
+        """Return the representatives of several dimensions."""
+        return set(map(self.find, dims))
 
-    def unify(self, a: int, b: int) -> None:
+    def unify(self, first: int, second: int) -> None:
         """Make two dimensions one; sizes of 1 broadcast and stay apart from everything else."""
-        todo = [(a, b)]
-        while todo:
-            a, b = todo.pop()
-            if self._sizes[a] != self._sizes[b]:
-                raise SizeConflict(f"{self.where}: sizes {self._sizes[a]} and {self._sizes[b]} unified")
-            ra, rb = self.find(a), self.find(b)
-            if ra == rb:
+        pending = [(first, second)]
+        while pending:
+            first, second = pending.pop()
+            if self._sizes[first] != self._sizes[second]:
+                raise SizeConflict(
+                    f"{self.where}: sizes {self._sizes[first]} and {self._sizes[second]} unified"
+                )
+            root, other = self.find(first), self.find(second)
+            if root == other:
                 continue
-            self.links.append(Link((a, b), "equal", self.where))
-            if self._weight(ra) < self._weight(rb):
-                ra, rb = rb, ra
-            self._parent[rb] = ra
-            for kind, terms in self._terms.items():
-                for members in terms.pop(rb, {}).values():
-                    todo += self._add(kind, ra, members)
-            for span, part in self._slices.pop(rb, {}).items():
-                known = self._slices.setdefault(ra, {}).setdefault(span, part)
-                todo.append((known, part))
-            self._join_terms(ra)
+            # Union by weight: the class with fewer terms is moved.
+            if self._weight(root) < self._weight(other):
+                root, other = other, root
+            pending += self._merge(root, other)
+            self._join_terms(root)
 
     def _weight(self, root: int) -> int:
-        terms = sum(len(table.get(root, ())) for table in self._terms.values())
-        return terms + len(self._slices.get(root, ()))
+        """Return how much a class has to hand over when it joins another."""
+        weight = len(self._slices.get(root, ()))
+        for table in self._terms.values():
+            weight += len(table.get(root, ()))
+        return weight
+
+    def _merge(self, root: int, other: int) -> list[tuple[int, int]]:
+        """Hand terms and slices of one class over to another; return the equalities that follow."""
+        self._parent[other] = root
+        equal: list[tuple[int, int]] = []
+        for kind, table in self._terms.items():
+            for members in table.pop(other, {}).values():
+                equal += self._add(kind, root, members)
+        for span, part in self._slices.pop(other, {}).items():
+            known = self._slices.setdefault(root, {}).setdefault(span, part)
+            equal.append((known, part))
+        return equal
 
     def product(self, whole: int, factors: Members) -> None:
         """State whole = product of factors, in this order (row-major)."""
-        self._state("product", whole, tuple(f for f in factors if self._sizes[f] != 1))
+        self._state("product", whole, self._wide(factors))
 
     def groups(self, whole: int, factors: Members) -> None:
         """State whole = groups x channels of a group; kept apart from products, for groups are not heads."""
-        self._state("groups", whole, tuple(f for f in factors if self._sizes[f] != 1))
+        self._state("groups", whole, self._wide(factors))
+
+    def _wide(self, factors: Members) -> Members:
+        return tuple(factor for factor in factors if self._sizes[factor] != 1)
 
     def sum(self, whole: int, parts: Members) -> None:
         """State whole = concatenation of parts, in this order."""
-        self._state("sum", whole, tuple(p for p in parts if self._sizes[p] != 0))
+        self._state("sum", whole, tuple(part for part in parts if self._sizes[part] != 0))
 
     def cut(self, whole: int, parts: Members) -> None:
         """State that a dimension is cut into parts, in this order: unlike those of a sum, they come of it."""
@@ -131,18 +131,24 @@ class Space:
     def others(self, whole: int, index: int) -> int | None:
         """Return the dimension of the slice that takes all of ``whole`` but its first or last position."""
         size = self._sizes[whole]
-        span = {0: (1, size), size - 1: (0, size - 1)}.get(index)
-        part = self._slices.get(self.find(whole), {}).get(span) if span else None
-        return None if part is None else self.find(part)
+        if index == 0:
+            span = (1, size)
+        elif index == size - 1:
+            span = (0, size - 1)
+        else:
+            return None
+        part = self._slices.get(self.find(whole), {}).get(span)
+        if part is None:
+            return None
+        return self.find(part)
 
     def derive(self, source: int, size: int) -> int:
         """Return a dimension of another size that grows exactly when ``source`` grows."""
-        if size == self._sizes[source] and size == 1:
+        if size == self._sizes[source] == 1:
             return source
         dim = self.new(size)
         if size > 1:  # a single position carries no width
             self.derived.append((dim, source))
-            self.links.append(Link((dim, source), "derived", self.where))
         return dim
 
     def close_slices(self) -> None:
@@ -150,63 +156,80 @@ class Space:
         for whole, spans in list(self._slices.items()):
             root = self.find(whole)
             ordered = sorted(spans)
-            if all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
-                self.cut(root, self._tile(root, [(span, spans[span]) for span in ordered]))
-            else:  # overlapping spans: each with its own complement
+            overlap = any(left[1] > right[0] for left, right in pairwise(ordered))
+            if overlap:  # each span with its own complement
                 for span in ordered:
-                    self.cut(root, self._tile(root, [(span, spans[span])]))
+                    self.cut(root, self._tile(root, spans, [span]))
+            else:
+                self.cut(root, self._tile(root, spans, ordered))
         self._slices.clear()
 
-    def _tile(self, whole: int, pieces: list[tuple[tuple[int, int], int]]) -> Members:
-        members, at = [], 0
-        for (start, stop), part in pieces:
-            if start > at:
-                members.append(self._rest(start - at))
-            members.append(part)
-            at = stop
-        if at < self._sizes[whole]:
-            members.append(self._rest(self._sizes[whole] - at))
+    def _tile(self, whole: int, spans: Mapping[Span, int], ordered: Iterable[Span]) -> Members:
+        """Return spans of a dimension in a row, and between them what they leave uncovered."""
+        members: list[int] = []
+        position = 0
+        for start, stop in ordered:
+            if start > position:
+                members.append(self._rest(start - position))
+            members.append(spans[start, stop])
+            position = stop
+        if position < self._sizes[whole]:
+            members.append(self._rest(self._sizes[whole] - position))
         return tuple(members)
 
     def _rest(self, size: int) -> int:
-        self.rests.add(self.new(size))
-        return len(self._parent) - 1
+        rest = self.new(size)
+        self.rests.add(rest)
+        return rest
 
     def terms(self, kind: str) -> Iterator[tuple[int, Members]]:
         """Yield (whole, members) of every product or sum, as representatives."""
         for whole, table in self._terms[kind].items():
             for members in table.values():
-                yield whole, tuple(self.find(m) for m in members)
+                yield whole, tuple(map(self.find, members))
 
     def terms_of(self, dim: int, kind: str) -> list[Members]:
         """Return the known products or sums that a dimension equals."""
-        return [tuple(map(self.find, m)) for m in self._terms[kind].get(self.find(dim), {}).values()]
+        table = self._terms[kind].get(self.find(dim), {})
+        return [tuple(map(self.find, members)) for members in table.values()]
+
+    def members_of(self, dim: int, *kinds: str) -> list[int]:
+        """Return the members of all known terms of some kinds that a dimension equals."""
+        members: list[int] = []
+        for kind in kinds:
+            for term in self.terms_of(dim, kind):
+                members += term
+        return members
 
     def _state(self, kind: str, whole: int, members: Members) -> None:
+        """Record that a dimension is a product or sum of others, and what follows."""
         if not members:
             return
-        self.links.append(Link((whole, *members), kind if len(members) > 1 else "equal", self.where))
-        for a, b in self._add(kind, self.find(whole), members):
-            self.unify(a, b)
+        for first, second in self._add(kind, self.find(whole), members):
+            self.unify(first, second)
         if kind in ("sum", "product"):
             self._join_terms(self.find(whole))
 
     def _join_terms(self, whole: int) -> None:
-        """Equal parts of a product whose first factor counts them: each of them is the other factors."""
+        """Equal parts of a product whose first factor counts them: each of them is the other factors.
+
+        ``q + k + v = 3 * heads * head_dim`` makes ``q = heads * head_dim``.
+        """
         for parts in list(self._terms["sum"].get(whole, {}).values()):
-            sizes = {self._sizes[p] for p in parts}
-            for count, *rest in list(self._terms["product"].get(whole, {}).values()):
+            sizes = set(map(self.size, parts))
+            for count, *factors in list(self._terms["product"].get(whole, {}).values()):
                 if len(sizes) == 1 and self._sizes[count] == len(parts):
                     self.counts[count] = self.where
                     for part in parts:
-                        self._state("product", part, tuple(rest))
+                        self._state("product", part, tuple(factors))
 
     def _add(self, kind: str, whole: int, members: Members) -> list[tuple[int, int]]:
         """Store a term and return the equalities that follow from the terms already known."""
         if len(members) == 1:
             return [(whole, members[0])]
+        # Terms of the same sizes, in the same order, are one term: its members agree one by one.
         table = self._terms[kind].setdefault(whole, {})
-        sizes = tuple(self._sizes[m] for m in members)
+        sizes = tuple(map(self.size, members))
         if sizes in table:
             return list(zip(table[sizes], members, strict=True))
         equal: list[tuple[int, int]] = []
@@ -217,16 +240,18 @@ class Space:
 
     def _align(self, kind: str, left: Members, right: Members) -> list[tuple[int, int]]:
         """Match two splittings of one dimension between the boundaries that they share."""
-        op = add if kind == "sum" else mul
-        ends = [list(accumulate((self._sizes[m] for m in side), op)) for side in (left, right)]
+        combine = add if kind == "sum" else mul
+        left_ends = list(accumulate(map(self.size, left), combine))
+        right_ends = list(accumulate(map(self.size, right), combine))
         equal: list[tuple[int, int]] = []
-        begin = [0, 0]
-        for end in sorted(set(ends[0]) & set(ends[1])):
-            stop = [ends[0].index(end) + 1, ends[1].index(end) + 1]
-            a, b = left[begin[0] : stop[0]], right[begin[1] : stop[1]]
-            begin = stop
-            if a and b and len(a) == 1:
-                equal += self._add(kind, self.find(a[0]), b)
-            elif a and b and len(b) == 1:
-                equal += self._add(kind, self.find(b[0]), a)
+        left_start = right_start = 0
+        # 12 = (3 * 4) = (3 * 2 * 2): the boundary after 3 is shared, so 3 is 3, and 4 is 2 * 2.
+        for end in sorted(set(left_ends) & set(right_ends)):
+            left_stop, right_stop = left_ends.index(end) + 1, right_ends.index(end) + 1
+            left_run, right_run = left[left_start:left_stop], right[right_start:right_stop]
+            left_start, right_start = left_stop, right_stop
+            if len(left_run) == 1 and right_run:
+                equal += self._add(kind, self.find(left_run[0]), right_run)
+            elif len(right_run) == 1 and left_run:
+                equal += self._add(kind, self.find(right_run[0]), left_run)
         return equal

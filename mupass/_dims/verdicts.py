@@ -6,7 +6,7 @@ A product is infinite exactly when a factor is, a sum when a part is, a derived 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mupass._dims.facts import Facts
@@ -33,17 +33,18 @@ class Verdicts:
 
     def __init__(self, space: Space, facts: Facts):
         self.space, self.facts = space, facts
+        self.conflicts: list[str] = []
         self._known: dict[int, Verdict] = {}
         self._imposed: set[int] = set()
-        self._terms: list[tuple[int, Members]] = [
-            (w, m) for k in ("product", "groups", "sum") for w, m in space.terms(k)
-        ]
-        self._terms += [(space.find(a), (space.find(b),)) for a, b in space.derived]
-        self._of: dict[int, list[int]] = defaultdict(list)
-        for index, (whole, members) in enumerate(self._terms):
+        self._terms: list[tuple[int, Members]] = []
+        for kind in ("product", "groups", "sum"):
+            self._terms += space.terms(kind)
+        for derived, source in space.derived:
+            self._terms.append((space.find(derived), (space.find(source),)))
+        self._terms_with: dict[int, list[int]] = defaultdict(list)  # class -> places in the list of terms
+        for position, (whole, members) in enumerate(self._terms):
             for dim in {whole, *members}:
-                self._of[dim].append(index)
-        self.conflicts: list[str] = []
+                self._terms_with[dim].append(position)
 
     def get(self, dim: int) -> Verdict | None:
         """Return the verdict of a dimension's class, or None while it is open."""
@@ -63,43 +64,60 @@ class Verdicts:
         """Whether nothing is decided yet; sizes of 1 are never open."""
         return self.space.size(dim) > 1 and self.space.find(dim) not in self._known
 
+    def by_policy(self, dim: int) -> bool:
+        """Whether a policy fixed a dimension."""
+        verdict = self.get(dim)
+        return verdict is not None and verdict.policy and not verdict.infinite
+
+    def _is_certain(self, dim: int) -> bool:
+        """Whether a class is fixed, and not by a policy."""
+        verdict = self._known.get(dim)
+        return verdict is not None and not verdict.infinite and not verdict.policy
+
     def impose(self, verdicts: Mapping[int, Verdict]) -> None:
         """Decide dimensions by the caller's authority, all before any consequence is drawn."""
         for dim, verdict in verdicts.items():
             known = self._known.setdefault(self.space.find(dim), verdict)
             if known.infinite != verdict.infinite:
                 self.conflicts.append(f"{verdict.why} contradicts {known.why}")
-        self._spread([self.space.find(d) for d in verdicts])
+        self._spread(list(map(self.space.find, verdicts)))
         self._imposed = set(self._known)
 
     def settle(self, dims: Iterable[int], verdict: Verdict) -> None:
         """Decide open dimensions and follow the consequences."""
-        todo = [self.space.find(d) for d in dims if self.is_open(d)]
-        for dim in todo:
+        frontier = [self.space.find(dim) for dim in dims if self.is_open(dim)]
+        for dim in frontier:
             self._known.setdefault(dim, verdict)
-        self._spread(todo)
+        self._spread(frontier)
 
-    def _spread(self, todo: list[int]) -> None:
-        while todo:
-            for index in self._of[todo.pop()]:
-                todo += self._follow(*self._terms[index])
+    def _spread(self, frontier: list[int]) -> None:
+        """Draw all consequences of verdicts on some classes."""
+        while frontier:
+            for position in self._terms_with[frontier.pop()]:
+                frontier += self._follow(*self._terms[position])
 
     def _follow(self, whole: int, members: Members) -> list[int]:
+        """Draw the consequences within one term; return the classes that it settles."""
         top = self._known.get(whole)
-        below = [self._known.get(m) for m in members]
-        open_ = [m for m in dict.fromkeys(members) if self.is_open(m)]
-        grown = [v for v in below if v and v.infinite]
-        if top is None and grown:
-            return self._set([whole], Verdict(True, grown[0].why, grown[0].policy))
-        if top is None and not open_ and self.space.size(whole) > 1:
-            known = [v for v in below if v]
-            why = known[0].why if known else "all its members are of size 1"
-            return self._set([whole], Verdict(False, why, any(v.policy for v in known)))
-        if top is not None and not top.infinite and open_:
-            return self._set(open_, top)
-        if top is not None and top.infinite and not grown and len(open_) == 1:
-            return self._set(open_, Verdict(True, top.why, top.policy))
+        still_open = [dim for dim in dict.fromkeys(members) if self.is_open(dim)]
+        if top is None:
+            return self._follow_up(whole, members, still_open)
+        if not top.infinite:  # nothing in it can grow
+            return self._set(still_open, top)
+        if len(still_open) == 1 and not any(map(self.grows, members)):  # the only one left to grow
+            return self._set(still_open, Verdict(True, top.why, top.policy))
         return []
+
+    def _follow_up(self, whole: int, members: Members, still_open: Sequence[int]) -> list[int]:
+        """Settle a whole by its members, if they do."""
+        known = [verdict for verdict in map(self._known.get, members) if verdict]
+        for verdict in known:
+            if verdict.infinite:  # one member that grows is enough
+                return self._set([whole], Verdict(True, verdict.why, verdict.policy))
+        if still_open or self.space.size(whole) <= 1:
+            return []
+        why = known[0].why if known else "all its members are of size 1"
+        return self._set([whole], Verdict(False, why, any(verdict.policy for verdict in known)))
 
     def _set(self, dims: list[int], verdict: Verdict) -> list[int]:
         for dim in dims:
@@ -113,40 +131,45 @@ class Verdicts:
 
     def relatives(self, dims: Iterable[int]) -> set[int]:
         """Return the classes reached from dimensions through products, sums and derivations."""
-        return self._reach(dims, lambda dim, whole, members: (whole, *members))
+        return self._reach(dims, _all_of_term)
 
     def kin(self, dims: Iterable[int]) -> set[int]:
         """Return what dimensions are part of and what is part of them, but not what only shares a part."""
         dims = tuple(dims)
-        up = self._reach(dims, lambda dim, whole, members: (whole,))
-        return up | self._reach(dims, lambda dim, whole, members: members if whole == dim else ())
+        return self._reach(dims, _whole_of_term) | self._reach(dims, _parts_below)
 
     def _reach(self, dims: Iterable[int], step: Callable[[int, int, Members], Iterable[int]]) -> set[int]:
         """Return the classes reached from dimensions by steps within terms.
 
         Nothing is reached through what is fixed: the factors beside data are not data.
         """
-        todo = [d for d in map(self.space.find, dims) if not self._is_certain(d)]
-        seen = set(todo)
-        while todo:
-            dim = todo.pop()
-            for index in self._of[dim]:
-                for other in step(dim, *self._terms[index]):
+        frontier = [dim for dim in map(self.space.find, dims) if not self._is_certain(dim)]
+        seen = set(frontier)
+        while frontier:
+            dim = frontier.pop()
+            for position in self._terms_with[dim]:
+                for other in step(dim, *self._terms[position]):
                     if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
                         seen.add(other)
-                        todo.append(other)
+                        frontier.append(other)
         return seen
-
-    def _is_certain(self, dim: int) -> bool:
-        verdict = self._known.get(dim)
-        return verdict is not None and not verdict.infinite and not verdict.policy
 
     def open_terms(self) -> list[tuple[int, Members]]:
         """Return products and sums that must grow but do not say through which member."""
         found = []
         for whole, members in self._terms:
-            top = self._known.get(whole)
-            below = [self._known.get(m) for m in members]
-            if top and top.infinite and not any(v and v.infinite for v in below):
+            if self.grows(whole) and not any(map(self.grows, members)):
                 found.append((whole, members))
         return found
+
+
+def _all_of_term(dim: int, whole: int, members: Members) -> Members:
+    return (whole, *members)
+
+
+def _whole_of_term(dim: int, whole: int, members: Members) -> Members:
+    return (whole,)
+
+
+def _parts_below(dim: int, whole: int, members: Members) -> Members:
+    return members if whole == dim else ()

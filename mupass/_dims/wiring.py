@@ -4,68 +4,105 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 
 from mupass._dims.verdicts import Verdicts
 
+Side = tuple[int, ...]  # of a weight: the classes that it contracts, or those that it makes
+
 
 class Wiring:
-    """Which widths the weights join: for a dimension, what it is made of and what is made of it."""
+    """Which widths the weights join: for a dimension, what it is made of and what is made of it.
+
+    Dimensions are representatives of their classes throughout.
+    """
 
     def __init__(self, verdicts: Verdicts):
         self.verdicts, self.space = verdicts, verdicts.space
-        find, facts = self.space.find, verdicts.facts
-        self._parts: dict[str, dict[int, set[int]]] = {k: defaultdict(set) for k in ("product", "sum")}
+        facts, find_all = verdicts.facts, self.space.find_all
+        self.alternatives = find_all(facts.alternatives)
+        self.fans = find_all((*facts.fan_in, *facts.fan_out))
+        self._straight = find_all(facts.straight) - find_all(facts.bent)
+        self._ranked = find_all(facts.ranked)
+        self._positions = find_all(facts.positions)
+        self._looked_up = find_all(facts.rows)
+        self._parts: dict[str, dict[int, set[int]]] = {"product": defaultdict(set), "sum": defaultdict(set)}
         self._wholes: dict[int, set[int]] = defaultdict(set)
-        self.alternatives = {find(d) for d in facts.alternatives}
-        self._straight = {find(d) for d in facts.straight} - {find(d) for d in facts.bent}
-        self._ranked = {find(d) for d in facts.ranked}
-        self._positions = {find(d) for d in facts.positions}
-        self._looked_up = {find(d) for d in facts.rows}
-        self.fans = {find(d) for d in (*facts.fan_in, *facts.fan_out)}
-        for kind in ("product", "sum"):
+        self.sides: list[Side] = []
+        self._made_of: dict[int, set[Side]] = defaultdict(set)
+        self._read_into: dict[int, set[Side]] = defaultdict(set)
+        self._index_terms()
+        self._index_weights()
+        self._joint = self._find_joint()
+
+    def _index_terms(self) -> None:
+        for kind, parts in self._parts.items():
             for whole, members in self.space.terms(kind):
-                self._parts[kind][whole].update(members)
+                parts[whole].update(members)
                 for member in members:
                     self._wholes[member].add(whole)
-        self.sides: list[tuple[int, ...]] = []
-        self._made_of: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-        self._read_into: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-        for into, out in facts.weights:
-            ins, outs = (tuple(sorted({find(d) for d in side})) for side in (into, out))
-            self.sides += [outs, tuple(d for d in ins if verdicts.get(d) is None or verdicts.grows(d))]
-            for dim in outs:
-                self._made_of[dim].add(ins)
-            for dim in ins:
-                self._read_into[dim].add(outs)
-        self._joint = {d for s in self.sides if sum(self.space.size(d) > 1 for d in s) > 1 for d in s}
+
+    def _index_weights(self) -> None:
+        for fan_in, fan_out in self.verdicts.facts.weights:
+            contracted = tuple(sorted(self.space.find_all(fan_in)))
+            made = tuple(sorted(self.space.find_all(fan_out)))
+            # Data and kernels beside a width do not make it one of several.
+            open_or_grown = [d for d in contracted if self.verdicts.get(d) is None or self.verdicts.grows(d)]
+            self.sides += [made, tuple(open_or_grown)]
+            for dim in made:
+                self._made_of[dim].add(contracted)
+            for dim in contracted:
+                self._read_into[dim].add(made)
+
+    def _find_joint(self) -> set[int]:
+        """Return the dimensions that are a fan only together with others, as channels x kernel."""
+        joint: set[int] = set()
+        for side in self.sides:
+            wide = [dim for dim in side if self.space.size(dim) > 1]
+            if len(wide) > 1:
+                joint.update(side)
+        return joint
 
     @property
     def widths(self) -> list[int]:
         """Whole dimensions of weights that grow and that nothing speaks against so far."""
-        return [d for d in sorted(self.fans - self._joint) if self.verdicts.is_firm(d)]
+        return list(filter(self.verdicts.is_firm, sorted(self.fans - self._joint)))
 
-    def sources(self, dim: int) -> set[tuple[int, ...]]:
+    def sources(self, dim: int) -> set[Side]:
         """Return, for each weight that makes the dimension, what it is joined into or of, what it contracts.
 
         The rows of a codebook stand in for what was made; they are no source.
         """
-        made = {s for d in self.wholes(dim) | self._parts["sum"][dim] for s in self._made_of[d]}
-        return {s for s in made if not self._ranked & set(s)} or made
+        made: set[Side] = set()
+        for near in self.wholes(dim) | self._parts["sum"][dim]:
+            made |= self._made_of[near]
+        return {side for side in made if self._ranked.isdisjoint(side)} or made
 
-    def readers(self, dim: int) -> set[tuple[int, ...]]:
+    def readers(self, dim: int) -> set[Side]:
         """Return, for each weight that contracts the dimension, a whole or a part of it, what it makes."""
-        return {r for d in self.around(dim) for r in self._read_into[d]}
+        made: set[Side] = set()
+        for near in self.around(dim):
+            made |= self._read_into[near]
+        return made
 
     def grown(self, dims: Iterable[int]) -> list[int]:
         """Return those of some dimensions that grow."""
-        return [d for d in dims if self.verdicts.grows(d)]
+        return list(filter(self.verdicts.grows, dims))
+
+    def grown_sources(self, dim: int) -> list[int]:
+        """Return the growing dimensions that a dimension is made of, again for every weight."""
+        return self.grown(chain.from_iterable(self.sources(dim)))
+
+    def grown_results(self, dim: int) -> list[int]:
+        """Return the growing dimensions that are made of a dimension, again for every weight."""
+        return self.grown(chain.from_iterable(self.readers(dim)))
 
     def source(self, dim: int) -> int | None:
         """Return the one width that a dimension is made of: 0 for data, None where there are several.
 
         A residual stream is made of several, and no bottleneck.
         """
-        grown = {tuple(self.grown(s)) for s in self.sources(dim)}
+        grown = {tuple(self.grown(side)) for side in self.sources(dim)}
         if len(grown) != 1:
             return None
         (dims,) = grown
@@ -73,47 +110,57 @@ class Wiring:
 
     def results(self, dim: int) -> list[int]:
         """Return the sizes of the widths that are made of a dimension; separate matrices count apart."""
-        return [self._one(d) for r in self.readers(dim) for d in self.grown(r)]
+        return list(map(self._matrix_size, self.grown_results(dim)))
 
-    def before(self, dim: int, by: float) -> int | None:
+    def before(self, dim: int, factor: float) -> int | None:
         """Return the first source wider by a factor, back along weights that follow each other straight."""
-        wide, seen, source = by * self.space.size(dim), {dim}, self.source(dim)
+        # x W1 W2 W3: W1 W2 is one linear map, so its width counts and not that between the two.
+        wide, seen, source = factor * self.space.size(dim), {dim}, self.source(dim)
         while source and source < wide:
-            back = {d for s in self.sources(dim) for d in self.grown(s)} - seen
-            if len(back) != 1 or not self.straight(dim := back.pop()):
+            back = set(self.grown_sources(dim)) - seen
+            if len(back) != 1:
+                break
+            (dim,) = back
+            if not self.straight(dim):
                 break
             seen.add(dim)
             source = self.source(dim)
         return source
 
-    def after(self, dim: int, by: float) -> list[int]:
+    def after(self, dim: int, factor: float) -> list[int]:
         """Return the first results wider by a factor, on along weights that follow each other straight."""
-        wide, seen, results = by * self.space.size(dim), {dim}, self.results(dim)
+        wide, seen, results = factor * self.space.size(dim), {dim}, self.results(dim)
         while results and min(results) < wide:
-            on = {d for r in self.readers(dim) for d in self.grown(r)} - seen
-            if len(on) != 1 or not self.straight(dim := on.pop()):
+            onward = set(self.grown_results(dim)) - seen
+            if len(onward) != 1:
+                break
+            (dim,) = onward
+            if not self.straight(dim):
                 break
             seen.add(dim)
             results = self.results(dim)
         return results
 
-    def _one(self, dim: int) -> int:
+    def _matrix_size(self, dim: int) -> int:
         """Return the size of one matrix: the largest part, and without counts such as gates or branches."""
-        for parts in self.space.terms_of(dim, "sum"):
-            return max(map(self.space.size, parts))
+        sums = self.space.terms_of(dim, "sum")
+        if sums:
+            return max(map(self.space.size, sums[0]))
         size = self.space.size(dim)
+        # 4 gates x width: the width; heads x head_dim: all of it.
         for members in self.space.terms_of(dim, "product")[:1]:
             for member in members:
-                verdict = self.verdicts.get(member)
-                per_head = verdict and verdict.policy and member not in self.alternatives
-                if not (verdict and verdict.infinite or per_head):
+                if not self.verdicts.grows(member) and not self.is_per_head(member):
                     size //= self.space.size(member)
         return size
 
+    def is_per_head(self, dim: int) -> bool:
+        """Whether it is a factor that a policy fixed, and counts nothing that competes."""
+        return self.verdicts.by_policy(dim) and dim not in self.alternatives
+
     def returns(self, dim: int) -> bool:
         """Whether it is made of a width and read into the same one: the inside of a block, or of a gate."""
-        left = {d for s in self.sources(dim) for d in self.grown(s)}
-        return bool(left & {d for r in self.readers(dim) for d in self.grown(r)})
+        return not set(self.grown_sources(dim)).isdisjoint(self.grown_results(dim))
 
     def straight(self, dim: int) -> bool:
         """Whether weights read it with no nonlinearity after the weight that made it."""
@@ -121,11 +168,11 @@ class Wiring:
 
     def wholes(self, dim: int) -> set[int]:
         """Return a dimension with the products and sums that it is part of."""
-        found, todo = {dim}, [dim]
-        while todo:
-            wholes = self._wholes[todo.pop()] - found
-            found |= wholes
-            todo += wholes
+        found, frontier = {dim}, [dim]
+        while frontier:
+            more = self._wholes[frontier.pop()] - found
+            found |= more
+            frontier += more
         return found
 
     def around(self, dim: int) -> set[int]:
@@ -136,13 +183,9 @@ class Wiring:
         """Return the parts and factors of a dimension."""
         return self._parts["sum"][dim] | self._parts["product"][dim]
 
-    def is_made(self, dim: int) -> bool:
-        """Whether a weight makes the dimension itself."""
-        return dim in self._made_of
-
     def codebook(self, dim: int) -> bool:
         """Whether it is the width of a table of which the nearest row is picked."""
-        return any(self._ranked & set(s) for s in self._made_of[dim])
+        return any(not self._ranked.isdisjoint(side) for side in self._made_of[dim])
 
     def is_position(self, dim: int) -> bool:
         """Whether a convolution slides along it."""
@@ -152,12 +195,9 @@ class Wiring:
         """Whether it is the width of a lookup table."""
         return dim in self._looked_up
 
-    def is_read(self, dim: int) -> bool:
-        """Whether a weight contracts the dimension itself, not a concatenation or a product around it."""
-        return dim in self._read_into
-
     def as_many_as_data(self, dim: int) -> bool:
         """Whether an axis of the data that it is made of has its size."""
-        data = [d for s in self.sources(dim) for d in s]
-        parts = {m for d in data for members in self.space.terms_of(d, "sum") for m in members}
-        return self.space.size(dim) in map(self.space.size, (*data, *parts))
+        data = set(chain.from_iterable(self.sources(dim)))
+        for side_dim in tuple(data):
+            data.update(self.space.members_of(side_dim, "sum"))
+        return self.space.size(dim) in map(self.space.size, data)

@@ -1,10 +1,24 @@
 """Rules for attention: fused kernels, packed projections, score functions."""
 
-from mupass._dims.call import Call, Result
-from mupass._dims.facts import Bilinear, Value
+from mupass._dims.call import Call, Result, one_or_all
+from mupass._dims.facts import Axis, Bilinear, Value
 from mupass._dims.registry import rule
 from mupass._dims.rules.contract import add_bias, contract, letters
 from mupass._dims.rules.reshape import merge_axes, split_axis
+
+
+def _scores(call: Call, query: Value, key: Value) -> Value:
+    """Return q k^T for every head."""
+    batch = letters(len(query.axes) - 2)
+    labels = [[*batch, "l", "e"], [*batch, "s", "e"]]
+    return contract(call, "attention", [query, key], labels, [*batch, "l", "s"])
+
+
+def _weighted(call: Call, scores: Value, value: Value) -> Value:
+    """Return the sum of values, weighed by scores."""
+    batch = letters(len(scores.axes) - 2)
+    labels = [[*batch, "l", "s"], [*batch, "s", "e"]]
+    return contract(call, "attention", [scores, value], labels, [*batch, "l", "e"])
 
 
 @rule(
@@ -17,60 +31,55 @@ from mupass._dims.rules.reshape import merge_axes, split_axis
 )
 def attention(call: Call) -> Result:
     """softmax(q k^T / sqrt(E)) v, with grouped key/value heads."""
-    q, k, v = call["query"], call["key"], call["value"]
-    if call.get("enable_gqa", False) and q.axes[-3].size != k.axes[-3].size:
-        share = call.new(q.axes[-3].size // k.axes[-3].size)
+    query, key, value = call["query"], call["key"], call["value"]
+    if call.get("enable_gqa", False) and query.axes[-3].size != key.axes[-3].size:
+        share = call.new(query.axes[-3].size // key.axes[-3].size)
         call.literal(share, "query heads for each key/value head")
-        k, v = (
-            Value((*x.axes[:-3], merge_axes(call, [x.axes[-3], share]), *x.axes[-2:]), x.static)
-            for x in (k, v)
-        )
-    batch = letters(len(q.axes) - 2)
-    call.facts.attention.append((q.axes[-1].dim, call.get("scale"), call.where))
-    scores = contract(call, "attention", [q, k], [[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"])
+        key, value = _repeat_heads(call, key, share), _repeat_heads(call, value, share)
+    # Kept for the check of the scale: 1/sqrt(E) or 1/E.
+    call.facts.attention.append((query.axes[-1].dim, call.get("scale"), call.where))
+    scores = _scores(call, query, key)
     mask = call.get("attn_mask", call.get("attn_bias"))
-    if isinstance(mask, Value):
-        for a, b in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
-            call.unify(a, b)
+    if isinstance(mask, Value):  # softmax(q k^T + mask)
+        for axis, other in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
+            call.unify(axis, other)
         if mask.parametric:
             call.pointwise_use("pointwise", mask)
-    result = contract(
-        call, "attention", [scores, v], [[*batch, "l", "s"], [*batch, "s", "e"]], [*batch, "l", "e"]
-    )
-    if len(call.shapes) == 1:
-        return result
-    return (result, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
+    result = _weighted(call, scores, value)
+    return one_or_all([result, *map(call.unknown, call.shapes[1:])])
+
+
+def _repeat_heads(call: Call, tensor: Value, share: Axis) -> Value:
+    """Return keys or values with as many heads as there are queries, of which several share one."""
+    *batch, heads, positions, inner = tensor.axes
+    return Value((*batch, merge_axes(call, [heads, share]), positions, inner), tensor.static)
 
 
 @rule("aten.multi_head_attention_forward", "aten._native_multi_head_attention")
 def packed_attention(call: Call) -> Result:
     """The fused inference kernel of nn.MultiheadAttention: packed qkv, heads, output projection."""
     query, key, value = call["query"], call["key"], call["value"]
-    batch = letters(2)
-    qkv_weight, out_weight = call["qkv_weight"], call["proj_weight"]
     call.unify(query.axes[-1], key.axes[-1])
     call.unify(key.axes[-1], value.axes[-1])
-    qkv = contract(call, "linear", [query, qkv_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
-    add_bias(call, qkv, call["qkv_bias"], -1)
-    third = split_axis(call, qkv.axes[-1], [3, qkv.axes[-1].size // 3])
-    call.enumerate(third[0], "query, key and value")
-    heads, inner = split_axis(call, third[1], [call["num_head"], third[1].size // call["num_head"]])
+    batch = letters(2)
+    labels, out = [[*batch, "i"], ["o", "i"]], [*batch, "o"]
+    packed = contract(call, "linear", [query, call["qkv_weight"]], labels, out)
+    add_bias(call, packed, call["qkv_bias"], -1)
+    # packed = 3 x heads x head_dim
+    three, width = split_axis(call, packed.axes[-1], [3, packed.axes[-1].size // 3])
+    call.enumerate(three, "query, key and value")
+    heads, inner = split_axis(call, width, [call["num_head"], width.size // call["num_head"]])
     call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
     call.facts.attention.append((inner.dim, None, call.where))
-    mixed = Value((*query.axes[:-1], third[1]))
-    result = contract(call, "linear", [mixed, out_weight], [[*batch, "i"], ["o", "i"]], [*batch, "o"])
+    mixed = Value((*query.axes[:-1], width))
+    result = contract(call, "linear", [mixed, call["proj_weight"]], labels, out)
     add_bias(call, result, call["proj_bias"], -1)
-    outputs: list[Value | None] = [call.value(result.axes)]
-    outputs += [call.value([call.new(n) for n in s]) for s in call.shapes[1:]]
-    return tuple(outputs)
+    return (call.value(result.axes), *map(call.unknown, call.shapes[1:]))
 
 
 @rule("flex_attention")
 def flex_attention(call: Call) -> Result:
     """Attention with a score function: its subgraph changes scores, not axes."""
-    q, k, v = call.values[:3]
-    batch = letters(len(q.axes) - 2)
-    scores = contract(call, "attention", [q, k], [[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"])
-    labels = [[*batch, "l", "s"], [*batch, "s", "e"]]
-    result = contract(call, "attention", [scores, v], labels, [*batch, "l", "e"])
-    return (result, *(call.value([call.new(n) for n in s]) for s in call.shapes[1:]))
+    query, key, value = call.values[:3]
+    result = _weighted(call, _scores(call, query, key), value)
+    return (result, *map(call.unknown, call.shapes[1:]))

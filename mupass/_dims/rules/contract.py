@@ -1,6 +1,7 @@
 """Rules for operators that sum products: matrix products, einsum, convolutions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from mupass._dims.call import Call, Result
 from mupass._dims.facts import NOWHERE, Axis, Bilinear, MadeWeight, Value, bare
@@ -8,6 +9,14 @@ from mupass._dims.registry import rule
 from mupass._dims.rules.reshape import merge_axes
 
 Labels = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor of a sum of products, its axes by their labels."""
+
+    value: Value
+    axes: Mapping[str, Axis]
 
 
 def contract(
@@ -19,132 +28,164 @@ def contract(
     activation and that is summed is fan_in, one that only the parameter has is fan_out, and one that both
     have and the output keeps is a batch of separate weights. An axis of length 1 that is broadcast against
     the parameter's counts as one that the activation does not have.
+
+    Args:
+        call: The operator call.
+        kind: What a weight does here, for its record of uses: ``linear``, ``matmul``, ``attention``...
+        operands: Its tensors.
+        labels: For each operand a label on every axis.
+        out: Labels of the result.
     """
-    table: dict[str, Axis] = {}
+    terms = []
     for value, names in zip(operands, labels, strict=True):
-        for axis, name in zip(value.axes, names, strict=True):
-            known = table.setdefault(name, axis)
-            if known.size == 1 != axis.size:
-                table[name] = axis
-            call.unify(known, axis)
-    if call.static and any(not v.parametric and len(v.axes) == 1 for v in operands):
+        terms.append(Operand(value, dict(zip(names, value.axes, strict=True))))
+    axes = _unify_labels(call, terms)
+    if call.static and any(map(_is_constant_vector, operands)):
         # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight
-        return call.value([Axis(table[n].dim, table[n].size) for n in out])
-    weights = [i for i, v in enumerate(operands) if v.parametric]
-    for value, names in zip(operands, labels, strict=True):
-        if value.parametric and (mixture := _mixture(call, value, names, out)):
-            return call.value([mixture.get(n, table[n]) for n in out], static=True)
-    owned = {i: dict(zip(labels[i], operands[i].axes, strict=True)) for i in weights}
-    met = {i: _met(i, owned[i], operands, labels) for i in weights}
-    for i in weights:
-        _blocks(call, owned[i], met[i], out)
-    basis = len(weights) == len(operands) > 1
-    if basis:
-        weights = weights[-1:]  # both are parameters: the second acts on the first
-    for i in weights:
-        own, others = owned[i], met[i]
-        named = {n for j, names in enumerate(labels) if j != i for n in names}
-        summed = [a for n, a in own.items() if n in others and n not in out]
-        made = [a for n, a in own.items() if n not in named and n in out]
-        beside = [a for n, a in own.items() if n in named - others and n in out]
-        _between(call, i, own, summed, operands, labels)
-        if summed or made or beside:
-            call.use(kind, summed, made, operands[i], basis, beside)
-        else:
-            call.pointwise_use("pointwise", operands[i])
+        return call.value(bare(axes[label] for label in out))
+    weights = [term for term in terms if term.value.parametric]
+    for weight in weights:
+        if _is_mixture(call, weight, out):
+            left = {**axes, **weight.axes}
+            return call.value([left[label] for label in out], static=True)
+    for weight in weights:
+        _record_blocks(call, weight, terms, out)
+    between_parameters = len(weights) == len(terms) > 1
+    if between_parameters:  # the second acts on the first
+        weights = weights[-1:]
+    for weight in weights:
+        _record_weight(call, kind, weight, terms, out, between_parameters)
     if not weights and len(operands) == 2:
-        _bilinear(call, table, labels, out)
-    origins = {
-        n: NOWHERE.union(
-            *(
-                dict(zip(names, v.axes, strict=True))[n].origin
-                for v, names in zip(operands, labels, strict=True)
-                if n in names
-            )
-        )
-        for n in out
-    }
-    return call.value([Axis(table[n].dim, table[n].size, origins[n]) for n in out])
+        _record_bilinear(call, axes, terms, out)
+    return call.value([_with_origins(axes[label], label, terms) for label in out])
 
 
-def _between(
-    call: Call,
-    i: int,
-    own: dict[str, Axis],
-    summed: Sequence[Axis],
-    operands: Sequence[Value],
-    labels: Sequence[Labels],
+def _is_constant_vector(value: Value) -> bool:
+    return not value.parametric and len(value.axes) == 1
+
+
+def _unify_labels(call: Call, terms: Iterable[Operand]) -> dict[str, Axis]:
+    """State that axes of one label agree, and return one axis a label, of more than one entry if any is."""
+    axes: dict[str, Axis] = {}
+    for term in terms:
+        for label, axis in term.axes.items():
+            known = axes.setdefault(label, axis)
+            if known.size == 1 != axis.size:
+                axes[label] = axis
+            call.unify(known, axis)
+    return axes
+
+
+def _with_origins(axis: Axis, label: str, terms: Iterable[Operand]) -> Axis:
+    """Return an axis of the output that is every parameter axis of its label."""
+    origins = [term.axes[label].origin for term in terms if label in term.axes]
+    return Axis(axis.dim, axis.size, NOWHERE.union(*origins))
+
+
+def _is_mixture(call: Call, weight: Operand, out: Labels) -> bool:
+    """Whether whole weights are summed into one a sample, and record it: ``w = sum_e g_e W_e``."""
+    summed = [axis for label, axis in weight.axes.items() if label not in out]
+    if not summed or any(not a.origin or not a.origin <= call.mixed for a in summed):
+        return False
+    for axis in summed:
+        call.facts.mixtures[axis.dim] = call.where
+    call.pointwise_use("pointwise", weight.value)
+    return True
+
+
+def _shared_labels(weight: Operand, terms: Iterable[Operand]) -> set[str]:
+    """Return the labels of a weight that others have too, not as a single entry for all of its own."""
+    shared = set()
+    for other in terms:
+        if other is weight:
+            continue
+        for label, axis in other.axes.items():
+            if label in weight.axes and (axis.size > 1 or weight.axes[label].size == 1):
+                shared.add(label)
+    return shared
+
+
+def _record_blocks(call: Call, weight: Operand, terms: Iterable[Operand], out: Labels) -> None:
+    """A weight with a batch axis is one small weight for each block of the width."""
+    shared = _shared_labels(weight, terms)
+    batch: list[int] = []
+    inner: list[int] = []
+    for label, axis in weight.axes.items():
+        if axis.size == 1:
+            continue
+        if label in shared and label in out:
+            batch.append(axis.dim)
+        else:
+            inner.append(axis.dim)
+    if batch and not call.static:
+        call.facts.blocks.append(Bilinear(tuple(batch), tuple(inner), call.where))
+
+
+def _record_weight(
+    call: Call, kind: str, weight: Operand, terms: Sequence[Operand], out: Labels, between_parameters: bool
 ) -> None:
+    """Record the use of a parameter in a sum of products: what it sums over, and what it makes."""
+    shared = _shared_labels(weight, terms)
+    named: set[str] = set()
+    for other in terms:
+        if other is not weight:
+            named.update(other.axes)
+    fan_in, fan_out, beside = [], [], []
+    for label, axis in weight.axes.items():
+        # y[b, o] = sum_i x[b, i] W[o, i]: i is fan_in, o is fan_out
+        if label not in out:
+            if label in shared:
+                fan_in.append(axis)
+        elif label not in named:
+            fan_out.append(axis)
+        elif label not in shared:  # others have it as a single entry
+            beside.append(axis)
+    _record_between(call, weight, fan_in, terms)
+    if fan_in or fan_out or beside:
+        call.use(kind, fan_in, fan_out, weight.value, between_parameters, beside)
+    else:
+        call.pointwise_use("pointwise", weight.value)
+
+
+def _record_between(call: Call, weight: Operand, fan_in: Sequence[Axis], terms: Iterable[Operand]) -> None:
     """Record what a weight contracts with each of several activations: ``y_o = sum_ij a_i W_oij b_j``."""
     sides = []
-    for j, names in enumerate(labels):
-        if j != i and not operands[j].static:
-            sides.append(tuple(own[n].dim for n in names if n in own and own[n] in summed))
-    if len([side for side in sides if side]) > 1:
-        call.facts.between.append(tuple(side for side in sides if side))
+    for other in terms:
+        if other is weight or other.value.static:
+            continue
+        met = [weight.axes[label] for label in other.axes if label in weight.axes]
+        side = tuple(axis.dim for axis in met if axis in fan_in)
+        if side:
+            sides.append(side)
+    if len(sides) > 1:
+        call.facts.between.append(tuple(sides))
 
 
-def _mixture(call: Call, weight: Value, names: Labels, out: Labels) -> dict[str, Axis]:
-    """Return the axes that are left of a weight whose alternatives are summed: ``w = sum_e g_e W_e``."""
-    summed = [a for n, a in zip(names, weight.axes, strict=True) if n not in out]
-    if not summed or any(not a.origin or not a.origin <= call.mixed for a in summed):
-        return {}
-    call.facts.mixtures.update({a.dim: call.where for a in summed})
-    call.pointwise_use("pointwise", weight)
-    return dict(zip(names, weight.axes, strict=True))
-
-
-def _bilinear(call: Call, table: dict[str, Axis], labels: Sequence[Labels], out: Labels) -> None:
-    shared = set(labels[0]) & set(labels[1]) & set(out)
-    batch = tuple(table[n].dim for n in table if n in shared and table[n].size > 1)
-    inner = tuple(table[n].dim for n in table if n not in shared and table[n].size > 1)
-    call.facts.bilinear.append(Bilinear(batch, inner, call.where))
-    summed = {n for n in table if n in labels[0] and n in labels[1] and n not in out and table[n].size > 1}
-    for names in labels:
-        kept = [table[n].dim for n in names if n in out and n not in shared and table[n].size > 1]
-        call.facts.made_weights.append(MadeWeight(tuple(table[n].dim for n in summed), tuple(kept)))
-
-
-def _met(i: int, own: dict[str, Axis], operands: Sequence[Value], labels: Sequence[Labels]) -> set[str]:
-    """Return the labels of one operand that others have too, not as a single entry for all of its own."""
-    return {
-        name
-        for j, (names, value) in enumerate(zip(labels, operands, strict=True))
-        for name, axis in zip(names, value.axes, strict=True)
-        if j != i and name in own and (axis.size > 1 or own[name].size == 1)
-    }
-
-
-def _blocks(call: Call, own: dict[str, Axis], met: set[str], out: Labels) -> None:
-    """A weight with a batch axis is one small weight for each block of the width."""
-    shared = {n for n in own if n in out and n in met and own[n].size > 1}
-    if shared and not call.static:
-        inner = tuple(a.dim for n, a in own.items() if n not in shared and a.size > 1)
-        call.facts.blocks.append(Bilinear(tuple(own[n].dim for n in shared), inner, call.where))
+def _record_bilinear(call: Call, axes: Mapping[str, Axis], terms: Sequence[Operand], out: Labels) -> None:
+    """Record a product of two activations, and each of them as a weight that acts on the other."""
+    left, right = (term.axes for term in terms)
+    batch, summed, inner = [], [], []
+    for label, axis in axes.items():
+        if axis.size == 1:
+            continue
+        in_both = label in left and label in right
+        # scores[b, l, s] = sum_e q[b, l, e] k[b, s, e]: b is batch, e is summed
+        if in_both and label in out:
+            batch.append(axis.dim)
+        else:
+            inner.append(axis.dim)
+            if in_both:
+                summed.append(axis.dim)
+    call.facts.bilinear.append(Bilinear(tuple(batch), tuple(inner), call.where))
+    for own, other in ((left, right), (right, left)):
+        kept = [label for label in own if label in out and label not in other and axes[label].size > 1]
+        made = MadeWeight(tuple(summed), tuple(axes[label].dim for label in kept))
+        call.facts.made_weights.append(made)
 
 
 def letters(count: int, start: int = 0) -> list[str]:
     """Return that many distinct labels."""
     return [f"b{start + i}" for i in range(count)]
-
-
-@rule("aten.linear", "aten.addmm", "aten._linear")
-def linear(call: Call) -> Result:
-    """Return x W^T + b."""
-    if call.operator == "aten.addmm":
-        result = contract(call, "matmul", [call["mat1"], call["mat2"]], ["ik", "kj"], "ij")
-        return add_bias(call, result, call["self"], -1)
-    source, weight = call["input"], call["weight"]
-    tokens = source.static  # learned queries and encoded positions are data that happen to be constant
-    if source.parametric:
-        call.pointwise_use("pointwise", source)
-    if tokens:
-        source = Value(bare(source.axes))
-    batch = letters(len(source.axes) - 1)
-    out = ["o"] if len(weight.axes) == 2 else []
-    result = contract(call, "linear", [source, weight], [[*batch, "i"], [*out, "i"]], [*batch, *out])
-    result = add_bias(call, result, call.get("bias"), -1)
-    return Value(bare(result.axes), True) if tokens else result
 
 
 def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
@@ -157,6 +198,45 @@ def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
     return result
 
 
+@rule("aten.linear", "aten._linear")
+def linear(call: Call) -> Result:
+    """Return x W^T + b."""
+    source, weight = call["input"], call["weight"]
+    tokens = source.static  # learned queries and encoded positions are data that happen to be constant
+    if source.parametric:
+        call.pointwise_use("pointwise", source)
+    if tokens:
+        source = Value(bare(source.axes))
+    batch = letters(len(source.axes) - 1)
+    out = ["o"][: len(weight.axes) - 1]  # none for a weight that is a vector
+    result = contract(call, "linear", [source, weight], [[*batch, "i"], [*out, "i"]], [*batch, *out])
+    add_bias(call, result, call.get("bias"), -1)
+    if tokens:
+        return Value(bare(result.axes), True)
+    return result
+
+
+@rule("aten.addmm")
+def addmm(call: Call) -> Result:
+    """Return b + x W."""
+    result = contract(call, "matmul", [call["mat1"], call["mat2"]], ["ik", "kj"], "ij")
+    return add_bias(call, result, call["self"], -1)
+
+
+def _matmul_labels(left: Value, right: Value) -> tuple[list[str], list[str], list[str]]:
+    """Return labels for both factors and the result; batch axes are aligned at their ends."""
+    left_rank, right_rank = len(left.axes), len(right.axes)
+    batch = letters(max(left_rank, right_rank, 2) - 2)
+    out = list(batch)
+    if left_rank > 1:
+        out.append("i")
+    right_labels = ["k"]
+    if right_rank > 1:
+        out.append("j")
+        right_labels = [*batch, "k", "j"][-right_rank:]
+    return [*batch, "i", "k"][-left_rank:], right_labels, out
+
+
 @rule(
     "aten.matmul",
     "aten.mm",
@@ -167,86 +247,66 @@ def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
     "aten.__matmul__",
     "aten.inner",
     "aten.vdot",
-    "aten.baddbmm",
-    "aten.addbmm",
 )
 def matmul(call: Call) -> Result:
     """Matrix product with broadcast batch axes."""
-    a, b = (
-        (call["batch1"], call["batch2"])
-        if call.operator.endswith("bmm") and "batch1" in call.arguments
-        else call.values[:2]
-    )
-    ra, rb = len(a.axes), len(b.axes)
-    batch = max(ra, rb, 2) - 2
-    left = letters(max(ra - 2, 0), batch - max(ra - 2, 0)) + (["i"] if ra > 1 else []) + ["k"]
-    right = letters(max(rb - 2, 0), batch - max(rb - 2, 0)) + (["k", "j"] if rb > 1 else ["k"])
-    out = letters(batch if max(ra, rb) > 2 else 0) + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
-    if call.operator == "aten.addbmm":  # sums over the batch axis as well
+    left, right = call.values[:2]
+    left_labels, right_labels, out = _matmul_labels(left, right)
+    return contract(call, "matmul", [left, right], [left_labels, right_labels], out)
+
+
+@rule("aten.baddbmm", "aten.addbmm")
+def add_batched_matmul(call: Call) -> Result:
+    """Return b + x W for every matrix of a batch, or for `addbmm` with the sum over the batch."""
+    left_labels, right_labels, out = _matmul_labels(call["batch1"], call["batch2"])
+    if call.operator == "aten.addbmm":  # y[i, j] = b[i, j] + sum_bk x[b, i, k] W[b, k, j]
         out = ["i", "j"]
-    result = contract(call, "matmul", [a, b], [left, right], out)
-    if call.operator in ("aten.baddbmm", "aten.addbmm"):
-        for axis, other in zip(result.axes[::-1], call["self"].axes[::-1], strict=False):
-            call.unify(axis, other)
-        if call["self"].parametric:
-            call.pointwise_use("bias", call["self"])
+    result = contract(call, "matmul", [call["batch1"], call["batch2"]], [left_labels, right_labels], out)
+    bias: Value = call["self"]
+    for axis, other in zip(result.axes[::-1], bias.axes[::-1], strict=False):
+        call.unify(axis, other)
+    if bias.parametric:
+        call.pointwise_use("bias", bias)
     return result
 
 
-@rule("aten.outer", "aten.ger", "aten.kron")
+@rule("aten.outer", "aten.ger")
 def outer(call: Call) -> Result:
     """Outer product."""
-    a, b = call.values[:2]
-    if call.operator == "aten.kron":
-        return call.value([merge_axes(call, pair) for pair in zip(a.axes, b.axes, strict=True)])
-    return call.value([*a.axes, *b.axes])
+    left, right = call.values[:2]
+    return call.value([*left.axes, *right.axes])
+
+
+@rule("aten.kron")
+def kron(call: Call) -> Result:
+    """Kronecker product: every axis is merged of one of each factor."""
+    left, right = call.values[:2]
+    return call.value([merge_axes(call, pair) for pair in zip(left.axes, right.axes, strict=True)])
 
 
 @rule("aten.einsum")
 def einsum(call: Call) -> Result:
     """Einstein summation, ellipsis included."""
     operands: list[Value] = list(call["tensors"])
-    equation = call["equation"].replace(" ", "")
-    inputs, _, output = equation.partition("->")
-    terms = inputs.split(",")
-    labels: list[Labels] = [_spell(t, len(v.axes)) for t, v in zip(terms, operands, strict=True)]
-    if not output and "->" not in equation:
-        flat = [n for names in labels for n in names]
-        output_labels = [n for n in sorted(set(flat)) if n.startswith("...")] + sorted(
-            n for n in set(flat) if flat.count(n) == 1 and not n.startswith("...")
-        )
-    else:
-        output_labels = _spell(output, len(call.shape))
-    for names, value in zip(labels, operands, strict=True):  # a repeated label is a diagonal
-        for i, name in enumerate(names):
-            call.unify(value.axes[names.index(name)], value.axes[i])
-    while len(operands) > 2 and (pair := _activations(operands, labels, output_labels)):
-        operands, labels = _contracted(call, operands, labels, output_labels, pair)
-    return contract(call, "einsum", operands, labels, output_labels)
-
-
-def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Labels) -> tuple[int, int] | None:
-    """Return two activations that are contracted with each other, as attention and values are."""
-    moving = [i for i, v in enumerate(operands) if not v.parametric]
-    for i, j in ((i, j) for j in moving for i in moving if i < j):
-        kept = set(out).union(*(names for k, names in enumerate(labels) if k not in (i, j)))
-        if set(labels[i]) & set(labels[j]) - kept:
-            return i, j
-    return None
-
-
-def _contracted(
-    call: Call, operands: Sequence[Value], labels: Sequence[Labels], out: Labels, pair: tuple[int, int]
-) -> tuple[list[Value], list[Labels]]:
-    """Contract two operands of several, as if the code had done so first."""
-    rest = [k for k in range(len(operands)) if k not in pair]
-    kept = set(out).union(*(labels[k] for k in rest))
-    made = [n for n in dict.fromkeys([*labels[pair[0]], *labels[pair[1]]]) if n in kept]
-    value = contract(call, "einsum", [operands[k] for k in pair], [labels[k] for k in pair], made)
-    return [value, *(operands[k] for k in rest)], [made, *(labels[k] for k in rest)]
+    inputs, arrow, output = call["equation"].replace(" ", "").partition("->")
+    labels: list[Labels] = []
+    for term, value in zip(inputs.split(","), operands, strict=True):
+        names = _spell(term, len(value.axes))
+        for name, axis in zip(names, value.axes, strict=True):  # a repeated label is a diagonal
+            call.unify(value.axes[names.index(name)], axis)
+        labels.append(names)
+    out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
+    # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
+    while len(operands) > 2:
+        pair = _activations(operands, labels, out)
+        if pair is None:
+            break
+        operands, labels = _contract_pair(call, operands, labels, out, pair)
+    return contract(call, "einsum", operands, labels, out)
 
 
 def _spell(term: str, rank: int) -> list[str]:
+    """Return one label an axis; axes of an ellipsis are counted from the last."""
     if "..." not in term:
         return list(term)
     before, after = term.split("...")
@@ -254,17 +314,52 @@ def _spell(term: str, rank: int) -> list[str]:
     return [*before, *(f"...{extra - i}" for i in range(extra)), *after]
 
 
+def _implied_output(labels: Iterable[Labels]) -> list[str]:
+    """Return the output of an equation without an arrow: ellipsis, then what occurs once, by alphabet."""
+    flat: list[str] = []
+    for names in labels:
+        flat += names
+    ellipsis = {name for name in flat if name.startswith("...")}
+    single = {name for name in flat if flat.count(name) == 1}
+    return [*sorted(ellipsis), *sorted(single - ellipsis)]
+
+
+def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Labels) -> tuple[int, int] | None:
+    """Return two activations that are contracted with each other, as attention and values are."""
+    moving = [i for i, value in enumerate(operands) if not value.parametric]
+    for second in moving:
+        for first in moving:
+            if first >= second:
+                break
+            others = [names for k, names in enumerate(labels) if k not in (first, second)]
+            kept = set(out).union(*others)
+            if set(labels[first]) & set(labels[second]) - kept:
+                return first, second
+    return None
+
+
+def _contract_pair(
+    call: Call, operands: Sequence[Value], labels: Sequence[Labels], out: Labels, pair: tuple[int, int]
+) -> tuple[list[Value], list[Labels]]:
+    """Contract two operands of several, as if the code had done so first."""
+    rest = [k for k in range(len(operands)) if k not in pair]
+    kept = set(out).union(*(labels[k] for k in rest))
+    first, second = pair
+    both = dict.fromkeys([*labels[first], *labels[second]])
+    made = [label for label in both if label in kept]
+    value = contract(
+        call, "einsum", [operands[first], operands[second]], [labels[first], labels[second]], made
+    )
+    return [value, *(operands[k] for k in rest)], [made, *(labels[k] for k in rest)]
+
+
 @rule("aten.bilinear")
 def bilinear(call: Call) -> Result:
     """Return x1 W x2 + b."""
     batch = letters(len(call["input1"].axes) - 1)
-    result = contract(
-        call,
-        "bilinear",
-        [call["input1"], call["input2"], call["weight"]],
-        [[*batch, "i"], [*batch, "j"], ["o", "i", "j"]],
-        [*batch, "o"],
-    )
+    operands = [call["input1"], call["input2"], call["weight"]]
+    labels = [[*batch, "i"], [*batch, "j"], ["o", "i", "j"]]
+    result = contract(call, "bilinear", operands, labels, [*batch, "o"])
     return add_bias(call, result, call.get("bias"), -1)
 
 
@@ -283,79 +378,88 @@ def convolution(call: Call) -> Result:
     """Convolution: channels are contracted, kernel axes never grow, positions derive from positions."""
     source: Value = call["input"]
     weight: Value = call["weight"]
-    rank = len(weight.axes) - 2
+    kernel = weight.axes[2:]
+    rank = len(kernel)
+    start = len(source.axes) - rank  # of positions
+    positions, sizes = source.axes[start:], call.shape[start:]
+    channels = source.axes[start - 1]
     transposed = bool(call.get("transposed", "transpose" in call.operator))
-    channels = source.axes[-rank - 1]
     groups = call.get("groups", 1)
-    places = source.axes[len(source.axes) - rank :]
-    for i, axis in enumerate(weight.axes[2:]):
+    for axis, position, size in zip(kernel, positions, sizes, strict=True):
         # A kernel over all of an axis, to one position, contracts it as a linear layer does (TextCNN).
-        if not transposed and axis.size == places[i].size > 1 and call.shape[len(call.shape) - rank + i] == 1:
-            call.unify(axis, places[i])
+        if not transposed and axis.size == position.size > 1 and size == 1:
+            call.unify(axis, position)
         else:
             call.finite(axis, "a kernel axis")
-    first, second = weight.axes[:2]
-    into, made = (first, second) if transposed else (second, first)
-    result_channels = _group(call, channels, into, made, transposed, groups)
-    own = [made] if groups == 1 or transposed else [made]
-    if groups == channels.size and into.size == 1 or transposed and groups == channels.size:
+    if transposed:  # weight[in, out per group, ...]
+        fan_in, fan_out = weight.axes[:2]
+        made = _transposed_channels(call, channels, fan_in, fan_out, groups)
+    else:  # weight[out, in per group, ...]
+        fan_out, fan_in = weight.axes[:2]
+        made = fan_out
+        _tie_channels(call, channels, fan_in, fan_out, groups)
+    if groups == channels.size and (transposed or fan_in.size == 1):
         call.facts.fan_out.setdefault(channels.dim, call.where)
-    call.use("conv_transpose" if transposed else "conv", [into, *weight.axes[2:]], own, weight)
+    call.use("conv_transpose" if transposed else "conv", [fan_in, *kernel], [fan_out], weight)
     if not weight.static:
-        call.facts.made_weights.append(MadeWeight((into.dim,), (made.dim,)))
-    spatial = [
-        call.derive(a, s) if a.size != s else a
-        for a, s in zip(
-            source.axes[len(source.axes) - rank :], call.shape[len(call.shape) - rank :], strict=True
-        )
-    ]
-    call.facts.positions.update(a.dim for a in (*source.axes[len(source.axes) - rank :], *spatial))
-    axes = [*source.axes[: -rank - 1], result_channels, *spatial]
-    return add_bias(call, call.value(axes), call.get("bias"), -rank - 1)
+        call.facts.made_weights.append(MadeWeight((fan_in.dim,), (fan_out.dim,)))
+    moved = [call.resized(axis, size) for axis, size in zip(positions, sizes, strict=True)]
+    call.facts.positions.update(axis.dim for axis in (*positions, *moved))
+    result = call.value([*source.axes[: start - 1], made, *moved])
+    return add_bias(call, result, call.get("bias"), -rank - 1)
 
 
-def _group(call: Call, channels: Axis, into: Axis, made: Axis, transposed: bool, groups: int) -> Axis:
-    """Tie channels to weight axes and return the output channels."""
+def _tie_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis, groups: int) -> None:
+    """Tie the channels that a convolution reads to its weight."""
     if groups == 1:
-        call.unify(channels, into)
-        return made
-    if channels.size == groups:  # depthwise: the group is the channel
-        group = channels
-    else:
-        group = call.new(groups)
-        call.facts.groups.setdefault(group.dim, call.where)
-    split = made if not transposed else into
-    per_group = call.new(split.size // groups)
-    call.space.groups(split.dim, (group.dim, per_group.dim))
-    if not transposed:
-        call.space.groups(channels.dim, (group.dim, into.dim))
-        return made
-    call.unify(channels, into)
-    whole = call.new(groups * made.size)
-    call.space.groups(whole.dim, (group.dim, made.dim))
-    return Axis(whole.dim, whole.size, made.origin)
+        call.unify(channels, fan_in)
+        return
+    # in = groups x weight's in, out = groups x what a group makes
+    group = _group_axis(call, channels, groups)
+    made = call.new(fan_out.size // groups)
+    call.space.groups(fan_out.dim, (group.dim, made.dim))
+    call.space.groups(channels.dim, (group.dim, fan_in.dim))
+
+
+def _transposed_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis, groups: int) -> Axis:
+    """Tie the channels that a transposed convolution reads to its weight; return those that it makes."""
+    if groups == 1:
+        call.unify(channels, fan_in)
+        return fan_out
+    # in = groups x what a group reads, out = groups x weight's out
+    group = _group_axis(call, channels, groups)
+    read = call.new(fan_in.size // groups)
+    call.space.groups(fan_in.dim, (group.dim, read.dim))
+    call.unify(channels, fan_in)
+    whole = call.new(groups * fan_out.size)
+    call.space.groups(whole.dim, (group.dim, fan_out.dim))
+    return Axis(whole.dim, whole.size, fan_out.origin)
+
+
+def _group_axis(call: Call, channels: Axis, groups: int) -> Axis:
+    """Return the axis that counts groups; where the convolution is depthwise, a group is a channel."""
+    if channels.size == groups:
+        return channels
+    group = call.new(groups)
+    call.facts.groups.setdefault(group.dim, call.where)
+    return group
 
 
 @rule("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")
 def grouped_matmul(call: Call) -> Result:
     """Rows sorted by expert times one matrix an expert."""
-    a, b = call.values[:2]
-    if len(a.axes) == 2 and len(b.axes) == 3:
-        call.finite(b.axes[0], "experts")
-        return contract(call, "matmul", [a, b], ["ik", "gkj"], "ij")
+    rows, experts = call.values[:2]
+    if len(rows.axes) == 2 and len(experts.axes) == 3:
+        call.finite(experts.axes[0], "experts")
+        return contract(call, "matmul", [rows, experts], ["ik", "gkj"], "ij")
     batch = letters(len(call.shape) - 2)
-    return contract(
-        call,
-        "matmul",
-        [a, b],
-        [[*batch, "i", "k"][-len(a.axes) :], [*batch, "k", "j"][-len(b.axes) :]],
-        [*batch, "i", "j"],
-    )
+    labels = [[*batch, "i", "k"][-len(rows.axes) :], [*batch, "k", "j"][-len(experts.axes) :]]
+    return contract(call, "matmul", [rows, experts], labels, [*batch, "i", "j"])
 
 
 @rule("aten.cdist", "aten._cdist_forward")
 def cdist(call: Call) -> Result:
     """Distances between rows: like a product of two activations."""
-    a, b = call.values[:2]
     batch = letters(len(call.shape) - 2)
-    return contract(call, "distance", [a, b], [[*batch, "i", "k"], [*batch, "j", "k"]], [*batch, "i", "j"])
+    labels = [[*batch, "i", "k"], [*batch, "j", "k"]]
+    return contract(call, "distance", call.values[:2], labels, [*batch, "i", "j"])

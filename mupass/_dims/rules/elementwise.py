@@ -1,9 +1,9 @@
 """Rules for operators that work elementwise or create."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mupass._dims.call import Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Value
+from mupass._dims.call import Call, Result, one_or_all
+from mupass._dims.facts import NOWHERE, Axis, Value, bare
 from mupass._dims.registry import rule
 
 
@@ -11,15 +11,16 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     """Unify the axes of several tensors under broadcasting and return the result's axes."""
     result = []
     for back in range(rank, 0, -1):
-        axes = [v.axes[-back] for v in values if len(v.axes) >= back]
-        wide = [a for a in axes if a.size != 1] or axes[:1]
+        axes = [value.axes[-back] for value in values if len(value.axes) >= back]
+        wide = [axis for axis in axes if axis.size != 1] or axes[:1]
         if not wide:
             result.append(call.new(1))
             continue
-        for other in wide[1:]:
-            call.unify(wide[0], other)
-        origin = NOWHERE.union(*(a.origin for a in wide))
-        result.append(Axis(wide[0].dim, wide[0].size, origin))
+        first, *others = wide
+        for other in others:
+            call.unify(first, other)
+        origin = NOWHERE.union(*(axis.origin for axis in wide))
+        result.append(Axis(first.dim, first.size, origin))
     return result
 
 
@@ -132,42 +133,61 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
 )
 def pointwise(call: Call) -> Result:
     """Every axis is kept; operands broadcast against each other."""
-    values = [v for v in call.values if v is not None]
-    moving = [v for v in values if not v.static]
+    values = call.values
+    moving = [value for value in values if not value.static]
     # mul(w, s): a matrix times one number of the data, or one a sample or a matrix, is still that matrix.
-    if moving and any(v.parametric and _is_matrix(v, moving) for v in values):
+    if moving and any(value.parametric and _is_matrix(value, moving) for value in values):
         return call.value(broadcast(call, values, len(call.shape)), static=True)
     for value in values:
         if value.parametric and moving:
             call.pointwise_use("pointwise", value)
-            call.facts.spread.update(_spread(value, moving))
+            axis = _outer_axis(value, moving)
+            if axis is not None:
+                call.facts.spread.add(axis.dim)
+    widest = max(len(value.axes) for value in values)
     outputs = []
     for shape in call.shapes:
-        axes = broadcast(call, values, max(len(shape), max(len(v.axes) for v in values)))[
-            -len(shape) or None :
-        ]
-        outputs.append(call.value(axes if shape else ()))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        rank = len(shape)
+        axes = broadcast(call, values, max(rank, widest))
+        outputs.append(call.value(axes[len(axes) - rank :]))
+    return one_or_all(outputs)
+
+
+def _partners(back: int, moving: Iterable[Value]) -> list[Axis]:
+    """Return the axes of other operands that broadcast against one axis, counted from the last."""
+    return [value.axes[-1 - back] for value in moving if back < len(value.axes)]
 
 
 def _is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
     """Whether a parameter has two axes along which all that it meets has single entries."""
-    long = [back for back, a in enumerate(parameter.axes[::-1]) if a.size > 1]
-    alone = [b for b in long if all(b >= len(v.axes) or v.axes[-1 - b].size == 1 for v in moving)]
-    return len(alone) > 1
+    alone = 0
+    for back, axis in enumerate(parameter.axes[::-1]):
+        if axis.size > 1 and all(other.size == 1 for other in _partners(back, moving)):
+            alone += 1
+    return alone > 1
 
 
-def _spread(vector: Value, moving: Sequence[Value]) -> list[int]:
-    """Return the one axis of a parameter that what it meets has as a single entry."""
-    long = [(back, a) for back, a in enumerate(vector.axes[::-1]) if a.size > 1]
-    met = [v.axes[-1 - back] for back, _ in long for v in moving if back < len(v.axes)]
-    return [long[0][1].dim] if len(long) == 1 and met and all(a.size == 1 for a in met) else []
+def _outer_axis(vector: Value, moving: Sequence[Value]) -> Axis | None:
+    """Return the one axis of a parameter that what it meets has as a single entry.
+
+    Frequencies times a position, ``sin(t[..., None] * w)``, are the pattern: an outer product.
+    """
+    long = [(back, axis) for back, axis in enumerate(vector.axes[::-1]) if axis.size > 1]
+    if len(long) != 1:
+        return None
+    back, axis = long[0]
+    partners = _partners(back, moving)
+    if partners and all(other.size == 1 for other in partners):
+        return axis
+    return None
 
 
 @rule("aten.where")
 def where(call: Call) -> Result:
     """Choose entry by entry; with the condition alone, the indices where it holds."""
-    return pointwise(call) if "other" in call.arguments else create(call)
+    if "other" in call.arguments:
+        return pointwise(call)
+    return create(call)
 
 
 @rule("aten.copy", "aten.copy_")
@@ -214,8 +234,11 @@ def keep(call: Call) -> Result:
 )
 def create(call: Call) -> Result:
     """New axes of literal size: nothing is known of them until they meet another tensor."""
-    outputs = [call.value([call.new(s) for s in shape], static=True) for shape in call.shapes]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    outputs = []
+    for shape in call.shapes:
+        axes = [call.new(size) for size in shape]
+        outputs.append(call.value(axes, static=True))
+    return one_or_all(outputs)
 
 
 @rule("aten.rot90")
@@ -231,7 +254,7 @@ def rotate(call: Call) -> Result:
 @rule("aten.eye")
 def eye(call: Call) -> Result:
     """The axes of an identity matrix are one."""
-    rows, columns = (call.new(s) for s in call.shape)
+    rows, columns = map(call.new, call.shape)
     call.unify(rows, columns)
     return call.value([rows, columns], static=True)
 
@@ -247,4 +270,4 @@ def eye(call: Call) -> Result:
 )
 def create_like(call: Call) -> Result:
     """The axes of the model, none of its values."""
-    return Value(tuple(Axis(a.dim, a.size) for a in call.values[0].axes), static=call.static)
+    return Value(bare(call.values[0].axes), static=call.static)

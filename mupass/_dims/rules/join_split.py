@@ -1,66 +1,80 @@
 """Rules for operators that join tensors, cut them, pad them or slide along them."""
 
+from collections.abc import Sequence
+
 from mupass._dims.call import Call, Result
-from mupass._dims.facts import NOWHERE, Axis
+from mupass._dims.facts import NOWHERE, Axis, Origin
 from mupass._dims.graph import is_filled
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast
 from mupass._dims.rules.reshape import split_axis
 
 
+def _joined_axis(call: Call, parts: Sequence[Axis], size: int, origin: Origin = NOWHERE) -> Axis:
+    """Return an axis that is the concatenation of others."""
+    whole = Axis(call.space.new(size), size, origin)
+    dims = [part.dim for part in parts]
+    call.space.sum(whole.dim, tuple(dims))
+    call.facts.parts += dims
+    return whole
+
+
+def _with_axis(axes: Sequence[Axis], dim: int, axis: Axis) -> list[Axis]:
+    """Return axes with one of them replaced."""
+    return [*axes[:dim], axis, *axes[dim + 1 :]]
+
+
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: Call) -> Result:
     """Join along one axis, which becomes the sum of the parts."""
-    values = [v for v in call.values if len(v.axes) == len(call.shape)]
+    values = [value for value in call.values if len(value.axes) == len(call.shape)]
     dim = call.get("dim", 0) % len(call.shape)
     axes = []
     for i, size in enumerate(call.shape):
-        column = [v.axes[i] for v in values]
-        origin = NOWHERE.union(*(a.origin for a in column))
-        if i != dim or len(column) == 1:
-            for other in column[1:]:
-                call.unify(column[0], other)
-            axes.append(Axis(column[0].dim, size, origin))
-        else:
-            axes.append(Axis(call.space.new(size), size, origin))
-            parts = [a.dim for a in column]
-            call.space.sum(axes[-1].dim, tuple(parts))
-            call.facts.parts += parts
-            if call.static and all(a.origin for a in column):
-                call.facts.joined.append(axes[-1].dim)
-            if all(a.size == 1 for a in column):
-                call.finite(axes[-1], "a concatenation of single positions")
+        parts = [value.axes[i] for value in values]
+        first, *others = parts
+        origin = NOWHERE.union(*(part.origin for part in parts))
+        # Axes that are not joined agree; a lone tensor is joined to nothing.
+        if i != dim or not others:
+            for other in others:
+                call.unify(first, other)
+            axes.append(Axis(first.dim, size, origin))
+            continue
+        whole = _joined_axis(call, parts, size, origin)
+        axes.append(whole)
+        if call.static and all(part.origin for part in parts):
+            call.facts.joined.append(whole.dim)
+        if all(part.size == 1 for part in parts):
+            call.finite(whole, "a concatenation of single positions")
     return call.value(axes)
 
 
-@rule("aten.stack", "aten.hstack", "aten.vstack", "aten.dstack", "aten.column_stack")
+@rule("aten.stack")
 def stack(call: Call) -> Result:
-    """Join along a new axis (or, for the numpy-like forms, an old one)."""
-    values, name = call.values, call.operator
+    """Join along a new axis."""
+    values = call.values
     rank = len(values[0].axes)
-    if name == "aten.stack":
-        dim = call.get("dim", 0) % (rank + 1)
-        axes = broadcast(call, values, rank)
-        axes.insert(dim, call.new(len(values)))
-        call.finite(axes[dim], "a stack of separate tensors")
-        return call.value(axes)
-    dim = {"aten.hstack": 1 if rank > 1 else 0, "aten.column_stack": 1, "aten.vstack": 0, "aten.dstack": 2}[
-        name
-    ]
+    axes = broadcast(call, values, rank)
+    count = call.new(len(values))
+    call.finite(count, "a stack of separate tensors")
+    axes.insert(call.get("dim", 0) % (rank + 1), count)
+    return call.value(axes)
+
+
+@rule("aten.hstack", "aten.vstack", "aten.dstack", "aten.column_stack")
+def numpy_stack(call: Call) -> Result:
+    """Join along an old axis, as numpy does, or along a new one where tensors have too few."""
+    values = call.values
+    rank = len(values[0].axes)
     if rank != len(call.shape):
-        axes = [call.new(s) for s in call.shape]
-        return call.value(axes)
-    axes = [
-        a if i != dim else call.new(s)
-        for i, (a, s) in enumerate(zip(values[0].axes, call.shape, strict=True))
-    ]
+        return call.unknown(call.shape)
+    dim = {"aten.vstack": 0, "aten.dstack": 2}.get(call.operator, min(1, rank - 1))
+    axes = list(values[0].axes)
     for value in values[1:]:
         for i in range(rank):
             if i != dim:
                 call.unify(axes[i], value.axes[i])
-    parts = [v.axes[dim].dim for v in values]
-    call.space.sum(axes[dim].dim, tuple(parts))
-    call.facts.parts += parts
+    axes[dim] = _joined_axis(call, [value.axes[dim] for value in values], call.shape[dim])
     return call.value(axes)
 
 
@@ -83,15 +97,15 @@ def split(call: Call) -> Result:
     fixed = {"aten.hsplit": min(1, len(source.axes) - 1), "aten.vsplit": 0}
     dim = fixed.get(call.operator, call.get("dim", 0)) % len(source.axes)
     whole = source.axes[dim]
-    parts = [
-        whole if s[dim] == whole.size else Axis(call.space.new(s[dim]), s[dim], whole.origin)
-        for s in call.shapes
-    ]
+    parts = []
+    for shape in call.shapes:
+        size = shape[dim]
+        parts.append(whole if size == whole.size else Axis(call.space.new(size), size, whole.origin))
     if len(parts) > 1:
-        call.space.cut(whole.dim, tuple(p.dim for p in parts))
-        if all(p.size == 1 for p in parts):
+        call.space.cut(whole.dim, tuple(part.dim for part in parts))
+        if all(part.size == 1 for part in parts):
             call.enumerate(whole, "its positions are split off one by one")
-    return [call.value(source.axes[:dim] + (p,) + source.axes[dim + 1 :]) for p in parts]
+    return [call.value(_with_axis(source.axes, dim, part)) for part in parts]
 
 
 @rule("aten.slice", "aten.narrow", "aten.slice_copy")
@@ -100,24 +114,20 @@ def slice_(call: Call) -> Result:
     source = call.values[0]
     dim = call.get("dim", 0) % len(source.axes)
     axis, size = source.axes[dim], call.shape[dim]
-    start = call.get("start", 0)
-    if not isinstance(start, int):
-        return call.value(
-            [
-                call.derive(a, s) if i == dim else a
-                for i, (a, s) in enumerate(zip(source.axes, call.shape, strict=True))
-            ]
-        )
-    start = max(start + axis.size, 0) if start < 0 else start
-    step = call.get("step", 1)
-    if step == 1 or size == axis.size:
+    start, step = call.get("start", 0), call.get("step", 1)
+    if not isinstance(start, int):  # it depends on data
+        taken = call.derive(axis, size)
+    elif step == 1 or size == axis.size:
+        if start < 0:
+            start = max(start + axis.size, 0)
         taken = Axis(call.space.part(axis.dim, start, start + size), size, axis.origin)
     elif axis.size % step == 0 and size * step == axis.size:
+        # x[::step]: every position is a pair of one that is taken and a phase.
         taken, phase = split_axis(call, axis, [size, step])
         call.finite(phase, "a stride")
     else:
         taken = call.derive(axis, size)
-    return call.value(source.axes[:dim] + (taken,) + source.axes[dim + 1 :])
+    return call.value(_with_axis(source.axes, dim, taken))
 
 
 @rule("aten.select", "aten.unbind", "aten.select_copy", "aten.unbind_copy")
@@ -128,18 +138,21 @@ def select(call: Call) -> Result:
     if not is_filled(call.node.args[0]):  # all its entries are alike: the pick is made for its shape
         call.pick(source.axes[dim], call.get("index"))
     rest = call.value(source.axes[:dim] + source.axes[dim + 1 :])
-    return rest if call.operator.startswith("aten.select") else [rest] * len(call.shapes)
+    if call.operator.startswith("aten.select"):
+        return rest
+    return [rest] * len(call.shapes)
 
 
 @rule("aten.diagonal", "aten.diag_embed", "aten.diag", "aten.linalg_diagonal", "aten.trace")
 def diagonal(call: Call) -> Result:
     """Read or write a diagonal: the two axes are one."""
     source = call.values[0]
-    if len(call.shape) > len(source.axes):
+    if len(call.shape) > len(source.axes):  # a vector onto a diagonal
         return call.value([*source.axes, call.derive(source.axes[-1], call.shape[-1])])
-    first, second = (call.get(n, d) % len(source.axes) for n, d in (("dim1", 0), ("dim2", 1)))
-    kept = [a for i, a in enumerate(source.axes) if i not in (first, second)]
-    if len(call.shape) == len(kept):
+    first = call.get("dim1", 0) % len(source.axes)
+    second = call.get("dim2", 1) % len(source.axes)
+    kept = [axis for i, axis in enumerate(source.axes) if i not in (first, second)]
+    if len(call.shape) == len(kept):  # a trace
         return call.value(kept)
     return call.value([*kept, call.derive(source.axes[first], call.shape[-1])])
 
@@ -159,29 +172,29 @@ def diagonal(call: Call) -> Result:
 )
 def pad(call: Call) -> Result:
     """Pad: a padded axis grows when the axis did."""
-    source = call.values[0]
-    return call.value(
-        [a if a.size == s else call.derive(a, s) for a, s in zip(source.axes, call.shape, strict=True)]
-    )
+    return call.value(map(call.resized, call.values[0].axes, call.shape))
 
 
 @rule("aten.as_strided", "aten.as_strided_copy")
 def as_strided(call: Call) -> Result:
     """Axes are recognized by their strides; one of another length slides along its source."""
     source = call.values[0]
-    strides = dict(zip(call.node.args[0].meta["val"].stride(), source.axes, strict=True))  # type: ignore[union-attr]
+    of_source = call.node.args[0].meta["val"].stride()  # type: ignore[union-attr]
+    by_stride = dict(zip(of_source, source.axes, strict=True))
     axes = []
     for size, stride in zip(call.shape, call["stride"], strict=True):
-        found = strides.pop(stride, None)
-        axes.append(
-            call.new(size) if found is None else found if found.size == size else call.derive(found, size)
-        )
+        axis = by_stride.pop(stride, None)
+        if axis is None:
+            axes.append(call.new(size))
+        else:
+            axes.append(call.resized(axis, size))
     return call.value(axes)
 
 
 @rule("aten.unfold", "aten.unfold_copy")
 def unfold(call: Call) -> Result:
     """Slide a window along an axis: count in place, window last."""
+    # [b, l] -> [b, windows, k]
     source = call.values[0]
     dim = call["dimension"] % len(source.axes)
     axes = list(source.axes)

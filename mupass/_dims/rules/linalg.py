@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mupass._dims.call import Call, Result
+from mupass._dims.call import Call, Result, one_or_all
 from mupass._dims.facts import Axis, Value
 from mupass._dims.registry import rule
 from mupass._dims.rules.contract import contract, letters
@@ -52,8 +52,7 @@ def pseudo_inverse(call: Call) -> Result:
 def determinant(call: Call) -> Result:
     """One number, or sign and logarithm, for each matrix of the batch."""
     batch = _square(call, call.values[0])
-    outputs = [call.value(batch) for _ in call.shapes]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return one_or_all([call.value(batch) for _ in call.shapes])
 
 
 @rule(
@@ -70,21 +69,24 @@ def determinant(call: Call) -> Result:
 def factorize(call: Call) -> Result:
     """Eigenvectors and singular vectors are as many as the shorter axis is long, and grow with it."""
     *batch, rows, columns = call.values[0].axes
-    if "eig" in call.operator:
+    eigen = "eig" in call.operator
+    if eigen:
         _square(call, call.values[0])
-    short = rows if rows.size < columns.size else columns
-    known = {rows.size: rows, columns.size: columns, short.size: short}
+    shorter = min(columns, rows, key=lambda axis: axis.size)
+    known = {rows.size: rows, columns.size: columns, shorter.size: shorter}
     outputs = []
     for i, shape in enumerate(call.shapes):
-        tail: list[Axis] = [known[size] for size in shape[len(batch) :]]
-        if len(tail) == 2 and "eig" not in call.operator:
-            left = i == 0  # Q and U have the rows, R and V the columns; full ones are square
-            if left or call.operator == "aten.svd":
-                tail[0] = rows if left else columns
+        axes = [known[size] for size in shape[len(batch) :]]
+        if len(axes) == 2 and not eigen:
+            # Q and U have the rows, R and V the columns; full ones are square.
+            if i == 0:
+                axes[0] = rows
+            elif call.operator == "aten.svd":  # V itself, not its transpose
+                axes[0] = columns
             else:
-                tail[1] = columns
-        outputs.append(call.value([*batch, *tail]))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+                axes[1] = columns
+        outputs.append(call.value([*batch, *axes]))
+    return one_or_all(outputs)
 
 
 @rule(
@@ -95,26 +97,22 @@ def factorize(call: Call) -> Result:
 )
 def solve(call: Call) -> Result:
     """Return X of A X = B: like the product of an inverse, which contracts the rows of A."""
-    first, second = call.values[:2]
-    matrix, right = (second, first) if call.operator == "aten.cholesky_solve" else (first, second)
+    matrix, right = call.values[:2]
+    if call.operator == "aten.cholesky_solve":
+        right, matrix = matrix, right
+    rank = len(matrix.axes)
     if call.get("left") is False:  # X A = B
-        names = [["i", "j"], ["k", "j"]], ["k", "i"]
-    elif len(right.axes) == 1 or len(right.axes) == len(matrix.axes) - 1:
-        names = [["i", "j"], ["i"]], ["j"]
+        of_matrix, of_right, out = "ij", "kj", "ki"
+    elif len(right.axes) in (1, rank - 1):  # A x = b
+        of_matrix, of_right, out = "ij", "i", "j"
     else:
-        names = [["i", "j"], ["i", "k"]], ["j", "k"]
-    (of_matrix, of_right), out = names
-    if not call.operator.endswith("lstsq"):
+        of_matrix, of_right, out = "ij", "ik", "jk"
+    if call.operator != "aten.linalg_lstsq":
         _square(call, matrix)
-    count = max(len(matrix.axes) - 2, len(right.axes) - len(of_right))
-    batch = letters(count)
-    labels = [
-        [*batch[count - len(v.axes) + len(own) :], *own]
-        for v, own in ((matrix, of_matrix), (right, of_right))
-    ]
+    batch = letters(max(rank - 2, len(right.axes) - len(of_right)))
+    labels = [[*batch, *of_matrix][-rank:], [*batch, *of_right][-len(right.axes) :]]
     result = contract(call, "solve", [matrix, right], labels, [*batch, *out])
-    more = [call.value([call.new(s) for s in shape]) for shape in call.shapes[1:]]
-    return (result, *more) if more else result
+    return one_or_all([result, *map(call.unknown, call.shapes[1:])])
 
 
 @rule("aten.linalg_multi_dot", "aten.chain_matmul")
@@ -124,7 +122,7 @@ def multi_dot(call: Call) -> Result:
     for factor in rest:
         left = ["i", "k"][-len(product.axes) :]
         right = ["k", "j"][: len(factor.axes)]
-        out = [n for n in (*left, *right) if n != "k"]
+        out = [label for label in (*left, *right) if label != "k"]
         product = contract(call, "matmul", [product, factor], [left, right], out)
     return product
 
@@ -132,32 +130,36 @@ def multi_dot(call: Call) -> Result:
 @rule("aten.tensordot")
 def tensordot(call: Call) -> Result:
     """Contract pairs of axes."""
-    a, b = call.values[:2]
-    left, right = letters(len(a.axes)), letters(len(b.axes), len(a.axes))
+    first, second = call.values[:2]
+    left, right = letters(len(first.axes)), letters(len(second.axes), len(first.axes))
+    # An axis of one and an axis of the other that are contracted get one label.
     for i, j in zip(call["dims_self"], call["dims_other"], strict=True):
         right[j] = left[i]
-    out = [n for n in (*left, *right) if (n in left) != (n in right)]
-    return contract(call, "matmul", [a, b], [left, right], out)
+    out = [label for label in (*left, *right) if (label in left) != (label in right)]
+    return contract(call, "matmul", [first, second], [left, right], out)
 
 
 @rule("aten.linalg_vecdot")
 def vecdot(call: Call) -> Result:
     """Sum of products along one axis, the others broadcast."""
-    a, b = call.values[:2]
-    rank = max(len(a.axes), len(b.axes))
+    first, second = call.values[:2]
+    rank = max(len(first.axes), len(second.axes))
     names = letters(rank)
-    gone = names[call.get("dim", -1) % rank]
-    labels = [names[rank - len(v.axes) :] for v in (a, b)]
-    return contract(call, "matmul", [a, b], labels, [n for n in names if n != gone])
+    labels = [names[rank - len(first.axes) :], names[rank - len(second.axes) :]]
+    out = list(names)
+    del out[call.get("dim", -1) % rank]
+    return contract(call, "matmul", [first, second], labels, out)
 
 
 @rule("aten.cross", "aten.linalg_cross")
 def cross(call: Call) -> Result:
     """Products of vectors in space."""
     axes = broadcast(call, call.values[:2], len(call.shape))
-    dim = call.get("dim", -1 if call.operator.startswith("aten.linalg") else None)
-    if dim is None:
-        dim = next(i for i, a in enumerate(axes) if a.size == 3)
+    dim = call.get("dim")
+    if dim is None and call.operator == "aten.linalg_cross":
+        dim = -1
+    elif dim is None:
+        dim = [axis.size for axis in axes].index(3)
     call.finite(axes[dim], "coordinates in space")
     return call.value(axes)
 
@@ -172,5 +174,5 @@ def pdist(call: Call) -> Result:
 @rule("aten.cov", "aten.corrcoef")
 def covariance(call: Call) -> Result:
     """Rows against rows."""
-    axes = call.values[0].axes
-    return call.value([axes[0], axes[0]] if call.shape else ())
+    rows = call.values[0].axes[:1]
+    return call.value(rows * len(call.shape))

@@ -1,7 +1,7 @@
 """Rules for operators that pool, resample or warp positions; channels stay."""
 
-from mupass._dims.call import Call, Result
-from mupass._dims.facts import Axis, bare
+from mupass._dims.call import Call, Result, one_or_all
+from mupass._dims.facts import bare
 from mupass._dims.registry import rule
 
 
@@ -27,22 +27,6 @@ from mupass._dims.registry import rule
     "aten.lp_pool2d",
     "aten.max_unpool2d",
     "aten.max_unpool3d",
-)
-def pool(call: Call) -> Result:
-    """Positions derive from positions; channels stay."""
-    source = call.values[0]
-    outputs = [
-        call.value([_position(call, a, s) for a, s in zip(source.axes, shape, strict=True)])
-        for shape in call.shapes
-    ]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def _position(call: Call, axis: Axis, size: int) -> Axis:
-    return axis if axis.size == size else call.derive(axis, size)
-
-
-@rule(
     "aten.upsample_nearest1d",
     "aten.upsample_nearest2d",
     "aten.upsample_nearest3d",
@@ -56,17 +40,19 @@ def _position(call: Call, axis: Axis, size: int) -> Axis:
     "aten._upsample_bilinear2d_aa",
     "aten._upsample_bicubic2d_aa",
 )
-def upsample(call: Call) -> Result:
+def pool(call: Call) -> Result:
     """Positions derive from positions; channels stay."""
-    return pool(call)
+    axes = call.values[0].axes
+    return one_or_all([call.value(map(call.resized, axes, shape)) for shape in call.shapes])
 
 
 @rule("aten.affine_grid_generator")
 def affine_grid(call: Call) -> Result:
     """Coordinates of a grid under affine maps."""
-    for axis in call["theta"].axes[1:]:
+    batch, *affine = call["theta"].axes
+    for axis in affine:
         call.finite(axis, "an affine map of coordinates")
-    return call.value([*bare(call["theta"].axes[:1]), *(call.new(s) for s in call.shape[1:])])
+    return call.value([*bare([batch]), *map(call.new, call.shape[1:])])
 
 
 @rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
@@ -81,7 +67,7 @@ def grid_sample(call: Call) -> Result:
 def roi_align(call: Call) -> Result:
     """Boxes x channels x literal bins."""
     source = call.values[0]
-    bins = [call.new(s) for s in call.shape[2:]]
+    bins = list(map(call.new, call.shape[2:]))
     for axis in bins:
         call.finite(axis, "bins of a region pooling")
     return call.value([call.new(call.shape[0]), source.axes[1], *bins])

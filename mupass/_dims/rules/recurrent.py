@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from mupass._dims.call import Call, Result
+from mupass._dims.call import Call, Result, one_or_all
 from mupass._dims.facts import Axis, Value, bare
 from mupass._dims.registry import rule
 from mupass._dims.rules.reshape import split_axis
+
+_GATES = {"aten.lstm": 4, "aten.gru": 3}
 
 
 @rule("aten.glu")
@@ -14,6 +16,7 @@ def glu(call: Call) -> Result:
     source = call.values[0]
     dim = call.get("dim", -1) % len(source.axes)
     half = call.new(call.shape[dim])
+    # a sigmoid(b), where a and b are the halves
     call.space.sum(source.axes[dim].dim, (half.dim, half.dim))
     return call.value([*source.axes[:dim], half, *source.axes[dim + 1 :]])
 
@@ -22,48 +25,71 @@ def glu(call: Call) -> Result:
 def recurrent(call: Call) -> Result:
     """Stacked (bidirectional) recurrence: gates x hidden rows, layer by layer."""
     source: Value = call["input"]
-    params: list[Value] = list(call["params"])
-    states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    gates = {"aten.lstm": 4, "aten.gru": 3}.get(call.operator, 1)
+    parameters: list[Value] = list(call["params"])
+    states = _states(call)
     directions = 2 if call["bidirectional"] else 1
-    per_cell = len(params) // (call["num_layers"] * directions)
+    per_cell = len(parameters) // (call["num_layers"] * directions)
     features = source.axes[-1]
     hidden = cell = states[0].axes[-1]
-    for layer in range(call["num_layers"]):
+    for _ in range(call["num_layers"]):
         outputs = []
-        for direction in range(directions):
-            start = (layer * directions + direction) * per_cell
-            hidden, cell = _cell(call, params[start : start + per_cell], features, gates, per_cell)
+        for _ in range(directions):
+            hidden, cell = _cell(call, parameters[:per_cell], features)
+            del parameters[:per_cell]
+            # LSTMs have a hidden state and a cell, the others one state.
             call.unify(states[0].axes[-1], hidden)
             call.unify(states[-1].axes[-1], cell)
             outputs.append(hidden)
         features = outputs[0] if directions == 1 else _join(call, outputs)
-    state_rank = len(states[0].axes)
-    finals = [call.value([*bare(states[0].axes[: state_rank - 1]), a]) for a in (hidden, cell)[: len(states)]]
-    return (call.value([*source.axes[:-1], features]), *finals)
+    results = [call.value([*source.axes[:-1], features])]
+    for state, width in zip(states, (hidden, cell), strict=False):
+        batch = states[0].axes[: len(state.axes) - 1]
+        results.append(call.value([*bare(batch), width]))
+    return tuple(results)
+
+
+def _states(call: Call) -> list[Value]:
+    """Return the states that a recurrence starts from: one, or hidden state and cell of an LSTM."""
+    states = call["hx"]
+    if isinstance(states, Value):
+        return [states]
+    return list(states)
 
 
 def _join(call: Call, outputs: Sequence[Axis]) -> Axis:
-    whole = call.new(sum(a.size for a in outputs))
-    call.space.sum(whole.dim, tuple(a.dim for a in outputs))
+    """Return the axis that both directions are joined into."""
+    whole = call.new(sum(axis.size for axis in outputs))
+    call.space.sum(whole.dim, tuple(axis.dim for axis in outputs))
     return whole
 
 
-def _cell(call: Call, params: Sequence[Value], features: Axis, gates: int, count: int) -> tuple[Axis, Axis]:
-    """Tie one cell's weights: w_ih, w_hh, then biases and a projection where there are any."""
-    w_ih, w_hh = params[:2]
+def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis, Axis]:
+    """Tie one cell's weights: w_ih, w_hh, then biases and a projection where there are any.
+
+    Args:
+        call: The operator call.
+        parameters: Two weights, with two biases or without, with a projection (``proj_size``) or without.
+        features: The axis that the cell reads.
+
+    Returns:
+        The widths of the hidden state and of the cell.
+    """
+    count = len(parameters)
+    w_ih, w_hh = parameters[:2]
     call.unify(w_ih.axes[1], features)
-    rows = split_axis(call, w_ih.axes[0], [gates, w_ih.axes[0].size // gates])
-    call.enumerate(rows[0], "the gates of a recurrent cell")
-    cell = rows[1]
-    for other in (w_hh, *(params[2:4] if count >= 4 else ())):
-        call.unify(w_ih.axes[0], other.axes[0])
-        if len(other.axes) == 1:
-            call.pointwise_use("bias", other)
-    call.use("recurrent", w_ih.axes[1:], w_ih.axes[:1], w_ih)
-    call.use("recurrent", w_hh.axes[1:], w_hh.axes[:1], w_hh)
+    # rows = gates x cell
+    gates = _GATES.get(call.operator.removesuffix("_cell"), 1)
+    gate, cell = split_axis(call, w_ih.axes[0], [gates, w_ih.axes[0].size // gates])
+    call.enumerate(gate, "the gates of a recurrent cell")
+    call.unify(w_ih.axes[0], w_hh.axes[0])
+    if count >= 4:
+        for bias in parameters[2:4]:
+            call.unify(w_ih.axes[0], bias.axes[0])
+            call.pointwise_use("bias", bias)
+    for weight in (w_ih, w_hh):
+        call.use("recurrent", weight.axes[1:], weight.axes[:1], weight)
     if count in (3, 5):  # projected hidden state
-        projection = params[-1]
+        projection = parameters[-1]
         call.unify(projection.axes[1], cell)
         call.unify(projection.axes[0], w_hh.axes[1])
         call.use("recurrent", projection.axes[1:], projection.axes[:1], projection)
@@ -75,11 +101,12 @@ def _cell(call: Call, params: Sequence[Value], features: Axis, gates: int, count
 @rule("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
 def recurrent_cell(call: Call) -> Result:
     """One step of a recurrence."""
-    states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
-    gates = {"aten.lstm_cell": 4, "aten.gru_cell": 3}.get(call.operator, 1)
-    params = [p for p in (call["w_ih"], call["w_hh"], call.get("b_ih"), call.get("b_hh")) if p is not None]
-    hidden, _ = _cell(call, params, call["input"].axes[-1], gates, len(params))
+    states = _states(call)
+    parameters = [call["w_ih"], call["w_hh"]]
+    for name in ("b_ih", "b_hh"):
+        if isinstance(call.get(name), Value):
+            parameters.append(call[name])
+    hidden, _ = _cell(call, parameters, call["input"].axes[-1])
     for state in states:
         call.unify(state.axes[-1], hidden)
-    outputs = [call.value([*states[0].axes[:-1], hidden]) for _ in states]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return one_or_all([call.value([*states[0].axes[:-1], hidden]) for _ in states])

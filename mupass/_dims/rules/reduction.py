@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mupass._dims.call import Call, Result
+from mupass._dims.call import Call, Result, one_or_all
 from mupass._dims.facts import Axis, Value
 from mupass._dims.graph import is_getitem
 from mupass._dims.registry import rule
@@ -31,9 +31,11 @@ def softmax(call: Call) -> Result:
 
 def wrap(dims: int | Sequence[int] | None, rank: int) -> set[int]:
     """Return non-negative axis numbers; None and () mean all axes."""
-    if dims is None or (not isinstance(dims, int) and not len(dims)):
+    if isinstance(dims, int):
+        dims = [dims]
+    if not dims:
         return set(range(rank))
-    return {d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)}
+    return {dim % max(rank, 1) for dim in dims}
 
 
 @rule(
@@ -74,18 +76,22 @@ def reduce(call: Call) -> Result:
     if len(values) == 2:  # max.other, min.other
         return pointwise(call)
     (source,) = values
-    if len(call.shapes) == 2 and call.operator in ("aten.max", "aten.min") and _places_are_read(call):
+    if call.operator in ("aten.max", "aten.min") and len(call.shapes) == 2 and _places_are_read(call):
         _rank(call, source.axes[call["dim"] % len(source.axes)])
-    kept, held = _left(call, source, -1 if "trap" in call.operator else None)
-    outputs = [
-        call.value(kept if len(s) == len(kept) and not call.get("keepdim") else held) for s in call.shapes
-    ]
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    default = -1 if call.operator.startswith("aten.trap") else None
+    kept, held = _left(call, source, default)
+    outputs = []
+    for shape in call.shapes:
+        # Of several outputs (values, indices) each has lost the axes, or has them of length 1.
+        dropped = len(shape) == len(kept) and not call.get("keepdim")
+        outputs.append(call.value(kept if dropped else held))
+    return one_or_all(outputs)
 
 
 def _places_are_read(call: Call) -> bool:
     """Whether something reads where the extremes are, as `argmax` would tell."""
-    return any(is_getitem(user) and user.args[1] == 1 and user.users for user in call.node.users)
+    places = [user for user in call.node.users if is_getitem(user) and user.args[1] == 1]
+    return any(user.users for user in places)
 
 
 def _rank(call: Call, axis: Axis) -> None:
@@ -96,8 +102,14 @@ def _rank(call: Call, axis: Axis) -> None:
 def _left(call: Call, source: Value, default: int | None = None) -> tuple[list[Axis], list[Axis]]:
     """Return the axes that a reduction leaves, and all axes with those that go of length 1."""
     gone = wrap(call.get("dim", default), len(source.axes))
-    kept = [a for i, a in enumerate(source.axes) if i not in gone]
-    return kept, [call.new(1) if i in gone else a for i, a in enumerate(source.axes)]
+    kept, held = [], []
+    for i, axis in enumerate(source.axes):
+        if i in gone:
+            held.append(call.new(1))
+        else:
+            held.append(axis)
+            kept.append(axis)
+    return kept, held
 
 
 @rule("aten.linalg_matrix_norm", "aten.linalg_cond")
@@ -120,44 +132,44 @@ def quantile(call: Call) -> Result:
     """As `reduce`; several quantiles are a new first axis."""
     kept, held = _left(call, call.values[0])
     axes = held if call.get("keepdim") else kept
-    return call.value([*(call.new(s) for s in call.shape[: len(call.shape) - len(axes)]), *axes])
+    extra = call.shape[: len(call.shape) - len(axes)]
+    return call.value([*map(call.new, extra), *axes])
 
 
 @rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.msort")
 def select_by_value(call: Call) -> Result:
     """Positions along the axis are told apart, so it is a set of alternatives and does not grow."""
     source = call.values[0]
-    dim = call.get("dim", -1)
-    axis = dim % max(len(source.axes), 1)
-    if source.axes:
-        _rank(call, source.axes[axis])
+    if not source.axes:
+        return one_or_all([call.value(()) for _ in call.shapes])
+    dim = call.get("dim", -1) % len(source.axes)
+    ranked = source.axes[dim]
+    _rank(call, ranked)
     outputs = []
     for shape in call.shapes:
-        if len(shape) < len(source.axes):
-            axes = [a for i, a in enumerate(source.axes) if i != axis]
-            outputs.append(call.value(axes if shape else ()))
-        else:
-            held = list(source.axes)
-            if held and shape[axis] != held[axis].size:
-                held[axis] = call.new(shape[axis])
-            outputs.append(call.value(held))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        axes = list(source.axes)
+        if not shape:
+            axes = []
+        elif len(shape) < len(axes):
+            del axes[dim]
+        elif shape[dim] != ranked.size:  # topk
+            axes[dim] = call.new(shape[dim])
+        outputs.append(call.value(axes))
+    return one_or_all(outputs)
 
 
 @rule("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
 def layer_norm(call: Call) -> Result:
     """Normalizes the last axes; gain and bias lie along them."""
     source: Value = call["input"]
+    normalized = source.axes[len(source.axes) - len(call["normalized_shape"]) :]
     for name in ("weight", "bias"):
-        _affine(call, call.get(name), source.axes[len(source.axes) - len(call["normalized_shape"]) :])
-    first = call.value(source.axes)
-    if len(call.shapes) == 1:
-        return first
-    extra = [
-        call.value([a if a.size == s else call.new(s) for a, s in zip(source.axes, shape, strict=True)])
-        for shape in call.shapes[1:]
-    ]
-    return (first, *extra)
+        _affine(call, call.get(name), normalized)
+    outputs = [call.value(source.axes)]
+    for shape in call.shapes[1:]:  # mean and deviation
+        axes = zip(source.axes, shape, strict=True)
+        outputs.append(call.value([axis if axis.size == size else call.new(size) for axis, size in axes]))
+    return one_or_all(outputs)
 
 
 @rule(
@@ -174,23 +186,22 @@ def layer_norm(call: Call) -> Result:
 def channel_norm(call: Call) -> Result:
     """Normalizes per channel (axis 1); gain, bias and running statistics lie along it."""
     source: Value = call["input"]
+    channels = source.axes[1:2]
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _affine(call, call.get(name), source.axes[1:2])
-    first = call.value(source.axes)
-    if len(call.shapes) == 1:
-        return first
-    rest = [
-        call.value([source.axes[1]] if s == (source.axes[1].size,) else [call.new(n) for n in s])
-        for s in call.shapes[1:]
-    ]
-    return (first, *rest)
+        _affine(call, call.get(name), channels)
+    outputs = [call.value(source.axes)]
+    for shape in call.shapes[1:]:  # mean and deviation
+        per_channel = shape == (channels[0].size,)
+        outputs.append(call.value(channels) if per_channel else call.unknown(shape))
+    return one_or_all(outputs)
 
 
 def _affine(call: Call, parameter: Value | None, axes: Sequence[Axis]) -> None:
+    """Tie a gain, a bias or a statistic to the axes that it lies along."""
     if not isinstance(parameter, Value):
         return
-    for a, b in zip(parameter.axes, axes, strict=True):
-        call.unify(a, b)
+    for own, axis in zip(parameter.axes, axes, strict=True):
+        call.unify(own, axis)
     if parameter.parametric:
         call.pointwise_use("norm", parameter)
 
@@ -201,8 +212,9 @@ def similarity(call: Call) -> Result:
     left, right = call.values[:2]
     rank = max(len(left.axes), len(right.axes))
     axes = broadcast(call, [left, right], rank)
-    gone = call.get("dim", 1 if call.operator.endswith("similarity") else -1) % rank
-    return call.value([a for i, a in enumerate(axes) if i != gone])
+    default = {"aten.cosine_similarity": 1}.get(call.operator, -1)
+    del axes[call.get("dim", default) % rank]
+    return call.value(axes)
 
 
 @rule(
@@ -242,7 +254,8 @@ def loss(call: Call) -> Result:
     source = call.values[0]
     for axis in source.axes:
         call.finite(axis, "the loss compares it with data")
-    axes: list[Axis] = []
-    if call.shape:  # reduction="none"
-        axes = [next((a for a in source.axes if a.size == s), call.new(s)) for s in call.shape]
+    axes = []  # none, but for reduction="none"
+    for size in call.shape:
+        alike = [axis for axis in source.axes if axis.size == size]
+        axes.append(alike[0] if alike else call.new(size))
     return call.value(axes)

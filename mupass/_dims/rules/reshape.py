@@ -1,62 +1,79 @@
 """Rules for operators that only move, regroup or repeat axes."""
 
 from collections.abc import Sequence
+from math import prod
 
 from mupass._dims.call import Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Origin, product_of
+from mupass._dims.facts import NOWHERE, Axis, Origin, Value
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast
 
 
 def split_axis(call: Call, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     """Split one axis into factors, row-major."""
-    factors = [call.new(s) for s in sizes]
-    call.space.product(axis.dim, tuple(f.dim for f in factors))
-    return [Axis(f.dim, f.size, _own_origin(call, axis, f)) for f in factors]
+    factors = [call.new(size) for size in sizes]
+    call.space.product(axis.dim, tuple(factor.dim for factor in factors))
+    return [Axis(factor.dim, factor.size, _origin_of_factor(call, axis, factor)) for factor in factors]
 
 
-def _own_origin(call: Call, axis: Axis, factor: Axis) -> Origin:
+def _origin_of_factor(call: Call, axis: Axis, factor: Axis) -> Origin:
     """Return the parameter axes that a factor is, where an axis was merged and is cut as before."""
-    find, carried = call.space.find, call.facts.carried
-    own = frozenset(o for o in axis.origin if find(carried[o]) == find(factor.dim))
-    return own or axis.origin
+    find = call.space.find
+    own = set()
+    for parameter_axis in axis.origin:
+        if find(call.facts.carried[parameter_axis]) == find(factor.dim):
+            own.add(parameter_axis)
+    return frozenset(own) or axis.origin
 
 
 def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:
     """Merge several axes into one, row-major."""
-    axes = [a for a in axes if a.size != 1] or list(axes[:1])
+    axes = [axis for axis in axes if axis.size != 1] or axes[:1]
     if len(axes) == 1:
         return axes[0]
-    whole = Axis(call.space.new(product_of(axes)), product_of(axes), NOWHERE.union(*(a.origin for a in axes)))
-    call.space.product(whole.dim, tuple(a.dim for a in axes))
-    return whole
+    size = prod(axis.size for axis in axes)
+    whole = call.space.new(size)
+    call.space.product(whole, tuple(axis.dim for axis in axes))
+    return Axis(whole, size, NOWHERE.union(*(axis.origin for axis in axes)))
 
 
 def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
     """Carry the axes of a tensor over to a view of it."""
     result: dict[int, Axis] = {}
-    for left, right in line_up([a.size for a in source], sizes):
-        whole = merge_axes(call, [source[i] for i in left])
-        parts = [whole] if len(right) == 1 else split_axis(call, whole, [sizes[i] for i in right])
-        result.update(zip(right, parts, strict=True))
+    for before, after in line_up([axis.size for axis in source], sizes):
+        whole = merge_axes(call, [source[i] for i in before])
+        parts = [whole]
+        if len(after) > 1:
+            parts = split_axis(call, whole, [sizes[i] for i in after])
+        result.update(zip(after, parts, strict=True))
     return [result.get(i) or call.new(1) for i in range(len(sizes))]
 
 
 def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Match the axes of a view with those of its source, in the smallest groups of equal size."""
-    left, right = ([i for i, s in enumerate(side) if s != 1] for side in (before, after))
+    """Match the axes of a view with those of its source, in the smallest groups of equal size.
+
+    Args:
+        before: Sizes of the source's axes.
+        after: Sizes of the view's axes, of the same product.
+
+    Returns:
+        Pairs of axis numbers, of the source and of the view; axes of length 1 are in none.
+    """
+    left = [i for i, size in enumerate(before) if size != 1]
+    right = [i for i, size in enumerate(after) if size != 1]
     groups = []
     while right:
-        a, b = [left.pop(0)], [right.pop(0)]
-        have, want = before[a[0]], after[b[0]]
+        of_source, of_view = [left.pop(0)], [right.pop(0)]
+        have, want = before[of_source[0]], after[of_view[0]]
         while have != want:
+            # (12) -> (3, 4) takes another axis of the view, (3, 4) -> (12) another of the source.
             if have < want:
-                a.append(left.pop(0))
-                have *= before[a[-1]]
+                of_source.append(left.pop(0))
+                have *= before[of_source[-1]]
             else:
-                b.append(right.pop(0))
-                want *= after[b[-1]]
-        groups.append((a, b))
+                of_view.append(right.pop(0))
+                want *= after[of_view[-1]]
+        groups.append((of_source, of_view))
     return groups
 
 
@@ -78,12 +95,16 @@ def view(call: Call) -> Result:
     """Reshape; literal sizes in the code are remembered as hints."""
     source = call.values[0]
     axes = regroup(call, source.axes, call.shape)
-    literals = call.get("size") or call.get("shape") or call.get("sizes") or ()
-    if isinstance(literals, (list, tuple)) and len(literals) == len(axes) and -1 in literals:
-        for _, group in line_up([a.size for a in source.axes], call.shape):
-            for i in group:
-                if literals.index(-1) in group and literals[i] != -1:
-                    call.literal(axes[i], "written as a number in a view whose other factor is left open")
+    sizes = call.get("size") or call.get("shape") or call.get("sizes") or ()
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(axes) or -1 not in sizes:
+        return call.value(axes)
+    open_place = sizes.index(-1)
+    for _, group in line_up([axis.size for axis in source.axes], call.shape):
+        if open_place not in group:
+            continue
+        for i in group:
+            if sizes[i] != -1:  # view(..., -1, 64): heads are left open, head_dim is written
+                call.literal(axes[i], "written as a number in a view whose other factor is left open")
     return call.value(axes)
 
 
@@ -107,26 +128,37 @@ def view(call: Call) -> Result:
 )
 def permute(call: Call) -> Result:
     """Move axes."""
-    axes = list(call.values[0].axes)
-    rank = len(axes)
+    axes = call.values[0].axes
+    return call.value([axes[i] for i in _order(call, len(axes))])
+
+
+def _order(call: Call, rank: int) -> list[int]:
+    """Return which axis comes where."""
     name = call.operator.removesuffix("_").removesuffix("_copy")
     if name == "aten.permute":
-        order = [d % rank for d in call["dims"]]
-    elif name in ("aten.movedim", "aten.moveaxis"):
-        source, target = ([d] if isinstance(d, int) else d for d in (call["source"], call["destination"]))
-        order = [i for i in range(rank) if i not in {s % rank for s in source}]
-        for t, s in sorted((t % rank, s % rank) for s, t in zip(source, target, strict=True)):
-            order.insert(t, s)
-    elif name in ("aten.T", "aten.numpy_T"):
-        order = list(range(rank))[::-1]
-    else:
-        first = call.get("dim0", call.get("axis0", 0 if name == "aten.t" else -1))
-        second = call.get("dim1", call.get("axis1", 1 if name == "aten.t" else -2))
-        order = list(range(rank))
-        if rank > 1:
-            a, b = first % rank, second % rank
-            order[a], order[b] = order[b], order[a]
-    return call.value([axes[i] for i in order])
+        return [dim % rank for dim in call["dims"]]
+    if name in ("aten.movedim", "aten.moveaxis"):
+        return _moved_order(call["source"], call["destination"], rank)
+    order = list(range(rank))
+    if name in ("aten.T", "aten.numpy_T"):
+        return order[::-1]
+    defaults = (0, 1) if name == "aten.t" else (-1, -2)
+    first = call.get("dim0", call.get("axis0", defaults[0]))
+    second = call.get("dim1", call.get("axis1", defaults[1]))
+    if rank > 1:
+        order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _moved_order(source: int | Sequence[int], target: int | Sequence[int], rank: int) -> list[int]:
+    """Return the order of axes after some are moved; the others keep theirs."""
+    sources = [source] if isinstance(source, int) else source
+    targets = [target] if isinstance(target, int) else target
+    moves = {to % rank: at % rank for at, to in zip(sources, targets, strict=True)}
+    order = [i for i in range(rank) if i not in moves.values()]
+    for place in sorted(moves):
+        order.insert(place, moves[place])
+    return order
 
 
 @rule(
@@ -140,29 +172,29 @@ def permute(call: Call) -> Result:
 )
 def squeeze(call: Call) -> Result:
     """Add or drop axes of size 1."""
-    return call.value(regroup_ones(call, call.values[0].axes, call.shape))
-
-
-def regroup_ones(call: Call, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
-    """Carry the axes wider than 1 over to a shape that differs only in ones."""
-    wide = iter([a for a in axes if a.size != 1])
-    return [call.new(1) if s == 1 else next(wide) for s in shape]
+    wide = iter([axis for axis in call.values[0].axes if axis.size != 1])
+    return call.value([call.new(1) if size == 1 else next(wide) for size in call.shape])
 
 
 @rule("aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.expand_copy")
 def expand(call: Call) -> Result:
     """Repeat axes of size 1; the count is a number from the code, or the other tensor's axis."""
-    source, values = call.values[0], call.values
-    if len(values) > 1:
+    values = call.values
+    if len(values) > 1:  # expand_as
         return call.value(broadcast(call, values, len(call.shape)))
-    axes = [call.new(1)] * (len(call.shape) - len(source.axes)) + list(source.axes)
-    return call.value(
-        [_repeated(call, s) if a.size == 1 != s else a for a, s in zip(axes, call.shape, strict=True)]
-    )
+    axes = []
+    for axis, size in zip(_with_leading_ones(call, values[0]), call.shape, strict=True):
+        axes.append(_repeat_count(call, size) if axis.size == 1 != size else axis)
+    return call.value(axes)
 
 
-def _repeated(call: Call, size: int) -> Axis:
-    axis = call.new(size)
+def _with_leading_ones(call: Call, source: Value) -> list[Axis]:
+    """Return the axes of a tensor behind as many of length 1 as the result has more."""
+    return [call.new(1)] * (len(call.shape) - len(source.axes)) + list(source.axes)
+
+
+def _repeat_count(call: Call, count: int) -> Axis:
+    axis = call.new(count)
     call.literal(axis, "a repeat count")
     return axis
 
@@ -170,28 +202,23 @@ def _repeated(call: Call, size: int) -> Axis:
 @rule("aten.repeat", "aten.tile")
 def repeat(call: Call) -> Result:
     """Repeat whole axes: each becomes count x axis."""
-    source = call.values[0]
-    axes = [call.new(1)] * (len(call.shape) - len(source.axes)) + list(source.axes)
-    result = []
-    for axis, size in zip(axes, call.shape, strict=True):
-        count = size // axis.size
-        result.append(axis if count == 1 else merge_axes(call, [_repeated(call, count), axis]))
-    return call.value(result)
+    axes = []
+    for axis, size in zip(_with_leading_ones(call, call.values[0]), call.shape, strict=True):
+        if size != axis.size:
+            axis = merge_axes(call, [_repeat_count(call, size // axis.size), axis])
+        axes.append(axis)
+    return call.value(axes)
 
 
 @rule("aten.repeat_interleave")
 def repeat_interleave(call: Call) -> Result:
     """Repeat entries along one axis: axis x count."""
-    source, dim = call.values[0], call.get("dim")
-    if len(call.values) > 1 or dim is None or not isinstance(call.get("repeats"), int):
-        return call.value(
-            [
-                call.new(s) if dim is None or i == dim % len(call.shape) else a
-                for i, (s, a) in enumerate(zip(call.shape, source.axes, strict=False))
-            ]
-        )
-    axes = list(source.axes)
+    axes, dim, count = list(call.values[0].axes), call.get("dim"), call.get("repeats")
+    if dim is None:
+        return call.unknown(call.shape)
     dim %= len(axes)
-    if call["repeats"] > 1:
-        axes[dim] = merge_axes(call, [axes[dim], _repeated(call, call["repeats"])])
+    if len(call.values) > 1 or not isinstance(count, int):  # another count for each entry
+        axes[dim] = call.new(call.shape[dim])
+    elif count > 1:
+        axes[dim] = merge_axes(call, [axes[dim], _repeat_count(call, count)])
     return call.value(axes)

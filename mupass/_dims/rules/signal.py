@@ -1,64 +1,81 @@
 """Rules for grids and signals: pixel shuffle, patches, complex numbers, Fourier transforms."""
 
+from math import prod
+
 from mupass._dims.call import Call, Result
-from mupass._dims.facts import product_of
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast
 from mupass._dims.rules.reshape import merge_axes, split_axis
 
 
-@rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle", "aten.native_channel_shuffle")
+@rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
 def pixel_shuffle(call: Call) -> Result:
     """Trade channels for positions by a literal factor."""
-    source = call.values[0]
-    *batch, c, h, w = source.axes
-    if call.operator.endswith("channel_shuffle"):
-        groups = call["groups"]
-        outer, inner = split_axis(call, c, [groups, c.size // groups])
-        call.literal(outer, "the number of groups of a channel shuffle")
-        return call.value([*batch, merge_axes(call, [inner, outer]), h, w])
-    shuffle = call.operator == "aten.pixel_shuffle"
-    factor = call["upscale_factor"] if shuffle else call["downscale_factor"]
-    if shuffle:
-        small, a, b = split_axis(call, c, [c.size // factor**2, factor, factor])
+    *batch, channels, height, width = call.values[0].axes
+    # [c r r, h, w] -> [c, h r, w r], or back
+    if call.operator == "aten.pixel_shuffle":
+        factor = call["upscale_factor"]
+        made, *steps = split_axis(call, channels, [channels.size // factor**2, factor, factor])
     else:
-        a, b = call.new(factor), call.new(factor)
-        small = merge_axes(call, [c, a, b])
-    for axis in (a, b):
+        steps = [call.new(call["downscale_factor"]), call.new(call["downscale_factor"])]
+        made = merge_axes(call, [channels, *steps])
+    for axis in steps:
         call.finite(axis, "the factor of a pixel shuffle")
-    return call.value([*batch, small, call.derive(h, call.shape[-2]), call.derive(w, call.shape[-1])])
+    rows, columns = call.shape[-2:]
+    return call.value([*batch, made, call.derive(height, rows), call.derive(width, columns)])
 
 
-@rule("aten.im2col", "aten.col2im")
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call) -> Result:
+    """Groups x channels become channels x groups."""
+    *batch, channels, height, width = call.values[0].axes
+    groups = call["groups"]
+    outer, inner = split_axis(call, channels, [groups, channels.size // groups])
+    call.literal(outer, "the number of groups of a channel shuffle")
+    return call.value([*batch, merge_axes(call, [inner, outer]), height, width])
+
+
+@rule("aten.im2col")
 def im2col(call: Call) -> Result:
-    """Trade positions for channels x kernel, or back."""
-    source = call.values[0]
-    taps = product_of([call.new(k) for k in call["kernel_size"]])
-    batch = source.axes[:1]
-    if call.operator == "aten.im2col":
-        kernel = call.new(taps)
-        call.finite(kernel, "kernel positions")
-        return call.value(
-            [*batch, merge_axes(call, [source.axes[1], kernel]), call.derive(source.axes[2], call.shape[2])]
-        )
-    channels, kernel = split_axis(call, source.axes[1], [source.axes[1].size // taps, taps])
+    """Trade positions for channels x kernel."""
+    batch, channels, height = call.values[0].axes[:3]
+    # [b, c, h, w] -> [b, c k k, positions]
+    kernel = call.new(prod(call["kernel_size"]))
     call.finite(kernel, "kernel positions")
-    return call.value([*batch, channels, *(call.derive(source.axes[2], s) for s in call.shape[2:])])
+    return call.value([batch, merge_axes(call, [channels, kernel]), call.derive(height, call.shape[2])])
 
 
-@rule("aten.meshgrid", "aten.broadcast_tensors", "aten.cartesian_prod")
+@rule("aten.col2im")
+def col2im(call: Call) -> Result:
+    """Trade channels x kernel for positions."""
+    batch, columns, positions = call.values[0].axes
+    taps = prod(call["kernel_size"])
+    channels, kernel = split_axis(call, columns, [columns.size // taps, taps])
+    call.finite(kernel, "kernel positions")
+    return call.value([batch, channels, *(call.derive(positions, size) for size in call.shape[2:])])
+
+
+@rule("aten.meshgrid")
 def meshgrid(call: Call) -> Result:
-    """Spread tensors over a common grid."""
-    values = call.values
-    if call.operator == "aten.broadcast_tensors":
-        axes = broadcast(call, values, max(len(v.axes) for v in values))
-        return [call.value(axes) for _ in values]
-    if call.operator == "aten.cartesian_prod":
-        return call.value([call.new(s) for s in call.shape])
-    axes = [v.axes[0] if v.axes else call.new(1) for v in values]
-    if call.get("indexing") == "xy":
+    """Spread vectors over a common grid."""
+    axes = [value.axes[0] if value.axes else call.new(1) for value in call.values]
+    if call.get("indexing") == "xy":  # the first two are swapped, as in numpy
         axes[:2] = axes[1::-1]
+    return [call.value(axes) for _ in call.values]
+
+
+@rule("aten.broadcast_tensors")
+def broadcast_tensors(call: Call) -> Result:
+    """Expand tensors to a common shape."""
+    values = call.values
+    axes = broadcast(call, values, max(len(value.axes) for value in values))
     return [call.value(axes) for _ in values]
+
+
+@rule("aten.cartesian_prod")
+def cartesian_product(call: Call) -> Result:
+    """All combinations of entries, one a row."""
+    return call.unknown(call.shape)
 
 
 @rule("aten.view_as_real", "aten.view_as_complex")
@@ -92,19 +109,14 @@ def complex_view(call: Call) -> Result:
 )
 def fft(call: Call) -> Result:
     """Transform along axes; an axis of another length grows when the source did."""
-    source = call.values[0]
-    return call.value(
-        [a if a.size == s else call.derive(a, s) for a, s in zip(source.axes, call.shape, strict=True)]
-    )
+    return call.value(map(call.resized, call.values[0].axes, call.shape))
 
 
 @rule("aten.stft", "aten.istft")
 def stft(call: Call) -> Result:
     """Short-time transforms live on data axes of literal length."""
-    source = call.values[0]
-    return call.value(
-        [
-            *(source.axes[:1] if len(call.shape) == 3 else ()),
-            *(call.derive(source.axes[-1], s) for s in call.shape[-2:]),
-        ]
-    )
+    *batch, samples = call.values[0].axes
+    spans = [call.derive(samples, size) for size in call.shape[-2:]]
+    if len(call.shape) == 3:
+        return call.value([*batch[:1], *spans])
+    return call.value(spans)
