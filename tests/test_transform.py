@@ -311,7 +311,7 @@ def test_bad_arguments_leave_the_model_untouched(arguments: dict[str, Any], erro
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("stage", ["mupass._taps.taps.attach", "mupass._rewrite.rescale"])
+@pytest.mark.parametrize("stage", ["mupass._transform.attach", "mupass._rewrite.rescale"])
 def test_failure_halfway_is_undone(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: nn.Module, *args: Any) -> None:
         model.get_submodule("up").register_forward_hook(lambda *a: None)
