@@ -42,6 +42,9 @@ class Capture:
         warnings: What the reader of a report must know.
         buffers: Placeholder -> qualified name, for those states that are buffers.
         numbers: Placeholder -> value, for those states that are single numbers.
+        derivatives: Operators that a derivative taken in the forward pass runs backwards, through weights
+            that the forward operators among ``nodes`` use already.
+        transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
     """
 
     nodes: tuple[Node, ...]
@@ -55,6 +58,8 @@ class Capture:
     warnings: tuple[str, ...] = ()
     buffers: Mapping[Node, str] = field(default_factory=dict)
     numbers: Mapping[Node, float] = field(default_factory=dict)
+    derivatives: frozenset[Node] = frozenset()
+    transformed: bool = False
 
 
 def capture(
@@ -81,7 +86,10 @@ def capture(
     try:
         if failed is not None:
             raise failed
-        return export(model, args, kwargs)
+        found = export(model, args, kwargs)
+        if any(getattr(n.target, "__name__", "") == "_add_batch_dim" for n in found.nodes):
+            raise CaptureError("it runs vmap of torch.func")
+        return found
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         from mupass._capture.record import record
 

@@ -2,6 +2,7 @@
 
 from mupass._dims import (
     attention,
+    backward,
     contract,
     cut,
     elementwise,
@@ -17,6 +18,7 @@ from mupass._dims import (
 # Importing a module of rules registers them.
 __all__ = [
     "attention",
+    "backward",
     "contract",
     "cut",
     "elementwise",

@@ -59,6 +59,11 @@ class Call:
         return f"{self.operator} in {self.module or 'the root module'}"
 
     @property
+    def backward(self) -> bool:
+        """Whether the operator belongs to a derivative that the forward pass takes."""
+        return self.node in self.engine.derivatives
+
+    @property
     def values(self) -> list[Value]:
         """All tensor arguments in order, lists flattened, but for those that lend their type or shape."""
         lender = LENDERS.get(self.operator)

@@ -51,7 +51,7 @@ def contract(
             call.use(kind, summed, made, operands[i], basis, beside)
         else:
             call.pointwise_use("pointwise", operands[i])
-    if not weights and len(operands) == 2:
+    if not weights and len(operands) == 2 and not call.backward:
         _bilinear(call, table, labels, out)
     origins = {
         n: NOWHERE.union(

@@ -7,7 +7,7 @@ parameters, seeds of finiteness, evidence of width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,16 @@ COUNTED = "it counts equal parts, each of which the code takes on its own"
 class Engine:
     """Interprets a graph in the domain of axes."""
 
-    def __init__(self, module_of: Callable[[Node], str], strict: bool = True, mixed: Origin = NOWHERE):
+    def __init__(
+        self,
+        module_of: Callable[[Node], str],
+        strict: bool = True,
+        mixed: Origin = NOWHERE,
+        derivatives: Container[Node] = (),
+    ):
         self.space, self.facts = Space(), Facts()
         self.module_of, self.strict = module_of, strict
+        self.derivatives = derivatives  # operators that run backwards
         self.mixed = mixed  # parameter axes along which whole weights are mixed into one a sample
         self.env: dict[Node, Result] = {}
         self._straight: set[Node] = set()  # what linear operators made of the output of a weight
@@ -88,7 +95,10 @@ class Engine:
             source, index = self._lookup(node.args[0]), node.args[1]
             self._straight.update({node} if node.args[0] in self._straight else ())
             return source[index] if isinstance(source, (tuple, list)) and isinstance(index, int) else None
-        call = Call(self, node, self._arguments(node))
+        arguments = self._arguments(node)
+        if node in self.derivatives:  # sizes must agree, but no weight is used that was not used forwards
+            arguments = {name: _as_data(value) for name, value in arguments.items()}
+        call = Call(self, node, arguments)
         self.space.where = call.where
         graphs = subgraphs(node) if call.operator not in RULES else []
         if not call.shapes and not graphs:
@@ -166,6 +176,8 @@ class Engine:
             return RULES["create"](call)
         if torch.Tag.pointwise in getattr(target, "tags", ()):
             return RULES["pointwise"](call)
+        if call.backward and "_backward" in call.operator:
+            return RULES["backward"](call)
         return self._unknown(call)
 
     def _unknown(self, call: Call) -> Result:
@@ -213,3 +225,12 @@ class Engine:
                 else [self._lookup(v) for v in value]
             )
         return value
+
+
+def _as_data(value: Any) -> Any:
+    """Return an argument with tensors of parameters as tensors of data."""
+    if isinstance(value, Value):
+        return Value(bare(value.axes))
+    if isinstance(value, (tuple, list)):
+        return [_as_data(v) for v in value]
+    return value

@@ -16,9 +16,15 @@ from mupass._dims.engine import Engine
 from mupass._dims.facts import NOWHERE, Origin, Value
 from mupass._dims.graph import shape_of
 from mupass._dims.policies import mixed
+from mupass._dims.space import SizeConflict
 from mupass._dims.verdicts import Verdict, Verdicts
+from mupass._errors import InferenceError
 from mupass._roles.geometry import Use
 
+IN_TRANSFORMS = (
+    "The forward pass runs transforms of torch.func (vmap, grad, jvp), which this operator comes from: "
+    "analyse a module that returns the function's value, and take the derivative outside of it, in the loss"
+)
 HIDDEN_OUTPUTS = re.compile(
     r"past_key_values|hidden_state|projected|pool(er|ed)_output|attentions|cache_params|mems|features|embeds\b",
     re.IGNORECASE,
@@ -140,7 +146,7 @@ def _run(
     captured: Capture, strict: bool, mixed_axes: Origin = NOWHERE
 ) -> tuple[Engine, dict[str, tuple[int, ...]], list[tuple[int, str]]]:
     """Interpret a graph; return the engine, the dimensions of every parameter, and those of the inputs."""
-    engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes)
+    engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes, captured.derivatives)
     dims: dict[str, tuple[int, ...]] = {}
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
@@ -156,7 +162,12 @@ def _run(
         if isinstance(node.meta.get("val"), torch.Tensor):
             value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)
             inputs += [(a.dim, f"axis {i} of input {name}") for i, a in enumerate(value.axes)]
-    engine.run(captured.nodes)
+    try:
+        engine.run(captured.nodes)
+    except SizeConflict:
+        raise
+    except InferenceError as error:
+        raise InferenceError(f"{error}. {IN_TRANSFORMS}" if captured.transformed else str(error)) from error
     return engine, dims, inputs
 
 

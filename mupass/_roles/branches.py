@@ -13,6 +13,10 @@ from mupass._roles.carriers import carriers
 from mupass._roles.geometry import Branch
 
 SUMS = ("aten.add", "aten.add_")
+DERIVED = (
+    "the forward pass takes derivatives (torch.func, torch.autograd.grad), and gradients and tangents add up "
+    "like branches; transform a module that returns the function's value, and take the derivative in the loss"
+)
 # Operators on one activation that leave a factor on it alone.
 PASSING = (
     "dropout",
@@ -65,12 +69,13 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
     ends = {e: into for e, into in ends.items() if len(reached[e]) != 1 or None in reached[e]}
     reached = _reached(order, outputs, ends)
     parameters = {name: reached[node] for node, name in captured.parameters.items()}
+    derived = captured.transformed or captured.derivatives
     found_branches = []
     held = carriers(captured, [(end, (into,)) for end, into in ends.items()])
     for (end, into), carrier in zip(ends.items(), held, strict=True):
         own = tuple(name for name, ways in parameters.items() if ways == {end})
         modules, reason = _modules(end, into, captured.owners)
-        reason = reason or _shared(modules, captured)
+        reason = DERIVED if derived else reason or _shared(modules, captured)
         found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
     return tuple(found_branches)
 

@@ -34,6 +34,8 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
         sites: dict[Site, list[str]] = defaultdict(list)
         rank = len(_shape(node))
         for user, seen, view in _users(node, tuple(range(rank))):
+            if user in captured.derivatives:  # the weight is used forwards as well
+                continue
             site, source = _site(captured, name, user, seen, view)
             sites[site].append(source)
         found[name] = tuple(_with_sources(s, sources) for s, sources in sites.items())
