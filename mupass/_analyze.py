@@ -23,6 +23,7 @@ from mupass._dims.solve import solve
 from mupass._errors import InferenceError
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
+from mupass._roles.feeds import with_feeds
 from mupass._roles.fused import find_fusions
 from mupass._roles.geometry import Analysis, Geometry
 from mupass._roles.normalized import find_normalized
@@ -147,6 +148,7 @@ def _assemble(
     warnings += tuple(_divided_note(name, where) for name, where in divided.items())
     branches = find_branches(captured)
     modules = tuple((name, type(module).__name__) for name, module in model.named_modules())
+    geometries = [with_feeds(g, captured) for g in geometries]
     held = readout_carriers(captured, geometries)
     return Analysis(
         tuple(geometries), width, base_width, captured.method, warnings, modules, branches, held, noted

@@ -15,6 +15,7 @@ from torch.fx import Node
 from mupass._capture.capture import Capture
 from mupass._dims.graph import MOVES, flatten, is_getitem, operator_name
 from mupass._roles.geometry import Carrier, Geometry
+from mupass._roles.sites import readers_of
 
 # f(c x) = c f(x) for c > 0, x the first argument.
 HOMOGENEOUS = frozenset(
@@ -279,15 +280,10 @@ def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple
     for geometry in geometries:
         if not geometry.readout_uses or geometry.name not in placeholders:
             continue
-        modules = {use.module for use in geometry.readout_uses}
-        operators = {use.operator for use in geometry.readout_uses}
         inputs: dict[Node, list[Node]] = {}
-        for node in captured.nodes:
-            # linear(x, w): the readout, as the module that `rewrite` hangs the multiplier on calls it.
-            if captured.owners.get(node) in modules and str(node.target) in operators:
-                x = next((a for a in node.args if isinstance(a, Node)), None)
-                if x is not None and x not in captured.parameters:
-                    inputs.setdefault(x, []).append(node)
+        for use in geometry.readout_uses:
+            for node, x in readers_of(captured, geometry.name, use):
+                inputs.setdefault(x, []).append(node)
         found = carriers(captured, list(inputs.items()))
         result.append(replace(_joined(found), tied=geometry.name))
     return tuple(result)

@@ -12,7 +12,7 @@ from torch.fx import Node
 from mupass._capture.capture import Capture
 from mupass._dims.graph import MOVES, shape_of
 from mupass._roles import contraction
-from mupass._roles.geometry import Site
+from mupass._roles.geometry import Site, Use
 
 ADDED = ("aten.addmm", "aten.baddbmm", "aten.addbmm")  # beta * bias + alpha * product
 PRODUCTS = ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.einsum", *ADDED)
@@ -40,6 +40,33 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
             sites[site].append(source)
         found[name] = tuple(_with_sources(s, sources) for s, sources in sites.items())
     return found
+
+
+def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, Node]]:
+    """Return the operators of one use of a parameter, each with the activation that it multiplies.
+
+    Args:
+        captured: The graph.
+        parameter: Name of the parameter.
+        use: One of its uses, a product.
+    """
+    found = []
+    for node in (n for n, name in captured.parameters.items() if name == parameter):
+        for user, seen, view in _users(node, tuple(range(len(_shape(node))))):
+            site, _ = _site(captured, parameter, user, seen, view)
+            if (site.operator, site.module, site.in_axes) == (use.operator, use.module, use.fan_in):
+                others = [x for x in _factors(user) if isinstance(x, Node) and x is not seen]
+                found += [(user, x) for x in others[:1]]
+    return found
+
+
+def _factors(node: Node) -> list[Any]:
+    """Return what a product multiplies; an added bias is none of it."""
+    name, arguments = _name(node), list(node.args)
+    if name == "aten.einsum":
+        operands: Any = arguments[1]
+        return list(operands)
+    return arguments[1:3] if name in ADDED else arguments[:2]
 
 
 def _with_sources(site: Site, sources: list[str]) -> Site:
