@@ -20,7 +20,7 @@ def glu(call: Call) -> Result:
 @rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 def recurrent(call: Call) -> Result:
     """Stacked (bidirectional) recurrence: gates x hidden rows, layer by layer."""
-    source: Value = call["input"]
+    source: Value = call["data"] if "data" in call.arguments else call["input"]  # packed, or not
     params: list[Value] = list(call["params"])
     states = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
     gates = {"aten.lstm": 4, "aten.gru": 3}.get(call.operator, 1)
@@ -69,6 +69,22 @@ def _cell(call: Call, params: Sequence[Value], features: Axis, gates: int, count
         return projection.axes[0], cell
     call.unify(w_hh.axes[1], cell)
     return cell, cell
+
+
+@rule("aten._pack_padded_sequence")
+def pack(call: Call) -> Result:
+    """Positions of all samples in one axis, shortest samples last, and how many there are at each step."""
+    count, steps = call.shapes
+    return call.value([call.new(count[0]), *call["input"].axes[2:]]), call.value([call.new(steps[0])])
+
+
+@rule("aten._pad_packed_sequence")
+def unpack(call: Call) -> Result:
+    """The inverse, and the length of every sample."""
+    padded, lengths = call.shapes
+    first, second = (call.new(size) for size in padded[:2])
+    batch = second if not call["batch_first"] else first
+    return call.value([first, second, *call["data"].axes[1:]]), call.value([Axis(batch.dim, lengths[0])])
 
 
 @rule("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
