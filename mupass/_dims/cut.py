@@ -42,6 +42,7 @@ def stack(call: Call) -> Result:
         axes = broadcast(call, values, rank)
         axes.insert(dim, call.new(len(values)))
         call.finite(axes[dim], "a stack of separate tensors")
+        call.facts.stacked.add(axes[dim].dim)
         return call.value(axes)
     dim = {"aten.hstack": 1 if rank > 1 else 0, "aten.column_stack": 1, "aten.vstack": 0, "aten.dstack": 2}[
         name

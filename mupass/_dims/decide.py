@@ -51,6 +51,7 @@ def decide(
     policies.settle_groups(verdicts)
     policies.settle_alternatives(verdicts)
     policies.settle_mixtures(verdicts)
+    policies.settle_routers(verdicts)
     policies.settle_adapters(verdicts)
     policies.settle_rests(verdicts)
     unmade = policies.unmade(verdicts, made)

@@ -94,6 +94,7 @@ class Facts:
         default_factory=dict
     )  # finite dims whose positions are separate things
     picks: list[tuple[int, int, str]] = field(default_factory=list)  # dim, the one position taken, where
+    stacked: set[int] = field(default_factory=set)  # dims that count the tensors of a stack
     spread: set[int] = field(default_factory=set)  # dims of vectors that multiply data without that axis
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index

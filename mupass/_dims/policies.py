@@ -60,7 +60,7 @@ def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     """Return the open dimensions that weights read and none makes: features that the code computes."""
     space, facts = verdicts.space, verdicts.facts
     spread = set(map(space.find, facts.spread))  # frequencies: a vector times a number
-    reached = verdicts.relatives([*(d for d in made if space.find(d) not in spread), *facts.fan_out])
+    reached = verdicts.reached([*(d for d in made if space.find(d) not in spread), *facts.fan_out])
     found = {space.find(d): where for d, where in facts.fan_in.items() if verdicts.is_open(d)}
     return {d: where for d, where in found.items() if d not in reached}
 
@@ -112,6 +112,26 @@ def settle_alternatives(verdicts: Verdicts) -> None:
         flat = dim in verdicts.facts.softmaxed and root not in direct and counts.get(root, False)
         if root not in read or root in sides or flat:
             verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+
+
+def settle_routers(verdicts: Verdicts) -> None:
+    """Policy: what is read only into coefficients of as many separate tensors is one for each of them.
+
+    Routers of AltUp (arXiv 2301.13310): a score for each copy of the hidden state, and weights that make of
+    the scores how the copies are mixed.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    apart = {space.find(d) for d in (*facts.stacked, *facts.enumerated)}
+    made: dict[int, list[set[int]]] = {}
+    for into, out in facts.weights:
+        factors = {d for d in _factors_of(space, out) if not space.terms_of(d, "product")}
+        for dim in map(space.find, into):
+            made.setdefault(dim, []).append(factors)
+    for dim, outs in made.items():
+        coefficients = all(factors and factors <= apart for factors in outs)
+        if coefficients and all(space.size(dim) in map(space.size, factors) for factors in outs):
+            why = "policy: as many as the separate tensors whose coefficients are made of it"
+            verdicts.settle([dim], Verdict(False, why, True))
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
@@ -237,11 +257,20 @@ def settle_products(verdicts: Verdicts) -> None:
                 continue
             free = [m for m in open_ if m not in literal] or open_
             choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
+            if choice and _one_parameter(verdicts, free):  # flatten(w, 0, 1): its first axes count matrices
+                free = free[::-1]
             why = f"policy: it grows with its whole ({top.why})"
             verdicts.settle(free[:1] if choice else free, Verdict(True, why, choice))
             progress = True
         if not progress:
             break
+
+
+def _one_parameter(verdicts: Verdicts, dims: Iterable[int]) -> bool:
+    """Whether one parameter has all of some dimensions as axes of its own."""
+    carried = verdicts.facts.carried.items()
+    owners = [{name for (name, _), d in carried if verdicts.space.find(d) == dim} for dim in dims]
+    return bool(set.intersection(*owners))
 
 
 def settle_cuts(verdicts: Verdicts) -> None:

@@ -115,6 +115,31 @@ class Verdicts:
         """Return the classes reached from dimensions through products, sums and derivations."""
         return self._reach(dims, lambda dim, whole, members: (whole, *members))
 
+    def reached(self, dims: Iterable[int]) -> set[int]:
+        """Return the classes that are made where some dimensions are.
+
+        What is made as a whole is made in all its parts and factors; a whole is reached by any of its
+        members, but the others are not made by that.
+        """
+        whole_made = {d for d in map(self.space.find, dims) if not self._is_certain(d)}
+        touched, todo = set(whole_made), list(whole_made)
+        while todo:
+            for index in self._of[todo.pop()]:
+                whole, members = self._terms[index]
+                if self._is_certain(whole):
+                    continue
+                open_ = {m for m in members if self.space.size(m) > 1 and not self._is_certain(m)}
+                made = set(open_) if whole in whole_made else set()
+                if open_ and open_ <= whole_made:
+                    made.add(whole)
+                news = made - whole_made
+                if open_ & touched:
+                    news |= {whole} - touched
+                whole_made |= made
+                touched |= news
+                todo += news
+        return touched
+
     def kin(self, dims: Iterable[int]) -> set[int]:
         """Return what dimensions are part of and what is part of them, but not what only shares a part."""
         dims = tuple(dims)
