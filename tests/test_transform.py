@@ -31,7 +31,7 @@ class TiedLM(nn.Module):
         self.ln = nn.LayerNorm(d)
         self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
         self.head = nn.Linear(d, 50)
-        self.end = nn.Dropout(0.0)
+        self.head.weight = self.wte.weight
 
     def features(self, ids: Tensor) -> Tensor:
         h: Tensor = self.wte(ids)

@@ -19,7 +19,7 @@ from mupass._scales.spec import OptimizerSpec
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 5
+VERSION = 6
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
