@@ -23,6 +23,7 @@ from mupass._records import Geometry
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
+from mupass._roles.feeds import with_feeds
 from mupass._roles.forward_scales import account, settle
 from mupass._roles.forward_scales_search import constant_notes, find_constants
 from mupass._roles.fused import find_fusions
@@ -192,6 +193,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
     geometries, left = account(
         geometries, certain, captured, lambda dim: solved.engine.space.size(dim) / sizes.of_any(dim)
     )
+    geometries = [with_feeds(geometry, captured) for geometry in geometries]
 
     unread = tuple(f"{name} is not read by the captured forward pass" for name in solved.overlooked)
     warnings = (

@@ -14,7 +14,7 @@ from torch import nn
 
 from mupass._errors import MupassWarning, TransformError
 from mupass._records import Carrier, Geometry, Use
-from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice
+from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice, readout_module
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
 from mupass._taps.intercept import release
@@ -141,6 +141,7 @@ def _work(root: nn.Module, plan: Plan) -> Work:
     for carrier in plan.carriers:
         factor = plan[carrier.tied].scales.multiplier if carrier.tied else 1 / plan.depth
         if carrier.reason and carrier.tied:
+            _check_untied(root, plan[carrier.tied].geometry, carrier.reason)
             work.untied[carrier.tied] = carrier.reason
         elif carrier.reason:
             blocked.append(carrier.reason)
@@ -152,6 +153,21 @@ def _work(root: nn.Module, plan: Plan) -> Work:
             f"{blocked[0]}. End each branch with a layer or a gain, such as nn.Linear(width, width)"
         )
     return work
+
+
+def _check_untied(root: nn.Module, geometry: Geometry, reason: str) -> None:
+    """Refuse to untie a parameter from a readout that no module holds.
+
+    Raises:
+        TransformError: The code reads the parameter itself, so that it cannot be given another one.
+    """
+    for use in geometry.readout_uses:
+        if readout_module(root, geometry.name, use) is None:
+            raise TransformError(
+                f"no parameter can hold the multiplier of the readout by {geometry.name} ({reason}), and "
+                f"{use.operator} inside {use.module or 'the root module'} takes no weight of its own. End "
+                "what it reads with a layer or a norm that has a gain"
+            )
 
 
 def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:

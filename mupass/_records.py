@@ -20,6 +20,9 @@ class Use:
             ``pointwise``, ``norm`` or ``other``.
         fan_in: Axes of the parameter that the operator contracts with an activation.
         fan_out: Axes of the parameter that the operator keeps.
+        fed_by: Of a tied readout, modules whose outputs are what it reads, and that nothing else reads: a
+            multiplier on what it reads can go there.
+        unfed: Why there are none.
     """
 
     operator: str
@@ -27,6 +30,8 @@ class Use:
     kind: str
     fan_in: tuple[int, ...] = ()
     fan_out: tuple[int, ...] = ()
+    fed_by: tuple[str, ...] = ()
+    unfed: str = ""
 
 
 @dataclass(frozen=True)

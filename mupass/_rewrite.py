@@ -114,8 +114,8 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
         plan: Its plan.
 
     Raises:
-        TransformError: A readout use has no module of its own to hold the multiplier, or a parameter
-            that must be rescaled is a view with shared memory.
+        TransformError: No module can hold the multiplier of a readout use, or a parameter that must
+            be rescaled is a view with shared memory.
     """
     if plan.folded:  # the weights hold everything, nothing is rewritten
         return
@@ -124,7 +124,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
         parameter = parameters[entry.geometry.name]
         if entry.scales.multiplier != 1:
             for use in entry.geometry.readout_uses:
-                _readout(model, entry, use)
+                _multipliers(model, entry, use)
         if entry.init_factor != 1 and _overlaps(parameter):
             raise TransformError(
                 f"{entry.geometry.name} is an expanded view, which cannot be rescaled in place; "
@@ -146,11 +146,15 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
     notice = SaveNotice(type(model).__name__)
     for entry in plan.entries:
         if entry.scales.multiplier != 1:
-            hook = InputMultiplier(entry.scales.multiplier)
             # One hook a module, however many times its forward reads the weight.
-            readouts = {_readout(model, entry, use) for use in entry.geometry.readout_uses}
-            for module in readouts:
-                module.register_forward_pre_hook(hook, with_kwargs=True)
+            hooks: dict[tuple[nn.Module, InputMultiplier | OutputMultiplier], None] = {}
+            for use in entry.geometry.readout_uses:
+                hooks.update(dict.fromkeys(_multipliers(model, entry, use)))
+            for module, hook in hooks:
+                if isinstance(hook, InputMultiplier):
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                else:
+                    module.register_forward_hook(hook)
                 module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
@@ -211,27 +215,50 @@ def hooks_restored_on_error(model: nn.Module) -> Generator[None, None, None]:
         raise
 
 
-def _readout(model: nn.Module, entry: Entry, use: Use) -> nn.Module:
-    """Return the module whose only job is this readout.
+def readout_module(model: nn.Module, name: str, use: Use) -> nn.Module | None:
+    """Return the module whose only job is a readout, or None where the code calls the operator itself.
 
-    Raises:
-        TransformError: There is none.
+    Args:
+        model: The model.
+        name: Name of the tied parameter.
+        use: Its use as a readout.
     """
-    name = entry.geometry.name
     try:
         module = model.get_submodule(use.module)
     except AttributeError:
-        module = None
+        return None
     if isinstance(module, READOUTS) and module.weight is model.get_parameter(name):
         return module
-    owner, _, _ = name.rpartition(".")
+    return None
+
+
+def _multipliers(
+    model: nn.Module, entry: Entry, use: Use
+) -> list[tuple[nn.Module, InputMultiplier | OutputMultiplier]]:
+    """Return the modules that hold the multiplier of a readout, each with its hook.
+
+    The readout itself multiplies its input. Where the code calls the operator, what feeds it multiplies its
+    output.
+
+    Raises:
+        TransformError: There are none.
+    """
+    name, factor = entry.geometry.name, entry.scales.multiplier
+    module = readout_module(model, name, use)
+    if module is not None:
+        return [(module, InputMultiplier(factor))]
+    if use.fed_by:
+        return [(model.get_submodule(feed), OutputMultiplier(factor)) for feed in use.fed_by]
+    first = "a first layer (a weight from data to the width)"
+    if any(other.kind == "embedding" for other in entry.geometry.uses):
+        first = "an embedding"
     raise TransformError(
-        f"{name} is an embedding and also the readout, by {use.operator} inside "
-        f"{use.module or 'the root module'}. That readout needs a multiplier 1/m on its input, and no module "
-        "holds this operator alone. Give it one:\n"
-        f"    self.head = nn.Linear(width, vocabulary, bias=False)\n"
-        f"    self.head.weight = self.{owner or name}{'.weight' if owner else ''}\n"
-        "and call self.head(x) in forward."
+        f"{name} is {first} and also the readout, by {use.operator} inside "
+        f"{use.module or 'the root module'}. That readout needs a multiplier 1/m on what it reads, and no "
+        f"module puts just that out: {use.unfed}. "
+        "Let a module of its own do so:\n"
+        "    self.end = nn.Dropout(0.0)  # in __init__; nn.Identity leaves nothing in the graph\n"
+        "and give the readout self.end(x) in the place of x"
     )
 
 

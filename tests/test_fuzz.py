@@ -338,7 +338,7 @@ def test_no_torn_plan_ends_in_a_raw_error(cut: int, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [None, 3, b"\xff\xfe", "[]", "{}", "null", "[" * 100000, '{"version": 5, "version": 5}']
+    "text", [None, 3, b"\xff\xfe", "[]", "{}", "null", "[" * 100000, '{"version": 6, "version": 6}']
 )
 def test_what_is_no_plan_is_refused(text: Any) -> None:
     with pytest.raises(mupass.PlanError):

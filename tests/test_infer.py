@@ -168,3 +168,35 @@ def test_a_hidden_output_is_a_policy() -> None:
     body = mupass.analyze(Headless(), randn(2, 3))["body.weight"]
     assert body.infinite == (True, True) and body.ambiguous == (True, True)
     assert "hidden state" in body.evidence[0]
+
+
+class Recurrent(nn.Module):
+    """A recurrent net on sequences of several lengths, packed or padded."""
+
+    def __init__(self, kind: type[nn.RNNBase], packed: bool, sort: bool = False):
+        super().__init__()
+        self.packed, self.sort = packed, sort
+        self.table, self.net = nn.Embedding(20, 12), kind(12, 16, 2, batch_first=True, bidirectional=True)
+        self.head, self.whole = nn.Linear(32, 5), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        if not self.packed:
+            y, state = self.net(x)
+        else:
+            pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+            y, state = self.net(pack(x, lengths, batch_first=True, enforce_sorted=self.sort))
+            y, _ = pad(y, batch_first=True)
+        last = state[0] if isinstance(state, tuple) else state
+        return self.head(y), self.whole(last[-1])
+
+
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_have_the_roles_of_padded_ones(kind: type[nn.RNNBase], sort: bool) -> None:
+    inputs = randint(20, 3, 7), torch.tensor([7, 5, 2])
+    padded, packed = (mupass.analyze(Recurrent(kind, p, sort), inputs, base=8) for p in (False, True))
+    assert {g.role for g in packed.geometries} == {"input", "hidden", "output", "vector", "scalar"}
+    for one, other in zip(padded.geometries, packed.geometries, strict=True):
+        assert (other.role, other.infinite, other.dims) == (one.role, one.infinite, one.dims), one.name
+        assert (other.ambiguous, other.fusions) == (one.ambiguous, one.fusions), one.name

@@ -740,15 +740,19 @@ class Physics(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian"])
-def test_a_forward_pass_with_torch_func_is_analysed_or_refused_by_name(name: str) -> None:
+def test_a_forward_pass_with_torch_func_is_analysed(name: str) -> None:
     net = Physics(getattr(torch.func, name))
-    # Of reverse derivatives the export leaves constants, whose axes are taken for those of data.
-    reverse = name in ("grad", "jacrev")
-    message = (
-        "no dimension of Physics grows" if reverse else "_unpack_dual in the root module: no dimension rule"
-    )
-    with pytest.raises(mupass.InferenceError, match=message):
-        mupass.analyze(net, torch.randn(6, 2), base=4)
+    analysis = mupass.analyze(net, torch.randn(6, 2), base=4)
+    roles = {g.name: g.role for g in analysis.geometries}
+    assert roles == {
+        "net.0.weight": "input",
+        "net.0.bias": "vector",
+        "net.2.weight": "hidden",
+        "net.2.bias": "vector",
+        "head.weight": "output",
+        "head.bias": "scalar",
+    }
+    assert not any(g.readout_uses for g in analysis.geometries)
 
 
 @pytest.mark.usefixtures("fresh")

@@ -14,6 +14,7 @@ from mupass._capture.draws import settled_draws
 from mupass._capture.graph import Capture, number_in, parameter_names, plain_outputs, quiet
 from mupass._capture.inline import inline_contexts
 from mupass._capture.record import record
+from mupass._errors import CaptureError
 
 
 def capture(
@@ -40,7 +41,10 @@ def capture(
     try:
         if failed is not None:
             raise failed
-        return export(model, args, kwargs)
+        found = export(model, args, kwargs)
+        if any(getattr(n.target, "__name__", "") == "_add_batch_dim" for n in found.nodes):
+            raise CaptureError("it runs vmap of torch.func")
+        return found
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         return record(model, args, kwargs, canonical, aliases, error)
 

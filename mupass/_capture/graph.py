@@ -40,6 +40,9 @@ class Capture:
         warnings: What the reader of a report must know.
         buffers: Placeholder -> qualified name, for those states that are buffers.
         numbers: Placeholder -> value, for those states that are single numbers.
+        derivatives: Operators that a derivative taken in the forward pass runs backwards, through weights
+            that the forward operators among ``nodes`` use already.
+        transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
     """
 
     nodes: tuple[Node, ...]
@@ -53,6 +56,8 @@ class Capture:
     warnings: tuple[str, ...] = ()
     buffers: Mapping[Node, str] = field(default_factory=dict)
     numbers: Mapping[Node, float] = field(default_factory=dict)
+    derivatives: frozenset[Node] = frozenset()
+    transformed: bool = False
 
 
 def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from traceback import walk_tb
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
@@ -65,17 +68,100 @@ def record(
         paths[:] = ["".join(map(str, p)).strip(".[]'\"") or "output" for p, _ in found]
         return [x for _, x in found]
 
-    callers: dict[str, str] = {}
+    def recording(pre_dispatch: bool) -> _Recording:
+        callers: dict[str, str] = {}
+        backward: set[str] = set()
+        trace = make_fx(
+            run, tracing_mode="real", pre_dispatch=pre_dispatch, _error_on_data_dependent_ops=False
+        )
+        # Some operators have derivatives of second order only where gradients are enabled.
+        with quiet(), settled_draws(), plain_outputs(model), torch.set_grad_enabled(not pre_dispatch):
+            with _callers(model, callers), _run_backwards(backward):
+                module = trace(state, buffers, [leaves[i] for i in tensors])
+        return _Recording(module, callers, backward, not pre_dispatch)
+
     try:
-        with quiet(), settled_draws(), plain_outputs(model), _callers(model, callers), torch.no_grad():
-            module = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
-                state, buffers, [leaves[i] for i in tensors]
-            )
+        try:
+            found = recording(pre_dispatch=True)
+            transformed = _lost_in_transforms(found.module)
+        except Exception as error:
+            transformed = _raised_in_transforms(error)
+            if not transformed:
+                raise
+        if transformed:
+            found = recording(pre_dispatch=False)
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(f"{name} fails on its example inputs: {type(error).__name__}: {text}") from error
+        within = ", under a transform of torch.func (vmap, grad, jvp)" if _raised_in_transforms(error) else ""
+        raise CaptureError(
+            f"{name} fails on its example inputs{within}: {type(error).__name__}: {text}"
+        ) from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
-    return _from_recording(module, callers, list(state), list(buffers), paths, aliases, warning)
+    return _from_recording(found, list(state), list(buffers), paths, aliases, warning)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """The operators of one run.
+
+    Attributes:
+        module: The graph.
+        callers: Name of a node -> name of the module that called it.
+        backward: Names of nodes that a derivative in the forward pass runs backwards.
+        transformed: Whether the graph was taken below the transforms of torch.func.
+    """
+
+    module: GraphModule
+    callers: Mapping[str, str]
+    backward: set[str]
+    transformed: bool
+
+
+def _lost_in_transforms(module: GraphModule) -> bool:
+    """Whether transforms of torch.func hide the flow of data: their tensors stand in the graph as constants.
+
+    Above the dispatcher an operator sees the wrapped tensors of vmap, grad and jvp, which no recorded
+    operator made. Below it the transforms are done, and operators see plain tensors.
+    """
+    constants = [getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    duals = (torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default)
+    return any(isinstance(x, Tensor) and wrapped(x) for x in constants) or any(
+        n.target in duals for n in module.graph.nodes
+    )
+
+
+def _raised_in_transforms(error: Exception) -> bool:
+    """Whether an error comes out of a function that a transform of torch.func called."""
+    files = {frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)}
+    return any(file.endswith(("_functorch/eager_transforms.py", "_functorch/vmap.py")) for file in files)
+
+
+def _recorded() -> int:
+    """Return how many nodes the recording under way has so far."""
+    mode = get_proxy_mode()
+    return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+
+@contextmanager
+def _run_backwards(found: set[str]) -> Iterator[None]:
+    """Note which nodes of a recording compute derivatives backwards: by torch.autograd.grad, or torch.func.
+
+    Args:
+        found: Filled with the names of nodes while the model runs.
+    """
+    plain = torch.autograd.grad
+
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        start = _recorded()
+        result = plain(*args, **kwargs)
+        mode = get_proxy_mode()
+        nodes = mode.tracer.graph.nodes if mode is not None else ()
+        found.update(node.name for node in islice(nodes, start, None))
+        return result
+
+    with patch.object(torch.autograd, "grad", grad):
+        yield
 
 
 @contextmanager
@@ -88,12 +174,8 @@ def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
     """
     starts: list[int] = []
 
-    def count() -> int:
-        mode = get_proxy_mode()
-        return 0 if mode is None else len(mode.tracer.graph.nodes)
-
     def enter(module: nn.Module, args: Any) -> None:
-        starts.append(count())
+        starts.append(_recorded())
 
     def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
         start, mode = starts.pop(), get_proxy_mode()
@@ -112,14 +194,14 @@ def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
 
 
 def _from_recording(
-    module: torch.fx.GraphModule,
-    callers: Mapping[str, str],
+    found: _Recording,
     parameters: list[str],
     buffers: list[str],
     paths: list[str],
     aliases: Mapping[str, tuple[str, ...]],
     warning: str,
 ) -> Capture:
+    module = found.module
     holes = [n for n in module.graph.nodes if n.op == "placeholder"]
     named = dict(zip(holes, parameters, strict=False))
     states = [*holes[len(parameters) : len(parameters) + len(buffers)]]
@@ -132,7 +214,7 @@ def _from_recording(
     output = next(n for n in module.graph.nodes if n.op == "output")
     nodes = [n for n in torch.fx.node.map_arg(output.args[0], lambda n: n) if isinstance(n, Node)]
     operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
-    owners = {n: callers.get(n.name, "") for n in operators}
+    owners = {n: found.callers.get(n.name, "") for n in operators}
     outputs = tuple(zip(paths, nodes, strict=False))
     numbers = {n: x for n in states if (x := number_in(n.meta.get("val"))) is not None}
     return Capture(
@@ -147,4 +229,6 @@ def _from_recording(
         (warning,),
         buffers=filled,
         numbers=numbers,
+        derivatives=frozenset(n for n in operators if n.name in found.backward),
+        transformed=found.transformed,
     )

@@ -38,6 +38,7 @@ class Call:
         module: Qualified name of the module whose forward called it.
         straight: Whether an operand comes from a weight with no nonlinearity in between.
         mixed: Parameter axes along which whole weights are mixed into one a sample.
+        backward: Whether the operator belongs to a derivative that the forward pass takes.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Call:
         module: str,
         straight: bool = False,
         mixed: Origin = NOWHERE,
+        backward: bool = False,
     ):
         self.node, self.arguments = node, arguments
         self.space, self.facts = space, facts
         self.operator = operator_name(node.target)
         self.module = module
         self.straight, self.mixed = straight, mixed
+        self.backward = backward
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -7,7 +7,7 @@ parameters, seeds of finiteness, evidence of width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,16 @@ COUNTED = "it counts equal parts, each of which the code takes on its own"
 class Engine:
     """Interprets a graph in the domain of axes."""
 
-    def __init__(self, module_of: Callable[[Node], str], strict: bool = True, mixed: Origin = NOWHERE):
+    def __init__(
+        self,
+        module_of: Callable[[Node], str],
+        strict: bool = True,
+        mixed: Origin = NOWHERE,
+        derivatives: Container[Node] = (),
+    ):
         self.space, self.facts = Space(), Facts()
         self.module_of, self.strict = module_of, strict
+        self.derivatives = derivatives  # operators that run backwards
         self.mixed = mixed  # parameter axes along which whole weights are mixed into one a sample
         self.env: dict[Node, Result] = {}
         self._straight: set[Node] = set()  # what linear operators made of the output of a weight
@@ -101,7 +108,11 @@ class Engine:
         """Apply the rule of an operator, and follow what it does to values."""
         straight = any(map(self.is_straight, node.all_input_nodes))
         module = self.module_of(node)
-        call = Call(node, self._arguments(node), self.space, self.facts, module, straight, self.mixed)
+        arguments = self._arguments(node)
+        backward = node in self.derivatives
+        if backward:  # sizes must agree, but no weight is used that was not used forwards
+            arguments = {name: _as_data(value) for name, value in arguments.items()}
+        call = Call(node, arguments, self.space, self.facts, module, straight, self.mixed, backward)
         self.space.where = call.where
         # Higher-order operators with a rule of their own (flex_attention) are not entered.
         graphs = subgraphs(node) if call.operator not in RULES else []
@@ -188,6 +199,8 @@ class Engine:
             return RULES["create"](call)
         if torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
             return RULES["pointwise"](call)
+        if call.backward and "_backward" in call.operator:
+            return RULES["backward"](call)
         return self._unknown(call)
 
     def _unknown(self, call: Call) -> Result:
@@ -236,3 +249,12 @@ class Engine:
             items = [self._lookup(item) for item in value]
             return tuple(items) if type(value) is tuple else items
         return value
+
+
+def _as_data(value: Any) -> Any:
+    """Return an argument with tensors of parameters as tensors of data."""
+    if isinstance(value, Value):
+        return Value(bare(value.axes))
+    if isinstance(value, (tuple, list)):
+        return [_as_data(item) for item in value]
+    return value

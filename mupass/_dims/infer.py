@@ -23,10 +23,15 @@ from mupass._dims.doubts import raise_doubts
 from mupass._dims.engine import Engine
 from mupass._dims.facts import NOWHERE, Facts, Origin, Value
 from mupass._dims.graph import shape_of
-from mupass._dims.space import Space
+from mupass._dims.space import SizeConflict, Space
 from mupass._dims.verdicts import Verdict, Verdicts
+from mupass._errors import InferenceError
 from mupass._records import Use
 
+IN_TRANSFORMS = (
+    "The forward pass runs transforms of torch.func (vmap, grad, jvp), which this operator comes from: "
+    "analyse a module that returns the function's value, and take the derivative outside of it, in the loss"
+)
 HIDDEN_OUTPUTS = re.compile(
     r"past_key_values|hidden_state|projected|pool(er|ed)_output|attentions|cache_params|mems|features|embeds\b",
     re.IGNORECASE,
@@ -224,6 +229,7 @@ def decide(
     policies.settle_groups(verdicts)
     policies.settle_alternatives(verdicts)
     policies.settle_mixtures(verdicts)
+    policies.settle_routers(verdicts)
     policies.settle_adapters(verdicts)
     policies.settle_rests(verdicts)
     unmade = policies.unmade(verdicts, made)
@@ -246,7 +252,7 @@ def _run(
     captured: Capture, strict: bool, mixed_axes: Origin = NOWHERE
 ) -> tuple[Engine, dict[str, tuple[int, ...]], list[tuple[int, str]]]:
     """Interpret a graph; return the engine, the dimensions of every parameter, and those of the inputs."""
-    engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes)
+    engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes, captured.derivatives)
     dims: dict[str, tuple[int, ...]] = {}
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
@@ -260,7 +266,14 @@ def _run(
         if _is_tensor(node):
             value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)
             inputs += _described(value, f"input {name}")
-    engine.run(captured.nodes)
+    try:
+        engine.run(captured.nodes)
+    except SizeConflict:
+        raise
+    except InferenceError as error:
+        if captured.transformed:
+            raise InferenceError(f"{error}. {IN_TRANSFORMS}") from error
+        raise
     return engine, dims, inputs
 
 

@@ -5,6 +5,7 @@ Every policy marks what it decides, so that a report can say so and the caller o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 
@@ -74,7 +75,7 @@ def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     spread = space.find_all(facts.spread)  # frequencies: a vector times a number
     # Made is what weights make and what parameters bring along.
     parameters = [dim for dim in made if space.find(dim) not in spread]
-    reached = verdicts.relatives([*parameters, *facts.fan_out])
+    reached = verdicts.reached([*parameters, *facts.fan_out])
     found: dict[int, str] = {}
     for dim, where in facts.fan_in.items():
         if verdicts.is_open(dim) and space.find(dim) not in reached:
@@ -152,6 +153,26 @@ def _counts(verdicts: Verdicts) -> set[int]:
                 beside_open = kind == "product" and any(map(verdicts.is_open, others))
                 counts[dim] = counts.get(dim, True) and beside_open
     return {dim for dim, always in counts.items() if always}
+
+
+def settle_routers(verdicts: Verdicts) -> None:
+    """Policy: what is read only into coefficients of as many separate tensors is one for each of them.
+
+    Routers of AltUp (arXiv 2301.13310): a score for each copy of the hidden state, and weights that make of
+    the scores how the copies are mixed.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    separate = space.find_all((*facts.stacked, *facts.enumerated))
+    made_of: dict[int, list[set[int]]] = defaultdict(list)  # what a weight reads -> atoms of what it makes
+    for fan_in, fan_out in facts.weights:
+        atoms = {dim for dim in _factors_of(space, fan_out) if not space.terms_of(dim, "product")}
+        for dim in map(space.find, fan_in):
+            made_of[dim].append(atoms)
+    for dim, results in made_of.items():
+        coefficients = all(atoms and atoms <= separate for atoms in results)
+        if coefficients and all(space.size(dim) in map(space.size, atoms) for atoms in results):
+            why = "policy: as many as the separate tensors whose coefficients are made of it"
+            verdicts.settle([dim], Verdict(False, why, True))
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
@@ -300,9 +321,20 @@ def settle_products(verdicts: Verdicts) -> None:
             # The parts of a sum may all grow; of the factors of a product one does.
             choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
             if choice:
+                # flatten(w, 0, 1): the first axes of a parameter count matrices
+                if _one_parameter(verdicts, free):
+                    free = free[::-1]
                 free = free[:1]
             verdicts.settle(free, Verdict(True, f"policy: it grows with its whole ({top.why})", choice))
             progress = True
+
+
+def _one_parameter(verdicts: Verdicts, dims: Iterable[int]) -> bool:
+    """Whether one parameter has all of some dimensions as axes of its own."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for (parameter, _), dim in verdicts.facts.carried.items():
+        owners[verdicts.space.find(dim)].add(parameter)
+    return bool(set.intersection(*(owners[dim] for dim in dims)))
 
 
 def settle_cuts(verdicts: Verdicts) -> None:

@@ -133,6 +133,33 @@ class Verdicts:
         """Return the classes reached from dimensions through products, sums and derivations."""
         return self._reach(dims, _all_of_term)
 
+    def reached(self, dims: Iterable[int]) -> set[int]:
+        """Return the classes that are made where some dimensions are.
+
+        What is made as a whole is made in all its parts and factors; a whole is reached by any of its
+        members, but the others are not made by that.
+        """
+        made = {dim for dim in map(self.space.find, dims) if not self._is_certain(dim)}
+        touched = set(made)
+        frontier = list(made)
+        while frontier:
+            for position in self._terms_with[frontier.pop()]:
+                whole, members = self._terms[position]
+                if self._is_certain(whole):
+                    continue
+                free = {dim for dim in members if self.space.size(dim) > 1 and not self._is_certain(dim)}
+                news: set[int] = set()
+                if whole in made:
+                    news |= free - made
+                if free and free <= made:
+                    news |= {whole} - made
+                made |= news
+                if not free.isdisjoint(touched):
+                    news |= {whole} - touched
+                touched |= news
+                frontier += news
+        return touched
+
     def kin(self, dims: Iterable[int]) -> set[int]:
         """Return what dimensions are part of and what is part of them, but not what only shares a part."""
         dims = tuple(dims)

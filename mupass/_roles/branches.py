@@ -13,6 +13,10 @@ from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Branch
 from mupass._roles.carriers import carriers
 
+DERIVED = (
+    "the forward pass takes derivatives (torch.func, torch.autograd.grad), and gradients and tangents add up "
+    "like branches; transform a module that returns the function's value, and take the derivative in the loss"
+)
 # Operators on one activation that leave a factor on it alone.
 KEEP_FACTOR = Trait.HOMOGENEOUS | Trait.MULTIPLIES | Trait.DIVIDES
 
@@ -51,8 +55,10 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
     held = carriers(captured, [(end, (into,)) for end, into in ends.items()])
     for (end, into), carrier in zip(ends.items(), held, strict=True):
         own = tuple(name for name, ways in parameters.items() if ways == {end})
-        modules, reason = _modules(end, into, captured.owners)
-        reason = reason or _shared(modules, captured)
+        modules, reason = modules_behind(end, into, captured.owners)
+        reason = reason or why_shared(modules, captured)
+        if captured.transformed or captured.derivatives:
+            reason = DERIVED
         found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
     return tuple(found_branches)
 
@@ -116,8 +122,13 @@ def _reached(
     return known
 
 
-def _modules(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
-    """Walk back from the end of a branch to the nodes it is made of that are outputs of modules.
+def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
+    """Walk back from a value to the nodes it is made of that are outputs of modules.
+
+    Args:
+        end: The value, such as the end of a branch.
+        into: Its one reader, such as the sum that the branch goes into.
+        owners: Module of every node.
 
     Returns:
         Node -> module, and the reason why there is none.
@@ -125,7 +136,7 @@ def _modules(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[No
     here, module = owners.get(into, ""), owners.get(end, "")
     others = [user for user in end.users if user is not into]
     if others:
-        return {}, f"what it adds is also read by {operator_name(others[0].target)} ({others[0]})"
+        return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"
     if module != here and (module.startswith(f"{here}.") or not here):
         return {end: module}, ""
     name = operator_name(end.target)
@@ -133,15 +144,20 @@ def _modules(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[No
     is_sum = bool(traits(name) & Trait.ADDS) and len(sources) == 2
     keeps_factor = is_getitem(end) or bool(traits(name) & KEEP_FACTOR)
     if is_sum or (keeps_factor and len(sources) == 1):
-        parts = [_modules(source, end, owners) for source in sources]
+        parts = [modules_behind(source, end, owners) for source in sources]
         return {n: m for part, _ in parts for n, m in part.items()}, next((r for _, r in parts if r), "")
     return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"
 
 
-def _shared(modules: Mapping[Node, str], captured: Capture) -> str:
-    """Return why a multiplier on the outputs of these modules would reach further than the branch."""
+def why_shared(modules: Mapping[Node, str], captured: Capture) -> str:
+    """Return why a multiplier on the outputs of these modules would reach further than one value.
+
+    Args:
+        modules: Nodes that the value is made of, with the modules that put them out.
+        captured: The graph.
+    """
     for node, module in captured.owners.items():
         if module in modules.values() and node not in modules:
             if any(not f"{captured.owners.get(u, '')}.".startswith(f"{module}.") for u in node.users):
-                return f"{module} has other outputs or calls ({node}) that are no branch"
+                return f"{module} has other outputs or calls ({node})"
     return ""

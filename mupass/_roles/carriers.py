@@ -16,6 +16,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, is_getitem, operator_name
 from mupass._dims.operator_traits import PRODUCT_ARGUMENTS, Trait, traits
 from mupass._records import Carrier, Geometry
+from mupass._roles.sites import readers_of
 
 # Positions of gain and shift.
 NORMS = {
@@ -250,15 +251,10 @@ def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple
     for geometry in geometries:
         if not geometry.readout_uses or geometry.name not in placeholders:
             continue
-        modules = {use.module for use in geometry.readout_uses}
-        operators = {use.operator for use in geometry.readout_uses}
         inputs: dict[Node, list[Node]] = {}
-        for node in captured.nodes:
-            # linear(x, w): the readout, as the module that `rewrite` hangs the multiplier on calls it.
-            if captured.owners.get(node) in modules and str(node.target) in operators:
-                x = next((a for a in node.args if isinstance(a, Node)), None)
-                if x is not None and x not in captured.parameters:
-                    inputs.setdefault(x, []).append(node)
+        for use in geometry.readout_uses:
+            for node, x in readers_of(captured, geometry.name, use):
+                inputs.setdefault(x, []).append(node)
         found = carriers(captured, list(inputs.items()))
         result.append(replace(_joined(found), tied=geometry.name))
     return tuple(result)

@@ -12,7 +12,7 @@ from torch.fx import Node
 from mupass._capture.graph import Capture
 from mupass._dims.graph import shape_of
 from mupass._dims.operator_traits import Trait, traits
-from mupass._records import Site
+from mupass._records import Site, Use
 from mupass._roles import contraction
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
@@ -33,10 +33,46 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
         sites: dict[Site, list[str]] = defaultdict(list)
         rank = len(_shape(node))
         for user, seen, view in _users(node, tuple(range(rank))):
+            if user in captured.derivatives:  # the weight is used forwards as well
+                continue
             site, source = _site(captured, name, user, seen, view)
             sites[site].append(source)
         found[name] = tuple(_with_sources(s, sources) for s, sources in sites.items())
     return found
+
+
+def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, Node]]:
+    """Return the operators of one use of a parameter, each with the activation that it multiplies.
+
+    Args:
+        captured: The graph.
+        parameter: Name of the parameter.
+        use: One of its uses, a product.
+    """
+    found = []
+    for node, name in captured.parameters.items():
+        if name != parameter:
+            continue
+        rank = len(_shape(node))
+        for user, seen, view in _users(node, tuple(range(rank))):
+            site, _ = _site(captured, parameter, user, seen, view)
+            if (site.operator, site.module, site.in_axes) != (use.operator, use.module, use.fan_in):
+                continue
+            others = [factor for factor in _factors(user) if factor is not seen]
+            if others:
+                found.append((user, others[0]))
+    return found
+
+
+def _factors(node: Node) -> list[Node]:
+    """Return the tensors that a product multiplies; an added bias is none of them."""
+    name = _name(node)
+    operands: Any = node.args[:2]
+    if name == "aten.einsum":  # einsum(equation, operands)
+        operands = node.args[1]
+    elif name != "aten.linear" and traits(name) & Trait.AFFINE:  # addmm(bias, x, w)
+        operands = node.args[1:3]
+    return [operand for operand in operands if isinstance(operand, Node)]
 
 
 def _with_sources(site: Site, sources: list[str]) -> Site:

@@ -3,6 +3,7 @@
 from mupass._dims.registry import RULES
 from mupass._dims.rules import (
     attention,
+    backward,
     contract,
     elementwise,
     indexing,
@@ -19,6 +20,7 @@ from mupass._dims.rules import (
 __all__ = [
     "RULES",
     "attention",
+    "backward",
     "contract",
     "elementwise",
     "indexing",

@@ -55,7 +55,7 @@ def contract(
         weights = weights[-1:]
     for weight in weights:
         _record_weight(call, kind, weight, terms, out, between_parameters)
-    if not weights and len(operands) == 2:
+    if not weights and len(operands) == 2 and not call.backward:
         _record_bilinear(call, axes, terms, out)
     return call.value([_with_origins(axes[label], label, terms) for label in out])
 

@@ -57,6 +57,7 @@ def stack(call: Call) -> Result:
     axes = broadcast(call, values, rank)
     count = call.new(len(values))
     call.finite(count, "a stack of separate tensors")
+    call.facts.stacked.add(count.dim)
     axes.insert(call.get("dim", 0) % (rank + 1), count)
     return call.value(axes)
 

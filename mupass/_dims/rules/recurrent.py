@@ -24,7 +24,8 @@ def glu(call: Call) -> Result:
 @rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 def recurrent(call: Call) -> Result:
     """Stacked (bidirectional) recurrence: gates x hidden rows, layer by layer."""
-    source: Value = call["input"]
+    packed = "data" in call.arguments
+    source: Value = call["data"] if packed else call["input"]
     parameters: list[Value] = list(call["params"])
     states = _states(call)
     directions = 2 if call["bidirectional"] else 1
@@ -96,6 +97,24 @@ def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis
         return projection.axes[0], cell
     call.unify(w_hh.axes[1], cell)
     return cell, cell
+
+
+@rule("aten._pack_padded_sequence")
+def pack(call: Call) -> Result:
+    """Positions of all samples in one axis, shortest samples last, and how many there are at each step."""
+    count, steps = call.shapes
+    features = call["input"].axes[2:]
+    return call.value([call.new(count[0]), *features]), call.value([call.new(steps[0])])
+
+
+@rule("aten._pad_packed_sequence")
+def unpack(call: Call) -> Result:
+    """The inverse, and the length of every sample."""
+    padded, lengths = call.shapes
+    first, second = call.new(padded[0]), call.new(padded[1])
+    batch = first if call["batch_first"] else second
+    features = call["data"].axes[1:]
+    return call.value([first, second, *features]), call.value([Axis(batch.dim, lengths[0])])
 
 
 @rule("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")

@@ -1,0 +1,42 @@
+"""Feeds: the modules that put out what a tied readout reads, where its multiplier can go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mupass._capture.graph import Capture
+from mupass._records import Geometry, Use
+from mupass._roles.branches import modules_behind, why_shared
+from mupass._roles.sites import readers_of
+
+
+def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
+    """Note at each readout use of a tied parameter which modules put out what it reads.
+
+    Args:
+        geometry: Of any parameter; one without readout uses is returned as it is.
+        captured: The graph.
+    """
+    if not geometry.readout_uses:
+        return geometry
+    fed = {use: _fed(geometry.name, use, captured) for use in geometry.readout_uses}
+    return replace(
+        geometry,
+        uses=tuple(fed.get(use, use) for use in geometry.uses),
+        readout_uses=tuple(fed[use] for use in geometry.readout_uses),
+    )
+
+
+def _fed(parameter: str, use: Use, captured: Capture) -> Use:
+    """Return a readout use with the modules that feed it, or with the reason why there are none."""
+    readers = readers_of(captured, parameter, use)
+    if not readers:
+        return replace(use, unfed="it is no plain product with one activation")
+    modules: list[str] = []
+    for reader, x in readers:
+        found, reason = modules_behind(x, reader, captured.owners)
+        reason = reason or why_shared(found, captured)
+        if reason:
+            return replace(use, unfed=reason)
+        modules += found.values()
+    return replace(use, fed_by=tuple(dict.fromkeys(modules)))
