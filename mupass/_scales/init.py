@@ -17,9 +17,8 @@ from mupass._errors import PlanError
 from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
 from mupass._scales.learned import whole
-from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.own_draws import Draw
-from mupass._scales.scales import powers, scales
+from mupass._scales.scales import init_powers, init_scale
 
 InitChoice = str | Mapping[str, str]
 
@@ -265,7 +264,7 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
     """Constants stay, but for a gain on what the code itself scales with the width."""
     if not geometry.given or geometry.fan_in_axes or found.law == "zeros":
         return found
-    p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][1]
+    p_out = init_powers(geometry, parameterization)[1]
     return replace(found, factor=geometry.m_out**p_out)
 
 
@@ -279,7 +278,7 @@ def _length(
     """A length that starts as that of its direction is scaled as the weight would be, another by itself."""
     direction = next(g for g in geometries if g.name == geometry.direction)
     length, weight = tensors[geometry.name].detach(), tensors[geometry.direction].detach()
-    own = scales(geometry, OptimizerSpec("sgd"), parameterization).init
+    own = init_scale(geometry, parameterization)
     if geometry.direction not in findings or not _is_length(length, weight):
         return Init("a length of its own", None, own)
     plain = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
@@ -295,7 +294,7 @@ def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
-    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    p_in, p_out = init_powers(geometry, parameterization)
     present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
     # The same quotient after the transform.
     wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from mupass._records import Geometry, Use
 from mupass._scales.entry import Entry
-from mupass._scales.optimizers import COLUMNS, ENTRYWISE, OptimizerSpec
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
 from mupass._scales.scales import depth_powers, folded_powers, powers
 
-SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
     "multiplier": "a tied embedding is Theta(1), a readout 1/m: arXiv 2203.03466, table 8",
@@ -85,7 +84,7 @@ def table(
     Returns:
         Several lines without a newline at the end.
     """
-    columns = {} if rates else COLUMNS[optimizer.name]
+    columns = {} if rates else optimizer.row.columns
     tied = any(entry.geometry.readout_uses for entry in entries)
     multiplier = ["multiplier"] if tied else []
     shown = [f"lr {name}" for name in rates]
@@ -106,7 +105,7 @@ def table(
     lines += ["", *_align(rows), "", _base(width, base_width)]
     if rates:
         lines += ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
-    elif optimizer.name not in {*ENTRYWISE, "sgd", "adafactor"}:
+    elif optimizer.row.has_fallback:
         lines += [
             "what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"
         ]
@@ -156,7 +155,7 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
     exponents = powers(g, optimizer, parameterization)
     depths = depth_powers(optimizer, parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
-    shown = ["init", *multiplier, *COLUMNS[optimizer.name], "weight_decay"]
+    shown = ["init", *multiplier, *optimizer.row.columns, "weight_decay"]
     sources = SOURCES
     if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}

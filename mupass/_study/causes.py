@@ -9,18 +9,14 @@ from torch import nn
 
 from mupass._optim.base import PlannedOptimizer
 from mupass._records import Geometry
-from mupass._scales.optimizers import OptimizerSpec
+from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
 from mupass._scales.plan import Plan
-from mupass._scales.scales import powers
+from mupass._scales.scales import init_powers, powers
 from mupass._study.coords import Coordinate
 from mupass._study.recorder import SCORES, Site
 
 NEAR = 0.3  # powers come in halves
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
-DIMMED = (
-    "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
-    "of a gradient near zero, so its first step grows: give it a damping_floor="
-)
 NORMALIZED = (
     "{where} divides what the readout {name} puts out by its own size, which undoes its start; normalize "
     "what it reads instead"
@@ -43,8 +39,10 @@ def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) ->
             if any(p is parameter for p in group["params"]) and group["algorithm"] != optimizer.spec.name:
                 return OptimizerSpec(group["algorithm"])
         return optimizer.spec
-    name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(type(optimizer).__name__)
-    return OptimizerSpec(name) if name else None
+    for known in OPTIMIZERS.values():
+        if known.torch_class == type(optimizer).__name__:
+            return OptimizerSpec(known.name)
+    return None
 
 
 def is_readout(site: Site, geometry: Geometry) -> bool:
@@ -103,8 +101,8 @@ def cause(
     if site.parameter not in plan:
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
-    if dimmed and power > 0 and spec is not None and spec.name == "kfac":
-        return DIMMED
+    if dimmed and power > 0 and spec is not None and spec.row.cause_if_dimmed:
+        return spec.row.cause_if_dimmed
     if row.quantity == "activation":
         found = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
@@ -135,7 +133,7 @@ def _of_activation(
     if abs(given - geometry.given) > NEAR and abs(given - power) < NEAR:
         yield GIVEN.format(power=given)
         return
-    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    p_in, p_out = init_powers(geometry, parameterization)
     grows_in, grows_out = _growing(geometry)
     right = p_in * grows_in + p_out * grows_out
     if abs(drawn - right) > NEAR / 2:
@@ -176,11 +174,7 @@ def _of_update(
             f"its learning rate scales like width^{rate:+.2f}{mixed}; {spec.name} needs width^{planned:+g} "
             "here"
         )
-    elif spec.name in ("kfac", "foof") or (spec.name == "shampoo" and spec.graft == "none"):
-        few = power > 0
-        yield (
-            "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
-            "damping or larger widths would tell"
-            if few
-            else "its damping is absolute, or too large for the wider layers"
-        )
+    elif power > 0 and spec.row.cause_if_growing and not spec.grafted:
+        yield spec.row.cause_if_growing
+    elif power <= 0 and spec.row.cause_if_shrinking and not spec.grafted:
+        yield spec.row.cause_if_shrinking

@@ -65,8 +65,6 @@ def gradient_power(spec: OptimizerSpec | None) -> float | None:
     Args:
         spec: Row of the optimizer, or None where it is not known.
     """
-    if spec is None or spec.name == "kfac":
+    if spec is None or spec.row.cause_if_dimmed:
         return None
-    if spec.name in ("sgd", "foof"):
-        return 1.0
-    return 1 - 2 * spec.e if spec.name == "shampoo" and spec.graft == "none" else float(spec.graft == "sgd")
+    return spec.step.gradient_power
