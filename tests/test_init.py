@@ -286,7 +286,7 @@ class Recurrent(nn.Module):
 def test_recurrent_layers_are_drawn_by_their_hidden_size() -> None:
     torch.manual_seed(0)
     model = Recurrent()
-    found = plan(model, IDS, base=128)  # width 512 (the LSTM's gates): m = 4
+    found = plan(model, IDS, base=32)  # width 128 (the hidden size of the LSTM): m = 4
     for name, init in found.items():
         if "lstm" in name or "gru" in name:
             layer = name.rsplit("_", 1)[1]
@@ -296,7 +296,7 @@ def test_recurrent_layers_are_drawn_by_their_hidden_size() -> None:
             # hidden size at the base width is a quarter; weights then take 1/sqrt(m_in) = 1/2
             assert init.factor == pytest.approx(2.0 if "bias" in name else 1.0), name
     nn.init.xavier_normal_(model.get_parameter("lstm.weight_ih_l0"))
-    assert plan(model, IDS, base=128)["lstm.weight_ih_l0"].law != found["lstm.weight_ih_l0"].law
+    assert plan(model, IDS, base=32)["lstm.weight_ih_l0"].law != found["lstm.weight_ih_l0"].law
 
 
 @pytest.mark.parametrize("seed", range(20))
