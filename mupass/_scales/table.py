@@ -38,25 +38,34 @@ def formula(
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
+    p_in, p_out = exponents
     held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
-    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth * held
-    above: list[str] = []
-    below: list[str] = []
-    for symbol, power, axes in (
-        ("m_out", exponents[1], geometry.fan_out_axes),
-        ("m_in", exponents[0], geometry.fan_in_axes),
-    ):
-        if power and any(geometry.infinite[i] for i in axes):
-            text = symbol if abs(power) == 1 else f"{symbol}^{abs(power):g}"
-            (above if power > 0 else below).append(text)
-    if depth and geometry.depth != 1:
-        (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
+    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * held
+    shown = {}
+    if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
+        shown["m_out"] = p_out
+    if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
+        shown["m_in"] = p_in
+    if geometry.depth != 1:
+        shown["L"] = depth
+    above = [_with_power(symbol, power) for symbol, power in shown.items() if power > 0]
+    below = [_with_power(symbol, -power) for symbol, power in shown.items() if power < 0]
     if held != 1:
         above.append(f"{held:.4g}")
     if not above and not below:
         return f"{value:.4g}"
-    bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
-    return f"{' '.join(above) or '1'}{'/' if below else ''}{bottom} = {value:.4g}"
+    quotient = " ".join(above) or "1"
+    if len(below) > 1:
+        quotient += f"/({' '.join(below)})"
+    elif below:
+        quotient += f"/{below[0]}"
+    return f"{quotient} = {value:.4g}"
+
+
+def _with_power(symbol: str, power: float) -> str:
+    if power == 1:
+        return symbol
+    return f"{symbol}^{power:g}"
 
 
 def table(
