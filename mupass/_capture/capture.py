@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path
 
 from mupass._capture.draws import settled_draws
-from mupass._capture.graph import Capture, number_in, parameter_names, plain_outputs, quiet
+from mupass._capture.graph import Capture, number_in, parameter_names, path_text, plain_outputs, quiet
 from mupass._capture.inline import inline_contexts
 from mupass._capture.record import record
 from mupass._errors import CaptureError
@@ -67,33 +67,58 @@ def _from_export(
     program: Any, canonical: Mapping[str, str], aliases: Mapping[str, tuple[str, ...]]
 ) -> Capture:
     signature = program.graph_signature
-    by_name = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    parameters = {by_name[k]: canonical[v] for k, v in signature.inputs_to_parameters.items()}
-    user = [name for name in signature.user_inputs if isinstance(name, str) and name in by_name]
-    inputs = {by_name[n]: n for n in user}
-    states = tuple(n for n in by_name.values() if n not in parameters and n not in inputs)
-    output = next(n for n in program.graph.nodes if n.op == "output")
-    paths = _output_paths(program, len(signature.user_outputs))
-    named = dict(zip(map(str, signature.user_outputs), paths, strict=False))
-    places = {
-        i: named[n.name] for i, n in enumerate(output.args[0]) if isinstance(n, Node) and n.name in named
-    }
-    inline_contexts(program.graph_module)  # the nodes of outputs change, not their places
-    outputs = tuple((path, output.args[0][i]) for i, path in places.items())
-    operators = tuple(n for n in program.graph.nodes if n.op == "call_function")
-    owners = {n: _owner(n) for n in operators}
-    buffers = {by_name[k]: v for k, v in signature.inputs_to_buffers.items()}
-    known = {**program.state_dict, **program.constants}
-    sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    numbers = {by_name[k]: x for k, v in sources.items() if (x := number_in(known.get(v))) is not None}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    parameters, buffers = {}, {}
+    for name, parameter in signature.inputs_to_parameters.items():
+        parameters[placeholders[name]] = canonical[parameter]
+    for name, buffer in signature.inputs_to_buffers.items():
+        buffers[placeholders[name]] = buffer
+    # Inputs that are no tensors are constants, which have no placeholder.
+    tensors = [name for name in signature.user_inputs if isinstance(name, str) and name in placeholders]
+    inputs = {placeholders[name]: name for name in tensors}
+    states = tuple(node for node in placeholders.values() if node not in parameters and node not in inputs)
+    outputs = _outputs(program)
+    operators = tuple(node for node in program.graph.nodes if node.op == "call_function")
+    owners = {node: _owner(node) for node in operators}
+    numbers = _numbers(program, placeholders)
     return Capture(
         operators, parameters, states, inputs, outputs, aliases, "export", owners, (), buffers, numbers
     )
 
 
+def _outputs(program: Any) -> tuple[tuple[str, Node], ...]:
+    """Name what the model returns among all outputs; contexts such as ``no_grad`` are inlined on the way."""
+    user_outputs = program.graph_signature.user_outputs
+    paths = _output_paths(program, len(user_outputs))
+    path_of = dict(zip(map(str, user_outputs), paths, strict=False))
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    places = []
+    for place, node in enumerate(output.args[0]):
+        if isinstance(node, Node) and node.name in path_of:
+            places.append((place, path_of[node.name]))
+    inline_contexts(program.graph_module)  # the nodes of outputs change, not their places
+    return tuple((path, output.args[0][place]) for place, path in places)
+
+
+def _numbers(program: Any, placeholders: Mapping[str, Node]) -> dict[Node, float]:
+    """Return the buffers and constants that hold a single number."""
+    signature = program.graph_signature
+    values = {**program.state_dict, **program.constants}
+    sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    numbers = {}
+    for name, source in sources.items():
+        number = number_in(values.get(source))
+        if number is not None:
+            numbers[placeholders[name]] = number
+    return numbers
+
+
 def _owner(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    name = list(stack.values())[-1][0] if stack else ""
+    """Return the innermost module that called an operator; a module called again is ``name@1`` there."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    name = list(stack.values())[-1][0]
     return str(name).split("@")[0]
 
 
@@ -102,6 +127,6 @@ def _output_paths(program: Any, count: int) -> list[str]:
     try:
         spec = program.call_spec.out_spec
         paths, _ = tree_flatten_with_path(torch.utils._pytree.tree_unflatten(list(range(count)), spec))
-        return ["".join(map(str, p)).strip(".[]'\"") or "output" for p, _ in paths]
+        return [path_text(path) for path, _ in paths]
     except (ValueError, TypeError, AttributeError):  # structures that only their owner can rebuild
         return [f"output {i}" for i in range(count)]

@@ -127,6 +127,15 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def path_text(path: Any) -> str:
+    """Name an output by its place in what the model returns, such as ``logits``; a single one is ``output``.
+
+    Args:
+        path: Keys of ``tree_flatten_with_path``.
+    """
+    return "".join(map(str, path)).strip(".[]'\"") or "output"
+
+
 def number_in(tensor: Any) -> float | None:
     """Return the value of a tensor that is one real number and is there to be read."""
     if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():

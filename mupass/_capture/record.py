@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mupass._capture.draws import settled_draws
-from mupass._capture.graph import Capture, fresh_copy, number_in, plain_outputs, quiet
+from mupass._capture.graph import Capture, fresh_copy, number_in, path_text, plain_outputs, quiet
 from mupass._errors import CaptureError
 
 
@@ -48,24 +48,24 @@ def record(
             be taken.
     """
     name = type(model).__name__
-    first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+    first_line = _first_line(reason) or type(reason).__name__
     if any(p.is_meta for p in model.parameters()):
         raise CaptureError(f"torch.export cannot capture {name} on the meta device: {first_line}") from reason
-    heads = sorted(set(canonical.values()), key=list(canonical).index)
-    state = {n: p.detach() for n, p in model.named_parameters() if n in heads}
+    firsts = set(canonical.values())
+    state = {n: p.detach() for n, p in model.named_parameters() if n in firsts}
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     leaves, spec = tree_flatten(fresh_copy((tuple(args), dict(kwargs))))
-    tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     paths: list[str] = []
 
     def run(parameters: dict[str, Tensor], states: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         filled = list(leaves)
-        for i, x in zip(tensors, inputs, strict=True):
-            filled[i] = x
-        a, k = tree_unflatten(filled, spec)
-        output = torch.func.functional_call(model, {**parameters, **states}, a, k, tie_weights=True)
-        found = [(p, x) for p, x in tree_flatten_with_path(output)[0] if isinstance(x, Tensor)]
-        paths[:] = ["".join(map(str, p)).strip(".[]'\"") or "output" for p, _ in found]
+        for place, tensor in zip(tensors, inputs, strict=True):
+            filled[place] = tensor
+        given, named = tree_unflatten(filled, spec)
+        output = torch.func.functional_call(model, {**parameters, **states}, given, named, tie_weights=True)
+        found = [(path, x) for path, x in tree_flatten_with_path(output)[0] if isinstance(x, Tensor)]
+        paths[:] = [path_text(path) for path, _ in found]
         return [x for _, x in found]
 
     def recording(pre_dispatch: bool) -> _Recording:
@@ -91,10 +91,11 @@ def record(
         if transformed:
             found = recording(pre_dispatch=False)
     except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        within = ", under a transform of torch.func (vmap, grad, jvp)" if _raised_in_transforms(error) else ""
+        within = ""
+        if _raised_in_transforms(error):
+            within = ", under a transform of torch.func (vmap, grad, jvp)"
         raise CaptureError(
-            f"{name} fails on its example inputs{within}: {type(error).__name__}: {text}"
+            f"{name} fails on its example inputs{within}: {type(error).__name__}: {_first_line(error)}"
         ) from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
     return _from_recording(found, list(state), list(buffers), paths, aliases, warning)
@@ -164,6 +165,11 @@ def _run_backwards(found: set[str]) -> Iterator[None]:
         yield
 
 
+def _first_line(error: Exception) -> str:
+    """Return the first line of what an exception says, ``""`` if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 @contextmanager
 def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
     """Note which module calls each operator of a recording: name of the node -> name of the module.
@@ -179,7 +185,8 @@ def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
 
     def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
         start, mode = starts.pop(), get_proxy_mode()
-        for node in islice(mode.tracer.graph.nodes, start, None) if mode is not None else ():
+        nodes = () if mode is None else mode.tracer.graph.nodes
+        for node in islice(nodes, start, None):
             found.setdefault(node.name, name)  # modules inside of this one have left before
 
     handles = []
@@ -202,11 +209,13 @@ def _from_recording(
     warning: str,
 ) -> Capture:
     module = found.module
-    holes = [n for n in module.graph.nodes if n.op == "placeholder"]
-    named = dict(zip(holes, parameters, strict=False))
-    states = [*holes[len(parameters) : len(parameters) + len(buffers)]]
+    # Placeholders come in the order of the arguments of `run`: parameters, buffers, inputs.
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    held = len(parameters) + len(buffers)
+    named = dict(zip(placeholders, parameters, strict=False))
+    states = placeholders[len(parameters) : held]
     filled = dict(zip(states, buffers, strict=True))
-    inputs = {n: f"input {i}" for i, n in enumerate(holes[len(parameters) + len(buffers) :])}
+    inputs = {node: f"input {number}" for number, node in enumerate(placeholders[held:])}
     for node in module.graph.nodes:
         if node.op == "get_attr":  # a constant made in the forward pass
             node.meta["val"] = getattr(module, node.target)
@@ -216,7 +225,11 @@ def _from_recording(
     operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
     owners = {n: found.callers.get(n.name, "") for n in operators}
     outputs = tuple(zip(paths, nodes, strict=False))
-    numbers = {n: x for n in states if (x := number_in(n.meta.get("val"))) is not None}
+    numbers = {}
+    for node in states:
+        number = number_in(node.meta.get("val"))
+        if number is not None:
+            numbers[node] = number
     return Capture(
         operators,
         named,

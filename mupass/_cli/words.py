@@ -17,7 +17,7 @@ from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.parameterizations import PARAMETERIZATIONS
 
 TARGET = "module:factory, timm:NAME or hf:CONFIG_CLASS[,key=value...]"
-TRAINED = ("sgd", "adam", "adamw", "kfac", "shampoo", "soap", "muon")  # optimizers that studies can make
+TRAINED = tuple(known.name for known in OPTIMIZERS.values() if known.recipe)  # those that studies can make
 PAGES = (".html", ".htm", ".png", ".txt", ".md", ".json")
 
 
@@ -224,7 +224,10 @@ def _analyze(command: argparse.ArgumentParser) -> None:
         help="settle a dimension: a name or a regular expression for parameter:axis, finite or infinite",
     )
     command.add_argument(
-        "--optimizer", type=one_of(OPTIMIZERS), default="adamw", help="whose learning-rate factors to print"
+        "--optimizer",
+        type=one_of(tuple(OPTIMIZERS)),
+        default="adamw",
+        help="whose learning-rate factors to print",
     )
     command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
     command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")

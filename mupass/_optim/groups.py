@@ -9,6 +9,7 @@ from torch import nn
 from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number
+from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
 from mupass._scales.scales import Scales
 
@@ -71,9 +72,10 @@ def param_groups(
         spec = replace(spec, alignment="measured", exponents=exponents)
     elif alignment:
         spec = replace(spec, alignment=alignment)
-    adaptive = spec.name in {"adam", "adamw"}
+    adaptive = spec.row.takes_eps
     if eps is not None and not adaptive:
-        raise OptimizerError(f"eps belongs to adam and adamw, not to {spec.name}")
+        takers = [known.name for known in OPTIMIZERS.values() if known.takes_eps]
+        raise OptimizerError(f"eps belongs to {' and '.join(takers)}, not to {spec.name}")
     epsilon = 1e-8 if eps is None else eps
     for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": epsilon}.items():
         check_number(name, value)
@@ -109,6 +111,6 @@ def _decay_factor(spec: OptimizerSpec, scales: Scales) -> float:
     """Return what ``weight_decay`` is multiplied by, so that its effect is the same at all widths."""
     # torch multiplies it by the group's rate, which has scales.lr in it.
     decay = scales.weight_decay
-    if spec.name == "adam":  # added to the gradient, and so of the order of its entries
+    if spec.row.normalizes_decay:  # decay has the order of a gradient entry, to which it is added
         decay *= scales.epsilon
     return decay / scales.lr

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mupass._errors import MupassWarning
+from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
 
 TOLERANCE = 1e-4  # of ratios, relative
@@ -153,9 +154,9 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
 def _family(optimizer: torch.optim.Optimizer) -> str:
     """Return the row of the scale table that fits a class of ``torch.optim``."""
     name = type(optimizer).__name__.lower()
-    for row in ("sgd", "adafactor", "muon"):
-        if row in name:
-            return row
+    for known in reversed(OPTIMIZERS.values()):  # MuonWithAuxAdam is a Muon
+        if known.torch_class and known.torch_class.lower() in name:
+            return known.name
     return "adamw"
 
 

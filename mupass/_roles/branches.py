@@ -139,14 +139,28 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
         return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"
     if module != here and (module.startswith(f"{here}.") or not here):
         return {end: module}, ""
-    name = operator_name(end.target)
+    sources = _passed_on(end, owners)
+    if not sources:
+        name = operator_name(end.target)
+        return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"
+    modules: dict[Node, str] = {}
+    reasons = []
+    for source in sources:
+        found, reason = modules_behind(source, end, owners)
+        modules.update(found)
+        reasons.append(reason)
+    return modules, next(filter(None, reasons), "")
+
+
+def _passed_on(end: Node, owners: Mapping[Node, str]) -> list[Node]:
+    """Return the operands whose factor an operator keeps: both of a sum, the one of a linear function."""
     sources = [x for x in flatten(end.args) if isinstance(x, Node) and x in owners]
-    is_sum = bool(traits(name) & Trait.ADDS) and len(sources) == 2
-    keeps_factor = is_getitem(end) or bool(traits(name) & KEEP_FACTOR)
-    if is_sum or (keeps_factor and len(sources) == 1):
-        parts = [modules_behind(source, end, owners) for source in sources]
-        return {n: m for part, _ in parts for n, m in part.items()}, next((r for _, r in parts if r), "")
-    return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"
+    traits_of_end = traits(operator_name(end.target))
+    if len(sources) == 2 and traits_of_end & Trait.ADDS:
+        return sources
+    if len(sources) == 1 and (is_getitem(end) or traits_of_end & KEEP_FACTOR):
+        return sources
+    return []
 
 
 def why_shared(modules: Mapping[Node, str], captured: Capture) -> str:

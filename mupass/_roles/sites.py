@@ -58,21 +58,11 @@ def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, 
             site, _ = _site(captured, parameter, user, seen, view)
             if (site.operator, site.module, site.in_axes) != (use.operator, use.module, use.fan_in):
                 continue
-            others = [factor for factor in _factors(user) if factor is not seen]
+            factors, _ = _factors(user, _name(user))
+            others = [factor for factor in factors if isinstance(factor, Node) and factor is not seen]
             if others:
                 found.append((user, others[0]))
     return found
-
-
-def _factors(node: Node) -> list[Node]:
-    """Return the tensors that a product multiplies; an added bias is none of them."""
-    name = _name(node)
-    operands: Any = node.args[:2]
-    if name == "aten.einsum":  # einsum(equation, operands)
-        operands = node.args[1]
-    elif name != "aten.linear" and traits(name) & Trait.AFFINE:  # addmm(bias, x, w)
-        operands = node.args[1:3]
-    return [operand for operand in operands if isinstance(operand, Node)]
 
 
 def _with_sources(site: Site, sources: list[str]) -> Site:
@@ -141,40 +131,54 @@ def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View)
 def _product(
     captured: Capture, user: Node, name: str, seen: Node, view: View, shape: tuple[int, ...], site: Any
 ) -> tuple[Site, str]:
-    arguments: Any = user.args[1] if name == "aten.einsum" else user.args
-    operands: list[Any] = list(arguments)
-    alpha, beta = user.kwargs.get("alpha", 1), user.kwargs.get("beta", 1)
-    if name == "aten.linear" or name.startswith(CONVOLUTIONS):
-        bias = operands[2] if len(operands) > 2 else None
-        operands = operands[:2]
-    elif traits(name) & Trait.AFFINE:  # addmm(bias, x, w): beta * bias + alpha * product
-        bias, *operands = operands
-    else:
-        bias = None
-    if bias is seen and isinstance(operands[-1], Node):
-        if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)) or not alpha:
-            return site("", reason=f"{user.target} adds it to a product times alpha={alpha}"), ""
-        if name == "aten.baddbmm":  # beta * bias + alpha * bmm(x, w): added as any tensor to a product
-            if beta != 1:
-                return site("", reason=f"{user.target} adds it times beta={beta}"), ""
-            return _along_one_axis("shift", shape, operands[0], len(_shape(user)), site)
-        weight = _parameter(captured, root_of(operands[-1]))
-        return site("bias", weight=weight, scale=float(beta / alpha)), ""
+    factors, bias = _factors(user, name)
+    if bias is seen and isinstance(factors[-1], Node):
+        return _added(captured, user, name, factors, shape, site)
     if name.startswith(CONVOLUTIONS):
         return site("", reason=f"{user.target} does not use it as it is"), ""
-    at = [i for i, a in enumerate(operands) if a is seen]
-    others = [a for a in operands if isinstance(a, Node) and a is not seen]
-    if len(at) != 1 or len(others) != 1 or len(operands) != 2:
+    places = [place for place, factor in enumerate(factors) if factor is seen]
+    others = [factor for factor in factors if isinstance(factor, Node) and factor is not seen]
+    if len(places) != 1 or len(others) != 1 or len(factors) != 2:
         return site("", reason=f"{user.target} multiplies it with itself or with several tensors"), ""
-    if root_of(others[0]) in captured.parameters:
-        return site(
-            "", reason=f"{user.target} multiplies it with another parameter, not with an activation"
-        ), ""
-    form = product_form(name, user.args[0], _shape(others[0]), view, shape, at[0])
+    (activation,) = others
+    if root_of(activation) in captured.parameters:
+        reason = f"{user.target} multiplies it with another parameter, not with an activation"
+        return site("", reason=reason), ""
+    form = product_form(name, user.args[0], _shape(activation), view, shape, places[0])
     if form is None or not form.proper:
         return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
-    kind = "linear" if name == "aten.linear" and view == (0, 1) else "contraction"
-    return site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(others[0])
+    kind = "contraction"
+    if name == "aten.linear" and view == (0, 1):
+        kind = "linear"
+    return site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(activation)
+
+
+def _factors(user: Node, name: str) -> tuple[list[Any], Any]:
+    """Return what an operator multiplies, and what it adds to the product or None."""
+    if name == "aten.einsum":  # einsum(equation, [x, w])
+        equation_operands: Any = user.args[1]
+        return list(equation_operands), None
+    if name == "aten.linear" or name.startswith(CONVOLUTIONS):  # linear(x, w, bias)
+        bias = user.args[2] if len(user.args) > 2 else None
+        return list(user.args[:2]), bias
+    if traits(name) & Trait.AFFINE:  # addmm(bias, x, w): beta * bias + alpha * product
+        return list(user.args[1:]), user.args[0]
+    return list(user.args), None
+
+
+def _added(
+    captured: Capture, user: Node, name: str, factors: list[Any], shape: tuple[int, ...], site: Any
+) -> tuple[Site, str]:
+    """Return the site of what an operator adds to its own product: beta * bias + alpha * product."""
+    alpha, beta = user.kwargs.get("alpha", 1), user.kwargs.get("beta", 1)
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)) or not alpha:
+        return site("", reason=f"{user.target} adds it to a product times alpha={alpha}"), ""
+    if name == "aten.baddbmm":  # beta * bias + alpha * bmm(x, w): added as any tensor to a product
+        if beta != 1:
+            return site("", reason=f"{user.target} adds it times beta={beta}"), ""
+        return _along_one_axis("shift", shape, factors[0], len(_shape(user)), site)
+    weight = captured.parameters.get(root_of(factors[-1]), "")
+    return site("bias", weight=weight, scale=float(beta / alpha)), ""
 
 
 def product_form(
@@ -229,10 +233,6 @@ def root_of(node: Any) -> Any:
             break
         node = source
     return node
-
-
-def _parameter(captured: Capture, node: Any) -> str:
-    return captured.parameters.get(node, "")
 
 
 def _source(node: Any) -> str:

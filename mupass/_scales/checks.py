@@ -72,28 +72,39 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind) and isinstance(kind, type):
         return _decode_record(kind, value, where)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise PlanError(f"plan is damaged: {where} must be a list, not {value!r:.60}")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise PlanError(f"plan is damaged: {where} must have {len(arguments)} items, not {len(value)}")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        numbered = enumerate(zip(kinds, value, strict=True))
-        return tuple(_decode(inner, item, f"{where}[{i}]") for i, (inner, item) in numbered)
-    if origin in (Union, UnionType):
-        (inner,) = (a for a in arguments if a is not type(None))
-        return None if value is None else _decode(inner, value, where)
+        return _decode_tuple(arguments, value, where)
+    if origin in (Union, UnionType):  # of one type and None
+        if value is None:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(inner, value, where)
+    wanted = kind.__name__ if isinstance(kind, type) else " or ".join(map(repr, arguments))
     if origin is Literal:
         fits = isinstance(value, str) and value in arguments
     elif kind is float:
+        wanted = "a finite number"
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     else:
         fits = type(value) is kind
     if not fits:
-        wanted = " or ".join(map(repr, arguments)) or {"float": "a finite number"}.get(
-            kind.__name__, kind.__name__
-        )
         raise PlanError(f"plan is damaged: {where} must be {wanted}, not {value!r:.60}")
     return value
+
+
+def _decode_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """Return a tuple from a JSON list.
+
+    Raises:
+        PlanError: It is no list, or one of another length.
+    """
+    if not isinstance(value, list):
+        raise PlanError(f"plan is damaged: {where} must be a list, not {value!r:.60}")
+    if kinds[-1] is Ellipsis:  # tuple[kind, ...]: any number of one kind
+        kinds = (kinds[0],) * len(value)
+    elif len(value) != len(kinds):
+        raise PlanError(f"plan is damaged: {where} must have {len(kinds)} items, not {len(value)}")
+    numbered = enumerate(zip(kinds, value, strict=True))
+    return tuple(_decode(kind, item, f"{where}[{number}]") for number, (kind, item) in numbered)
 
 
 def _decode_record(kind: type, value: Any, where: str) -> Any:
@@ -170,11 +181,19 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
             yield f"{field} has {len(getattr(geometry, field))} items for {axes} axes"
     if any(size < 0 for size in geometry.shape):
         yield f"shape {geometry.shape} has a negative size"
-    wrong = [
-        b for s, b in zip(geometry.shape, geometry.base_shape, strict=False) if s and not 0 < b < LARGEST
-    ]
-    if wrong:
-        yield f"base_shape must hold positive numbers, not {wrong[0]!r}"
+    for size, base in zip(geometry.shape, geometry.base_shape, strict=False):
+        if size and not 0 < base < LARGEST:
+            yield f"base_shape must hold positive numbers, not {base!r}"
+    yield from _all_axis_faults(geometry)
+    if not isfinite(geometry.given) or abs(geometry.given) > 8:
+        yield f"given must be a power, not {geometry.given!r}"
+    for field in ("depth", "folded", "folded_in", "m_direction"):
+        _positive(f"{geometry.name}: {field}", getattr(geometry, field))
+
+
+def _all_axis_faults(geometry: Geometry) -> Iterator[str]:
+    """Yield what names an axis that the parameter does not have."""
+    axes = len(geometry.shape)
     for field in ("fan_in_axes", "fan_out_axes"):
         yield from _axis_faults(field, getattr(geometry, field), axes)
     for use in (*geometry.uses, *geometry.readout_uses):
@@ -183,14 +202,9 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
         yield from _axis_faults(f"site {site.kind}", (*site.in_axes, *site.out_axes), axes, unique=False)
     for fusion in geometry.fusions:
         yield from _axis_faults("fusion", (fusion.axis,), axes)
-        if not 0 <= fusion.along < len(fusion.view) or any(
-            size < 1 for size in (*fusion.view, *fusion.sizes)
-        ):
+        too_small = min((*fusion.view, *fusion.sizes), default=1) < 1
+        if too_small or not 0 <= fusion.along < len(fusion.view):
             yield f"fusion along {fusion.along} of {fusion.view} is impossible"
-    if not isfinite(geometry.given) or abs(geometry.given) > 8:
-        yield f"given must be a power, not {geometry.given!r}"
-    for field in ("depth", "folded", "folded_in", "m_direction"):
-        _positive(f"{geometry.name}: {field}", getattr(geometry, field))
 
 
 def _axis_faults(field: str, found: Sequence[int], axes: int, unique: bool = True) -> Iterator[str]:

@@ -17,9 +17,8 @@ from mupass._errors import PlanError
 from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
 from mupass._scales.learned import whole
-from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.own_draws import Draw
-from mupass._scales.scales import powers, scales
+from mupass._scales.scales import init_powers, init_scale
 
 InitChoice = str | Mapping[str, str]
 
@@ -89,11 +88,11 @@ def own_init(
         Parameter name -> law, its standard deviation there, and the factor from the present one to that.
     """
     findings, fixed = _findings(tensors, geometries, init, {})
-    found = dict(fixed)
-    for name, f in findings.items():
-        factor = sqrt(f.sample.fans.ratio(f.kind))
-        found[name] = Init(f.text, None if f.std is None else f.std * factor, factor, f.doubtful)
-    return found
+    laws = dict(fixed)
+    for name, finding in findings.items():
+        factor = sqrt(finding.sample.fans.ratio(finding.kind))
+        laws[name] = _scaled(finding, factor)
+    return laws
 
 
 def _findings(
@@ -142,24 +141,33 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
         geometry: The parameter.
         geometries: All parameters.
     """
-    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
-    recurrent = any(use.kind == "recurrent" for use in geometry.uses)
-    if not modules or (geometry.fan_in_axes and not recurrent):
-        return None
-    near = [g for g in geometries if any(use.module in modules and use.fan_in for use in g.uses)]
-    names = (
-        geometry.name.replace("bias", "weight"),
-        re.sub("(weight|bias)_[ih]h", "weight_hh", geometry.name),
-    )
-    twins = [g for name in reversed(names) for g in near if g.name == name]
-    certain = len(near) == 1 and all(use.kind == "bias" for use in geometry.uses)
-    lender = twins[0] if twins else near[0] if certain else None
+    lender = _lender(geometry, geometries)
     if lender is None or lender is geometry:
         return None
     if any(use.kind == "conv_transpose" for use in lender.uses):
         fans = own_fans(lender)
         return Fans(fans.fan_out, None, fans.m_out, 1.0, lender.name)
     return Fans(lender.fan_in, None, lender.m_in, 1.0, lender.name)
+
+
+def _lender(geometry: Geometry, geometries: Sequence[Geometry]) -> Geometry | None:
+    """Return the weight of the same module by whose fan_in PyTorch draws this parameter."""
+    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
+    recurrent = any(use.kind == "recurrent" for use in geometry.uses)
+    if not modules or (geometry.fan_in_axes and not recurrent):
+        return None
+    weights = [g for g in geometries if any(use.module in modules and use.fan_in for use in g.uses)]
+    by_name = {weight.name: weight for weight in weights}
+    # weight_ih_l0, bias_hh_l0 -> weight_hh_l0; conv.bias -> conv.weight
+    for name in (
+        re.sub("(weight|bias)_[ih]h", "weight_hh", geometry.name),
+        geometry.name.replace("bias", "weight"),
+    ):
+        if name in by_name:
+            return by_name[name]
+    if len(weights) == 1 and all(use.kind == "bias" for use in geometry.uses):
+        return weights[0]
+    return None
 
 
 def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
@@ -265,7 +273,7 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
     """Constants stay, but for a gain on what the code itself scales with the width."""
     if not geometry.given or geometry.fan_in_axes or found.law == "zeros":
         return found
-    p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"][1]
+    p_out = init_powers(geometry, parameterization)[1]
     return replace(found, factor=geometry.m_out**p_out)
 
 
@@ -279,7 +287,7 @@ def _length(
     """A length that starts as that of its direction is scaled as the weight would be, another by itself."""
     direction = next(g for g in geometries if g.name == geometry.direction)
     length, weight = tensors[geometry.name].detach(), tensors[geometry.direction].detach()
-    own = scales(geometry, OptimizerSpec("sgd"), parameterization).init
+    own = init_scale(geometry, parameterization)
     if geometry.direction not in findings or not _is_length(length, weight):
         return Init("a length of its own", None, own)
     plain = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
@@ -295,11 +303,18 @@ def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
-    p_in, p_out = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    p_in, p_out = init_powers(geometry, parameterization)
     present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
     # The same quotient after the transform.
     wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)
     # Compared as ratios, so that a law that is right already gives exactly 1.0 and no rounding.
     factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
-    std = None if found.std is None else found.std * factor
-    return Init(found.text, std, factor, found.doubtful)
+    return _scaled(found, factor)
+
+
+def _scaled(finding: Finding, factor: float) -> Init:
+    """Return the initialization of a tensor that follows a law and is multiplied by a factor."""
+    std = finding.std
+    if std is not None:
+        std *= factor
+    return Init(finding.text, std, factor, finding.doubtful)

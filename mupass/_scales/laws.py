@@ -151,25 +151,42 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
     Yields:
         One finding for each sample, in no particular order.
     """
-    rest = [s for s in samples if s.std is not None and s.fans.partner is None and s.speaks]
-    hypotheses = list(_hypotheses(rest))
-    found: list[Finding] = []
+    drawn, lent, silent, unseen = [], [], [], []
+    for sample in samples:
+        if sample.std is None:
+            unseen.append(sample)
+        elif sample.fans.partner is not None:
+            lent.append(sample)
+        elif sample.speaks:
+            drawn.append(sample)
+        else:
+            silent.append(sample)
+    yield from _explained(drawn)
+    for sample in silent:
+        yield _unsettled(sample, "constant")
+    for sample in lent:
+        yield Finding(sample, "fan_in", DEFAULT_GAIN)
+    for sample in unseen:
+        yield _unseen(sample)
+
+
+def _explained(samples: list[Sample]) -> Iterator[Finding]:
+    """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
+    hypotheses = list(_hypotheses(samples))
+    findings: list[Finding] = []
+    rest = samples
     while rest:
-        leading = _majority(found) if found else None
-        ranks = {h: (*h.rank(rest), h.kind == leading) for h in hypotheses}
-        best = max(hypotheses, key=lambda h: ranks[h])  # the first of equals: order of CANONICAL
+        leading = _majority(findings) if findings else None
+        ranks = {law: (*law.rank(rest), law.kind == leading) for law in hypotheses}
+        best = max(hypotheses, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
         if ranks[best][0] <= 0:
             break
-        rivals = [h for h in hypotheses if ranks[h] == ranks[best] and h.kind != best.kind]
-        found += [_settled(s, best, rivals) for s in rest if best.explains(s)]
-        rest = [s for s in rest if not best.explains(s)]
-    yield from found
-    yield from (_unsettled(s, _majority(found)) for s in rest)
-    silent = [s for s in samples if s.std is not None and s.fans.partner is None and not s.speaks]
-    yield from (_unsettled(s, "constant") for s in silent)
-    lent = [s for s in samples if s.std is not None and s.fans.partner is not None]
-    yield from (Finding(s, "fan_in", DEFAULT_GAIN) for s in lent)
-    yield from (_unseen(s) for s in samples if s.std is None)
+        rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
+        findings += [_settled(sample, best, rivals) for sample in rest if best.explains(sample)]
+        rest = [sample for sample in rest if not best.explains(sample)]
+    yield from findings
+    for sample in rest:
+        yield _unsettled(sample, _majority(findings))
 
 
 def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:

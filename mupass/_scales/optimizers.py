@@ -1,33 +1,307 @@
-"""What the scale table must know of an optimizer."""
+"""One row for each optimizer: all that the project knows of it, but for the code of its steps.
 
-from dataclasses import dataclass
+A row says how large a step and its small numbers are in width and depth (`mupass._scales.scales` turns that
+into powers), what the print of a plan shows, how ``torch.optim`` reads parameter groups, how studies make the
+optimizer from its name, and what a check of coordinates suspects when its updates scale with width. To add
+an optimizer, add a row to `OPTIMIZERS`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mupass._errors import PlanError
 
-ENTRYWISE = ("adam", "adamw", "adam_atan2", "adamuon")  # every entry of an update is of order 1
-GRAFTS = ("none", "sgd", "adam", "rmsprop", "spectral")
-ALIGNED = ("sgd", "adam", "adamw", "adam_atan2", "adafactor")  # rows of Everett et al.
-OPTIMIZERS = ("sgd", *ENTRYWISE, "adafactor", "kfac", "foof", "shampoo", "soap", "muon")
-# Scales that an optimizer reads, with the heading each has there.
-COLUMNS = {
-    "sgd": {"lr": "lr"},
-    "adam": {"lr": "lr", "epsilon": "epsilon"},
-    "adamw": {"lr": "lr", "epsilon": "epsilon"},
-    "adam_atan2": {"lr": "lr"},
-    "adafactor": {"lr": "lr"},
-    "adamuon": {"lr": "lr", "epsilon": "epsilon"},
-    "kfac": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
-    "foof": {"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
-    "shampoo": {"lr": "lr", "damping_in": "damping R", "damping_out": "damping L"},
-    "soap": {"lr": "lr", "epsilon": "epsilon"},
-    "muon": {"lr": "lr", "epsilon": "epsilon"},
-}
 LARGEST = 8.0  # of a power; 1 undoes a factor altogether
+ALIGNMENTS = (None, "full", "none", "measured")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Size of one step in width: ``dW = B^-e_out delta h^T A^-e_in``, with ``A ~ |h|^2``, ``B ~ |delta|^2``.
+
+    Attributes:
+        e_in: Total power that divides the input side, ``h``; 1/2 where its size drops out.
+        e_out: Total power that divides the output side, ``delta``; 1/2 where its size drops out.
+        entrywise: Whether each entry, not the whole matrix, has size 1: ``dW = sign(delta) sign(h)^T``.
+        relative: Whether the step is multiplied by the root mean square of the weight.
+    """
+
+    e_in: float
+    e_out: float
+    entrywise: bool = False
+    relative: bool = False
+
+    @property
+    def gradient_power(self) -> float:
+        """Power of the gradient's size in the size of the step: 1 for SGD, 0 where the size drops out."""
+        return 1 - 2 * self.e_out
+
+
+GRADIENT = Step(0.0, 0.0)
+SIGN = Step(0.5, 0.5, entrywise=True)
+ORTHOGONAL = Step(0.5, 0.5)
+# Whose magnitude Shampoo's update may be given. RMSprop is Adam without the average of gradients.
+GRAFT_STEPS = {"sgd": GRADIENT, "adam": SIGN, "rmsprop": SIGN, "spectral": ORTHOGONAL}
+GRAFTS = ("none", *GRAFT_STEPS)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Order of what a small number is added to: ``|h|^h |delta|^delta d_in^per_input d_out^per_output``.
+
+    Attributes:
+        h: Power of ``|h|``, the norm of the activation that the parameter is multiplied with.
+        delta: Power of ``|delta|``, the norm of the gradient of what the parameter puts out.
+        per_input: Power of the number of inputs.
+        per_output: Power of the number of outputs.
+    """
+
+    h: float
+    delta: float
+    per_input: float = 0.0
+    per_output: float = 0.0
+
+
+NOTHING = Order(0.0, 0.0)
+INPUT_FACTOR = Order(2.0, 0.0)  # A = sum of h h^T
+OUTPUT_FACTOR = Order(0.0, 2.0)  # B = sum of delta delta^T
+GRAM_MATRIX = Order(2.0, 2.0)  # R = G^T G and L = G G^T share their non-zero eigenvalues, |delta|^2 |h|^2
+GRADIENT_NORM = Order(1.0, 1.0)
+GRADIENT_ENTRY = Order(1.0, 1.0, -0.5, -0.5)
+ORTHOGONAL_ENTRY = Order(0.0, 0.0, -0.5, -0.5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a study makes an optimizer from its name.
+
+    Attributes:
+        made_by: ``module:Class``, imported when the optimizer is made. A class of mupass takes the model,
+            any other the groups of `mupass.param_groups`.
+        defaults: Arguments where the study gives none. A class that is not of mupass takes no others.
+        for_check: Further arguments in a check of coordinates.
+        fallback_at_lr: Whether the fallback has the learning rate of the optimizer.
+    """
+
+    made_by: str
+    defaults: Mapping[str, Any]
+    for_check: Mapping[str, Any] = field(default_factory=dict)
+    fallback_at_lr: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """All that is known of one optimizer.
+
+    Attributes:
+        name: By which it is called everywhere.
+        source: Where its powers of width are from.
+        step: Size of one step, from which the factors on learning rates follow.
+        columns: Scales that it reads, with the heading of each in the print of a plan.
+        options: Fields of `OptimizerSpec` that matter to it. With ``alignment`` it has rates by alignment.
+        step_powers: Fields of `OptimizerSpec` that hold ``e_in`` and ``e_out`` of its step; () if fixed.
+        fixed: Fields of `OptimizerSpec` that may have one value only.
+        general: The optimizer that takes other values, as one writes it.
+        damping_in: Order of the eigenvalues that the input side is damped against.
+        damping_out: Order of those of the output side.
+        epsilon: Order of what epsilon is added to; None where a step has no epsilon.
+        has_fallback: Whether it leaves parameters to a fallback, which has scales of its own.
+        in_summary: Whether the print of a plan shows its rates while no optimizer is decided.
+        torch_class: The class of ``torch.optim`` that steps so; ``""`` if there is none. Classes of other
+            libraries whose name contains it are taken for it.
+        takes_eps: Whether groups of `mupass.param_groups` hold ``eps`` for it.
+        normalizes_decay: Whether it adds weight decay to the gradient before it normalizes the step.
+        recipe: How studies make it; None for those that they do not know by name.
+        cause_if_growing: Likely cause where its rates are right but its updates grow with width.
+        cause_if_shrinking: The same where they shrink.
+        cause_if_dimmed: Where the gradient starts near zero and a step follows no one power of its size, the
+            likely cause of updates that grow; ``""`` where `Step.gradient_power` holds there.
+    """
+
+    name: str
+    source: str
+    step: Step
+    columns: Mapping[str, str]
+    options: tuple[str, ...] = ()
+    step_powers: tuple[str, ...] = ()
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    general: str = ""
+    damping_in: Order = NOTHING
+    damping_out: Order = NOTHING
+    epsilon: Order | None = GRADIENT_ENTRY
+    has_fallback: bool = False
+    in_summary: bool = False
+    torch_class: str = ""
+    takes_eps: bool = False
+    normalizes_decay: bool = False
+    recipe: Recipe | None = None
+    cause_if_growing: str = ""
+    cause_if_shrinking: str = ""
+    cause_if_dimmed: str = ""
+
+
+RATE_ONLY = {"lr": "lr"}
+WITH_EPSILON = {"lr": "lr", "epsilon": "epsilon"}
+FEW_ROWS = (
+    "its damping is so small that the width, not the batch, limits the rank of the factors: larger "
+    "damping or larger widths would tell"
+)
+OVERDAMPED = "its damping is absolute, or too large for the wider layers"
+YANG = "Yang et al., arXiv 2203.03466, table 3"
+ISHIKAWA = "Ishikawa & Karakida, arXiv 2312.12226, table 1"
+QIU = "Qiu et al., arXiv 2512.05620"
+
+# K-FAC preconditions both sides, FOOF the input side alone; all else they share.
+_KFAC = OptimizerRow(
+    "kfac",
+    source=ISHIKAWA,
+    step=Step(1.0, 1.0),
+    columns={"lr": "lr", "damping_in": "damping A", "damping_out": "damping B"},
+    options=("e_a", "e_b"),
+    step_powers=("e_a", "e_b"),
+    damping_in=INPUT_FACTOR,
+    damping_out=OUTPUT_FACTOR,
+    epsilon=None,
+    has_fallback=True,
+    cause_if_growing=FEW_ROWS,
+    cause_if_shrinking=OVERDAMPED,
+)
+
+# Powers of width are those of any damping. A check shows where the damping, not the width, limits the rank of
+# a factor: at once when it is 1 relative to the trace, only beyond width 1/damping when there are more rows
+# than that. Relative to the largest eigenvalue the rank still shows: it grows with the width up to the rows.
+# SOAP's rows are those of blocks, and a check may be narrower than those of training. Bounds on K-FAC's steps
+# would hide how they grow.
+_ROWS = (
+    OptimizerRow(
+        "sgd",
+        source=YANG,
+        step=GRADIENT,
+        columns=RATE_ONLY,
+        options=("alignment",),
+        epsilon=None,
+        in_summary=True,
+        torch_class="SGD",
+        recipe=Recipe("torch.optim:SGD", {"lr": 0.01, "momentum": 0.0}),
+    ),
+    OptimizerRow(
+        "adam",
+        source=YANG,
+        step=SIGN,
+        columns=WITH_EPSILON,
+        options=("alignment",),
+        torch_class="Adam",
+        takes_eps=True,
+        normalizes_decay=True,
+        recipe=Recipe("torch.optim:Adam", {"lr": 1e-3, "eps": 1e-8}),
+    ),
+    OptimizerRow(
+        "adamw",
+        source=YANG,
+        step=SIGN,
+        columns=WITH_EPSILON,
+        options=("alignment",),
+        in_summary=True,
+        torch_class="AdamW",
+        takes_eps=True,
+        recipe=Recipe("torch.optim:AdamW", {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-8}),
+    ),
+    OptimizerRow(
+        "adam_atan2",
+        source="Everett et al., arXiv 2407.05872: Adam without an epsilon",
+        step=SIGN,
+        columns=RATE_ONLY,
+        options=("alignment",),
+    ),
+    OptimizerRow(
+        "adamuon",
+        source=QIU,
+        step=SIGN,
+        columns=WITH_EPSILON,
+        epsilon=ORTHOGONAL_ENTRY,
+        has_fallback=True,
+    ),
+    OptimizerRow(
+        "adafactor",
+        source="Everett et al., arXiv 2407.05872, table 1: Adam times the root mean square of the weight",
+        step=replace(SIGN, relative=True),
+        columns=RATE_ONLY,
+        options=("alignment",),
+        torch_class="Adafactor",
+    ),
+    replace(
+        _KFAC,
+        in_summary=True,
+        recipe=Recipe(
+            "mupass._optim.kfac:KFAC",
+            {"lr": 0.01, "damping": 1e-2, "momentum": 0.0, "fallback": "sgd"},
+            for_check={"damping": 1.0, "step_bound": None, "kl_clip": None, "root_every": 1},
+            fallback_at_lr=True,
+        ),
+        cause_if_dimmed=(
+            "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the "
+            "square of a gradient near zero, so its first step grows: give it a damping_floor="
+        ),
+    ),
+    replace(_KFAC, name="foof", fixed={"e_a": 1.0, "e_b": 0.0}, general="kfac(e_a, e_b)"),
+    OptimizerRow(
+        "shampoo",
+        source=ISHIKAWA,
+        step=ORTHOGONAL,
+        columns={"lr": "lr", "damping_in": "damping R", "damping_out": "damping L"},
+        options=("e", "graft"),
+        step_powers=("e", "e"),
+        damping_in=GRAM_MATRIX,
+        damping_out=GRAM_MATRIX,
+        has_fallback=True,
+        in_summary=True,
+        recipe=Recipe(
+            "mupass._optim.shampoo:Shampoo",
+            {
+                "lr": 0.01,
+                "damping": 1e-4,
+                "graft": "none",  # Shampoo's own steps, not those of a graft
+                "root_every": 1,
+                "momentum": 0.0,
+                "fallback": "sgd",
+            },
+            for_check={"damping": 1.0, "damping_mode": "trace"},
+            fallback_at_lr=True,
+        ),
+        cause_if_growing=FEW_ROWS,
+        cause_if_shrinking=OVERDAMPED,
+    ),
+    OptimizerRow(
+        "soap",
+        source=QIU,
+        step=ORTHOGONAL,  # Adam in the basis of singular vectors, where delta h^T has one entry
+        columns=WITH_EPSILON,
+        epsilon=GRADIENT_NORM,
+        has_fallback=True,
+        in_summary=True,
+        recipe=Recipe(
+            "mupass._optim.soap:SOAP", {"lr": 1e-3}, for_check={"block_size": 32}, fallback_at_lr=True
+        ),
+    ),
+    OptimizerRow(
+        "muon",
+        source=QIU,
+        step=ORTHOGONAL,
+        columns=WITH_EPSILON,
+        epsilon=GRADIENT_NORM,
+        has_fallback=True,
+        in_summary=True,
+        torch_class="Muon",
+        recipe=Recipe("mupass._optim.muon:Muon", {"lr": 0.01}),
+    ),
+)
+OPTIMIZERS: dict[str, OptimizerRow] = {known.name: known for known in _ROWS}
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What the scale table must know of an optimizer: its family and the powers it applies.
+    """An optimizer as a plan sees it: its row, by name, and the powers that the caller may choose.
 
     Attributes:
         name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``adafactor``, ``kfac``, ``foof``,
@@ -46,6 +320,11 @@ class OptimizerSpec:
         exponents: Parameter and its exponent, from 1/2 (``none``) to 1 (``full``), for ``measured``; those
             left out count as aligned. `mupass.measured_exponents` makes them.
 
+    Example:
+        >>> import mupass
+        >>> print(mupass.OptimizerSpec("shampoo", e=1, graft="adam"))
+        shampoo(e=1, graft=adam)
+
     Raises:
         PlanError: Unknown name; a power that is NaN, infinite or negative; an alignment for an optimizer
             that has none; exponents out of range, or without ``measured``.
@@ -60,45 +339,101 @@ class OptimizerSpec:
     exponents: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("name", "graft"):
-            if not isinstance(getattr(self, field), str):
-                raise PlanError(f"{field} of an optimizer must be a text, not {getattr(self, field)!r:.80}")
+        for field_name in ("name", "graft"):
+            value = getattr(self, field_name)
+            if not isinstance(value, str):
+                raise PlanError(f"{field_name} of an optimizer must be a text, not {value!r:.80}")
         if self.alignment is not None and not isinstance(self.alignment, str):
             raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
         if self.name not in OPTIMIZERS:
             raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
         if self.graft not in GRAFTS:
             raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
-        if self.alignment not in {None, "full", "none", "measured"}:
+        self._check_alignment()
+        for field_name in ("e_a", "e_b", "e"):
+            object.__setattr__(self, field_name, _power(field_name, getattr(self, field_name)))
+        self._fix_powers()
+
+    def _check_alignment(self) -> None:
+        """Refuse an alignment that is unknown, incomplete or not for this optimizer.
+
+        Raises:
+            PlanError: It is.
+        """
+        if self.alignment not in ALIGNMENTS:
             raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
         if (self.alignment == "measured") != bool(self.exponents):
             raise PlanError("alignment='measured' needs exponents, and exponents need alignment='measured'")
-        for name, power in self.exponents:
-            if not 0.5 <= power <= 1:
-                raise PlanError(f"the alignment exponent of {name} must be from 1/2 to 1, not {power!r}")
-        if self.alignment and self.name not in ALIGNED:
-            raise PlanError(f"alignment= has rows for {', '.join(ALIGNED)}, not for {self.name}")
-        for field in ("e_a", "e_b", "e"):
-            power = getattr(self, field)
-            if isinstance(power, bool) or not isinstance(power, (int, float)):
-                raise PlanError(f"{field} must be a number, not {power!r}")
-            if not 0 <= power <= LARGEST:
-                raise PlanError(f"{field} must be finite and >= 0, at most {LARGEST:g}, not {power!r}")
-            object.__setattr__(self, field, float(power))
-        if self.name == "foof":
-            if (self.e_a, self.e_b) not in {(1.0, 1.0), (1.0, 0.0)}:
-                raise PlanError("foof fixes e_a=1 and e_b=0; for other powers use kfac(e_a, e_b)")
-            object.__setattr__(self, "e_b", 0.0)
+        for parameter, exponent in self.exponents:
+            if not 0.5 <= exponent <= 1:
+                raise PlanError(
+                    f"the alignment exponent of {parameter} must be from 1/2 to 1, not {exponent!r}"
+                )
+        if self.alignment and "alignment" not in self.row.options:
+            aligned = [known.name for known in OPTIMIZERS.values() if "alignment" in known.options]
+            raise PlanError(f"alignment= has rows for {', '.join(aligned)}, not for {self.name}")
+
+    def _fix_powers(self) -> None:
+        """Set powers that the row fixes, which may be left at their defaults.
+
+        Raises:
+            PlanError: One has been chosen.
+        """
+        defaults = type(self).__dataclass_fields__
+        chosen = [name for name, value in self.row.fixed.items() if getattr(self, name) != value]
+        if any(getattr(self, name) != defaults[name].default for name in chosen):
+            fixed = " and ".join(f"{name}={value:g}" for name, value in self.row.fixed.items())
+            raise PlanError(f"{self.name} fixes {fixed}; for other powers use {self.row.general}")
+        for name, value in self.row.fixed.items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def of(optimizer: "str | OptimizerSpec") -> "OptimizerSpec":
         """Return the spec itself, or the one with default powers that a name stands for."""
-        return optimizer if isinstance(optimizer, OptimizerSpec) else OptimizerSpec(optimizer)
+        if isinstance(optimizer, OptimizerSpec):
+            return optimizer
+        return OptimizerSpec(optimizer)
+
+    @property
+    def row(self) -> OptimizerRow:
+        """All that is known of the optimizer of this name."""
+        return OPTIMIZERS[self.name]
+
+    @property
+    def grafted(self) -> bool:
+        """Whether the update has the magnitude of another optimizer's."""
+        return "graft" in self.row.options and self.graft != "none"
+
+    @property
+    def step(self) -> Step:
+        """Size of one step, with the powers of this spec."""
+        if self.grafted:
+            return GRAFT_STEPS[self.graft]
+        if not self.row.step_powers:
+            return self.row.step
+        e_in, e_out = (getattr(self, name) for name in self.row.step_powers)
+        return replace(self.row.step, e_in=e_in, e_out=e_out)
 
     def __str__(self) -> str:
         """Return the name with the powers that matter to it."""
-        if self.name in {"kfac", "foof"}:
-            return f"{self.name}(e_a={self.e_a:g}, e_b={self.e_b:g})"
-        if self.name == "shampoo":
-            return f"shampoo(e={self.e:g}{f', graft={self.graft}' if self.graft != 'none' else ''})"
-        return f"{self.name}(alignment={self.alignment})" if self.alignment else self.name
+        options = []
+        for name in self.row.options:
+            value = getattr(self, name)
+            if isinstance(value, float):
+                options.append(f"{name}={value:g}")
+            elif value and not (name == "graft" and value == "none"):
+                options.append(f"{name}={value}")
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+def _power(name: str, power: Any) -> float:
+    """Return a power as a float.
+
+    Raises:
+        PlanError: It is no number from 0 to `LARGEST`.
+    """
+    if isinstance(power, bool) or not isinstance(power, (int, float)):
+        raise PlanError(f"{name} must be a number, not {power!r}")
+    if not 0 <= power <= LARGEST:
+        raise PlanError(f"{name} must be finite and >= 0, at most {LARGEST:g}, not {power!r}")
+    return float(power)

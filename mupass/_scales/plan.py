@@ -16,9 +16,9 @@ from mupass._records import Carrier, Geometry
 from mupass._scales.checks import check_plan, read_plan
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.multipliers import by_pattern, multiplier_rows
-from mupass._scales.optimizers import OptimizerSpec
+from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
 from mupass._scales.scales import Scales
-from mupass._scales.table import SHOWN, explanation, table
+from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
@@ -109,8 +109,10 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the table of all parameters."""
-        others = () if self.decided else SHOWN
-        rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in others}
+        rates = {}
+        if not self.decided:
+            shown = [name for name, known in OPTIMIZERS.items() if known.in_summary]
+            rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in shown}
         return table(
             self.entries,
             self.optimizer,

@@ -24,7 +24,7 @@ rows "input", "hidden", "output" and "vector" of the papers' tables need no case
 from dataclasses import dataclass, fields, replace
 
 from mupass._records import Geometry
-from mupass._scales.optimizers import ENTRYWISE, OptimizerSpec
+from mupass._scales.optimizers import GRADIENT_ENTRY, OptimizerSpec, Order
 from mupass._scales.parameterizations import row
 
 
@@ -55,6 +55,7 @@ class Scales:
 
 
 SCALES = tuple(f.name for f in fields(Scales) if f.name != "lr_powers")
+NONE = (0.0, 0.0)
 
 
 def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup") -> Scales:
@@ -74,8 +75,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
     for name, power in depth_powers(optimizer, parameterization).items():
         factors[name] *= geometry.depth**power
-    for name, (p_out, p_in) in folded_powers(optimizer).items():
-        factors[name] *= geometry.folded**p_out * geometry.folded_in**p_in
+    for name, (p_behind, p_front) in folded_powers(optimizer).items():
+        factors[name] *= geometry.folded**p_behind * geometry.folded_in**p_front
     for name, power in length_powers(optimizer, parameterization).items():
         factors[name] *= geometry.m_direction**power
     return Scales(**factors, lr_powers=table["lr"])
@@ -94,46 +95,91 @@ def powers(
     Returns:
         Scale name (a field of `Scales`) -> ``(power of m_in, power of m_out)``.
     """
-    none = (0.0, 0.0)
+    table = dict.fromkeys(SCALES, NONE)  # decay: Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
     beta = row(parameterization).readout_power
     if beta is None:
-        table = {scale: none for scale in SCALES}
         if optimizer.alignment:  # one rate for each layer, on the user's 1/sqrt(fan_in)
             table["lr"] = aligned_powers(geometry, optimizer, 0.5)
-            table["epsilon"] = epsilon_powers(optimizer, 0.5)
+            table["epsilon"] = order_powers(_epsilon(optimizer), replace(geometry, given=0.0), 0.5)
         return table
-    if geometry.length and geometry.role == "output":  # g/|v| multiplies what v gives: see `length_powers`
-        geometry = replace(geometry, given=geometry.given - (beta - 0.5))
-    h2, delta2 = (1.0, 0.0), (0.0, 1 - 2 * beta)  # orders of |h|^2 and |delta|^2
-    if geometry.fan_in_axes:
-        h2 = _plus(h2, geometry, 2)
-    else:  # what a gain multiplies is part of its B
-        delta2 = _plus(delta2, geometry, 2)
-    damping_in, damping_out = {
-        "kfac": (h2, delta2),
-        "foof": (h2, delta2),
-        # R = G^T G and L = G G^T share their non-zero eigenvalues, |delta|^2 |h|^2
-        "shampoo": ((h2[0], h2[1] + delta2[1]),) * 2,
-    }.get(optimizer.name, (none, none))
-    return {
-        "init": _plus((-_weight_power(geometry, beta), 0.0), geometry, -1),
+    table["init"] = init_powers(geometry, parameterization)
+    geometry = _as_multiplied(geometry, beta)
+    if geometry.readout_uses:
         # A tied embedding has entries of Theta(1) where a readout has 1/m**beta; m is its kept axis.
-        "multiplier": (0.0, -beta - geometry.given) if geometry.readout_uses else none,
-        "lr": aligned_powers(geometry, optimizer, beta)
-        if optimizer.alignment
-        else lr_powers(geometry, optimizer, beta),
-        "damping_in": damping_in,
-        "damping_out": damping_out,
-        "epsilon": _plus(epsilon_powers(optimizer, beta), geometry, 0 if optimizer.name == "adamuon" else 1),
-        "weight_decay": none,  # Qiu et al., arXiv 2512.05620: independent decay is Theta(1)
-    }
+        table["multiplier"] = (0.0, -beta - geometry.given)
+    rates = aligned_powers if optimizer.alignment else lr_powers
+    table["lr"] = rates(geometry, optimizer, beta)
+    table["damping_in"] = order_powers(optimizer.row.damping_in, geometry, beta)
+    table["damping_out"] = order_powers(optimizer.row.damping_out, geometry, beta)
+    table["epsilon"] = order_powers(_epsilon(optimizer), geometry, beta)
+    return table
+
+
+def init_powers(geometry: Geometry, parameterization: str = "mup") -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in the std of the initialization, whatever the optimizer.
+
+    Args:
+        geometry: Role and uses of the parameter.
+        parameterization: Key of `PARAMETERIZATIONS`; ``standard`` leaves the user's values.
+    """
+    beta = row(parameterization).readout_power
+    if beta is None:
+        return NONE
+    return _plus((-_weight_power(geometry, beta), 0.0), _as_multiplied(geometry, beta), -1)
+
+
+def init_scale(geometry: Geometry, parameterization: str = "mup") -> float:
+    """Width factor on the std of the initialization of one parameter, whatever the optimizer.
+
+    Args:
+        geometry: Fans of the parameter and their base sizes.
+        parameterization: Key of `PARAMETERIZATIONS`.
+    """
+    p_in, p_out = init_powers(geometry, parameterization)
+    factor = geometry.m_in**p_in * geometry.m_out**p_out
+    beta = row(parameterization).readout_power
+    if beta is None:
+        return factor
+    return factor * geometry.m_direction ** (0.5 - beta)
+
+
+def order_powers(order: Order, geometry: Geometry, beta: float) -> tuple[float, float]:
+    """Powers of ``(m_in, m_out)`` in what damping or epsilon is added to (arXiv 2512.05620).
+
+    ``|h| ~ m_in^(1/2)`` and ``|delta| ~ m_out^(1/2 - beta)``.
+
+    Args:
+        order: What it is, in ``|h|`` and ``|delta|``.
+        geometry: Role and uses of the parameter.
+        beta: Readout power of the parameterization.
+    """
+    p_in = order.h / 2 + order.per_input
+    p_out = order.delta * (0.5 - beta) + order.per_output
+    # What a gain multiplies is part of its B, for it has no axis to sum over.
+    times = order.h if geometry.fan_in_axes else order.delta
+    return _plus((p_in, p_out), geometry, times)
+
+
+def _epsilon(optimizer: OptimizerSpec) -> Order:
+    """Return what epsilon is added to; where there is none, what Adam's would be."""
+    return optimizer.row.epsilon or GRADIENT_ENTRY
+
+
+def _as_multiplied(geometry: Geometry, beta: float) -> Geometry:
+    """Return the readout's direction under weight norm as one that ``g/|v|`` multiplies: `length_powers`."""
+    if geometry.length and geometry.role == "output":
+        return replace(geometry, given=geometry.given - (beta - 0.5))
+    return geometry
 
 
 def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tuple[float, float]:
     """Add multiples of the power that the code gives what the parameter is multiplied with."""
-    more = 0.0 if geometry.readout_uses else geometry.given * times  # there the multiplier undoes it
+    if geometry.readout_uses:  # the multiplier undoes it
+        return powers
     p_in, p_out = powers
-    return (p_in + more, p_out) if geometry.fan_in_axes else (p_in, p_out + more)
+    if geometry.fan_in_axes:
+        return p_in + geometry.given * times, p_out
+    return p_in, p_out + geometry.given * times
 
 
 def length_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
@@ -150,9 +196,7 @@ def length_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> di
     if beta is None:
         return {}
     order = beta - 0.5
-    total = {"sgd": 0.0, "kfac": optimizer.e_b, "foof": optimizer.e_b, "shampoo": optimizer.e}
-    e = total.get(optimizer.name, 0.5)
-    return {"init": -order, "lr": 2 * order * (e - 1), "epsilon": order}
+    return {"init": -order, "lr": 2 * order * (optimizer.step.e_out - 1), "epsilon": order}
 
 
 def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
@@ -170,22 +214,17 @@ def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dic
     """
     if row(parameterization).readout_power is None:
         return {}
-    name = optimizer.name
-    if name == "shampoo":
-        e = {"none": optimizer.e, "sgd": 0.0}.get(optimizer.graft, 0.5)
-        return {"lr": 1 - 2 * e, "damping_in": -2.0, "damping_out": -2.0, "epsilon": -1.0}
-    if name in {"kfac", "foof"}:
-        return {"lr": 1 - 2 * optimizer.e_b, "damping_out": -2.0}
-    return {"lr": 1.0} if name == "sgd" else {"epsilon": 0.0 if name == "adamuon" else -1.0}
+    small_numbers = {scale: -order.delta for scale, order in _orders(optimizer).items()}
+    return {"lr": optimizer.step.gradient_power, **small_numbers}
 
 
 def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
     """Powers of a factor that `mupass.fold` put into a parameter, in its scales: training goes on as before.
 
     ``W' = c W`` in the place of a multiplier ``c`` behind ``W`` must change by ``c dW``, from gradients
-    ``G' = G/c``, ``delta' = delta/c``. With e the total power on ``delta`` the rate
-    goes like ``c^(2 - 2 e)``. Where ``W'`` undoes ``c`` in front of it, the same holds
-    with ``h`` in the place of ``delta``.
+    ``G' = G/c``, ``delta' = delta/c``. With e the total power on ``delta`` the rate goes like
+    ``c^(2 - 2 e)``, and like ``c^(1 - 2 e)`` for steps relative to the weights. Where ``W'`` undoes ``c`` in
+    front of it, the same holds with ``h`` in the place of ``delta``.
 
     Args:
         optimizer: Family and powers.
@@ -193,22 +232,18 @@ def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
     Returns:
         Scale -> powers of the factor behind the parameter, and of the one that undoes another in front of it.
     """
-    name = optimizer.name
-    if name in {"kfac", "foof"}:
-        return {
-            "lr": (2 - 2 * optimizer.e_b, 2 - 2 * optimizer.e_a),
-            "damping_in": (0.0, -2.0),
-            "damping_out": (-2.0, 0.0),
-        }
-    if name == "shampoo":
-        e = {"none": optimizer.e, "sgd": 0.0}.get(optimizer.graft, 0.5)
-        both = {"damping_in": (-2.0, -2.0), "damping_out": (-2.0, -2.0), "epsilon": (-1.0, -1.0)}
-        return {"lr": (2 - 2 * e, 2 - 2 * e), **both}
-    if name == "sgd":
-        return {"lr": (2.0, 2.0)}
-    lr = 0.0 if name == "adafactor" else 1.0  # Adafactor's steps are relative to the weights
-    epsilon = 0.0 if name == "adamuon" else -1.0
-    return {"lr": (lr, lr), "epsilon": (epsilon, epsilon)}
+    step = optimizer.step
+    of_weight = 1 if step.relative else 2
+    small_numbers = {scale: (-order.delta, -order.h) for scale, order in _orders(optimizer).items()}
+    return {"lr": (of_weight - 2 * step.e_out, of_weight - 2 * step.e_in), **small_numbers}
+
+
+def _orders(optimizer: OptimizerSpec) -> dict[str, Order]:
+    """Return what damping and epsilon are added to, of those that the optimizer has."""
+    orders = {"damping_in": optimizer.row.damping_in, "damping_out": optimizer.row.damping_out}
+    if optimizer.row.epsilon is not None:
+        orders["epsilon"] = optimizer.row.epsilon
+    return orders
 
 
 def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
@@ -232,24 +267,16 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
     Returns:
         ``(power of m_in, power of m_out)``; the learning rate undoes the order above.
     """
-    grafted = optimizer.name == "shampoo" and optimizer.graft != "none"
-    name = optimizer.graft if grafted else optimizer.name
-    if name in {*ENTRYWISE, "rmsprop"}:
-        return _plus((-1.0, beta - 1), geometry, -1)
-    if name == "adafactor":
-        return (_weight_power(geometry, beta) - 1, beta - 1)
-    e_in, e_out = {
-        "sgd": (0.0, 0.0),
-        "shampoo": (optimizer.e, optimizer.e),
-        "soap": (0.5, 0.5),
-        "muon": (0.5, 0.5),
-        "spectral": (0.5, 0.5),
-    }.get(name, (optimizer.e_a, optimizer.e_b))
-    return _plus(
-        (e_in - 1, (1 - 2 * beta) * (e_out - 1)),
-        geometry,
-        2 * ((e_in if geometry.fan_in_axes else e_out) - 1),
-    )
+    step = optimizer.step
+    p_in = step.e_in - 1
+    p_out = (1 - 2 * beta) * (step.e_out - 1)
+    e_given = step.e_in if geometry.fan_in_axes else step.e_out
+    p_given = 2 * (e_given - 1)
+    if step.entrywise:  # |delta|_1 |h|_1 is |delta| |h| times sqrt(d_out d_in)
+        p_in, p_out = p_in - 0.5, p_out - 0.5
+    if step.relative:
+        p_in, p_given = p_in + _weight_power(geometry, beta), p_given + 1
+    return _plus((p_in, p_out), geometry, p_given)
 
 
 def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
@@ -263,37 +290,22 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
 
     Args:
         geometry: Role of the parameter.
-        optimizer: One of `ALIGNED` with an alignment.
+        optimizer: One with rates by alignment, and an alignment.
         beta: Readout power of the parameterization.
     """
+    step = optimizer.step
     terms = {"full": 1.0, "none": 0.5}.get(optimizer.alignment or "")
     if terms is None:  # measured, at least of some
         terms = dict(optimizer.exponents).get(geometry.name, 1.0)
-    if optimizer.name == "sgd":
-        bound = -max(terms, beta) if geometry.role == "output" else -terms
-        return _plus((bound, beta), geometry, -2)
-    if optimizer.name == "adafactor":
-        return (_weight_power(geometry, beta) - terms, 0.0)
-    return _plus((-terms, 0.0), geometry, -1)
+    if step.gradient_power and geometry.role == "output":
+        terms = max(terms, beta)
+    p_in, p_out = -terms, beta * step.gradient_power
+    p_given = -1 - step.gradient_power
+    if step.relative:
+        p_in, p_given = p_in + _weight_power(geometry, beta), p_given + 1
+    return _plus((p_in, p_out), geometry, p_given)
 
 
 def _weight_power(geometry: Geometry, beta: float) -> float:
     """Return the power of ``1/m_in`` in the weights."""
     return beta if geometry.role == "output" else 0.5
-
-
-def epsilon_powers(optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
-    """Powers of ``(m_in, m_out)`` in epsilon, which follows what it is added to (arXiv 2512.05620).
-
-    Args:
-        optimizer: Family.
-        beta: Readout power of the parameterization.
-
-    Returns:
-        Those of ``|delta| |h|`` for Muon (the norm it divides by) and SOAP (the entry of the rotated
-        gradient), of ``1/sqrt(d_in d_out)`` for AdaMuon (an entry of the orthogonal matrix), else those of
-        one entry of ``delta h^T``.
-    """
-    if optimizer.name in {"muon", "soap"}:
-        return (0.5, 0.5 - beta)
-    return (-0.5, -0.5) if optimizer.name == "adamuon" else (0.0, -beta)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from mupass._records import Geometry, Use
 from mupass._scales.entry import Entry
-from mupass._scales.optimizers import COLUMNS, ENTRYWISE, OptimizerSpec
+from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
 from mupass._scales.scales import depth_powers, folded_powers, powers
 
-SHOWN = ("sgd", "adamw", "kfac", "shampoo", "soap", "muon")  # while no optimizer is decided
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
     "multiplier": "a tied embedding is Theta(1), a readout 1/m: arXiv 2203.03466, table 8",
@@ -39,25 +38,34 @@ def formula(
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
+    p_in, p_out = exponents
     held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
-    value = geometry.m_in ** exponents[0] * geometry.m_out ** exponents[1] * geometry.depth**depth * held
-    above: list[str] = []
-    below: list[str] = []
-    for symbol, power, axes in (
-        ("m_out", exponents[1], geometry.fan_out_axes),
-        ("m_in", exponents[0], geometry.fan_in_axes),
-    ):
-        if power and any(geometry.infinite[i] for i in axes):
-            text = symbol if abs(power) == 1 else f"{symbol}^{abs(power):g}"
-            (above if power > 0 else below).append(text)
-    if depth and geometry.depth != 1:
-        (above if depth > 0 else below).append("L" if abs(depth) == 1 else f"L^{abs(depth):g}")
+    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * held
+    shown = {}
+    if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
+        shown["m_out"] = p_out
+    if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
+        shown["m_in"] = p_in
+    if geometry.depth != 1:
+        shown["L"] = depth
+    above = [_with_power(symbol, power) for symbol, power in shown.items() if power > 0]
+    below = [_with_power(symbol, -power) for symbol, power in shown.items() if power < 0]
     if held != 1:
         above.append(f"{held:.4g}")
     if not above and not below:
         return f"{value:.4g}"
-    bottom = f"({' '.join(below)})" if len(below) > 1 else "".join(below)
-    return f"{' '.join(above) or '1'}{'/' if below else ''}{bottom} = {value:.4g}"
+    quotient = " ".join(above) or "1"
+    if len(below) > 1:
+        quotient += f"/({' '.join(below)})"
+    elif below:
+        quotient += f"/{below[0]}"
+    return f"{quotient} = {value:.4g}"
+
+
+def _with_power(symbol: str, power: float) -> str:
+    if power == 1:
+        return symbol
+    return f"{symbol}^{power:g}"
 
 
 def table(
@@ -85,7 +93,7 @@ def table(
     Returns:
         Several lines without a newline at the end.
     """
-    columns = {} if rates else COLUMNS[optimizer.name]
+    columns = {} if rates else optimizer.row.columns
     tied = any(entry.geometry.readout_uses for entry in entries)
     multiplier = ["multiplier"] if tied else []
     shown = [f"lr {name}" for name in rates]
@@ -106,7 +114,7 @@ def table(
     lines += ["", *_align(rows), "", _base(width, base_width)]
     if rates:
         lines += ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
-    elif optimizer.name not in {*ENTRYWISE, "sgd", "adafactor"}:
+    elif optimizer.row.has_fallback:
         lines += [
             "what the optimizer leaves to its fallback has the fallback's scales: see optimizer.coverage()"
         ]
@@ -156,7 +164,7 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
     exponents = powers(g, optimizer, parameterization)
     depths = depth_powers(optimizer, parameterization)
     multiplier = ["multiplier"] if g.readout_uses else []
-    shown = ["init", *multiplier, *COLUMNS[optimizer.name], "weight_decay"]
+    shown = ["init", *multiplier, *optimizer.row.columns, "weight_decay"]
     sources = SOURCES
     if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}

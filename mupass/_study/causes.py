@@ -9,19 +9,14 @@ from torch import nn
 
 from mupass._optim.base import PlannedOptimizer
 from mupass._records import Geometry
-from mupass._scales.optimizers import OptimizerSpec
+from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
 from mupass._scales.plan import Plan
-from mupass._scales.scales import powers
+from mupass._scales.scales import init_powers, powers
 from mupass._study.coords import Coordinate
 from mupass._study.recorder import SCORES, Site
 
 NEAR = 0.3  # powers come in halves
-PLAIN_OPTIMIZERS = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}  # torch's own, by class
 UNMULTIPLIED = "a tied embedding is the readout here and lacks its multiplier 1/m"
-DIMMED = (
-    "a readout in the middle of the model hides the loss from it at the start; K-FAC divides by the square "
-    "of a gradient near zero, so its first step grows: give it a damping_floor="
-)
 NORMALIZED = (
     "{where} divides what the readout {name} puts out by its own size, which undoes its start; normalize "
     "what it reads instead"
@@ -45,8 +40,10 @@ def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) ->
             if held and group["algorithm"] != optimizer.spec.name:
                 return OptimizerSpec(group["algorithm"])
         return optimizer.spec
-    name = PLAIN_OPTIMIZERS.get(type(optimizer).__name__)
-    return OptimizerSpec(name) if name else None
+    for known in OPTIMIZERS.values():
+        if known.torch_class == type(optimizer).__name__:
+            return OptimizerSpec(known.name)
+    return None
 
 
 def is_readout(site: Site, geometry: Geometry) -> bool:
@@ -106,8 +103,8 @@ def cause(
     if site.parameter not in plan:
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
-    if dimmed and power > 0 and spec is not None and spec.name == "kfac":
-        return DIMMED
+    if dimmed and power > 0 and spec is not None and spec.row.cause_if_dimmed:
+        return spec.row.cause_if_dimmed
     if row.quantity == "activation":
         causes = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
@@ -138,10 +135,10 @@ def _of_activation(
     if abs(input_power - geometry.given) > NEAR and abs(input_power - power) < NEAR:
         yield GIVEN.format(power=input_power)
         return
-    fan_in_power, fan_out_power = powers(geometry, OptimizerSpec("sgd"), parameterization)["init"]
+    p_in, p_out = init_powers(geometry, parameterization)
     grows_in, grows_out = _growing(geometry)
     # m_in^p m_out^q, of which each factor is the width where its fan grows and 1 where not.
-    planned = fan_in_power * grows_in + fan_out_power * grows_out
+    planned = p_in * grows_in + p_out * grows_out
     if abs(weight_power - planned) > NEAR / 2:
         yield (
             f"initialization: its entries scale like width^{weight_power:+.2f} instead of width^{planned:+g}"
@@ -181,12 +178,7 @@ def _of_update(
             f"its learning rate scales like width^{rate_power:+.2f}{mixed}; {spec.name} needs "
             f"width^{planned:+g} here"
         )
-    elif spec.name in ("kfac", "foof") or (spec.name == "shampoo" and spec.graft == "none"):
-        # Steps that divide by factors: the rate is right, so the damping is not.
-        if power > 0:
-            yield (
-                "its damping is so small that the width, not the batch, limits the rank of the factors: "
-                "larger damping or larger widths would tell"
-            )
-        else:
-            yield "its damping is absolute, or too large for the wider layers"
+    elif power > 0 and spec.row.cause_if_growing and not spec.grafted:
+        yield spec.row.cause_if_growing
+    elif power <= 0 and spec.row.cause_if_shrinking and not spec.grafted:
+        yield spec.row.cause_if_shrinking

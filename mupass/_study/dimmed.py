@@ -72,12 +72,6 @@ def gradient_power(spec: OptimizerSpec | None) -> float | None:
     Args:
         spec: Row of the optimizer, or None where it is not known.
     """
-    if spec is None or spec.name == "kfac":
+    if spec is None or spec.row.cause_if_dimmed:
         return None
-    if spec.name in ("sgd", "foof"):
-        return 1.0
-    if spec.name == "shampoo" and spec.graft == "none":
-        # G -> L^(-e/2) G R^(-e/2) by each of two factors of order G^2: G^(1 - 2e) in all.
-        return 1 - 2 * spec.e
-    # A step of Adam's size does not depend on the gradient's.
-    return 1.0 if spec.graft == "sgd" else 0.0
+    return spec.step.gradient_power

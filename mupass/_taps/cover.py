@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -82,6 +82,30 @@ def _of_bias(g: Geometry, weight: Matrices) -> Matrices | None:
     return Matrices((size,), (0,), (), fusions, weight.groups)
 
 
+def _first_reason(sites: Iterable[Site]) -> str:
+    return next((site.reason for site in sites if site.reason), "")
+
+
+def _bias_reason(bias: Geometry) -> str:
+    """Return why the uses of a bias cannot be covered; ``""`` if they can."""
+    if not bias.sites:
+        return "the captured forward pass does not read it"
+    return _first_reason(bias.sites)
+
+
+def _no_partner(bias: Geometry, partners: set[str], block: Block | None) -> str:
+    """Return why a bias cannot take the output factors of the weight that it comes with."""
+    if block is None:
+        where = ", ".join(sorted(partners)) or "several operators"
+        return f"it shifts the output of {where}, which K-FAC does not take as one weight"
+    if len({site.scale for site in bias.sites}) > 1:
+        return "its uses multiply it by different numbers"
+    return (
+        f"its shape {list(bias.shape)} is not one number for each output of {block.parameter}, "
+        f"{list(block.matrices.shape)}"
+    )
+
+
 class _Maker:
     """Builds blocks one parameter at a time."""
 
@@ -93,53 +117,49 @@ class _Maker:
 
     def weight(self, g: Geometry) -> None:
         """Cover a parameter that is no mere bias, or say why not."""
-        sites = [s for s in g.sites if s.kind != "bias"]
-        kinds = {s.kind for s in sites}
-        uses = {(s.in_axes, s.out_axes) for s in sites}
-        odd = next((s.reason for s in sites if s.reason), "")
-        if any(s.kind == "" for s in sites) and self._packed_attention(g):
+        sites = [site for site in g.sites if site.kind != "bias"]
+        if any(site.kind == "" for site in sites) and self._packed_attention(g):
             return
-        if odd:
-            self.reasons[g.name] = odd
-        elif len(sites) < len(g.sites):
-            self.reasons[g.name] = "it is a weight here and a bias there"
-        elif kinds <= VECTORS and len(kinds) == 1:
+        reason = _first_reason(sites)
+        if not reason and len(sites) < len(g.sites):
+            reason = "it is a weight here and a bias there"
+        if reason:
+            self.reasons[g.name] = reason
+            return
+        kinds = {site.kind for site in sites}
+        uses = {(site.in_axes, site.out_axes) for site in sites}
+        if kinds <= VECTORS and len(kinds) == 1:
             self._vector(g, sites)
-        elif kinds <= {"conv"} or kinds <= {"embedding"} or (kinds <= {*PRODUCTS} and len(uses) == 1):
+        elif kinds in ({"conv"}, {"embedding"}) or (kinds <= {*PRODUCTS} and len(uses) == 1):
             self._single(g, sites)
         elif kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
             self._tied(g, sites)
         else:
-            names = ", ".join(s.operator for s in sites)
+            names = ", ".join(site.operator for site in sites)
             self.reasons[g.name] = f"its {len(sites)} uses ({names}) have no common Kronecker form"
 
     def bias(self, g: Geometry) -> None:
         """Cover a bias by the output factors of the weight that it comes with."""
-        partners = {s.weight for s in g.sites}
-        block = self.blocks.get(next(iter(partners))) if len(partners) == 1 else None
-        odd = next((s.reason for s in g.sites if s.reason), "")
-        if not g.sites:
-            self.reasons[g.name] = "the captured forward pass does not read it"
-        elif odd:
-            self.reasons[g.name] = odd
-        elif block is None or len(block.matrices.out_axes) != 1 or block.tied:
-            where = ", ".join(sorted(partners)) or "several operators"
-            self.reasons[g.name] = f"it shifts the output of {where}, which K-FAC does not take as one weight"
-        elif len({s.scale for s in g.sites}) > 1:
-            self.reasons[g.name] = "its uses multiply it by different numbers"
-        elif (matrices := _of_bias(g, block.matrices)) is None:
-            self.reasons[g.name] = (
-                f"its shape {list(g.shape)} is not one number for each output of {block.parameter}, "
-                f"{list(block.matrices.shape)}"
-            )
-        else:
-            owners = {s.module for s in g.sites}
-            places = [
-                p for p in block.b[0].places if p.module is None or p.module in owners or owners == {""}
-            ]
-            scale = g.sites[0].scale ** 2
-            b = tuple(replace(f, places=tuple(places), scale=scale) for f in block.b)
-            self.blocks[g.name] = Block(g.name, "bias", matrices, (), b)
+        partners = {site.weight for site in g.sites}
+        block = None
+        if len(partners) == 1:
+            block = self.blocks.get(next(iter(partners)))
+        if block is not None and (len(block.matrices.out_axes) != 1 or block.tied):
+            block = None
+        matrices = None
+        if block is not None:
+            matrices = _of_bias(g, block.matrices)
+        scales = {site.scale for site in g.sites}
+        if block is None or matrices is None or len(scales) > 1 or _bias_reason(g):
+            self.reasons[g.name] = _bias_reason(g) or _no_partner(g, partners, block)
+            return
+        owners = {site.module for site in g.sites}
+        seen = [place for place in block.b[0].places if place.module is None or place.module in owners]
+        if owners == {""}:  # the root module itself calls all operators
+            seen = list(block.b[0].places)
+        (scale,) = scales
+        factors = tuple(replace(factor, places=tuple(seen), scale=scale**2) for factor in block.b)
+        self.blocks[g.name] = Block(g.name, "bias", matrices, (), factors)
 
     def _places(self, g: Geometry, sites: list[Site], key: str) -> tuple[Place, ...] | None:
         """Return the taps that see all of a parameter's sites, or None."""

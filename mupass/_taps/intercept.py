@@ -171,25 +171,36 @@ def _view(weight: Tensor) -> tuple[int, ...]:
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
     if func in OPERANDS:
-        operands = _operands(args, kwargs, OPERANDS[func])
-        if func is F.embedding:
-            table = operands[1]
-            plain = _taps(table) is not None and _view(table) == (0, 1)
-            return _through(output, operands[0], _taps(table), "embedding", Lookup()) if plain else output
-        if func in BATCHED:
-            output = _elementwise(output, operands[0], args[0] if args else kwargs["input"], "shift")
-        return _product(output, operands[0], operands[1], func, kwargs.get("alpha", 1))
-    if func is torch.einsum and len(args) >= 2:
-        operands = list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
-        return _product(output, operands[0], operands[1], args[0]) if len(operands) == 2 else output
-    if func in GAINS and len(args) == 2 or func in SHIFTS and len(args) == 2 and not kwargs:
-        return _elementwise(output, args[0], args[1], "gain" if func in GAINS else "shift")
+        return _tapped_product(func, args, kwargs, output)
+    if func is torch.einsum and len(args) >= 2:  # einsum(equation, x, w) or einsum(equation, [x, w])
+        listed = isinstance(args[1], (tuple, list))
+        operands = list(args[1]) if listed else list(args[1:])
+        if len(operands) != 2:
+            return output
+        return _product(output, operands[0], operands[1], args[0])
+    if func in GAINS and len(args) == 2:
+        return _elementwise(output, *args, "gain")
+    if func in SHIFTS and len(args) == 2 and not kwargs:
+        return _elementwise(output, *args, "shift")
     if func in NORMS:
         return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
     whole = func is T.__getitem__ and _takes_all(args[1])
     if whole or func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
         return _turned(output, args[0], _order(func, args))
     return output
+
+
+def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Return the output of a product of two tensors, or of a look-up in a table, tapped."""
+    left, right = _operands(args, kwargs, OPERANDS[func])
+    if func is F.embedding:
+        if _taps(right) is None or _view(right) != (0, 1):
+            return output
+        return _through(output, left, _taps(right), "embedding", Lookup())
+    if func in BATCHED:  # baddbmm(bias, x, w): bias is added to a product as to any tensor
+        added = args[0] if args else kwargs["input"]
+        output = _elementwise(output, left, added, "shift")
+    return _product(output, left, right, func, kwargs.get("alpha", 1))
 
 
 def _takes_all(index: Any) -> bool:

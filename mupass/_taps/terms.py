@@ -95,22 +95,19 @@ class TermsTap:
         if self.count is None or (self.uses is None and not self.count.requires_grad):
             return None
         leaves, spec = tree_flatten(output)
-        found = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if not found or leaves[found[0]].dim() == 0:
-            return None
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
-        several = eager and self.uses is None
-        at = [i for i in found if leaves[i].dim() > 0 and leaves[i].requires_grad][: None if several else 1]
-        if not at:
+        places = _places_of_outputs(leaves, only_first=not eager or self.uses is not None)
+        if not places:
             return None
+        outputs = [leaves[place] for place in places]
         if self.uses is None:
             passes = self.passes if eager else None
-            tapped = _Terms.apply(passes, self.count, *[leaves[i] for i in at])  # type: ignore[no-untyped-call]
+            tapped = _Terms.apply(passes, self.count, *outputs)  # type: ignore[no-untyped-call]
         else:
-            self.uses.append((leaves[at[0]],))
-            tapped = [leaves[at[0]].clone()]
-        for i, y in zip(at, tapped, strict=True):
-            leaves[i] = y
+            self.uses.append((outputs[0],))
+            tapped = [outputs[0].clone()]
+        for place, tensor in zip(places, tapped, strict=True):
+            leaves[place] = tensor
         return tree_unflatten(leaves, spec)
 
     def fill(self, gradients: Sequence[Tensor | None]) -> None:
@@ -161,6 +158,17 @@ class TermsTap:
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get an idle tap."""
         return vars(TermsTap())
+
+
+def _places_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:
+    """Return where the tensors are that a loss may be made of; none where the model returns its loss."""
+    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not tensors or leaves[tensors[0]].dim() == 0:
+        return []
+    places = [place for place in tensors if leaves[place].dim() > 0 and leaves[place].requires_grad]
+    if only_first:
+        return places[:1]
+    return places
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
