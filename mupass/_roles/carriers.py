@@ -119,10 +119,10 @@ class _Push:
         """Push the factor into the operands of an operator."""
         if is_getitem(node):
             return self._first_of_several(node)
-        name = _short(node)
-        if operator_name(node.target).rstrip("_") in ZEROS:
+        name, full_name = _short(node), operator_name(node.target)
+        if full_name.rstrip("_") in ZEROS:
             return ()
-        if traits(operator_name(node.target)) & (Trait.HOMOGENEOUS | Trait.DIVIDES):
+        if traits(full_name) & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
             return self._operand(node, 0)
         if name in {"constant_pad_nd", "pad", "masked_fill"}:
             # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
@@ -132,20 +132,30 @@ class _Push:
         if name in PRODUCT_ARGUMENTS or name == "einsum":
             return self._product(node, name)
         if name in NORMS:
-            parts = [p for p in NORMS[name] if len(node.args) > p and isinstance(node.args[p], Node)]
-            if not parts:
-                raise Blocked(f"{self._say(node)} has no gain")
-            return sum((self._operand(node, p) for p in parts), ())
+            return self._norm(node, name)
         if name in SUMS:
             return self._sum(node, name)
         if name in {"cat", "concat", "stack"}:
             tensors = [x for x in flatten([node.args[0]]) if isinstance(x, Node)]
-            return sum((self.scaled(x, frozenset([node])) for x in tensors), ())
-        if ATTENTION in name:
+            return self._all_of(tensors, node)
+        if ATTENTION in name:  # attention(q, k, v): linear in v
             return self._operand(node, 2)
-        if name == "embedding":
-            return self._operand(node, 0)
         raise Blocked(f"{self._say(node)} is not linear in what it reads")
+
+    def _norm(self, node: Node, name: str) -> tuple[Held, ...]:
+        """Push into the gain and the shift of a norm, which forgets the size of what it reads."""
+        operands = [node.args[position] for position in NORMS[name] if position < len(node.args)]
+        tensors = [x for x in operands if isinstance(x, Node)]
+        if not tensors:
+            raise Blocked(f"{self._say(node)} has no gain")
+        return self._all_of(tensors, node)
+
+    def _all_of(self, tensors: Iterable[Node], reader: Node) -> tuple[Held, ...]:
+        """Push into every operand of a sum or a concatenation."""
+        held: tuple[Held, ...] = ()
+        for tensor in tensors:
+            held += self.scaled(tensor, frozenset([reader]))
+        return held
 
     def _operand(self, node: Node, position: int) -> tuple[Held, ...]:
         operand = node.args[position]
@@ -187,7 +197,7 @@ class _Push:
         operands = [node.args[p] for p in SUMS[name] if len(node.args) > p]
         tensors = [x for x in operands if isinstance(x, Node)]
         numbers = [x for x in operands if isinstance(x, (int, float)) and x != 0]
-        held = sum((self.scaled(x, frozenset([node])) for x in tensors), ())
+        held = self._all_of(tensors, node)
         if not numbers:
             return held
         # add(gain, 1): a gain that is stored as its distance from a constant.
@@ -277,20 +287,30 @@ def _joined(parts: Sequence[Carrier]) -> Carrier:
 def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: dict[Node, set[Node]]) -> Carrier:
     if isinstance(held, str):
         return Carrier(reason=held)
-    names = captured.parameters
-    for h in held:
-        left = [u for u in h.parameter.users if u not in covered[h.parameter] and not _is_blind(u)]
-        if left:
-            return Carrier(reason=f"{names[h.parameter]} is also read by {operator_name(left[0].target)}")
-    both = {h.parameter for h in held if h.inverse} & {h.parameter for h in held if not h.inverse}
-    if both:
-        return Carrier(reason=f"{names[both.pop()]} would have to be multiplied and divided")
     if not held:
         return Carrier(reason="no parameter is read on the way")
+    names = captured.parameters
+    for share in held:
+        readers = covered[share.parameter]
+        left = [user for user in share.parameter.users if user not in readers and not _is_blind(user)]
+        if left:
+            return Carrier(reason=f"{names[share.parameter]} is also read by {operator_name(left[0].target)}")
+    multiplied, divided, offsets = [], [], []
+    for share in held:
+        name = names[share.parameter]
+        if share.inverse:
+            divided.append(name)
+        else:
+            multiplied.append(name)
+        if share.offset:
+            offsets.append((name, share.offset))
+    both = [name for name in multiplied if name in divided]
+    if both:
+        return Carrier(reason=f"{both[0]} would have to be multiplied and divided")
     return Carrier(
-        parameters=tuple(dict.fromkeys(names[h.parameter] for h in held if not h.inverse)),
-        divided=tuple(dict.fromkeys(names[h.parameter] for h in held if h.inverse)),
-        offsets=tuple(dict.fromkeys((names[h.parameter], h.offset) for h in held if h.offset)),
+        parameters=tuple(dict.fromkeys(multiplied)),
+        divided=tuple(dict.fromkeys(divided)),
+        offsets=tuple(dict.fromkeys(offsets)),
     )
 
 
