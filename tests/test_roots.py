@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mupass._optim.kronecker import factor_stack
 from mupass._optim.linalg.newton import largest_eigenvalues, newton_roots, root_index
-from mupass._optim.linalg.packed import unpack
+from mupass._optim.linalg.packed import LOOKED_UP, blend, pack, packed_diagonal, packed_size, unpack
 from mupass._optim.linalg.roots import inverse_roots
 
 N = 48
@@ -114,3 +114,17 @@ def test_a_bank_inverts_large_matrices_a_few_at_a_time(monkeypatch: pytest.Monke
     roots = unpack(bank.state["root"], 4)
     torch.testing.assert_close(roots[:3] @ (factors[:3] + 0.1 * eye), eye.expand(3, 4, 4))
     assert not roots[3:].any()
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 100, LOOKED_UP, LOOKED_UP + 1, 400])
+def test_packed_matrices_are_the_whole_ones(n: int) -> None:
+    """By a table of places up to a size, by bands beyond."""
+    half = torch.randn(2, n, n, dtype=torch.float64)
+    whole, other = half + half.mT, half @ half.mT
+    packed = pack(whole)
+    assert packed.shape == (2, packed_size(n)) and n * (n + 1) / 2 <= packed_size(n) <= n * n
+    assert torch.equal(unpack(packed, n), whole)
+    assert torch.equal(packed_diagonal(packed, n), whole.diagonal(dim1=-2, dim2=-1))
+    weight = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    blend(packed, other, weight)
+    torch.testing.assert_close(unpack(packed, n), whole.lerp(other, weight[:, None, None]))

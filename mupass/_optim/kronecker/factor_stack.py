@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.kronecker.update import Average, Root, by_root
-from mupass._optim.linalg.packed import bands, pack, packed_diagonal, packed_size, unpack
+from mupass._optim.linalg.packed import blend, pack, packed_diagonal, packed_size, unpack
 from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 
 # Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
@@ -117,8 +117,7 @@ class FactorStack:
         if self.diagonal:
             factor.lerp_(observed, fresh[:, None])
             return
-        for start, end, band in bands(factor, self.size):
-            band.lerp_(observed[:, start:end, :end], fresh[:, None, None])
+        blend(factor, observed, fresh)
 
     def value(self, at: Tensor | slice = slice(None)) -> Tensor:
         """Return the averages, whole and corrected for the start from zero; zeros for what was never seen.

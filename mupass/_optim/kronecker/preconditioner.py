@@ -39,6 +39,10 @@ class Ranks(NamedTuple):
     own: int
 
 
+# (id of a stack, whether single observations count) -> growth of each of its factors since its root.
+Growths = dict[tuple[int, bool], Tensor]
+
+
 @dataclass(frozen=True)
 class Slot:
     """Place of one factor, as many matrices as it has groups and blocks.
@@ -374,13 +378,14 @@ class Kronecker:
             that it makes to an output; nothing for blocks that keep no A.
         """
         directions, changes = {}, {}
+        growths: Growths = {}
         for block, pairs in self.blocks:
             grad = grads.get(block.parameter)
             if grad is None:
                 continue
             parts, squares, outputs = [], [], 0
             for pair, stack in zip(pairs, block.matrices.split(grad), strict=True):
-                direction, change = self._apply(pair, stack)
+                direction, change = self._apply(pair, stack, growths)
                 parts.append(direction)
                 outputs += pair.groups * pair.outputs
                 if change is not None:
@@ -422,7 +427,7 @@ class Kronecker:
         factor = bank.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
-    def _apply(self, pair: Pair, stack: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _apply(self, pair: Pair, stack: Tensor, growths: Growths) -> tuple[Tensor, Tensor | None]:
         """Return the directions of one matrix, and ``tr(D A D^T)`` of every group where A is known."""
         slot = pair.b or pair.a
         if slot:
@@ -436,20 +441,24 @@ class Kronecker:
             unit = self.unit_rho[pair.name]
         shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
-        root_b = self._root(pair.b, power_b, self.roots.damping.memory > 0)
-        root_a = self._root(pair.a, power_a, False)
+        root_b = self._root(pair.b, power_b, self.roots.damping.memory > 0, growths)
+        root_a = self._root(pair.a, power_a, False, growths)
         mean, rho = self._input_factor(pair)
         direction, change = self.compiled(update, stack, root_b, root_a, mean, rho, unit, power_a, shrink)
         if pair.block.a and not pair.a:
             return direction, None
         return direction, change
 
-    def _root(self, slot: str | None, power: float, jumps: bool) -> Root | None:
+    def _root(self, slot: str | None, power: float, jumps: bool, growths: Growths) -> Root | None:
         """Return the root of a slot, and by how much its factor has grown since."""
         if not slot:
             return None
         bank, first, count = self.at[slot]
-        return bank.root(first, count, bank.grown(jumps), power)
+        # One computation for all slots of a stack.
+        key = id(bank), jumps
+        if key not in growths:
+            growths[key] = bank.grown(jumps)
+        return bank.root(first, count, growths[key], power)
 
     def _input_factor(self, pair: Pair) -> tuple[Average | None, Tensor | None]:
         """Return A, or its damping where that is enough to tell what D does to outputs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from math import ceil
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 BANDS = 16  # of a large matrix: the tiles on the diagonal, which are kept whole, add a sixteenth
 NARROWEST = 16  # rows; narrower bands cost more in overhead than they save
+# Up to this size one lookup is faster than a copy for every band; beyond, its table of places would be large.
+LOOKED_UP = 256
 
 
 def _edges(n: int) -> list[tuple[int, int]]:
@@ -42,6 +45,36 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
         at += size
 
 
+def _looks_up(tensor: Tensor, n: int) -> bool:
+    """Whether entries are taken by a table of places; a compiled graph fuses copies of bands as well.
+
+    Tables stay for later calls, so none is made of tensors without numbers.
+    """
+    return n <= LOOKED_UP and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+@cache
+def _places(n: int, device: torch.device) -> Tensor:
+    """Return the place in the packed form of every entry of an ``n x n`` matrix, row by row."""
+    with torch.inference_mode(False):
+        numbers = torch.arange(packed_size(n), device=device)[None]
+        return _by_bands(numbers, n).flatten()
+
+
+@cache
+def _kept_places(n: int, device: torch.device) -> Tensor:
+    """Return the place in an ``n x n`` matrix, row by row, of every number of the packed form."""
+    with torch.inference_mode(False):
+        return _pack_bands(torch.arange(n * n, device=device).view(1, n, n)).flatten()
+
+
+@cache
+def _diagonal_places(n: int, device: torch.device) -> Tensor:
+    """Return the place in the packed form of every entry of the diagonal."""
+    with torch.inference_mode(False):
+        return _places(n, device).view(n, n).diagonal().contiguous()
+
+
 def unpack(packed: Tensor, n: int) -> Tensor:
     """Return whole matrices, ``[K, n, n]``.
 
@@ -49,6 +82,12 @@ def unpack(packed: Tensor, n: int) -> Tensor:
         packed: ``[K, packed_size(n)]``.
         n: Size of the matrices.
     """
+    if _looks_up(packed, n):
+        return packed.index_select(1, _places(n, packed.device)).view(len(packed), n, n)
+    return _by_bands(packed, n)
+
+
+def _by_bands(packed: Tensor, n: int) -> Tensor:
     whole = packed.new_empty(len(packed), n, n)
     for start, end, band in bands(packed, n):
         whole[:, start:end, :end] = band
@@ -64,10 +103,33 @@ def pack(whole: Tensor) -> Tensor:
         whole: ``[K, n, n]``, symmetric.
     """
     n = whole.shape[-1]
+    if _looks_up(whole, n):
+        return whole.reshape(len(whole), n * n).index_select(1, _kept_places(n, whole.device))
+    return _pack_bands(whole)
+
+
+def _pack_bands(whole: Tensor) -> Tensor:
+    n = whole.shape[-1]
     packed = whole.new_empty(len(whole), packed_size(n))
     for start, end, band in bands(packed, n):
         band.copy_(whole[:, start:end, :end])
     return packed
+
+
+def blend(packed: Tensor, whole: Tensor, weight: Tensor) -> None:
+    """Move packed matrices towards others, ``packed <- packed + weight (whole - packed)``, in place.
+
+    Args:
+        packed: ``[K, packed_size(n)]``.
+        whole: ``[K, n, n]``, symmetric.
+        weight: ``[K]``.
+    """
+    n = whole.shape[-1]
+    if _looks_up(whole, n):
+        packed.lerp_(pack(whole), weight[:, None])
+        return
+    for start, end, band in bands(packed, n):
+        band.lerp_(whole[:, start:end, :end], weight[:, None, None])
 
 
 def packed_diagonal(packed: Tensor, n: int) -> Tensor:
@@ -77,6 +139,8 @@ def packed_diagonal(packed: Tensor, n: int) -> Tensor:
         packed: ``[K, packed_size(n)]``.
         n: Size of the matrices.
     """
+    if _looks_up(packed, n):
+        return packed.index_select(1, _diagonal_places(n, packed.device))
     parts = [band[:, :, start:].diagonal(dim1=-2, dim2=-1) for start, _, band in bands(packed, n)]
     return torch.cat(parts, 1)
 
