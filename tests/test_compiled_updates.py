@@ -87,6 +87,9 @@ KFACS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(
+    "cnn-default", "cnn-ekfac", "attention-blocks", "attention-roots", "cnn-eigen", "attention-foof"
+)
 @pytest.mark.parametrize("name", KFACS)
 @pytest.mark.parametrize("model", ["cnn", "attention"])
 def test_kfac_has_one_graph_for_each_shape_whatever_the_schedule(

@@ -291,6 +291,7 @@ LAWS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.sample("kaiming", "cut")
 @pytest.mark.parametrize("law", list(LAWS))
 def test_no_draw_of_a_known_law_bears_a_mark(law: str) -> None:
     for seed in range(20):

@@ -102,6 +102,7 @@ def test_an_output_that_is_said_to_grow_is_no_readout() -> None:
     assert not any(g.normalized for g in analysis.geometries)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac", "shampoo"])
 @pytest.mark.parametrize("name", ["normalize", "layer norm", "batch norm", "rms by hand"])
 def test_the_check_fails_a_normalized_readout(name: str, optimizer: str) -> None:
@@ -111,6 +112,7 @@ def test_the_check_fails_a_normalized_readout(name: str, optimizer: str) -> None
     assert "divides what the readout c.weight puts out" in check.blame
 
 
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("optimizer", ["adam", "kfac", "shampoo"])
 def test_the_check_fails_a_mask_behind_a_norm(optimizer: str) -> None:
     check = mupass.coord_check(Masks(), data(), optimizer=optimizer, widths=(64, 128, 256), steps=1)

@@ -203,6 +203,7 @@ def _rank(rank: int, port: int, name: str, path: Path) -> None:
         torch.save((state, through, others, held(optimizer)), path / f"rank{rank}.pt")
 
 
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("name", RANKED)
 def test_ranks_share_the_preconditioner_and_states_go_from_two_to_one_and_back(
     name: str, tmp_path: Path

@@ -146,6 +146,7 @@ def swept(path: Path | str | None, model: nn.Module | None = None, **options: An
     return [trial.loss for trial in found.trials]
 
 
+@pytest.mark.slow
 def test_a_store_never_gives_the_result_of_another_study(tmp_path: Path) -> None:
     store = tmp_path / "runs.db"
     tanh = nn.Sequential(*(nn.Tanh() if isinstance(m, nn.ReLU) else m for m in mlp()))
@@ -214,6 +215,7 @@ def test_a_complete_store_is_read_where_it_cannot_be_written(
     assert store.read_bytes() == held
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "runs.db"
     grid = [0.01 * 1.1**i for i in range(40)]

@@ -110,6 +110,7 @@ class Waiting(Executor):
         return future
 
 
+@pytest.mark.sample("threads", "inline", "waiting")
 @pytest.mark.parametrize("kind", ["threads", "inline", "waiting", "processes"])
 def test_any_executor_gives_the_same_table(kind: str) -> None:
     expected = sweep(mlp())
