@@ -330,11 +330,17 @@ def settle_products(verdicts: Verdicts) -> None:
 
 
 def _one_parameter(verdicts: Verdicts, dims: Iterable[int]) -> bool:
-    """Whether one parameter has all of some dimensions as axes of its own."""
-    owners: dict[int, set[str]] = defaultdict(set)
+    """Whether one parameter has all of some dimensions as axes of its own, beside another axis of some size.
+
+    So does a stack of matrices ``[3, d, d]``, and the vectors ``[1, heads, head_dim]`` of attention over
+    graphs do not.
+    """
+    space, wanted = verdicts.space, set(dims)
+    axes: dict[str, list[int]] = defaultdict(list)
     for (parameter, _), dim in verdicts.facts.carried.items():
-        owners[verdicts.space.find(dim)].add(parameter)
-    return bool(set.intersection(*(owners[dim] for dim in dims)))
+        if space.size(dim) > 1:
+            axes[parameter].append(space.find(dim))
+    return any(wanted <= set(own) and len(own) > len(wanted) for own in axes.values())
 
 
 def settle_cuts(verdicts: Verdicts) -> None:

@@ -213,8 +213,11 @@ class Space:
     def _join_terms(self, whole: int) -> None:
         """Equal parts of a product whose first factor counts them: each of them is the other factors.
 
-        ``q + k + v = 3 * heads * head_dim`` makes ``q = heads * head_dim``.
+        ``q, k, v = split(3 * heads * head_dim)`` makes ``q = heads * head_dim``. Where parts are joined and
+        not cut, ``cat(v, w)`` viewed as two heads, they may be as many as the heads by chance.
         """
+        if all(self.find(cut) != whole for cut, _ in self.cuts):
+            return
         for parts in list(self._terms["sum"].get(whole, {}).values()):
             sizes = set(map(self.size, parts))
             for count, *factors in list(self._terms["product"].get(whole, {}).values()):

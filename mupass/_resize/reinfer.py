@@ -51,9 +51,18 @@ def _differences(sizes: NewSizes, again: Inference) -> Iterator[str]:
     for name, row in sizes.solved.dims.items():
         for axis, (dim, other) in enumerate(zip(row, again.dims[name], strict=True)):
             old, new = sizes.solved.verdict(name, axis), again.verdict(name, axis)
-            if old.policy or new.policy or name in again.overlooked:
+            if old.policy or new.policy or name in again.overlooked or _is_single(sizes, dim):
                 continue
             if old.infinite != new.infinite:
                 yield f"{name}:{axis} {'grows' if new.infinite else 'is fixed'} there ({new.why})"
             elif back is not None and abs(back.exact(other) - space.size(dim)) > 1e-6 * space.size(dim):
                 yield f"{name}:{axis} leads back to {back.exact(other):g}, not to {space.size(dim)}"
+
+
+def _is_single(sizes: NewSizes, dim: int) -> bool:
+    """Whether the copy has a growing factor of an axis once only, such as one head: it cannot tell then."""
+    space = sizes.solved.engine.space
+    for factor in space.members_of(dim, "product"):
+        if sizes.solved.verdicts.grows(factor) and sizes.maybe(factor) == 1:
+            return True
+    return False
