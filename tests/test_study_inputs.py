@@ -159,3 +159,15 @@ def test_to_frame() -> None:
     frame = swept.to_frame()
     assert isinstance(frame, pandas.DataFrame) and list(frame) == ["width", "lr", "seed", "loss"]
     assert frame.loss.tolist() == [t.loss for t in swept.trials]
+
+
+@pytest.mark.parametrize(
+    "grid", [None, 3, "0.1", [], {"lr": None}, {"lr": 0.1}, {"lr": torch.tensor(0.1)}], ids=str
+)
+def test_a_grid_that_lists_nothing_is_refused(grid: Any) -> None:
+    for study in (
+        lambda model: mupass.sweep(model, DATA, grid, widths=[16], steps=1, progress=False),
+        lambda model: mupass.transfer(model, DATA, grid=grid, proxy=16, steps=1, progress=False),
+    ):
+        with pytest.raises(mupass.StudyError, match="grid"):
+            study(nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4)))

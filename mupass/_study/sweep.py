@@ -277,13 +277,23 @@ def points_of(grid: Grid) -> list[Point]:
         raise StudyError("grid names no hyperparameter")
     rows = []
     for name, values in axes.items():
-        if isinstance(values, (int, float, str)) or not list(values):
+        if not _listed(values):
             raise StudyError(f"grid[{name!r}] must be a list of values, not {values!r}")
         for value in values:
             if not _is_number(value) or not 0 < value < math.inf:
                 raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
         rows.append([(name, float(value)) for value in sorted(set(values))])
     return list(itertools.product(*rows))
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return values as a list, which is empty for a text and for what cannot be gone through."""
+    if isinstance(values, str):
+        return []
+    try:
+        return list(values)
+    except TypeError:
+        return []
 
 
 def _is_number(value: Any) -> bool:
