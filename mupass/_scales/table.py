@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mupass._page import aligned, column_widths
 from mupass._records import Geometry, Use
 from mupass._scales.entry import Entry
 from mupass._scales.optimizers import OptimizerSpec
@@ -111,7 +112,7 @@ def table(
     ]
     if depth != 1:
         lines += [f"L: residual branches relative to the base depth, {depth:g}; each is multiplied by 1/L"]
-    lines += ["", *_align(rows), "", _base(width, base_width)]
+    lines += ["", aligned(rows, column_widths(rows)), "", _base(width, base_width)]
     if rates:
         lines += ["lr: factors of each optimizer; once one is made, its own scales with formulas"]
     elif optimizer.row.has_fallback:
@@ -178,7 +179,7 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
         ]
         for name in shown
     ]
-    lines += _align(cells)
+    lines.append(aligned(cells, column_widths(cells)))
     return "\n".join([*lines, f"source of the row: {row(parameterization).source}"])
 
 
@@ -193,12 +194,6 @@ def _cells(entry: Entry, optimizer: OptimizerSpec, parameterization: str, scales
     held = folded_powers(optimizer)
     none = (0.0, 0.0)
     return start + [formula(exponents[n], g, depths.get(n, 0), held.get(n, none)) for n in scales]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in rows]
-    return ["  ".join(cells).rstrip() for cells in padded]
 
 
 def _shape(g: Geometry) -> str:
