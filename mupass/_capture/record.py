@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,15 +81,7 @@ def record(
         return _Recording(module, callers, backward, not pre_dispatch)
 
     try:
-        try:
-            found = recording(pre_dispatch=True)
-            transformed = _lost_in_transforms(found.module)
-        except Exception as error:
-            transformed = _raised_in_transforms(error)
-            if not transformed:
-                raise
-        if transformed:
-            found = recording(pre_dispatch=False)
+        found = _above_or_below_transforms(recording)
     except Exception as error:
         within = ""
         if _raised_in_transforms(error):
@@ -99,6 +91,23 @@ def record(
         ) from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
     return _from_recording(found, list(state), list(buffers), paths, aliases, warning)
+
+
+def _above_or_below_transforms(recording: Callable[[bool], _Recording]) -> _Recording:
+    """Record a run above the dispatcher, or below it where transforms of torch.func hide the flow of data.
+
+    Args:
+        recording: Runs the model; called with whether to record above the dispatcher.
+    """
+    try:
+        above = recording(True)
+    except Exception as error:
+        if not _raised_in_transforms(error):
+            raise
+        return recording(False)
+    if _lost_in_transforms(above.module):
+        return recording(False)
+    return above
 
 
 @dataclass(frozen=True)
