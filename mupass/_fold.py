@@ -134,7 +134,9 @@ def _work(root: nn.Module, plan: Plan) -> Work:
         TransformError: Something cannot be done.
     """
     work = Work()
-    live = [h for m in root.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    live: list[object] = []
+    for module in root.modules():
+        live += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if not any(isinstance(hook, (InputMultiplier, OutputMultiplier)) for hook in live):
         return work  # nothing to fold, or folded already
     blocked = []

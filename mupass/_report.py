@@ -245,7 +245,9 @@ class Report:
         for geometry in self.analysis.geometries:
             owned.setdefault(geometry.name.rpartition(".")[0], []).append(geometry)
         # A module without parameters in it has no line.
-        used = {ancestor for owner in owned for ancestor in _ancestors(owner)}
+        used: set[str] = set()
+        for owner in owned:
+            used.update(_ancestors(owner))
         modules = self.analysis.modules or [(path, "") for path in owned]
         for path, kind in modules:
             if path not in used:

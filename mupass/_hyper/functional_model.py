@@ -39,6 +39,8 @@ def call(model: nn.Module, function: Callable[[nn.Module], Any], *tensors: Mappi
         function: Called with the model.
         *tensors: Values by name.
     """
-    named = {f"model.{name}": tensor for part in tensors for name, tensor in part.items()}
+    named: dict[str, Tensor] = {}
+    for part in tensors:
+        named.update({f"model.{name}": tensor for name, tensor in part.items()})
     with Apart():
         return torch.func.functional_call(Body(model), named, (function,))

@@ -75,7 +75,10 @@ class KFACRule(PlannedRule):
         finally:
             for tap in self.taps:
                 tap.uses = None
-        return loss, [output for uses in self.uses for output, *_ in uses]
+        outputs: list[Tensor] = []
+        for uses in self.uses:
+            outputs += [output for output, *_ in uses]
+        return loss, outputs
 
     def preconditioned(
         self,

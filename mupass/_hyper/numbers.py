@@ -97,7 +97,7 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
             )
         slopes[name] = moved
     # Only entries that some hyperparameter moves are differentiated by.
-    keys = {key for moved in slopes.values() for key in moved}
+    keys: set[Key] = set().union(*slopes.values())
     return Numbers(rule, {key: here[key] for key in sorted(keys)}, slopes)
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import torch
@@ -648,7 +649,7 @@ class PlannedOptimizer(BoundOptimizer):
         if not owner:
             return state
         # torch numbers parameters through all groups.
-        order = [name for members in self._members for name in members]
+        order = chain.from_iterable(self._members)
         numbers = {name: number for number, name in enumerate(order)}
         found = dict(state)
         for name, rank in owner.items():

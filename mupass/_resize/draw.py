@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,8 @@ class Draw:
 
 
 def _grows(axes: Axes) -> bool:
-    return any(any(segment.grows) for axis in axes for segment in axis)
+    segments = chain.from_iterable(axes)
+    return any(any(segment.grows) for segment in segments)
 
 
 def _kept(values: Tensor, law: Init) -> Tensor:

@@ -119,4 +119,7 @@ def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
     if axis == tensor.dim():
         return [tensor]
     parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
-    return [tile for part in parts for tile in _tiles(part, size, axis + 1)]
+    tiles = []
+    for part in parts:
+        tiles += _tiles(part, size, axis + 1)
+    return tiles
