@@ -112,8 +112,9 @@ def test_gradients_find_what_a_grid_finds(optimizer: Any, grid: dict[str, list[f
     lowest, of_grid = (min(t.loss for t in found.search.trials) for found in (searched, tried))
     assert lowest <= of_grid * 1.01
     assert searched.search.driver == "gradient" and len(searched.search.trials) == 20
-    best = min(searched.search.trials, key=lambda t: t.loss)
-    assert dict(searched.hyperparameters) == dict(best.point)
+    # Trials may tie: where K-FAC's `kl_clip` bounds each step, the rate drops out of it.
+    best = [dict(t.point) for t in searched.search.trials if t.loss == lowest]
+    assert dict(searched.hyperparameters) in best
     assert searched.record()["driver"] == "gradient"
     for name, values in grid.items():
         assert min(values) * 0.999 <= searched.hyperparameters[name] <= max(values) * 1.001
