@@ -13,6 +13,7 @@ from test_taps import BASE, CASES, DENSE, Case, dense_factors, normal, squares, 
 from torch import Tensor, nn
 
 import mupass
+from mupass._optim.kronecker import factor_stack, preconditioner
 from mupass._optim.linalg.packed import packed_size, unpack
 from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 from mupass._taps.taps import tap_of
@@ -259,6 +260,30 @@ def test_two_micro_batches_equal_one_batch(name: str) -> None:
     got = moved(net, optimizer.step)
     for n in want:
         torch.testing.assert_close(got[n], want[n])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sharing": "reduce"}, {"block_size": 8}, {"damping_mode": "pi"}], ids=str
+)
+def test_matrices_that_are_worked_on_together_move_as_each_alone(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for entries in (2**18, 300, 1):  # all of one shape, a few at a time, one by one
+        for room in (factor_stack, preconditioner):
+            monkeypatch.setattr(room, "IN_CACHE", entries)
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(5)], nn.Linear(16, 3)).double()
+        mupass.transform(net, torch.randn(4, 16, dtype=torch.float64), base=8)
+        optimizer = mupass.KFAC(net, root_every=3, **options)
+        for _ in range(7):
+            x = torch.randn(12, 16, dtype=torch.float64)
+            optimizer.zero_grad()
+            (net(x) - 1).square().mean().backward()
+            optimizer.step()
+        found.append(torch.nn.utils.parameters_to_vector(net.parameters()).detach())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -569,20 +594,15 @@ def test_a_layer_that_sits_out_keeps_its_factors_and_its_weight() -> None:
 # Roots by themselves ---------------------------------------------------------------------------------------
 
 
-def bank_of(*matrices: Tensor) -> tuple[Tensor, Tensor]:
-    bank = torch.stack(matrices)
-    return bank, torch.full_like(bank, 7.0)
-
-
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("exponent", [0.25, 1.0, 2.0])
 def test_one_bad_matrix_does_not_spoil_the_bank(exponent: float, relative: bool) -> None:
     torch.manual_seed(0)
     good, rho = torch.randn(4, 4, dtype=torch.float64), torch.full((3,), RHO, dtype=torch.float64)
     good = good @ good.T
-    bank, previous = bank_of(good, good * torch.nan, good)
-    roots, failed = inverse_roots(bank, rho, exponent, previous, relative)
-    assert failed.tolist() == [False, True, False] and torch.equal(roots[1], previous[1])
+    bank = torch.stack([good, good * torch.nan, good])
+    roots, failed = inverse_roots(bank, rho, exponent, relative)
+    assert failed.tolist() == [False, True, False] and not roots[1].any()
     want = power(good, RHO * torch.linalg.eigvalsh(good)[-1] if relative else RHO, exponent)
     torch.testing.assert_close(roots[0], want)
     torch.testing.assert_close(roots[2], want)
@@ -600,15 +620,15 @@ def test_an_eigensolver_that_fails_on_one_matrix_is_asked_one_by_one(monkeypatch
 
     want = power(good, RHO, 0.5)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    bank, previous = bank_of(good, bad)
-    roots, failed = inverse_roots(bank, torch.full((2,), RHO).double(), 0.5, previous)
-    assert failed.tolist() == [False, True] and torch.equal(roots[1], previous[1])
+    bank = torch.stack([good, bad])
+    roots, failed = inverse_roots(bank, torch.full((2,), RHO).double(), 0.5)
+    assert failed.tolist() == [False, True] and not roots[1].any()
     torch.testing.assert_close(roots[0], want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_vanished_matrix_has_the_root_zero_only_without_damping() -> None:
-    bank, previous = bank_of(torch.zeros(2, 2), torch.zeros(2, 2))
-    roots, failed = inverse_roots(bank, torch.tensor([0.0, 4.0]), 0.5, previous)
+    bank = torch.zeros(2, 2, 2)
+    roots, failed = inverse_roots(bank, torch.tensor([0.0, 4.0]), 0.5)
     assert not failed.any() and torch.equal(roots, torch.stack([torch.zeros(2, 2), 0.5 * torch.eye(2)]))
     table = diagonal_roots(torch.tensor([[0.0, 4.0], [0.0, 3.0]]), torch.tensor([0.0, 1.0]), 0.5)
     assert torch.equal(table, torch.tensor([[0.0, 0.5], [1.0, 0.5]]))

@@ -123,9 +123,6 @@ class FollowingStack(FactorStack):
         shape = (self.size,) if self.diagonal else (self.size, self.size)
         return {"factor": self._zeros(*shape), "root": self._zeros(*shape)}
 
-    def _whole(self, name: str, at: Tensor | slice) -> Tensor:
-        return self.state[name][at]
-
     @property
     def _packed(self) -> int:
         return 0
@@ -145,7 +142,6 @@ class FollowingStack(FactorStack):
 
         Out of place, one by one: autograd cannot follow several changes of views into one tensor.
         """
-        self._traces = None
         self.fresh.clear()
         factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
         seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
@@ -163,6 +159,7 @@ class FollowingStack(FactorStack):
             # Slots that were not observed keep what is remembered of them.
             seen[self.slot[key] : self.slot[key] + len(several)] = rows.reshape(())
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
+        self.changed()
         peak = self.state["peak"]
         self.state["peak"] = torch.where(seen, torch.maximum(peak * memory, self.traces()), peak)
         self.state["recent"] = torch.stack(largest)

@@ -135,6 +135,8 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
     """Return averages before the first step: zeros, and the total weight of what was averaged.
 
+    An average is corrected for its start from zero as it is made: it is the mean of what it has seen.
+
     Args:
         parameter: The parameter.
         names: Of the averages.
@@ -171,9 +173,10 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Ten
 def averages(
     gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], name: str, beta: float, ok: Tensor
 ) -> list[Tensor]:
-    """Add gradients to their moving averages, and return these, corrected for their start from zero.
+    """Add gradients to their moving averages, and return these: the very tensors of the state.
 
-    A step that does not count (``ok`` is zero) leaves them as they are.
+    They are corrected for their start from zero. A step that does not count (``ok`` is zero) leaves them as
+    they are.
 
     Args:
         gradients: The gradients; zeros where the step does not count.
@@ -188,13 +191,19 @@ def averages(
     for number, weight in enumerate(weights):
         alike.setdefault((weight.device, weight.dtype), []).append(number)
     for kind, numbers in alike.items():
+        # The sum beta sum + (1 - beta) gradient has the weight w <- beta w + (1 - beta), and their quotient,
+        # which is kept, moves towards the gradient by (1 - beta) / w.
         fresh = ok.to(*kind) * (1 - beta)
-        own_means, own_weights = [means[i] for i in numbers], [weights[i] for i in numbers]
-        # mean <- beta mean + (1 - beta) gradient, and the same for a gradient of 1
-        torch._foreach_mul_(own_means + own_weights, 1 - fresh)
-        torch._foreach_add_(own_means, [gradients[i] for i in numbers], alpha=1 - beta)
-        torch._foreach_add_(own_weights, [fresh] * len(numbers))
-    return list(torch._foreach_div(means, torch._foreach_clamp_min(weights, 1e-30)))
+        own_weights = [weights[i] for i in numbers]
+        weight = torch.stack(own_weights)
+        weight = weight + fresh * (1 - weight)
+        torch._foreach_copy_(own_weights, list(weight.unbind()))
+        parts = fresh / weight.clamp(min=1e-30)
+        own_means = [means[i] for i in numbers]
+        # The model may have changed its precision since the state was made.
+        own_gradients = [gradients[i].to(mean.dtype) for i, mean in zip(numbers, own_means, strict=True)]
+        torch._foreach_lerp_(own_means, own_gradients, list(parts.unbind()))
+    return means
 
 
 def fallback_directions(
@@ -210,11 +219,11 @@ def fallback_directions(
         ok: 1, or 0 for a step that does not count.
 
     Returns:
-        Tensors to be subtracted, times learning rate and width factor.
+        Tensors to be subtracted, times learning rate and width factor; some are those of the state.
     """
     if group["algorithm"] == "sgd":
         if not group["momentum"]:
-            return [gradient.clone() for gradient in gradients]
+            return list(gradients)
         momentum, directions = group["momentum"], []
         for gradient, state in zip(gradients, states, strict=True):
             directions.append(heavy_ball(gradient, state, momentum, ok))
@@ -222,18 +231,19 @@ def fallback_directions(
     first, second = group["betas"]
     means = averages(gradients, states, "mean", first, ok)
     squares = averages(torch._foreach_mul(list(gradients), list(gradients)), states, "square", second, ok)
-    torch._foreach_sqrt_(squares)
+    roots = torch._foreach_sqrt(squares)
     if group["algorithm"] == "adam_atan2":
         # Everett et al., arXiv 2407.05872, section 5: no epsilon. The factor makes it 1 where the two agree.
-        return [torch.atan2(mean, root) * (4 / pi) for mean, root in zip(means, squares, strict=True)]
+        return [torch.atan2(mean, root) * (4 / pi) for mean, root in zip(means, roots, strict=True)]
     # mean / (root of the mean square + epsilon)
-    torch._foreach_add_(squares, group["eps"] * group["mupass_epsilon"])
-    torch._foreach_div_(means, squares)
-    return means
+    torch._foreach_add_(roots, group["eps"] * group["mupass_epsilon"])
+    return list(torch._foreach_div(means, roots))
 
 
 def heavy_ball(direction: Tensor, state: Mapping[str, Tensor], momentum: float, ok: Tensor) -> Tensor:
     """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
+
+    Returns the buffer itself.
 
     Args:
         direction: The new one; zero where the step does not count.
@@ -243,4 +253,4 @@ def heavy_ball(direction: Tensor, state: Mapping[str, Tensor], momentum: float, 
     """
     buffer = state["momentum"]
     kept = 1 - (1 - momentum) * ok.to(buffer)
-    return buffer.mul_(kept).add_(direction).clone()
+    return buffer.mul_(kept).add_(direction)

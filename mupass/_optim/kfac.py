@@ -18,14 +18,14 @@ from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
-from mupass._optim.kronecker.update import Compiled, shorten
+from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
 from mupass._parallel import rank_of, sum_of, world_size
 from mupass._scales.plan import OptimizerSpec
-from mupass._taps.blocks import Options, Place
+from mupass._taps.blocks import Options
 from mupass._taps.cover import cover
 from mupass._taps.intercept import pass_on
-from mupass._taps.leaves import Sums, Tap
+from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
 
 # Chosen by `benchmarks/defaults.py`.
@@ -33,6 +33,7 @@ LR = 0.1
 DAMPING = 1e-3
 MOMENTUM = 0.8
 STEP_BOUND = 0.2
+NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
 KL_CLIP = 1e-3
 
 
@@ -209,6 +210,7 @@ class KFAC(PlannedOptimizer):
         )
         super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
         self._due = False
+        self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -345,21 +347,18 @@ class KFAC(PlannedOptimizer):
             if due:
                 kronecker.refresh(self._dampings(), due)
         directions, changes = kronecker.directions(means)
-        self._bound(directions, changes, means, clipped)
-        return directions
+        return self._bounded(directions, changes, means, clipped)
 
     def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         scale: Tensor | float = 1.0  # `observe` was given the loss itself
         if not self.sampled:
             scale = self._scale_of_loss()
-        taken = self._curvature.take(scale)
+        taken = self._curvature.take(scale, clipped)
         if not taken:  # made up for at the next step
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
             return
-        if clipped is not None:
-            _scale_outputs(taken, clipped)
         memory = self.damping_memory**self.factor_every
         self._kronecker.average(taken, self.factor_decay, memory, ok)
         self._due = False
@@ -379,41 +378,91 @@ class KFAC(PlannedOptimizer):
             scale = scale.to(factor)
         return factor * scale
 
-    def _bound(
+    def _bounded(
         self,
         directions: dict[str, Tensor],
         changes: Mapping[str, Tensor],
         means: Mapping[str, Tensor],
         clipped: Tensor | None,
-    ) -> None:
-        """Shorten directions so that the step stays within its bounds.
+    ) -> dict[str, Tensor]:
+        """Return directions, shorter where the step would leave its bounds.
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
         steps = self._step_sizes()
+        factors: dict[str, Tensor] = {}
         if self.step_bound is not None:
-            for name, change in changes.items():
+            factors = self._within_step_bound(self.step_bound, changes, steps)
+        if self.kl_clip is not None:
+            total = self._divergence(directions, means, factors, steps, clipped)
+            shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
+            for name in directions:
+                factors[name] = factors[name] * shrink.to(factors[name]) if name in factors else shrink
+        names = [name for name in directions if name in factors]
+        lengths = [factors[name].to(directions[name]) for name in names]
+        shortened = torch._foreach_mul([directions[name] for name in names], lengths) if names else ()
+        return {**directions, **dict(zip(names, shortened, strict=True))}
+
+    def _within_step_bound(
+        self, bound: float, changes: Mapping[str, Tensor], steps: Mapping[str, StepSize]
+    ) -> dict[str, Tensor]:
+        """Return what directions are to be multiplied by so that no output changes by more than a bound."""
+        factors: dict[str, Tensor] = {}
+        for (dtype, device), names in _alike(changes).items():
+            rates, limits = [], []
+            for name in names:
                 size = steps[name]
+                rates.append((size.lr * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
-                limit = self.step_bound * size.rest * self.plan[name].geometry.folded
-                squares: list[Any] = [(size.lr * size.scale) ** 2, limit**2]
-                if self._compiled.on(change.device):  # as tensors: other numbers need no other graph
-                    squares = [change.new_full((), square) for square in squares]
-                directions[name] = self._compiled(shorten, directions[name], change, *squares)
-        if self.kl_clip is None:
-            return
+                limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
+            change = torch.stack([changes[name] for name in names])
+            rate, limit = (self._on_device(numbers, dtype, device) for numbers in (rates, limits))
+            # Squares, for the derivative where nothing changes.
+            factor = (limit / (change * rate).clamp(min=1e-30)).clamp(max=1.0).sqrt()
+            factors.update(zip(names, factor.unbind(), strict=True))
+        return factors
+
+    def _divergence(
+        self,
+        directions: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        factors: Mapping[str, Tensor],
+        steps: Mapping[str, StepSize],
+        clipped: Tensor | None,
+    ) -> Tensor:
+        """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
         # sum of lr^2 scale <direction, gradient> over parameters
-        products = []
-        for name, direction in directions.items():
-            size = steps[name]
-            products.append((direction * means[name]).sum() * (size.lr**2 * size.scale / size.rest**2))
-        total = sum_of(products or [torch.zeros((), device=self._device)], self._sharing_ranks)
+        sums = []
+        for (dtype, device), names in _alike(directions).items():
+            weights, products = [], []
+            for name in names:
+                size = steps[name]
+                weights.append(size.lr**2 * size.scale / size.rest**2)
+                products.append(torch.dot(directions[name].reshape(-1), means[name].reshape(-1)))
+            product = torch.stack(products)
+            if factors:
+                lengths = [
+                    factors[name].to(product) if name in factors else product.new_ones(()) for name in names
+                ]
+                product = product * torch.stack(lengths)
+            sums.append((product * self._on_device(weights, dtype, device)).sum())
+        total = sum_of(sums or [torch.zeros((), device=self._device)], self._sharing_ranks)
         if clipped is not None:
             # Predictions change as they do without clipping, whose factor is in the gradients.
             total = total / clipped.to(total)
-        factor = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-        for name, direction in directions.items():
-            directions[name] = direction * factor.to(direction.device, direction.dtype)
+        return total
+
+    def _on_device(self, numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return numbers as a tensor, copied to the device when they have changed."""
+        if any(isinstance(number, Tensor) for number in numbers):
+            # Hypergradients differentiate by them.
+            return torch.stack([torch.as_tensor(number).to(device, dtype) for number in numbers])
+        key = (tuple(numbers), dtype, device)
+        if key not in self._numbers_there:
+            if len(self._numbers_there) > NUMBERS_KEPT:
+                self._numbers_there.clear()
+            self._numbers_there[key] = torch.tensor(numbers, dtype=dtype, device=device)
+        return self._numbers_there[key]
 
     def _step_sizes(self) -> dict[str, StepSize]:
         """Return what the direction of every own parameter is multiplied by."""
@@ -517,9 +566,9 @@ class StepSize(NamedTuple):
     rest: float
 
 
-def _scale_outputs(taken: Mapping[Place, Sums], factor: Tensor) -> None:
-    """Multiply the factors B of one step: the curvature of a loss that is a multiple is that multiple."""
-    for sums in taken.values():
-        for matrix in (*sums.b, *sums.moments):
-            if matrix is not None:
-                matrix.mul_(factor.to(matrix))
+def _alike(tensors: Mapping[str, Tensor]) -> dict[tuple[torch.dtype, torch.device], list[str]]:
+    """Return the names of tensors by their precision and device."""
+    found: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault((tensor.dtype, tensor.device), []).append(name)
+    return found

@@ -264,12 +264,11 @@ class Shampoo(MatrixOptimizer):
         for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // size**2)):
             slots = due[at]
             total_weight = weight[slots].clamp(min=torch.finfo(weight.dtype).tiny)
-            average = unpack(factors[slots], size) / total_weight[:, None, None]
-            old = unpack(roots[slots], size)
-            found, failed = inverse_roots(
-                average, damping[at], self._power(number), old, relative=self.damping_mode == "relative"
-            )
-            roots[slots] = pack(found)
+            average = unpack(factors[slots] / total_weight[:, None], size)
+            relative = self.damping_mode == "relative"
+            found, failed = inverse_roots(average, damping[at], self._power(number), relative)
+            # What fails keeps its old root.
+            roots[slots] = torch.where(failed[:, None], roots[slots], pack(found))
             stack.note("failed_roots", failed, slots, f"side {side} of ")
         stack.state[f"rooted{side}"][due] = traces
 
@@ -399,9 +398,9 @@ def _graft_adaptive(
     """Graft Adam's norm, or RMSprop's where what is wanted is the gradient; averages change in place."""
     square, weight = squares.average, squares.weight
     fresh = (1 - squares.beta2) * squares.counts
-    zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
-    gradient = torch.where(wide(squares.counts, gradient) > 0, gradient, zero)
-    square.lerp_(gradient.square(), wide(fresh, gradient))
+    # One that does not count is finite, but its square may not be.
+    counted = gradient * wide(squares.counts, gradient)
+    square.lerp_(counted.square_(), wide(fresh, gradient))
     weight.lerp_(torch.ones_like(weight), fresh)
     # wanted / (sqrt(square / weight) + epsilon)
     correction = wide(weight.clamp(min=torch.finfo(gradient.dtype).tiny).rsqrt(), gradient)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from torch import Tensor
@@ -38,6 +39,8 @@ class Matrices:
         Args:
             tensor: The parameter, or a tensor of its shape.
         """
+        if self._single:
+            return [tensor.reshape(self._sizes)]
         return [self._stack(piece) for piece in split(self._opened(tensor), self._shifted)]
 
     def join(self, stacks: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -47,6 +50,8 @@ class Matrices:
             stacks: Of the shapes that `split` gives.
             like: The parameter.
         """
+        if self._single:
+            return stacks[0].reshape(self.shape)
         order = self._order
         inverse = sorted(range(len(order)), key=lambda i: order[i])
         pieces = []
@@ -59,15 +64,27 @@ class Matrices:
         tensor = tensor.reshape(self.shape)
         return tensor.unflatten(0, (self.groups, -1)) if self.groups > 1 else tensor  # type: ignore[no-untyped-call, no-any-return]
 
+    @cached_property
+    def _single(self) -> bool:
+        """Whether the parameter is one matrix, or one vector, in the order of its axes."""
+        in_order = self._order == tuple(range(len(self.shape)))
+        return in_order and not self.fusions and self.groups == 1
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """Sizes of the stack of an unfused parameter."""
+        sides = self.sides or (self.out_axes, self.in_axes)
+        return (-1, *(prod(self.shape[i] for i in axes) for axes in sides))
+
     @property
     def _shift(self) -> int:
         return int(self.groups > 1)
 
-    @property
+    @cached_property
     def _shifted(self) -> tuple[Fusion, ...]:
         return tuple(replace(f, axis=f.axis + self._shift) for f in self.fusions)
 
-    @property
+    @cached_property
     def _order(self) -> tuple[int, ...]:
         out, into = ([i + self._shift for i in axes] for axes in (self.out_axes, self.in_axes))
         rest = [i for i in range(len(self.shape) + self._shift) if i not in (*out, *into)]

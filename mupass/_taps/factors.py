@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from mupass._roles.fused import split
 from mupass._taps.forms import Convolution, Elementwise, Form, Lookup
 from mupass._taps.pieces import cut, pieces
 
-LEAF = 256  # sides of blocks that are multiplied whole
+BAND = 128  # rows of a factor that are multiplied together
 BUFFER = 1 << 24  # numbers that gradients of single samples may take at a time
 
 
@@ -167,19 +169,29 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Precision of the factor.
     """
     rows = rows.to(dtype)
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows.mT @ rows if rows.is_cuda else _by_halves(rows)
-
-
-def _by_halves(rows: Tensor) -> Tensor:
-    """The block below the diagonal is a copy of the one above it: three quarters of the work or less."""
-    n = rows.shape[-1]
-    if n <= LEAF:
+    with _without_autocast(rows.device):
+        if rows.is_cpu and rows.shape[-1] > 2 * BAND and not torch.compiler.is_compiling():
+            return _by_bands(rows)
         return rows.mT @ rows
-    left, right = rows[..., : n // 2], rows[..., n // 2 :]
-    across = left.mT @ right
-    above = torch.cat([_by_halves(left), across], -1)
-    return torch.cat([above, torch.cat([across.mT, _by_halves(right)], -1)], -2)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their precision; one that does nothing costs less."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _by_bands(rows: Tensor) -> Tensor:
+    """Return ``rows^T rows``; what is right of the diagonal is a copy of what is below: half of the work."""
+    groups, _, n = rows.shape
+    product = rows.new_empty(groups, n, n)
+    for start in range(0, n, BAND):
+        band = product[:, start : start + BAND]
+        end = start + band.shape[1]
+        band[..., :end].baddbmm_(rows[..., start:end].mT, rows[..., :end], beta=0)
+        product[:, :start, start:end] = band[..., :start].mT
+    return product
 
 
 def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,13 @@ class Curvature:
         for tap in self.taps.values():
             tap.clear()
 
-    def take(self, scale: Tensor | float = 1.0) -> dict[Place, Sums]:
+    def take(self, scale: Tensor | float = 1.0, clipped: Tensor | None = None) -> dict[Place, Sums]:
         """Take what was summed since the last call: A over rows, B over loss terms; empty if nothing was.
 
         Args:
             scale: What the loss was multiplied by (by a gradient scaler); B carries its square.
+            clipped: What gradients were multiplied by since. The curvature of a loss that is a multiple is
+                that multiple.
         """
         # Passes whose gradients were cleared since do not belong to this step.
         self.passes.drop_cleared()
@@ -125,10 +128,10 @@ class Curvature:
             own_terms = terms
             if place in before:
                 own_terms = terms - before[place].to(terms)
-            self._average(raw, own_terms, scale)
+            self._average(raw, own_terms, scale, clipped)
         return sums
 
-    def _average(self, sums: Sums, terms: Tensor, scale: Tensor | float) -> None:
+    def _average(self, sums: Sums, terms: Tensor, scale: Tensor | float, clipped: Tensor | None) -> None:
         """Divide sums by numbers of rows and of loss terms.
 
         In place: the gradients of the leaves are ours. Without a row, as of an expert that got no sample,
@@ -136,14 +139,19 @@ class Curvature:
         """
         if sums.a is not None:
             sums.a.div_(sums.rows.clamp(min=1))
+        factor: Any = None
         for matrix in (*sums.b, *sums.moments):
             if matrix is None:
                 continue
-            count = _like(terms, matrix)
-            # The gradient of a mean over T terms is 1/T of that of each: T^2 / T. Each rank's mean divides by
-            # its own share of terms.
-            share = count / self.ranks**2 if self.loss.mean else 1 / count
-            matrix.mul_(share / _like(scale, matrix) ** 2)
+            if factor is None:
+                count = _like(terms, matrix)
+                # The gradient of a mean over T terms is 1/T of that of each: T^2 / T.
+                # Each rank's mean divides by its own share of terms.
+                factor = count / self.ranks**2 if self.loss.mean else 1 / count
+                factor = factor / _like(scale, matrix) ** 2
+                if clipped is not None:
+                    factor = factor * clipped.to(matrix)
+            matrix.mul_(factor)
 
     def _on_all_ranks(self, sums: Mapping[Place, Sums]) -> dict[Place, Sums]:
         """Add zeros of taps that took part on other ranks only: not every layer runs on every rank."""

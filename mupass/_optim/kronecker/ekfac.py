@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mupass._optim.kronecker.curvature import observed_moments
 from mupass._optim.kronecker.factor_pairs import Pair
-from mupass._optim.kronecker.factor_stack import FactorStack
+from mupass._optim.kronecker.factor_stack import FactorStack, Slots
 from mupass._optim.kronecker.update import Root, by_eigenbasis, inverse, times
 from mupass._optim.linalg.packed import packed_size
 from mupass._optim.linalg.roots import eigenbases
@@ -79,10 +79,9 @@ class EigenStack(FactorStack):
         mixing = torch.where(done[:, None, None], mixing, eye)
         self.turned = dict(zip(slots, mixing, strict=True))
 
-    def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
+    def root(self, at: Slots, grown: Tensor, power: float) -> Root:
         """Return the damped inverses of some slots, see `FactorStack`."""
-        at = slice(first, first + count)
-        damped = self.state["values"][at] + self.state["rho"][at, None]
+        damped = self.state["values"][at] + self.state["rho"][at][:, None]
         return Root(by_eigenbasis, (self.state["vectors"][at], damped), 0, grown[at], power)
 
 

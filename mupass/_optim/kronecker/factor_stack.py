@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mupass._optim.kronecker.update import Average, Root, by_root
-from mupass._optim.linalg.packed import blend, pack, packed_diagonal, packed_size, unpack
+from mupass._optim.kronecker.update import Average, Root, by_root, whole
+from mupass._optim.linalg.packed import blend, pack, packed_diagonal, packed_size
 from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 
 # Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
 # room for several copies of itself.
 AT_ONCE = 2**21
+# The same for what is only read and multiplied: as much as stays in a cache.
+IN_CACHE = 2**18
+Slots = slice | Tensor
 
 
 class FactorStack:
@@ -49,7 +52,8 @@ class FactorStack:
         self.state = {**self._matrices(), **numbers}
         self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
         self.fresh: set[int] = set()
-        self._traces: Tensor | None = None  # until the averages change
+        self._traces: Tensor | None = None  # until the averages change, and so for the next
+        self._divisors: Tensor | None = None
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(len(self.keys), *shape, dtype=self.dtype, device=self.device)
@@ -78,33 +82,54 @@ class FactorStack:
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
         """
-        self._traces = None
-        for key, (observed, seen) in new.items():
-            if observed.dim() == self._dims - 1:
-                observed = observed[None]
-            observed = observed.to(self.dtype)
-            at = slice(self.slot[key], self.slot[key] + len(observed))
+        self.changed()
+        for at, observed, there in self._runs(new):
             self.fresh -= set(range(at.start, at.stop))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
             traces = _trace(observed)
-            finite, there = traces.isfinite(), seen.reshape(())
+            finite = traces.isfinite()
             if ok is not None:
                 there = there & ok
             counts = finite & there
             self.overflowed[at] += ~finite & there
-            observed = torch.where(_along(counts, observed), observed, 0.0)
             # average <- decay average + (1 - decay) factor; where nothing counts it stays.
             kept = counts.to(self.dtype)
             fresh = kept * (1 - decay)
             self._blend(at, observed, fresh)
             weight = self.state["weight"][at]
             weight.lerp_(torch.ones_like(weight), fresh)
+            self._divisors = None
             # Both peaks fade, each at its own pace, unless the new trace is larger.
             peak = self.state["peak"][at]
             torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
             recent = self.state["recent"][at]
             jump = torch.where(counts, traces, 0.0)
             torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
+
+    def _runs(self, new: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield observations of slots that stand together, so many at a time as are worth it.
+
+        Each comes as the slots, the factors ``[k, n, n]`` or ``[k, n]``, and whether they were observed,
+        ``[k]``.
+        """
+        room = max(1, IN_CACHE // self.size ** (self._dims - 1))
+        start = 0
+        parts: list[Tensor] = []
+        seen: list[Tensor] = []
+        for key in sorted(new, key=self.slot.__getitem__):
+            observed, there = new[key]
+            if observed.dim() == self._dims - 1:
+                observed = observed[None]
+            end = start + len(seen)
+            if parts and (self.slot[key] != end or len(seen) + len(observed) > room):
+                yield slice(start, end), joined(parts), torch.stack(seen)
+                parts, seen = [], []
+            if not parts:
+                start = self.slot[key]
+            parts.append(observed.to(self.dtype))
+            seen += [there.reshape(())] * len(observed)
+        if parts:
+            yield slice(start, start + len(seen)), joined(parts), torch.stack(seen)
 
     @property
     def _dims(self) -> int:
@@ -115,34 +140,29 @@ class FactorStack:
         """Move the averages of some slots towards new factors, each by its own fraction."""
         factor = self.state["factor"][at]
         if self.diagonal:
-            factor.lerp_(observed, fresh[:, None])
+            factor.lerp_(observed.nan_to_num(0.0, 0.0, 0.0), fresh[:, None])
             return
         blend(factor, observed, fresh)
 
-    def value(self, at: Tensor | slice = slice(None)) -> Tensor:
+    def value(self, at: Slots = slice(None)) -> Tensor:
         """Return the averages, whole and corrected for the start from zero; zeros for what was never seen.
 
         Args:
             at: Slots; all by default.
         """
-        factors = self._whole("factor", at)
-        return factors / _along(self._weight(at), factors)
+        kept = self.state["factor"][at]
+        return whole(kept / _along(self._weights()[at], kept), self._packed)
 
-    def _weight(self, at: Tensor | slice) -> Tensor:
-        """Return what the sums of some slots are to be divided by; 1 for what was never seen."""
-        weight = self.state["weight"][at]
-        return torch.where(weight > 0, weight, torch.ones_like(weight))
-
-    def _whole(self, name: str, at: Tensor | slice) -> Tensor:
-        """Return ``factor`` or ``root`` of some slots, ``[K, n, n]`` or ``[K, n]``."""
-        kept = self.state[name][at]
-        if self.diagonal:
-            return kept
-        return unpack(kept, self.size)
+    def _weights(self) -> Tensor:
+        """Return what the sums are to be divided by; 1 for what was never seen."""
+        if self._divisors is None:
+            weight = self.state["weight"]
+            self._divisors = torch.where(weight > 0, weight, 1.0)
+        return self._divisors
 
     def _trace(self, at: slice = slice(None)) -> Tensor:
         """Return the traces of the averages of some slots."""
-        return self._diagonal(at).sum(-1) / self._weight(at)
+        return self._diagonal(at).sum(-1) / self._weights()[at]
 
     def _diagonal(self, at: slice) -> Tensor:
         """Return the diagonals of the sums of some slots, ``[K, n]``."""
@@ -150,6 +170,10 @@ class FactorStack:
         if self.diagonal:
             return factor
         return packed_diagonal(factor, self.size)
+
+    def changed(self) -> None:
+        """Take notice that averages have changed."""
+        self._traces = self._divisors = None
 
     def traces(self) -> Tensor:
         """Return the trace of every factor, ``[K]``."""
@@ -159,7 +183,7 @@ class FactorStack:
 
     def forget(self) -> None:
         """Take notice that the state was written from outside."""
-        self._traces = None
+        self.changed()
         # A root is that of the present average where the trace is still what it was.
         same = (self.traces() == self.state["rooted"]) & (self.state["weight"] > 0)
         self.fresh = set(same.nonzero().flatten().tolist())
@@ -212,12 +236,17 @@ class FactorStack:
             self.state["rho"][at] = rho
             return
         for part in torch.split(at, max(1, AT_ONCE // self.size**2)):
+            rho = damping[part]
+            root, failed = inverse_roots(self.value(part), rho, power, relative)
             # What fails keeps its old root, with the damping that this has.
-            old, rho = self._whole("root", part), damping[part]
-            root, failed = inverse_roots(self.value(part), rho, power, old, relative)
-            self.state["root"][part] = pack(root.to(self.dtype))
-            self.state["rho"][part] = torch.where(failed, self.state["rho"][part], rho)
+            self._put("root", part, pack(root.to(self.dtype)), failed)
+            self._put("rho", part, rho, failed)
             self.failed[part] += failed
+
+    def _put(self, name: str, at: Tensor, new: Tensor, failed: Tensor) -> None:
+        """Write a part of the state of some slots, but for those that failed."""
+        old = self.state[name][at]
+        self.state[name][at] = torch.where(_along(failed, new), old, new)
 
     def is_fresh(self, first: int, count: int) -> bool:
         """Return whether the roots of some slots are those of their present averages.
@@ -228,27 +257,23 @@ class FactorStack:
         """
         return self.fresh.issuperset(range(first, first + count))
 
-    def root(self, first: int, count: int, grown: Tensor, power: float) -> Root:
+    def root(self, at: Slots, grown: Tensor, power: float) -> Root:
         """Return the roots of some slots.
 
         Args:
-            first: First slot.
-            count: Number of slots.
+            at: The slots.
             grown: Result of `grown` for all slots.
             power: Power of the inverse.
         """
-        at = slice(first, first + count)
         return Root(by_root, (self.state["root"][at],), self._packed, grown[at], power)
 
-    def mean(self, first: int, count: int) -> Average:
+    def mean(self, at: Slots) -> Average:
         """Return the averages of some slots.
 
         Args:
-            first: First slot.
-            count: Number of slots.
+            at: The slots.
         """
-        at = slice(first, first + count)
-        return Average(self.state["factor"][at], self._packed, self._weight(at))
+        return Average(self.state["factor"][at], self._packed, self._weights()[at])
 
     @property
     def _packed(self) -> int:
@@ -270,8 +295,17 @@ def growth(now: Tensor, then: Tensor) -> Tensor:
     return torch.where((now > then) & ~known, torch.inf, grown)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return stacks as one; of one that stack, which may be large.
+
+    Args:
+        parts: The stacks.
+    """
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def _along(numbers: Tensor, factors: Tensor) -> Tensor:
-    """Return ``[K]`` numbers in a form that goes with ``[K, n, n]`` or ``[K, n]``."""
+    """Return ``[K]`` numbers in a form that goes with ``[K]``, ``[K, n, n]`` or ``[K, n]``."""
     return numbers.view(-1, *[1] * (factors.dim() - 1))
 
 

@@ -15,9 +15,9 @@ from mupass._optim.kronecker.curvature import Observation, nearest_product, obse
 from mupass._optim.kronecker.damping import damp
 from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
 from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
-from mupass._optim.kronecker.factor_stack import FactorStack
+from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
-from mupass._optim.kronecker.update import Average, Compiled, Root, times, update
+from mupass._optim.kronecker.update import Compiled, Root, times, update
 from mupass._parallel import deal, largest_over_ranks
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Cover, Factor
@@ -41,6 +41,8 @@ class Ranks(NamedTuple):
 
 # (id of a stack, whether single observations count) -> growth of each of its factors since its root.
 Growths = dict[tuple[int, bool], Tensor]
+# Directions of a matrix, and the sum of what they do to outputs; None where A is not known.
+Applied = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Kronecker:
         self.phase = phases(self._all, self._remote, roots.stagger)
         self.lineups = line_up(self.pairs, self._all, parameters, scales)
         self._damp_units(every)
+        self._indices: dict[Any, Tensor] = {}  # slots that do not stand together, on their device
         self.seen: set[str] = set()  # slots with an observation
         self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
         self.rooted = False
@@ -377,23 +380,29 @@ class Kronecker:
             Directions ``D``, and for each the mean over outputs of ``D A D^T``, the mean square of the change
             that it makes to an output; nothing for blocks that keep no A.
         """
-        directions, changes = {}, {}
-        growths: Growths = {}
+        stacks: dict[tuple[str, int], Tensor] = {}
         for block, pairs in self.blocks:
             grad = grads.get(block.parameter)
             if grad is None:
                 continue
-            parts, squares, outputs = [], [], 0
             for pair, stack in zip(pairs, block.matrices.split(grad), strict=True):
-                direction, change = self._apply(pair, stack, growths)
-                parts.append(direction)
-                outputs += pair.groups * pair.outputs
-                if change is not None:
-                    squares.append(change.sum())
+                # In the precision of the factors; a vector may have none.
+                slot = pair.b or pair.a
+                stacks[pair.name] = stack.to(self.at[slot][0].dtype) if slot else stack
+        found = self._apply_all(stacks)
+        directions, changes = {}, {}
+        for block, pairs in self.blocks:
+            grad = grads.get(block.parameter)
+            if grad is None:
+                continue
+            parts = [found[pair.name][0] for pair in pairs]
             joined = block.matrices.join(parts, grad)
             directions[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
-            if len(squares) == len(parts):
-                changes[block.parameter] = torch.stack(squares).sum() / outputs
+            squares = [found[pair.name][1] for pair in pairs]
+            known = [square for square in squares if square is not None]
+            if len(known) == len(squares):
+                outputs = sum(pair.groups * pair.outputs for pair in pairs)
+                changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
@@ -427,53 +436,105 @@ class Kronecker:
         factor = bank.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
-    def _apply(self, pair: Pair, stack: Tensor, growths: Growths) -> tuple[Tensor, Tensor | None]:
-        """Return the directions of one matrix, and ``tr(D A D^T)`` of every group where A is known."""
-        slot = pair.b or pair.a
-        if slot:
-            stack = stack.to(self.at[slot][0].dtype)
-        if pair in self.moments:
-            direction = self.moments.direction(pair, stack)
-            return direction, self.moments.output_change(pair, direction)
+    def _apply_all(self, stacks: Mapping[tuple[str, int], Tensor]) -> dict[tuple[str, int], Applied]:
+        """Return the directions of all matrices, and ``tr(D A D^T)`` of each, summed over its groups.
+
+        Args:
+            stacks: Gradients ``[groups, out, in]``, in the precision of the factors.
+        """
+        found: dict[tuple[str, int], Applied] = {}
+        alike: dict[Any, list[Pair]] = defaultdict(list)
+        for pair in self.pairs:
+            stack = stacks.get(pair.name)
+            if stack is None:
+                continue
+            if pair in self.moments:
+                direction = self.moments.direction(pair, stack)
+                found[pair.name] = direction, self.moments.output_change(pair, direction).sum()
+            else:
+                alike[self._kind(pair, stack)].append(pair)
+        growths: Growths = {}
+        for pairs in alike.values():
+            first = pairs[0]
+            entries = first.groups * max(first.inputs, first.outputs) ** 2
+            at_once = max(1, IN_CACHE // entries)
+            for start in range(0, len(pairs), at_once):
+                found.update(self._apply(pairs[start : start + at_once], stacks, growths))
+        return found
+
+    def _kind(self, pair: Pair, stack: Tensor) -> Any:
+        """Return what matrices must have in common to be multiplied together."""
+        banks = [id(self.at[slot][0]) if slot else 0 for slot in (pair.a, pair.b)]
+        vector = not pair.block.a
+        shape = (tuple(stack.shape), stack.dtype, stack.device)
+        return (*shape, *banks, vector, pair.blocks, pair.growth, self._multiplies(pair))
+
+    def _apply(
+        self, pairs: Sequence[Pair], stacks: Mapping[tuple[str, int], Tensor], growths: Growths
+    ) -> dict[tuple[str, int], Applied]:
+        """Return the directions of matrices of one kind, and ``tr(D A D^T)`` where A is known."""
         power_a, power_b = self.roots.powers
+        pair, groups = pairs[0], pairs[0].groups
+        stack = joined([stacks[one.name] for one in pairs])
         unit = None
         if not pair.block.a and power_a > 0:
-            unit = self.unit_rho[pair.name]
+            unit = joined([self.unit_rho[one.name] for one in pairs])
         shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
-        root_b = self._root(pair.b, power_b, self.roots.damping.memory > 0, growths)
-        root_a = self._root(pair.a, power_a, False, growths)
-        mean, rho = self._input_factor(pair)
-        direction, change = self.compiled(update, stack, root_b, root_a, mean, rho, unit, power_a, shrink)
+        root_b = self._root([one.b for one in pairs], power_b, self.roots.damping.memory > 0, growths)
+        root_a = self._root([one.a for one in pairs], power_a, False, growths)
+        factor, rho = None, None
+        if pair.a:
+            bank, at = self._places([one.a for one in pairs if one.a])
+            if self._multiplies(pair):
+                factor = bank.mean(at)
+            else:
+                rho = bank.state["rho"][at]
+        direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, unit, power_a, shrink)
+        directions = direction.split(groups)
+        sums: Iterable[Tensor | None] = change.view(-1, groups).sum(1).unbind()
         if pair.block.a and not pair.a:
-            return direction, None
-        return direction, change
+            sums = [None for _ in pairs]
+        applied = zip(directions, sums, strict=True)
+        return {one.name: each for one, each in zip(pairs, applied, strict=True)}
 
-    def _root(self, slot: str | None, power: float, jumps: bool, growths: Growths) -> Root | None:
-        """Return the root of a slot, and by how much its factor has grown since."""
-        if not slot:
+    def _places(self, slots: Sequence[str]) -> tuple[FactorStack, Slots]:
+        """Return the stack of slots of one size, and their places there."""
+        places = [self.at[slot] for slot in slots]
+        bank, first, count = places[0]
+        starts = [start for _, start, _ in places]
+        if starts == list(range(first, first + count * len(starts), count)):
+            return bank, slice(first, first + count * len(starts))
+        key = (id(bank), count, tuple(starts))
+        if key not in self._indices:
+            numbers = [number for start in starts for number in range(start, start + count)]
+            self._indices[key] = torch.tensor(numbers, device=bank.device)
+        return bank, self._indices[key]
+
+    def _root(self, slots: Sequence[str | None], power: float, jumps: bool, growths: Growths) -> Root | None:
+        """Return the roots of slots, and by how much their factors have grown since."""
+        named = [slot for slot in slots if slot]
+        if not named:
             return None
-        bank, first, count = self.at[slot]
+        bank, at = self._places(named)
         # One computation for all slots of a stack.
         key = id(bank), jumps
         if key not in growths:
             growths[key] = bank.grown(jumps)
-        return bank.root(first, count, growths[key], power)
+        return bank.root(at, growths[key], power)
 
-    def _input_factor(self, pair: Pair) -> tuple[Average | None, Tensor | None]:
-        """Return A, or its damping where that is enough to tell what D does to outputs.
+    def _multiplies(self, pair: Pair) -> bool:
+        """Return whether a product with A tells what D does to outputs, or else the damping of A does.
 
         Compiled code is of one kind for every step, and so always multiplies by A.
         """
         if not pair.a:
-            return None, None
+            return False
         bank, first, count = self.at[pair.a]
         # D A = H - rho D holds for the inverse of the whole present A with a damping that is a number.
         plain = self.roots.powers[0] == 1 and self.roots.damping.mode != "eigen"
         uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
-        if plain and uncut and bank.is_fresh(first, count) and not self.compiled.on(bank.device):
-            return None, bank.state["rho"][first : first + count]
-        return bank.mean(first, count), None
+        return not (plain and uncut and bank.is_fresh(first, count)) or self.compiled.on(bank.device)
 
     def entries(self, parameter: str) -> dict[str, Tensor]:
         """Return the state that is kept at a parameter, as views; on meta where another rank has it.
@@ -515,7 +576,7 @@ class Kronecker:
         """
         for number, bank in enumerate(self._all):
             bank.state = dict(state[f"bank{number}"])
-            bank._traces = None
+            bank.changed()
         for name, piece in self.unit_rho:
             self.unit_rho[name, piece] = state["units"][f"{name}.{piece}"].clone()
         self.largest = state["largest"].get("trace")

@@ -39,7 +39,7 @@ class Average(NamedTuple):
     Attributes:
         kept: Packed, whole or diagonal, not corrected for its start.
         size: As for a root.
-        weight: What it is to be divided by.
+        weight: What it is to be divided by, one entry for each.
     """
 
     kept: Tensor
@@ -72,48 +72,46 @@ def update(
         unit_power: Power of that inverse.
         shrink: What steps are divided by where factors are cut into more blocks than at the base width.
     """
-    # H = B^-1 G
-    half = stack
-    if b is not None:
-        half = _between(stack, b, True)
-    if shrink != 1:
-        half = half / shrink
+    # H = B^-1 G, D = H A^-1
+    half = _times_root(stack, b, True)
+    direction = _times_root(half, a, False)
+    # Roots that are older than their factors count as if they had followed their size.
+    divisor = _followed(b, stack) * _followed(a, stack) * shrink
     if unit is not None:
-        half = half / (1 + unit.view(-1, 1, 1)) ** unit_power
+        divisor = divisor * (1 + unit) ** unit_power
     if a is None:
-        return half, half.square().sum((1, 2))
-    # D = H A^-1, and D A
-    direction = _between(half, a, False)
-    if factor is not None:
+        change = _inner(direction, direction)
+    elif factor is not None:
         average = whole(factor.kept, factor.size)
-        weight = factor.weight.view(-1, *[1] * (average.dim() - 1))
-        product = times(direction, average / weight, False)
+        change = _inner(direction, times(direction, average, False)) / _first_of_each(factor.weight, stack)
     else:
         assert rho is not None
-        product = half - rho.view(-1, 1, 1) * direction
-    return direction, (direction * product).sum((1, 2)).clamp(min=0.0)
+        change = _inner(direction, half) - rho * _inner(direction, direction)
+    return direction / divisor.view(-1, 1, 1), change.clamp(min=0.0) / divisor.square()
 
 
-def shorten(direction: Tensor, change: Tensor, rate: Any, limit: Any) -> Tensor:
-    """Return a direction, shorter where a step changes outputs by more than is allowed.
-
-    Args:
-        direction: The direction.
-        change: Mean square of the change of an output along it.
-        rate: Square of the learning rate.
-        limit: Square of the largest change.
-    """
-    # Squares, for the derivative where nothing changes.
-    factor = (limit / (change * rate).clamp(min=1e-30)).clamp(max=1.0).sqrt()
-    return direction * factor.to(direction.dtype)
+def _times_root(stack: Tensor, root: Root | None, left: bool) -> Tensor:
+    """Multiply by the root of one side, if there is one."""
+    if root is None:
+        return stack
+    return root.product(stack, root.tensors, root.size, left)
 
 
-def _between(stack: Tensor, root: Root, left: bool) -> Tensor:
-    """Multiply by the root of one side, as if it had followed the size of its factor."""
-    found = root.product(stack, root.tensors, root.size, left)
-    # Blocks of one factor are of one size: the first stands for all.
-    grown = root.grown.view(len(stack), -1).amax(1)
-    return found / grown.pow(root.power).view(-1, 1, 1)
+def _followed(root: Root | None, stack: Tensor) -> Tensor:
+    """Return by what the factors of a side have grown since their root, to its power; one entry a matrix."""
+    if root is None:
+        return stack.new_ones(len(stack))
+    return _first_of_each(root.grown, stack).pow(root.power)
+
+
+def _first_of_each(numbers: Tensor, stack: Tensor) -> Tensor:
+    """Return one entry a matrix: the blocks of a factor have the same, and the first stands for all."""
+    return numbers.view(len(stack), -1)[:, 0]
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sums of the products of entries, one for each matrix of two stacks."""
+    return (x * y).sum((1, 2))
 
 
 def whole(kept: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 BANDS = 16  # of a large matrix: the tiles on the diagonal, which are kept whole, add a sixteenth
 NARROWEST = 16  # rows; narrower bands cost more in overhead than they save
 # Up to this size one lookup is faster than a copy for every band; beyond, its table of places would be large.
-LOOKED_UP = 256
+LOOKED_UP = 512
 
 
 def _edges(n: int) -> list[tuple[int, int]]:
@@ -38,10 +38,10 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
         packed: ``[K, packed_size(n)]``.
         n: Size of the matrices.
     """
-    at = 0
+    at, count = 0, packed.shape[0]
     for start, end in _edges(n):
         size = (end - start) * end
-        yield start, end, packed[:, at : at + size].view(len(packed), end - start, end)
+        yield start, end, packed[:, at : at + size].view(count, end - start, end)
         at += size
 
 
@@ -57,7 +57,7 @@ def _looks_up(tensor: Tensor, n: int) -> bool:
 def _places(n: int, device: torch.device) -> Tensor:
     """Return the place in the packed form of every entry of an ``n x n`` matrix, row by row."""
     with torch.inference_mode(False):
-        numbers = torch.arange(packed_size(n), device=device)[None]
+        numbers = torch.arange(packed_size(n), dtype=torch.int32, device=device)[None]
         return _by_bands(numbers, n).flatten()
 
 
@@ -65,7 +65,8 @@ def _places(n: int, device: torch.device) -> Tensor:
 def _kept_places(n: int, device: torch.device) -> Tensor:
     """Return the place in an ``n x n`` matrix, row by row, of every number of the packed form."""
     with torch.inference_mode(False):
-        return _pack_bands(torch.arange(n * n, device=device).view(1, n, n)).flatten()
+        numbers = torch.arange(n * n, dtype=torch.int32, device=device)
+        return _pack_bands(numbers.view(1, n, n)).flatten()
 
 
 @cache
@@ -121,15 +122,16 @@ def blend(packed: Tensor, whole: Tensor, weight: Tensor) -> None:
 
     Args:
         packed: ``[K, packed_size(n)]``.
-        whole: ``[K, n, n]``, symmetric.
+        whole: ``[K, n, n]``, symmetric; anything, NaN too, where the weight is 0.
         weight: ``[K]``.
     """
     n = whole.shape[-1]
+    # A weight of 0 leaves all as it is but for NaN and infinity; to mask them takes twice as long.
     if _looks_up(whole, n):
-        packed.lerp_(pack(whole), weight[:, None])
+        packed.lerp_(pack(whole).nan_to_num_(0.0, 0.0, 0.0), weight[:, None])
         return
     for start, end, band in bands(packed, n):
-        band.lerp_(whole[:, start:end, :end], weight[:, None, None])
+        band.lerp_(whole[:, start:end, :end].nan_to_num(0.0, 0.0, 0.0), weight[:, None, None])
 
 
 def packed_diagonal(packed: Tensor, n: int) -> Tensor:

@@ -31,66 +31,54 @@ def symmetric(matrices: Tensor) -> Tensor:
 
 
 def inverse_roots(
-    bank: Tensor,
-    damping: Tensor,
-    power: float,
-    previous: Tensor,
-    relative: bool = False,
-    method: str = "auto",
+    bank: Tensor, damping: Tensor, power: float, relative: bool = False, method: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Compute ``(M + damping I)^-power`` for every matrix of a bank.
 
     Power 1 with absolute damping is a Cholesky factorization. Other powers are an eigendecomposition on CPU,
     refined in double precision where that brings the relative error below 1e-5 (up to condition number 1e4);
     on other devices coupled Newton iterations where the power is 1/p. Nothing but the CPU's own results is
-    looked at, so that no device is waited for. A matrix whose factorization fails, or whose result is not
-    finite, keeps its previous root. A zero matrix with zero damping (the layers under a zero-initialized
-    readout) has the root zero: its gradient is zero too, and nothing is 0/0.
+    looked at, so that no device is waited for.
+
+    The root of a matrix whose factorization fails, or whose result is not finite, is zero. So is that of a
+    zero matrix with zero damping (the layers under a zero-initialized readout), where it is right: its
+    gradient is zero too, and nothing is 0/0.
 
     Args:
         bank: ``[K, n, n]`` symmetric positive semi-definite.
         damping: ``[K]``.
         power: Positive power.
-        previous: ``[K, n, n]`` roots to fall back on.
         relative: Whether damping is relative to each matrix' largest eigenvalue.
         method: ``auto``, or ``eigh`` or ``newton`` on any device.
 
     Returns:
         The roots ``[K, n, n]`` and a mask ``[K]`` of failures.
     """
-    finite = _finite(bank) & damping.isfinite()
-    vanishing = bank.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0
-    empty = finite & vanishing & ((damping <= 0) | relative)
-    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
-    usable = (finite & ~empty)[:, None, None]
-    rho = torch.where(finite & ~empty, damping, torch.ones_like(damping))
-    # What cannot be solved is replaced by the identity, so that it does no harm to the others of its batch.
-    root, solved = _solve(torch.where(usable, bank, eye), rho, power, relative, method)
-    # Under a zero readout gradient and factor are zero, and so is the step.
-    root = torch.where(empty[:, None, None], torch.zeros_like(root), root)
-    failed = ~(finite & (solved | empty))
-    return torch.where(failed[:, None, None], previous, root), failed
-
-
-def _finite(matrices: Tensor) -> Tensor:
-    """Return ``[K]``, which matrices have finite entries only: a product with 0 of any other is NaN."""
-    return (matrices * 0).flatten(1).sum(1) == 0
+    trace = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Semi-definite: no entry is larger than the trace, and NaN or infinity is on the diagonal.
+    finite = trace.isfinite() & damping.isfinite()
+    empty = finite & (trace <= 0) & ((damping <= 0) | relative)
+    usable = finite & ~empty
+    root, solved = _solve(bank, torch.where(usable, damping, 1.0), usable, power, relative, method)
+    solved = solved & usable & root.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return torch.where(solved[:, None, None], root, 0.0), ~(solved | empty)
 
 
 Solved = tuple[Tensor, Tensor]  # roots, and which of them were found
 
 
-def _solve(bank: Tensor, rho: Tensor, power: float, relative: bool, method: str) -> Solved:
-    """Solve for matrices that are finite and not zero."""
+def _solve(bank: Tensor, rho: Tensor, usable: Tensor, power: float, relative: bool, method: str) -> Solved:
+    """Solve for the matrices that can be used; the roots of the others may be anything."""
     # Newton iterations have products only, which accelerators are fast at.
     p = root_index(power)
     if power == 1 and not relative and method == "auto":
-        root, solved = _cholesky(bank, rho)
-    elif p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
-        root, solved = _newton(bank, rho, p, relative)
-    else:
-        root, solved = _eigh(bank, rho, power, relative)
-    return root, solved & _finite(root)
+        return _cholesky(bank, rho)
+    # What cannot be solved is replaced by the identity, so that it does no harm to the others of its batch.
+    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
+    bank = torch.where(usable[:, None, None], bank, eye)
+    if p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
+        return _newton(bank, rho, p, relative)
+    return _eigh(bank, rho, power, relative)
 
 
 def _cholesky(bank: Tensor, rho: Tensor) -> Solved:
@@ -99,9 +87,9 @@ def _cholesky(bank: Tensor, rho: Tensor) -> Solved:
     damped.diagonal(dim1=-2, dim2=-1).add_(rho[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
     solved = info == 0
-    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
-    # The inverse of a half-finished factor may be anything.
-    factor = torch.where(solved[:, None, None], factor, eye)
+    # A half-finished factor may have a zero on its diagonal, which cannot be inverted.
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(torch.where(solved[:, None], diagonal, 1.0))
     return torch.cholesky_inverse(factor), solved
 
 

@@ -263,11 +263,11 @@ class MatrixOptimizer(PlannedOptimizer):
 
         One the square of whose norm is not finite would spoil every average. It is zero, and does not count.
         """
-        gradient = stack.gather(blocks, at)
+        gradient = stack.gather(blocks, at)  # a copy, and finite
         finite = torch.linalg.vector_norm(gradient.flatten(1), dim=1).square().isfinite()
         stack.note("overflowed_blocks", ~finite, at, "the squared gradient of ")
         counts = finite.to(stack.dtype) * ok.to(stack.device, stack.dtype)
-        return _masked(gradient, counts), counts
+        return gradient.mul_(wide(counts, gradient)), counts
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         incidents, counts = [], []
