@@ -154,7 +154,7 @@ class Shampoo(MatrixOptimizer):
                     f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
                     "adam, rmsprop or sgd"
                 )
-        self._needs_gradient = graft in ADAPTIVE
+        self._needs_gradient = graft == "rmsprop"
         layout = Layout(
             roles,
             compile,
@@ -228,6 +228,10 @@ class Shampoo(MatrixOptimizer):
     def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
         add_weight(state["weight"][at], self.factor_decay, counts)
+        if self.spec.graft in ADAPTIVE:
+            add_weight(state["square_weight"][at], self.graft_beta2, counts)
+            fresh = wide((1 - self.graft_beta2) * counts, gradient)
+            state["square"][at].lerp_(gradient.square(), fresh)
         for side in self._sides[number]:
             observe(state[f"factor{side}"][at], gradient, side, self.factor_decay, counts)
             peak = state[f"peak{side}"][at]
@@ -305,15 +309,12 @@ class Shampoo(MatrixOptimizer):
             for side in sides:
                 grown = grown * self._grown(number, side, at)
             return mean, sides, roots, grown
-        if not self._needs_gradient:
+        if self.spec.graft not in ADAPTIVE:
             return mean, sides, roots
         # Adam's step is that of the average, RMSprop's that of the gradient.
         wanted = mean if self.spec.graft == "adam" else gradient
-        beta2 = torch.full_like(counts, self.graft_beta2)
-        squares = Squares(
-            state["square"][at], state["square_weight"][at], self._epsilons[number][at], beta2, counts
-        )
-        return mean, sides, roots, gradient, wanted, squares
+        squares = Squares(state["square"][at], state["square_weight"][at], self._epsilons[number][at])
+        return mean, sides, roots, wanted, squares
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
         return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)
@@ -335,18 +336,14 @@ class Squares(NamedTuple):
     """The average of squares in Adam's and RMSprop's graft, for some slots.
 
     Attributes:
-        average: ``[k, *shape]``, not corrected for its start; changed in place.
-        weight: ``[k]``, its total weight; changed in place.
+        average: ``[k, *shape]``, not corrected for its start.
+        weight: ``[k]``, its total weight.
         epsilon: ``[k]``, added to the root.
-        beta2: ``[k]``, weight of the past.
-        counts: ``[k]``, 1, or 0 where the averages stay as they are.
     """
 
     average: Tensor
     weight: Tensor
     epsilon: Tensor
-    beta2: Tensor
-    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -391,20 +388,14 @@ def _graft_adaptive(
     mean: Tensor,
     sides: tuple[int, ...],
     roots: tuple[Tensor, ...],
-    gradient: Tensor,
     wanted: Tensor,
     squares: Squares,
 ) -> Tensor:
-    """Graft Adam's norm, or RMSprop's where what is wanted is the gradient; averages change in place."""
-    square, weight = squares.average, squares.weight
-    fresh = (1 - squares.beta2) * squares.counts
-    # One that does not count is finite, but its square may not be.
-    counted = gradient * wide(squares.counts, gradient)
-    square.lerp_(counted.square_(), wide(fresh, gradient))
-    weight.lerp_(torch.ones_like(weight), fresh)
+    """Graft Adam's norm, or RMSprop's where what is wanted is the gradient."""
     # wanted / (sqrt(square / weight) + epsilon)
-    correction = wide(weight.clamp(min=torch.finfo(gradient.dtype).tiny).rsqrt(), gradient)
-    magnitude = wanted / (square.sqrt() * correction + wide(squares.epsilon, gradient))
+    correction = squares.weight.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
+    root = squares.average.sqrt().mul_(wide(correction, mean)).add_(wide(squares.epsilon, mean))
+    magnitude = torch.div(wanted, root, out=root)
     if not sides:
-        return with_norm_of(magnitude, magnitude)
+        return magnitude
     return with_norm_of(magnitude, _precondition(mean, sides, roots))

@@ -13,6 +13,8 @@ BANDS = 16  # of a large matrix: the tiles on the diagonal, which are kept whole
 NARROWEST = 16  # rows; narrower bands cost more in overhead than they save
 # Up to this size one lookup is faster than a copy for every band; beyond, its table of places would be large.
 LOOKED_UP = 512
+# Up to this size a product of so many rows, added to several bands, is faster than a thin one for each.
+TILED, TILE = 256, 64
 
 
 def _edges(n: int) -> list[tuple[int, int]]:
@@ -157,5 +159,14 @@ def add_gram(packed: Tensor, rows: Tensor, fresh: float) -> None:
         rows: ``[K, n, m]``.
         fresh: Factor on the product.
     """
-    for start, end, band in bands(packed, rows.shape[1]):
-        band.baddbmm_(rows[:, start:end], rows[:, :end].mT, alpha=fresh)
+    n = rows.shape[1]
+    if n > TILED:
+        for start, end, band in bands(packed, n):
+            band.baddbmm_(rows[:, start:end], rows[:, :end].mT, alpha=fresh)
+        return
+    product, first, last = rows, 0, 0
+    for start, end, band in bands(packed, n):
+        if start == last:  # behind the last product
+            first, last = start, min(start + TILE, n)
+            product = rows[:, first:last] @ rows[:, :last].mT
+        band.add_(product[:, start - first : end - first, :end], alpha=fresh)
