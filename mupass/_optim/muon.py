@@ -60,7 +60,7 @@ class Muon(MatrixOptimizer):
         adjust: ``spectral``, or ``match_rms_adamw`` as in `torch.optim.Muon`.
         roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
         product_dtype: Precision of the matrix products; by default that of the factors, or bfloat16 for
-            float32 factors on CUDA and on CPUs with instructions for it (AVX512-BF16 or AMX).
+            float32 factors on CUDA, and for larger ones on CPUs with instructions for it (AVX512-BF16, AMX).
         weight_decay: Decoupled decay; a step multiplies weights by ``1 - lr * weight_decay`` at any width.
         decay: ``all``, or ``matrices``: no decay of vectors (biases, gains), numbers and embedding tables.
         overrides: Other settings by pattern of names (as in `fnmatch`; the first that fits), such as
@@ -184,7 +184,8 @@ class Muon(MatrixOptimizer):
         stack = self._stacks[number]
         momentum = stack.each(self._setting("momentum").__getitem__)[at]
         norm_epsilon, epsilon = (epsilons[at] for epsilons in self._epsilons[number])
-        dtype = self.product_dtype or product_dtype(stack.dtype, stack.device)
+        entries = len(stack.slots) * min(stack.shape) ** 2
+        dtype = self.product_dtype or product_dtype(stack.dtype, stack.device, entries)
         average = stack.state["average"][at]
         polar = Polar(average, momentum, norm_epsilon, self._polynomials, self.nesterov, dtype, counts)
         if not self.adaptive and not self.normuon:

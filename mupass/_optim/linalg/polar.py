@@ -14,6 +14,7 @@ Quintic = tuple[float, float, float]  # a x + b x^3 + c x^5
 
 LOWER = 3e-3  # singular values below this part of the norm are not brought up all the way
 WIDE = 3  # from this ratio of sides on it pays to iterate on the Gram matrix
+ENOUGH = 2**16  # entries of Gram matrices from which on a CPU gains by bfloat16
 MARGIN = 1.01  # in half precision a singular value may come out above 1
 
 
@@ -84,7 +85,7 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     # In range for a Gram matrix: the squares of small gradients are not.
     y = (x / frobenius.clamp(min=tiny)[:, None, None]).to(dtype)
     y = y.mT if tall else y
-    gram = y @ y.mT
+    gram = _product(y, y.mT)
     # |Y Y^T|_F^(1/2) is the Schatten 4-norm of Y.
     norm = torch.linalg.vector_norm(gram.flatten(1), dim=1, dtype=x.dtype).sqrt()
     factor = (frobenius / (frobenius * norm + epsilon).clamp(min=tiny))[:, None, None]
@@ -97,20 +98,29 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     groups = [safe[:1], *(safe[i : i + length] for i in range(1, len(safe), length))]
     y = _apply(groups[0], gram, y)
     for group in groups[1:]:
-        y = _apply(group, y @ y.mT, y)
+        y = _apply(group, _product(y, y.mT), y)
     return (y.mT if tall else y).to(x.dtype)
 
 
-@cache
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device, entries: int) -> torch.dtype:
     """Return the precision of products that a device is fastest in and that is precise enough here.
 
-    On CUDA, and on a CPU with instructions for it (AVX512-BF16 or AMX), that is bfloat16.
+    On CUDA that is bfloat16, and so it is on a CPU with instructions for it (AVX512-BF16 or AMX) where there
+    is enough to multiply.
 
     Args:
         dtype: Precision of the factors; float64 stays.
         device: Where they are.
+        entries: Of the matrices that are multiplied together.
     """
+    if device.type == "cpu" and entries < ENOUGH:
+        return dtype
+    return _fast_dtype(dtype, device)
+
+
+@cache
+def _fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision of large products."""
     if dtype != torch.float32:
         return dtype
     if device.type == "cuda":
@@ -147,14 +157,29 @@ def _apply(group: Sequence[Quintic], gram: Tensor, y: Tensor) -> Tensor:
     if len(group) == 1:
         # a Y + (b G + c G^2) Y with G = Y Y^T.
         a, b, c = group[0]
-        return torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+        return _add_product(y, _add_product(gram, gram, gram, b, c), y, a, 1.0)
     # p_2(p_1(Y)): the Gram matrix of p_1(Y) = E Y is E G E, with E even in Y and symmetric.
     inner = _even(group[0], gram)
-    return (_even(group[1], inner @ gram @ inner) @ inner) @ y
+    outer = _even(group[1], _product(_product(inner, gram), inner))
+    return _product(_product(outer, inner), y)
 
 
 def _even(polynomial: Quintic, gram: Tensor) -> Tensor:
     """Return ``a I + b G + c G^2``, by which an odd polynomial multiplies y."""
     a, b, c = polynomial
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * eye
+    return _add_product(gram, gram, gram, b, c) + a * eye
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x y`` of two stacks; a stack of one is multiplied faster as a matrix."""
+    if len(x) == 1:
+        return (x[0] @ y[0])[None]
+    return x @ y
+
+
+def _add_product(base: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return ``beta base + alpha x y`` of stacks."""
+    if len(x) == 1:
+        return torch.addmm(base[0], x[0], y[0], beta=beta, alpha=alpha)[None]
+    return torch.baddbmm(base, x, y, beta=beta, alpha=alpha)
