@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mupass._capture.graph import Capture, parameter_names
 from mupass._capture.inputs import as_call, find_inputs
+from mupass._dims.base_shapes import BaseShapes
 from mupass._dims.infer import Inference
 from mupass._dims.names import DimNames
 from mupass._dims.scaled import Scaled
@@ -32,7 +35,7 @@ from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
 
-Base = int | float | Mapping[str, float] | nn.Module | None
+Base = int | float | Mapping[str, float] | nn.Module | str | PathLike[str] | BaseShapes | None
 BASE = 256  # of wider models, unless stated
 NARROWEST, WIDEST = 1e-3, 1e9  # base sizes need not be whole, but a width is a number of units
 
@@ -55,8 +58,9 @@ def analyze(
         base: The reference width, at which the plan equals standard parameterization. A number is the base
             size of the model's width (every other width keeps its ratio to it); a mapping gives base sizes
             by dimension name; a second instance of the architecture at another width (meta device
-            suffices) gives them all and settles the verdict on every parameter axis. If left out 256, or
-            the model's own width where that is less, so that a narrow model is not scaled at all.
+            suffices) gives them all and settles the verdict on every parameter axis, and so does a file of
+            base shapes that microsoft/mup wrote (its path). If left out 256, or the model's own width where
+            that is less, so that a narrow model is not scaled at all.
         dims: Verdicts that you settle: ``{"pattern": "finite"}`` or ``"infinite"``. A pattern is a
             dimension name, or a regular expression that must match all of ``parameter:axis``.
         strict: Refuse operators without a rule; otherwise what depends on them is reported as ambiguous.
@@ -74,10 +78,12 @@ def analyze(
         >>> mupass.analyze(model)["2.weight"].role
         'output'
     """
+    if isinstance(base, (str, PathLike)):
+        base = BaseShapes.read(Path(base))
     _check_base(base)
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
-    other = base if isinstance(base, nn.Module) else None
+    other = base if isinstance(base, (nn.Module, BaseShapes)) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
     solved = found.solved
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -91,13 +97,13 @@ def analyze(
     return replace(analysis, notes=(*analysis.notes, *settled))
 
 
-def _check_base(base: Base) -> None:
+def _check_base(base: Any) -> None:
     """Refuse what is no reference width.
 
     Raises:
         InferenceError: A size is no positive number that a width may have, or a name is no text.
     """
-    if base is None or isinstance(base, nn.Module):
+    if base is None or isinstance(base, (nn.Module, BaseShapes)):
         return
     sizes = dict(base) if isinstance(base, Mapping) else {"base": base}
     for name, size in sizes.items():
@@ -148,6 +154,8 @@ class _Inferred:
             infinite = self.infinite[name]
             if isinstance(base, nn.Module):
                 base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
+            elif isinstance(base, BaseShapes):
+                base_shape = base.of(name, shape)
             else:
                 base_shape = tuple(map(sizes.of, solved.dims[name], infinite))
             geometry = geometry_of(name, shape, base_shape, infinite, captured, solved, self.names)
@@ -210,10 +218,13 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
     report_only: tuple[str, ...] = ()
     if captured.method == "export" or not unread:
         report_only = (*unread, *captured.warnings)
+    base_width = sizes.base_width
+    if isinstance(base, (nn.Module, BaseShapes)):
+        base_width = _ratio_to_base(geometries, width)
     return Analysis(
         geometries=tuple(geometries),
         width=width,
-        base_width=_ratio_to_base(geometries, width) if isinstance(base, nn.Module) else sizes.base_width,
+        base_width=base_width,
         capture=captured.method,
         warnings=warnings,
         modules=tuple((name, type(module).__name__) for name, module in inferred.model.named_modules()),

@@ -55,9 +55,10 @@ def transform(
         model: Module with its initial weights, not compiled and not wrapped.
         example_inputs: A batch for capture; may be left out where the model tells its input.
         base: Reference width: at this width everything equals PyTorch's standard parameterization, and
-            hyperparameters mean what they mean there. Also sizes by dimension name, or another model. If left
-            out 256, or the model's own width where that is less: then nothing is scaled. Name the width at
-            which hyperparameters were tuned; ``print(model.mupass_plan)`` says which it is.
+            hyperparameters mean what they mean there. Also sizes by dimension name, another model, or the
+            path of a file of base shapes from microsoft/mup. If left out 256, or the model's own width where
+            that is less: then nothing is scaled. Name the width at which hyperparameters were tuned;
+            ``print(model.mupass_plan)`` says which it is.
         optimizer: ``sgd``, ``adam``, ``adamw``, ``kfac``, ``foof``, ``shampoo`` or an `OptimizerSpec`
             with its powers. It only chooses what the plan shows: the rewritten model is the same for all,
             and optimizers take their own scales from the plan. If left out the plan shows the rates of

@@ -26,7 +26,7 @@ def analyze(options: argparse.Namespace) -> int:
         options: Words of the command line.
     """
     model = _build(options)
-    base: Any = options.base
+    base: Any = options.base_shapes or options.base
     if options.base_target:
         # Of a second instance only the shapes matter, so it needs no memory.
         with torch.device("meta"):

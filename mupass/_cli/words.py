@@ -216,6 +216,9 @@ def _analyze(command: argparse.ArgumentParser) -> None:
         "--base-target", metavar="TARGET", help="a second instance, which settles every verdict"
     )
     command.add_argument(
+        "--base-shapes", metavar="FILE", help="base shapes that microsoft/mup wrote (.bsh), which do the same"
+    )
+    command.add_argument(
         "--dim",
         action="append",
         default=[],

@@ -11,6 +11,7 @@ from torch import nn
 
 from mupass._capture.capture import capture
 from mupass._capture.graph import Capture
+from mupass._dims.base_shapes import BaseShapes
 from mupass._dims.infer import Inference, infer
 from mupass._dims.names import DimNames, name_dims
 from mupass._dims.second_instance import Second, compare
@@ -46,7 +47,7 @@ def solve(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    base: nn.Module | None,
+    base: nn.Module | BaseShapes | None,
     dims: Mapping[str, str],
     strict: bool,
 ) -> Solution:
@@ -56,7 +57,7 @@ def solve(
         model: The module.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        base: A second instance at another width, or None.
+        base: A second instance at another width, or a file of base shapes, or None.
         dims: Verdicts that the caller settles, as for `analyze`.
         strict: Whether an operator without a rule is an error.
 
@@ -75,7 +76,10 @@ def solve(
     first, second = alone, Second()
     if base is not None:
         # The base model decides; inference from one model only says where it would have been wrong.
-        second = compare(captured, alone, shapes, base, args, kwargs)
+        if isinstance(base, BaseShapes):
+            second = base.settle(alone, shapes)
+        else:
+            second = compare(captured, alone, shapes, base, args, kwargs)
         first = infer(captured, second.axes, strict, second.dims)
     names = name_dims(model, first, alone)
     by_axis, by_dim = _overrides(dims, shapes, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -136,8 +137,8 @@ def _transformed(model: nn.Module, narrow: nn.Module, inputs: Any, options: Copy
         base = analyze(narrow, inputs, dims=options.dims).width
     elif base is None:
         base = narrow
-    # A base model is a second instance, which settles all dimensions itself.
-    dims = None if isinstance(base, nn.Module) else options.dims
+    # A base model is a second instance, which settles all dimensions itself; so does a file of base shapes.
+    dims = None if isinstance(base, (nn.Module, str, PathLike)) else options.dims
     copy = transform(
         deepcopy(model), inputs, base=base, parameterization=options.parameterization, init=options.init,
         dims=dims,
