@@ -27,7 +27,7 @@ def polar(g: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_update_equals_singular_vectors(name: str) -> None:
     net, x = make(name)
-    optimizer = mupass.Muon(net, LR, steps=14, **EVERY)
+    optimizer = mupass.Muon(net, LR, steps=14, adjust="spectral", **EVERY)
     net(x).square().mean().backward()
     got = moved(net, optimizer.step)
     for parameter, matrices in MODELS[name][2].items():
@@ -83,38 +83,45 @@ def torch_muon(grad: Tensor, lr: float, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
-def test_match_rms_adamw_is_the_step_of_torch(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_adjusted_steps_are_those_of_torch(shape: tuple[int, int], adjust: str) -> None:
     torch.manual_seed(0)
     rows, columns = shape
     net = nn.Sequential(nn.Linear(4, columns), nn.Tanh(), nn.Linear(columns, rows), nn.Tanh())
     net.append(nn.Linear(rows, 3)).double()
     mupass.transform(net, torch.randn(2, 4, dtype=torch.float64), base=max(shape))
-    optimizer = mupass.Muon(net, LR, adjust="match_rms_adamw", steps=14)
+    options = {} if adjust == "original" else {"adjust": adjust}  # the default is torch's
+    optimizer = mupass.Muon(net, LR, steps=14, **options)
     grad = torch.randn(rows, columns, dtype=torch.float64)
     net[2].weight.grad = grad
     got = moved(net, optimizer.step)["2.weight"]
-    want = torch_muon(grad, LR, adjust_lr_fn="match_rms_adamw")
+    want = torch_muon(grad, LR, adjust_lr_fn=adjust)
     assert (got - want).norm() < 0.02 * want.norm()  # theirs is in bfloat16
-    assert got.square().mean().sqrt().item() == pytest.approx(0.2 * LR, rel=1e-6)
-    # Without, it is shorter by what torch's adjustment says.
-    plain = torch_muon(grad, LR, adjust_lr_fn="original") / max(1, rows / columns) ** 0.5
-    assert (want - plain * 0.2 * max(shape) ** 0.5).norm() < 0.02 * want.norm()
+    if adjust == "match_rms_adamw":
+        assert got.square().mean().sqrt().item() == pytest.approx(0.2 * LR, rel=1e-6)
 
 
-def test_matched_rates_follow_the_row_of_muon_and_default_to_adams() -> None:
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_adjusted_rates_follow_the_row_of_muon(adjust: str) -> None:
     for name in ("mlp", "attention"):
         net, x = make(name)
         twin, _ = make(name)
         net(x).square().mean().backward()
         twin(x).square().mean().backward()
-        matched = moved(net, mupass.Muon(net, LR, adjust="match_rms_adamw", **EVERY).step)
-        plain = moved(twin, mupass.Muon(twin, LR, **EVERY).step)
+        adjusted = moved(net, mupass.Muon(net, LR, adjust=adjust, **EVERY).step)
+        plain = moved(twin, mupass.Muon(twin, LR, adjust="spectral", **EVERY).step)
         for parameter, matrices in MODELS[name][2].items():
             m_in, m_out = growth(name, parameter)
-            pairs = zip(matrices(matched[parameter]), matrices(plain[parameter]), strict=True)
+            pairs = zip(matrices(adjusted[parameter]), matrices(plain[parameter]), strict=True)
             for ours, muon in pairs:
-                longest = max(ours.shape[0] / m_out, ours.shape[1] / m_in)
-                assert_close(ours, muon * 0.2 * sqrt(longest), parameter)
+                rows, columns = ours.shape[0] / m_out, ours.shape[1] / m_in
+                factor = 0.2 * sqrt(max(rows, columns))
+                if adjust == "original":
+                    factor = sqrt(max(1, rows / columns))
+                assert_close(ours, muon * factor, parameter)
+
+
+def test_matched_rates_default_to_those_of_adam() -> None:
     net, _ = make("mlp")
     assert mupass.Muon(net, adjust="match_rms_adamw").param_groups[0]["lr"] == pytest.approx(
         mupass.Muon(net, adaptive=True).param_groups[0]["lr"]
@@ -153,12 +160,14 @@ def test_normuon_leaves_dead_neurons_alone_and_has_a_state_of_its_own() -> None:
         )
 
 
-@pytest.mark.parametrize("options", [{"normuon": True}, {"adjust": "match_rms_adamw"}])
+@pytest.mark.parametrize(
+    "options", [{"normuon": True}, {"adjust": "match_rms_adamw"}, {"adjust": "original"}]
+)
 def test_adamuon_takes_neither_adjustment_nor_normuon(options: dict[str, Any]) -> None:
     with pytest.raises(mupass.OptimizerError, match="adaptive=True is AdaMuon"):
         mupass.Muon(make("mlp")[0], LR, adaptive=True, **options)
-    with pytest.raises(mupass.OptimizerError, match="unknown adjust 'original'; known: spectral"):
-        mupass.Muon(make("mlp")[0], LR, adjust="original")
+    with pytest.raises(mupass.OptimizerError, match="unknown adjust 'adamw'; known: spectral"):
+        mupass.Muon(make("mlp")[0], LR, adjust="adamw")
 
 
 WIDTHS = (64, 512)

@@ -23,7 +23,7 @@ from mupass._scales.plan import OptimizerSpec
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
 ADAPTIVE_EPSILON = 1e-8
 LR = 0.04  # chosen by `benchmarks/defaults.py`
-ADJUST = ("spectral", "match_rms_adamw")
+ADJUST = ("spectral", "original", "match_rms_adamw")
 ADAM_RMS = 0.2  # root mean square of AdamW's usual updates (Liu et al., arXiv 2502.16982)
 
 
@@ -42,14 +42,16 @@ class Muon(MatrixOptimizer):
 
     With ``normuon=True`` every row of it, a neuron, is divided by the root of the moving average of its mean
     square, and the whole keeps its norm (NorMuon, arXiv 2510.05491). The norm is Muon's, and so is the row of
-    the scale table. With ``adjust="match_rms_adamw"`` steps are ``0.2 sqrt(max(rows, columns))`` times as
-    long, with the rows and columns of the base width: there they have the root mean square of AdamW's, whose
-    rate serves, and at other widths they follow Muon's row, as the spectral norm has to.
+    the scale table. Steps of tall matrices are ``sqrt(rows / columns)`` times as long, with the rows and
+    columns of the base width (``adjust="original"``, as in `torch.optim.Muon`). With
+    ``adjust="match_rms_adamw"`` all are ``0.2 sqrt(max(rows, columns))`` times as long: at the base width
+    they have the root mean square of AdamW's, whose rate serves. At other widths both follow Muon's row, as
+    the spectral norm has to.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
-        lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay; with
-            ``adjust="match_rms_adamw"`` that of AdamW.
+        lr: Learning rate at the base width: the spectral norm of one step, without momentum and decay, before
+            it is adjusted; with ``adjust="match_rms_adamw"`` that of AdamW.
         momentum: Weight of the past in the moving average.
         nesterov: Whether the present gradient is mixed in once more.
         steps: Number of polynomials. Singular values above 0.003 of the Schatten 4-norm come to within 20 %
@@ -57,7 +59,8 @@ class Muon(MatrixOptimizer):
         adaptive: AdaMuon.
         normuon: NorMuon.
         beta2: Weight of the past in AdaMuon's and NorMuon's squares.
-        adjust: ``spectral``, or ``match_rms_adamw`` as in `torch.optim.Muon`.
+        adjust: ``original`` or ``match_rms_adamw``, as in `torch.optim.Muon`, or ``spectral`` for steps of
+            spectral norm ``lr`` whatever the shape. None is ``original``, and with ``adaptive=True`` nothing.
         roles: Roles that Muon takes; ``input`` and ``output`` have their rows too.
         product_dtype: Precision of the matrix products; by default that of the factors, or bfloat16 for
             float32 factors on CUDA, and for larger ones on CPUs with instructions for it (AVX512-BF16, AMX).
@@ -103,7 +106,7 @@ class Muon(MatrixOptimizer):
         adaptive: bool = False,
         normuon: bool = False,
         beta2: float = 0.95,
-        adjust: str = "spectral",
+        adjust: str | None = None,
         roles: Collection[str] = ("hidden",),
         product_dtype: torch.dtype | None = None,
         weight_decay: float = 0.0,
@@ -116,12 +119,15 @@ class Muon(MatrixOptimizer):
         strict: bool = False,
     ) -> None:
         self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
-        self.normuon, self.adjust = normuon, check_choice("adjust", adjust, ADJUST)
-        if adaptive and (normuon or adjust != "spectral"):
+        self.normuon = normuon
+        if adaptive and (normuon or adjust not in (None, "spectral")):
             raise OptimizerError(
                 "adaptive=True is AdaMuon, which brings every entry to 1 and has Adam's rates already: leave "
                 "out normuon and adjust, or adaptive"
             )
+        if adjust is None:
+            adjust = "spectral" if adaptive else "original"
+        self.adjust = check_choice("adjust", adjust, ADJUST)
         self.beta2 = check_number("beta2", beta2, 0, 1)
         self._polynomials = quintics(check_period("steps", steps))
         training = Training(
@@ -137,7 +143,8 @@ class Muon(MatrixOptimizer):
         super().__init__(model, spec, lr, training, Layout(roles, compile))
 
     def _default_rate(self) -> float:
-        if self.adaptive or self.adjust != "spectral":  # steps of the size of Adam's
+        if self.adaptive or self.adjust == "match_rms_adamw":
+            # Steps are of the size of Adam's.
             return super()._default_rate()
         return LR
 
@@ -152,11 +159,14 @@ class Muon(MatrixOptimizer):
             self._matching.append(stack.each(partial(self._matched, stack)))
 
     def _matched(self, stack: Stack, name: str) -> float:
-        """Return by what steps are longer so that their root mean square is AdamW's at the base width."""
-        geometry, (rows, columns) = self.plan[name].geometry, stack.shape
-        if self.plan.parameterization == "standard":  # rates follow no width, and steps are torch's
-            return ADAM_RMS * sqrt(max(rows, columns))
-        return ADAM_RMS * sqrt(max(rows / geometry.m_out, columns / geometry.m_in))
+        """Return by what steps are longer than of spectral norm 1, by the shape at the base width."""
+        geometry = self.plan[name].geometry
+        rows, columns = map(float, stack.shape)
+        if self.plan.parameterization != "standard":  # where rates follow no width, steps are torch's
+            rows, columns = rows / geometry.m_out, columns / geometry.m_in
+        if self.adjust == "original":
+            return sqrt(max(1.0, rows / columns))
+        return ADAM_RMS * sqrt(max(rows, columns))
 
     def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
         state = {"average": stack.zeros(*stack.shape)}
