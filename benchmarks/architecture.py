@@ -33,6 +33,7 @@ ROOMS = (
     "_taps",
     "_rewrite",
     "_fold",
+    "_stage",
     "_optim",
     "_transform",
     "_initialize",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mupass._report import Analysis, Question, Report
     from mupass._resize.resize import resize
     from mupass._scales.plan import Entry, OptimizerSpec, Plan, Scales, plan_of
+    from mupass._stage import stage
     from mupass._study.check import coord_check
     from mupass._study.coords import CoordCheck
     from mupass._study.report import report
@@ -96,6 +97,7 @@ __all__ = [
     "report",
     "resize",
     "sample_targets",
+    "stage",
     "sweep",
     "transfer",
     "transform",
@@ -150,6 +152,7 @@ _MODULES = {
     "report": "mupass._study.report",
     "resize": "mupass._resize.resize",
     "sample_targets": "mupass._optim.sampling",
+    "stage": "mupass._stage",
     "sweep": "mupass._study.sweep",
     "transfer": "mupass._study.transfer",
     "transform": "mupass._transform",

@@ -82,9 +82,15 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
 
     Raises:
         PlanError: The model was not transformed.
-        TransformError: No parameter can hold a multiplier; the model is as it was.
+        TransformError: No parameter can hold a multiplier, or the model is a stage of a pipeline; it is as it
+            was.
     """
     root, plan = plan_of(model)
+    if plan.stage:
+        raise TransformError(
+            "a stage of a pipeline cannot be folded, since what holds a multiplier may be in another one: "
+            "load the weights of all stages into the whole transformed model, and fold that"
+        )
     work = _work(root, plan)
     target: nn.Module = root
     if not inplace:

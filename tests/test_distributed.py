@@ -1,9 +1,11 @@
 """Two gloo processes with half a batch each take the steps of one process with the whole batch."""
 
+import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +209,7 @@ class Parallel(nn.Module):
         return self.out(self.norm(h + self.down(F.gelu(self.up(h)))))
 
 
-TENSOR_PARALLEL: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+MESHES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "kfac": lambda model: mupass.KFAC(model, strict=True),
     "ekfac": lambda model: mupass.KFAC(model, ekfac=True, strict=True),
     "shampoo": lambda model: mupass.Shampoo(model, 0.01),
@@ -223,7 +225,7 @@ def _parallel_block() -> nn.Module:
 
 
 def _train_parallel(model: nn.Module, name: str, rows: slice) -> list[torch.Tensor]:
-    optimizer, draw = TENSOR_PARALLEL[name](model), torch.Generator().manual_seed(1)
+    optimizer, draw = MESHES[name](model), torch.Generator().manual_seed(1)
     for _ in range(8):
         x = torch.randn(64, 8, generator=draw, dtype=torch.float64)
         optimizer.zero_grad()
@@ -233,35 +235,53 @@ def _train_parallel(model: nn.Module, name: str, rows: slice) -> list[torch.Tens
     return [p.detach().clone() for p in whole]
 
 
-def _tensor_parallel_worker(rank: int, port: int, name: str, shards: int, path: Path) -> None:
+# Data parallelism on one axis of the mesh, and what happens on the other.
+LAYOUTS = {"tensor": (1, 2), "shards and tensor": (2, 2), "hybrid shards": (2, 2)}
+
+
+def _mesh_worker(rank: int, port: int, names: Sequence[str], layout: str, path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    with one_of(2 * shards, rank, port):
-        mesh = init_device_mesh("cpu", (shards, 2), mesh_dim_names=("data", "tensor"))
-        model = _parallel_block()
-        parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        part = slice(None)
-        if shards > 1:
-            fully_shard(model, mesh=mesh["data"])
-            part = slice(rank // 2, None, shards)
-        trained = _train_parallel(model, name, part)
+    sizes = LAYOUTS[layout]
+    ranks = sizes[0] * sizes[1]
+    with one_of(ranks, rank, port):
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("data", "inner"))
+        trained = {}
+        for name in names:
+            model = _parallel_block()
+            part = slice(None)
+            if layout == "hybrid shards":
+                fully_shard(model, mesh=mesh)
+                part = slice(rank, None, ranks)
+            else:
+                plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                parallelize_module(model, mesh["inner"], plan)
+            if layout == "shards and tensor":
+                fully_shard(model, mesh=mesh["data"])
+                part = slice(rank // 2, None, 2)
+            trained[name] = _train_parallel(model, name, part)
         if rank == 0:
             torch.save(trained, path)
 
 
-@pytest.mark.sample("1-kfac")
-@pytest.mark.parametrize("name", TENSOR_PARALLEL)
-@pytest.mark.parametrize("shards", [1, 2], ids=["1", "2"])
-def test_tensor_parallel_equals_one_process(name: str, shards: int, tmp_path: Path) -> None:
-    """Alone and, on four ranks, with FSDP2."""
-    where = tmp_path / "result.pt"
-    mp.spawn(_tensor_parallel_worker, (free_port(), name, shards, where), nprocs=2 * shards)
-    for ours, theirs in zip(
-        torch.load(where), _train_parallel(_parallel_block(), name, slice(None)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+# One start of the ranks, which takes seconds, serves several optimizers.
+FIRST, OTHERS = ("kfac",), ("ekfac", "shampoo", "soap", "muon", "adamw")
+
+
+@pytest.mark.sample("tensor-kfac")
+@pytest.mark.parametrize("names", [FIRST, OTHERS], ids=["kfac", "others"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mesh_equals_one_process(names: Sequence[str], layout: str, tmp_path: Path) -> None:
+    where, (outer, inner) = tmp_path / "result.pt", LAYOUTS[layout]
+    mp.spawn(_mesh_worker, (free_port(), names, layout, where), nprocs=outer * inner)
+    trained = torch.load(where)
+    for name in names:
+        want = _train_parallel(_parallel_block(), name, slice(None))
+        for number, (ours, theirs) in enumerate(zip(trained[name], want, strict=True)):
+            message = f"{name}, parameter {number}"
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8, msg=message)
 
 
 def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> None:
@@ -333,3 +353,140 @@ def test_a_run_with_a_rank_killed_ends_where_a_clean_one_does(tmp_path: Path) ->
     assert counts == {"steps": TOTAL}  # a resumed run counts incidents anew
     assert end == loss < 0.5
     assert all(torch.equal(p, q) for p, q in zip(restored, parameters, strict=True))
+
+
+class Deep(nn.Module):
+    """Layers by name, any of which may be missing."""
+
+    def __init__(self, w: int) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Linear(w, w), nn.LayerNorm(w)
+        self.layers = nn.ModuleDict({str(i): nn.Linear(w, w) for i in range(3)})
+        self.head = nn.Linear(w, w)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.enter is not None:
+            x = self.enter(x)
+        for layer in self.layers.values():
+            x = x + F.gelu(layer(x))
+        if self.head is not None:
+            x = self.head(self.norm(x))
+        return x
+
+
+MICRO, ROWS = 4, 64
+
+
+def _deep() -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(Deep(8).double(), torch.zeros(2, 8, dtype=torch.float64), base=4)
+
+
+def _stage_of(model: nn.Module, rank: int) -> nn.Module:
+    """Return a copy with the first half of the layers, or with the second."""
+    part = copy.deepcopy(model)
+    for name in ("1", "2") if rank == 0 else ("0",):
+        del part.layers[name]
+    if rank == 0:
+        part.norm = part.head = None
+    else:
+        part.enter = None
+    return mupass.stage(part)
+
+
+# Bounds of K-FAC hold for each stage, and roots are spread over a period among those of the stage alone:
+# without that, and without a floor under all layers, steps are the same.
+UNBOUND: dict[str, Any] = {"loss_terms": ROWS, "kl_clip": None, "damping_floor": 0.0, "stagger": False}
+PIPELINE: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
+    "kfac": lambda m, scale: mupass.KFAC(m, loss_scale=scale, strict=True, **UNBOUND),
+    "ekfac": lambda m, scale: mupass.KFAC(m, loss_scale=scale, ekfac=True, **UNBOUND),
+    "shampoo": lambda m, scale: mupass.Shampoo(m, 0.01, root_every=1),
+    "soap": lambda m, scale: mupass.SOAP(m, 0.01, basis_every=2),
+    "muon": lambda m, scale: mupass.Muon(m, 0.01),
+    "adamw": lambda m, scale: torch.optim.AdamW(mupass.param_groups(m, 0.01)),
+}
+
+
+def _train_in_micro_batches(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    optimizer, draw = PIPELINE[name](model, 1.0), torch.Generator().manual_seed(1)
+    for _ in range(6):
+        x = torch.randn(ROWS, 8, generator=draw, dtype=torch.float64)
+        optimizer.zero_grad()
+        for part in x.chunk(MICRO):
+            (F.cross_entropy(model(part), part.argmax(1)) / MICRO).backward()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _pipeline_worker(rank: int, port: int, names: Sequence[str], path: Path) -> None:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    with one_of_two(rank, port):
+        trained = {}
+        for name in names:
+            part = _stage_of(_deep(), rank)
+            optimizer, draw = PIPELINE[name](part, MICRO), torch.Generator().manual_seed(1)
+            stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+            schedule = ScheduleGPipe(stage, MICRO, loss_fn=lambda y, t: F.cross_entropy(y, t))
+            for _ in range(6):
+                x = torch.randn(ROWS, 8, generator=draw, dtype=torch.float64)
+                optimizer.zero_grad()
+                if rank == 0:
+                    schedule.step(x)
+                else:
+                    schedule.step(target=x.argmax(1))
+                optimizer.step()
+            trained[name] = {key: p.detach().clone() for key, p in part.named_parameters()}
+        torch.save(trained, path / f"{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [FIRST, OTHERS], ids=["kfac", "others"])
+def test_stages_of_a_pipeline_equal_one_process(names: Sequence[str], tmp_path: Path) -> None:
+    mp.spawn(_pipeline_worker, (free_port(), names, tmp_path), nprocs=2)
+    stages = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name in names:
+        found = {**stages[0][name], **stages[1][name]}
+        want = _train_in_micro_batches(_deep(), name)
+        assert found.keys() == want.keys()
+        for key, value in want.items():
+            message = f"{name}, {key}"
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-8, msg=message)
+
+
+def test_a_stage_keeps_its_part_of_the_plan_and_refuses_what_needs_the_whole() -> None:
+    model = _deep()
+    parts = [_stage_of(model, rank) for rank in (0, 1)]
+    assert sorted([*parts[0].mupass_plan, *parts[1].mupass_plan]) == sorted(model.mupass_plan)
+    for part in parts:
+        assert all(part.mupass_plan[name] == model.mupass_plan[name] for name in part.mupass_plan)
+        assert mupass.Plan.from_json(part.mupass_plan.to_json()) == part.mupass_plan
+        with pytest.raises(mupass.OptimizerError, match="pass loss_terms="):
+            mupass.KFAC(part, loss_terms=64)
+        with pytest.raises(mupass.OptimizerError, match="leave it out"):
+            mupass.Shampoo(part, data_parallel=True)
+        with pytest.raises(mupass.TransformError, match="fold that"):
+            mupass.fold(part)
+    with pytest.raises(mupass.PlanError, match="no plan"):
+        mupass.stage(Deep(8))
+    other = copy.deepcopy(model)
+    other.layers["0"] = nn.Linear(8, 4).double()
+    with pytest.raises(mupass.PlanError, match="planned with shape"):
+        mupass.stage(other)
+    renamed = copy.deepcopy(model)
+    renamed.layers["3"] = renamed.layers.pop("0")
+    with pytest.raises(mupass.PlanError, match=r"layers.3.weight: not in the plan"):
+        mupass.stage(renamed)
+    assert not renamed.mupass_plan.stage
+
+
+def test_a_tie_is_in_one_stage() -> None:
+    table = nn.Embedding(10, 16)
+    net = nn.Sequential(table, nn.LayerNorm(16), nn.Linear(16, 10, bias=False))
+    net[2].weight = table.weight
+    net = mupass.transform(net, torch.zeros(1, 3, dtype=torch.long), base=8)
+    for missing in (0, 2):
+        part = copy.deepcopy(net)
+        part[missing] = nn.Identity()
+        with pytest.raises(mupass.PlanError, match="which is in another stage"):
+            mupass.stage(part)

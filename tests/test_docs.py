@@ -120,6 +120,15 @@ def test_links_between_pages_lead_somewhere():
             assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_the_page_of_support_names_tests_that_are_there():
+    text = (ROOT / "docs/support.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 10
+    for path, test in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test or 'test_'}", source, re.M), f"{path}::{test}"
+
+
 def test_the_picture_is_well_formed_and_needs_no_network():
     picture = (ROOT / "docs/pipeline.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(picture)

@@ -31,7 +31,16 @@ from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
-from mupass._parallel import exchange, from_rank, is_sharded, local, sharded_like, sum_over_ranks, whole
+from mupass._parallel import (
+    exchange,
+    from_rank,
+    is_sharded,
+    local,
+    sharded_like,
+    sum_over_ranks,
+    whole,
+    world_size,
+)
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 
 OVERRIDES = ("lr", "weight_decay", "damping")
@@ -56,6 +65,18 @@ class PlannedOptimizer(BoundOptimizer):
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
     _ranks = 1
+
+    @staticmethod
+    def _sharing(model: nn.Module, data_parallel: bool | None) -> int:
+        """Return over how many ranks factors are summed: a stage of a pipeline shares none."""
+        if not plan_of(model)[1].stage:
+            return world_size(data_parallel)
+        if data_parallel:
+            raise OptimizerError(
+                "data_parallel=True sums over all ranks, and those of a pipeline have other stages: "
+                "leave it out"
+            )
+        return 1
 
     def __init__(
         self, model: nn.Module, spec: OptimizerSpec, lr: float | None, damping: float, training: Training

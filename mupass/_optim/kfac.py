@@ -20,8 +20,8 @@ from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
-from mupass._parallel import rank_of, sum_of, world_size
-from mupass._scales.plan import OptimizerSpec
+from mupass._parallel import rank_of, sum_of
+from mupass._scales.plan import OptimizerSpec, plan_of
 from mupass._taps.blocks import Options
 from mupass._taps.cover import cover
 from mupass._taps.intercept import pass_on
@@ -196,7 +196,13 @@ class KFAC(PlannedOptimizer):
         self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
         self.step_bound, self.kl_clip = bounds.step, bounds.kl
         self.loss_scale = loss_scale
-        self._ranks = world_size(data_parallel)
+        self._ranks = self._sharing(model, data_parallel)
+        if e_b and None in (loss_terms, loss_scale) and plan_of(model)[1].stage:
+            raise OptimizerError(
+                "a stage of a pipeline may see no loss: pass loss_terms=, the number of terms that it "
+                "averages over (samples for a classifier, tokens for a language model), and loss_scale=, the "
+                "number of micro-batches if the schedule divides gradients by it (torch's do), or else 1"
+            )
         self._compiled = Compiled(compile)
         training = Training(
             momentum,

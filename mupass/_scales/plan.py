@@ -22,7 +22,7 @@ from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 6
+VERSION = 7
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
@@ -45,6 +45,7 @@ class Plan:
         folded: Whether the weights hold all multipliers already.
         decided: Whether an optimizer was named or made; until then the print shows the rates of all.
         trained: Whether values and outputs of a trained model were left as they are.
+        stage: Whether it is of a part of the model, see `mupass.stage`.
 
     Raises:
         PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, a name
@@ -65,6 +66,7 @@ class Plan:
     folded: bool = False
     decided: bool = field(default=True, compare=False)
     trained: bool = False
+    stage: bool = False
 
     def __post_init__(self) -> None:
         check_plan(

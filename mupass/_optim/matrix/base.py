@@ -16,7 +16,7 @@ from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
 from mupass._optim.training import Training
-from mupass._parallel import deal, rank_of, world_size
+from mupass._parallel import deal, rank_of
 from mupass._records import Geometry
 from mupass._scales.plan import OptimizerSpec
 
@@ -73,7 +73,7 @@ class MatrixOptimizer(PlannedOptimizer):
         damping: float = 0.0,
     ) -> None:
         self.roles, self.block_size, self.modes = frozenset(layout.roles), layout.block_size, layout.modes
-        self._ranks = world_size(layout.data_parallel)
+        self._ranks = self._sharing(model, layout.data_parallel)
         self._layout = layout
         self._blockings: dict[str, Blocking] = {}
         super().__init__(model, spec, lr, damping, training)
