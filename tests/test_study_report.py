@@ -77,3 +77,36 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mupass.StudyError, match=r"written as \.html"):
         mupass.report(tmp_path / "a.pdf", mupass.transform(net()).mupass_plan)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_study_is_headed_by_its_case_and_sweeps_stand_side_by_side(tmp_path: Path) -> None:
+    sweeps = []
+    for parameterization in ("mup", "standard"):
+        sweeps.append(
+            mupass.sweep(
+                net(), batches(), [0.01, 0.03], [32, 64], steps=2, progress=False, optimizer="adam",
+                parameterization=parameterization,
+            )
+        )  # fmt: skip
+    page = Path(mupass.report(tmp_path / "two.html", *sweeps)).read_text(encoding="utf-8")
+    assert "<h1>Sweep: adam, mup</h1>" in page and "<h1>Sweep: adam, standard</h1>" in page
+    assert page.count("Sweeps side by side") == 1
+    one = Path(mupass.report(tmp_path / "one.html", sweeps[0])).read_text(encoding="utf-8")
+    assert "side by side" not in one
+
+
+def test_sweeps_of_different_things_are_not_laid_side_by_side() -> None:
+    from mupass._study.sweep_result import comparable
+
+    rates = mupass.sweep(net(), batches(), [0.01, 0.03], [32], steps=1, progress=False)
+    losses = mupass.sweep(
+        net(),
+        batches(),
+        [0.01, 0.03],
+        [32],
+        steps=1,
+        progress=False,
+        evaluate=lambda m: m(batches()[0][0]).sum(),
+    )
+    assert comparable([rates, rates]) == [rates, rates]
+    assert comparable([rates, losses]) == [] and comparable([rates]) == []

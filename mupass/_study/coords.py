@@ -218,7 +218,8 @@ def page(check: CoordCheck) -> Page:
         mark = "bad"
     elif marked.rows:
         mark = "doubt"
-    return Page("Coordinate check", mark, check.verdict(), _facts(check), parts)
+    title = f"Coordinate check: {check.optimizer}, {check.parameterization}"
+    return Page(title, mark, check.verdict(), _facts(check), parts)
 
 
 def figure(check: CoordCheck) -> Figure:
@@ -237,13 +238,16 @@ def figure(check: CoordCheck) -> Figure:
 
 def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: int) -> None:
     """Draw what was measured at one step; what fails is thick, red and named."""
-    failures = 0
+    failures = passes = 0
     for measured in _places(check).values():
         row = _chosen(measured, quantities, step)
         if row is None or row.rule == "shown":
             continue
         if row.verdict != "FAIL":
-            _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2)
+            # One entry of the legend stands for all of them.
+            named = {} if passes else {"label": "each line a place; blue does not fail"}
+            _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2, **named)
+            passes += 1
         elif failures < len(MARKERS):
             named = {"marker": MARKERS[failures], "label": _short(row.site)}
             _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3, **named)
@@ -256,8 +260,10 @@ def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: i
     axis.set_xticks(check.widths, list(map(str, check.widths)))
     axis.minorticks_off()
     axis.set_xlabel("width")
+    title = ""
     if failures:
-        title = "fails" if failures <= len(MARKERS) else f"{failures} fail, first of all"
+        title = "red fails" if failures <= len(MARKERS) else f"red: {failures} fail, first of all"
+    if failures or passes:
         axis.legend(
             frameon=False, fontsize=7, title=title, title_fontsize=7, alignment="left",
             loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0,

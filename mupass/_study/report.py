@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mupass._errors import StudyError
 from mupass._files import write_text
-from mupass._page import document, listing
+from mupass._page import document, listing, section
 from mupass._scales.plan import Plan
 from mupass._study.coords import CoordCheck
-from mupass._study.page import HTML, Page
-from mupass._study.sweep_result import Sweep
+from mupass._study.page import HTML, Page, drawing
+from mupass._study.sweep_result import Sweep, comparable, overlaid
 from mupass._study.transfer import Transfer
 
 Reported = CoordCheck | Sweep | Transfer | Plan
@@ -49,6 +49,9 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
         links.append(f'<li><a href="#study{number}">{html.escape(page.title)}</a>{verdict}</li>')
         articles.append(f'<article id="study{number}">{page.html()}</article>')
     summary = f"<nav><ol>{''.join(links)}</ol></nav>"
+    sweeps = comparable(studies)
+    if sweeps:
+        summary += section("Sweeps side by side", drawing(lambda: overlaid(sweeps)))
     body = f"<h1>{html.escape(title)}</h1>{summary}{''.join(articles)}"
     write_text(path, document(title, body), StudyError)
     return str(path)

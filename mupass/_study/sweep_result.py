@@ -262,7 +262,16 @@ def page(sweep: Sweep) -> Page:
         mark = "doubt"
     elif moved(sweep):
         mark = "bad"
-    return Page("Sweep", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
+    return Page(f"Sweep: {case(sweep)}", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
+
+
+def case(sweep: Sweep) -> str:
+    """Return what was swept, in two words.
+
+    Args:
+        sweep: The sweep.
+    """
+    return f"{sweep.optimizer}, {sweep.parameterization}"
 
 
 def sections(sweep: Sweep) -> list[str]:
@@ -367,6 +376,46 @@ def figure(sweep: Sweep) -> Figure:
             title_fontsize=7,
         )  # fmt: skip
     return drawn
+
+
+def overlaid(sweeps: Sequence[Sweep]) -> Figure:
+    """Draw several sweeps of one hyperparameter side by side, on the same axes of loss and of values.
+
+    Args:
+        sweeps: The sweeps.
+    """
+    drawn, axes = new_figure(len(sweeps))
+    name = sweeps[0].names[0]
+    for axis, sweep in zip(axes, sweeps, strict=True):
+        axis.sharex(axes[0])
+        axis.sharey(axes[0])
+        _draw_curves(axis, sweep, name)
+        axis.set_title(case(sweep), fontsize=10)
+        axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel(sweeps[0].score)
+    if all(trial.loss > 0 for sweep in sweeps for trial in sweep.trials):
+        logarithmic(axes[0])
+    for axis in axes:
+        axis.minorticks_off()
+        axis.legend(
+            frameon=False, fontsize=8, loc="upper center", title="star: optimum; bar: interval",
+            title_fontsize=7,
+        )  # fmt: skip
+    return drawn
+
+
+def comparable(studies: Sequence[Any]) -> list[Sweep]:
+    """Return the sweeps among studies if there are several, all over one and the same hyperparameter.
+
+    Args:
+        studies: Studies of any kind.
+    """
+    found = [study for study in studies if isinstance(study, Sweep)]
+    kinds = {(sweep.names, sweep.score) for sweep in found}
+    if len(found) < 2 or len(kinds) > 1 or len(found[0].names) > 1:
+        return []
+    return found
 
 
 def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:
