@@ -28,7 +28,7 @@ MODES = ("relative", "absolute", "trace")
 KERNELS = ("matrix", "modes")
 ADAPTIVE = {"adam", "rmsprop"}  # grafts that average squares
 # Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
-RATES = {"none": 0.02, "spectral": 0.02, "sgd": 0.1}
+RATES = {"none": 0.04, "spectral": 0.02, "sgd": 0.1}
 
 
 class Shampoo(MatrixOptimizer):
