@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mupass._capture.lstm_states import right_lstm_states
 from mupass._errors import CaptureError
 
 BATCH, LENGTH = 2, 8
@@ -74,7 +73,7 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]), right_lstm_states():
+        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
             fake: dict[str, Tensor] = {k: mode.from_tensor(v) for k, v in state.items()}
             inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             torch.func.functional_call(model, fake, *inputs, tie_weights=True)

@@ -1,4 +1,4 @@
-"""The shapes of an LSTM's last states on fake tensors: torch before 2.13 has them wrong."""
+"""The shapes of an LSTM's last states in an exported graph: torch before 2.13 has them wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @contextmanager
 def right_lstm_states() -> Iterator[None]:
-    """Give an LSTM's last states the shapes on fake tensors that they have on real ones.
+    """Give an LSTM's last states the shapes in an exported graph that they have in a run.
 
-    Before 2.13 torch leaves an axis of size 1 in the states of every layer: ``[layers, 1, batch, hidden]``.
-    All operators that follow would have wrong shapes too.
+    The export of torch before 2.13 leaves an axis of size 1 in them: ``[layers, 1, batch, hidden]``. All
+    operators that follow would have wrong shapes too.
     """
     if torch.__version__ >= "2.13":
         yield
