@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 import mupass
 from benchmarks.contestants import CONTESTANTS, CYCLE, Contestant, Task, make_task, seeded
@@ -123,8 +124,15 @@ def tensor_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated things answer isinstance with a warning
         alive = [t for t in gc.get_objects() if isinstance(t, Tensor)]
-    storages = [t.untyped_storage() for t in alive if not isinstance(t, FakeTensor) and not t.is_meta]
+    storages = [t.untyped_storage() for t in alive if _has_memory(t)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Tell real tensors from those that captures and compilations leave behind."""
+    if isinstance(t, (FakeTensor, FunctionalTensor)) or t.is_meta:
+        return False
+    return not torch._is_functional_tensor(t)
 
 
 def peak() -> int:

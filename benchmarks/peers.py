@@ -45,9 +45,11 @@ def look_into(folder: str | None) -> None:
 
 
 def missing(names: Sequence[str]) -> dict[str, str]:
-    """Return the peers that cannot be imported, with the reason."""
+    """Return the peers that are not there, with the reason."""
     found = {}
     for name in names:
+        if name == "torch Muon" and not hasattr(torch.optim, "Muon"):
+            found[name] = f"torch {torch.__version__} has no torch.optim.Muon"
         module = MODULES.get(name.split(" #")[0])
         if module is None:  # torch's
             continue

@@ -79,7 +79,7 @@ class Contestant:
         settings: What it is told beyond its defaults.
         rivals: For ours, the peers that it is compared with.
         same_rate: For ours, whether what it does not precondition has the tuned rate too.
-        module: What it needs, a key of `peers.MODULES`.
+        package: What it needs, by a name that `peers.missing` knows.
     """
 
     start: int
@@ -87,7 +87,7 @@ class Contestant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     rivals: tuple[str, ...] = ()
     same_rate: bool = True
-    module: str | None = None
+    package: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -125,21 +125,21 @@ CONTESTANTS = {
         {"basis_every": PERIOD, "block_size": WHOLE},
         rivals=("official SOAP", "HeavyBall SOAP"),
     ),
-    "official SOAP": Contestant(-8, peers.official_soap, module="official SOAP"),
-    "HeavyBall SOAP": Contestant(-8, peers.heavyball_soap, {"compiled": False}, module="HeavyBall SOAP"),
+    "official SOAP": Contestant(-8, peers.official_soap, package="official SOAP"),
+    "HeavyBall SOAP": Contestant(-8, peers.heavyball_soap, {"compiled": False}, package="HeavyBall SOAP"),
     "mupass Shampoo": Contestant(
         -8, mupass.Shampoo, {"graft": "adam", "root_every": PERIOD}, rivals=("Distributed Shampoo",)
     ),
-    "Distributed Shampoo": Contestant(-8, peers.distributed_shampoo, module="Distributed Shampoo"),
+    "Distributed Shampoo": Contestant(-8, peers.distributed_shampoo, package="Distributed Shampoo"),
     "mupass Muon": Contestant(-5, mupass.Muon, rivals=("torch Muon",), same_rate=False),
-    "torch Muon": Contestant(-5, peers.torch_muon, {"rest_lr": REST_LR}),
+    "torch Muon": Contestant(-5, peers.torch_muon, {"rest_lr": REST_LR}, package="torch Muon"),
     "mupass KFAC": Contestant(-6, mupass.KFAC, {"root_every": PERIOD}, rivals=KFAC_PEERS, same_rate=False),
-    KFAC_PEERS[0]: Contestant(-5, peers.kfac_pytorch, {"rest_lr": REST_LR}, module="kfac-pytorch"),
+    KFAC_PEERS[0]: Contestant(-5, peers.kfac_pytorch, {"rest_lr": REST_LR}, package="kfac-pytorch"),
     KFAC_PEERS[1]: Contestant(
         -6,
         peers.kfac_pytorch,
         {"rest_lr": REST_LR, "damping": 1e-2, "kl_clip": unclipped},
-        module="kfac-pytorch",
+        package="kfac-pytorch",
     ),
 }
 
@@ -436,9 +436,9 @@ def chosen(options: argparse.Namespace) -> dict[str, Contestant]:
         ValueError: An argument for nobody, or for a peer.
     """
     found = {who: c for who, c in CONTESTANTS.items() if not options.only or matches(who, options.only)}
-    for who, reason in peers.missing([c.module for c in found.values() if c.module]).items():
+    for who, reason in peers.missing([c.package for c in found.values() if c.package]).items():
         print(f"left out: {who} ({reason})")
-        found = {name: c for name, c in found.items() if c.module != who}
+        found = {name: c for name, c in found.items() if c.package != who}
     for word in options.set:
         name, dot, rest = word.partition(".")
         argument, sign, text = rest.partition("=")

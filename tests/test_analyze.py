@@ -107,6 +107,17 @@ def test_a_second_instance_tells_whether_heads_or_head_dim_grows(device: str) ->
     assert "head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)" in note
 
 
+def test_copies_that_one_instance_makes_are_no_difference_to_a_second() -> None:
+    class Copying(Packed):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clone())
+
+    def grown(base: nn.Module) -> list[str]:
+        return [w for w in mupass.analyze(Packed(32, 4), X, base=base).warnings if "head_dim grows" in w]
+
+    assert grown(Copying(16, 2)) == [] and len(grown(Copying(16, 4))) == 1
+
+
 def test_a_second_instance_that_runs_other_operators_settles_parameters_only() -> None:
     class Deeper(nn.Module):
         def __init__(self, d: int) -> None:

@@ -254,6 +254,20 @@ def test_inputs_are_found(model: nn.Module) -> None:
     model(*args, **kwargs)
 
 
+def test_the_last_states_of_an_lstm_are_captured() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(5, 8, 2, bidirectional=True), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, (hidden, _) = self.lstm(x)
+            return self.head(hidden.permute(1, 0, 2).flatten(1))
+
+    captured = capture(Last(), (torch.zeros(7, 2, 5),), {})
+    assert captured.method == "export" and captured.outputs[0][1].meta["val"].shape == (2, 3)
+
+
 def test_inputs_that_cannot_be_found_are_asked_for() -> None:
     with pytest.raises(mupass.CaptureError, match="cannot tell what Several takes"):
         mupass.analyze(Several())

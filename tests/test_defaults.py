@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_examples import write
+from test_muon import needs_torch_muon
 from torch import nn
 
 import mupass
@@ -323,6 +324,7 @@ def test_contestants_see_the_same_weights_and_batches(setup: quality.Setup) -> N
     assert other != pytest.approx(curves[0], rel=1e-2)
 
 
+@needs_torch_muon
 def test_quality_is_tuned_timed_and_goes_on(setup: quality.Setup, monkeypatch, capsys) -> None:
     words = [
         "--only",
@@ -337,7 +339,7 @@ def test_quality_is_tuned_timed_and_goes_on(setup: quality.Setup, monkeypatch, c
         "--out",
         str(setup.out),
     ]
-    absent = quality.Contestant(-8, quality.adamw, module="Absent")
+    absent = quality.Contestant(-8, quality.adamw, package="Absent")
     monkeypatch.setattr(quality, "CONTESTANTS", {**quality.CONTESTANTS, "Absent": absent})
     monkeypatch.setitem(peers.MODULES, "Absent", "no_such_module")
     monkeypatch.setattr(quality, "PERIODS", 1)
@@ -381,6 +383,14 @@ def test_an_argument_of_ours_can_be_changed(setup: quality.Setup, capsys) -> Non
 # Peers -----------------------------------------------------------------------------------------------------
 
 
+def test_a_torch_without_muon_is_said_to_lack_it(monkeypatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    found = peers.missing(["torch Muon", "AdamW"])
+    assert found == {"torch Muon": f"torch {torch.__version__} has no torch.optim.Muon"}
+    assert "torch Muon" not in optimizer_peers.others(compiled=False)
+
+
+@needs_torch_muon
 def test_muon_on_a_kernel_is_muon_on_its_matrix() -> None:
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(6, 3, 2, 2))

@@ -143,6 +143,12 @@ def test_ci_runs_the_test_commands_of_the_readme():
     assert steps.index(f"{short} || exit") < steps.index(rest) == len(steps) - 1
 
 
+def test_the_oldest_torch_is_the_same_everywhere():
+    (oldest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for page in ("README.md", "docs/quickstart.md"):
+        assert f"torch {oldest} or later" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
 def test_the_changelog_has_this_version():
     assert f"## {mupass.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

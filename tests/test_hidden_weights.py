@@ -21,6 +21,10 @@ SEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clone": lambda w, x: w.clone(),
     "transposed twice": lambda w, x: w.t().contiguous().t(),
     "all of it": lambda w, x: w[:, :],
+    "from its start": lambda w, x: w[0:],
+    "every one": lambda w, x: w[::1],
+    "the last axis": lambda w, x: w[..., :],
+    "all axes": lambda w, x: w[...],
 }
 UNSEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "half and back": lambda w, x: w.half().float() * 1.0,

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import mupass
 from mupass._optim.linalg.polar import orthogonalize, quintics
 
+needs_torch_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no torch.optim.Muon"
+)
 LR = 0.1
 EVERY = {"roles": ["input", "hidden", "output"], "fallback": "sgd", "fallback_lr": 0.5}
 
@@ -60,6 +63,7 @@ def test_momentum(nesterov: bool, adaptive: bool) -> None:
         assert (got + LR * want).abs().max() < 1e-5 * want.abs().max()
 
 
+@needs_torch_muon
 def test_a_step_points_where_torch_muon_points() -> None:
     net, x = make("mlp")
     optimizer = mupass.Muon(net, LR)
@@ -82,6 +86,7 @@ def torch_muon(grad: Tensor, lr: float, **options: Any) -> Tensor:
     return weight.detach().double()
 
 
+@needs_torch_muon
 @pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 def test_adjusted_steps_are_those_of_torch(shape: tuple[int, int], adjust: str) -> None:

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_flatten_with_path
 from mupass._capture.draws import settled_draws
 from mupass._capture.graph import Capture, number_in, parameter_names, path_text, plain_outputs, quiet
 from mupass._capture.inline import inline_contexts
+from mupass._capture.lstm_states import right_lstm_states
 from mupass._capture.record import record
+from mupass._capture.whole_slices import drop_whole_slices
 from mupass._errors import CaptureError
 
 
@@ -58,7 +60,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: Keyword inputs.
     """
     canonical, aliases = parameter_names(model)
-    with quiet(), settled_draws(), plain_outputs(model):
+    with quiet(), settled_draws(), plain_outputs(model), right_lstm_states():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
 
@@ -87,7 +89,7 @@ def _from_export(
 
 
 def _outputs(program: Any) -> tuple[tuple[str, Node], ...]:
-    """Name what the model returns among all outputs; contexts such as ``no_grad`` are inlined on the way."""
+    """Name what the model returns among all outputs, and tidy the graph on the way."""
     user_outputs = program.graph_signature.user_outputs
     paths = _output_paths(program, len(user_outputs))
     path_of = dict(zip(map(str, user_outputs), paths, strict=False))
@@ -96,7 +98,9 @@ def _outputs(program: Any) -> tuple[tuple[str, Node], ...]:
     for place, node in enumerate(output.args[0]):
         if isinstance(node, Node) and node.name in path_of:
             places.append((place, path_of[node.name]))
-    inline_contexts(program.graph_module)  # the nodes of outputs change, not their places
+    # The nodes of outputs change, not their places.
+    inline_contexts(program.graph_module)
+    drop_whole_slices(program.graph_module)
     return tuple((path, output.args[0][place]) for place, path in places)
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 
 from mupass._capture.draws import settled_draws
 from mupass._capture.graph import Capture, fresh_copy, number_in, path_text, plain_outputs, quiet
+from mupass._capture.whole_slices import drop_whole_slices
 from mupass._errors import CaptureError
 
 
@@ -218,6 +219,7 @@ def _from_recording(
     warning: str,
 ) -> Capture:
     module = found.module
+    drop_whole_slices(module)
     # Placeholders come in the order of the arguments of `run`: parameters, buffers, inputs.
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     held = len(parameters) + len(buffers)

@@ -25,6 +25,16 @@ def operator_name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def computing(nodes: Iterable[Node]) -> list[Node]:
+    """Return the operators that compute; which others there are may differ from device to device.
+
+    Args:
+        nodes: Operators of a graph.
+    """
+    idle = Trait.COPIES | Trait.DETACHES
+    return [node for node in nodes if not traits(operator_name(node.target)) & idle]
+
+
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return a shape; every size that depends on data gets a number that no other size is likely to have."""
     return tuple(size if isinstance(size, int) else _stand_in(size) for size in tensor.shape)

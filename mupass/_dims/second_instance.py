@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from mupass._capture.capture import capture
 from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
-from mupass._dims.graph import flatten, output_shapes
+from mupass._dims.graph import computing, flatten, output_shapes
 from mupass._dims.infer import Inference
 from mupass._errors import CaptureError, InferenceError
 
@@ -28,7 +28,7 @@ class Second:
         sizes: Dimension -> size in the second instance.
         notes: What could not be compared.
         captured: Its graph, where it runs the same operators.
-        twins: Operator of the first -> the same operator of the second.
+        twins: Operator of the first that computes -> the same operator of the second.
     """
 
     axes: Mapping[tuple[str, int], tuple[bool, str]] = field(default_factory=dict)
@@ -73,10 +73,11 @@ def compare(
         other = capture(base, moved_args, moved_kwargs)
     except CaptureError as error:
         return Second(axes, notes=(f"{_UNSETTLED} since it cannot be captured ({error})",))
-    if [node.target for node in other.nodes] != [node.target for node in captured.nodes]:
+    nodes, others = computing(captured.nodes), computing(other.nodes)
+    if [node.target for node in others] != [node.target for node in nodes]:
         return Second(axes, notes=(f"{_UNSETTLED} since it runs other operators at its width",))
     # The same operators in the same order: each has its twin.
-    twins = dict(zip(captured.nodes, other.nodes, strict=True))
+    twins = dict(zip(nodes, others, strict=True))
     sizes = _other_sizes(alone, twins, base)
     dims = {}
     for dim, other_size in sizes.items():

@@ -16,8 +16,7 @@ from mupass._capture.graph import Capture, fresh_copy, parameter_names, quiet
 from mupass._capture.inputs import try_forward
 from mupass._capture.record import record
 from mupass._dims.facts import Value
-from mupass._dims.graph import operator_name, shape_of
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.graph import computing, operator_name, shape_of
 from mupass._errors import CaptureError
 from mupass._resize.sizes import NewSizes
 
@@ -113,7 +112,7 @@ class Target:
         return max((at + 1 for at, owner in enumerate(self.owners) if owner in done), default=0)
 
     def _difference(self, again: Capture) -> Failure | None:
-        nodes, count = computing(again), len(self.shapes)
+        nodes, count = computing(again.nodes), len(self.shapes)
         for at, (node, want) in enumerate(zip(nodes, self.operators, strict=False)):
             have = [shape_of(t) for t in _tensors(node)]
             if not _fit(have, want):
@@ -141,7 +140,7 @@ def target_of(
         device: Device of the resized model.
     """
     shapes = {n: tuple(sizes.of_axis(n, i) for i in range(p.dim())) for n, p in model.named_parameters()}
-    nodes = computing(captured)
+    nodes = computing(captured.nodes)
     env = sizes.solved.engine.env
     predicted = []
     for node in nodes:
@@ -151,16 +150,6 @@ def target_of(
     owners = [captured.owners.get(n, "") for n in nodes]
     moved = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
     return Target(shapes, predicted, owners, moved, captured.method == "export")
-
-
-def computing(captured: Capture) -> list[Node]:
-    """Return the operators of a graph that compute.
-
-    Args:
-        captured: The graph.
-    """
-    idle = Trait.COPIES | Trait.DETACHES
-    return [n for n in captured.nodes if not traits(operator_name(n.target)) & idle]
 
 
 def _tensors(node: Node) -> list[Tensor]:

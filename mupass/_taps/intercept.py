@@ -184,7 +184,7 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _elementwise(output, *args, "shift")
     if func in NORMS:
         return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
-    whole = func is T.__getitem__ and _takes_all(args[1])
+    whole = func is T.__getitem__ and _takes_all(args[0], args[1], output)
     if whole or func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
         return _turned(output, args[0], _order(func, args))
     return output
@@ -203,9 +203,11 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return _product(output, left, right, func, kwargs.get("alpha", 1))
 
 
-def _takes_all(index: Any) -> bool:
-    """Whether an index is ``[:]``, ``[:, :]`` and so on, which takes all of a tensor as it is."""
-    return all(i == slice(None) for i in (index if isinstance(index, tuple) else (index,)))
+def _takes_all(source: Tensor, index: Any, output: Tensor) -> bool:
+    """Whether an index is ``[:]``, ``[..., 0:]`` and so on, and takes all of a tensor as it is."""
+    indices = index if isinstance(index, tuple) else (index,)
+    spans = all(isinstance(i, slice) or i is Ellipsis for i in indices)
+    return spans and output.shape == source.shape
 
 
 def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Operands) -> list[Any]:

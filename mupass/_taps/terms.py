@@ -31,8 +31,16 @@ class _Terms(torch.autograd.Function):
         if ctx.passes is not None:
             ctx.passes.begin()
         (count,) = ctx.saved_tensors
-        terms = next((n for n, g in zip(ctx.terms, grads, strict=True) if g is not None), 0)
-        return None, torch.full_like(count, terms), *grads
+        return None, torch.full_like(count, _terms_of_first(ctx.terms, grads)), *grads
+
+
+def _terms_of_first(terms: Sequence[int], grads: Sequence[Tensor | None]) -> int:
+    """Return the terms of the first output that has a gradient, 0 if none has."""
+    # A plain loop: Dynamo of torch 2.8 does not trace next() of a generator with a default.
+    for count, grad in zip(terms, grads, strict=True):
+        if grad is not None:
+            return count
+    return 0
 
 
 def loss_terms(shape: tuple[int, ...]) -> int:
