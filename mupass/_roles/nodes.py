@@ -1,0 +1,53 @@
+"""Small questions to operators of a graph, which several modules of this room ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from mupass._capture.graph import Capture
+from mupass._dims.graph import operator_name
+from mupass._dims.infer import Inference
+
+
+def tensors_among(arguments: Iterable[Any]) -> list[Node]:
+    """Return the arguments of an operator that are tensors, not numbers or None.
+
+    Args:
+        arguments: Some of its arguments.
+    """
+    return [argument for argument in arguments if isinstance(argument, Node)]
+
+
+def place_of(operator: Node, owners: Mapping[Node, str]) -> str:
+    """Name an operator by what it is and the module that calls it.
+
+    Args:
+        operator: The operator.
+        owners: Module of every operator.
+    """
+    return f"{operator_name(operator.target)} in {owners.get(operator, '') or 'the root module'}"
+
+
+def placeholders_of(captured: Capture, parameter: str) -> list[Node]:
+    """Return the placeholders of a parameter.
+
+    Args:
+        captured: The graph.
+        parameter: Its name.
+    """
+    return [node for node, name in captured.parameters.items() if name == parameter]
+
+
+def summed_between_activations(solved: Inference) -> frozenset[int]:
+    """Return the dimensions that a product of two activations sums over or makes, such as head_dim.
+
+    Args:
+        solved: The inference.
+    """
+    summed: set[int] = set()
+    for product in solved.engine.facts.bilinear:
+        summed |= solved.engine.space.find_all(product.inner)
+    return frozenset(summed)
