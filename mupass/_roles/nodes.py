@@ -8,7 +8,8 @@ from typing import Any
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import operator_name
+from mupass._dims.facts import Value
+from mupass._dims.graph import flatten, operator_name
 from mupass._dims.infer import Inference
 
 
@@ -39,6 +40,15 @@ def placeholders_of(captured: Capture, parameter: str) -> list[Node]:
         parameter: Its name.
     """
     return [node for node, name in captured.parameters.items() if name == parameter]
+
+
+def all_static(results: Iterable[Any]) -> bool:
+    """Return whether tensors are made of parameters, buffers and constants alone.
+
+    Args:
+        results: What the inference knows of them, nested as operators return them.
+    """
+    return all(value.static for value in flatten(results) if isinstance(value, Value))
 
 
 def summed_between_activations(solved: Inference) -> frozenset[int]:
