@@ -34,12 +34,15 @@ NORMS = {
     "native_batch_norm": (1, 2),
     "instance_norm": (1, 2),
 }
+# Positions of what is added up: add(x, y), index_add(x, dim, index, y), where(mask, x, y).
 SUMS = {"add": (0, 1), "sub": (0, 1), "index_add": (0, 3), "scatter_add": (0, 3), "where": (1, 2)}
 ATTENTION = "scaled_dot_product"  # linear in the values, its third argument
+# Operators with several results, of which the first takes the factor: a norm gives its statistics as well.
 FIRST_OF_SEVERAL = ("native_", "_fused_rms_norm", "max_pool2d_with_indices", "_scaled_dot_product", "cudnn_")
 ZEROS = ("aten.zeros", "aten.new_zeros", "aten.zeros_like")
 # Readers that take the shape or the type of a tensor and none of its values.
 BLIND = ("sym_size", "zeros_like", "ones_like", "empty_like", "new_", "full_like", "_assert", "rand_like")
+# Layers whose weight can undo a factor on what they read.
 WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d")
 
 

@@ -40,6 +40,7 @@ def with_lengths(geometries: Sequence[Geometry], captured: Capture) -> list[Geom
     for geometry in geometries:
         direction_of = directions.get(geometry.name)
         if direction_of is not None:
+            # Only a readout's weight shrinks with the width, and so does its length.
             growth = direction_of.m_in if direction_of.role == "output" else 1.0
             geometry = replace(geometry, direction=direction_of.name, m_direction=growth)
         noted.append(replace(geometry, length=lengths.get(geometry.name, "")))
