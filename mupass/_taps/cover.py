@@ -64,12 +64,14 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
     for geometry in biases:
         maker.add(geometry, maker.bias)
     maker.exclude()
+    # In the plan's order, without frozen parameters.
     kept = {}
     for entry in plan.entries:
         name = entry.geometry.name
         if name in maker.blocks and name in trained:
             kept[name] = maker.blocks[name]
     maker.blocks = kept
+    # Parameters that turned out to be frozen or excluded leave taps behind that nothing reads.
     read: set[Place] = set()
     for block in kept.values():
         for factor in block.factors:
@@ -135,6 +137,7 @@ class _Maker:
         Raises:
             _Uncovered: Its uses have no common Kronecker form.
         """
+        # A tensor may be a weight and shift something as well.
         sites = [site for site in geometry.sites if site.kind != "bias"]
         kinds = {site.kind for site in sites}
         # nn.MultiheadAttention cuts its packed projection up: of that no single operator has a form.
@@ -248,8 +251,8 @@ class _Maker:
 
     def _single(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a weight that all of its sites use in the same way."""
-        kind, into, made = sites[0].kind, sites[0].in_axes, sites[0].out_axes
-        key = product_key(into, made)
+        kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
+        key = product_key(in_axes, out_axes)
         if kind == "embedding":
             key = kind
         elif kind == "conv":
@@ -261,13 +264,13 @@ class _Maker:
             groups = int(module.groups)  # type: ignore[arg-type]
             # Its kernel is [channels in, channels out, *positions].
             if isinstance(module, TRANSPOSED):
-                kind, into, made = "conv_transpose", (0, *range(2, len(geometry.shape))), (1,)
+                kind, in_axes, out_axes = "conv_transpose", (0, *range(2, len(geometry.shape))), (1,)
         elif kind in PRODUCTS and len(geometry.shape) == 2:
             kind = "linear"
         fusions: tuple[Fusion, ...] = ()
         if groups == 1:
-            fusions = tuple(fusion for fusion in geometry.fusions if fusion.axis in made)
-        matrices = Matrices(geometry.shape, made, into, fusions, groups)
+            fusions = tuple(fusion for fusion in geometry.fusions if fusion.axis in out_axes)
+        matrices = Matrices(geometry.shape, out_axes, in_axes, fusions, groups)
         layer = self._layer(geometry, matrices, kind)
         self._open(places, layer)
         # A fused weight (q, k, v) reads one input, and has output gradients for every matrix.
@@ -277,14 +280,14 @@ class _Maker:
 
     def _layer(self, geometry: Geometry, matrices: Matrices, kind: str) -> Layer:
         """Return the shapes of the factors of a weight."""
-        into, made = matrices.in_axes, matrices.out_axes
-        inputs, outputs = _size(geometry, into), _size(geometry, made)
+        in_axes, out_axes = matrices.in_axes, matrices.out_axes
+        inputs, outputs = _size(geometry, in_axes), _size(geometry, out_axes)
         # Axes that are neither summed over nor made: they count experts, say.
-        batch = [axis for axis in range(len(geometry.shape)) if axis not in (*into, *made)]
+        batch = [axis for axis in range(len(geometry.shape)) if axis not in (*in_axes, *out_axes)]
         # Groups divide the first axis, whichever side it is on.
-        if 0 in into:
+        if 0 in in_axes:
             inputs //= matrices.groups
-        if 0 in made:
+        if 0 in out_axes:
             outputs //= matrices.groups
         sizes = [outputs]
         for fusion in matrices.fusions:
@@ -298,10 +301,10 @@ class _Maker:
             matrices.groups * _size(geometry, batch),
             inputs,
             tuple(sizes),
-            # Rows are laid out as [groups, samples, positions, *axes made].
-            tuple(replace(fusion, axis=3 + made.index(fusion.axis)) for fusion in matrices.fusions),
-            diagonal_in=kind == "embedding" or self._is_table(geometry, into),
-            diagonal_out=self._is_table(geometry, made),
+            # Rows are laid out as [groups, samples, positions, *out_axes].
+            tuple(replace(fusion, axis=3 + out_axes.index(fusion.axis)) for fusion in matrices.fusions),
+            diagonal_in=kind == "embedding" or self._is_table(geometry, in_axes),
+            diagonal_out=self._is_table(geometry, out_axes),
         )
 
     def _is_table(self, geometry: Geometry, axes: Sequence[int]) -> bool:
@@ -311,32 +314,35 @@ class _Maker:
 
     def _tied(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a table that is read by index (or as a first layer) and used as a readout as well."""
-        made = geometry.fan_out_axes
-        if made not in ((0,), (1,)):
-            made = (1,)
-        into = (1 - made[0],)
-        first = self._side(geometry, sites, into, made, rows=into)
-        second = self._side(geometry, sites, made, into, rows=into)
-        matrices = Matrices(geometry.shape, made, into)
+        out_axes = geometry.fan_out_axes
+        if out_axes not in ((0,), (1,)):
+            out_axes = (1,)
+        in_axes = (1 - out_axes[0],)
+        first = self._side(geometry, sites, in_axes, out_axes, rows=in_axes)
+        second = self._side(geometry, sites, out_axes, in_axes, rows=in_axes)
+        matrices = Matrices(geometry.shape, out_axes, in_axes)
         return Block(geometry.name, "tied", matrices, first[:1], first[1:], Tied(first, second))
 
     def _side(
         self,
         geometry: Geometry,
         sites: Sequence[Site],
-        into: tuple[int, ...],
-        made: tuple[int, ...],
+        in_axes: tuple[int, ...],
+        out_axes: tuple[int, ...],
         rows: tuple[int, ...],
     ) -> tuple[Factor, Factor]:
         """Return the factors of one of the two uses of a tied weight."""
-        own = [site for site in sites if (site.in_axes, site.out_axes) == (into, made)]
-        kind = own[0].kind
-        key = kind if kind == "embedding" else product_key(into, made)
-        places = self._places(geometry, own, key)
-        layer = self._layer(geometry, Matrices(geometry.shape, made, into), kind)
+        fitting = [site for site in sites if (site.in_axes, site.out_axes) == (in_axes, out_axes)]
+        kind = fitting[0].kind
+        key = kind if kind == "embedding" else product_key(in_axes, out_axes)
+        places = self._places(geometry, fitting, key)
+        layer = self._layer(geometry, Matrices(geometry.shape, out_axes, in_axes), kind)
         # The side that counts the rows of the table is a diagonal in one use, so it is in the other.
-        diagonal_in, diagonal_out = layer.diagonal_in or into == rows, layer.diagonal_out or made == rows
-        self._open(places, replace(layer, diagonal_in=diagonal_in, diagonal_out=diagonal_out))
+        if in_axes == rows:
+            layer = replace(layer, diagonal_in=True)
+        if out_axes == rows:
+            layer = replace(layer, diagonal_out=True)
+        self._open(places, layer)
         return Factor("a", places), Factor("b", places)
 
     def _packed_attention(self, geometry: Geometry) -> Block | None:

@@ -51,8 +51,10 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
     F.linear: ((0, ("input",)), (1, ("weight",))),
     F.embedding: ((0, ("input",)), (1, ("weight",))),
 }
+# w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
+# Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
 SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
@@ -107,6 +109,7 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     taps: dict[str, Tap] = vars(parameter).setdefault(ATTRIBUTE, {})
     if not is_sharded(parameter):
         _look_out(parameter, name, taps)
+    # One hook changes the parameter for all taps of it.
     elif not taps:
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
     return taps.setdefault(key, Tap())
@@ -120,6 +123,7 @@ def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
         name: Name of the parameter.
         old: What the parameter was.
     """
+    # fully_shard puts new tensors into modules; a trainer puts them into the optimizer's groups as well.
     taps: dict[str, Tap] | None = vars(old).get(ATTRIBUTE)
     new = root.get_parameter(name)
     if not taps or new is old:
@@ -241,9 +245,9 @@ def look_out_for(value: Tensor, parameter: nn.Parameter) -> Tensor:
     taps = _taps(parameter)
     if taps is None:
         return value
-    seen = value.as_subclass(TappedView)
-    setattr(seen, ATTRIBUTE, taps)
-    return seen
+    tapped = value.as_subclass(TappedView)
+    setattr(tapped, ATTRIBUTE, taps)
+    return tapped
 
 
 def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form: Any) -> Tensor:
@@ -268,6 +272,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         weight, activation, weight_at = right, left, 1
     if _taps(weight) is None or not isinstance(activation, Tensor):
         return output
+    # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
     sizes = [0] * len(view)
     for place, axis in enumerate(view):
@@ -316,12 +321,12 @@ def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
     absent = ["weight", "bias"]
     if bound.get("training"):
         absent += ["running_mean", "running_var"]
-    bare = dict(bound)
+    unscaled = dict(bound)
     for name in absent:
-        if name in bare:
-            bare[name] = None
+        if name in unscaled:
+            unscaled[name] = None
     with torch.no_grad():
-        normalized = func(**bare)
+        normalized = func(**unscaled)
     form = Elementwise(1)  # channels of batch and group norms
     if "normalized_shape" in bound:
         count = len(bound["normalized_shape"])
@@ -359,10 +364,10 @@ def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
     taps, view = _taps(weight), _view(weight)
     if taps is None or not isinstance(output, Tensor):
         return output
-    seen = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
-    setattr(seen, ATTRIBUTE, taps)
-    setattr(seen, VIEW, tuple(view[axis] for axis in order))
-    return seen
+    tapped = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
+    setattr(tapped, ATTRIBUTE, taps)
+    setattr(tapped, VIEW, tuple(view[axis] for axis in order))
+    return tapped
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -377,11 +382,11 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _all_idle(map(_taps, (packed, out, *separate))):
         return attention(*args, **kwargs)
     projected = _projected(args[:3], packed, separate, biases)
-    eye = torch.eye(width, dtype=args[0].dtype, device=args[0].device)
+    identity = torch.eye(width, dtype=args[0].dtype, device=args[0].device)
     # Neither packed weights nor biases, and nothing to multiply the output by.
-    inner = [*projected, *args[3:5], None, None, *args[7:11], eye, None, *args[13:]]
-    identities = dict.fromkeys(["q_proj_weight", "k_proj_weight", "v_proj_weight"], eye)
-    attended, scores = attention(*inner, **{**kwargs, **identities, "use_separate_proj_weight": True})
+    arguments = [*projected, *args[3:5], None, None, *args[7:11], identity, None, *args[13:]]
+    identities = dict.fromkeys(["q_proj_weight", "k_proj_weight", "v_proj_weight"], identity)
+    attended, scores = attention(*arguments, **{**kwargs, **identities, "use_separate_proj_weight": True})
     return _product(F.linear(attended, out, out_bias), attended, out, F.linear), scores
 
 
