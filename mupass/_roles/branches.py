@@ -36,6 +36,7 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
     outputs = {node for _, node in captured.outputs}
     sums = _residual_sums(captured, order)
     sums = _outermost(sums, _next_ends(order, outputs, sums))
+    # Once more: what led into a branch inside of another one leads into the outer one now.
     reached = _next_ends(order, outputs, sums)
     holders = carriers(captured, [(end, (total,)) for end, total in sums.items()])
     branches = []
@@ -174,6 +175,7 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
         Node -> module, and the reason why there is none.
     """
     reader_module, module = owners.get(into, ""), owners.get(end, "")
+    # A multiplier on it would reach them too.
     others = [user for user in end.users if user is not into]
     if others:
         return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"

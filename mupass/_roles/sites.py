@@ -53,6 +53,7 @@ def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, 
     found = []
     for placeholder in placeholders_of(captured, parameter):
         for reading in _readings(captured, placeholder):
+            # Uses are found by dimension rules, sites by the patterns below: they meet in these three.
             site, _ = _site(reading)
             if (site.operator, site.module, site.in_axes) == (use.operator, use.module, use.fan_in):
                 factors, _ = reading.product()
@@ -269,6 +270,7 @@ def _bias(reading: _Reading, factors: list[Any]) -> Found:
         if beta != 1:
             return reading.refused(f"adds it times beta={beta}")
         return _along_one_axis(reading, "shift", factors[0], len(_shape(reading.reader)))
+    # "" where the weight is computed from several parameters.
     weight = reading.captured.parameters.get(root_of(factors[-1]), "")
     return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
 
