@@ -125,7 +125,7 @@ class _Push:
     def _made(self, operator: Node) -> tuple[Held, ...]:
         """Push the factor into the operands of an operator."""
         name = _short(operator)
-        # lstm(x)[0], torch.max(x, 1)[0]
+        # native_layer_norm(x, ...)[0]: behind it are the statistics.
         if is_getitem(operator):
             return self._first_of_several(operator)
         # torch.zeros(n): c times nothing is nothing.
@@ -158,10 +158,8 @@ class _Push:
             Blocked: A constant stands beside that operand in the result.
         """
         # relu(c x) = c relu(x) for c > 0, (c x) / y = c (x / y), embedding(c table, tokens)
-        if (
-            traits(operator_name(operator.target)) & (Trait.HOMOGENEOUS | Trait.DIVIDES)
-            or name == "embedding"
-        ):
+        known = traits(operator_name(operator.target))
+        if known & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
             return 0
         # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
         if name in {"constant_pad_nd", "pad", "masked_fill"}:

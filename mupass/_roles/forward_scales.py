@@ -44,7 +44,7 @@ def settle(constants: Sequence[Constant], second: Second) -> tuple[list[Constant
             doubtful.append(constant)
             continue
         found = multiplier(second.captured, twin)
-        # A number that is the same at both widths only happens to equal a power of one.
+        # A number that is the same at both widths only happens to equal a power of this one.
         if found is None or isclose(found[0], constant.value):
             continue
         size = prod(second.sizes.get(dim, 0) for dim in constant.dims)

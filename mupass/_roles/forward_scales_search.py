@@ -20,7 +20,7 @@ from mupass._dims.facts import Value
 from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
-from mupass._roles.nodes import all_static, place_of, summed_between_activations
+from mupass._roles.nodes import all_static, inner_dims, place_of
 
 POWERS = (-1.0, -0.5, 0.5, 1.0)
 SMALLEST = 8  # powers of smaller sizes are numbers like 1/2 and 2, which are written for other reasons
@@ -111,10 +111,12 @@ def _number(captured: Capture, value: Any) -> float | None:
 
 
 class _Search:
+    """Goes through a graph in the order of execution, and carries along what is known of its tensors."""
+
     def __init__(self, captured: Capture, solved: Inference):
         self.captured, self.solved, self.values = captured, solved, solved.engine.env
         self.space = solved.engine.space
-        self.inner = summed_between_activations(solved)
+        self.inner = inner_dims(solved)
         self.summed: dict[Node, tuple[int, ...]] = {}  # dims that the product behind a tensor contracted
         self.length: dict[Node, tuple[int, ...]] = {}  # dims that a tensor is the length along
         self.unit: dict[Node, Constant] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from mupass._dims.infer import Inference
 from mupass._dims.space import Members
 from mupass._records import Fusion
-from mupass._roles.nodes import summed_between_activations
+from mupass._roles.nodes import inner_dims
 
 LIMIT = 64  # more pieces than this are positions or entries, not matrices
 # What makes an axis a fused one: sizes that it splits into, which of them counts the matrices, and the length
@@ -73,7 +73,7 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
     """
     space, facts = solved.engine.space, solved.engine.facts
     enumerated = frozenset(space.find_all(facts.enumerated))
-    finder = _Finder(solved, enumerated, summed_between_activations(solved))
+    finder = _Finder(solved, enumerated, inner_dims(solved))
     alternatives = space.find_all(facts.alternatives)
     fusions = []
     for axis in axes:

@@ -51,13 +51,13 @@ def all_static(results: Iterable[Any]) -> bool:
     return all(value.static for value in flatten(results) if isinstance(value, Value))
 
 
-def summed_between_activations(solved: Inference) -> frozenset[int]:
-    """Return the dimensions that a product of two activations sums over or makes, such as head_dim.
+def inner_dims(solved: Inference) -> frozenset[int]:
+    """Return the dimensions of products of two activations that are no batch, such as head_dim of attention.
 
     Args:
         solved: The inference.
     """
-    summed: set[int] = set()
+    inner: set[int] = set()
     for product in solved.engine.facts.bilinear:
-        summed |= solved.engine.space.find_all(product.inner)
-    return frozenset(summed)
+        inner |= solved.engine.space.find_all(product.inner)
+    return frozenset(inner)

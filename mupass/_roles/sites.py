@@ -270,7 +270,7 @@ def _bias(reading: _Reading, factors: list[Any]) -> Found:
         if beta != 1:
             return reading.refused(f"adds it times beta={beta}")
         return _along_one_axis(reading, "shift", factors[0], len(_shape(reading.reader)))
-    # "" where the weight is computed from several parameters.
+    # "" where the factor is no parameter as it is: an activation, or a weight that is computed.
     weight = reading.captured.parameters.get(root_of(factors[-1]), "")
     return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
 
