@@ -97,8 +97,6 @@ def transform(
         0.5
     """
     _refuse(model)
-    if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a mupass.Plan (Plan.load reads a file), not {kind_of(plan)}")
     if plan is None:
         row(parameterization)  # a misspelt name is told before the model is captured
         spec = OptimizerSpec.of(optimizer or UNDECIDED)
@@ -110,13 +108,7 @@ def transform(
         alerts = [warning for warning in plan.warnings if warning not in analysis.notes]
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
-        settled = [name for name, value in given.items() if value is not None]
-        if parameterization not in ("mup", plan.parameterization):
-            settled.append("parameterization")
-        if init != "auto":
-            settled.append("init")
-        if settled:
-            raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
+        _refuse_settled(plan, given, parameterization, init)
         if optimizer is not None:
             plan = plan.for_optimizer(optimizer)
         plan.check(model)
@@ -272,6 +264,25 @@ def _refuse(model: nn.Module) -> None:
                 f"{path or 'the model'} is transformed already; a second pass would scale twice. Build the "
                 "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer"
             )
+
+
+def _refuse_settled(
+    plan: object, given: Mapping[str, object], parameterization: str, init: InitChoice
+) -> None:
+    """Refuse arguments that a saved plan settles; None, or the default, is none.
+
+    Raises:
+        PlanError: There are some, or the plan is none.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a mupass.Plan (Plan.load reads a file), not {kind_of(plan)}")
+    settled = [name for name, value in given.items() if value is not None]
+    if parameterization not in ("mup", plan.parameterization):
+        settled.append("parameterization")
+    if init != "auto":
+        settled.append("init")
+    if settled:
+        raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
 
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:

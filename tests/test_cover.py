@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_kfac import LR, PLAIN, RHO, damping, moved, power
 from test_taps import BASE, WIDTH, normal
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mupass
 
@@ -479,7 +480,7 @@ def test_two_graphs_over_a_run_with_schedules(make_net: type[nn.Module]) -> None
     optimizer = mupass.KFAC(net, 0.01, RHO, factor_every=2, root_every=3, kl_clip=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(net, fullgraph=True, backend=counter)
     for step in range(10):
         for group in optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,41 +219,43 @@ def _from_recording(
     aliases: Mapping[str, tuple[str, ...]],
     warning: str,
 ) -> Capture:
+    """Put the operators of one run into the record that all captures give."""
     module = found.module
     drop_whole_slices(module)
+    nodes: dict[str, list[Node]] = defaultdict(list)
+    for node in module.graph.nodes:
+        nodes[node.op].append(node)
     # Placeholders come in the order of the arguments of `run`: parameters, buffers, inputs.
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders, operators = nodes["placeholder"], nodes["call_function"]
     held = len(parameters) + len(buffers)
     named = dict(zip(placeholders, parameters, strict=False))
     states = placeholders[len(parameters) : held]
     filled = dict(zip(states, buffers, strict=True))
     inputs = {node: f"input {number}" for number, node in enumerate(placeholders[held:])}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":  # a constant made in the forward pass
-            node.meta["val"] = getattr(module, node.target)
-            states.append(node)
-    output = next(n for n in module.graph.nodes if n.op == "output")
-    nodes = [n for n in torch.fx.node.map_arg(output.args[0], lambda n: n) if isinstance(n, Node)]
-    operators = tuple(n for n in module.graph.nodes if n.op == "call_function")
-    owners = {n: found.callers.get(n.name, "") for n in operators}
-    outputs = tuple(zip(paths, nodes, strict=False))
+    # Constants that the forward pass makes.
+    for node in nodes["get_attr"]:
+        node.meta["val"] = getattr(module, str(node.target))
+        states.append(node)
+    (output,) = nodes["output"]
+    results: Any = output.args[0]
+    returned = [result for result in results if isinstance(result, Node)]
     numbers = {}
     for node in states:
         number = number_in(node.meta.get("val"))
         if number is not None:
             numbers[node] = number
     return Capture(
-        operators,
+        tuple(operators),
         named,
         tuple(states),
         inputs,
-        outputs,
+        tuple(zip(paths, returned, strict=False)),
         aliases,
         "recorded run",
-        owners,
+        {node: found.callers.get(node.name, "") for node in operators},
         (warning,),
         buffers=filled,
         numbers=numbers,
-        derivatives=frozenset(n for n in operators if n.name in found.backward),
+        derivatives=frozenset(node for node in operators if node.name in found.backward),
         transformed=found.transformed,
     )

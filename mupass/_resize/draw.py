@@ -74,19 +74,24 @@ class Draw:
             self._warn_of_doubts(drawn, geometries, laws)
         # What no width changes comes first: one seed draws it alike at every width.
         for name in sorted(drawn, key=lambda name: _grows(axes[name])):
-            law = laws[name]
-            if own_code and law.doubtful:
-                continue
-            values = drawn[name]
-            if tuple(values.shape) == shapes[name] and not self.fresh:
-                made[name] = _kept(values, law)
+            if own_code and laws[name].doubtful:
                 continue
             try:
-                made[name] = draw(name, values, axes[name], law, self.generator)
+                made[name] = self._values(name, drawn[name], axes[name], laws[name], shapes[name])
             except ResizeError:
                 if not own_code:
                     raise
         return made
+
+    def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:
+        """Return the values of one parameter that follow a law.
+
+        Raises:
+            ResizeError: They follow none that is known.
+        """
+        if tuple(values.shape) == shape and not self.fresh:
+            return _kept(values, law)
+        return draw(name, values, axes, law, self.generator)
 
     def _continued(
         self, source: Mapping[str, Tensor], axes: Mapping[str, Axes], shapes: Mapping[str, Shape]

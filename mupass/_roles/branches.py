@@ -12,6 +12,7 @@ from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Branch
 from mupass._roles.carriers import carriers
+from mupass._roles.nodes import place_of, tensors_among
 
 DERIVED = (
     "the forward pass takes derivatives (torch.func, torch.autograd.grad), and gradients and tangents add up "
@@ -32,94 +33,134 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
         captured: The graph.
     """
     order = [*captured.parameters, *captured.inputs, *captured.states, *captured.nodes]
-    before = _ancestors(order)
-    number = {node: i for i, node in enumerate(order)}
-    origin: dict[Node, Node] = {}  # a residual sum -> where its stream began
-    ends: dict[Node, Node] = {}  # branch -> the sum it goes into
-    weighted = _weighted(captured, before)
-    for node in captured.nodes:
-        found = _branch_of(node, before, number, origin)
-        if found:
-            stream, start, end = found
-            origin[node] = origin.get(stream, stream)
-            # Without a weight on the way it is arithmetic, such as a hand-written activation.
-            if any(before[n] >> number[start] & 1 and before[end] >> number[n] & 1 for n in weighted):
-                ends[end] = node
     outputs = {node for _, node in captured.outputs}
-    reached = _reached(order, outputs, ends)
-    # A branch whose sum reaches nothing but one other branch is part of that one.
-    ends = {e: into for e, into in ends.items() if len(reached[e]) != 1 or None in reached[e]}
-    reached = _reached(order, outputs, ends)
-    parameters = {name: reached[node] for node, name in captured.parameters.items()}
-    found_branches = []
-    held = carriers(captured, [(end, (into,)) for end, into in ends.items()])
-    for (end, into), carrier in zip(ends.items(), held, strict=True):
-        own = tuple(name for name, ways in parameters.items() if ways == {end})
-        modules, reason = modules_behind(end, into, captured.owners)
+    sums = _residual_sums(captured, order)
+    sums = _outermost(sums, _next_ends(order, outputs, sums))
+    # Once more: what led into a branch inside of another one leads into the outer one now.
+    reached = _next_ends(order, outputs, sums)
+    holders = carriers(captured, [(end, (total,)) for end, total in sums.items()])
+    branches = []
+    for (end, total), carrier in zip(sums.items(), holders, strict=True):
+        # A parameter that reaches the output past the branch too is not scaled with it.
+        own = tuple(name for node, name in captured.parameters.items() if reached[node] == {end})
+        modules, reason = modules_behind(end, total, captured.owners)
         reason = reason or why_shared(modules, captured)
         if captured.transformed or captured.derivatives:
             reason = DERIVED
-        found_branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
-    return tuple(found_branches)
+        branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
+    return tuple(branches)
 
 
-def _ancestors(order: Iterable[Node]) -> dict[Node, int]:
-    """Return every node -> a set of the nodes it depends on, as bits."""
-    before: dict[Node, int] = {}
-    for i, node in enumerate(order):
-        bits = 1 << i
-        for source in node.all_input_nodes:
-            bits |= before.get(source, 0)
-        before[node] = bits
-    return before
+class _Dependencies:
+    """Tells which nodes a node is computed from; every node holds a set of them as bits of one number."""
+
+    def __init__(self, order: Iterable[Node]) -> None:
+        self._number = {node: number for number, node in enumerate(order)}
+        self._sources: dict[Node, int] = {}
+        for node, number in self._number.items():
+            bits = 1 << number
+            for source in node.all_input_nodes:
+                bits |= self._sources.get(source, 0)
+            self._sources[node] = bits
+
+    def depends(self, node: Node, source: Node) -> bool:
+        """Return whether a node is computed from another one, or is it."""
+        return bool(self._sources[node] >> self._number[source] & 1)
 
 
-def _weighted(captured: Capture, before: Mapping[Node, int]) -> list[Node]:
+def _residual_sums(captured: Capture, order: Iterable[Node]) -> dict[Node, Node]:
+    """Return the end of every branch -> the sum that it goes into."""
+    dependencies = _Dependencies(order)
+    weighted = _weighted(captured)
+    origin: dict[Node, Node] = {}  # a residual sum -> where its stream began
+    sums: dict[Node, Node] = {}
+    for node in captured.nodes:
+        found = _branch_of(node, dependencies, origin)
+        if found is None:
+            continue
+        stream, start, end = found
+        origin[node] = origin.get(stream, stream)
+        # Without a weight on the way it is arithmetic: x + 0.5 * x**2, say, in a hand-written activation.
+        for operator in weighted:
+            if dependencies.depends(operator, start) and dependencies.depends(end, operator):
+                sums[end] = node
+                break
+    return sums
+
+
+def _weighted(captured: Capture) -> list[Node]:
     """Return the operators with an operand that is made of parameters and no input."""
-    inputs, parameters = (
-        sum(before[node] for node in group) for group in (captured.inputs, captured.parameters)
-    )
-
-    def weight(operand: Node) -> bool:
-        return bool(before.get(operand, 0) & parameters) and not before[operand] & inputs
-
-    return [node for node in captured.nodes if any(map(weight, node.all_input_nodes))]
+    of_inputs = set(captured.inputs)
+    of_parameters = set(captured.parameters)
+    weighted = []
+    for node in captured.nodes:
+        sources = set(node.all_input_nodes)
+        if (sources & of_parameters) - of_inputs:
+            weighted.append(node)
+        if sources & of_inputs:
+            of_inputs.add(node)
+        if sources & of_parameters:
+            of_parameters.add(node)
+    return weighted
 
 
 def _branch_of(
-    node: Node, before: Mapping[Node, int], number: Mapping[Node, int], origin: Mapping[Node, Node]
+    node: Node, dependencies: _Dependencies, origin: Mapping[Node, Node]
 ) -> tuple[Node, Node, Node] | None:
     """Return (stream, where the branch leaves it, branch) of a residual sum, or None for another operator."""
-    operands = [x for x in node.args[:2] if isinstance(x, Node)]
+    operands = tensors_among(node.args[:2])
     if not traits(operator_name(node.target)) & Trait.ADDS or len(operands) < 2:
         return None
-    values = [x.meta.get("val") for x in (*operands, node)]
-    if len({shape_of(v) if isinstance(v, Tensor) else None for v in values}) > 1:
+    # x + bias is no branch: a sum of tensors of different shapes broadcasts one of them.
+    shapes = set()
+    for tensor in (*operands, node):
+        value = tensor.meta.get("val")
+        shapes.add(shape_of(value) if isinstance(value, Tensor) else None)
+    if len(shapes) > 1:
         return None
     for stream, branch in (operands, operands[::-1]):
+        # x + f(x): the branch leaves the stream x as it stands here.
+        # (x + f(x)) + g(x): g leaves the stream where it began, before f was added.
         for start in (stream, origin.get(stream, stream)):
-            if start is not branch and before[branch] >> number[start] & 1:
+            if start is not branch and dependencies.depends(branch, start):
                 return stream, start, branch
     return None
 
 
-def _reached(
-    order: list[Node], outputs: set[Node], ends: Mapping[Node, Node]
+def _next_ends(
+    order: list[Node], outputs: set[Node], sums: Mapping[Node, Node]
 ) -> dict[Node, frozenset[Node | None]]:
     """Return every node -> the ends of branches that it reaches first on its ways; None is an output.
 
     Args:
         order: Nodes in the order of execution.
         outputs: Outputs of the model.
-        ends: The branches' last nodes.
+        sums: The branches' ends, and the sums that they go into.
     """
     known: dict[Node, frozenset[Node | None]] = {}
     for node in reversed(order):
-        found: set[Node | None] = {None} if node in outputs else set()
+        found: set[Node | None] = set()
+        if node in outputs:
+            found.add(None)
         for user in node.users:
-            found |= {user} if user in ends else known.get(user, frozenset())
+            if user in sums:
+                found.add(user)
+            else:
+                found |= known.get(user, frozenset())
         known[node] = frozenset(found)
     return known
+
+
+def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node | None]]) -> dict[Node, Node]:
+    """Return the branches that are not part of another one.
+
+    A branch whose sum reaches nothing but the end of another one is part of that: f in ``x + g(h + f(h))``.
+    """
+    outer = {}
+    for end, total in sums.items():
+        if len(reached[end]) != 1 or None in reached[end]:
+            outer[end] = total
+    return outer
 
 
 def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
@@ -133,16 +174,17 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     Returns:
         Node -> module, and the reason why there is none.
     """
-    here, module = owners.get(into, ""), owners.get(end, "")
+    reader_module, module = owners.get(into, ""), owners.get(end, "")
+    # A multiplier on it would reach them too.
     others = [user for user in end.users if user is not into]
     if others:
         return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"
-    if module != here and (module.startswith(f"{here}.") or not here):
+    # x + self.mlp(x): the value leaves a module that the reader's module calls.
+    if module != reader_module and (module.startswith(f"{reader_module}.") or not reader_module):
         return {end: module}, ""
     sources = _passed_on(end, owners)
     if not sources:
-        name = operator_name(end.target)
-        return {}, f"it ends with {name} in {module or 'the root module'}, and no module holds that alone"
+        return {}, f"it ends with {place_of(end, owners)}, and no module holds that alone"
     modules: dict[Node, str] = {}
     reasons = []
     for source in sources:
@@ -154,10 +196,12 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
 
 def _passed_on(end: Node, owners: Mapping[Node, str]) -> list[Node]:
     """Return the operands whose factor an operator keeps: both of a sum, the one of a linear function."""
-    sources = [x for x in flatten(end.args) if isinstance(x, Node) and x in owners]
+    sources = [tensor for tensor in tensors_among(flatten(end.args)) if tensor in owners]
     traits_of_end = traits(operator_name(end.target))
+    # self.attention(x) + self.mlp(x): a factor on both is one on the sum.
     if len(sources) == 2 and traits_of_end & Trait.ADDS:
         return sources
+    # self.mlp(x) * 0.5, self.mlp(x).flatten(1), self.lstm(x)[0]
     if len(sources) == 1 and (is_getitem(end) or traits_of_end & KEEP_FACTOR):
         return sources
     return []
@@ -171,7 +215,9 @@ def why_shared(modules: Mapping[Node, str], captured: Capture) -> str:
         captured: The graph.
     """
     for node, module in captured.owners.items():
-        if module in modules.values() and node not in modules:
-            if any(not f"{captured.owners.get(u, '')}.".startswith(f"{module}.") for u in node.users):
+        if module not in modules.values() or node in modules:
+            continue
+        for user in node.users:
+            if not f"{captured.owners.get(user, '')}.".startswith(f"{module}."):
                 return f"{module} has other outputs or calls ({node})"
     return ""

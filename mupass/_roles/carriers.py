@@ -7,8 +7,10 @@ sums as they are. Nothing else that reads the model may notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -16,6 +18,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, is_getitem, operator_name
 from mupass._dims.operator_traits import PRODUCT_ARGUMENTS, Trait, traits
 from mupass._records import Carrier, Geometry
+from mupass._roles.nodes import place_of, tensors_among
 from mupass._roles.sites import readers_of
 
 # Positions of gain and shift.
@@ -31,12 +34,15 @@ NORMS = {
     "native_batch_norm": (1, 2),
     "instance_norm": (1, 2),
 }
+# Positions of what is added up: add(x, y), index_add(x, dim, index, y), where(mask, x, y).
 SUMS = {"add": (0, 1), "sub": (0, 1), "index_add": (0, 3), "scatter_add": (0, 3), "where": (1, 2)}
 ATTENTION = "scaled_dot_product"  # linear in the values, its third argument
+# Operators with several results, of which the first takes the factor: a norm gives its statistics as well.
 FIRST_OF_SEVERAL = ("native_", "_fused_rms_norm", "max_pool2d_with_indices", "_scaled_dot_product", "cudnn_")
 ZEROS = ("aten.zeros", "aten.new_zeros", "aten.zeros_like")
 # Readers that take the shape or the type of a tensor and none of its values.
 BLIND = ("sym_size", "zeros_like", "ones_like", "empty_like", "new_", "full_like", "_assert", "rand_like")
+# Layers whose weight can undo a factor on what they read.
 WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d")
 
 
@@ -69,86 +75,106 @@ class _Push:
         self.outputs = {node for _, node in captured.outputs}
         self.operators = set(captured.nodes)
         self.activations = set(captured.inputs)  # what depends on the model's input
-        for node in captured.nodes:
-            if not self.activations.isdisjoint(node.all_input_nodes):
-                self.activations.add(node)
+        for operator in captured.nodes:
+            if not self.activations.isdisjoint(operator.all_input_nodes):
+                self.activations.add(operator)
 
-    def scaled(self, node: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
+    def scaled(self, value: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
         """Return parameters that make a value ``c`` times itself, for these readers and no other.
 
         Raises:
             Blocked: There are none.
         """
-        if node in self.captured.parameters:
-            return self._parameter(node, readers)
-        if node not in self.operators:
-            raise Blocked(f"{node} is data, which no parameter scales")
-        if node in self.outputs:
-            raise Blocked(f"the result of {self._say(node)} is an output of the model as well")
+        if value in self.captured.parameters:
+            return self._parameter(value, readers)
+        if value not in self.operators:
+            raise Blocked(f"{value} is data, which no parameter scales")
+        if value in self.outputs:
+            raise Blocked(f"the result of {self._say(value)} is an output of the model as well")
         held: tuple[Held, ...] = ()
-        for other in node.users:
+        for other in value.users:
             if other not in readers and not _is_blind(other):
-                held += self._compensated(node, other)
-        return held + self._made(node)
+                held += self._compensated(value, other)
+        return held + self._made(value)
 
-    def _parameter(self, node: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
+    def _parameter(self, parameter: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
         reader = next(iter(readers))
-        for other in node.users:
+        for other in parameter.users:
             # A module that is called again reads its weight by the same operator: counted at the end.
-            if other not in readers and not _is_blind(other) and self._place(other) != self._place(reader):
-                raise Blocked(f"{self.captured.parameters[node]} is also read by {self._say(other)}")
-        return tuple(Held(node, reader) for reader in readers)
+            if other not in readers and not _is_blind(other) and self._say(other) != self._say(reader):
+                name = self.captured.parameters[parameter]
+                raise Blocked(f"{name} is also read by {self._say(other)}")
+        return tuple(Held(parameter, reader) for reader in readers)
 
-    def _compensated(self, node: Node, other: Node) -> tuple[Held, ...]:
+    def _compensated(self, value: Node, other: Node) -> tuple[Held, ...]:
         """Return the weight of another layer that reads the value, to be divided by the factor.
 
         Raises:
             Blocked: The other reader is no such layer.
         """
-        name = _short(other)
-        if name in WEIGHTED and other.args[0] is node and isinstance(other.args[1], Node):
+        # F.linear(c * h, w / c) is F.linear(h, w).
+        if _short(other) in WEIGHTED and other.args[0] is value and isinstance(other.args[1], Node):
             try:
                 found = self.scaled(other.args[1], frozenset([other]))
             except Blocked:
                 found = ()
             if found:
-                return tuple(replace(h, inverse=True) for h in found)
-        raise Blocked(f"the result of {self._say(node)} is also read by {self._say(other)}")
+                return tuple(replace(share, inverse=True) for share in found)
+        raise Blocked(f"the result of {self._say(value)} is also read by {self._say(other)}")
 
-    def _made(self, node: Node) -> tuple[Held, ...]:
+    def _made(self, operator: Node) -> tuple[Held, ...]:
         """Push the factor into the operands of an operator."""
-        if is_getitem(node):
-            return self._first_of_several(node)
-        name, full_name = _short(node), operator_name(node.target)
-        if full_name.rstrip("_") in ZEROS:
+        name = _short(operator)
+        # native_layer_norm(x, ...)[0]: behind it are the statistics.
+        if is_getitem(operator):
+            return self._first_of_several(operator)
+        # torch.zeros(n): c times nothing is nothing.
+        if operator_name(operator.target).rstrip("_") in ZEROS:
             return ()
-        if traits(full_name) & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
-            return self._operand(node, 0)
-        if name in {"constant_pad_nd", "pad", "masked_fill"}:
-            # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
-            if any(isinstance(a, (int, float)) and a != 0 for a in node.args[2:]):
-                raise Blocked(f"{self._say(node)} puts in a constant")
-            return self._operand(node, 0)
+        # c (w x + b) = (c w) x + (c b)
         if name in PRODUCT_ARGUMENTS or name == "einsum":
-            return self._product(node, name)
+            return self._product(operator, name)
+        # c (gain * normalized(x) + shift): what is normalized forgets the size of x.
         if name in NORMS:
-            return self._norm(node, name)
+            return self._norm(operator, name)
+        # c (x + y) = c x + c y
         if name in SUMS:
-            return self._sum(node, name)
+            return self._sum(operator, name)
+        # torch.cat([x, y])
         if name in {"cat", "concat", "stack"}:
-            tensors = [x for x in flatten([node.args[0]]) if isinstance(x, Node)]
-            return self._all_of(tensors, node)
-        if ATTENTION in name:  # attention(q, k, v): linear in v
-            return self._operand(node, 2)
-        raise Blocked(f"{self._say(node)} is not linear in what it reads")
+            return self._all_of(tensors_among(flatten([operator.args[0]])), operator)
+        position = self._linear_in(operator, name)
+        if position is None:
+            raise Blocked(f"{self._say(operator)} is not linear in what it reads")
+        operand = operator.args[position]
+        if not isinstance(operand, Node):
+            raise Blocked(f"{self._say(operator)} reads a constant")
+        return self.scaled(operand, frozenset([operator]))
 
-    def _norm(self, node: Node, name: str) -> tuple[Held, ...]:
+    def _linear_in(self, operator: Node, name: str) -> int | None:
+        """Return the place of the one operand whose factor is one on the result, or None.
+
+        Raises:
+            Blocked: A constant stands beside that operand in the result.
+        """
+        # relu(c x) = c relu(x) for c > 0, (c x) / y = c (x / y), embedding(c table, tokens)
+        known = traits(operator_name(operator.target))
+        if known & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
+            return 0
+        # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
+        if name in {"constant_pad_nd", "pad", "masked_fill"}:
+            if any(isinstance(fill, (int, float)) and fill != 0 for fill in operator.args[2:]):
+                raise Blocked(f"{self._say(operator)} puts in a constant")
+            return 0
+        # attention(q, k, v) averages the rows of v
+        return 2 if ATTENTION in name else None
+
+    def _norm(self, operator: Node, name: str) -> tuple[Held, ...]:
         """Push into the gain and the shift of a norm, which forgets the size of what it reads."""
-        operands = [node.args[position] for position in NORMS[name] if position < len(node.args)]
-        tensors = [x for x in operands if isinstance(x, Node)]
+        tensors = tensors_among(_at(operator, NORMS[name]))
         if not tensors:
-            raise Blocked(f"{self._say(node)} has no gain")
-        return self._all_of(tensors, node)
+            raise Blocked(f"{self._say(operator)} has no gain")
+        return self._all_of(tensors, operator)
 
     def _all_of(self, tensors: Iterable[Node], reader: Node) -> tuple[Held, ...]:
         """Push into every operand of a sum or a concatenation."""
@@ -157,68 +183,62 @@ class _Push:
             held += self.scaled(tensor, frozenset([reader]))
         return held
 
-    def _operand(self, node: Node, position: int) -> tuple[Held, ...]:
-        operand = node.args[position]
-        if not isinstance(operand, Node):
-            raise Blocked(f"{self._say(node)} reads a constant")
-        return self.scaled(operand, frozenset([node]))
-
-    def _first_of_several(self, node: Node) -> tuple[Held, ...]:
+    def _first_of_several(self, choice: Node) -> tuple[Held, ...]:
         """Push through ``op(...)[0]`` of an operator whose other results nothing reads."""
-        source, index = node.args[0], node.args[1]
+        source, index = choice.args[0], choice.args[1]
         if not isinstance(source, Node) or index != 0 or not _short(source).startswith(FIRST_OF_SEVERAL):
-            raise Blocked(f"{self._say(node)} takes one of several results")
-        if any(user is not node and user.users for user in source.users):
+            raise Blocked(f"{self._say(choice)} takes one of several results")
+        if any(user is not choice and user.users for user in source.users):
             raise Blocked(f"other results of {self._say(source)} are read too")
         return self._made(source)
 
-    def _product(self, node: Node, name: str) -> tuple[Held, ...]:
+    def _product(self, operator: Node, name: str) -> tuple[Held, ...]:
         """Push into one operand, weights before activations, and into what is added to the product."""
+        added: list[Node] = []
         if name == "einsum":
-            operands, added = flatten([node.args[1]]), None
+            tensors = tensors_among(flatten([operator.args[1]]))
         else:
-            first, second, third = PRODUCT_ARGUMENTS[name]
-            operands = [node.args[first], node.args[second]]
-            added = node.args[third] if third is not None and len(node.args) > third else None
-        tensors = [x for x in operands if isinstance(x, Node)]
+            *factors, bias = PRODUCT_ARGUMENTS[name]
+            tensors = tensors_among(_at(operator, factors))
+            added = tensors_among(_at(operator, [bias]))
         if len(set(tensors)) < len(tensors):
-            raise Blocked(f"{self._say(node)} multiplies a value with itself")
-        reasons = []
-        for operand in sorted(tensors, key=self.activations.__contains__):
+            raise Blocked(f"{self._say(operator)} multiplies a value with itself")
+        reason = f"{self._say(operator)} reads constants alone"
+        for tensor in sorted(tensors, key=lambda tensor: tensor in self.activations):
             try:
-                held = self.scaled(operand, frozenset([node]))
-                more = self.scaled(added, frozenset([node])) if isinstance(added, Node) else ()
-                return held + more
-            except Blocked as reason:
-                reasons.append(str(reason))
-        raise Blocked(reasons[-1] if reasons else f"{self._say(node)} reads constants alone")
+                return self._all_of([tensor, *added], operator)
+            except Blocked as blocked:
+                reason = str(blocked)
+        raise Blocked(reason)
 
-    def _sum(self, node: Node, name: str) -> tuple[Held, ...]:
-        operands = [node.args[p] for p in SUMS[name] if len(node.args) > p]
-        tensors = [x for x in operands if isinstance(x, Node)]
-        numbers = [x for x in operands if isinstance(x, (int, float)) and x != 0]
-        held = self._all_of(tensors, node)
+    def _sum(self, operator: Node, name: str) -> tuple[Held, ...]:
+        operands = _at(operator, SUMS[name])
+        tensors = tensors_among(operands)
+        numbers = [operand for operand in operands if isinstance(operand, (int, float)) and operand != 0]
+        held = self._all_of(tensors, operator)
         if not numbers:
             return held
         # add(gain, 1): a gain that is stored as its distance from a constant.
         if name == "add" and len(tensors) == 1 and self._is_parameter(tensors[0]):
-            return tuple(replace(h, offset=float(numbers[0])) for h in held)
-        raise Blocked(f"{self._say(node)} adds a constant")
+            return tuple(replace(share, offset=float(numbers[0])) for share in held)
+        raise Blocked(f"{self._say(operator)} adds a constant")
 
-    def _is_parameter(self, node: Node) -> bool:
+    def _is_parameter(self, value: Node) -> bool:
         """Return whether a value is a parameter as it is, or converted."""
-        while traits(operator_name(node.target)) & Trait.COPIES:
-            if not node.args or not isinstance(node.args[0], Node):
+        while traits(operator_name(value.target)) & Trait.COPIES:
+            if not value.args or not isinstance(value.args[0], Node):
                 break
-            node = node.args[0]
-        return node in self.captured.parameters
+            value = value.args[0]
+        return value in self.captured.parameters
 
-    def _place(self, node: Node) -> tuple[str, str]:
-        return operator_name(node.target), self.captured.owners.get(node, "")
+    def _say(self, operator: Node) -> str:
+        return place_of(operator, self.captured.owners)
 
-    def _say(self, node: Node) -> str:
-        name, module = self._place(node)
-        return f"{name} in {module or 'the root module'}"
+
+def _at(operator: Node, places: Iterable[int | None]) -> list[Any]:
+    """Return the arguments at these places, of those that the operator is called with."""
+    count = len(operator.args)
+    return [operator.args[place] for place in places if place is not None and place < count]
 
 
 def carriers(captured: Capture, requests: Sequence[tuple[Node, Iterable[Node]]]) -> list[Carrier]:
@@ -233,17 +253,18 @@ def carriers(captured: Capture, requests: Sequence[tuple[Node, Iterable[Node]]])
     """
     push = _Push(captured)
     found: list[tuple[Held, ...] | str] = []
-    for node, readers in requests:
+    # A weight that several requests share is multiplied once: their readers must be all that it has.
+    covered: dict[Node, set[Node]] = defaultdict(set)
+    for value, readers in requests:
         try:
-            found.append(tuple(dict.fromkeys(push.scaled(node, frozenset(readers)))))
+            held = tuple(dict.fromkeys(push.scaled(value, frozenset(readers))))
         except Blocked as reason:
             found.append(str(reason))
-    # A weight that several requests share is multiplied once: their readers must be all that it has.
-    covered: dict[Node, set[Node]] = {}
-    for held in found:
-        for h in held if not isinstance(held, str) else ():
-            covered.setdefault(h.parameter, set()).add(h.reader)
-    return [_carrier(captured, held, covered) for held in found]
+            continue
+        for share in held:
+            covered[share.parameter].add(share.reader)
+        found.append(held)
+    return [_carrier(captured, shares, covered) for shares in found]
 
 
 def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple[Carrier, ...]:
@@ -263,10 +284,10 @@ def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple
             continue
         inputs: dict[Node, list[Node]] = {}
         for use in geometry.readout_uses:
-            for node, x in readers_of(captured, geometry.name, use):
-                inputs.setdefault(x, []).append(node)
-        found = carriers(captured, list(inputs.items()))
-        result.append(replace(_joined(found), tied=geometry.name))
+            for reader, activation in readers_of(captured, geometry.name, use):
+                inputs.setdefault(activation, []).append(reader)
+        parts = carriers(captured, list(inputs.items()))
+        result.append(replace(_joined(parts), tied=geometry.name))
     return tuple(result)
 
 
@@ -274,27 +295,40 @@ def _joined(parts: Sequence[Carrier]) -> Carrier:
     """Return one carrier that stands for several of the same factor."""
     if not parts:
         return Carrier(reason="the readout is not in the captured graph")
-    reason = next((p.reason for p in parts if p.reason), "")
-    if reason:
-        return Carrier(reason=reason)
+    multiplied: list[str] = []
+    divided: list[str] = []
+    offsets: list[tuple[str, float]] = []
+    for part in parts:
+        if part.reason:
+            return Carrier(reason=part.reason)
+        multiplied += part.parameters
+        divided += part.divided
+        offsets += part.offsets
+    return _without_repeats(multiplied, divided, offsets)
+
+
+def _without_repeats(
+    multiplied: Iterable[str], divided: Iterable[str], offsets: Iterable[tuple[str, float]]
+) -> Carrier:
     return Carrier(
-        parameters=tuple(dict.fromkeys(n for p in parts for n in p.parameters)),
-        divided=tuple(dict.fromkeys(n for p in parts for n in p.divided)),
-        offsets=tuple(dict.fromkeys(o for p in parts for o in p.offsets)),
+        parameters=tuple(dict.fromkeys(multiplied)),
+        divided=tuple(dict.fromkeys(divided)),
+        offsets=tuple(dict.fromkeys(offsets)),
     )
 
 
-def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: dict[Node, set[Node]]) -> Carrier:
+def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: Mapping[Node, set[Node]]) -> Carrier:
+    """Return what holds one factor, given all readers through which each parameter holds one."""
     if isinstance(held, str):
         return Carrier(reason=held)
     if not held:
         return Carrier(reason="no parameter is read on the way")
     names = captured.parameters
     for share in held:
-        readers = covered[share.parameter]
-        left = [user for user in share.parameter.users if user not in readers and not _is_blind(user)]
-        if left:
-            return Carrier(reason=f"{names[share.parameter]} is also read by {operator_name(left[0].target)}")
+        for user in share.parameter.users:
+            if user not in covered[share.parameter] and not _is_blind(user):
+                name = names[share.parameter]
+                return Carrier(reason=f"{name} is also read by {operator_name(user.target)}")
     multiplied, divided, offsets = [], [], []
     for share in held:
         name = names[share.parameter]
@@ -304,14 +338,10 @@ def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: dict[Node
             multiplied.append(name)
         if share.offset:
             offsets.append((name, share.offset))
-    both = [name for name in multiplied if name in divided]
-    if both:
-        return Carrier(reason=f"{both[0]} would have to be multiplied and divided")
-    return Carrier(
-        parameters=tuple(dict.fromkeys(multiplied)),
-        divided=tuple(dict.fromkeys(divided)),
-        offsets=tuple(dict.fromkeys(offsets)),
-    )
+    for name in multiplied:
+        if name in divided:
+            return Carrier(reason=f"{name} would have to be multiplied and divided")
+    return _without_repeats(multiplied, divided, offsets)
 
 
 def _short(node: Node) -> str:

@@ -21,52 +21,68 @@ def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple
         args: Axes, counted from the end where negative.
     """
     if kind == "permute":
-        return tuple(view[int(i) % len(view)] for i in args)
+        return tuple(view[axis] for axis in args)
     order = list(view)
-    a, b = (-2, -1) if kind == "last" else (int(args[0]), int(args[1]))
-    order[a], order[b] = order[b], order[a]
+    first, second = -2, -1
+    if kind == "swap":
+        first, second = args
+    order[first], order[second] = order[second], order[first]
     return tuple(order)
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """``y = sum x w``, one label an axis, as in einsum.
+    """A sum of products, ``output = sum activation weight``, with one label an axis, as in einsum.
 
     Attributes:
-        x: Labels of the activation, `ONE` among them.
-        w: Labels of the weight, in the order of the *parameter's* axes (transposes undone).
-        y: Labels of the output.
+        activation: Labels of the activation, `ONE` among them.
+        weight: Labels of the weight, in the order of the *parameter's* axes (transposes undone).
+        output: Labels of the output.
         sizes: Sizes of the parameter's axes.
     """
 
-    x: str
-    w: str
-    y: str
+    activation: str
+    weight: str
+    output: str
     sizes: tuple[int, ...]
 
     @property
     def group_axes(self) -> tuple[int, ...]:
         """Axes of the parameter that count separate weights: in the input, the weight and the output."""
-        both = set(self.x) & set(self.y)
-        return tuple(i for i, n in enumerate(self.w) if n in both and self.sizes[i] > 1)
+        shared = self._axes(of_activation=True, of_output=True)
+        return tuple(axis for axis in shared if self.sizes[axis] > 1)
 
     @property
     def in_axes(self) -> tuple[int, ...]:
         """Axes of the parameter that are summed over."""
-        return tuple(i for i, n in enumerate(self.w) if n in self.x and n not in self.y)
+        return self._axes(of_activation=True, of_output=False)
 
     @property
     def out_axes(self) -> tuple[int, ...]:
         """Axes of the parameter that only the output shares."""
-        return tuple(i for i, n in enumerate(self.w) if n in self.y and n not in self.x)
+        return self._axes(of_activation=False, of_output=True)
+
+    def _axes(self, of_activation: bool, of_output: bool) -> tuple[int, ...]:
+        """Return the axes of the parameter that the activation and the output have, or have not."""
+        axes: list[int] = []
+        for axis, label in enumerate(self.weight):
+            if (label in self.activation) == of_activation and (label in self.output) == of_output:
+                axes.append(axis)
+        return tuple(axes)
 
     @property
     def proper(self) -> bool:
         """Whether each row of the input meets the weight once and nothing else is summed."""
-        labels = (self.x, self.w, self.y)
-        distinct = all(len(set(names)) == len(names) for names in labels)
-        placed = set(self.w) <= set(self.x) | set(self.y) and set(self.x) - {ONE} <= set(self.w) | set(self.y)
-        return bool(distinct and placed and self.in_axes and self.out_axes)
+        for labels in (self.activation, self.weight, self.output):
+            # einsum("bii,oi->bo", x, w) reads a diagonal
+            if len(set(labels)) < len(labels):
+                return False
+        activation, weight, output = set(self.activation), set(self.weight), set(self.output)
+        # einsum("bi,oij->bo", x, w) sums the weight over j by itself; einsum("bti,oi->bo", x, w) sums the
+        # activation over t first.
+        if weight - activation - output or activation - {ONE} - weight - output:
+            return False
+        return bool(self.in_axes and self.out_axes)
 
     def input_rows(self, x: Tensor) -> Tensor:
         """Lay the activation out as ``[groups, samples, positions, fan_in]``, in the parameter's order.
@@ -74,7 +90,7 @@ class Contraction:
         Args:
             x: The activation; samples are the first axis that is neither a group nor summed.
         """
-        return self._rows(x, self.x, self.in_axes)
+        return self._rows(x, self.activation, self.in_axes)
 
     def output_rows(self, g: Tensor) -> Tensor:
         """Lay the output's gradient out as ``[groups, samples, positions, *fan_out axes]``.
@@ -82,18 +98,19 @@ class Contraction:
         Args:
             g: Gradient of the output.
         """
-        rows = self._rows(g, self.y, self.out_axes)
-        return rows.reshape(*rows.shape[:-1], *[self.sizes[i] for i in self.out_axes])
+        rows = self._rows(g, self.output, self.out_axes)
+        return rows.reshape(*rows.shape[:-1], *[self.sizes[axis] for axis in self.out_axes])
 
-    def _rows(self, t: Tensor, labels: str, axes: Sequence[int]) -> Tensor:
-        groups = [self.w[i] for i in self.group_axes]
-        own = [self.w[i] for i in axes]
-        rows = [n for n in labels if n not in groups and n not in own]
-        t = t.permute([labels.index(n) for n in (*groups, *rows, *own)])
-        first = t.shape[len(groups)] if rows else 1
+    def _rows(self, tensor: Tensor, labels: str, axes: Sequence[int]) -> Tensor:
+        """Lay a tensor out as ``[groups, samples, positions, sizes of these axes of the parameter]``."""
+        groups = [self.weight[axis] for axis in self.group_axes]
+        summed = [self.weight[axis] for axis in axes]
+        rows = [label for label in labels if label not in groups and label not in summed]
+        tensor = tensor.permute([labels.index(label) for label in (*groups, *rows, *summed)])
+        samples = tensor.shape[len(groups)] if rows else 1
         # Lists, not generators: Dynamo cannot take those through an autograd function.
-        count, size = prod([self.sizes[i] for i in self.group_axes]), prod([self.sizes[i] for i in axes])
-        return t.reshape(count, first, -1, size)
+        count = prod([self.sizes[axis] for axis in self.group_axes])
+        return tensor.reshape(count, samples, -1, prod([self.sizes[axis] for axis in axes]))
 
 
 def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
@@ -105,8 +122,10 @@ def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
         sizes: Sizes of the parameter's axes.
     """
     rows = ascii_uppercase[: rank - 1]
-    weight, y = ("oi", rows + "o") if len(view) == 2 else ("i", rows)
-    return Contraction(rows + "i", _in_order(weight, view), y, tuple(sizes))
+    weight, output = "oi", rows + "o"
+    if len(view) == 1:  # F.linear(x, vector)
+        weight, output = "i", rows
+    return Contraction(rows + "i", _in_order(weight, view), output, tuple(sizes))
 
 
 def matmul(
@@ -121,12 +140,22 @@ def matmul(
         weight_at: 1 where the weight is the right operand, 0 where it is the left one.
         summed: Whether batch axes are summed, as in addbmm.
     """
-    left, right = (len(shape), len(view)) if weight_at else (len(view), len(shape))
-    batch = ascii_uppercase[: max(left, right, 2) - 2]
-    a = batch[len(batch) - max(left - 2, 0) :] + ("ik" if left > 1 else "k")
-    b = batch[len(batch) - max(right - 2, 0) :] + ("kj" if right > 1 else "k")
-    y = ("" if summed else batch) + ("i" if left > 1 else "") + ("j" if right > 1 else "")
-    return _seen(a, b, y, view, sizes, shape) if weight_at else _seen(b, a, y, view, sizes, shape)
+    left_rank, right_rank = len(shape), len(view)
+    if weight_at == 0:
+        left_rank, right_rank = right_rank, left_rank
+    batch = ascii_uppercase[: max(left_rank, right_rank, 2) - 2]
+    # [*batch, i, k] @ [*batch, k, j]; a vector on either side is [k]
+    left = (batch + "ik")[-left_rank:]
+    right = "k"
+    output = "" if summed else batch
+    if left_rank > 1:
+        output += "i"
+    if right_rank > 1:
+        right = (batch + "kj")[-right_rank:]
+        output += "j"
+    if weight_at == 0:
+        left, right = right, left
+    return _broadcast(left, right, output, view, sizes, shape)
 
 
 def einsum(
@@ -141,26 +170,31 @@ def einsum(
         sizes: As in `linear`.
         weight_at: Which operand is the weight, 0 or 1.
     """
-    left, _, output = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != 2 or "->" not in equation or "." in terms[weight_at]:
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or not arrow or "." in terms[weight_at]:
         return None
-    free = [n for n in ascii_uppercase if n not in equation]
-    hidden = "".join(free[: len(shape) - len(terms[1 - weight_at].replace("...", ""))])
-    x, y = (t.replace("...", hidden) for t in (terms[1 - weight_at], output))
-    return _seen(x, terms[weight_at], y, view, sizes, shape)
+    activation = terms[1 - weight_at]
+    # The axes of "..." get letters that the equation does not use.
+    free = [letter for letter in ascii_uppercase if letter not in equation]
+    count = len(shape) - len(activation.replace("...", ""))
+    hidden = "".join(free[:count])
+    activation, output = activation.replace("...", hidden), output.replace("...", hidden)
+    return _broadcast(activation, terms[weight_at], output, view, sizes, shape)
 
 
-def _seen(
-    x: str, w: str, y: str, view: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
+def _broadcast(
+    activation: str, weight: str, output: str, view: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
 ) -> Contraction:
     """Find the axes along which the weight alone has entries: no more shared than if x did not have them."""
-    w = _in_order(w, view)
-    wide = {n for n, size in zip(w, sizes, strict=True) if size > 1}
-    x = "".join(ONE if size == 1 and n in wide else n for n, size in zip(x, shape, strict=True))
-    return Contraction(x, w, y, tuple(sizes))
+    weight = _in_order(weight, view)
+    wide = {label for label, size in zip(weight, sizes, strict=True) if size > 1}
+    labels = ""
+    for label, size in zip(activation, shape, strict=True):
+        labels += ONE if size == 1 and label in wide else label
+    return Contraction(labels, weight, output, tuple(sizes))
 
 
-def _in_order(w: str, view: Sequence[int]) -> str:
+def _in_order(weight: str, view: Sequence[int]) -> str:
     """Put the weight's labels in the order of the parameter's axes."""
-    return "".join(w[list(view).index(i)] for i in range(len(view)))
+    return "".join([weight[list(view).index(axis)] for axis in range(len(view))])

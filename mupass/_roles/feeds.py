@@ -20,11 +20,9 @@ def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
     if not geometry.readout_uses:
         return geometry
     fed = {use: _fed(geometry.name, use, captured) for use in geometry.readout_uses}
-    return replace(
-        geometry,
-        uses=tuple(fed.get(use, use) for use in geometry.uses),
-        readout_uses=tuple(fed[use] for use in geometry.readout_uses),
-    )
+    # A readout use is one of all uses: both records are to say the same.
+    uses = tuple(fed.get(use, use) for use in geometry.uses)
+    return replace(geometry, uses=uses, readout_uses=tuple(map(fed.__getitem__, geometry.readout_uses)))
 
 
 def _fed(parameter: str, use: Use, captured: Capture) -> Use:
@@ -33,8 +31,8 @@ def _fed(parameter: str, use: Use, captured: Capture) -> Use:
     if not readers:
         return replace(use, unfed="it is no plain product with one activation")
     modules: list[str] = []
-    for reader, x in readers:
-        found, reason = modules_behind(x, reader, captured.owners)
+    for reader, activation in readers:
+        found, reason = modules_behind(activation, reader, captured.owners)
         reason = reason or why_shared(found, captured)
         if reason:
             return replace(use, unfed=reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isclose, prod
 
@@ -16,6 +16,7 @@ from mupass._records import Geometry
 from mupass._roles.forward_scales_search import PASS_ONE, Constant, multiplier
 from mupass._roles.sites import root_of
 
+# What the plan can undo, for it stands on an activation that a weight reads.
 UNDONE = ("unit length", "multiplies by")
 READS = ("linear", "contraction", "conv", "gain")  # kinds of sites where a weight multiplies an activation
 KNOWN = (*READS, "embedding", "bias", "shift")
@@ -35,15 +36,22 @@ def settle(constants: Sequence[Constant], second: Second) -> tuple[list[Constant
     """
     certain, doubtful = [], []
     for constant in constants:
-        twin = second.twins.get(constant.node)
         if constant.what == "unit length":
             certain.append(constant)
-        elif twin is None or second.captured is None:
+            continue
+        twin = second.twins.get(constant.node)
+        if twin is None or second.captured is None:
             doubtful.append(constant)
-        elif (found := multiplier(second.captured, twin)) and not isclose(found[0], constant.value):
-            size = prod(second.sizes.get(d, 0) for d in constant.dims)
-            fits = size > 0 and isclose(abs(found[0]), size**constant.power, rel_tol=1e-5)
-            (certain if fits else doubtful).append(constant)
+            continue
+        found = multiplier(second.captured, twin)
+        # A number that is the same at both widths only happens to equal a power of this one.
+        if found is None or isclose(found[0], constant.value):
+            continue
+        size = prod(second.sizes.get(dim, 0) for dim in constant.dims)
+        if size > 0 and isclose(abs(found[0]), size**constant.power, rel_tol=1e-5):
+            certain.append(constant)
+        else:
+            doubtful.append(constant)
     return certain, doubtful
 
 
@@ -64,51 +72,84 @@ def account(
     Returns:
         The geometries, and the constants that other readers than these parameters see.
     """
-    table = {c.node: c for c in constants if c.what in UNDONE}
-    nodes = {str(n): n for n in (*captured.nodes, *captured.inputs)}
-    done = []
+    constant_at = {constant.node: constant for constant in constants if constant.what in UNDONE}
+    nodes = {str(node): node for node in (*captured.nodes, *captured.inputs)}
+    noted = []
     for geometry in geometries:
-        found = _behind(geometry, table, nodes)
-        grown = geometry.m_out if geometry.readout_uses or not geometry.fan_in_axes else geometry.m_in
-        if found and all(isclose(prod(map(growth, c.dims)), grown, rel_tol=1e-9) for c in found):
-            facts = (f"what it multiplies holds the width to the power {c.power:g}: {c.where}" for c in found)
-            power = sum(c.power for c in found)
-            geometry = replace(geometry, given=power, evidence=(*geometry.evidence, *facts))
-        done.append(geometry)
-    names = {g.name for g in done if g.given}
-    left = [c for c in constants if c.node not in table or not _undone(c.node, captured, names)]
-    return done, left
+        found = _behind(geometry, constant_at, nodes)
+        if found and _follow(geometry, found, growth):
+            geometry = _with_given(geometry, found)
+        noted.append(geometry)
+    names = {geometry.name for geometry in noted if geometry.given}
+    left = []
+    for constant in constants:
+        if constant.node not in constant_at or not _undone(constant.node, captured, names):
+            left.append(constant)
+    return noted, left
 
 
-def _behind(geometry: Geometry, table: Mapping[Node, Constant], nodes: Mapping[str, Node]) -> list[Constant]:
+def _follow(geometry: Geometry, constants: Iterable[Constant], growth: Callable[[int], float]) -> bool:
+    """Return whether constants grow with the fan that the plan scales a parameter by."""
+    fan_growth = geometry.m_in
+    # F.linear(h, table) of a tied embedding sums over its fan_out; a gain has no fan_in.
+    if geometry.readout_uses or not geometry.fan_in_axes:
+        fan_growth = geometry.m_out
+    for constant in constants:
+        if not isclose(prod(map(growth, constant.dims)), fan_growth, rel_tol=1e-9):
+            return False
+    return True
+
+
+def _with_given(geometry: Geometry, constants: Sequence[Constant]) -> Geometry:
+    facts = []
+    for constant in constants:
+        facts.append(f"what it multiplies holds the width to the power {constant.power:g}: {constant.where}")
+    power = sum(constant.power for constant in constants)
+    return replace(geometry, given=power, evidence=(*geometry.evidence, *facts))
+
+
+def _behind(
+    geometry: Geometry, constant_at: Mapping[Node, Constant], nodes: Mapping[str, Node]
+) -> list[Constant]:
     """Return the constants behind all that a parameter multiplies; none where its uses differ."""
-    if geometry.role == "scalar" or any(s.kind not in KNOWN for s in geometry.sites):
+    if geometry.role == "scalar" or any(site.kind not in KNOWN for site in geometry.sites):
         return []
-    sources = [source for s in geometry.sites if s.kind in READS for source in s.sources]
-    chains = [list(_chain(nodes[source], table)) if source in nodes else [] for source in sources]
-    powers = {tuple(sorted((c.power, c.dims) for c in chain)) for chain in chains}
+    chains = []
+    for site in geometry.sites:
+        if site.kind in READS:
+            for source in site.sources:
+                chains.append(list(_chain(nodes.get(source), constant_at)))
+    # x @ w and (y * d**-0.5) @ w: no one scale of w suits both.
+    powers = {tuple(sorted((constant.power, constant.dims) for constant in chain)) for chain in chains}
     return chains[0] if len(powers) == 1 else []
 
 
-def _chain(node: Node, table: Mapping[Node, Constant]) -> Iterator[Constant]:
+def _chain(tensor: Node | None, constant_at: Mapping[Node, Constant]) -> Iterator[Constant]:
     """Yield the constants that a tensor carries, the last first."""
-    while node in table or _passes(node):
-        if node in table:
-            yield table[node]
-        sources = [n for n in node.all_input_nodes if n.op == "call_function" or n in table]
-        if not sources:
-            return
-        node = sources[0]
+    # F.dropout(x * d**-0.5).flatten(1): back from the result through what keeps factors.
+    while tensor is not None and (tensor in constant_at or _passes(tensor)):
+        if tensor in constant_at:
+            yield constant_at[tensor]
+        sources = [
+            source
+            for source in tensor.all_input_nodes
+            if source.op == "call_function" or source in constant_at
+        ]
+        tensor = sources[0] if sources else None
 
 
-def _passes(node: Node) -> bool:
-    return node.op == "call_function" and bool(traits(operator_name(node.target)) & PASS_ONE)
+def _passes(operator: Node) -> bool:
+    return operator.op == "call_function" and bool(traits(operator_name(operator.target)) & PASS_ONE)
 
 
-def _undone(node: Node, captured: Capture, names: set[str]) -> bool:
-    """Whether all that a tensor is read by are parameters of these names."""
-    for user in node.users:
-        roots = [captured.parameters.get(root_of(n)) for n in user.all_input_nodes]
-        if not (_undone(user, captured, names) if _passes(user) else names & set(roots)):
+def _undone(tensor: Node, captured: Capture, names: set[str]) -> bool:
+    """Return whether all that a tensor is read by are parameters of these names."""
+    for user in tensor.users:
+        if _passes(user):
+            undone = _undone(user, captured, names)
+        else:
+            roots = map(root_of, user.all_input_nodes)
+            undone = not names.isdisjoint(captured.parameters.get(root) for root in roots)
+        if not undone:
             return False
-    return bool(node.users)
+    return bool(tensor.users)

@@ -7,18 +7,20 @@ weight, the plan takes into account (`mupass._roles.forward_scales`); all else i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isclose, prod
+from math import copysign, isclose, prod
 from typing import Any
 
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
-from mupass._dims.graph import flatten, is_getitem, operator_name
+from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
+from mupass._roles.nodes import all_static, inner_dims, place_of
 
 POWERS = (-1.0, -0.5, 0.5, 1.0)
 SMALLEST = 8  # powers of smaller sizes are numbers like 1/2 and 2, which are written for other reasons
@@ -69,158 +71,200 @@ def multiplier(captured: Capture, node: Node) -> tuple[float, Sequence[Any]] | N
         captured: The graph.
         node: The operator.
     """
-    operator, operands = operator_name(node.target).removesuffix("_"), node.args[:2]
-    known = traits(operator)
-    if operator == "aten.baddbmm" and isinstance(alpha := node.kwargs.get("alpha"), (int, float)):
-        return (float(alpha), [node]) if alpha else None
-    if known & Trait.MULTIPLIES and len(operands) == 2:
-        number = next((x for a in operands if (x := _number(captured, a)) is not None), None)
+    name = operator_name(node.target).removesuffix("_")
+    # torch.baddbmm(bias, q, k, alpha=d**-0.5)
+    if name == "aten.baddbmm":
+        alpha = node.kwargs.get("alpha")
+        return (float(alpha), [node]) if isinstance(alpha, (int, float)) and alpha else None
+    known, operands = traits(name), node.args[:2]
+    if not known & (Trait.MULTIPLIES | Trait.DIVIDES) or len(operands) < 2:
+        return None
+    first, second = (_number(captured, operand) for operand in operands)
+    # x * d**-0.5, in either order
+    if known & Trait.MULTIPLIES:
+        number = second if first is None else first
         return None if number is None else (number, operands)
-    if known & Trait.DIVIDES and len(operands) == 2 and (number := _number(captured, operands[1])):
-        return 1 / number, operands[:1]
-    return None
+    # x / d**0.5
+    return (1 / second, operands[:1]) if second else None
 
 
 def _number(captured: Capture, value: Any) -> float | None:
+    """Return the number that an operand is, or None for a tensor."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, Node):
         return None
+    # A buffer of one number.
     if value in captured.numbers:
         return captured.numbers[value]
-    operator, args = operator_name(value.target).removesuffix("_"), value.args
-    if operator in ("aten.full", "aten.scalar_tensor") and getattr(value.meta.get("val"), "ndim", 1) == 0:
-        return _number(captured, args[-1])
-    if traits(operator) & (Trait.COPIES | Trait.DETACHES):
-        return _number(captured, args[0])
-    if operator == "aten.sqrt":
-        inner = _number(captured, args[0])
+    name, arguments = operator_name(value.target).removesuffix("_"), value.args
+    # torch.full((), 8.0)
+    if name in ("aten.full", "aten.scalar_tensor") and getattr(value.meta.get("val"), "ndim", 1) == 0:
+        return _number(captured, arguments[-1])
+    if traits(name) & (Trait.COPIES | Trait.DETACHES):
+        return _number(captured, arguments[0])
+    # torch.sqrt(torch.tensor(d))
+    if name == "aten.sqrt":
+        inner = _number(captured, arguments[0])
         return inner**0.5 if inner is not None and inner >= 0 else inner
     return None
 
 
 class _Search:
+    """Goes through a graph in the order of execution, and carries along what is known of its tensors."""
+
     def __init__(self, captured: Capture, solved: Inference):
-        self.captured, self.solved, self.env = captured, solved, solved.engine.env
+        self.captured, self.solved, self.values = captured, solved, solved.engine.env
         self.space = solved.engine.space
-        self.inner = {self.space.find(d) for b in solved.engine.facts.bilinear for d in b.inner}
+        self.inner = inner_dims(solved)
         self.summed: dict[Node, tuple[int, ...]] = {}  # dims that the product behind a tensor contracted
         self.length: dict[Node, tuple[int, ...]] = {}  # dims that a tensor is the length along
         self.unit: dict[Node, Constant] = {}
 
     def run(self) -> Iterator[Constant]:
-        for node in [n for n in self.env if n.op == "call_function"]:
-            known = traits(operator_name(node.target))
+        """Yield what is found, in the order of execution."""
+        for operator in list(self.values):
+            if operator.op != "call_function":
+                continue
+            known = traits(operator_name(operator.target))
             if known & PRODUCTS:
-                self.summed[node] = self._contracted(node)
-            elif known & Trait.LENGTH and not self._static(node):
-                self.length[node] = self._gone(node)
-            elif known & (PASS_ONE | PASS_EITHER) or is_getitem(node):
+                self.summed[operator] = self._contracted(operator)
+            elif known & Trait.LENGTH:
+                if not all_static(map(self.values.get, operator.all_input_nodes)):
+                    self.length[operator] = self._reduced(operator)
+            elif known & (PASS_ONE | PASS_EITHER) or is_getitem(operator):
                 for table in (self.summed, self.length, self.unit):
-                    self._pass_on(table, node)
-            yield from self._multiplier(node)
-            yield from self._unit_length(node, known)
+                    self._pass_on(table, operator)
+            yield from self._multiplier(operator)
+            yield from self._unit_length(operator, known)
 
-    def _pass_on(self, table: dict[Node, Any], node: Node) -> None:
-        either = traits(operator_name(node.target)) & PASS_EITHER
-        operands = node.all_input_nodes if either else node.all_input_nodes[:1]
+    def _pass_on(self, table: dict[Node, Any], operator: Node) -> None:
+        """Note of a result what is known of an operand: of the first one, or of any where operands add up."""
+        operands = operator.all_input_nodes
+        if not traits(operator_name(operator.target)) & PASS_EITHER:
+            operands = operands[:1]
         for source in operands:
             if source in table:
-                table[node] = table[source]
+                table[operator] = table[source]
 
-    def _multiplier(self, node: Node) -> Iterator[Constant]:
-        found = multiplier(self.captured, node)
+    def _multiplier(self, operator: Node) -> Iterator[Constant]:
+        """Yield a multiplication by a number that equals a power of a width."""
+        found = multiplier(self.captured, operator)
         if found is None:
             return
-        value, sources = found
-        source = next((n for n in sources if _number(self.captured, n) is None), None)
-        here = self.env.get(node)
-        if not isinstance(here, Value) or source is None or here.static and not here.parametric:
-            return  # tables of positions, computed from numbers alone
+        number, operands = found
+        tensors = [operand for operand in operands if _number(self.captured, operand) is None]
+        result = self.values.get(operator)
+        # Tables of positions are computed from numbers alone.
+        if not isinstance(result, Value) or not tensors or result.static and not result.parametric:
+            return
+        source = tensors[0]
         if source in self.summed:
-            self.summed[node] = self.summed[source]
-        candidates = [*self._fan_in(here), *((d,) for d in self._dims(here, self.summed.get(source, ())))]
+            self.summed[operator] = self.summed[source]
+        # The fan_in of a weight, an axis of the result, or one that the product behind it summed over.
+        candidates = self._fan_in(result)
+        candidates += [(dim,) for dim in (*self._dims(result), *self.summed.get(source, ()))]
+        dims, power = self._width_in(abs(number), candidates)
+        if not power:
+            return
+        what = self._what(operator, result, source, dims)
+        # Logits divided by head_dim are as they should be.
+        if what != "multiplies attention by" or power != -1:
+            place = place_of(operator, self.captured.owners)
+            yield Constant(place, what, number, power, dims, operator)
+
+    def _width_in(
+        self, number: float, candidates: Iterable[tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], float]:
+        """Return the first width of which a number is a power, and the power; 0 where it is none."""
         for dims in candidates:
-            for power in POWERS:
-                if self._is_width(dims) and isclose(abs(value), self._size(dims) ** power, rel_tol=1e-5):
-                    what = self._what(node, here, source, dims)
-                    if what != "multiplies attention by" or power != -1:
-                        yield Constant(self._where(node), what, value, power, dims, node)
-                    return
+            if self._is_width(dims):
+                for power in POWERS:
+                    if isclose(number, self._size(dims) ** power, rel_tol=1e-5):
+                        return dims, power
+        return (), 0.0
 
-    def _what(self, node: Node, value: Value, source: Any, dims: tuple[int, ...]) -> str:
-        if value.parametric:
+    def _what(self, operator: Node, result: Value, source: Any, dims: tuple[int, ...]) -> str:
+        if result.parametric:
             return "multiplies a weight by"
+        # (q @ k.mT) * d**-0.5: the sum over head_dim is behind the multiplication.
         logits = dims[0] in self.summed.get(source, ()) and self.inner.issuperset(dims)
-        return "multiplies attention by" if logits or self._is_compared(node, dims) else "multiplies by"
+        # (q * d**-0.5) @ k.mT: it is ahead.
+        if logits or self._is_compared(operator, dims):
+            return "multiplies attention by"
+        return "multiplies by"
 
-    def _is_compared(self, node: Node, dims: tuple[int, ...]) -> bool:
+    def _is_compared(self, tensor: Node, dims: tuple[int, ...]) -> bool:
         """Whether a tensor is a query or key: a product with another activation contracts the axis."""
-        for user in node.users:
+        for user in tensor.users:
             known = traits(operator_name(user.target))
-            moving = not any(self._parametric(n) for n in user.all_input_nodes)
+            moving = not any(map(self._is_parametric, user.all_input_nodes))
             if known & PRODUCTS and moving and set(dims) <= set(self._contracted(user)):
                 return True
             if known & PASS_ONE and self._is_compared(user, dims):
                 return True
         return False
 
-    def _unit_length(self, node: Node, known: Trait) -> Iterator[Constant]:
-        """A tensor divided by its own length; it counts where a weight or a gain then reads it."""
-        below = node.args[1] if known & Trait.DIVIDES and len(node.args) > 1 else None
-        if isinstance(below, Node) and below in self.length:
-            dims = tuple(d for d in self.length[below] if self._is_width((d,)))
+    def _unit_length(self, operator: Node, known: Trait) -> Iterator[Constant]:
+        """Yield a tensor divided by its own length, where a weight or a gain reads it."""
+        # x / x.norm(dim=-1, keepdim=True)
+        divisor = operator.args[1] if known & Trait.DIVIDES and len(operator.args) > 1 else None
+        if isinstance(divisor, Node) and divisor in self.length:
+            dims = tuple(dim for dim in self.length[divisor] if self._is_width((dim,)))
             if dims:
-                self.unit[node] = Constant(self._where(node), "unit length", 1.0, -0.5, dims, node)
-        used = any(map(self._parametric, node.all_input_nodes))
-        for source in node.all_input_nodes if used else ():
-            if source in self.unit:
-                yield self.unit.pop(source)
+                place = place_of(operator, self.captured.owners)
+                self.unit[operator] = Constant(place, "unit length", 1.0, -0.5, dims, operator)
+        if any(map(self._is_parametric, operator.all_input_nodes)):
+            for source in operator.all_input_nodes:
+                if source in self.unit:
+                    yield self.unit.pop(source)
 
-    def _contracted(self, node: Node) -> tuple[int, ...]:
-        here = self.env.get(node)
-        kept = set(self._dims(here)) if isinstance(here, Value) else set()
-        values = [v for n in node.all_input_nodes if isinstance(v := self.env.get(n), Value)]
-        dims = [d for v in values for d in self._dims(v)]
-        return tuple(dict.fromkeys(d for d in dims if dims.count(d) > 1 and d not in kept))
+    def _contracted(self, product: Node) -> tuple[int, ...]:
+        """Return the dimensions that both factors of a product have, and its result has not."""
+        kept = self._dims(self.values.get(product))
+        counts: Counter[int] = Counter()
+        for source in product.all_input_nodes:
+            counts.update(self._dims(self.values.get(source)))
+        return tuple(dim for dim, count in counts.items() if count > 1 and dim not in kept)
 
-    def _gone(self, node: Node) -> tuple[int, ...]:
-        here, source = self.env.get(node), self.env.get(node.all_input_nodes[0])
-        kept = set(self._dims(here)) if isinstance(here, Value) else set()
-        return tuple(d for d in self._dims(source) if d not in kept) if isinstance(source, Value) else ()
+    def _reduced(self, reduction: Node) -> tuple[int, ...]:
+        """Return the dimensions that a reduction takes away."""
+        kept = self._dims(self.values.get(reduction))
+        source = self.values.get(reduction.all_input_nodes[0])
+        return tuple(dim for dim in self._dims(source) if dim not in kept)
 
     def _fan_in(self, value: Value) -> list[tuple[int, ...]]:
         """Return the axes of a weight behind the first: its fan_in in the usual layout, taken together."""
-        dims = [self.space.find(a.dim) for a in value.axes[1:]]
-        return [tuple(dims)] if value.parametric and len(dims) > 1 else []
+        dims = tuple(self.space.find(axis.dim) for axis in value.axes[1:])
+        return [dims] if value.parametric and len(dims) > 1 else []
 
-    def _dims(self, value: Value, more: Sequence[int] = ()) -> list[int]:
-        return list(dict.fromkeys([*(self.space.find(a.dim) for a in value.axes), *more]))
+    def _dims(self, value: Any) -> list[int]:
+        """Return the dimensions of a tensor, each once; none where an operator has several results."""
+        if not isinstance(value, Value):
+            return []
+        return list(dict.fromkeys(self.space.find(axis.dim) for axis in value.axes))
 
     def _is_width(self, dims: Sequence[int]) -> bool:
         """Whether some axes together are a width; batch x heads, say, is none."""
-        verdicts = self.solved.verdicts
-        factors = {m for d in dims for term in self.space.terms_of(d, "product") for m in term}
-        mixed = len(dims) == 1 and any(
-            (v := verdicts.get(m)) and not (v.infinite or v.policy) for m in factors
-        )
-        return self._size(dims) >= SMALLEST and any(map(verdicts.grows, dims)) and not mixed
+        if self._size(dims) < SMALLEST or not any(map(self.solved.verdicts.grows, dims)):
+            return False
+        return len(dims) > 1 or not self._is_mixed(dims[0])
+
+    def _is_mixed(self, dim: int) -> bool:
+        """Whether a dimension is a product with a factor that is surely fixed."""
+        for factors in self.space.terms_of(dim, "product"):
+            for factor in factors:
+                verdict = self.solved.verdicts.get(factor)
+                if verdict is not None and not (verdict.infinite or verdict.policy):
+                    return True
+        return False
 
     def _size(self, dims: Sequence[int]) -> int:
         return prod(map(self.space.size, dims))
 
-    def _static(self, node: Node) -> bool:
-        return all(
-            v.static for v in flatten([self.env.get(n) for n in node.all_input_nodes]) if v is not None
-        )
-
-    def _parametric(self, node: Node) -> bool:
-        value = self.env.get(node)
+    def _is_parametric(self, tensor: Node) -> bool:
+        value = self.values.get(tensor)
         return isinstance(value, Value) and value.parametric
-
-    def _where(self, node: Node) -> str:
-        module = self.captured.owners.get(node, "")
-        return f"{operator_name(node.target)} in {module or 'the root module'}"
 
 
 def constant_notes(
@@ -233,25 +277,29 @@ def constant_notes(
         name: Name of a dimension.
         base: Base size of a dimension.
     """
-    return tuple(dict.fromkeys(_note(c, name, base) for c in constants))
+    return tuple(dict.fromkeys(_note(constant, name, base) for constant in constants))
 
 
-def _note(c: Constant, name: Callable[[int], str], base: Callable[[int], float]) -> str:
-    term = "*".join(map(name, c.dims))
-    term = f"an axis of size {term}" if term.isdigit() else term
-    if c.what == "unit length":
+def _note(constant: Constant, name: Callable[[int], str], base: Callable[[int], float]) -> str:
+    where, power = constant.where, constant.power
+    term = "*".join(map(name, constant.dims))
+    if term.isdigit():  # a dimension without a name
+        term = f"an axis of size {term}"
+    if constant.what == "unit length":
         return (
-            f"{c.where}: normalizes to unit length along {term}, which grows, so its entries shrink like one "
+            f"{where}: normalizes to unit length along {term}, which grows, so its entries shrink like one "
             "over the square root of that size, on top of the plan; multiply by the root, or use an RMS norm"
         )
-    at_base = prod(map(base, c.dims))
-    holds = f"{c.where}: {c.what} {c.value:.6g}, which is the size of {term} to the power {c.power:g}"
-    if c.what == "multiplies attention by":
+    at_base = prod(map(base, constant.dims))
+    holds = (
+        f"{where}: {constant.what} {constant.value:.6g}, which is the size of {term} to the power {power:g}"
+    )
+    if constant.what == "multiplies attention by":
         return (
             f"{holds}; it grows, so logits must scale as one over that size, not over its square root: write "
             f"{at_base**0.5:.6g} / size in its place"
         )
-    number = (1 if c.value > 0 else -1) * at_base**c.power
+    number = copysign(at_base**power, constant.value)
     return (
         f"{holds}; if it is computed from the width, it comes on top of the plan: write the number of the "
         f"base width, {number:.6g}, in its place"

@@ -11,8 +11,12 @@ from torch import Tensor
 from mupass._dims.infer import Inference
 from mupass._dims.space import Members
 from mupass._records import Fusion
+from mupass._roles.nodes import inner_dims
 
 LIMIT = 64  # more pieces than this are positions or entries, not matrices
+# What makes an axis a fused one: sizes that it splits into, which of them counts the matrices, and the length
+# of every matrix along it.
+Split = tuple[tuple[int, ...], int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,31 +27,36 @@ class _Finder:
     enumerated: frozenset[int]
     contracted: frozenset[int]
 
-    def find(self, dim: int) -> tuple[tuple[int, ...], int, tuple[int, ...]] | None:
-        """Return (view, along, sizes) of a fusion of this dimension, or None."""
+    def find(self, dim: int) -> Split | None:
+        """Return how a dimension is fused, or None."""
         space = self.solved.engine.space
-        if space.find(dim) in self.enumerated and 1 < space.size(dim) <= LIMIT:
-            return (space.size(dim),), 0, (1,) * space.size(dim)
+        size = space.size(dim)
+        # w.view(3, heads, -1).unbind(0): an axis whose positions are told apart.
+        if space.find(dim) in self.enumerated and 1 < size <= LIMIT:
+            return (size,), 0, (1,) * size
+        # The same inside of a larger axis, that of F.linear(x, w).view(batch, 3, width).unbind(1).
         for members in space.terms_of(dim, "product"):
             found = self._in_product(members)
             if found:
                 return found
         verdict = self.solved.verdicts.get(dim)
         open_ended = verdict is not None and (verdict.infinite or verdict.policy)
-        for members in space.terms_of(dim, "sum"):  # a head_dim that attention contracts whole is one matrix
-            if open_ended and space.find(dim) not in self.contracted and len(members) <= LIMIT:
-                return (space.size(dim),), 0, tuple(space.size(m) for m in members)
+        # A head_dim that attention contracts whole is one matrix.
+        if not open_ended or space.find(dim) in self.contracted:
+            return None
+        # F.linear(x, w).split([width, width, 2 * width], -1)
+        for parts in space.terms_of(dim, "sum"):
+            if len(parts) <= LIMIT:
+                return (size,), 0, tuple(map(space.size, parts))
         return None
 
-    def _in_product(self, members: Members) -> tuple[tuple[int, ...], int, tuple[int, ...]] | None:
-        space = self.solved.engine.space
-        for at, member in enumerate(members):
+    def _in_product(self, members: Members) -> Split | None:
+        sizes = tuple(map(self.solved.engine.space.size, members))
+        for place, member in enumerate(members):
             inner = self.find(member)
             if inner:
-                view, along, sizes = inner
-                before = tuple(space.size(m) for m in members[:at])
-                after = tuple(space.size(m) for m in members[at + 1 :])
-                return (*before, *view, *after), len(before) + along, sizes
+                view, along, lengths = inner
+                return (*sizes[:place], *view, *sizes[place + 1 :]), place + along, lengths
         return None
 
 
@@ -62,22 +71,23 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
     Returns:
         One record for each fused axis.
     """
-    space = solved.engine.space
-    facts = solved.engine.facts
-    enumerated = frozenset(space.find(d) for d in facts.enumerated)
-    finder = _Finder(solved, enumerated, frozenset(space.find(d) for b in facts.bilinear for d in b.inner))
-    competing = {space.find(d) for d in facts.alternatives}
-    found = []
+    space, facts = solved.engine.space, solved.engine.facts
+    enumerated = frozenset(space.find_all(facts.enumerated))
+    finder = _Finder(solved, enumerated, inner_dims(solved))
+    alternatives = space.find_all(facts.alternatives)
+    fusions = []
     for axis in axes:
         dim = solved.dims[parameter][axis]
-        fusion = finder.find(dim)
+        fused = finder.find(dim)
+        if fused:
+            fusions.append(Fusion(axis, *fused))
+            continue
         size, verdict = space.size(dim), solved.verdicts.get(dim)
-        apart = space.find(dim) in competing and verdict is not None and not verdict.infinite
-        if fusion:
-            found.append(Fusion(axis, *fusion))
-        elif apart and len(axes) > 1 and 1 < size <= LIMIT:  # experts that all read one activation
-            found.append(Fusion(axis, (size,), 0, (1,) * size))
-    return tuple(found)
+        # einsum("bi,eio->beo", x, w): experts that all read one activation, of which a gate picks some.
+        apart = space.find(dim) in alternatives and verdict is not None and not verdict.infinite
+        if apart and len(axes) > 1 and 1 < size <= LIMIT:
+            fusions.append(Fusion(axis, (size,), 0, (1,) * size))
+    return tuple(fusions)
 
 
 def split(tensor: Tensor, fusions: Sequence[Fusion]) -> list[Tensor]:
@@ -92,7 +102,10 @@ def split(tensor: Tensor, fusions: Sequence[Fusion]) -> list[Tensor]:
     """
     pieces = [tensor]
     for fusion in fusions:
-        pieces = [part for piece in pieces for part in _split_axis(piece, fusion)]
+        finer: list[Tensor] = []
+        for piece in pieces:
+            finer += _split_axis(piece, fusion)
+        pieces = finer
     return pieces
 
 
@@ -108,15 +121,15 @@ def join(pieces: Sequence[Tensor], fusions: Sequence[Fusion]) -> Tensor:
     """
     for fusion in reversed(fusions):
         count = len(fusion.sizes)
-        pieces = [_join_axis(pieces[i : i + count], fusion) for i in range(0, len(pieces), count)]
+        starts = range(0, len(pieces), count)
+        pieces = [_join_axis(pieces[start : start + count], fusion) for start in starts]
     return pieces[0]
 
 
 def _split_axis(tensor: Tensor, fusion: Fusion) -> list[Tensor]:
     opened = tensor.reshape(_opened(tensor, fusion, fusion.view))
     parts = torch.split(opened, list(fusion.sizes), fusion.axis + fusion.along)
-    last = fusion.axis + len(fusion.view) - 1
-    return [p.flatten(fusion.axis, last) for p in parts]
+    return [part.flatten(fusion.axis, _last(fusion)) for part in parts]
 
 
 def _join_axis(pieces: Sequence[Tensor], fusion: Fusion) -> Tensor:
@@ -124,10 +137,14 @@ def _join_axis(pieces: Sequence[Tensor], fusion: Fusion) -> Tensor:
     for piece, size in zip(pieces, fusion.sizes, strict=True):
         view = (*fusion.view[: fusion.along], size, *fusion.view[fusion.along + 1 :])
         opened.append(piece.reshape(_opened(piece, fusion, view)))
-    return torch.cat(opened, fusion.axis + fusion.along).flatten(
-        fusion.axis, fusion.axis + len(fusion.view) - 1
-    )
+    return torch.cat(opened, fusion.axis + fusion.along).flatten(fusion.axis, _last(fusion))
+
+
+def _last(fusion: Fusion) -> int:
+    """Return the last of the axes that a fused axis splits into."""
+    return fusion.axis + len(fusion.view) - 1
 
 
 def _opened(tensor: Tensor, fusion: Fusion, view: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor with its fused axis split into several."""
     return (*tensor.shape[: fusion.axis], *view, *tensor.shape[fusion.axis + 1 :])

@@ -39,6 +39,7 @@ class Matrices:
         Args:
             tensor: The parameter, or a tensor of its shape.
         """
+        # Most parameters: no copy is made, and little Python runs.
         if self._single:
             return [tensor.reshape(self._sizes)]
         return [self._stack(piece) for piece in split(self._opened(tensor), self._shifted)]
@@ -53,16 +54,19 @@ class Matrices:
         if self._single:
             return stacks[0].reshape(self.shape)
         order = self._order
-        inverse = sorted(range(len(order)), key=lambda i: order[i])
+        inverse = sorted(range(len(order)), key=order.__getitem__)
         pieces = []
         for piece, stack in zip(split(self._opened(like), self._shifted), stacks, strict=True):
-            pieces.append(stack.reshape([piece.shape[i] for i in order]).permute(inverse))
+            pieces.append(stack.reshape([piece.shape[axis] for axis in order]).permute(inverse))
         return join(pieces, self._shifted).reshape(self.shape)
 
     def _opened(self, tensor: Tensor) -> Tensor:
         """Give groups along the first axis an axis of their own."""
         tensor = tensor.reshape(self.shape)
-        return tensor.unflatten(0, (self.groups, -1)) if self.groups > 1 else tensor  # type: ignore[no-untyped-call, no-any-return]
+        # The kernel of a grouped convolution is [groups * channels out, channels in of a group, *positions].
+        if self.groups > 1:
+            tensor = tensor.unflatten(0, (self.groups, -1))  # type: ignore[no-untyped-call]
+        return tensor
 
     @cached_property
     def _single(self) -> bool:
@@ -73,24 +77,31 @@ class Matrices:
     @cached_property
     def _sizes(self) -> tuple[int, ...]:
         """Sizes of the stack of an unfused parameter."""
-        sides = self.sides or (self.out_axes, self.in_axes)
-        return (-1, *(prod(self.shape[i] for i in axes) for axes in sides))
+        return (-1, *self._side_sizes(self.shape))
 
     @property
     def _shift(self) -> int:
+        """By how much axes move up where groups have an axis of their own ahead of them."""
         return int(self.groups > 1)
 
     @cached_property
     def _shifted(self) -> tuple[Fusion, ...]:
-        return tuple(replace(f, axis=f.axis + self._shift) for f in self.fusions)
+        return tuple(replace(fusion, axis=fusion.axis + self._shift) for fusion in self.fusions)
 
     @cached_property
     def _order(self) -> tuple[int, ...]:
-        out, into = ([i + self._shift for i in axes] for axes in (self.out_axes, self.in_axes))
-        rest = [i for i in range(len(self.shape) + self._shift) if i not in (*out, *into)]
-        return (*rest, *out, *into)
+        """The axes with those first that count matrices, then those of fan_out, then those of fan_in."""
+        sides = [axis + self._shift for axis in (*self.out_axes, *self.in_axes)]
+        counting = [axis for axis in range(len(self.shape) + self._shift) if axis not in sides]
+        return (*counting, *sides)
 
     def _stack(self, piece: Tensor) -> Tensor:
-        sides = self.sides or (self.out_axes, self.in_axes)
-        sizes = [prod(piece.shape[i + self._shift] for i in axes) for axes in sides]
+        sizes = self._side_sizes(piece.shape[self._shift :])
         return piece.permute(self._order).reshape(-1, *sizes)
+
+    def _side_sizes(self, shape: Sequence[int]) -> list[int]:
+        """Return the sizes of the sides of matrices, given those of the parameter's axes or of a piece's."""
+        sizes = []
+        for axes in self.sides or (self.out_axes, self.in_axes):
+            sizes.append(prod([shape[axis] for axis in axes]))
+        return sizes

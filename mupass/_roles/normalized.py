@@ -8,7 +8,8 @@ own step flat, and leaves the gradient below it as it is: no scale of the parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -18,6 +19,7 @@ from mupass._dims.facts import Value
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
+from mupass._roles.nodes import place_of, placeholders_of
 
 PRODUCTS = Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
 # What has the order of its argument.
@@ -34,24 +36,24 @@ def find_normalized(captured: Capture, solved: Inference, parameter: str) -> str
         parameter: The weight.
     """
     for start in _operators(captured, solved, parameter):
-        found = _Walk(captured, solved).run(start)
-        if found is not None:
-            return f"{operator_name(found.target)} in {captured.owners.get(found, '') or 'the root module'}"
+        normalizer = _Walk(captured, solved).run(start)
+        if normalizer is not None:
+            return place_of(normalizer, captured.owners)
     return ""
 
 
 def _operators(captured: Capture, solved: Inference, parameter: str) -> Iterator[Node]:
     """Yield the operators in which a parameter, or what is made of parameters, meets an activation."""
-    todo = [node for node, name in captured.parameters.items() if name == parameter]
-    seen = set(todo)
-    while todo:
-        for user in todo.pop().users:
+    waiting = placeholders_of(captured, parameter)
+    visited = set(waiting)
+    while waiting:
+        for user in waiting.pop().users:
             value = solved.engine.env.get(user)
-            if user in seen or not isinstance(value, Value):
+            if user in visited or not isinstance(value, Value):
                 continue
-            seen.add(user)
+            visited.add(user)
             if value.static:
-                todo.append(user)
+                waiting.append(user)
             else:
                 yield user
 
@@ -61,73 +63,95 @@ class _Walk:
 
     def __init__(self, captured: Capture, solved: Inference):
         self.captured, self.solved = captured, solved
-        self.power: dict[Node, float] = {}
+        self.powers: dict[Node, float] = {}
         self.bent: set[Node] = set()  # elementwise functions of the output, whatever they are
 
     def run(self, start: Node) -> Node | None:
         """Return the operator that divides the scale out, or None."""
-        self.power[start] = 1.0
+        self.powers[start] = 1.0
         self.bent.add(start)
-        order = {node: i for i, node in enumerate(self.captured.nodes)}
-        todo = {user for user in start.users if user in order}
-        while todo:
-            node = min(todo, key=order.__getitem__)
-            todo.remove(node)
-            if self._normalizes(node) or self._cancels(node):
-                return node
-            if node in self.power or node in self.bent:
-                todo |= {user for user in node.users if user in order}
+        order = {operator: number for number, operator in enumerate(self.captured.nodes)}
+        waiting = order.keys() & start.users
+        while waiting:
+            operator = min(waiting, key=order.__getitem__)
+            waiting.remove(operator)
+            if self._normalizes(operator) or self._cancels(operator):
+                return operator
+            if operator in self.powers or operator in self.bent:
+                waiting |= order.keys() & operator.users
         return None
 
-    def _normalizes(self, node: Node) -> bool:
-        """Whether it is a normalization of something that follows the scale."""
-        known, sources = traits(operator_name(node.target)), node.all_input_nodes
-        if known & Trait.NORMALIZES:
-            return sources[0] in self.bent or self.power.get(sources[0], 0.0) > 0
-        return bool(known & Trait.DIVIDES_BY_SIZE) and any(self.power.get(n, 0.0) > 0 for n in sources[:2])
+    def _power_of(self, value: Any) -> float:
+        """Return the power of the scale that an operand holds; none for numbers and other tensors."""
+        return self.powers.get(value, 0.0) if isinstance(value, Node) else 0.0
 
-    def _cancels(self, node: Node) -> bool:
+    def _normalizes(self, operator: Node) -> bool:
+        """Whether it is a normalization of something that follows the scale."""
+        known, sources = traits(operator_name(operator.target)), operator.all_input_nodes
+        # F.layer_norm(f(u + b), ...): the bias b drops out with the mean, so that any f of u will do.
+        if known & Trait.NORMALIZES:
+            return sources[0] in self.bent or self._power_of(sources[0]) > 0
+        # F.rms_norm(u, ...), F.cosine_similarity(u, v): nothing is subtracted, so u must be bare.
+        return bool(known & Trait.DIVIDES_BY_SIZE) and max(map(self._power_of, sources[:2])) > 0
+
+    def _cancels(self, operator: Node) -> bool:
         """Note the power that an operator's result holds; True where powers cancel, as in ``u / |u|``."""
-        operands = [n for n in node.all_input_nodes if n in self.power]
-        others = [n for n in node.all_input_nodes if n not in operands and not self._is_static(n)]
-        power = self._power(node, [self.power[n] for n in operands], bool(others)) if operands else None
+        sources = operator.all_input_nodes
+        moving = [source for source in sources if not self._is_static(source)]
+        followed = [self.powers[source] for source in sources if source in self.powers]
+        power = None
+        if followed:
+            power = self._power(operator, followed, alone=all(source in self.powers for source in moving))
         if power is not None and power != 0:
-            self.power[node] = power
+            self.powers[operator] = power
         # f(u + b): after a mean is subtracted and a deviation divided out, little is left of f and b
-        sources = node.all_input_nodes
-        unary = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        unary = unary or bool(traits(operator_name(node.target)) & SAME_ORDER)
-        if unary and all(n in self.bent or self._is_static(n) for n in sources):
-            self.bent.add(node)
+        elementwise = torch.Tag.pointwise in getattr(operator.target, "tags", ())
+        if elementwise or traits(operator_name(operator.target)) & SAME_ORDER:
+            if self.bent.issuperset(moving):
+                self.bent.add(operator)
         return power == 0
 
-    def _power(self, node: Node, known: list[float], others: bool) -> float | None:
-        """Return the power of an operator's result, or None where it has none."""
-        name, operator = _name(node), traits(operator_name(node.target))
+    def _power(self, operator: Node, followed: Sequence[float], alone: bool) -> float | None:
+        """Return the power of an operator's result, or None where it has none.
+
+        Args:
+            operator: The operator.
+            followed: Powers of those operands that follow the scale.
+            alone: Whether all other operands are static.
+        """
+        name, known = _name(operator), traits(operator_name(operator.target))
+        # u.square(), u.var(), (u * u).sum().sqrt()
         if name in POWERS:
-            return known[0] * POWERS[name]
-        if operator & (SAME_ORDER | Trait.LINEAR_AT_ZERO):
-            return known[0]
-        if others:
+            return followed[0] * POWERS[name]
+        # u.sum(), relu(u), u.norm(); tanh(u), where u is small
+        if known & (SAME_ORDER | Trait.LINEAR_AT_ZERO):
+            return followed[0]
+        if not alone:
             return None
-        alone = len(node.all_input_nodes) == 1
-        if operator & PRODUCTS:  # of two tensors that follow the scale: u u^T
-            full = len(known) == len(node.all_input_nodes)
-            return sum(known) * (2 if alone else 1) if full else None
-        if operator & Trait.MULTIPLIES:
-            return sum(known) * (2 if alone and node.args[0] is node.args[1] else 1)
-        if operator & Trait.DIVIDES:
-            above, below = (self.power.get(n, 0.0) if isinstance(n, Node) else 0.0 for n in node.args[:2])
+        once = len(operator.all_input_nodes) == 1
+        # u @ u.T. Of u @ w the scale is that of another layer, which is not followed.
+        if known & PRODUCTS:
+            if len(followed) < len(operator.all_input_nodes):
+                return None
+            return 2 * followed[0] if once else sum(followed)
+        # u * u, u * 0.5
+        if known & Trait.MULTIPLIES:
+            squared = once and operator.args[0] is operator.args[1]
+            return 2 * followed[0] if squared else sum(followed)
+        # u / u.norm()
+        if known & Trait.DIVIDES:
+            above, below = map(self._power_of, operator.args[:2])
             return above - below
-        if name == "pow" and isinstance(node.args[1], (int, float)):
-            return known[0] * node.args[1]
-        # A bias or an epsilon is dwarfed, or is there to be.
-        return max(known) if name in ("add", "sub", "rsub") else None
+        # u ** 2
+        if name == "pow" and isinstance(operator.args[1], (int, float)):
+            return followed[0] * operator.args[1]
+        # u + b, u.var() + eps: a bias or an epsilon is dwarfed, or is there to be.
+        return max(followed) if name in ("add", "sub", "rsub") else None
 
     def _is_static(self, node: Node) -> bool:
         value = self.solved.engine.env.get(node)
         return isinstance(value, Value) and value.static
 
 
-def _name(node: Node) -> str:
-    return operator_name(node.target).removeprefix("aten.").removesuffix("_")
+def _name(operator: Node) -> str:
+    return operator_name(operator.target).removeprefix("aten.").removesuffix("_")

@@ -20,12 +20,15 @@ def main_use(uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:
     Returns:
         The deciding use, or None for parameters that only multiply or shift activations.
     """
-    weights = [u for u in uses if u.fan_in or u.fan_out]
+    # x * gain and x + bias contract nothing: such a use has neither fan_in nor fan_out.
+    weights = [use for use in uses if use.fan_in or use.fan_out]
+    if not weights:
+        return None
     for row in ("input", "hidden", "output"):
         for use in weights:
             if role_of(use, infinite) == row:
                 return use
-    return weights[0] if weights else None
+    return weights[0]
 
 
 def role_of(use: Use | None, infinite: Sequence[bool]) -> Role:
@@ -44,18 +47,24 @@ def role_of(use: Use | None, infinite: Sequence[bool]) -> Role:
     if use is None:
         return "vector"
     fan_in, fan_out = separate(use.fan_in, use.fan_out)
-    grows_in = any(infinite[i] for i in fan_in)
-    grows_out = any(infinite[i] for i in fan_out)
+    grows_in = any(infinite[axis] for axis in fan_in)
+    grows_out = any(infinite[axis] for axis in fan_out)
     if grows_in and grows_out:
         return "hidden"
-    return "output" if grows_in else "input" if grows_out else "vector"
+    if grows_in:
+        return "output"
+    if grows_out:
+        return "input"
+    # What grows is a batch of weights: einsum("bni,nio->bno", x, w) with n heads of fixed size.
+    return "vector"
 
 
 def readout_uses(uses: Sequence[Use], role: Role, infinite: Sequence[bool]) -> tuple[Use, ...]:
     """Return the uses in which an input-row parameter also acts as a readout (a tied embedding)."""
     if role != "input":
         return ()
-    return tuple(u for u in uses if role_of(u, infinite) == "output")
+    # F.embedding(tokens, table) makes the width, F.linear(h, table) sums over it.
+    return tuple(use for use in uses if role_of(use, infinite) == "output")
 
 
 def separate(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -70,5 +79,6 @@ def separate(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> tuple[tuple[i
     """
     if not set(fan_in) & set(fan_out):
         return fan_in, fan_out
-    inside = tuple(i for i in fan_in if i not in fan_out) or fan_in[-1:]
-    return inside, tuple(i for i in fan_out if i not in inside)
+    # F.linear(x, w - w.T): both axes are summed over in one term and made in the other.
+    inside = tuple(axis for axis in fan_in if axis not in fan_out) or fan_in[-1:]
+    return inside, tuple(axis for axis in fan_out if axis not in inside)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from mupass._dims.graph import shape_of
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Site, Use
 from mupass._roles import contraction
+from mupass._roles.nodes import placeholders_of, tensors_among
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
+Found = tuple[Site, str]  # how an operator uses the parameter, and the activation that it reads there
 
 
 def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
@@ -29,15 +32,13 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
         Parameter name -> its sites. Calls that differ only in their input are one site, with all sources.
     """
     found = {}
-    for node, name in captured.parameters.items():
+    for placeholder, parameter in captured.parameters.items():
         sites: dict[Site, list[str]] = defaultdict(list)
-        rank = len(_shape(node))
-        for user, seen, view in _users(node, tuple(range(rank))):
-            if user in captured.derivatives:  # the weight is used forwards as well
-                continue
-            site, source = _site(captured, name, user, seen, view)
-            sites[site].append(source)
-        found[name] = tuple(_with_sources(s, sources) for s, sources in sites.items())
+        for reading in _readings(captured, placeholder):
+            if reading.reader not in captured.derivatives:  # the weight is used forwards as well
+                site, source = _site(reading)
+                sites[site].append(source)
+        found[parameter] = tuple(replace(site, sources=tuple(sources)) for site, sources in sites.items())
     return found
 
 
@@ -50,23 +51,128 @@ def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, 
         use: One of its uses, a product.
     """
     found = []
-    for node, name in captured.parameters.items():
-        if name != parameter:
-            continue
-        rank = len(_shape(node))
-        for user, seen, view in _users(node, tuple(range(rank))):
-            site, _ = _site(captured, parameter, user, seen, view)
-            if (site.operator, site.module, site.in_axes) != (use.operator, use.module, use.fan_in):
-                continue
-            factors, _ = _factors(user, _name(user))
-            others = [factor for factor in factors if isinstance(factor, Node) and factor is not seen]
-            if others:
-                found.append((user, others[0]))
+    for placeholder in placeholders_of(captured, parameter):
+        for reading in _readings(captured, placeholder):
+            # Uses are found by dimension rules, sites by the patterns below: they meet in these three.
+            site, _ = _site(reading)
+            if (site.operator, site.module, site.in_axes) == (use.operator, use.module, use.fan_in):
+                factors, _ = reading.product()
+                others = reading.others(factors)
+                if others:
+                    found.append((reading.reader, others[0]))
     return found
 
 
-def _with_sources(site: Site, sources: list[str]) -> Site:
-    return Site(**{**vars(site), "sources": tuple(sources)})
+@dataclass(frozen=True)
+class _Reading:
+    """One operator that reads a parameter.
+
+    Attributes:
+        captured: The graph.
+        parameter: Placeholder of the parameter.
+        reader: The operator.
+        operand: What it reads: the parameter, or a copy or a transpose of it.
+        view: How that shows the parameter.
+    """
+
+    captured: Capture
+    parameter: Node
+    reader: Node
+    operand: Node
+    view: View
+
+    @property
+    def name(self) -> str:
+        """Name of the operator, without its overload."""
+        return _name(self.reader)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return _shape(self.parameter)
+
+    @property
+    def untransposed(self) -> bool:
+        """Whether the operator sees the axes in the parameter's order."""
+        return self.view == tuple(range(len(self.view)))
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the operator is a convolution."""
+        return self.name.startswith(CONVOLUTIONS)
+
+    def places(self, arguments: Iterable[Any]) -> list[int]:
+        """Return where the parameter stands among arguments."""
+        return [place for place, argument in enumerate(arguments) if argument is self.operand]
+
+    def others(self, arguments: Iterable[Any]) -> list[Node]:
+        """Return the other tensors among arguments."""
+        return [tensor for tensor in tensors_among(arguments) if tensor is not self.operand]
+
+    def product(self) -> tuple[list[Any], Any]:
+        """Return what the operator multiplies, and what it adds to the product or None."""
+        arguments: Any = self.reader.args
+        # torch.einsum("bi,oi->bo", x, w) is captured as einsum(equation, [x, w]).
+        if self.name == "aten.einsum":
+            return list(arguments[1]), None
+        # F.linear(x, w, bias), F.conv2d(x, w, bias, ...)
+        if self.name == "aten.linear" or self.convolves:
+            bias = arguments[2] if len(arguments) > 2 else None
+            return list(arguments[:2]), bias
+        # torch.addmm(bias, x, w): beta * bias + alpha * product
+        if traits(self.name) & Trait.AFFINE:
+            return list(arguments[1:]), arguments[0]
+        return list(arguments), None
+
+    def site(self, kind: str, **more: Any) -> Site:
+        """Return a site of this operator."""
+        return Site(kind, str(self.reader.target), self.captured.owners.get(self.reader, ""), **more)
+
+    def refused(self, what: str) -> Found:
+        """Return that the operator does something with the parameter that has no Kronecker form."""
+        return self.site("", reason=f"{self.reader.target} {what}"), ""
+
+
+def _readings(captured: Capture, placeholder: Node) -> Iterator[_Reading]:
+    """Yield every operator that reads a parameter, through copies and transposes of it."""
+    in_order = tuple(range(len(_shape(placeholder))))
+    for reader, operand, view in _readers(placeholder, in_order):
+        yield _Reading(captured, placeholder, reader, operand, view)
+
+
+def _readers(operand: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
+    """Yield (operator, what it reads, how that shows the parameter)."""
+    for reader in operand.users:
+        if reader.op == "output":
+            continue
+        turned = _view_through(reader, view)
+        if turned is not None and operand in reader.args[:1]:
+            yield from _readers(reader, turned)
+        else:
+            yield reader, operand, view
+
+
+def _view_through(operator: Node, view: View) -> View | None:
+    """Return how the result of a copy or a transpose shows the parameter, or None for other operators.
+
+    Args:
+        operator: The operator.
+        view: How its first operand shows the parameter.
+    """
+    name = _name(operator)
+    arguments: Any = operator.args
+    if traits(name) & Trait.COPIES:
+        return view
+    # w.T, w.mT
+    if name in ("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint") and len(view) == 2:
+        return contraction.reordered(view, "last")
+    # w.transpose(0, 1)
+    if name in ("aten.transpose", "aten.swapaxes") and view:
+        return contraction.reordered(view, "swap", arguments[1:3])
+    # w.permute(2, 0, 1)
+    if name == "aten.permute":
+        return contraction.reordered(view, "permute", arguments[1])
+    return None
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -74,169 +180,158 @@ def _shape(node: Node) -> tuple[int, ...]:
     return shape_of(value) if isinstance(value, torch.Tensor) else ()
 
 
-def _users(node: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
-    """Yield (operator, the node it reads, how it sees the parameter), through moves and transposes."""
-    for user in node.users:
-        if user.op == "output":
-            continue
-        name = _name(user)
-        turned = _turn(user, name, view)
-        if traits(name) & Trait.COPIES and user.args and user.args[0] is node:
-            yield from _users(user, view)
-        elif turned is not None:
-            yield from _users(user, turned)
-        else:
-            yield user, node, view
-
-
 def _name(node: Node) -> str:
-    target: Any = node.target
-    return str(target).rsplit(".", 1)[0] if node.op == "call_function" else str(target)
+    name = str(node.target)
+    if node.op == "call_function":
+        name = name.rsplit(".", 1)[0]  # without the overload
+    return name
 
 
-def _turn(node: Node, name: str, view: View) -> View | None:
-    """Return how the result of a transpose shows the parameter, or None for other operators."""
-    args: Any = node.args
-    if name in ("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint") and len(view) == 2:
-        return contraction.reordered(view, "last")
-    if name in ("aten.transpose", "aten.swapaxes") and view:
-        return contraction.reordered(view, "swap", args[1:3])
-    return contraction.reordered(view, "permute", args[1]) if name == "aten.permute" else None
+def _site(reading: _Reading) -> Found:
+    """Return how an operator uses a parameter: what the first pattern says that fits."""
+    for pattern in (_lookup, _convolution, _product, _norm, _elementwise):
+        found = pattern(reading)
+        if found is not None:
+            return found
+    return reading.refused("uses it in a way that has no Kronecker form here")
 
 
-def _site(captured: Capture, parameter: str, user: Node, seen: Node, view: View) -> tuple[Site, str]:
-    name, module = _name(user), captured.owners.get(user, "")
-    slots = [i for i, a in enumerate(user.args) if a is seen]
-    shape = _shape(next(n for n, p in captured.parameters.items() if p == parameter))
-
-    def site(kind: str, **more: Any) -> Site:
-        return Site(kind, str(user.target), module, **more)
-
-    if name == "aten.embedding" and slots == [0] and view == (0, 1):
-        return site("embedding", in_axes=(0,), out_axes=(1,)), _source(user.args[1])
-    if name.startswith(CONVOLUTIONS) and slots == [1] and view == tuple(range(len(view))):
-        return site("conv", in_axes=view[1:], out_axes=view[:1]), _source(user.args[0])
-    if traits(name) & (Trait.MATRIX_PRODUCT | Trait.AFFINE) or name.startswith(CONVOLUTIONS):
-        return _product(captured, user, name, seen, view, shape, site)
-    if "norm" in name and len(slots) == 1 and len(shape) >= 1:
-        arguments: Any = user.target
-        name = arguments._schema.arguments[slots[0]].name
-        if name in ("weight", "bias"):
-            return site("norm gain" if name == "weight" else "norm shift"), _source(user.args[0])
-    if name in ("aten.mul", "aten.add") and len(slots) == 1:
-        return _elementwise(captured, user, name, slots[0], shape, site)
-    return site("", reason=f"{user.target} uses it in a way that has no Kronecker form here"), ""
+def _lookup(reading: _Reading) -> Found | None:
+    """Match a table that is read by index: ``F.embedding(tokens, table)``."""
+    arguments = reading.reader.args
+    if reading.name != "aten.embedding" or reading.places(arguments) != [0] or reading.view != (0, 1):
+        return None
+    # As a product with one-hot rows: the rows of the table are summed over, its columns are made.
+    return reading.site("embedding", in_axes=(0,), out_axes=(1,)), _source(arguments[1])
 
 
-def _product(
-    captured: Capture, user: Node, name: str, seen: Node, view: View, shape: tuple[int, ...], site: Any
-) -> tuple[Site, str]:
-    factors, bias = _factors(user, name)
-    if bias is seen and isinstance(factors[-1], Node):
-        return _added(captured, user, name, factors, shape, site)
-    if name.startswith(CONVOLUTIONS):
-        return site("", reason=f"{user.target} does not use it as it is"), ""
-    places = [place for place, factor in enumerate(factors) if factor is seen]
-    others = [factor for factor in factors if isinstance(factor, Node) and factor is not seen]
+def _convolution(reading: _Reading) -> Found | None:
+    """Match the kernel of ``F.conv2d(x, kernel)``, ``[channels out, channels in, *positions]``."""
+    arguments = reading.reader.args
+    if not reading.convolves or reading.places(arguments) != [1] or not reading.untransposed:
+        return None
+    kernel = reading.view
+    return reading.site("conv", in_axes=kernel[1:], out_axes=kernel[:1]), _source(arguments[0])
+
+
+def _product(reading: _Reading) -> Found | None:
+    """Match a product summed over axes: the parameter is a factor, or is added to it as a bias."""
+    if not (traits(reading.name) & (Trait.MATRIX_PRODUCT | Trait.AFFINE) or reading.convolves):
+        return None
+    factors, bias = reading.product()
+    if bias is reading.operand and isinstance(factors[-1], Node):
+        return _bias(reading, factors)
+    # What is left of convolutions has a transposed kernel, or a parameter where the activation is.
+    if reading.convolves:
+        return reading.refused("does not use it as it is")
+    places, others = reading.places(factors), reading.others(factors)
     if len(places) != 1 or len(others) != 1 or len(factors) != 2:
-        return site("", reason=f"{user.target} multiplies it with itself or with several tensors"), ""
+        return reading.refused("multiplies it with itself or with several tensors")
     (activation,) = others
-    if root_of(activation) in captured.parameters:
-        reason = f"{user.target} multiplies it with another parameter, not with an activation"
-        return site("", reason=reason), ""
-    form = product_form(name, user.args[0], _shape(activation), view, shape, places[0])
+    # x @ (a @ b), a and b parameters: the gradient of a is no sum over rows of x.
+    if root_of(activation) in reading.captured.parameters:
+        return reading.refused("multiplies it with another parameter, not with an activation")
+    form = _form(reading, _shape(activation), places[0])
     if form is None or not form.proper:
-        return site("", reason=f"{user.target} is not one sum over a shared axis"), ""
+        return reading.refused("is not one sum over a shared axis")
     kind = "contraction"
-    if name == "aten.linear" and view == (0, 1):
+    if reading.name == "aten.linear" and reading.view == (0, 1):
         kind = "linear"
-    return site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(activation)
+    return reading.site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(activation)
 
 
-def _factors(user: Node, name: str) -> tuple[list[Any], Any]:
-    """Return what an operator multiplies, and what it adds to the product or None."""
-    if name == "aten.einsum":  # einsum(equation, [x, w])
-        equation_operands: Any = user.args[1]
-        return list(equation_operands), None
-    if name == "aten.linear" or name.startswith(CONVOLUTIONS):  # linear(x, w, bias)
-        bias = user.args[2] if len(user.args) > 2 else None
-        return list(user.args[:2]), bias
-    if traits(name) & Trait.AFFINE:  # addmm(bias, x, w): beta * bias + alpha * product
-        return list(user.args[1:]), user.args[0]
-    return list(user.args), None
-
-
-def _added(
-    captured: Capture, user: Node, name: str, factors: list[Any], shape: tuple[int, ...], site: Any
-) -> tuple[Site, str]:
-    """Return the site of what an operator adds to its own product: beta * bias + alpha * product."""
-    alpha, beta = user.kwargs.get("alpha", 1), user.kwargs.get("beta", 1)
-    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)) or not alpha:
-        return site("", reason=f"{user.target} adds it to a product times alpha={alpha}"), ""
-    if name == "aten.baddbmm":  # beta * bias + alpha * bmm(x, w): added as any tensor to a product
-        if beta != 1:
-            return site("", reason=f"{user.target} adds it times beta={beta}"), ""
-        return _along_one_axis("shift", shape, factors[0], len(_shape(user)), site)
-    weight = captured.parameters.get(root_of(factors[-1]), "")
-    return site("bias", weight=weight, scale=float(beta / alpha)), ""
-
-
-def product_form(
-    name: str, equation: Any, x: tuple[int, ...], view: View, shape: tuple[int, ...], weight_at: int
-) -> contraction.Contraction | None:
+def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
-        name: ATen name without overload.
-        equation: Of an einsum.
-        x: Shape of the activation.
-        view: How the operator sees the parameter.
-        shape: Shape of the parameter.
-        weight_at: Place of the parameter among the two factors.
+        reading: The product.
+        activation: Shape of the activation.
+        place: Place of the parameter among the two factors.
     """
-    if name == "aten.einsum":
-        return contraction.einsum(str(equation), x, view, shape, weight_at)
-    if name == "aten.linear":
-        return contraction.linear(len(x), view, shape) if weight_at == 1 else None
-    return contraction.matmul(x, view, shape, weight_at, summed=name == "aten.addbmm")
+    view, shape = reading.view, reading.shape
+    if reading.name == "aten.einsum":
+        equation = str(reading.reader.args[0])
+        return contraction.einsum(equation, activation, view, shape, place)
+    if reading.name != "aten.linear":
+        summed = reading.name == "aten.addbmm"
+        return contraction.matmul(activation, view, shape, place, summed)
+    # F.linear(w, x) has an activation where the weight is.
+    return contraction.linear(len(activation), view, shape) if place == 1 else None
 
 
-def _elementwise(
-    captured: Capture, user: Node, name: str, slot: int, shape: tuple[int, ...], site: Any
-) -> tuple[Site, str]:
-    other = user.args[1 - slot]
-    if not isinstance(other, Node) or root_of(other) in captured.parameters or user.kwargs:
-        return site("", reason=f"{user.target} joins it to another parameter or a number"), ""
-    return _along_one_axis("gain" if name == "aten.mul" else "shift", shape, other, len(_shape(other)), site)
+def _bias(reading: _Reading, factors: list[Any]) -> Found:
+    """Match what an operator adds to its own product: ``beta * bias + alpha * product``."""
+    scales = reading.reader.kwargs
+    alpha, beta = scales.get("alpha", 1), scales.get("beta", 1)
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)) or not alpha:
+        return reading.refused(f"adds it to a product times alpha={alpha}")
+    # baddbmm(bias, x, w) has one matrix a sample: the bias is added as any tensor to a product.
+    if reading.name == "aten.baddbmm":
+        if beta != 1:
+            return reading.refused(f"adds it times beta={beta}")
+        return _along_one_axis(reading, "shift", factors[0], len(_shape(reading.reader)))
+    # "" where the factor is no parameter as it is: an activation, or a weight that is computed.
+    weight = reading.captured.parameters.get(root_of(factors[-1]), "")
+    return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
 
 
-def _along_one_axis(kind: str, shape: tuple[int, ...], other: Node, rank: int, site: Any) -> tuple[Site, str]:
+def _norm(reading: _Reading) -> Found | None:
+    """Match the gain or the shift of a norm: ``F.layer_norm(x, shape, gain, shift)``."""
+    arguments = reading.reader.args
+    places = reading.places(arguments)
+    if "norm" not in reading.name or len(places) != 1 or not reading.shape:
+        return None
+    target: Any = reading.reader.target
+    # Norms differ in the order of their arguments, and agree in the names of these two.
+    kind = {"weight": "norm gain", "bias": "norm shift"}.get(target._schema.arguments[places[0]].name)
+    return (reading.site(kind), _source(arguments[0])) if kind else None
+
+
+def _elementwise(reading: _Reading) -> Found | None:
+    """Match ``x * gain`` and ``x + shift``, in either order."""
+    kind = {"aten.mul": "gain", "aten.add": "shift"}.get(reading.name)
+    places = reading.places(reading.reader.args)
+    if kind is None or len(places) != 1:
+        return None
+    other = reading.reader.args[1 - places[0]]
+    scaled = reading.reader.kwargs  # add(x, shift, alpha=2)
+    if not isinstance(other, Node) or root_of(other) in reading.captured.parameters or scaled:
+        return reading.refused("joins it to another parameter or a number")
+    return _along_one_axis(reading, kind, other, len(_shape(other)))
+
+
+def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -> Found:
     """Return the site of a gain or a shift that varies along one axis of an activation of some rank."""
-    wide = [i for i, n in enumerate(shape) if n > 1]
+    shape = reading.shape
+    wide = [axis for axis, size in enumerate(shape) if size > 1]
     if len(wide) > 1 or len(shape) > rank:
-        return site("", reason="it is a table that is added to or multiplied with activations"), ""
-    axis = (wide or [len(shape) - 1])[0] if shape else 0
-    return site(kind, out_axes=(axis,) if shape else ()), _source(other)
+        reason = "it is a table that is added to or multiplied with activations"
+        return reading.site("", reason=reason), ""
+    # Of a parameter of one number the last axis stands for all; a scalar has none.
+    out_axes = wide or list(range(len(shape)))[-1:]
+    return reading.site(kind, out_axes=tuple(out_axes)), _source(activation)
 
 
 def root_of(node: Any) -> Any:
-    """Follow moves and transposes back to what they show.
+    """Follow copies and transposes back to what they show.
 
     Args:
         node: An operand.
     """
     while isinstance(node, Node) and node.op == "call_function" and node.args:
-        name, source = _name(node), node.args[0]
+        source = node.args[0]
         if not isinstance(source, Node):
             break
-        if not traits(name) & Trait.COPIES and _turn(node, name, tuple(range(len(_shape(source))))) is None:
+        if _view_through(node, tuple(range(len(_shape(source))))) is None:
             break
         node = source
     return node
 
 
-def _source(node: Any) -> str:
-    root = node
-    while isinstance(root, Node) and root.op == "call_function" and traits(_name(root)) & Trait.COPIES:
-        root = root.args[0]
-    return str(root)
+def _source(activation: Any) -> str:
+    """Name the activation behind copies: taps that read equal ones share an input factor."""
+    while isinstance(activation, Node) and activation.op == "call_function":
+        if not traits(_name(activation)) & Trait.COPIES:
+            break
+        activation = activation.args[0]
+    return str(activation)

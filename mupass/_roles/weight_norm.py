@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mupass._capture.graph import Capture
-from mupass._dims.facts import Value
-from mupass._dims.graph import flatten, operator_name
+from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Geometry
+from mupass._roles.nodes import all_static, place_of, placeholders_of
 from mupass._roles.sites import root_of
 
 NORMED = ("aten._weight_norm", "aten._weight_norm_interface")
@@ -28,21 +28,23 @@ def with_lengths(geometries: Sequence[Geometry], captured: Capture) -> list[Geom
         captured: The graph.
     """
     lengths: dict[str, str] = {}
-    for node in captured.nodes:
-        if operator_name(node.target) in NORMED:
-            direction, length = (captured.parameters.get(root_of(n)) for n in node.args[:2])
+    for operator in captured.nodes:
+        # torch.nn.utils.parametrizations.weight_norm calls torch._weight_norm(v, g).
+        if operator_name(operator.target) in NORMED:
+            direction, length = (captured.parameters.get(root_of(operand)) for operand in operator.args[:2])
             if direction and length:
                 lengths[direction] = length
-    by_name = {g.name: g for g in geometries}
+    by_name = {geometry.name: geometry for geometry in geometries}
     directions = {length: by_name[direction] for direction, length in lengths.items()}
-    found = []
-    for g in geometries:
-        if g.name in directions:
-            of = directions[g.name]
-            readout = of.role == "output"
-            g = replace(g, direction=of.name, m_direction=of.m_in if readout else 1.0)
-        found.append(replace(g, length=lengths.get(g.name, "")))
-    return found
+    noted = []
+    for geometry in geometries:
+        direction_of = directions.get(geometry.name)
+        if direction_of is not None:
+            # Only a readout's weight shrinks with the width, and so does its length.
+            growth = direction_of.m_in if direction_of.role == "output" else 1.0
+            geometry = replace(geometry, direction=direction_of.name, m_direction=growth)
+        noted.append(replace(geometry, length=lengths.get(geometry.name, "")))
+    return noted
 
 
 def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
@@ -55,14 +57,13 @@ def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
         solved: Its inference.
         parameter: The weight.
     """
-    made = {node for node, name in captured.parameters.items() if name == parameter}
-    for node in captured.nodes:
-        value = solved.engine.env.get(node)
-        sources = [n for n in node.all_input_nodes if n in made]
-        if not sources or not all(v.static for v in flatten([value]) if isinstance(v, Value)):
+    made = set(placeholders_of(captured, parameter))
+    for operator in captured.nodes:
+        sources = [source for source in operator.all_input_nodes if source in made]
+        if not sources or not all_static([solved.engine.env.get(operator)]):
             continue
-        made.add(node)
-        # div(w, sigma), where sigma is computed from w
-        if traits(operator_name(node.target)) & Trait.DIVIDES and len(sources) == 2:
-            return f"{operator_name(node.target)} in {captured.owners.get(node, '') or 'the root module'}"
+        made.add(operator)
+        # w / w.norm(dim=1, keepdim=True); w / sigma, where sigma is computed from w
+        if traits(operator_name(operator.target)) & Trait.DIVIDES and len(sources) == 2:
+            return place_of(operator, captured.owners)
     return ""

@@ -152,21 +152,24 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
 
 def _lender(geometry: Geometry, geometries: Sequence[Geometry]) -> Geometry | None:
     """Return the weight of the same module by whose fan_in PyTorch draws this parameter."""
-    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
-    recurrent = any(use.kind == "recurrent" for use in geometry.uses)
-    if not modules or (geometry.fan_in_axes and not recurrent):
+    kinds = {use.kind for use in geometry.uses}
+    if geometry.fan_in_axes and "recurrent" not in kinds:
         return None
-    weights = [g for g in geometries if any(use.module in modules and use.fan_in for use in g.uses)]
-    by_name = {weight.name: weight for weight in weights}
+    modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
+    weights = {}
+    for weight in geometries:
+        if any(use.module in modules and use.fan_in for use in weight.uses):
+            weights[weight.name] = weight
     # weight_ih_l0, bias_hh_l0 -> weight_hh_l0; conv.bias -> conv.weight
     for name in (
         re.sub("(weight|bias)_[ih]h", "weight_hh", geometry.name),
         geometry.name.replace("bias", "weight"),
     ):
-        if name in by_name:
-            return by_name[name]
-    if len(weights) == 1 and all(use.kind == "bias" for use in geometry.uses):
-        return weights[0]
+        if name in weights:
+            return weights[name]
+    # A bias of another name beside the only weight of its module.
+    if len(weights) == 1 and kinds == {"bias"}:
+        return next(iter(weights.values()))
     return None
 
 

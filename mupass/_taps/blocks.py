@@ -76,6 +76,11 @@ class Block:
     b: tuple[Factor, ...]
     tied: Tied | None = None
 
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """All factors that it needs."""
+        return (*self.a, *self.b, *(self.tied.second if self.tied else ()))
+
 
 @dataclass(frozen=True)
 class Cover:

@@ -66,19 +66,26 @@ def pieces(axis: Axis) -> list[Piece]:
     Args:
         axis: The axis.
     """
+    # Distance -> for every pair of taps, the positions at which both meet the input, and the pair.
     windows: dict[int, list[tuple[int, int, tuple[int, int]]]] = defaultdict(list)
-    for one, other in product(range(axis.kernel), range(axis.kernel)):
-        first, distance = axis.dilation * one - axis.before, axis.dilation * (other - one)
-        start, stop = max(first, 0, -distance), min(first + axis.outputs, axis.size, axis.size - distance)
+    for earlier, later in product(range(axis.kernel), repeat=2):
+        # Where the earlier tap meets the input at output position 0, and how far from it the later one does.
+        position = axis.dilation * earlier - axis.before
+        distance = axis.dilation * (later - earlier)
+        start = max(position, 0, -distance)
+        stop = min(position + axis.outputs, axis.size, axis.size - distance)
         if start < stop:
-            windows[distance].append((start, stop, (one, other)))
+            windows[distance].append((start, stop, (earlier, later)))
     found = []
-    for distance, alike in windows.items():
-        cuts = sorted({cut for start, stop, _ in alike for cut in (start, stop)})
-        for start, stop in pairwise(cuts):
-            pairs = tuple(pair for first, end, pair in alike if first <= start and stop <= end)
+    for distance, window in windows.items():
+        borders: set[int] = set()
+        for start, stop, _ in window:
+            borders |= {start, stop}
+        # Between two borders no pair starts or stops: the same pairs sum all that lies there.
+        for left, right in pairwise(sorted(borders)):
+            pairs = tuple(pair for start, stop, pair in window if start <= left and right <= stop)
             if pairs:
-                found.append(Piece(start, stop - start, distance, pairs))
+                found.append(Piece(left, right - left, distance, pairs))
     return found
 
 
@@ -92,15 +99,16 @@ def _boxes(
     if len(box) == len(cuts):
         yield box, left, right
         return
-    at = len(cuts) - len(box)  # axis 0 counts groups
-    ahead = any(piece.distance for piece in box)
-    for piece in cuts[at - 1]:
-        if ahead or piece.distance >= 0:
-            here = left.narrow(at, piece.start, piece.length)
-            there = right.narrow(at, piece.start + piece.distance, piece.length)
-            if at > 1:
-                here, there = here.contiguous(), there.contiguous()
-            yield from _boxes(here, there, cuts, (piece, *box))
+    current = len(cuts) - len(box)  # axis 0 counts groups
+    # The sums at the opposite distances are transposes of these.
+    forward = any(piece.distance for piece in box)
+    for piece in cuts[current - 1]:
+        if forward or piece.distance >= 0:
+            narrowed = left.narrow(current, piece.start, piece.length)
+            partner = right.narrow(current, piece.start + piece.distance, piece.length)
+            if current > 1:
+                narrowed, partner = narrowed.contiguous(), partner.contiguous()
+            yield from _boxes(narrowed, partner, cuts, (piece, *box))
 
 
 @torch.library.custom_op("mupass::patch_gram", mutates_args=())
@@ -119,22 +127,26 @@ def patch_gram(x: Tensor, kernel: list[int], dilation: list[int], padding: list[
         ``[groups, channels * taps, channels * taps]``.
     """
     (groups, channels), sizes = x.shape[:2], x.shape[3:]
-    ends = list(zip(padding[::2], padding[1::2], strict=True))[::-1]
-    axes = [Axis(n, k, gap, *end) for n, k, gap, end in zip(sizes, kernel, dilation, ends, strict=True)]
-    x = x.movedim((2, 1), (-2, -1)).contiguous()  # [groups, *positions, batch, channels]
-    taps = list(product(*map(range, kernel)))
+    paddings = list(zip(padding[::2], padding[1::2], strict=True))[::-1]
+    cuts = []
+    for size, taps, step, (before, after) in zip(sizes, kernel, dilation, paddings, strict=True):
+        cuts.append(pieces(Axis(size, taps, step, before, after)))
+    inputs = x.movedim((2, 1), (-2, -1)).contiguous()  # [groups, *positions, batch, channels]
+    offsets = list(product(*map(range, kernel)))
     zero = x.new_zeros(groups, channels, channels)
-    sums = {pair: zero for pair in product(taps, repeat=2)}
-    for box, left, right in _boxes(x, x, [pieces(axis) for axis in axes]):
-        block = left.reshape(groups, -1, channels).mT @ right.reshape(groups, -1, channels)
-        ahead = any(piece.distance for piece in box)
+    blocks = {pair: zero for pair in product(offsets, repeat=2)}
+    for box, left, right in _boxes(inputs, inputs, cuts):
+        summed = left.reshape(groups, -1, channels).mT @ right.reshape(groups, -1, channels)
+        forward = any(piece.distance for piece in box)
         for pairs in product(*(piece.pairs for piece in box)):
-            one, other = zip(*pairs, strict=True)
-            sums[one, other] = block if sums[one, other] is zero else sums[one, other] + block
-            if ahead:
-                sums[other, one] = sums[one, other].mT
-    whole = torch.stack(list(sums.values())).unflatten(0, (len(taps), -1))  # type: ignore[no-untyped-call]
-    return whole.permute(2, 3, 0, 4, 1).flatten(3).flatten(1, 2)
+            earlier, later = zip(*pairs, strict=True)
+            block = blocks[earlier, later]
+            blocks[earlier, later] = summed if block is zero else block + summed
+            if forward:
+                blocks[later, earlier] = blocks[earlier, later].mT
+    # [taps, taps, groups, channels, channels] -> [groups, channels * taps, channels * taps]
+    stacked = torch.stack(list(blocks.values())).unflatten(0, (len(offsets), -1))  # type: ignore[no-untyped-call]
+    return stacked.permute(2, 3, 0, 4, 1).flatten(3).flatten(1, 2)
 
 
 @patch_gram.register_fake

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -22,7 +22,8 @@ from mupass._taps.intercept import product_key
 from mupass._taps.sharded import is_collected
 from mupass._taps.taps import NORMS, attach, tap_of
 
-PRODUCTS = ("linear", "contraction")
+PRODUCTS = {"linear", "contraction"}
+# Modules whose whole forward is a use of this kind, so that a hook on them sees it.
 MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "contraction": (nn.Linear,),  # as recorded runs show it
@@ -34,7 +35,8 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "shift": (),
 }
 VECTORS = {"gain", "shift", "norm gain", "norm shift"}
-SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # of attention with widths of its own
+# Of attention whose keys and values have widths of their own.
+SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str]) -> Cover:
@@ -52,58 +54,65 @@ def cover(model: nn.Module, plan: Plan, options: Options, trained: frozenset[str
     if plan.folded:
         attach(model)  # fold took the taps off
     maker = _Maker(model, plan, options)
-    weights = [e.geometry for e in plan.entries if any(s.kind != "bias" for s in e.geometry.sites)]
-    for geometry in weights:
-        maker.weight(geometry)
+    # Biases come last: they take the output factors of weights.
+    biases = []
     for entry in plan.entries:
-        if entry.geometry not in weights:
-            maker.bias(entry.geometry)
+        if any(site.kind != "bias" for site in entry.geometry.sites):
+            maker.add(entry.geometry, maker.weight)
+        else:
+            biases.append(entry.geometry)
+    for geometry in biases:
+        maker.add(geometry, maker.bias)
     maker.exclude()
-    maker.blocks = {n: b for n, b in maker.blocks.items() if n in trained}
-    order = {e.geometry.name: i for i, e in enumerate(plan.entries)}
-    blocks = tuple(sorted(maker.blocks.values(), key=lambda b: order[b.parameter]))
-    read = {p for b in blocks for f in (*b.a, *b.b, *_second(b)) for p in f.places}
-    layers = {p: layer for p, layer in maker.layers.items() if p in read}
-    return Cover(blocks, layers, maker.reasons, maker.together())
+    # In the plan's order, without frozen parameters.
+    kept = {}
+    for entry in plan.entries:
+        name = entry.geometry.name
+        if name in maker.blocks and name in trained:
+            kept[name] = maker.blocks[name]
+    maker.blocks = kept
+    # Parameters that turned out to be frozen or excluded leave taps behind that nothing reads.
+    read: set[Place] = set()
+    for block in kept.values():
+        for factor in block.factors:
+            read.update(factor.places)
+    layers = {place: layer for place, layer in maker.layers.items() if place in read}
+    return Cover(tuple(kept.values()), layers, maker.reasons, maker.together())
 
 
-def _second(block: Block) -> tuple[Factor, ...]:
-    return block.tied.second if block.tied else ()
+class _Uncovered(Exception):
+    """K-FAC does not take a parameter; the text says why."""
 
 
-def _of_bias(g: Geometry, weight: Matrices) -> Matrices | None:
+def _refuse_formless(sites: Iterable[Site]) -> None:
+    """Refuse a parameter if an operator uses it in a way that has no Kronecker form.
+
+    Raises:
+        _Uncovered: One does.
+    """
+    for site in sites:
+        if site.reason:
+            raise _Uncovered(site.reason)
+
+
+def _size(geometry: Geometry, axes: Iterable[int]) -> int:
+    return prod(geometry.shape[axis] for axis in axes)
+
+
+def _of_bias(bias: Geometry, weight: Matrices) -> Matrices | None:
     """Return how a bias splits into vectors as its weight does into matrices, or None where it does not."""
-    out, size = weight.out_axes[0], prod(g.shape)
-    batch = prod(n for i, n in enumerate(weight.shape) if i not in (*weight.out_axes, *weight.in_axes))
-    outputs = weight.shape[out] * (weight.groups if out else 1)  # groups divide the first axis
-    if batch > 1 or size != outputs or max(g.shape, default=1) != size:
+    (output_axis,) = weight.out_axes
+    # A batch of weights, experts say, makes more outputs than the bias has numbers.
+    for axis, size in enumerate(weight.shape):
+        if size > 1 and axis != output_axis and axis not in weight.in_axes:
+            return None
+    outputs = weight.shape[output_axis]
+    if output_axis > 0:  # groups divide the first axis
+        outputs *= weight.groups
+    if prod(bias.shape) != outputs or max(bias.shape, default=1) != outputs:
         return None
-    fusions = tuple(replace(f, axis=f.axis - out) for f in weight.fusions)
-    return Matrices((size,), (0,), (), fusions, weight.groups)
-
-
-def _first_reason(sites: Iterable[Site]) -> str:
-    return next((site.reason for site in sites if site.reason), "")
-
-
-def _bias_reason(bias: Geometry) -> str:
-    """Return why the uses of a bias cannot be covered; ``""`` if they can."""
-    if not bias.sites:
-        return "the captured forward pass does not read it"
-    return _first_reason(bias.sites)
-
-
-def _no_partner(bias: Geometry, partners: set[str], block: Block | None) -> str:
-    """Return why a bias cannot take the output factors of the weight that it comes with."""
-    if block is None:
-        where = ", ".join(sorted(partners)) or "several operators"
-        return f"it shifts the output of {where}, which K-FAC does not take as one weight"
-    if len({site.scale for site in bias.sites}) > 1:
-        return "its uses multiply it by different numbers"
-    return (
-        f"its shape {list(bias.shape)} is not one number for each output of {block.parameter}, "
-        f"{list(block.matrices.shape)}"
-    )
+    fusions = tuple(replace(fusion, axis=fusion.axis - output_axis) for fusion in weight.fusions)
+    return Matrices((outputs,), (0,), (), fusions, weight.groups)
 
 
 class _Maker:
@@ -115,198 +124,263 @@ class _Maker:
         self.layers: dict[Place, Layer] = {}
         self.reasons: dict[str, str] = {}
 
-    def weight(self, g: Geometry) -> None:
-        """Cover a parameter that is no mere bias, or say why not."""
-        sites = [site for site in g.sites if site.kind != "bias"]
-        if any(site.kind == "" for site in sites) and self._packed_attention(g):
-            return
-        reason = _first_reason(sites)
-        if not reason and len(sites) < len(g.sites):
-            reason = "it is a weight here and a bias there"
-        if reason:
-            self.reasons[g.name] = reason
-            return
+    def add(self, geometry: Geometry, make: Callable[[Geometry], Block]) -> None:
+        """Add the block of a parameter, or the reason why there is none."""
+        try:
+            self.blocks[geometry.name] = make(geometry)
+        except _Uncovered as reason:
+            self.reasons[geometry.name] = str(reason)
+
+    def weight(self, geometry: Geometry) -> Block:
+        """Cover a parameter that is no mere bias.
+
+        Raises:
+            _Uncovered: Its uses have no common Kronecker form.
+        """
+        # A tensor may be a weight and shift something as well.
+        sites = [site for site in geometry.sites if site.kind != "bias"]
         kinds = {site.kind for site in sites}
+        # nn.MultiheadAttention cuts its packed projection up: of that no single operator has a form.
+        if "" in kinds:
+            packed = self._packed_attention(geometry)
+            if packed is not None:
+                return packed
+        _refuse_formless(sites)
+        if len(sites) < len(geometry.sites):
+            raise _Uncovered("it is a weight here and a bias there")
         uses = {(site.in_axes, site.out_axes) for site in sites}
         if kinds <= VECTORS and len(kinds) == 1:
-            self._vector(g, sites)
-        elif kinds in ({"conv"}, {"embedding"}) or (kinds <= {*PRODUCTS} and len(uses) == 1):
-            self._single(g, sites)
-        elif kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
-            self._tied(g, sites)
-        else:
-            names = ", ".join(site.operator for site in sites)
-            self.reasons[g.name] = f"its {len(sites)} uses ({names}) have no common Kronecker form"
+            return self._vector(geometry, sites)
+        if kinds in ({"conv"}, {"embedding"}) or (kinds <= PRODUCTS and len(uses) == 1):
+            return self._single(geometry, sites)
+        # F.embedding(tokens, table), and F.linear(h, table) at the end.
+        if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
+            return self._tied(geometry, sites)
+        names = ", ".join(site.operator for site in sites)
+        raise _Uncovered(f"its {len(sites)} uses ({names}) have no common Kronecker form")
 
-    def bias(self, g: Geometry) -> None:
-        """Cover a bias by the output factors of the weight that it comes with."""
-        partners = {site.weight for site in g.sites}
-        block = None
-        if len(partners) == 1:
-            block = self.blocks.get(next(iter(partners)))
-        if block is not None and (len(block.matrices.out_axes) != 1 or block.tied):
-            block = None
-        matrices = None
-        if block is not None:
-            matrices = _of_bias(g, block.matrices)
-        scales = {site.scale for site in g.sites}
-        if block is None or matrices is None or len(scales) > 1 or _bias_reason(g):
-            self.reasons[g.name] = _bias_reason(g) or _no_partner(g, partners, block)
-            return
-        owners = {site.module for site in g.sites}
-        seen = [place for place in block.b[0].places if place.module is None or place.module in owners]
-        if owners == {""}:  # the root module itself calls all operators
-            seen = list(block.b[0].places)
+    def bias(self, geometry: Geometry) -> Block:
+        """Cover a bias by the output factors of the weight that it comes with.
+
+        Raises:
+            _Uncovered: There is no such weight, or the bias is not one number for each of its outputs.
+        """
+        block = self._partner(geometry)
+        scales = {site.scale for site in geometry.sites}
+        if len(scales) > 1:
+            raise _Uncovered("its uses multiply it by different numbers")
+        matrices = _of_bias(geometry, block.matrices)
+        if matrices is None:
+            raise _Uncovered(
+                f"its shape {list(geometry.shape)} is not one number for each output of {block.parameter}, "
+                f"{list(block.matrices.shape)}"
+            )
+        places = block.b[0].places
+        # Modules that share the weight may have biases of their own.
+        owners = {site.module for site in geometry.sites}
+        if owners != {""}:  # the root module itself calls all operators
+            places = tuple(place for place in places if place.module is None or place.module in owners)
         (scale,) = scales
-        factors = tuple(replace(factor, places=tuple(seen), scale=scale**2) for factor in block.b)
-        self.blocks[g.name] = Block(g.name, "bias", matrices, (), factors)
+        factors = tuple(replace(factor, places=places, scale=scale**2) for factor in block.b)
+        return Block(geometry.name, "bias", matrices, (), factors)
 
-    def _places(self, g: Geometry, sites: list[Site], key: str) -> tuple[Place, ...] | None:
-        """Return the taps that see all of a parameter's sites, or None."""
-        owners = {name.rpartition(".")[0] for name in (g.name, *g.aliases)}
-        callers = {s.module for s in sites}
-        fitting = {
-            m
-            for m in owners
-            if isinstance(module := self.model.get_submodule(m), MODULES[sites[0].kind]) and tap_of(module)
-        }
+    def _partner(self, bias: Geometry) -> Block:
+        """Return the block of the weight that a bias comes with.
+
+        Raises:
+            _Uncovered: There is none, or it is none that a bias can share factors with.
+        """
+        if not bias.sites:
+            raise _Uncovered("the captured forward pass does not read it")
+        _refuse_formless(bias.sites)
+        partners = sorted({site.weight for site in bias.sites})
+        block = self.blocks.get(partners[0])
+        if len(partners) > 1 or block is None or len(block.matrices.out_axes) != 1 or block.tied:
+            where = ", ".join(partners) or "several operators"
+            raise _Uncovered(f"it shifts the output of {where}, which K-FAC does not take as one weight")
+        return block
+
+    def _places(self, geometry: Geometry, sites: Sequence[Site], key: str) -> tuple[Place, ...]:
+        """Return the taps that see all of a parameter's sites.
+
+        Raises:
+            _Uncovered: There are none.
+        """
+        callers = {site.module for site in sites}
+        fitting = set()
+        for name in (geometry.name, *geometry.aliases):
+            owner = name.rpartition(".")[0]
+            module = self.model.get_submodule(owner)
+            if isinstance(module, MODULES[sites[0].kind]) and tap_of(module) is not None:
+                fitting.add(owner)
         if callers and callers <= fitting:
-            return tuple(Place(m, g.name) for m in sorted(callers))
-        return (Place(None, g.name, key),) if key and not self._apart(g) else None
+            return tuple(Place(caller, geometry.name) for caller in sorted(callers))
+        # Other code uses it: the tap sits in the parameter, under the key of this use.
+        sharded = self._is_shard(geometry)
+        if key and not sharded:
+            return (Place(None, geometry.name, key),)
+        site = sites[0]
+        reason = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
+        if sharded:
+            reason += ", and a sharded parameter cannot carry a tap"
+        raise _Uncovered(reason)
 
-    def _apart(self, g: Geometry) -> bool:
+    def _is_shard(self, geometry: Geometry) -> bool:
         """Whether code sees shards: all of a parameter only where FSDP2 collects it."""
-        return is_sharded(self.model.get_parameter(g.name)) and not is_collected(self.model, g.name)
+        sharded = is_sharded(self.model.get_parameter(geometry.name))
+        return sharded and not is_collected(self.model, geometry.name)
 
-    def _misplaced(self, g: Geometry, site: Site) -> str:
-        where = f"{site.operator} is called by {site.module or 'the root module'}, not by a plain module"
-        return f"{where}, and a sharded parameter cannot carry a tap" if self._apart(g) else where
-
-    def _vector(self, g: Geometry, sites: list[Site]) -> None:
+    def _vector(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a gain or a shift by the gradients of every position."""
         if not self.options.norms:
-            self.reasons[g.name] = "norms=False"
-            return
-        if len({s.out_axes for s in sites}) > 1:
-            self.reasons[g.name] = f"its {len(sites)} uses act on different axes"
-            return
-        kind, size, piece = sites[0].kind.removeprefix("norm "), prod(g.shape), 0
-        layer = Layer("vector", 1, 0, (size,), gains=(kind == "gain",))
-        places = self._places(g, sites, kind)
-        if places is None:
-            self.reasons[g.name] = self._misplaced(g, sites[0])
-            return
-        module = self.model.get_submodule(places[0].module) if places[0].module is not None else None
-        if module is not None:  # one tap serves a norm's gain and its bias
-            present = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
-            places = tuple(Place(p.module, "") for p in places)
-            layer = replace(
-                layer, outputs=(size,) * len(present), gains=tuple(n == "weight" for n in present)
-            )
-            piece = present.index("weight" if kind == "gain" else "bias")
-        self._open(places, layer)
-        factor = Factor("b", places, piece)
-        self.blocks[g.name] = Block(g.name, kind, Matrices((size,), (0,)), (), (factor,))
+            raise _Uncovered("norms=False")
+        if len({site.out_axes for site in sites}) > 1:
+            raise _Uncovered(f"its {len(sites)} uses act on different axes")
+        kind, size = sites[0].kind.removeprefix("norm "), prod(geometry.shape)
+        places = self._places(geometry, sites, kind)
+        present = [kind]
+        if places[0].module is not None:  # one tap serves a norm's gain and its shift
+            module = self.model.get_submodule(places[0].module)
+            attributes = {"gain": "weight", "shift": "bias"}
+            present = [part for part, name in attributes.items() if getattr(module, name, None) is not None]
+            places = tuple(replace(place, parameter="") for place in places)
+        gains = tuple(part == "gain" for part in present)
+        self._open(places, Layer("vector", 1, 0, (size,) * len(present), gains=gains))
+        factor = Factor("b", places, present.index(kind))
+        return Block(geometry.name, kind, Matrices((size,), (0,)), (), (factor,))
 
-    def _single(self, g: Geometry, sites: list[Site]) -> None:
+    def _single(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a weight that all of its sites use in the same way."""
-        site = sites[0]
-        into, made = site.in_axes, site.out_axes
-        key = {"embedding": "embedding", "conv": ""}.get(site.kind, product_key(into, made))
-        places = self._places(g, sites, key)
-        if places is None:
-            self.reasons[g.name] = self._misplaced(g, site)
-            return
-        groups, kind = 1, "linear" if site.kind in PRODUCTS and len(g.shape) == 2 else site.kind
-        if site.kind == "conv":
+        kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
+        key = product_key(in_axes, out_axes)
+        if kind == "embedding":
+            key = kind
+        elif kind == "conv":
+            key = ""  # code that calls F.conv2d itself cannot be tapped
+        places = self._places(geometry, sites, key)
+        groups = 1
+        if kind == "conv":
             module = self.model.get_submodule(places[0].module or "")
             groups = int(module.groups)  # type: ignore[arg-type]
+            # Its kernel is [channels in, channels out, *positions].
             if isinstance(module, TRANSPOSED):
-                kind, into, made = "conv_transpose", (0, *range(2, len(g.shape))), (1,)
-        fusions = tuple(f for f in g.fusions if f.axis in made) if groups == 1 else ()
-        matrices = Matrices(g.shape, made, into, fusions, groups)
-        self._open(places, self._layer(g, matrices, kind))
-        pieces = len(self.layers[places[0]].outputs)
-        a = (Factor("a", places),) * pieces
-        b = tuple(Factor("b", places, i) for i in range(pieces))
-        self.blocks[g.name] = Block(g.name, kind, matrices, a, b)
+                kind, in_axes, out_axes = "conv_transpose", (0, *range(2, len(geometry.shape))), (1,)
+        elif kind in PRODUCTS and len(geometry.shape) == 2:
+            kind = "linear"
+        fusions: tuple[Fusion, ...] = ()
+        if groups == 1:
+            fusions = tuple(fusion for fusion in geometry.fusions if fusion.axis in out_axes)
+        matrices = Matrices(geometry.shape, out_axes, in_axes, fusions, groups)
+        layer = self._layer(geometry, matrices, kind)
+        self._open(places, layer)
+        # A fused weight (q, k, v) reads one input, and has output gradients for every matrix.
+        inputs = (Factor("a", places),) * len(layer.outputs)
+        outputs = tuple(Factor("b", places, piece) for piece in range(len(layer.outputs)))
+        return Block(geometry.name, kind, matrices, inputs, outputs)
 
-    def _layer(self, g: Geometry, m: Matrices, kind: str) -> Layer:
-        batch = [i for i in range(len(g.shape)) if i not in (*m.out_axes, *m.in_axes)]
-        inputs = prod(g.shape[i] for i in m.in_axes)
-        outputs = prod(g.shape[i] for i in m.out_axes)
-        inputs //= m.groups if 0 in m.in_axes else 1  # groups divide the first axis, whichever side it is on
-        outputs //= m.groups if 0 in m.out_axes else 1
+    def _layer(self, geometry: Geometry, matrices: Matrices, kind: str) -> Layer:
+        """Return the shapes of the factors of a weight."""
+        in_axes, out_axes = matrices.in_axes, matrices.out_axes
+        inputs, outputs = _size(geometry, in_axes), _size(geometry, out_axes)
+        # Axes that are neither summed over nor made: they count experts, say.
+        batch = [axis for axis in range(len(geometry.shape)) if axis not in (*in_axes, *out_axes)]
+        # Groups divide the first axis, whichever side it is on.
+        if 0 in in_axes:
+            inputs //= matrices.groups
+        if 0 in out_axes:
+            outputs //= matrices.groups
         sizes = [outputs]
-        for f in m.fusions:
-            sizes = [n // sum(f.sizes) * s for n in sizes for s in f.sizes]
+        for fusion in matrices.fusions:
+            finer = []
+            for size in sizes:
+                unit = size // sum(fusion.sizes)
+                finer += [unit * length for length in fusion.sizes]
+            sizes = finer
         return Layer(
             kind,
-            m.groups * prod(g.shape[i] for i in batch),
+            matrices.groups * _size(geometry, batch),
             inputs,
             tuple(sizes),
-            tuple(replace(f, axis=3 + m.out_axes.index(f.axis)) for f in m.fusions),
-            diagonal_in=kind == "embedding" or self._large(g, m.in_axes),
-            diagonal_out=self._large(g, m.out_axes),
+            # Rows are laid out as [groups, samples, positions, *out_axes].
+            tuple(replace(fusion, axis=3 + out_axes.index(fusion.axis)) for fusion in matrices.fusions),
+            diagonal_in=kind == "embedding" or self._is_table(geometry, in_axes),
+            diagonal_out=self._is_table(geometry, out_axes),
         )
 
-    def _large(self, g: Geometry, axes: tuple[int, ...]) -> bool:
-        """A growing side keeps its full factor: cutting it at some width would change the exponents."""
-        fixed = not any(g.infinite[i] for i in axes)
-        return fixed and prod(g.shape[i] for i in axes) > self.options.diagonal_above
+    def _is_table(self, geometry: Geometry, axes: Sequence[int]) -> bool:
+        """Whether a side is large and does not grow; a cut at some width would change exponents in width."""
+        grows = any(geometry.infinite[axis] for axis in axes)
+        return not grows and _size(geometry, axes) > self.options.diagonal_above
 
-    def _tied(self, g: Geometry, sites: list[Site]) -> None:
+    def _tied(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a table that is read by index (or as a first layer) and used as a readout as well."""
-        made = g.fan_out_axes if g.fan_out_axes in ((0,), (1,)) else (1,)
-        into = (1 - made[0],)
-        sides: list[tuple[Factor, Factor]] = []
-        for use in ((into, made), (made, into)):
-            own = [s for s in sites if (s.in_axes, s.out_axes) == use]
-            key = "embedding" if own[0].kind == "embedding" else product_key(*use)
-            places = self._places(g, own, key)
-            if places is None:
-                self.reasons[g.name] = self._misplaced(g, own[0])
-                return
-            matrices = Matrices(g.shape, use[1], use[0])
-            layer = self._layer(g, matrices, own[0].kind)
-            # The side that is a table's length is a diagonal in one use, so it is in the other.
-            layer = replace(layer, diagonal_out=True) if sides else replace(layer, diagonal_in=True)
-            self._open(places, layer)
-            sides.append((Factor("a", places), Factor("b", places)))
-        matrices = Matrices(g.shape, made, into)
-        self.blocks[g.name] = Block(
-            g.name, "tied", matrices, sides[0][:1], sides[0][1:], Tied(sides[0], sides[1])
-        )
+        out_axes = geometry.fan_out_axes
+        if out_axes not in ((0,), (1,)):
+            out_axes = (1,)
+        in_axes = (1 - out_axes[0],)
+        first = self._side(geometry, sites, in_axes, out_axes, rows=in_axes)
+        second = self._side(geometry, sites, out_axes, in_axes, rows=in_axes)
+        matrices = Matrices(geometry.shape, out_axes, in_axes)
+        return Block(geometry.name, "tied", matrices, first[:1], first[1:], Tied(first, second))
 
-    def _packed_attention(self, g: Geometry) -> bool:
+    def _side(
+        self,
+        geometry: Geometry,
+        sites: Sequence[Site],
+        in_axes: tuple[int, ...],
+        out_axes: tuple[int, ...],
+        rows: tuple[int, ...],
+    ) -> tuple[Factor, Factor]:
+        """Return the factors of one of the two uses of a tied weight."""
+        fitting = [site for site in sites if (site.in_axes, site.out_axes) == (in_axes, out_axes)]
+        kind = fitting[0].kind
+        key = kind if kind == "embedding" else product_key(in_axes, out_axes)
+        places = self._places(geometry, fitting, key)
+        layer = self._layer(geometry, Matrices(geometry.shape, out_axes, in_axes), kind)
+        # The side that counts the rows of the table is a diagonal in one use, so it is in the other.
+        if in_axes == rows:
+            layer = replace(layer, diagonal_in=True)
+        if out_axes == rows:
+            layer = replace(layer, diagonal_out=True)
+        self._open(places, layer)
+        return Factor("a", places), Factor("b", places)
+
+    def _packed_attention(self, geometry: Geometry) -> Block | None:
         """Cover the packed projection of cross-attention: three matrices with inputs of their own."""
-        path, _, leaf = g.name.rpartition(".")
-        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._apart(g):
-            return False
-        third = g.shape[0] // 3
+        path, _, leaf = geometry.name.rpartition(".")
+        if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._is_shard(geometry):
+            return None
+        third = geometry.shape[0] // 3
         fusions = (Fusion(0, (3, third), 0, (1, 1, 1)),)
-        if leaf == "in_proj_bias":
-            names = ["in_proj_weight"] if f"{path}.in_proj_weight".lstrip(".") in self.plan else SEPARATE
-            weights = [self.blocks.get(f"{path}.{name}".lstrip(".")) for name in names]
-            if all(weights):
-                b = tuple(f for block in weights if block for f in block.b)
-                self.blocks[g.name] = Block(g.name, "bias", Matrices(g.shape, (0,), (), fusions), (), b)
-        elif leaf == "in_proj_weight":
-            places = [Place(None, g.name, key) for key in "qkv"]
-            self._open(tuple(places), Layer("linear", 1, g.shape[1], (third,)))
-            a, b = (tuple(Factor(side, (p,)) for p in places) for side in "ab")
-            self.blocks[g.name] = Block(g.name, "linear", Matrices(g.shape, (0,), (1,), fusions), a, b)
-        return g.name in self.blocks
+        if leaf == "in_proj_weight":
+            places = tuple(Place(None, geometry.name, key) for key in "qkv")
+            self._open(places, Layer("linear", 1, geometry.shape[1], (third,)))
+            inputs, outputs = (tuple(Factor(side, (place,)) for place in places) for side in "ab")
+            return Block(
+                geometry.name, "linear", Matrices(geometry.shape, (0,), (1,), fusions), inputs, outputs
+            )
+        if leaf != "in_proj_bias":
+            return None
+        prefix = geometry.name.removesuffix(leaf)
+        names = ["in_proj_weight"] if f"{prefix}in_proj_weight" in self.plan else SEPARATE
+        factors: list[Factor] = []
+        for name in names:
+            block = self.blocks.get(prefix + name)
+            if block is None:
+                return None
+            factors += block.b
+        return Block(geometry.name, "bias", Matrices(geometry.shape, (0,), (), fusions), (), tuple(factors))
 
-    def _open(self, places: tuple[Place, ...], layer: Layer) -> None:
+    def _open(self, places: Iterable[Place], layer: Layer) -> None:
         layer = replace(layer, block=self.options.block)
-        for place in places:
-            self.layers[place] = reduced(layer) if self.options.reduce else layer
+        if self.options.reduce:
+            layer = reduced(layer)
+        self.layers.update(dict.fromkeys(places, layer))
 
     def exclude(self) -> None:
         """Leave out what the caller's patterns name."""
         for pattern in self.options.exclude:
-            fitting = [n for n in (*self.blocks, *self.reasons) if fnmatchcase(n, pattern)]
+            fitting = [name for name in (*self.blocks, *self.reasons) if fnmatchcase(name, pattern)]
             if not fitting:
                 raise OptimizerError(f"exclude={pattern!r} fits no parameter")
             for name in fitting:
@@ -317,9 +391,11 @@ class _Maker:
         """Group the taps of linear weights that read the same activations."""
         groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
         for name, block in self.blocks.items():
-            sites = [s for s in self.plan[name].geometry.sites if s.kind == "linear"]
-            places = block.a[0].places if block.a else ()
-            alone = len(sites) == 1 and block.tied is None and len(places) == 1 and len(set(block.a)) == 1
-            if alone and not self.layers[places[0]].diagonal_in and all(sites[0].sources):
-                groups[sites[0].sources].append(places[0])
+            sites = [site for site in self.plan[name].geometry.sites if site.kind == "linear"]
+            # One use, seen by one tap, with one input factor for all matrices.
+            if len(sites) != 1 or block.tied or len(set(block.a)) != 1 or len(block.a[0].places) != 1:
+                continue
+            (place,), (site,) = block.a[0].places, sites
+            if not self.layers[place].diagonal_in and all(site.sources):
+                groups[site.sources].append(place)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)

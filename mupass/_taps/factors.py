@@ -55,13 +55,13 @@ class Layer:
 
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape of every output factor, ``[groups * blocks, n, n]`` or ``[groups, n]``."""
-        return tuple(self._shape(n, self.diagonal_out) for n in self.outputs)
+        return tuple(self._shape(size, self.diagonal_out) for size in self.outputs)
 
-    def _shape(self, n: int, diagonal: bool) -> tuple[int, ...]:
+    def _shape(self, size: int, diagonal: bool) -> tuple[int, ...]:
         if diagonal:
-            return (self.groups, n)
-        count, side = pieces(n, self.block)
-        return (self.groups * count, side, side)
+            return (self.groups, size)
+        count, length = pieces(size, self.block)
+        return (self.groups * count, length, length)
 
 
 def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,18 +73,24 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         x: Its input.
         dtype: Precision of the factor.
     """
+    # The rows are one-hot, and their products a diagonal: how often each row of the table was read.
     if isinstance(form, Lookup):
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
-        zeros = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
-        return zeros.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+        counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
+        return counts.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+    # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
         with torch.autocast(x.device.type, enabled=False):
             return form.patch_gram(x.to(dtype))
-    rows = form.input_rows(x)
-    rows = rows.mean(2) if layer.reduce else rows.flatten(1, 2)
-    return _factor(layer, rows, layer.diagonal_in, dtype)
+    # [groups, samples, positions, fan_in] -> [groups, rows, fan_in]
+    inputs = form.input_rows(x)
+    if layer.reduce:
+        inputs = inputs.mean(2)
+    else:
+        inputs = inputs.flatten(1, 2)
+    return _factor(layer, inputs, layer.diagonal_in, dtype)
 
 
 def raw_outputs(
@@ -100,21 +106,28 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
-    rows = form.output_rows(g)
+    outputs = form.output_rows(g)
+    samples, positions = outputs.shape[1], outputs.shape[2]
     together = layer.reduce
     if isinstance(form, Elementwise):
-        inputs = form.input_rows(x.expand_as(g)) if any(layer.gains) else None
-        parts = [rows if inputs is None or not gain else rows * inputs for gain in layer.gains]
+        parts = [outputs] * len(layer.gains)
+        # y = gain * x + shift: the gradient of the shift is g, that of the gain g * x.
+        if any(layer.gains):
+            products = outputs * form.input_rows(x.expand_as(g))
+            parts = [products if gain else outputs for gain in layer.gains]
         together |= not form.count  # one number has one gradient a sample
     else:
-        parts = [p.flatten(3) for p in split(rows, layer.fusions)]
-    found = [
-        _factor(layer, part.sum(2) if together else part.flatten(1, 2), layer.diagonal_out, dtype)
-        if want
-        else None
-        for part, want in zip(parts, wanted, strict=True)
-    ]
-    return found, rows.shape[1] * (1 if layer.reduce else rows.shape[2])
+        parts = [part.flatten(3) for part in split(outputs, layer.fusions)]
+    factors: list[Tensor | None] = []
+    for part, is_wanted in zip(parts, wanted, strict=True):
+        if not is_wanted:
+            factors.append(None)
+            continue
+        # [groups, samples, positions, n] -> [groups, rows, n]
+        gradients = part.sum(2) if together else part.flatten(1, 2)
+        factors.append(_factor(layer, gradients, layer.diagonal_out, dtype))
+    # In the reduce setting a sample is one row.
+    return factors, samples if layer.reduce else samples * positions
 
 
 def second_moments(
@@ -136,26 +149,28 @@ def second_moments(
     """
     with torch.autocast(g.device.type, enabled=False):
         inputs = form.input_rows(x).to(dtype) @ bases[0][:, None]
-        found = []
+        moments = []
         for piece, basis in zip(split(form.output_rows(g), layer.fusions), bases[1:], strict=True):
             outputs = piece.flatten(3).to(dtype) @ basis[:, None]
             if layer.reduce and outputs.shape[2] > 1:
-                found.append(_of_samples(outputs, inputs))
+                moments.append(_of_samples(outputs, inputs))
             else:
-                found.append(outputs.flatten(1, 2).square().mT @ inputs.flatten(1, 2).square())
-    return found
+                # The square of g x^T is g^2 (x^2)^T: no gradient of a sample is formed.
+                moments.append(outputs.flatten(1, 2).square().mT @ inputs.flatten(1, 2).square())
+    return moments
 
 
 def _of_samples(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Form the gradients of samples, as many at a time as fit into a buffer of `BUFFER` numbers."""
-    step = max(BUFFER // (outputs.shape[0] * outputs.shape[-1] * inputs.shape[-1]), 1)
-    if outputs.shape[1] <= step:
+    count = max(BUFFER // (outputs.shape[0] * outputs.shape[-1] * inputs.shape[-1]), 1)
+    if outputs.shape[1] <= count:
         return (outputs.mT @ inputs).square().sum(1)
-    pairs = zip(torch.split(outputs, step, 1), torch.split(inputs, step, 1), strict=True)
-    return torch.stack([(o.mT @ i).square().sum(1) for o, i in pairs]).sum(0)
+    chunks = zip(torch.split(outputs, count, 1), torch.split(inputs, count, 1), strict=True)
+    return torch.stack([(rows.mT @ columns).square().sum(1) for rows, columns in chunks]).sum(0)
 
 
 def _factor(layer: Layer, rows: Tensor, diagonal: bool, dtype: torch.dtype) -> Tensor:
+    """Return a factor, or what is kept of it: its diagonal, or the blocks on it."""
     if diagonal:
         return squares(rows, dtype)
     return gram(cut(rows, *pieces(rows.shape[-1], layer.block)), dtype)
@@ -170,6 +185,7 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rows = rows.to(dtype)
     with _without_autocast(rows.device):
+        # On a GPU one large product is faster than half of the work in several.
         if rows.is_cpu and rows.shape[-1] > 2 * BAND and not torch.compiler.is_compiling():
             return _by_bands(rows)
         return rows.mT @ rows
@@ -184,13 +200,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _by_bands(rows: Tensor) -> Tensor:
     """Return ``rows^T rows``; what is right of the diagonal is a copy of what is below: half of the work."""
-    groups, _, n = rows.shape
-    product = rows.new_empty(groups, n, n)
-    for start in range(0, n, BAND):
+    groups, _, size = rows.shape
+    product = rows.new_empty(groups, size, size)
+    for start in range(0, size, BAND):
         band = product[:, start : start + BAND]
-        end = start + band.shape[1]
-        band[..., :end].baddbmm_(rows[..., start:end].mT, rows[..., :end], beta=0)
-        product[:, :start, start:end] = band[..., :start].mT
+        stop = start + band.shape[1]
+        # This band of rows up to the diagonal; what is left of it, transposed, stands above its columns.
+        band[..., :stop].baddbmm_(rows[..., start:stop].mT, rows[..., :stop], beta=0)
+        product[:, :start, start:stop] = band[..., :start].mT
     return product
 
 

@@ -13,10 +13,8 @@ from mupass._taps.correlation import patch_gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CHANNELS, TAPS = (
-    16,
-    27,
-)  # where a correlation is faster than patches: with fewer, or more, its products are small
+# Where a correlation is faster than patches: with fewer channels, or more taps, its products are small.
+CHANNELS, TAPS = 16, 27
 
 
 class Form(Protocol):
@@ -61,6 +59,9 @@ class Convolution:
             module: One of `CONVOLUTIONS` or `TRANSPOSED`.
         """
         transposed = isinstance(module, TRANSPOSED)
+        padding_mode = str(module.padding_mode)
+        if padding_mode == "zeros":
+            padding_mode = "constant"  # as F.pad calls it
         return Convolution(
             module.groups,
             module.out_channels // module.groups,
@@ -68,7 +69,7 @@ class Convolution:
             tuple(module.stride),
             _transposed_pads(module) if transposed else _pads(module),
             tuple(module.dilation),
-            "constant" if module.padding_mode == "zeros" else str(module.padding_mode),
+            padding_mode,
             transposed,
         )
 
@@ -79,21 +80,22 @@ class Convolution:
             x: ``[batch, channels, *positions]``, batch left out or not.
         """
         rank = len(self.kernel)
-        x = x.unsqueeze(0) if x.dim() == rank + 1 else x
+        patches = self._batched(x)
+        strides = self.stride
+        # A transposed convolution is a plain one, of stride 1, of its spread input.
         if self.transposed:
-            x = self._spread(x)
+            patches, strides = self._spread(patches), (1,) * rank
         if any(self.padding):
-            x = F.pad(x, self.padding, self.padding_mode)
-        steps = (1,) * rank if self.transposed else self.stride
-        for axis, (size, step, gap) in enumerate(zip(self.kernel, steps, self.dilation, strict=True)):
-            x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-        if self.transposed:  # a transposed convolution meets its kernel back to front
-            x = x.flip(list(range(2 + rank, 2 + 2 * rank)))
-        x = x.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+            patches = F.pad(patches, self.padding, self.padding_mode)
+        for axis, (size, stride, gap) in enumerate(zip(self.kernel, strides, self.dilation, strict=True)):
+            patches = patches.unfold(2 + axis, (size - 1) * gap + 1, stride)[..., ::gap]
+        if self.transposed:  # it meets its kernel back to front
+            patches = patches.flip(list(range(2 + rank, 2 + 2 * rank)))
+        patches = patches.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
         # Copied with positions innermost, in long runs of memory (three times faster), and seen as rows.
         order = [1, 2, *range(3 + rank, 3 + 2 * rank), 0, *range(3, 3 + rank)]
-        x = x.permute(order).flatten(1, 1 + rank).flatten(3)  # [groups, fan_in, batch, positions]
-        return x.permute(0, 2, 3, 1)
+        rows = patches.permute(order).flatten(1, 1 + rank).flatten(3)  # [groups, fan_in, batch, positions]
+        return rows.permute(0, 2, 3, 1)
 
     def overlaps(self, inputs: int) -> bool:
         """Return whether `patch_gram` serves: at stride 1, patches share most of their products.
@@ -111,19 +113,26 @@ class Convolution:
         Args:
             x: ``[batch, channels, *positions]``, batch left out or not; in the precision of the factor.
         """
-        x = x.unsqueeze(0) if x.dim() == len(self.kernel) + 1 else x
-        padding = self.padding
+        inputs, padding = self._batched(x), self.padding
+        # The operator pads with zeros itself; other paddings put entries of the input there.
         if any(padding) and self.padding_mode != "constant":
-            x, padding = F.pad(x, padding, self.padding_mode), (0,) * len(padding)
-        x = x.unflatten(1, (self.groups, -1)).movedim(0, 2)  # type: ignore[no-untyped-call]
-        return patch_gram(x, list(self.kernel), list(self.dilation), list(padding))
+            inputs, padding = F.pad(inputs, padding, self.padding_mode), (0,) * len(padding)
+        inputs = inputs.unflatten(1, (self.groups, -1)).movedim(0, 2)  # type: ignore[no-untyped-call]
+        return patch_gram(inputs, list(self.kernel), list(self.dilation), list(padding))
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        """Give a sample without a batch axis one."""
+        return tensor.unsqueeze(0) if tensor.dim() == len(self.kernel) + 1 else tensor
 
     def _spread(self, x: Tensor) -> Tensor:
         """Put ``stride - 1`` zeros between positions."""
-        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        sizes = []
+        places: list[Any] = [...]
+        for size, stride in zip(x.shape[2:], self.stride, strict=True):
+            sizes.append((size - 1) * stride + 1)
+            places.append(slice(None, None, stride))
         spread = x.new_zeros(*x.shape[:2], *sizes)
-        strides: Any = (..., *(slice(None, None, s) for s in self.stride))
-        spread[strides] = x
+        spread[tuple(places)] = x
         return spread
 
     def output_rows(self, g: Tensor) -> Tensor:
@@ -132,30 +141,32 @@ class Convolution:
         Args:
             g: Gradient of the output.
         """
-        g = g.unsqueeze(0) if g.dim() == len(self.kernel) + 1 else g
-        g = g.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]
-        return g.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
+        gradients = self._batched(g).unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
+        rows = gradients.flatten(3).permute(1, 2, 0, 3)  # [groups, channels, batch, positions]
+        return rows.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
 
 
 def _pads(module: Any) -> tuple[int, ...]:
-    pads: list[int] = []
+    """Return the entries before and after each position axis, last axis first."""
+    padding: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         if module.padding == "same":  # the extra element goes behind, as in torch
             total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-            pads += [total // 2, total - total // 2]
+            padding += [total // 2, total - total // 2]
+        elif module.padding == "valid":
+            padding += [0, 0]
         else:
-            size = 0 if module.padding == "valid" else int(module.padding[axis])
-            pads += [size, size]
-    return tuple(pads)
+            padding += [int(module.padding[axis])] * 2
+    return tuple(padding)
 
 
 def _transposed_pads(module: Any) -> tuple[int, ...]:
     """Return what surrounds the spread input so that a plain convolution gives the output's positions."""
-    pads: list[int] = []
+    padding: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         reach = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
-        pads += [reach, reach + module.output_padding[axis]]
-    return tuple(pads)
+        padding += [reach, reach + module.output_padding[axis]]
+    return tuple(padding)
 
 
 @dataclass(frozen=True)
@@ -199,11 +210,12 @@ class Elementwise:
         """
         if not self.count:
             return _rows(g[..., None])
-        at = self.axis % g.dim()
-        last = at + self.count == g.dim()
-        first = g.movedim(list(range(at, at + self.count)), list(range(self.count)))
-        # Copied in long runs of memory, and seen as rows.
-        rows = g if last else first.contiguous().movedim(list(range(self.count)), list(range(-self.count, 0)))
+        axis = self.axis % g.dim()
+        features, rows = list(range(axis, axis + self.count)), g
+        if axis + self.count < g.dim():
+            # Copied in long runs of memory, features first, and seen as rows.
+            front, back = list(range(self.count)), list(range(-self.count, 0))
+            rows = g.movedim(features, front).contiguous().movedim(front, back)
         return _rows(rows.flatten(-self.count))
 
 
@@ -228,10 +240,13 @@ class Features:
         return _rows(g)
 
 
-def _rows(t: Tensor) -> Tensor:
+def _rows(tensor: Tensor) -> Tensor:
     """Lay ``[samples, ..., features]`` out; one vector is one sample with one position."""
-    t = t[None] if t.dim() == 1 else t
-    return (t[:, None] if t.dim() == 2 else t.flatten(1, -2))[None]
+    if tensor.dim() == 1:
+        tensor = tensor[None]
+    if tensor.dim() == 2:
+        return tensor[None, :, None]
+    return tensor.flatten(1, -2)[None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ pickles of it are plain parameters again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
-from mupass._taps.forms import Elementwise, Features, Lookup, Scaled
+from mupass._taps.forms import Elementwise, Features, Form, Lookup, Scaled
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import on_whole
 
@@ -51,8 +51,10 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
     F.linear: ((0, ("input",)), (1, ("weight",))),
     F.embedding: ((0, ("input",)), (1, ("weight",))),
 }
+# w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
+# Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
 SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
@@ -107,6 +109,7 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     taps: dict[str, Tap] = vars(parameter).setdefault(ATTRIBUTE, {})
     if not is_sharded(parameter):
         _look_out(parameter, name, taps)
+    # One hook changes the parameter for all taps of it.
     elif not taps:
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
     return taps.setdefault(key, Tap())
@@ -120,6 +123,7 @@ def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
         name: Name of the parameter.
         old: What the parameter was.
     """
+    # fully_shard puts new tensors into modules; a trainer puts them into the optimizer's groups as well.
     taps: dict[str, Tap] | None = vars(old).get(ATTRIBUTE)
     new = root.get_parameter(name)
     if not taps or new is old:
@@ -172,21 +176,19 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     """Return the output of a function, tapped where a parameter was its weight."""
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
-    if func is torch.einsum and len(args) >= 2:  # einsum(equation, x, w) or einsum(equation, [x, w])
-        listed = isinstance(args[1], (tuple, list))
-        operands = list(args[1]) if listed else list(args[1:])
-        if len(operands) != 2:
-            return output
-        return _product(output, operands[0], operands[1], args[0])
+    if func is torch.einsum and len(args) >= 2:
+        return _tapped_einsum(args, output)
+    if func in NORMS:
+        return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
+    # x * gain; x + shift, but not torch.add(x, shift, alpha=2)
     if func in GAINS and len(args) == 2:
         return _elementwise(output, *args, "gain")
     if func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, *args, "shift")
-    if func in NORMS:
-        return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
-    whole = func is T.__getitem__ and _takes_all(args[0], args[1], output)
-    if whole or func in SAME or func in TWO_AXES or func in SWAPS or func in ORDERS:
-        return _turned(output, args[0], _order(func, args))
+    # w.t(), w.float(), w[:]: what comes out is still the parameter to those who read it.
+    order = _order(func, args, output)
+    if order is not None:
+        return _turned(output, args[0], order)
     return output
 
 
@@ -210,12 +212,27 @@ def _takes_all(source: Tensor, index: Any, output: Tensor) -> bool:
     return spans and output.shape == source.shape
 
 
+def _tapped_einsum(args: tuple[Any, ...], output: Any) -> Any:
+    """Return the output of einsum(equation, x, w) or einsum(equation, [x, w]), tapped."""
+    operands = args[1:]
+    if isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if len(operands) != 2:
+        return output
+    return _product(output, *operands, args[0])
+
+
 def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Operands) -> list[Any]:
     """Return the two factors of a product, given by their places or by one of their names."""
     found: list[Any] = []
     for place, names in places:
-        named = [kwargs[name] for name in names if name in kwargs]
-        found += [args[place] if place < len(args) else named[0] if named else None]
+        operand = None
+        if place < len(args):
+            operand = args[place]
+        else:
+            for name in names:
+                operand = kwargs.get(name, operand)
+        found.append(operand)
     return found
 
 
@@ -229,78 +246,118 @@ def look_out_for(value: Tensor, parameter: nn.Parameter) -> Tensor:
     taps = _taps(parameter)
     if taps is None:
         return value
-    seen = value.as_subclass(TappedView)
-    setattr(seen, ATTRIBUTE, taps)
-    return seen
+    tapped = value.as_subclass(TappedView)
+    setattr(tapped, ATTRIBUTE, taps)
+    return tapped
 
 
 def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form: Any) -> Tensor:
-    tap = taps.get(key) if taps else None
-    return output if tap is None or not isinstance(x, Tensor) else tap.through(output, x, form)
+    """Send an output through the tap of this kind of use, if there is one."""
+    if taps is None or key not in taps or not isinstance(x, Tensor):
+        return output
+    return taps[key].through(output, x, form)
 
 
 def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) -> Tensor:
-    weight_at = 1 if _taps(right) is not None else 0
-    weight, x = (right, left) if weight_at else (left, right)
-    taps = _taps(weight)
-    if taps is None or not isinstance(x, Tensor):
+    """Return a sum of products of two tensors, tapped where one of them is a parameter.
+
+    Args:
+        output: The sum.
+        left: The left factor.
+        right: The right one.
+        how: The function that made it, or the equation of an einsum.
+        alpha: What the function multiplied the sum by.
+    """
+    weight, activation, weight_at = left, right, 0
+    if _taps(right) is not None:
+        weight, activation, weight_at = right, left, 1
+    if _taps(weight) is None or not isinstance(activation, Tensor):
         return output
+    # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
     sizes = [0] * len(view)
-    for at, axis in enumerate(view):
-        sizes[axis] = weight.shape[at]
-    form: Contraction | None
+    for place, axis in enumerate(view):
+        sizes[axis] = weight.shape[place]
+    contraction: Contraction | None
     if isinstance(how, str):
-        form = einsum(how, x.shape, view, sizes, weight_at)
+        contraction = einsum(how, activation.shape, view, sizes, weight_at)
     elif how is F.linear:
-        form = linear(x.dim(), view, sizes)
+        contraction = linear(activation.dim(), view, sizes)
     else:
-        form = matmul(x.shape, view, sizes, weight_at, how in SUMMED)
-    if form is None or not form.proper:
+        contraction = matmul(activation.shape, view, sizes, weight_at, how in SUMMED)
+    if contraction is None or not contraction.proper:
         return output
-    key = product_key(form.in_axes, form.out_axes)
-    return _through(output, x, taps, key, form if alpha == 1 else Scaled(form, float(alpha)))
+    form: Form = contraction
+    if alpha != 1:
+        form = Scaled(contraction, float(alpha))
+    key = product_key(contraction.in_axes, contraction.out_axes)
+    return _through(output, activation, _taps(weight), key, form)
 
 
 def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
-    weight, x = (right, left) if _taps(right) is not None else (left, right)
-    if (
-        not isinstance(weight, (TappedParameter, TappedView))
-        or not isinstance(x, Tensor)
-        or _view(weight) != tuple(range(weight.dim()))  # converted it may be, but not transposed
-    ):
+    """Return a product or a sum of two tensors, tapped where one is a parameter along one axis."""
+    weight, activation = left, right
+    if _taps(right) is not None:
+        weight, activation = right, left
+    if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
-    wide = [i for i in range(weight.dim()) if weight.shape[i] > 1]
-    form = Elementwise(wide[0] - weight.dim()) if wide else Elementwise(0, 0)
-    return _through(output, x, _taps(weight), key, form)
+    rank = weight.dim()
+    if _view(weight) != tuple(range(rank)):  # converted it may be, but not transposed
+        return output
+    form = Elementwise(0, 0)  # one number acts on all entries
+    for axis, size in enumerate(weight.shape):
+        if size > 1:
+            form = Elementwise(axis - rank)
+            break
+    return _through(output, activation, _taps(weight), key, form)
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
     """Tap the gain and the shift of a norm: a gain multiplies what the norm gives without them."""
-    found = {key: _taps(bound.get(name)) for key, name in (("gain", "weight"), ("shift", "bias"))}
-    if all(tap.idle for taps in found.values() for tap in (taps or {}).values()):
+    found = {"gain": _taps(bound.get("weight")), "shift": _taps(bound.get("bias"))}
+    if _all_idle(found.values()):
         return output
-    batch = bool(bound.get("training"))
-    stats: dict[str, Any] = {n: None for n in ("running_mean", "running_var") if n in bound and batch}
-    bare: dict[str, Any] = {n: None for n in ("weight", "bias") if n in bound}
+    # The norm once more, without gain and shift. It leaves the running statistics alone: in training those of
+    # the batch are used, and these are updated already.
+    absent = ["weight", "bias"]
+    if bound.get("training"):
+        absent += ["running_mean", "running_var"]
+    unscaled = dict(bound)
+    for name in absent:
+        if name in unscaled:
+            unscaled[name] = None
     with torch.no_grad():
-        x = func(**{**bound, **stats, **bare})
-    count = len(bound["normalized_shape"]) if "normalized_shape" in bound else 0
-    form = Elementwise(-count, count) if count else Elementwise(1)
+        normalized = func(**unscaled)
+    form = Elementwise(1)  # channels of batch and group norms
+    if "normalized_shape" in bound:
+        count = len(bound["normalized_shape"])
+        form = Elementwise(-count, count)
     for key, taps in found.items():
-        output = _through(output, x, taps, key, form)
+        output = _through(output, normalized, taps, key, form)
     return output
 
 
-def _order(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
-    view = range(args[0].dim())
+def _all_idle(found: Iterable[dict[str, Tap] | None]) -> bool:
+    """Whether no optimizer collects factors from the taps of several parameters."""
+    for taps in found:
+        if taps is not None and not all(tap.idle for tap in taps.values()):
+            return False
+    return True
+
+
+def _order(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
+    """Return the order in which a copy or a transpose has the axes of its argument, None for others."""
+    if func in SAME or (func is T.__getitem__ and _takes_all(args[0], args[1], output)):
+        return tuple(range(args[0].dim()))
     if func in TWO_AXES:
-        return reordered(view, "last") if len(view) > 1 else tuple(view)
+        view = tuple(range(args[0].dim()))
+        return reordered(view, "last") if len(view) > 1 else view
     if func in SWAPS:
-        return reordered(view, "swap", args[1:3])
-    if func in ORDERS:
-        return reordered(view, "permute", args[1] if isinstance(args[1], (tuple, list)) else args[1:])
-    return tuple(view)
+        return reordered(range(args[0].dim()), "swap", args[1:3])
+    if func in ORDERS:  # w.permute(1, 0) or w.permute((1, 0))
+        axes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        return reordered(range(args[0].dim()), "permute", axes)
+    return None
 
 
 def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -308,10 +365,10 @@ def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
     taps, view = _taps(weight), _view(weight)
     if taps is None or not isinstance(output, Tensor):
         return output
-    seen = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
-    setattr(seen, ATTRIBUTE, taps)
-    setattr(seen, VIEW, tuple(view[i] for i in order))
-    return seen
+    tapped = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
+    setattr(tapped, ATTRIBUTE, taps)
+    setattr(tapped, VIEW, tuple(view[axis] for axis in order))
+    return tapped
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -320,29 +377,34 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Only while factors are collected: inside, identity matrices stand for the projections then, which
     multiply exactly.
     """
-    function = F.multi_head_attention_forward
-    query, key, value, width = args[:4]
-    packed, biases, out, out_bias = args[5], args[6], args[11], args[12]
-    separate = [kwargs.get(f"{n}_proj_weight") for n in "qkv"]
-    weights = [w for w in (packed, out, *separate) if w is not None]
-    taps = [tap for w in weights for tap in (_taps(w) or {}).values()]
-    if all(tap.idle for tap in taps):
-        return function(*args, **kwargs)
+    attention = F.multi_head_attention_forward
+    width, packed, biases, out, out_bias = args[3], args[5], args[6], args[11], args[12]
+    separate = [kwargs.get(f"{letter}_proj_weight") for letter in "qkv"]
+    if _all_idle(map(_taps, (packed, out, *separate))):
+        return attention(*args, **kwargs)
+    projected = _projected(args[:3], packed, separate, biases)
+    identity = torch.eye(width, dtype=args[0].dtype, device=args[0].device)
+    # Neither packed weights nor biases, and nothing to multiply the output by.
+    arguments = [*projected, *args[3:5], None, None, *args[7:11], identity, None, *args[13:]]
+    identities = dict.fromkeys(["q_proj_weight", "k_proj_weight", "v_proj_weight"], identity)
+    attended, scores = attention(*arguments, **{**kwargs, **identities, "use_separate_proj_weight": True})
+    return _product(F.linear(attended, out, out_bias), attended, out, F.linear), scores
+
+
+def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], biases: Any) -> list[Tensor]:
+    """Return queries, keys and values, tapped."""
+    query, key, value = inputs
+    # Self-attention: one product with all three matrices.
     if packed is not None and query is key and key is value:
         whole = _product(F.linear(query, packed, biases), query, packed, F.linear)
-        projected = list(whole.chunk(3, -1))
-    else:
-        shifts = [None] * 3 if biases is None else list(biases.chunk(3))
-        parts: list[Any] = separate if packed is None else list(packed.chunk(3))
-        projected = []
-        for name, x, weight, shift in zip("qkv", (query, key, value), parts, shifts, strict=True):
-            y = F.linear(x, weight, shift)
-            if packed is None:
-                projected.append(_product(y, x, weight, F.linear))
-            else:
-                projected.append(_through(y, x, _taps(packed), name, Features()))
-    eye = torch.eye(width, dtype=query.dtype, device=query.device)
-    inner = [*projected, *args[3:5], None, None, *args[7:11], eye, None, *args[13:]]
-    kwargs |= {f"{n}_proj_weight": eye for n in "qkv"} | {"use_separate_proj_weight": True}
-    attended, scores = function(*inner, **kwargs)
-    return _product(F.linear(attended, out, out_bias), attended, out, F.linear), scores
+        return list(whole.chunk(3, -1))
+    weights = separate if packed is None else packed.chunk(3)
+    shifts = [None] * 3 if biases is None else biases.chunk(3)
+    projected = []
+    for letter, x, weight, shift in zip("qkv", inputs, weights, shifts, strict=True):
+        output = F.linear(x, weight, shift)
+        if packed is None:
+            projected.append(_product(output, x, weight, F.linear))
+        else:  # a third of the packed weight has a tap of its own
+            projected.append(_through(output, x, _taps(packed), letter, Features()))
+    return projected

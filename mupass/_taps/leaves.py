@@ -40,6 +40,7 @@ class _Factors(torch.autograd.Function):
     ) -> Tensor:
         """Pass the output on; a copy, so that an activation may work in place on it."""
         ctx.layer, ctx.form, ctx.tap, ctx.dtype = layer, form, tap, rows.dtype
+        # None, and not zeros, in the place of gradients that are not there.
         if tap is not None:
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
@@ -50,27 +51,30 @@ class _Factors(torch.autograd.Function):
         """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
         (g,) = grads
         (x,) = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        if ctx.tap is not None and ctx.tap.passes is not None:
-            ctx.tap.passes.begin()
+        wanted, tap = ctx.needs_input_grad, ctx.tap
+        if tap is not None and tap.passes is not None:
+            tap.passes.begin()
         if g is None:  # an output of the model that the loss does not depend on
             return (None,) * len(wanted)
-        once = None if ctx.tap is None else ctx.tap.once
         with torch.no_grad():
             # Under tensor parallelism a rank holds slices of an activation; factors are of all of it.
-            x, outward = whole(x), whole(g)
+            inputs, gradient = whole(x), whole(g)
+            # Arguments of `forward` by their places: A is the sixth, and behind it are the Bs.
             a = None
             if wanted[6]:
-                make = raw_input if once is None else once.raw_input
-                a = make(ctx.layer, ctx.form, x, ctx.dtype)
-            b, count = raw_outputs(ctx.layer, ctx.form, x, outward, wanted[7:], ctx.dtype)
+                make = raw_input
+                if tap is not None and tap.once is not None:
+                    make = tap.once.raw_input
+                a = make(ctx.layer, ctx.form, inputs, ctx.dtype)
+            b, count = raw_outputs(ctx.layer, ctx.form, inputs, gradient, wanted[7:], ctx.dtype)
             rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
-            if ctx.tap is None:
+            if tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
-                live = (g != 0).any().to(ctx.dtype).reshape(1)
-                a = None if a is None else a * live
-                rows = rows * live
+                reached = (g != 0).any().to(ctx.dtype).reshape(1)
+                rows = rows * reached
+                if a is not None:
+                    a = a * reached
         return g, None, None, None, None, rows, a, *b
 
 
@@ -97,7 +101,8 @@ class _Moments(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             moments = second_moments(ctx.layer, ctx.form, whole(x), whole(g), bases, bases[0].dtype)
-        return g, None, None, None, None, *[None for _ in bases], *moments
+        # The arguments of `forward` that are no tensors, and the bases, have no gradients.
+        return g, None, None, None, None, *[None] * len(bases), *moments
 
 
 class Sums(NamedTuple):
@@ -147,9 +152,9 @@ class Once:
         storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
         key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, form, dtype, layer.input_shape())
         # A weak reference keeps the address from being used again, but not the memory.
-        old = self._storage
-        same = old is not None and old == storage and not old.expired()  # type: ignore[no-untyped-call]
-        if self._value is None or not same or self._key != key:
+        before = self._storage
+        is_same = before is not None and before == storage and not before.expired()  # type: ignore[no-untyped-call]
+        if self._value is None or not is_same or self._key != key:
             self._value = raw_input(layer, form, x, dtype)
             self._storage, self._key = storage, key
         return self._value
@@ -157,6 +162,11 @@ class Once:
     def clear(self) -> None:
         """Let go of the factor."""
         self._storage = self._key = self._value = None
+
+
+def _add(leaf: Tensor, found: Tensor) -> None:
+    """Add to the gradient of a leaf, out of place: it may have a derivative."""
+    leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 class Tap:
@@ -203,6 +213,7 @@ class Tap:
             if self.passes is not None:
                 self.passes.miss(self)
             return output
+        # A caller who takes derivatives of factors makes them of these by `fill`.
         if self.uses is not None:
             self.uses.append((output, x, form))
             return output.clone()  # an activation may work in place on it
@@ -212,12 +223,16 @@ class Tap:
                 f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
                 "move the model first, then make the optimizer"
             )
-        x = x.detach()
+        inputs = x.detach()
         if self.bases:
-            output = _Moments.apply(output, x, self.layer, form, len(self.bases), *self.bases, *self.moments)  # type: ignore[no-untyped-call]
-        tap = None if torch.compiler.is_compiling() else self
+            tensors = (*self.bases, *self.moments)
+            output = _Moments.apply(output, inputs, self.layer, form, len(self.bases), *tensors)  # type: ignore[no-untyped-call]
+        tap: Tap | None = self
+        # A compiled graph calls nobody as it runs backwards; hooks on the leaves tell of it, see `watch`.
+        if torch.compiler.is_compiling():
+            tap = None
         # Last, and so first in the backward pass: it says that one has begun.
-        return _Factors.apply(output, x, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
+        return _Factors.apply(output, inputs, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
 
     def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.
@@ -230,9 +245,13 @@ class Tap:
             b: Whether the output factors are wanted.
         """
         self.layer = layer
-        zero = torch.zeros((), device=device, dtype=dtype)
-        self.a = zero.expand(layer.input_shape()) if a and layer.inputs else None
-        self.b = tuple(zero.expand(shape) if b else None for shape in layer.output_shapes())
+        number = torch.zeros((), device=device, dtype=dtype)
+        self.a = None
+        if a and layer.inputs:
+            self.a = number.expand(layer.input_shape())
+        self.b = (None,) * len(layer.outputs)
+        if b:
+            self.b = tuple(number.expand(shape) for shape in layer.output_shapes())
         # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
         self.rows = torch.zeros(1, device=device, dtype=dtype)
         self.bases = self.moments = ()
@@ -250,6 +269,7 @@ class Tap:
     def _watch(self, leaves: Sequence[Tensor]) -> None:
         if self.passes is not None:
             for leaf in leaves:
+                # Only a tensor that requires a gradient takes a hook.
                 leaf.requires_grad_(True).register_hook(self.passes.begin_late)  # type: ignore[no-untyped-call]
                 leaf.requires_grad_(False)
 
@@ -260,8 +280,9 @@ class Tap:
             bases: ``[groups, n, n]`` of the input, then of the output of every matrix.
         """
         self.bases = tuple(bases)
-        zero = bases[0].new_zeros(())
-        self.moments = tuple(zero.expand(*b.shape[:2], bases[0].shape[-1]) for b in bases[1:])
+        number = bases[0].new_zeros(())
+        fan_in = bases[0].shape[-1]
+        self.moments = tuple(number.expand(*basis.shape[:2], fan_in) for basis in bases[1:])
         self._watch(self.moments)
 
     @property
@@ -275,17 +296,19 @@ class Tap:
         Args:
             gradients: Those of the outputs; None where the loss does not depend on one.
         """
-        uses, self.uses = self.uses, None
+        uses, self.uses = self.uses or (), None
         assert self.layer is not None and self.rows is not None
-        wanted, dtype = [leaf is not None for leaf in self.b], self.rows.dtype
-        for (_, x, form), g in zip(uses or (), gradients, strict=True):
-            if g is not None:
-                b, count = raw_outputs(self.layer, form, x, g, wanted, dtype)
-                a = raw_input(self.layer, form, x, dtype) if self.a is not None else None
-                sums = (torch.full_like(self.rows, count, requires_grad=False), a, *b)
-                for leaf, found in zip((self.rows, self.a, *self.b), sums, strict=True):
-                    if leaf is not None and found is not None:
-                        leaf.grad = found if leaf.grad is None else leaf.grad + found
+        wanted = [leaf is not None for leaf in self.b]
+        for (_, x, form), gradient in zip(uses, gradients, strict=True):
+            if gradient is None:
+                continue
+            if self.a is not None:
+                _add(self.a, raw_input(self.layer, form, x, self.rows.dtype))
+            factors, count = raw_outputs(self.layer, form, x, gradient, wanted, self.rows.dtype)
+            _add(self.rows, torch.full_like(self.rows, count, requires_grad=False))
+            for leaf, factor in zip(self.b, factors, strict=True):
+                if leaf is not None and factor is not None:
+                    _add(leaf, factor)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -310,22 +333,24 @@ class Tap:
         """Return what a pass without a single row sums."""
         assert self.layer is not None and self.rows is not None
 
-        def zero(leaf: Tensor | None) -> Tensor | None:
-            return None if leaf is None else torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        def zeros(leaf: Tensor | None) -> Tensor | None:
+            return None if leaf is None else leaf.new_zeros(leaf.shape)
 
-        moments = tuple(m.new_zeros(m.shape) for m in self.moments)
-        return Sums(zero(self.a), tuple(map(zero, self.b)), self.rows.new_zeros(1), moments)
+        moments = tuple(leaf.new_zeros(leaf.shape) for leaf in self.moments)
+        return Sums(zeros(self.a), tuple(map(zeros, self.b)), self.rows.new_zeros(1), moments)
 
     def take(self) -> Sums | None:
         """Take out what was summed since the last call, or None when no pass was collected."""
         if self.rows is None or self.rows.grad is None:
             return None
-        a = None if self.a is None else self.a.grad
-        b = tuple(None if leaf is None else leaf.grad for leaf in self.b)
+
+        def gradient(leaf: Tensor | None) -> Tensor | None:
+            return None if leaf is None else leaf.grad
+
         moments = tuple(leaf.grad for leaf in self.moments if leaf.grad is not None)
-        found = Sums(a, b, self.rows.grad, moments)
+        summed = Sums(gradient(self.a), tuple(map(gradient, self.b)), self.rows.grad, moments)
         self.clear()
-        return found
+        return summed
 
     def clear(self) -> None:
         """Forget what was summed."""

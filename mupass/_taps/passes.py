@@ -42,13 +42,15 @@ class Mark(NamedTuple):
             late: Whether the pass that just runs may have added its gradients already. Otherwise a new tensor
                 was put there by hand, in place of the old one.
         """
-        now = self.parameter.grad
-        return now is None or (late and now is not self.gradient())
+        gradient = self.parameter.grad
+        return gradient is None or (late and gradient is not self.gradient())
 
     def is_touched(self) -> bool:
         """Return whether the gradient was changed in place."""
-        now = self.parameter.grad
-        return now is not None and now is self.gradient() and now._version != self.version
+        gradient = self.parameter.grad
+        if gradient is None or gradient is not self.gradient():
+            return False
+        return gradient._version != self.version
 
 
 class Passes:
@@ -78,6 +80,7 @@ class Passes:
         Args:
             tap: The tap.
         """
+        # A pass for a loss of its own, whose gradients no step uses, may use any transform.
         if not self._warned and self.watching:
             self._warned = True
             place = next(place for place, own in self.taps.items() if own is tap)
@@ -92,6 +95,7 @@ class Passes:
 
     def restart(self) -> None:
         """Forget all passes: what they summed was taken or dropped."""
+        # A pass that an exception stopped has no end.
         self._marks, self.before, self._running = {}, {}, False
 
     def begin(self, late: bool = False) -> None:
@@ -100,10 +104,12 @@ class Passes:
         Args:
             late: Whether the pass may have added to gradients already, as a compiled graph may.
         """
+        # Every tap that a pass reaches calls this; the first call begins it.
         if self._running or not self.watching:
             return
         self._running = True
         self.drop_cleared(late)
+        # Called when the pass has added all gradients.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
     def enter(self) -> None:
@@ -128,30 +134,46 @@ class Passes:
         """
         if not self._marks:
             return
-        touched = [m for marks in self._marks.values() for m in marks if m.is_touched()]
-        # Zeros in some and not in others are no clearing: gradients may vanish by themselves.
-        zeroed = bool(touched) and not any(bool(m.parameter.grad.any()) for m in touched)  # type: ignore[union-attr]
-        gone = [
-            place
-            for place, marks in self._marks.items()
-            if all(m.is_gone(late) or (zeroed and m.is_touched()) for m in marks)
-        ]
-        for place in gone:
+        zeroed = self._zeroed()
+        cleared = []
+        for place, marks in self._marks.items():
+            # optimizer.zero_grad(), optimizer.zero_grad(set_to_none=False)
+            if all(mark.is_gone(late) or (zeroed and mark.is_touched()) for mark in marks):
+                cleared.append(place)
+        for place in cleared:
             self.taps[place].clear()
             del self._marks[place]
-        count = self.terms.counted
+        counted = self.terms.counted
         if not self._marks:
             self.terms.clear()
             self.before = {}
-        elif count is not None:
-            self.before.update({place: count.clone() for place in gone})
+        elif counted is not None:
+            # The count goes on for the others: what it is now does not belong to these.
+            for place in cleared:
+                self.before[place] = counted.clone()
+
+    def _zeroed(self) -> bool:
+        """Whether gradients were set to zero in place.
+
+        Zeros in some and not in others are no clearing: gradients may vanish by themselves.
+        """
+        touched = []
+        for marks in self._marks.values():
+            touched += [mark.parameter.grad for mark in marks if mark.is_touched()]
+        return bool(touched) and not any(bool(gradient.any()) for gradient in touched)  # type: ignore[union-attr]
 
     def _end(self) -> None:
         """Mark the gradients of all taps that have summed something."""
         self._running = False
         self._marks = {}
         for place, tap in self.taps.items():
-            if tap.has_sums:
-                found = [(p, p.grad) for p in self.readers[place]]
-                self._marks[place] = [Mark(p, weakref.ref(g), g._version) for p, g in found if g is not None]
-        self._marks = {place: marks for place, marks in self._marks.items() if marks}
+            if not tap.has_sums:
+                continue
+            marks = []
+            for parameter in self.readers[place]:
+                # Frozen since, or without a part in this loss.
+                gradient = parameter.grad
+                if gradient is not None:
+                    marks.append(Mark(parameter, weakref.ref(gradient), gradient._version))
+            if marks:
+                self._marks[place] = marks

@@ -19,7 +19,10 @@ def pieces(n: float, size: int) -> tuple[int, int]:
         n: Size of the side; at the base width not always a whole number.
         size: Largest piece; 0 leaves sides whole.
     """
-    count = max(1, ceil(n / size)) if size else 1
+    count = 1
+    if size:
+        count = max(1, ceil(n / size))
+    # Pieces of one length, 3 of 34 for a side of 100 in pieces of at most 40, not 40, 40 and 20.
     return count, ceil(n / count)
 
 
@@ -33,8 +36,8 @@ def cut(x: Tensor, count: int, side: int) -> Tensor:
     """
     if count == 1:
         return x
-    x = F.pad(x, (0, count * side - x.shape[-1]))
-    return x.unflatten(2, (count, side)).movedim(2, 1).flatten(0, 1)  # type: ignore[no-untyped-call, no-any-return]
+    padded = F.pad(x, (0, count * side - x.shape[-1]))
+    return padded.unflatten(2, (count, side)).movedim(2, 1).flatten(0, 1)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def paste(x: Tensor, count: int, n: int) -> Tensor:
@@ -45,7 +48,9 @@ def paste(x: Tensor, count: int, n: int) -> Tensor:
         count: Number of pieces.
         n: Size of the side.
     """
-    return x if count == 1 else x.unflatten(0, (-1, count)).movedim(1, 2).flatten(2)[..., :n]  # type: ignore[no-untyped-call, no-any-return]
+    if count == 1:
+        return x
+    return x.unflatten(0, (-1, count)).movedim(1, 2).flatten(2)[..., :n]  # type: ignore[no-untyped-call, no-any-return]
 
 
 def growth(n: int, size: int, geometry: Geometry, matrices: Matrices, axes: Sequence[int]) -> float:
@@ -60,6 +65,7 @@ def growth(n: int, size: int, geometry: Geometry, matrices: Matrices, axes: Sequ
         matrices: How it splits into matrices.
         axes: Axes of ``matrices`` that make up the side.
     """
-    own = axes if matrices.shape == geometry.shape else range(len(geometry.shape))  # vectors are flattened
-    base = n * prod(geometry.base_shape[i] / geometry.shape[i] for i in own)
-    return pieces(n, size)[0] / pieces(base, size)[0]
+    if matrices.shape != geometry.shape:  # vectors are flattened
+        axes = range(len(geometry.shape))
+    base_size = n * prod(geometry.base_shape[axis] / geometry.shape[axis] for axis in axes)
+    return pieces(n, size)[0] / pieces(base_size, size)[0]

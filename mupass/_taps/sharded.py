@@ -32,6 +32,7 @@ class WholeHook:
             module: Module about to run.
             args: Its positional arguments.
         """
+        # FSDP2 puts another object there for the pass, and the shard back behind it.
         parameter = getattr(self.owner, self.leaf)
         if isinstance(parameter, nn.Parameter) and not is_sharded(parameter):
             self.change(parameter)
@@ -44,8 +45,10 @@ def path_to(root: nn.Module, name: str) -> list[nn.Module]:
         root: The module that the name is relative to.
         name: Name of the parameter.
     """
-    parts = name.split(".")[:-1]
-    return [root.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    modules = [root]
+    for attribute in name.split(".")[:-1]:
+        modules.append(modules[-1].get_submodule(attribute))
+    return modules
 
 
 def is_collected(root: nn.Module, name: str) -> bool:
@@ -55,6 +58,7 @@ def is_collected(root: nn.Module, name: str) -> bool:
         root: The module that the name is relative to.
         name: Name of the parameter.
     """
+    # Only where a parameter is sharded: not all builds of torch have it.
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in path_to(root, name))
@@ -70,7 +74,8 @@ def on_whole(root: nn.Module, name: str, change: Callable[[nn.Parameter], None])
         name: Name of a sharded parameter.
         change: Called with the whole parameter, before every pass of a module on the way to it.
     """
-    path = path_to(root, name)
-    hook = WholeHook(path[-1], name.rpartition(".")[2], change)
-    for module in path:
+    modules = path_to(root, name)
+    hook = WholeHook(modules[-1], name.rpartition(".")[2], change)
+    # A caller may run a submodule by itself, so that only the hooks below it are met.
+    for module in modules:
         module.register_forward_pre_hook(hook)

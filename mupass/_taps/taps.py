@@ -43,10 +43,11 @@ class ModuleTap(Tap):
         """
         if self.idle:
             return None
-        x = args[0] if args else kwargs["input"]
+        source = args[0] if args else kwargs["input"]
+        # Only factors that can be differentiated need a derivative of this.
         with torch.set_grad_enabled(self.uses is not None):
-            x = normalized(module, x)
-        return self.through(output, x, self.form)
+            inputs = normalized(module, source)
+        return self.through(output, inputs, self.form)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get idle taps."""
@@ -60,6 +61,7 @@ def _form_of(module: nn.Module) -> Form:
         return Lookup()
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return Elementwise(-len(module.normalized_shape), len(module.normalized_shape))
+    # Batch, group and instance norms have gains by channel, on axis 1.
     return Elementwise(1) if isinstance(module, NORMS) else Features()
 
 
@@ -77,11 +79,11 @@ def normalized(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
     if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
-        batch = module.training or module.running_mean is None
-        stats = (None, None) if batch else (module.running_mean, module.running_var)
-        if isinstance(module, INSTANCE_NORMS):
-            return F.instance_norm(x, *stats, None, None, batch, 0.0, module.eps)
-        return F.batch_norm(x, *stats, None, None, batch, 0.0, module.eps)
+        of_batch = module.training or module.running_mean is None
+        # Running statistics are kept from this second run: the module has updated them already.
+        statistics = (None, None) if of_batch else (module.running_mean, module.running_var)
+        norm = F.instance_norm if isinstance(module, INSTANCE_NORMS) else F.batch_norm
+        return norm(x, *statistics, None, None, of_batch, 0.0, module.eps)
     return x
 
 
@@ -91,9 +93,11 @@ def hookable(module: nn.Module) -> bool:
     Args:
         module: Any module; subclasses that keep the forward of a class of `HOOKED` count.
     """
-    known = next((cls for cls in HOOKED if isinstance(module, cls)), None)
-    if known is None or type(module).forward is not known.forward:
+    known = [cls for cls in HOOKED if isinstance(module, cls)]
+    # A subclass with a forward of its own may compute anything.
+    if not known or type(module).forward is not known[0].forward:
         return False
+    # Sparse gradients have no rows to multiply; max_norm writes into the table as it is read.
     return not isinstance(module, nn.Embedding) or (not module.sparse and module.max_norm is None)
 
 
@@ -136,7 +140,10 @@ def tap_of(module: nn.Module) -> ModuleTap | None:
     Args:
         module: Any module.
     """
-    return next((h for h in module._forward_hooks.values() if isinstance(h, ModuleTap)), None)
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, ModuleTap):
+            return hook
+    return None
 
 
 def detach(model: nn.Module) -> None:
@@ -149,4 +156,5 @@ def detach(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, ModuleTap) or is_terms_hook(hook):
                 del module._forward_hooks[key]
+                # Hooks that are given named arguments are listed a second time.
                 module._forward_hooks_with_kwargs.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passes: Watcher | None, count: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.passes, ctx.terms = passes, [loss_terms(y.shape) for y in outputs]
+        ctx.passes, ctx.terms = passes, [loss_terms(output.shape) for output in outputs]
         ctx.save_for_backward(count)
         ctx.set_materialize_grads(False)
-        return tuple(y.clone() for y in outputs)
+        return tuple(output.clone() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -36,6 +36,7 @@ class _Terms(torch.autograd.Function):
 
 def _terms_of_first(terms: Sequence[int], grads: Sequence[Tensor | None]) -> int:
     """Return the terms of the first output that has a gradient, 0 if none has."""
+    # A second output, such as an auxiliary one, averages its terms in a loss of its own.
     # A plain loop: Dynamo of torch 2.8 does not trace next() of a generator with a default.
     for count, grad in zip(terms, grads, strict=True):
         if grad is not None:
@@ -55,10 +56,13 @@ def loss_terms(shape: tuple[int, ...]) -> int:
     """
     if len(shape) == 1:
         return shape[0]
-    classes = 1 if len(shape) >= 4 else len(shape) - 1
+    class_axis = len(shape) - 1
+    if len(shape) >= 4:
+        class_axis = 1
     terms = 1
     for axis, size in enumerate(shape):
-        terms *= 1 if axis == classes else size
+        if axis != class_axis:
+            terms *= size
     return terms
 
 
@@ -104,18 +108,19 @@ class TermsTap:
             return None
         leaves, spec = tree_flatten(output)
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
-        places = _places_of_outputs(leaves, only_first=not eager or self.uses is not None)
-        if not places:
+        positions = _positions_of_outputs(leaves, only_first=not eager or self.uses is not None)
+        if not positions:
             return None
-        outputs = [leaves[place] for place in places]
+        outputs = [leaves[position] for position in positions]
         if self.uses is None:
+            # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
             passes = self.passes if eager else None
             tapped = _Terms.apply(passes, self.count, *outputs)  # type: ignore[no-untyped-call]
         else:
             self.uses.append((outputs[0],))
             tapped = [outputs[0].clone()]
-        for place, tensor in zip(places, tapped, strict=True):
-            leaves[place] = tensor
+        for position, tensor in zip(positions, tapped, strict=True):
+            leaves[position] = tensor
         return tree_unflatten(leaves, spec)
 
     def fill(self, gradients: Sequence[Tensor | None]) -> None:
@@ -125,9 +130,12 @@ class TermsTap:
             gradients: Those of the outputs; None where the loss does not depend on one.
         """
         uses, self.uses = self.uses or (), None
-        found = [loss_terms(y.shape) for (y,), g in zip(uses, gradients, strict=True) if g is not None]
-        if self.count is not None and found:
-            self.count.grad = torch.full_like(self.count, sum(found), requires_grad=False)
+        terms = []
+        for (output,), gradient in zip(uses, gradients, strict=True):
+            if gradient is not None:
+                terms.append(loss_terms(output.shape))
+        if self.count is not None and terms:
+            self.count.grad = torch.full_like(self.count, sum(terms), requires_grad=False)
 
     def open(self, device: torch.device) -> None:
         """Make the leaf.
@@ -168,15 +176,18 @@ class TermsTap:
         return vars(TermsTap())
 
 
-def _places_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:
+def _positions_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:
     """Return where the tensors are that a loss may be made of; none where the model returns its loss."""
-    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    # return loss, logits: the loss is made already, and its terms cannot be told.
     if not tensors or leaves[tensors[0]].dim() == 0:
         return []
-    places = [place for place in tensors if leaves[place].dim() > 0 and leaves[place].requires_grad]
+    positions = [
+        position for position in tensors if leaves[position].dim() > 0 and leaves[position].requires_grad
+    ]
     if only_first:
-        return places[:1]
-    return places
+        return positions[:1]
+    return positions
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -207,11 +218,13 @@ def terms_tap_of(model: nn.Module) -> TermsTap | None:
     Args:
         model: The module that the plan's names are relative to.
     """
-    hooks: list[Any] = [hook for hook in model._forward_hooks.values() if is_terms_hook(hook)]
-    return hooks[0].args[0] if hooks else None
+    for hook in model._forward_hooks.values():
+        if is_terms_hook(hook):
+            return hook.args[0]  # what `terms_hook` was given
+    return None
 
 
-def is_terms_hook(hook: Any) -> bool:
+def is_terms_hook(hook: Any) -> TypeGuard[partial[Any]]:
     """Return whether a forward hook counts loss terms.
 
     Args:

@@ -40,21 +40,15 @@ def contract(
     for value, names in zip(operands, labels, strict=True):
         terms.append(Operand(value, dict(zip(names, value.axes, strict=True))))
     axes = _unify_labels(call, terms)
+    # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight
     if call.static and any(map(_is_constant_vector, operands)):
-        # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight
         return call.value(bare(axes[label] for label in out))
     weights = [term for term in terms if term.value.parametric]
     for weight in weights:
         if _is_mixture(call, weight, out):
-            left = {**axes, **weight.axes}
-            return call.value([left[label] for label in out], static=True)
-    for weight in weights:
-        _record_blocks(call, weight, terms, out)
-    between_parameters = len(weights) == len(terms) > 1
-    if between_parameters:  # the second acts on the first
-        weights = weights[-1:]
-    for weight in weights:
-        _record_weight(call, kind, weight, terms, out, between_parameters)
+            mixed = {**axes, **weight.axes}
+            return call.value([mixed[label] for label in out], static=True)
+    _record_weights(call, kind, weights, terms, out)
     if not weights and len(operands) == 2 and not call.backward:
         _record_bilinear(call, axes, terms, out)
     return call.value([_with_origins(axes[label], label, terms) for label in out])
@@ -103,6 +97,20 @@ def _shared_labels(weight: Operand, terms: Iterable[Operand]) -> set[str]:
             if label in weight.axes and (axis.size > 1 or weight.axes[label].size == 1):
                 shared.add(label)
     return shared
+
+
+def _record_weights(
+    call: Call, kind: str, weights: Sequence[Operand], terms: Sequence[Operand], out: Labels
+) -> None:
+    """Record the uses of the parameters in a sum of products."""
+    for weight in weights:
+        _record_blocks(call, weight, terms, out)
+    # a @ b, both parameters: the second acts on the first
+    between_parameters = len(weights) == len(terms) > 1
+    if between_parameters:
+        weights = weights[-1:]
+    for weight in weights:
+        _record_weight(call, kind, weight, terms, out, between_parameters)
 
 
 def _record_blocks(call: Call, weight: Operand, terms: Iterable[Operand], out: Labels) -> None:
