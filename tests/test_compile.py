@@ -212,6 +212,8 @@ def test_evaluation_between_steps_adds_one_graph() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_agrees_with_eager(name: str) -> None:
+    if name == "transformer" and torch.__version__ < "2.13":
+        pytest.skip("inductor of torch before 2.13 cannot take derivatives of attention in float64 on CPU")
     eager = make(name)
     twin = copy.deepcopy(eager)
     train(eager, kfac(eager), name)

@@ -11,7 +11,15 @@ from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path
 
 from mupass._capture.draws import settled_draws
-from mupass._capture.graph import Capture, number_in, parameter_names, path_text, plain_outputs, quiet
+from mupass._capture.graph import (
+    Capture,
+    number_in,
+    parameter_names,
+    path_text,
+    plain_outputs,
+    quiet,
+    runs_vmap,
+)
 from mupass._capture.inline import inline_contexts
 from mupass._capture.lstm_states import right_lstm_states
 from mupass._capture.record import record
@@ -44,7 +52,7 @@ def capture(
         if failed is not None:
             raise failed
         found = export(model, args, kwargs)
-        if any(getattr(n.target, "__name__", "") == "_add_batch_dim" for n in found.nodes):
+        if runs_vmap(found.nodes):
             raise CaptureError("it runs vmap of torch.func")
         return found
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -143,6 +143,15 @@ def number_in(tensor: Any) -> float | None:
     if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return float(tensor)
+
+
+def runs_vmap(nodes: Iterable[Node]) -> bool:
+    """Whether operators are framed by calls of vmap of torch.func, which hide an axis from them.
+
+    Args:
+        nodes: Nodes of a graph.
+    """
+    return any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in nodes)
 
 
 def fresh_copy(value: Any) -> Any:

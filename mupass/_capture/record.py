@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mupass._capture.draws import settled_draws
-from mupass._capture.graph import Capture, fresh_copy, number_in, path_text, plain_outputs, quiet
+from mupass._capture.graph import Capture, fresh_copy, number_in, path_text, plain_outputs, quiet, runs_vmap
 from mupass._capture.whole_slices import drop_whole_slices
 from mupass._errors import CaptureError
 
@@ -133,8 +133,11 @@ def _lost_in_transforms(module: GraphModule) -> bool:
     """Whether transforms of torch.func hide the flow of data: their tensors stand in the graph as constants.
 
     Above the dispatcher an operator sees the wrapped tensors of vmap, grad and jvp, which no recorded
-    operator made. Below it the transforms are done, and operators see plain tensors.
+    operator made. torch 2.11 records the calls that wrap them. Below it the transforms are done, and
+    operators see plain tensors.
     """
+    if runs_vmap(module.graph.nodes):
+        return True
     constants = [getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"]
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     duals = (torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default)
