@@ -44,8 +44,8 @@ class BaseShapes:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InferenceError(
-                f"cannot read base shapes from {str(path)!r} ({error}); base= takes a positive number, sizes by "
-                "dimension name, a model, or the path of such a file"
+                f"cannot read base shapes from {str(path)!r} ({error}); base= takes a positive number, "
+                "sizes by dimension name, a model, or the path of such a file"
             ) from error
         if not isinstance(found, dict) or not found:
             raise InferenceError(f"{str(path)!r} is no file of base shapes: it maps no parameter to sizes")
