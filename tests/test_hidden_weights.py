@@ -20,6 +20,11 @@ SEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "contiguous": lambda w, x: w.contiguous(),
     "clone": lambda w, x: w.clone(),
     "transposed twice": lambda w, x: w.t().contiguous().t(),
+    "transposed by names": lambda w, x: w.transpose(dim0=0, dim1=1).transpose(0, dim1=1),
+    "axes swapped by names": lambda w, x: torch.swapaxes(input=w, axis0=0, axis1=1).swapaxes(
+        axis0=1, axis1=0
+    ),
+    "permuted by names": lambda w, x: torch.t(input=w).permute(dims=(1, 0)),
     "all of it": lambda w, x: w[:, :],
     "from its start": lambda w, x: w[0:],
     "every one": lambda w, x: w[::1],

@@ -186,9 +186,10 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     if func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, *args, "shift")
     # w.t(), w.float(), w[:]: what comes out is still the parameter to those who read it.
-    order = _order(func, args, output)
+    source: Any = args[0] if args else kwargs.get("input")
+    order = _order(func, source, args[1:], kwargs, output)
     if order is not None:
-        return _turned(output, args[0], order)
+        return _turned(output, source, order)
     return output
 
 
@@ -345,18 +346,31 @@ def _all_idle(found: Iterable[dict[str, Tap] | None]) -> bool:
     return True
 
 
-def _order(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, ...] | None:
-    """Return the order in which a copy or a transpose has the axes of its argument, None for others."""
-    if func in SAME or (func is T.__getitem__ and _takes_all(args[0], args[1], output)):
-        return tuple(range(args[0].dim()))
+def _order(
+    func: Any, source: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> tuple[int, ...] | None:
+    """Return the order in which a copy or a transpose has the axes of a tensor, None for other functions.
+
+    Args:
+        func: The function.
+        source: Its first argument, the tensor.
+        rest: Its other positional arguments.
+        kwargs: Its keyword arguments.
+        output: What it returned.
+    """
+    if func in SAME or (func is T.__getitem__ and _takes_all(source, rest[0], output)):
+        return tuple(range(source.dim()))
     if func in TWO_AXES:
-        view = tuple(range(args[0].dim()))
+        view = tuple(range(source.dim()))
         return reordered(view, "last") if len(view) > 1 else view
-    if func in SWAPS:
-        return reordered(range(args[0].dim()), "swap", args[1:3])
-    if func in ORDERS:  # w.permute(1, 0) or w.permute((1, 0))
-        axes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-        return reordered(range(args[0].dim()), "permute", axes)
+    if func in SWAPS:  # w.transpose(0, 1), w.transpose(0, dim1=1), w.swapaxes(axis0=0, axis1=1)
+        named = [kwargs[name] for name in ("dim0", "axis0", "dim1", "axis1") if name in kwargs]
+        return reordered(range(source.dim()), "swap", (*rest, *named))
+    if func in ORDERS:  # w.permute(1, 0), w.permute((1, 0)), w.permute(dims=(1, 0))
+        axes = kwargs.get("dims", rest)
+        if rest and isinstance(rest[0], (tuple, list)):
+            axes = rest[0]
+        return reordered(range(source.dim()), "permute", axes)
     return None
 
 
