@@ -150,6 +150,11 @@ class Muon(MatrixOptimizer):
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
+        if self.adaptive and torch.__version__ < "2.11" and self._compiles_on_cpu():
+            raise OptimizerError(
+                f"inductor of torch {torch.__version__} writes past the end of a buffer in the compiled "
+                "update of adaptive=True on CPU: leave compile out, or take torch 2.11 or newer"
+            )
         norms, entries = self.plan.for_optimizer("muon"), self.plan.for_optimizer("adamuon")
         self._epsilons, self._matching = [], []
         for stack in self._stacks:
@@ -157,6 +162,10 @@ class Muon(MatrixOptimizer):
             of_entries = ADAPTIVE_EPSILON * stack.each(lambda name: entries[name].scales.epsilon)
             self._epsilons.append((of_norms, of_entries))
             self._matching.append(stack.each(partial(self._matched, stack)))
+
+    def _compiles_on_cpu(self) -> bool:
+        pairs = zip(self._stacks, self._compiled, strict=True)
+        return any(stack.device.type == "cpu" and function is not None for stack, function in pairs)
 
     def _matched(self, stack: Stack, name: str) -> float:
         """Return by what steps are longer than of spectral norm 1, by the shape at the base width."""
