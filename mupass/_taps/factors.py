@@ -82,7 +82,7 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             return form.patch_gram(x.to(dtype))
     # [groups, samples, positions, fan_in] -> [groups, rows, fan_in]
     inputs = form.input_rows(x)
@@ -147,7 +147,7 @@ def second_moments(
         bases: U_A ``[groups, n, n]``, then the U_B of every matrix.
         dtype: Precision of the moments.
     """
-    with torch.autocast(g.device.type, enabled=False):
+    with _without_autocast(g.device):
         inputs = form.input_rows(x).to(dtype) @ bases[0][:, None]
         moments = []
         for piece, basis in zip(split(form.output_rows(g), layer.fusions), bases[1:], strict=True):

@@ -41,6 +41,7 @@ class Ranks(NamedTuple):
 
 # (id of a stack, whether single observations count) -> growth of each of its factors since its root.
 Growths = dict[tuple[int, bool], Tensor]
+Places = tuple[FactorStack, Slots]  # a stack, and some of its slots
 # Directions of a matrix, and the sum of what they do to outputs; None where A is not known.
 Applied = tuple[Tensor, Tensor | None]
 
@@ -480,12 +481,14 @@ class Kronecker:
         if not pair.block.a and power_a > 0:
             unit = joined([self.unit_rho[one.name] for one in pairs])
         shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
+        places_b = self._places([one.b for one in pairs])
+        places_a = self._places([one.a for one in pairs])
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
-        root_b = self._root([one.b for one in pairs], power_b, self.roots.damping.memory > 0, growths)
-        root_a = self._root([one.a for one in pairs], power_a, False, growths)
+        root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
+        root_a = self._root(places_a, power_a, False, growths)
         factor, rho = None, None
-        if pair.a:
-            bank, at = self._places([one.a for one in pairs if one.a])
+        if places_a:
+            bank, at = places_a
             if self._multiplies(pair):
                 factor = bank.mean(at)
             else:
@@ -498,25 +501,33 @@ class Kronecker:
         applied = zip(directions, sums, strict=True)
         return {one.name: each for one, each in zip(pairs, applied, strict=True)}
 
-    def _places(self, slots: Sequence[str]) -> tuple[FactorStack, Slots]:
-        """Return the stack of slots of one size, and their places there."""
-        places = [self.at[slot] for slot in slots]
-        bank, first, count = places[0]
-        starts = [start for _, start, _ in places]
-        if starts == list(range(first, first + count * len(starts), count)):
-            return bank, slice(first, first + count * len(starts))
+    def _places(self, slots: Sequence[str | None]) -> Places | None:
+        """Return the stack of slots of one size, and their places there; None for a side without factors."""
+        found = [self.at[slot] for slot in slots if slot]
+        if not found:
+            return None
+        bank, first, count = found[0]
+        starts = [start for _, start, _ in found]
+        end = first + count * len(starts)
+        if starts == list(range(first, end, count)):  # they stand together
+            return bank, slice(first, end)
+        return bank, self._index(bank, starts, count)
+
+    def _index(self, bank: FactorStack, starts: Sequence[int], count: int) -> Tensor:
+        """Return the numbers of runs of slots on the device of their stack, made once for each such set."""
         key = (id(bank), count, tuple(starts))
         if key not in self._indices:
-            numbers = [number for start in starts for number in range(start, start + count)]
+            numbers: list[int] = []
+            for start in starts:
+                numbers += range(start, start + count)
             self._indices[key] = torch.tensor(numbers, device=bank.device)
-        return bank, self._indices[key]
+        return self._indices[key]
 
-    def _root(self, slots: Sequence[str | None], power: float, jumps: bool, growths: Growths) -> Root | None:
+    def _root(self, places: Places | None, power: float, jumps: bool, growths: Growths) -> Root | None:
         """Return the roots of slots, and by how much their factors have grown since."""
-        named = [slot for slot in slots if slot]
-        if not named:
+        if places is None:
             return None
-        bank, at = self._places(named)
+        bank, at = places
         # One computation for all slots of a stack.
         key = id(bank), jumps
         if key not in growths:
