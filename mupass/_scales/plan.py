@@ -107,7 +107,10 @@ class Plan:
 
     @cached_property
     def _index(self) -> dict[str, Entry]:
-        return {name: e for e in self.entries for name in (e.geometry.name, *e.geometry.aliases)}
+        found: dict[str, Entry] = {}
+        for entry in self.entries:
+            found.update(dict.fromkeys((entry.geometry.name, *entry.geometry.aliases), entry))
+        return found
 
     def __str__(self) -> str:
         """Return the table of all parameters."""

@@ -121,7 +121,10 @@ def all_seeds(index: int, points: Iterable[Point], seeds: int) -> list[Job]:
         points: The points.
         seeds: Number of initializations of each.
     """
-    return [Job(index, point, seed) for point in points for seed in range(seeds)]
+    jobs = []
+    for point in points:
+        jobs += [Job(index, point, seed) for seed in range(seeds)]
+    return jobs
 
 
 @dataclass(frozen=True)

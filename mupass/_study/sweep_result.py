@@ -366,15 +366,10 @@ def figure(sweep: Sweep) -> Figure:
         axis.set_xscale("log")
         ticks = _ticks(sweep, name)
         axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
-        if all(trial.loss > 0 for trial in sweep.trials):
+        if _is_positive(sweep):
             logarithmic(axis)
-        axis.minorticks_off()
-        axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
         axis.set_ylabel(sweep.score)
-        axis.legend(
-            frameon=False, fontsize=8, loc="upper center", title="star: optimum; bar: interval",
-            title_fontsize=7,
-        )  # fmt: skip
+        _explain(axis, sweep, name)
     return drawn
 
 
@@ -391,18 +386,28 @@ def overlaid(sweeps: Sequence[Sweep]) -> Figure:
         axis.sharey(axes[0])
         _draw_curves(axis, sweep, name)
         axis.set_title(case(sweep), fontsize=10)
-        axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
     axes[0].set_xscale("log")
     axes[0].set_ylabel(sweeps[0].score)
-    if all(trial.loss > 0 for sweep in sweeps for trial in sweep.trials):
+    if all(map(_is_positive, sweeps)):
         logarithmic(axes[0])
-    for axis in axes:
-        axis.minorticks_off()
-        axis.legend(
-            frameon=False, fontsize=8, loc="upper center", title="star: optimum; bar: interval",
-            title_fontsize=7,
-        )  # fmt: skip
+    for axis, sweep in zip(axes, sweeps, strict=True):
+        _explain(axis, sweep, name)
     return drawn
+
+
+def _is_positive(sweep: Sweep) -> bool:
+    """Whether all losses are above zero, so that a logarithmic axis shows them."""
+    return all(trial.loss > 0 for trial in sweep.trials)
+
+
+def _explain(axis: Any, sweep: Sweep, name: str) -> None:
+    """Say what an axis, its curves and their marks are."""
+    axis.minorticks_off()
+    axis.set_xlabel(f"{name} at the base width {sweep.widths[0]}")
+    axis.legend(
+        frameon=False, fontsize=8, loc="upper center", title="star: optimum; bar: interval",
+        title_fontsize=7,
+    )  # fmt: skip
 
 
 def comparable(studies: Sequence[Any]) -> list[Sweep]:
@@ -443,7 +448,10 @@ def _finite(curve: Mapping[float, Sequence[float]]) -> dict[float, float]:
 
 def _ticks(sweep: Sweep, name: str) -> list[float]:
     """Return the values that are marked: some of a grid, the ends of a search."""
-    tried = sorted({value for width in sweep.widths for value in sweep.curve(width, name)})
+    values: set[float] = set()
+    for width in sweep.widths:
+        values.update(sweep.curve(width, name))
+    tried = sorted(values)
     if sweep.driver == "grid":
         return tried[:: math.ceil(len(tried) / TICKS)]
     return [tried[0], tried[-1]]
