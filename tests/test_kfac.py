@@ -632,3 +632,59 @@ def test_a_vanished_matrix_has_the_root_zero_only_without_damping() -> None:
     assert not failed.any() and torch.equal(roots, torch.stack([torch.zeros(2, 2), 0.5 * torch.eye(2)]))
     table = diagonal_roots(torch.tensor([[0.0, 4.0], [0.0, 3.0]]), torch.tensor([0.0, 1.0]), 0.5)
     assert torch.equal(table, torch.tensor([[0.0, 0.5], [1.0, 0.5]]))
+
+
+# Damping of few rows ---------------------------------------------------------------------------------------
+
+
+def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
+    """One step of an MLP on so many samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    mupass.transform(model, torch.randn(2, 6).double(), base=16)
+    optimizer = mupass.KFAC(model, LR, damping, **{**PLAIN, **settings})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(rows, 6).double()).square().mean().backward()
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(8, 1e-2), (64, 1e-2), (160, 4e-3), (640, 1e-3), (1000, 1e-3)]
+)
+def test_default_damping_falls_with_the_rows_of_a_step(rows: int, expected: float, ekfac: bool) -> None:
+    default, given = updates_of(None, rows, ekfac=ekfac), updates_of(expected, rows, ekfac=ekfac)
+    for name, update in default.items():
+        torch.testing.assert_close(update, given[name], rtol=1e-10, atol=0.0)
+
+
+def test_damping_that_is_given_does_not_look_at_rows() -> None:
+    overrides = {"0.*": {"damping": 1e-3}}
+    mixed = updates_of(None, 8, overrides=overrides)
+    low, high = updates_of(1e-3, 8), updates_of(1e-2, 8)
+    for name, update in mixed.items():
+        given, other = (low, high) if name.startswith("0.") else (high, low)
+        torch.testing.assert_close(update, given[name], rtol=1e-10, atol=0.0)
+        assert not torch.allclose(update, other[name], rtol=1e-3)
+
+
+def test_absolute_default_damping_does_not_look_at_rows() -> None:
+    default, given = (updates_of(d, 8, damping_mode="absolute") for d in (None, 1e-3))
+    for name, update in default.items():
+        torch.testing.assert_close(update, given[name], rtol=0.0, atol=0.0)
+
+
+def test_positions_are_rows() -> None:
+    """16 sequences of 40 positions are 640 rows: damping is 1e-3."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    x, found = torch.randn(16, 40, 6).double(), []
+    for damping in (None, 1e-3):
+        model = mupass.transform(source, x[:2], base=16, inplace=False)
+        optimizer = mupass.KFAC(model, LR, damping, **PLAIN)
+        model(x).square().mean().backward()
+        optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for default, given in zip(*found, strict=True):
+        torch.testing.assert_close(default, given, rtol=1e-12, atol=0.0)

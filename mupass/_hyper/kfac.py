@@ -145,10 +145,10 @@ class FollowingStack(FactorStack):
         self.fresh.clear()
         factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
         seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
-        largest = list(self.state["recent"].unbind())
-        for key, (found, rows) in new.items():
+        largest, rows = list(self.state["recent"].unbind()), list(self.state["rows"].unbind())
+        for key, (found, number) in new.items():
             several = found if found.dim() == self.state["factor"].dim() else found[None]
-            there = rows.reshape(()).to(self.dtype)
+            there = (number.reshape(()) > 0).to(self.dtype)
             for i, one in enumerate(several, self.slot[key]):
                 # lerp by 0 keeps what was not observed.
                 fresh = (1 - decay) * there
@@ -156,13 +156,14 @@ class FollowingStack(FactorStack):
                 weights[i] = weights[i] + fresh * (1 - weights[i])
                 trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
                 largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
+                rows[i] = torch.where(number.reshape(()) > 0, number.reshape(()).to(self.dtype), rows[i])
             # Slots that were not observed keep what is remembered of them.
-            seen[self.slot[key] : self.slot[key] + len(several)] = rows.reshape(())
+            seen[self.slot[key] : self.slot[key] + len(several)] = number.reshape(()) > 0
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         self.changed()
         peak = self.state["peak"]
         self.state["peak"] = torch.where(seen, torch.maximum(peak * memory, self.traces()), peak)
-        self.state["recent"] = torch.stack(largest)
+        self.state |= {"recent": torch.stack(largest), "rows": torch.stack(rows)}
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots, see `FactorStack`."""

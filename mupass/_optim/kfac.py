@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from mupass._optim.checks import check_period, check_words
 from mupass._optim.clipping import GradientScale
 from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.curvature import Curvature
+from mupass._optim.kronecker.damping import RELATIVE
 from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
@@ -59,6 +61,9 @@ class KFAC(PlannedOptimizer):
         model: A transformed model, compiled or wrapped or not.
         lr: Learning rate at the base width.
         damping: Damping; by default relative to the trace of each factor, so it means the same at all widths.
+            None is 1e-3 in layers that see 640 rows or more in a step (samples, or their positions), 1e-2 in
+            those that see 64 or fewer, and 0.64 over their number between. A number is taken as it is, as
+            those of ``overrides`` are. In the absolute modes None is 1e-3.
         e_a: Power of A; 0 leaves the input side out (and does not collect it).
         e_b: Power of B; ``e_a=1, e_b=0`` is FOOF.
         momentum: Weight of the past in the average of gradients.
@@ -141,7 +146,7 @@ class KFAC(PlannedOptimizer):
         self,
         model: nn.Module,
         lr: float = LR,
-        damping: float = DAMPING,
+        damping: float | None = None,
         *,
         e_a: float = 1.0,
         e_b: float = 1.0,
@@ -214,6 +219,9 @@ class KFAC(PlannedOptimizer):
             strict,
             momentum_of,
         )
+        # Whether the default applies, which looks at the number of rows.
+        self._by_rows = damping is None and damping_mode in RELATIVE
+        damping = DAMPING if damping is None else damping
         super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
@@ -238,6 +246,14 @@ class KFAC(PlannedOptimizer):
                     method = "ekfac"
             treatments[block.parameter] = f"{method} {block.kind}"
         return treatments, reasons
+
+    @cached_property
+    def _given_dampings(self) -> frozenset[str] | None:
+        """Parameters whose damping does not depend on the number of rows; None for all."""
+        if not self._by_rows:
+            return None
+        settings = {"damping": DAMPING}
+        return frozenset(name for name in self._parameters if self._overridden(name, settings))
 
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
@@ -351,7 +367,7 @@ class KFAC(PlannedOptimizer):
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
             due = kronecker.due(self._steps, self.root_every, spare)
             if due:
-                kronecker.refresh(self._dampings(), due)
+                kronecker.refresh(self._dampings(), due, self._given_dampings)
         directions, changes = kronecker.directions(means)
         return self._bounded(directions, changes, means, clipped)
 

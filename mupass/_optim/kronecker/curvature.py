@@ -243,11 +243,11 @@ def _no_terms() -> OptimizerError:
     )
 
 
-Observation = tuple[Tensor, Tensor]  # a factor, and whether any row was observed
+Observation = tuple[Tensor, Tensor]  # a factor, and the number of rows that it was observed in
 
 
 def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
-    """Return one factor of this step, and whether it has a row at all; None where no tap took part.
+    """Return one factor of this step, and its number of rows; None where no tap took part.
 
     Args:
         factor: Where it comes from.
@@ -261,10 +261,10 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
         return None
     if len(inputs) == 1:
         mean, rows = inputs[0]
-        return mean, rows > 0
+        return mean, rows
     # The mean over the rows of all taps.
     rows = _sum([rows for _, rows in inputs])
-    return _sum([mean * rows for mean, rows in inputs]) / rows.clamp(min=1), rows > 0
+    return _sum([mean * rows for mean, rows in inputs]) / rows.clamp(min=1), rows
 
 
 def _observed_output(factor: Factor, raw: Sequence[Sums]) -> Observation | None:
@@ -279,7 +279,7 @@ def _observed_output(factor: Factor, raw: Sequence[Sums]) -> Observation | None:
     total = _sum(found)
     if factor.scale != 1:
         total = total * factor.scale
-    return total, _any_row(raw)
+    return total, _rows(raw)
 
 
 def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
@@ -292,11 +292,11 @@ def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation
     raw = [taken[place] for place in factor.places if place in taken]
     if not raw:
         return None
-    return _sum([sums.moments[factor.piece] for sums in raw]), _any_row(raw)
+    return _sum([sums.moments[factor.piece] for sums in raw]), _rows(raw)
 
 
-def _any_row(raw: Sequence[Sums]) -> Tensor:
-    return _sum([sums.rows for sums in raw]) > 0
+def _rows(raw: Sequence[Sums]) -> Tensor:
+    return _sum([sums.rows for sums in raw])
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -323,7 +323,7 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tens
         a, b = second[::-1] if None in first else first
         if a is None or b is None:
             return None
-        return (a[0], b[0]), torch.stack(rows).any(0)
+        return (a[0], b[0]), torch.stack(rows).amax(0)
     (a1, _), (b1, _), (a2, _), (b2, _) = (*first, *second)  # type: ignore[misc]
     left, right = torch.stack([a1, b2]), torch.stack([b1, a2])
     gram_left, gram_right = left.flatten(1) @ left.flatten(1).T, right.flatten(1) @ right.flatten(1).T
@@ -335,7 +335,7 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tens
         y = gram_left @ x / (x @ gram_left @ x).clamp(min=tiny)
     p, q = torch.tensordot(x, left, 1), torch.tensordot(y, right, 1)
     scale = _trace(p) / _trace(a1).clamp(min=tiny)
-    return (p / scale.clamp(min=tiny), q * scale), torch.stack(rows).any(0)
+    return (p / scale.clamp(min=tiny), q * scale), torch.stack(rows).amax(0)
 
 
 def _trace(factor: Tensor) -> Tensor:

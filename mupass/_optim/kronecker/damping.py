@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODES = ("trace", "eigen", "absolute", "pi")
+RELATIVE = ("trace", "eigen")
+MODES = (*RELATIVE, "absolute", "pi")
+# Rows of a batch from which relative damping is what it says, and by how much it grows at most below.
+ROWS, MOST = 640, 10.0
 FLOOR = 1e-7  # of pi-damping's traces, as in Martens & Grosse's reference code
 
 
@@ -32,6 +35,19 @@ class Sides:
     scale_a: Tensor
     scale_b: Tensor
     damping: Tensor
+
+
+def few_rows(rows: Tensor) -> Tensor:
+    """Return what relative damping is multiplied by where a step sees few rows of a factor.
+
+    A mean over n rows knows about n directions. In the others, gradient and factor are noise, which the
+    inverse of small eigenvalues blows up, the more so the wider the layer. Ridge regression with a prior of
+    Theta(1) on the distance of a weight from its optimum has a damping of 1/n.
+
+    Args:
+        rows: Numbers of rows of the last observation: samples, or their positions.
+    """
+    return (ROWS / rows.clamp(min=1)).clamp(1.0, MOST)
 
 
 def damp(mode: str, sides: Sides, floor: float = 0.0, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -160,11 +160,11 @@ class Moments:
             observation = observed_moments(pair.block.b[pair.piece], taken)
             if observation is None:
                 continue
-            new, seen = observation
+            new, rows = observation
             total, weight = self.state[name]["sum"], self.state[name]["weight"]
             # They are not negative: what is not finite is so in the sum.
             finite = new.sum((1, 2)).isfinite()
-            there = seen.reshape(()) & ok
+            there = (rows.reshape(()) > 0) & ok
             self.overflowed[name] += (~finite & there).any()
             # A moment starts in `follow`, when both bases are there.
             counts = finite & there

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mupass._optim.kronecker.damping import Sides
+from mupass._optim.kronecker.damping import Sides, few_rows
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._records import Geometry
 from mupass._scales.scales import Scales
@@ -114,12 +114,15 @@ class Lineup:
     scale_a: Tensor
     scale_b: Tensor
 
-    def sides(self, traces: Tensor, dampings: Mapping[str, float | Tensor] | None) -> Sides:
+    def sides(
+        self, traces: Tensor, dampings: Mapping[str, float | Tensor] | None, grown: Tensor | None = None
+    ) -> Sides:
         """Return what damping is made of; a side without a factor counts as the identity.
 
         Args:
             traces: Of all slots of the banks.
             dampings: Damping of each parameter; None where only traces are of interest.
+            grown: What the damping of each row is multiplied by, see `growth_by_rows`.
         """
         values: list[float | Tensor] = []
         for pair in self.pairs:
@@ -130,6 +133,8 @@ class Lineup:
             damping_of_rows = torch.stack([torch.as_tensor(value).to(traces) for value in values])
         else:
             damping_of_rows = traces.new_tensor(values)
+        if grown is not None:
+            damping_of_rows = damping_of_rows * grown
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -139,6 +144,22 @@ class Lineup:
             scale_b=self.scale_b,
             damping=damping_of_rows,
         )
+
+    def growth_by_rows(self, rows: Tensor, given: Container[str]) -> Tensor:
+        """Return what relative damping is multiplied by where a batch has few rows, see `few_rows`.
+
+        Args:
+            rows: Numbers of rows of all slots of the banks.
+            given: Parameters whose damping is to be what it says.
+        """
+        # Both factors of a pair are of the same rows; one of the two may be missing.
+        rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
+        rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
+        exact: list[bool] = []
+        for pair in self.pairs:
+            exact += [pair.block.parameter in given] * (pair.groups * pair.repeats)
+        grown = few_rows(torch.maximum(rows_a, rows_b))
+        return torch.where(torch.tensor(exact, device=rows.device), 1.0, grown)
 
 
 def line_up(

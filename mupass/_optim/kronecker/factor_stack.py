@@ -30,11 +30,11 @@ class FactorStack:
         size: Size of the factors.
         diagonal: Whether they are diagonal.
         state: Tensors whose first axis counts slots; all of them belong to the saved state.
-            ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not
+                ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not
             corrected for their start from zero; ``root`` inverse roots of the same shape; ``weight`` the
-            total weight of what was averaged; ``peak`` the largest trace of an average, and ``recent`` that
-            of a single observation, both of which fade; ``rooted`` the trace, and ``rho`` the damping, when
-            the root was computed.
+            total weight of what was averaged; ``rows`` the number of rows of the last observation; ``peak``
+            the largest trace of an average, and ``recent`` that of a single observation, both of which fade;
+            ``rooted`` the trace, and ``rho`` the damping, when the root was computed.
         failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
             not finite, since they were last reported; ``vanished`` of roots that were computed of a factor
             whose every observation was zero.
@@ -48,7 +48,7 @@ class FactorStack:
         self.slot = {key: number for number, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
-        numbers = {name: self._zeros() for name in ("weight", "peak", "recent", "rooted", "rho")}
+        numbers = {name: self._zeros() for name in ("weight", "rows", "peak", "recent", "rooted", "rho")}
         self.state = {**self._matrices(), **numbers}
         self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
         self.fresh: set[int] = set()
@@ -76,18 +76,18 @@ class FactorStack:
         batch must not stay in it for good.
 
         Args:
-            new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
-                was observed at all, a tensor of one entry.
+            new: Key -> observed factor, or several stacked, for the slots from that key on; and in how many
+                rows it was observed, a tensor of one entry; 0 where it was not.
             decay: Weight of the past; 0 keeps only the new ones.
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
         """
         self.changed()
-        for at, observed, there in self._runs(new):
+        for at, observed, rows in self._runs(new):
             self.fresh -= set(range(at.start, at.stop))
             # A factor is semi-definite: no entry is larger than the trace, and NaN or inf is on the diagonal.
             traces = _trace(observed)
-            finite = traces.isfinite()
+            finite, there = traces.isfinite(), rows > 0
             if ok is not None:
                 there = there & ok
             counts = finite & there
@@ -98,6 +98,7 @@ class FactorStack:
             self._blend(at, observed, fresh)
             weight = self.state["weight"][at]
             weight.lerp_(torch.ones_like(weight), fresh)
+            self.state["rows"][at] = torch.where(counts, rows, self.state["rows"][at])
             self._divisors = None
             # Both peaks fade, each at its own pace, unless the new trace is larger.
             peak = self.state["peak"][at]
@@ -109,27 +110,26 @@ class FactorStack:
     def _runs(self, new: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield observations of slots that stand together, so many at a time as are worth it.
 
-        Each comes as the slots, the factors ``[k, n, n]`` or ``[k, n]``, and whether they were observed,
-        ``[k]``.
+        Each comes as the slots, the factors ``[k, n, n]`` or ``[k, n]``, and their numbers of rows, ``[k]``.
         """
         room = max(1, IN_CACHE // self.size ** (self._dims - 1))
         start = 0
         parts: list[Tensor] = []
-        seen: list[Tensor] = []
+        numbers: list[Tensor] = []
         for key in sorted(new, key=self.slot.__getitem__):
-            observed, there = new[key]
+            observed, rows = new[key]
             if observed.dim() == self._dims - 1:
                 observed = observed[None]
-            end = start + len(seen)
-            if parts and (self.slot[key] != end or len(seen) + len(observed) > room):
-                yield slice(start, end), joined(parts), torch.stack(seen)
-                parts, seen = [], []
+            end = start + len(numbers)
+            if parts and (self.slot[key] != end or len(numbers) + len(observed) > room):
+                yield slice(start, end), joined(parts), torch.stack(numbers)
+                parts, numbers = [], []
             if not parts:
                 start = self.slot[key]
             parts.append(observed.to(self.dtype))
-            seen += [there.reshape(())] * len(observed)
+            numbers += [rows.reshape(()).to(self.dtype)] * len(observed)
         if parts:
-            yield slice(start, start + len(seen)), joined(parts), torch.stack(seen)
+            yield slice(start, start + len(numbers)), joined(parts), torch.stack(numbers)
 
     @property
     def _dims(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -226,8 +226,8 @@ class Kronecker:
                     products[block.parameter] = nearest_product(block.tied, taken)
                 product = products[block.parameter]
                 if product is not None:
-                    factors, seen = product
-                    observation = factors["ab".index(slot.factor.side)], seen
+                    factors, rows = product
+                    observation = factors["ab".index(slot.factor.side)], rows
             else:
                 observation = observed(slot.factor, taken)
             if observation is not None:
@@ -307,14 +307,21 @@ class Kronecker:
                     found.setdefault(number, []).append(slot)
         return found
 
-    def refresh(self, dampings: Mapping[str, float | Tensor], due: Mapping[int, Sequence[int]]) -> None:
+    def refresh(
+        self,
+        dampings: Mapping[str, float | Tensor],
+        due: Mapping[int, Sequence[int]],
+        given: Container[str] | None = None,
+    ) -> None:
         """Recompute inverse roots, those of a bank together.
 
         Args:
             dampings: Damping of each parameter.
             due: Result of `due`.
+            given: Parameters whose damping is what it says; that of the others grows where a batch has few
+                rows. None for all.
         """
-        rho = self._damp(dampings)
+        rho = self._damp(dampings, given)
         relative = self.roots.damping.mode == "eigen"
         for number, slots in due.items():
             power = self.roots.power("b" if self._is_output(number) else "a")
@@ -342,7 +349,7 @@ class Kronecker:
         sides = lineup.sides(self._traces(lineup, remembered=True), None)
         return (sides.trace_b / sides.scale_b).amax()
 
-    def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
+    def _damp(self, dampings: Mapping[str, float | Tensor], given: Container[str] | None) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         settings = self.roots.damping
         rho: list[Tensor] = [bank.state["weight"] for bank in self._all]
@@ -351,7 +358,12 @@ class Kronecker:
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
-            rho_a, rho_b = damp(settings.mode, lineup.sides(traces, dampings), settings.floor, largest)
+            grown = None
+            if given is not None:
+                rows = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
+                grown = lineup.growth_by_rows(rows, given)
+            sides = lineup.sides(traces, dampings, grown)
+            rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
             for number, part in zip(lineup.banks, torch.split(by_slot, lengths), strict=True):
