@@ -15,7 +15,7 @@ from test_examples import write
 from torch import Tensor
 
 import mupass
-from benchmarks import contestants, kfac_parity, kfac_time, to_target
+from benchmarks import contestants, kfac_parity, kfac_time, paper, to_target
 from benchmarks.false_alarms import interval
 from benchmarks.floor import Floor
 from benchmarks.parity_cases import CASES, MID, WIDTH, Experts
@@ -255,3 +255,28 @@ def test_intervals_of_a_rate_are_exact() -> None:
     assert low == pytest.approx(0.01574, abs=1e-5) and high == pytest.approx(0.20387, abs=1e-5)
     assert interval(0, 20) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
     assert interval(20, 20) == (pytest.approx(0.025 ** (1 / 20)), 1.0)
+
+
+def test_paper_figures_at_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(1024, 12), torch.nn.functional.one_hot(torch.arange(1024) % 10, 10).float() - 0.1
+    monkeypatch.setattr(paper, "images", lambda folder: data)
+    monkeypatch.setattr(paper, "WIDTHS", (64, 96))
+    monkeypatch.setattr(paper, "ALIGNED_AT", (2, 4))
+    monkeypatch.setattr(paper, "MOMENTS", (0, 1, 3))
+    monkeypatch.setattr(paper, "POWERS", range(-7, -4))
+    words = ["--only", "kfac/mup", "--seeds", "2", "--out", str(tmp_path / "runs.jsonl")]
+    assert paper.main(words) == 0
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["kind"] for row in rows].count("features") == 4
+    assert {row["power"] for row in rows if row["kind"] == "loss"} <= {-7, -6, -5}
+    table = capsys.readouterr().out
+    assert "| kfac, mup | tr A | 0 | +0.00 ± 0.00 |" in table  # the first input is data
+    assert paper.main([*words, "--table"]) == 0
+    assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines  # nothing is run again
+
+
+def test_paper_slope_and_interval() -> None:
+    assert paper.slope({64: 3.0, 128: 6.0, 512: 24.0}) == pytest.approx(1.0)
+    assert paper.interval([1.0, 3.0]) == "+2.00 ± 12.71"
