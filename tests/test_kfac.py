@@ -649,24 +649,41 @@ def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ekfac", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "expected"), [(8, 1e-2), (64, 1e-2), (160, 4e-3), (640, 1e-3), (1000, 1e-3)]
-)
-def test_default_damping_falls_with_the_rows_of_a_step(rows: int, expected: float, ekfac: bool) -> None:
-    default, given = updates_of(None, rows, ekfac=ekfac), updates_of(expected, rows, ekfac=ekfac)
-    for name, update in default.items():
-        torch.testing.assert_close(update, given[name], rtol=1e-10, atol=0.0)
+@pytest.mark.parametrize(("rows", "factor"), [(8, 10.0), (128, 4.0), (160, 2.56), (256, 1.0), (1000, 1.0)])
+def test_default_damping_falls_with_the_rows_of_a_step(rows: int, factor: float, monkeypatch: Any) -> None:
+    default = updates_of(None, rows)
+    seen: list[str] = []
+
+    def scaled(mode: str, sides: Any, *rest: Any) -> Any:
+        """The given damping of 1e-3, times the factor on the sides whose size is the width, 16."""
+        seen.append(mode)
+        rho_a, rho_b = damp(mode, sides, *rest)
+        by_a, by_b = (1 + (factor - 1) * (size == 16).double() for size in (sides.dim_a, sides.dim_b))
+        return rho_a * by_a, rho_b * by_b
+
+    damp = preconditioner.damp
+    monkeypatch.setattr(preconditioner, "damp", scaled)
+    for name, update in updates_of(1e-3, rows).items():
+        torch.testing.assert_close(default[name], update, rtol=1e-10, atol=0.0)
+    assert seen == ["trace"]
 
 
 def test_damping_that_is_given_does_not_look_at_rows() -> None:
-    overrides = {"0.*": {"damping": 1e-3}}
-    mixed = updates_of(None, 8, overrides=overrides)
-    low, high = updates_of(1e-3, 8), updates_of(1e-2, 8)
+    mixed = updates_of(None, 8, overrides={"0.*": {"damping": 1e-3}})
+    low, default = updates_of(1e-3, 8), updates_of(None, 8)
     for name, update in mixed.items():
-        given, other = (low, high) if name.startswith("0.") else (high, low)
+        given, other = (low, default) if name.startswith("0.") else (default, low)
         torch.testing.assert_close(update, given[name], rtol=1e-10, atol=0.0)
-        assert not torch.allclose(update, other[name], rtol=1e-3)
+        if name != "2.bias":  # neither of its sides grows
+            assert not torch.allclose(update, other[name], rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"ekfac": True}, {"damping_mode": "eigen"}])
+def test_other_modes_look_at_rows_too(settings: dict[str, Any]) -> None:
+    few, given = updates_of(None, 8, **settings), updates_of(1e-3, 8, **settings)
+    assert not torch.allclose(few["0.weight"], given["0.weight"], rtol=1e-3)
+    many, given = updates_of(None, 256, **settings), updates_of(1e-3, 256, **settings)
+    torch.testing.assert_close(many["0.weight"], given["0.weight"], rtol=1e-10, atol=0.0)
 
 
 def test_absolute_default_damping_does_not_look_at_rows() -> None:
@@ -676,10 +693,10 @@ def test_absolute_default_damping_does_not_look_at_rows() -> None:
 
 
 def test_positions_are_rows() -> None:
-    """16 sequences of 40 positions are 640 rows: damping is 1e-3."""
+    """8 sequences of 32 positions are 256 rows: damping is 1e-3."""
     torch.manual_seed(0)
     source = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
-    x, found = torch.randn(16, 40, 6).double(), []
+    x, found = torch.randn(8, 32, 6).double(), []
     for damping in (None, 1e-3):
         model = mupass.transform(source, x[:2], base=16, inplace=False)
         optimizer = mupass.KFAC(model, LR, damping, **PLAIN)

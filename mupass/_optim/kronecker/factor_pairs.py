@@ -33,6 +33,7 @@ class Pair:
         outputs: Size of the output side.
         blocks: Number of blocks on the diagonals of A and B.
         growth: By what these numbers have grown since the base width.
+        grows: Whether the input side and the output side grow with width.
     """
 
     block: Block
@@ -44,6 +45,7 @@ class Pair:
     outputs: int
     blocks: tuple[int, int] = (1, 1)
     growth: tuple[float, float] = (1.0, 1.0)
+    grows: tuple[bool, bool] = (False, False)
 
     @property
     def repeats(self) -> int:
@@ -115,14 +117,17 @@ class Lineup:
     scale_b: Tensor
 
     def sides(
-        self, traces: Tensor, dampings: Mapping[str, float | Tensor] | None, grown: Tensor | None = None
+        self,
+        traces: Tensor,
+        dampings: Mapping[str, float | Tensor] | None,
+        by_rows: tuple[Tensor, Tensor] | None = None,
     ) -> Sides:
         """Return what damping is made of; a side without a factor counts as the identity.
 
         Args:
             traces: Of all slots of the banks.
             dampings: Damping of each parameter; None where only traces are of interest.
-            grown: What the damping of each row is multiplied by, see `growth_by_rows`.
+            by_rows: What the dampings of A and of B are multiplied by, see `growth_by_rows`.
         """
         values: list[float | Tensor] = []
         for pair in self.pairs:
@@ -133,8 +138,9 @@ class Lineup:
             damping_of_rows = torch.stack([torch.as_tensor(value).to(traces) for value in values])
         else:
             damping_of_rows = traces.new_tensor(values)
-        if grown is not None:
-            damping_of_rows = damping_of_rows * grown
+        damping_a = damping_b = damping_of_rows
+        if by_rows is not None:
+            damping_a, damping_b = damping_a * by_rows[0], damping_b * by_rows[1]
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -142,11 +148,12 @@ class Lineup:
             dim_b=self.dim_b,
             scale_a=self.scale_a,
             scale_b=self.scale_b,
-            damping=damping_of_rows,
+            damping_a=damping_a,
+            damping_b=damping_b,
         )
 
-    def growth_by_rows(self, rows: Tensor, given: Container[str]) -> Tensor:
-        """Return what relative damping is multiplied by where a batch has few rows, see `few_rows`.
+    def growth_by_rows(self, rows: Tensor, given: Container[str]) -> tuple[Tensor, Tensor]:
+        """Return what relative dampings are multiplied by where a step has few rows, see `few_rows`.
 
         Args:
             rows: Numbers of rows of all slots of the banks.
@@ -155,11 +162,15 @@ class Lineup:
         # Both factors of a pair are of the same rows; one of the two may be missing.
         rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
         rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
-        exact: list[bool] = []
-        for pair in self.pairs:
-            exact += [pair.block.parameter in given] * (pair.groups * pair.repeats)
         grown = few_rows(torch.maximum(rows_a, rows_b))
-        return torch.where(torch.tensor(exact, device=rows.device), 1.0, grown)
+        found = []
+        for side in (0, 1):
+            applies: list[bool] = []
+            for pair in self.pairs:
+                one = pair.grows[side] and pair.block.parameter not in given
+                applies += [one] * (pair.groups * pair.repeats)
+            found.append(torch.where(torch.tensor(applies, device=rows.device), grown, 1.0))
+        return found[0], found[1]
 
 
 def line_up(

@@ -126,6 +126,14 @@ class Kronecker:
     def _pairs(self, block: Block, cover: Cover, entry: Entry) -> list[Pair]:
         """Name the slots of a block's matrices."""
         pairs = []
+        infinite, matrices = entry.geometry.infinite, block.matrices
+        grows = (
+            any(infinite[axis] for axis in matrices.in_axes),
+            any(infinite[axis] for axis in matrices.out_axes),
+        )
+        # A lookup of positions is one for all samples, so its rows say little.
+        if any(cover.layers[factor.places[0]].kind == "embedding" for factor in block.factors):
+            grows = (False, False)
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
             names: dict[str, str] = {}
@@ -133,7 +141,7 @@ class Kronecker:
                 if factors and self.roots.power(side) > 0:
                     names[side] = self._slot(side, block, factors[piece], piece, cover)
             groups, outputs, inputs = stack.shape
-            pair = Pair(block, piece, names.get("a"), names.get("b"), groups, inputs, outputs)
+            pair = Pair(block, piece, names.get("a"), names.get("b"), groups, inputs, outputs, grows=grows)
             shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
             pairs.append(in_blocks(pair, shapes, self.roots.block or 0, entry.geometry))
         return pairs
@@ -358,11 +366,11 @@ class Kronecker:
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
-            grown = None
+            by_rows = None
             if given is not None:
                 rows = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
-                grown = lineup.growth_by_rows(rows, given)
-            sides = lineup.sides(traces, dampings, grown)
+                by_rows = lineup.growth_by_rows(rows, given)
+            sides = lineup.sides(traces, dampings, by_rows)
             rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
