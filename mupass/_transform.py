@@ -1,6 +1,6 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -167,7 +167,8 @@ def make_plan(
     warnings = [*analysis.warnings, *_doubts(inits)]
     if not trained:
         warnings += _late(model, entries)
-    warnings += _ties(analysis, parameterization, trained)
+    stepped = {name for name, tensor in tensors.items() if tensor.requires_grad}
+    warnings += _ties(analysis, parameterization, trained, stepped)
     branches: list[str] = []
     if ratio != 1:
         for branch in analysis.branches:
@@ -188,9 +189,11 @@ def make_plan(
     )
 
 
-def _ties(analysis: Analysis, parameterization: str, trained: bool) -> list[str]:
-    """Say of tied embeddings what the readout's multiplier cannot do."""
+def _ties(analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]) -> list[str]:
+    """Say of tied embeddings what the readout's multiplier cannot do; of trained ones, if steps move them."""
     tied = [geometry.name for geometry in analysis.geometries if geometry.readout_uses]
+    if trained:
+        tied = [name for name in tied if name in stepped]
     if not tied:
         return []
     if trained:
@@ -262,7 +265,8 @@ def _refuse(model: nn.Module) -> None:
         if ATTRIBUTE in vars(module):
             raise TransformError(
                 f"{path or 'the model'} is transformed already; a second pass would scale twice. Build the "
-                "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer"
+                "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer. To put "
+                "adapters on its trained weights, take the plan off before: fold(model, keep_plan=False)"
             )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 PAGE = Path(__file__).parent.parent / "docs/recipes.md"
-LIBRARIES = ("accelerate", "lightning", "transformers")
+LIBRARIES = ("accelerate", "lightning", "peft", "transformers")  # a block is of the first that it imports
 
 
 def blocks() -> list[str]:
@@ -52,6 +52,10 @@ def test_recipes_for_trainers_run(name: str, tmp_path: Path, monkeypatch: pytest
         found = run([first, *(b for b in others if library(b) == name)])
     said = [str(w.message) for w in caught if "mupass" in type(w.message).__module__]
     assert not said
+    if name == "peft":
+        logits = found["merged"](found["tokens"]).logits  # type: ignore[operator]
+        assert torch.allclose(logits, found["adapted"](found["tokens"]).logits, atol=1e-5)  # type: ignore[operator]
+        assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     if name == "transformers":
         plain = found["transformers"].GPT2LMHeadModel.from_pretrained("gpt2").eval()  # type: ignore[attr-defined]
         ids = torch.arange(12)[None]
