@@ -71,12 +71,17 @@ class Fusion:
         view: Sizes that the axis splits into, row-major.
         along: Which of them counts the matrices.
         sizes: Length of every matrix along it: ones for a stack, sizes of the parts for a concatenation.
+        grows: For every one of the sizes that the axis splits into, whether it grows with width.
+        part_grows: For every matrix, whether its length along the axis does; empty where one of them is a sum
+            that holds something fixed, so that its length does not follow from that of the axis.
     """
 
     axis: int
     view: tuple[int, ...]
     along: int
     sizes: tuple[int, ...]
+    grows: tuple[bool, ...] = ()
+    part_grows: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

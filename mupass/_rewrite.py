@@ -200,7 +200,8 @@ def hooks_restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     before = []
     for module in model.modules():
         attributes = dict(vars(module))
-        hooks = {name: table.copy() for name, table in attributes.items() if "_hooks" in name}
+        tables = {name: table for name, table in attributes.items() if isinstance(table, dict)}
+        hooks = {name: table.copy() for name, table in tables.items() if "_hooks" in name}
         before.append((module, attributes, hooks))
     try:
         yield

@@ -1,6 +1,6 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -11,13 +11,14 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._errors import PlanError, TransformError, kind_of, warn
 from mupass._optim.schedules import watch_model
-from mupass._records import Carrier
+from mupass._records import Carrier, Geometry
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
 from mupass._scales.learned import learned
 from mupass._scales.optimizers import OptimizerSpec
+from mupass._scales.other_width import at_width_of
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Plan
@@ -25,6 +26,8 @@ from mupass._taps.taps import attach
 
 Model = TypeVar("Model", bound=nn.Module)
 UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
+# Words of warnings about the values of one instance.
+OF_VALUES = ("initialization law in doubt", "on the meta device")
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -73,7 +76,9 @@ def transform(
             is multiplied by ``1/L``, and rates, damping and epsilon inside follow. None leaves depth alone.
         plan: A saved plan of this model; it stands instead of ``example_inputs``, ``base``, ``dims``,
             ``parameterization``, ``init`` and ``depth``. The plan of a folded model leaves the weights as
-            they are: they hold everything already, see `mupass.fold`.
+            they are: they hold everything already, see `mupass.fold`. A plan of a narrower or wider instance
+            serves too: its verdicts and base sizes hold, factors are those of this model's sizes, and
+            initialization laws are read off this model's values, or told by ``init``. Nothing is captured.
         strict: Refuse operators without a rule; otherwise report them as ambiguous.
         trained: The weights were trained elsewhere and are to be fine-tuned: values and outputs stay as they
             are, and only scales of rates, damping, epsilon and decay are attached. A tied readout then gets
@@ -84,7 +89,7 @@ def transform(
         The rewritten model, the same object unless ``inplace=False``.
 
     Raises:
-        PlanError: ``plan`` comes with an argument that it settles, or is of another model. An unknown
+        PlanError: ``plan`` comes with an argument that it settles, or is of another architecture. An unknown
             optimizer, parameterization or law raises it too; a model that is transformed already,
             compiled or wrapped, or has no module to hold a multiplier, raises TransformError.
 
@@ -105,14 +110,20 @@ def transform(
             raise PlanError("depth= multiplies branches, which would change what a trained model computes")
         plan = make_plan(model, analysis, spec, parameterization, init, depth, trained)
         plan = replace(plan, decided=optimizer is not None)
-        alerts = [warning for warning in plan.warnings if warning not in analysis.notes]
+        alerts = [warning for warning in plan.warnings if warning not in plan.notes]
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
-        _refuse_settled(plan, given, parameterization, init)
+        _refuse_settled(plan, given, parameterization)
         if optimizer is not None:
             plan = plan.for_optimizer(optimizer)
-        plan.check(model)
-        alerts = [] if trained else _late(model, plan.entries)
+        if _is_resized(plan, model):
+            plan = _at_width_of(plan, model, init, trained)
+            alerts = [warning for warning in plan.warnings if warning not in plan.notes]
+        elif init != "auto":
+            raise PlanError("plan= settles init; leave out one or the other")
+        else:
+            plan.check(model)
+            alerts = [] if trained else _late(model, plan.entries)
     check_rewritable(model, plan)  # what is refused is not warned of as well
     if not trained:
         alerts += _learned(model, plan, init)
@@ -154,20 +165,10 @@ def make_plan(
     ratio = 1.0
     if depth is not None and row(parameterization).readout_power is not None:
         analysis, ratio = _deepened(analysis, depth)
-    tensors = dict(model.named_parameters())
-    if trained:
-        inits = {name: Init("trained: left as it is", None, 1.0) for name in tensors}
-    else:
-        inits = plan_init(tensors, analysis.geometries, parameterization, init, own_draws(model))
-    entries = []
-    for geometry in analysis.geometries:
-        law = inits[geometry.name]
-        factors = entry_scales(geometry, optimizer, parameterization, trained)
-        entries.append(Entry(geometry, law.law, law.std, law.factor, factors))
-    warnings = [*analysis.warnings, *_doubts(inits)]
-    if not trained:
-        warnings += _late(model, entries)
-    warnings += _ties(analysis, parameterization, trained)
+    entries, of_values = _entries(model, analysis.geometries, optimizer, parameterization, init, trained)
+    warnings = [*analysis.warnings, *of_values]
+    stepped = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    warnings += _ties(analysis, parameterization, trained, stepped)
     branches: list[str] = []
     if ratio != 1:
         for branch in analysis.branches:
@@ -181,6 +182,7 @@ def make_plan(
         capture=analysis.capture,
         warnings=tuple(warnings),
         entries=tuple(entries),
+        notes=analysis.notes,
         depth=ratio,
         branches=tuple(branches),
         carriers=_carriers(analysis, entries, ratio),
@@ -188,9 +190,60 @@ def make_plan(
     )
 
 
-def _ties(analysis: Analysis, parameterization: str, trained: bool) -> list[str]:
-    """Say of tied embeddings what the readout's multiplier cannot do."""
+def _entries(
+    model: nn.Module,
+    geometries: Sequence[Geometry],
+    optimizer: OptimizerSpec,
+    parameterization: str,
+    init: InitChoice,
+    trained: bool,
+) -> tuple[list[Entry], list[str]]:
+    """Return an entry for every parameter, and what is to be said of their present values."""
+    tensors = dict(model.named_parameters())
+    if trained:
+        inits = {name: Init("trained: left as it is", None, 1.0) for name in tensors}
+    else:
+        inits = plan_init(tensors, geometries, parameterization, init, own_draws(model))
+    entries = []
+    for geometry in geometries:
+        law = inits[geometry.name]
+        factors = entry_scales(geometry, optimizer, parameterization, trained)
+        entries.append(Entry(geometry, law.law, law.std, law.factor, factors))
+    warnings = _doubts(inits)
+    if not trained:
+        warnings += _late(model, entries)
+    return entries, warnings
+
+
+def _is_resized(plan: Plan, model: nn.Module) -> bool:
+    """Return whether a plan is of an instance with other sizes, as far as names agree."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return any(shapes.get(e.geometry.name, e.geometry.shape) != e.geometry.shape for e in plan.entries)
+
+
+def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> Plan:
+    """Return the plan for another instance of its architecture; values of that one are its own.
+
+    Raises:
+        PlanError: The model is no such instance, or ``trained`` is asked for with multipliers of another
+            width.
+    """
+    geometries, width = at_width_of(plan, model)
+    if trained and not plan.trained:
+        raise PlanError(
+            "trained=True with plan= is for values that were trained under that very plan, and this one is "
+            "of another width; give the plan of a narrower model that was made with trained=True"
+        )
+    entries, warnings = _entries(model, geometries, plan.optimizer, plan.parameterization, init, plan.trained)
+    kept = [warning for warning in plan.warnings if not any(mark in warning for mark in OF_VALUES)]
+    return replace(plan, width=width, entries=tuple(entries), warnings=(*kept, *warnings))
+
+
+def _ties(analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]) -> list[str]:
+    """Say of tied embeddings what the readout's multiplier cannot do; of trained ones, if steps move them."""
     tied = [geometry.name for geometry in analysis.geometries if geometry.readout_uses]
+    if trained:
+        tied = [name for name in tied if name in stepped]
     if not tied:
         return []
     if trained:
@@ -262,13 +315,12 @@ def _refuse(model: nn.Module) -> None:
         if ATTRIBUTE in vars(module):
             raise TransformError(
                 f"{path or 'the model'} is transformed already; a second pass would scale twice. Build the "
-                "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer"
+                "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer. To put "
+                "adapters on its trained weights, take the plan off before: fold(model, keep_plan=False)"
             )
 
 
-def _refuse_settled(
-    plan: object, given: Mapping[str, object], parameterization: str, init: InitChoice
-) -> None:
+def _refuse_settled(plan: object, given: Mapping[str, object], parameterization: str) -> None:
     """Refuse arguments that a saved plan settles; None, or the default, is none.
 
     Raises:
@@ -279,8 +331,6 @@ def _refuse_settled(
     settled = [name for name, value in given.items() if value is not None]
     if parameterization not in ("mup", plan.parameterization):
         settled.append("parameterization")
-    if init != "auto":
-        settled.append("init")
     if settled:
         raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
 
@@ -299,7 +349,7 @@ def _doubts(inits: Mapping[str, Init]) -> list[str]:
     if not doubtful:
         return []
     return [
-        f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}, "
+        f"{OF_VALUES[0]} for {some(doubtful)}: settle it with init={{pattern: law}}, "
         "or transform a model of the base width, where it does not matter"
     ]
 
@@ -312,7 +362,7 @@ def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
     if not late:
         return []
     return [
-        f"{some(late)} on the meta device: the initialization is still to be scaled. Once they have initial "
+        f"{some(late)} {OF_VALUES[1]}: the initialization is still to be scaled. Once they have initial "
         "values (to_empty, then the model's own initialization), call mupass.initialize(model)"
     ]
 

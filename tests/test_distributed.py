@@ -284,6 +284,65 @@ def test_a_mesh_equals_one_process(names: Sequence[str], layout: str, tmp_path: 
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8, msg=message)
 
 
+# Saved on two ranks, loaded on one ------------------------------------------------------------------------
+
+CHECKPOINTED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    **MESHES,
+    "shampoo, grafts": lambda model: mupass.Shampoo(model, 0.01, graft="adam", root_every=2),
+    "shampoo, no graft": lambda model: mupass.Shampoo(model, 0.01, graft="none"),
+}
+WRAPPED = ("data parallel", "shards")
+
+
+def _go_on(model: nn.Module, optimizer: torch.optim.Optimizer, at: range, rows: slice) -> None:
+    for step in at:
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), x.argmax(1)[rows]).backward()
+        optimizer.step()
+
+
+def _saving_worker(rank: int, port: int, wrapping: str, names: Sequence[str], path: Path) -> None:
+    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with one_of_two(rank, port):
+        mesh = init_device_mesh("cpu", (2,))
+        for name in names:
+            model = _parallel_block()
+            if wrapping == "shards":
+                fully_shard(model.up, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            else:
+                model = nn.parallel.DistributedDataParallel(model)
+            optimizer = CHECKPOINTED[name](model)
+            _go_on(model, optimizer, range(5), slice(rank, None, 2))
+            weights, state = get_state_dict(model, optimizer)
+            save({"model": weights, "optimizer": state}, checkpoint_id=path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(wrapping: str, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    mp.spawn(_saving_worker, (free_port(), wrapping, list(CHECKPOINTED), tmp_path), nprocs=2)
+    for name, make in CHECKPOINTED.items():
+        undisturbed, model = _parallel_block(), _parallel_block()
+        _go_on(undisturbed, make(undisturbed), range(10), slice(None))
+        optimizer = make(model)
+        weights, state = get_state_dict(model, optimizer)
+        load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / name)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        _go_on(model, optimizer, range(5, 10), slice(None))
+        for (key, ours), theirs in zip(model.named_parameters(), undisturbed.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8, msg=f"{name}, {key}")
+
+
 def test_a_shard_that_code_sees_as_one_falls_back_by_name(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

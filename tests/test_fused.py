@@ -76,7 +76,7 @@ def test_lstm_gates() -> None:
     model.lstm = nn.LSTM(5, 16)
     found = mupass.analyze(LastState(), torch.randn(3, 2, 5))
     for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):
-        assert found[name].fusions == (Fusion(0, (4, 16), 0, (1, 1, 1, 1)),)
+        assert found[name].fusions == (Fusion(0, (4, 16), 0, (1, 1, 1, 1), (False, True), (False,) * 4),)
 
 
 class LastState(nn.Module):

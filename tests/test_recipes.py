@@ -11,7 +11,13 @@ import pytest
 import torch
 
 PAGE = Path(__file__).parent.parent / "docs/recipes.md"
-LIBRARIES = ("accelerate", "lightning", "transformers")
+LIBRARIES = (
+    "accelerate",
+    "lightning",
+    "peft",
+    "timm",
+    "transformers",
+)  # a block is of the first that it imports
 
 
 def blocks() -> list[str]:
@@ -52,6 +58,20 @@ def test_recipes_for_trainers_run(name: str, tmp_path: Path, monkeypatch: pytest
         found = run([first, *(b for b in others if library(b) == name)])
     said = [str(w.message) for w in caught if "mupass" in type(w.message).__module__]
     assert not said
+    if name == "timm":
+        # The first epoch is warmup from 0, the second at the rate itself: factors of width and of the layer.
+        rates = {(g["mupass_scale"], g["lr_scale"]) for g in found["adamw"].param_groups}  # type: ignore[attr-defined]
+        assert len({width for width, _ in rates}) > 1 < len({layer for _, layer in rates})
+        for group in found["adamw"].param_groups:  # type: ignore[attr-defined]
+            assert group["initial_lr"] == pytest.approx(1e-3 * group["mupass_scale"])
+        found["schedule"].step(1)  # type: ignore[attr-defined]
+        for group in found["adamw"].param_groups:  # type: ignore[attr-defined]
+            share = 1e-3 * group["mupass_scale"] * group["lr_scale"]
+            assert group["lr"] == pytest.approx(share * (1 + 0.5**0.5) / 2)
+    if name == "peft":
+        logits = found["merged"](found["tokens"]).logits  # type: ignore[operator]
+        assert torch.allclose(logits, found["adapted"](found["tokens"]).logits, atol=1e-5)  # type: ignore[operator]
+        assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     if name == "transformers":
         plain = found["transformers"].GPT2LMHeadModel.from_pretrained("gpt2").eval()  # type: ignore[attr-defined]
         ids = torch.arange(12)[None]

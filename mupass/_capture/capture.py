@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ def capture(
         found = export(model, args, kwargs)
         if runs_vmap(found.nodes):
             raise CaptureError("it runs vmap of torch.func")
-        return found
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
-        return record(model, args, kwargs, canonical, aliases, error)
+        found = record(model, args, kwargs, canonical, aliases, error)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return replace(found, frozen=frozenset(frozen))
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:

@@ -43,6 +43,7 @@ class Capture:
         derivatives: Operators that a derivative taken in the forward pass runs backwards, through weights
             that the forward operators among ``nodes`` use already.
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
+        frozen: Names of the parameters that are not trained.
     """
 
     nodes: tuple[Node, ...]
@@ -58,6 +59,7 @@ class Capture:
     numbers: Mapping[Node, float] = field(default_factory=dict)
     derivatives: frozenset[Node] = frozenset()
     transformed: bool = False
+    frozen: frozenset[str] = frozenset()
 
 
 def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:

@@ -148,14 +148,14 @@ class Engine:
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
         full = [value for value in call.values if 0 not in value.sizes]
+        if call.operator == "aten.cat" and full:
+            call.arguments = {**call.arguments, "tensors": full}
+            return self._apply(call)
         if any(value.parametric for value in full):
             raise InferenceError(
                 f"{call.where}: a tensor with an axis of size 0 carries no width; "
                 "give example inputs and a model without empty tensors"
             )
-        if call.operator == "aten.cat" and full:
-            call.arguments = {**call.arguments, "tensors": full}
-            return self._apply(call)
         return one_or_all(list(map(call.unknown, call.shapes)))
 
     def _nested(self, call: Call, graphs: Sequence[torch.fx.GraphModule]) -> Result:

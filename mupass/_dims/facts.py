@@ -83,6 +83,7 @@ class Facts:
     joined: list[int] = field(default_factory=list)  # dims along which parameters are concatenated
     parts: list[int] = field(default_factory=list)  # dims of what activations are joined of
     carried: dict[tuple[str, int], int] = field(default_factory=dict)  # parameter axis -> dim
+    frozen: frozenset[str] = frozenset()  # those that are not trained
 
     # Evidence on single dimensions; strings say where it was met, or why it counts.
     finite: dict[int, str] = field(default_factory=dict)  # certain

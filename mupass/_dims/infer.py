@@ -231,6 +231,7 @@ def decide(
     policies.settle_mixtures(verdicts)
     policies.settle_routers(verdicts)
     policies.settle_adapters(verdicts)
+    policies.settle_inserted(verdicts)
     policies.settle_rests(verdicts)
     unmade = policies.unmade(verdicts, made)
     policies.settle_fans(verdicts, unmade, made)
@@ -253,6 +254,7 @@ def _run(
 ) -> tuple[Engine, dict[str, tuple[int, ...]], list[tuple[int, str]]]:
     """Interpret a graph; return the engine, the dimensions of every parameter, and those of the inputs."""
     engine = Engine(lambda node: captured.owners.get(node, ""), strict, mixed_axes, captured.derivatives)
+    engine.facts.frozen = captured.frozen
     dims: dict[str, tuple[int, ...]] = {}
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():

@@ -199,6 +199,42 @@ def settle_adapters(verdicts: Verdicts) -> None:
             verdicts.settle([rank], Verdict(False, why, True))
 
 
+def settle_inserted(verdicts: Verdicts) -> None:
+    """Policy: a narrow place that only trained weights make and read, among frozen ones, is fixed.
+
+    Ranks of adapters and bottlenecks that are put into a trained model: they lead back into its own widths.
+    A new readout on top of it does not.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    frozen = set()
+    for (parameter, _), dim in facts.carried.items():
+        if parameter in facts.frozen:
+            frozen.add(space.find(dim))
+    made_of: dict[int, set[int]] = defaultdict(set)
+    read_into: dict[int, set[int]] = defaultdict(set)
+    for found in facts.uses:
+        if found.parameter in facts.frozen:
+            continue
+        fan_in = space.find_all(facts.carried[found.parameter, axis] for axis in found.use.fan_in)
+        fan_out = space.find_all(facts.carried[found.parameter, axis] for axis in found.use.fan_out)
+        for dim in fan_out:
+            made_of[dim] |= fan_in
+        for dim in fan_in:
+            read_into[dim] |= fan_out
+
+    def is_fixed(dim: int) -> bool:
+        return not (verdicts.is_open(dim) or verdicts.grows(dim))
+
+    # y = W x + B (A x) with W frozen: a rank is made of what W reads, and read into what W makes.
+    for rank in sorted(filter(verdicts.is_open, made_of.keys() & read_into.keys() - frozen)):
+        sources = {dim for dim in made_of[rank] if not is_fixed(dim)}
+        around = [dim for dim in sources | read_into[rank] if not is_fixed(dim)]
+        narrow = around and space.size(rank) < min(map(space.size, around))
+        if narrow and sources | read_into[rank] <= frozen:
+            why = "policy: narrower than the frozen weights around it, which alone it leads from and to"
+            verdicts.settle([rank], Verdict(False, why, True))
+
+
 def settle_rests(verdicts: Verdicts) -> None:
     """Policy: an axis of which only fixed parts are ever read is fixed; what no slice covers says nothing."""
     space = verdicts.space

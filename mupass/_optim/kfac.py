@@ -368,6 +368,9 @@ class KFAC(PlannedOptimizer):
             due = kronecker.due(self._steps, self.root_every, spare)
             if due:
                 kronecker.refresh(self._dampings(), due, self._given_dampings)
+                # Adapters start at zero, and what is below them has no gradient in the first step.
+                if self.plan.trained and self._steps == 0:
+                    kronecker.excuse_vanished()
         directions, changes = kronecker.directions(means)
         return self._bounded(directions, changes, means, clipped)
 

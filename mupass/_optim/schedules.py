@@ -25,6 +25,7 @@ from mupass._scales.plan import ATTRIBUTE, Plan
 
 TOLERANCE = 1e-4  # of ratios, relative
 SCALE = "mupass_scale"
+LAYER = "lr_scale"  # what schedules of timm multiply the rate of a group by: layer decay
 
 
 @dataclass
@@ -109,12 +110,16 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         watch.done = True
         _check_planned(optimizer)
         return watch
+    layered = {i: scale * _layer_factor(groups[i]) for i, scale in scales.items()}
     rates = {i: rate for i, rate in _rates(groups).items() if i in scales}
     # One rate for all groups, where their width factors differ.
     same = len(rates) > 1 and _equal(list(rates.values()))
     if same and any(rates.values()) and not _equal(list(scales.values())):
         watch.done = True  # a scheduler has set one rate for all groups before the first step
         _tell_lost(optimizer, own=False)
+    # All are zero where a warmup starts; a layer of the factor zero is not trained.
+    elif _equal([rate / layered[i] for i, rate in rates.items() if layered[i]]):
+        watch.start = layered
     elif _equal([rate / scales[i] for i, rate in rates.items()]):
         watch.start = scales
     else:
@@ -134,19 +139,24 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
         if plan is None:
             continue
         scaled = plan.for_optimizer(_family(optimizer))
-        own_rates: set[float | None] = set()
+        own_rates: list[float] = []
+        without_layers: list[float] = []
         factors: dict[str, float] = {}
         by_group: dict[int, list[float]] = {}
         for name, parameter in root.named_parameters():
             if parameter not in rates:
                 continue
-            own_rates.add(rates[parameter])
+            rate, layer = rates[parameter], _layer_factor(optimizer.param_groups[group_of[parameter]])
+            if rate is not None and layer:
+                own_rates.append(rate)
+                without_layers.append(rate / layer)
             if name in scaled:
                 factors[name] = scaled[name].scales.lr
                 by_group.setdefault(group_of[parameter], []).append(factors[name])
-        # One group, or all groups with one rate, for parameters whose factors differ.
+        # One group, or all groups with one rate but for layer decay, for parameters whose factors differ.
         mixed = not all(_equal(values) for values in by_group.values())
-        if mixed or (len(own_rates) == 1 and not _equal(list(factors.values()))):
+        one_rate = _equal(own_rates) or _equal(without_layers)
+        if mixed or (one_rate and not _equal(list(factors.values()))):
             _tell_unplanned(optimizer, root, factors)
             return
 
@@ -193,6 +203,11 @@ def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
             'g["lr"] = lr * g["mupass_scale"]'
         )
     warnings.warn(text, MupassWarning, stacklevel=4)
+
+
+def _layer_factor(group: dict[str, Any]) -> float:
+    """Return what a schedule of timm multiplies a group's rate by."""
+    return float(group.get(LAYER, 1.0))
 
 
 def _rate(group: dict[str, Any]) -> float | None:

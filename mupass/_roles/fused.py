@@ -14,9 +14,9 @@ from mupass._records import Fusion
 from mupass._roles.nodes import inner_dims
 
 LIMIT = 64  # more pieces than this are positions or entries, not matrices
-# What makes an axis a fused one: sizes that it splits into, which of them counts the matrices, and the length
-# of every matrix along it.
-Split = tuple[tuple[int, ...], int, tuple[int, ...]]
+# What makes an axis a fused one: sizes that it splits into, which of them counts the matrices, the length of
+# every matrix along it; and for the sizes and the lengths, which of them grow.
+Split = tuple[tuple[int, ...], int, tuple[int, ...], tuple[bool, ...], tuple[bool, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Finder:
         size = space.size(dim)
         # w.view(3, heads, -1).unbind(0): an axis whose positions are told apart.
         if space.find(dim) in self.enumerated and 1 < size <= LIMIT:
-            return (size,), 0, (1,) * size
+            return _stack(size)
         # The same inside of a larger axis, that of F.linear(x, w).view(batch, 3, width).unbind(1).
         for members in space.terms_of(dim, "product"):
             found = self._in_product(members)
@@ -47,17 +47,35 @@ class _Finder:
         # F.linear(x, w).split([width, width, 2 * width], -1)
         for parts in space.terms_of(dim, "sum"):
             if len(parts) <= LIMIT:
-                return (size,), 0, tuple(map(space.size, parts))
+                grows = (self.solved.verdicts.grows(dim),)
+                return (size,), 0, tuple(map(space.size, parts)), grows, self._which_grow(parts)
         return None
+
+    def _which_grow(self, parts: Members) -> tuple[bool, ...]:
+        """Return which parts grow; nothing where one grows in a part of its own only."""
+        space, grows = self.solved.engine.space, self.solved.verdicts.grows
+        for part in filter(grows, parts):
+            for members in space.terms_of(part, "sum"):
+                if not all(map(grows, members)):
+                    return ()
+        return tuple(map(grows, parts))
 
     def _in_product(self, members: Members) -> Split | None:
         sizes = tuple(map(self.solved.engine.space.size, members))
+        grown = tuple(map(self.solved.verdicts.grows, members))
         for place, member in enumerate(members):
             inner = self.find(member)
             if inner:
-                view, along, lengths = inner
-                return (*sizes[:place], *view, *sizes[place + 1 :]), place + along, lengths
+                view, along, lengths, grows, part_grows = inner
+                view = (*sizes[:place], *view, *sizes[place + 1 :])
+                grows = (*grown[:place], *grows, *grown[place + 1 :])
+                return view, place + along, lengths, grows, part_grows
         return None
+
+
+def _stack(count: int) -> Split:
+    """Return the split of an axis that counts matrices."""
+    return (count,), 0, (1,) * count, (False,), (False,) * count
 
 
 def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tuple[Fusion, ...]:
@@ -86,7 +104,7 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
         # einsum("bi,eio->beo", x, w): experts that all read one activation, of which a gate picks some.
         apart = space.find(dim) in alternatives and verdict is not None and not verdict.infinite
         if apart and len(axes) > 1 and 1 < size <= LIMIT:
-            fusions.append(Fusion(axis, (size,), 0, (1,) * size))
+            fusions.append(Fusion(axis, *_stack(size)))
     return tuple(fusions)
 
 

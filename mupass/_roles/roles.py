@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mupass._records import Role, Use
 
@@ -24,11 +25,34 @@ def main_use(uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:
     weights = [use for use in uses if use.fan_in or use.fan_out]
     if not weights:
         return None
+    for use in weights:
+        factor = _as_factor(use, weights, infinite)
+        if factor is not None:
+            return factor
     for row in ("input", "hidden", "output"):
         for use in weights:
             if role_of(use, infinite) == row:
                 return use
     return weights[0]
+
+
+def _as_factor(use: Use, uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:
+    """Return what a use is, whole, of a parameter that is multiplied with another one first; else None.
+
+    Args:
+        use: One of its uses.
+        uses: All of them.
+        infinite: Verdict of each of its axes.
+    """
+    rest = tuple(axis for axis in range(len(infinite)) if axis not in use.fan_in)
+    if use.fan_out or role_of(use, infinite) != "output" or any(infinite[axis] for axis in rest):
+        return None
+    # F.linear(x, W + B @ A): it contracts the width of A, whose rank B has contracted before.
+    for other in uses:
+        before = other.fan_in == rest and other.fan_out == use.fan_in
+        if rest and before and other.kind != "embedding":
+            return replace(use, fan_out=rest)
+    return None
 
 
 def role_of(use: Use | None, infinite: Sequence[bool]) -> Role:

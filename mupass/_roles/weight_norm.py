@@ -50,7 +50,8 @@ def with_lengths(geometries: Sequence[Geometry], captured: Capture) -> list[Geom
 def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
     """Return where a parameter is divided by a number or a vector made of itself, or ``""``.
 
-    Spectral norm, and weights of unit length (a classifier by cosines).
+    Spectral norm, and weights of unit length (a classifier by cosines). What is multiplied with another
+    weight first is a factor of what is divided, and no matter: an adapter in ``(W + B A) / |W + B A|``.
 
     Args:
         captured: The graph.
@@ -58,12 +59,16 @@ def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
         parameter: The weight.
     """
     made = set(placeholders_of(captured, parameter))
+    itself = set(made)  # not multiplied with another weight
     for operator in captured.nodes:
         sources = [source for source in operator.all_input_nodes if source in made]
         if not sources or not all_static([solved.engine.env.get(operator)]):
             continue
         made.add(operator)
+        known = traits(operator_name(operator.target))
+        if not known & (Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT) and not itself.isdisjoint(sources):
+            itself.add(operator)
         # w / w.norm(dim=1, keepdim=True); w / sigma, where sigma is computed from w
-        if traits(operator_name(operator.target)) & Trait.DIVIDES and len(sources) == 2:
+        if known & Trait.DIVIDES and len(sources) == 2 and operator.args[0] in itself:
             return place_of(operator, captured.owners)
     return ""

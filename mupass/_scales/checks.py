@@ -205,6 +205,9 @@ def _all_axis_faults(geometry: Geometry) -> Iterator[str]:
         too_small = min((*fusion.view, *fusion.sizes), default=1) < 1
         if too_small or not 0 <= fusion.along < len(fusion.view):
             yield f"fusion along {fusion.along} of {fusion.view} is impossible"
+        parts = len(fusion.part_grows)
+        if len(fusion.grows) != len(fusion.view) or parts not in (0, len(fusion.sizes)):
+            yield f"fusion along {fusion.along} of {fusion.view} does not say what grows"
 
 
 def _axis_faults(field: str, found: Sequence[int], axes: int, unique: bool = True) -> Iterator[str]:

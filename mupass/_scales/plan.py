@@ -1,7 +1,7 @@
 """The plan: for every parameter of one model its geometry, its initialization and its scales."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,7 +12,7 @@ from torch import nn
 
 from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
-from mupass._records import Carrier, Geometry
+from mupass._records import Carrier
 from mupass._scales.checks import check_plan, read_plan
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.multipliers import by_pattern, multiplier_rows
@@ -22,7 +22,7 @@ from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 7
+VERSION = 8
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
@@ -38,6 +38,7 @@ class Plan:
         base_width: Width at which the plan equals standard parameterization.
         capture: How the graph was obtained.
         warnings: What the reader must know.
+        notes: Those of them that are for a report alone.
         entries: One for each parameter, in the order of ``named_parameters()``.
         depth: Number of residual branches relative to the base depth; 1 where depth is not scaled.
         branches: Modules whose outputs are multiplied by ``1 / depth``.
@@ -60,6 +61,7 @@ class Plan:
     capture: str
     warnings: tuple[str, ...]
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
     depth: float = 1.0
     branches: tuple[str, ...] = ()
     carriers: tuple[Carrier, ...] = ()
@@ -171,8 +173,28 @@ class Plan:
             PlanError: A name, a shape or a tie differs.
         """
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        faults = [_fault(entry.geometry, shapes) for entry in self.entries]
-        for name in shapes.keys() - set(self):
+        faults = []
+        for entry in self.entries:
+            name, shape = entry.geometry.name, entry.geometry.shape
+            if shapes.get(name, shape) != shape:
+                faults.append(f"{name}: planned with shape {shape}, has {shapes[name]}")
+        refuse([*faults, *self.other_names(model)])
+
+    def other_names(self, model: nn.Module) -> list[str]:
+        """Say which names and ties of a model are not those of the plan.
+
+        Args:
+            model: Module whose parameter names are those of the plan (no wrapper around it).
+
+        Returns:
+            One line for each.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        faults = [f"{name}: missing from the model" for name in self if name not in names]
+        planned = set(self)
+        for name in names:
+            if name in planned:
+                continue
             if name in self:
                 root = self[name].geometry.name
                 faults.append(f"{name}: the plan ties it to {root}, here it is a tensor of its own")
@@ -180,10 +202,7 @@ class Plan:
                 faults.append(f"{name}: not in the plan")
         modules = {name for name, _ in model.named_modules()}
         faults += [f"branch {name!r}: no such module" for name in self.branches if name not in modules]
-        found = [fault for fault in faults if fault]
-        if found:
-            more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
-            raise PlanError("plan of another model:\n  " + "\n  ".join(found[:8]) + more)
+        return faults
 
     def multipliers(self) -> dict[str, Any]:
         """Return the scales by name pattern, for trainers that build their own groups (Megatron, torchtitan).
@@ -284,11 +303,15 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
     return found[0]
 
 
-def _fault(geometry: Geometry, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Return what is wrong with one planned parameter in a model of these shapes."""
-    shape = shapes.get(geometry.name)
-    if shape is None:
-        return f"{geometry.name}: missing from the model"
-    if shape != geometry.shape:
-        return f"{geometry.name}: planned with shape {geometry.shape}, has {shape}"
-    return None
+def refuse(faults: Sequence[str]) -> None:
+    """Refuse a model that a plan does not fit.
+
+    Args:
+        faults: What does not fit, a line each.
+
+    Raises:
+        PlanError: There are some; the first eight are named.
+    """
+    if faults:
+        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise PlanError("plan of another model:\n  " + "\n  ".join(faults[:8]) + more)

@@ -274,6 +274,11 @@ class Kronecker:
             counts.append(_taken(numbers)[None])
         return incidents, counts
 
+    def excuse_vanished(self) -> None:
+        """Count no factor B that has been zero so far as an incident."""
+        for bank in self.banks["b"]:
+            bank.vanished.zero_()
+
     def _vanished(self, incidents: list[tuple[str, str]], counts: list[Tensor]) -> None:
         """Add factors B that were zero in every observation."""
         named: set[tuple[Factor, int]] = set()

@@ -1,0 +1,150 @@
+"""A plan at another width: what was found out on one instance of an architecture, for another instance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from torch import nn
+
+from mupass._errors import PlanError
+from mupass._records import Fusion, Geometry
+from mupass._scales.plan import Plan, refuse
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
+    """Return the geometry of every parameter of another instance of a plan's architecture, and its width.
+
+    Verdicts, roles and base sizes are the plan's; sizes are those of the model.
+
+    Args:
+        plan: Of an instance of any width.
+        model: An instance whose growing axes have other sizes.
+
+    Raises:
+        PlanError: The model is of another architecture, its axes do not fit together, or the plan is that of
+            a folded model.
+    """
+    if plan.folded:
+        raise PlanError(
+            "the plan of a folded model is for its own weights, which hold the multipliers of its width; "
+            "take the plan of the model before mupass.fold"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    refuse([*plan.other_names(model), *_axis_faults(plan, shapes)])
+    ratios = _ratios(plan, shapes)
+    found = []
+    for entry in plan.entries:
+        old = entry.geometry
+        fusions = tuple(_fused_again(old, fusion, shapes[old.name], ratios) for fusion in old.fusions)
+        found.append(replace(old, shape=shapes[old.name], fusions=fusions))
+    by_name = {geometry.name: geometry for geometry in found}
+    for number, geometry in enumerate(found):
+        # The length of a readout under weight norm follows the readout's fan_in.
+        direction = by_name.get(geometry.direction)
+        if direction is not None and direction.role == "output":
+            found[number] = replace(geometry, m_direction=direction.m_in)
+    return found, _width(plan, shapes, ratios)
+
+
+def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:
+    """Say which axes cannot have the sizes that they have."""
+    faults = []
+    known: dict[tuple[str, int], tuple[int, str]] = {}  # dimension -> its size, and where it was met
+    for entry in plan.entries:
+        geometry = entry.geometry
+        shape = shapes.get(geometry.name)
+        if shape is None:
+            continue  # it is among the names that differ
+        if len(shape) != len(geometry.shape):
+            faults.append(f"{geometry.name}: planned with {len(geometry.shape)} axes, has {len(shape)}")
+            continue
+        for axis, (size, old) in enumerate(zip(shape, geometry.shape, strict=True)):
+            place = f"{geometry.name}:{axis}"
+            if not geometry.infinite[axis]:
+                if size != old:
+                    faults.append(f"{place}: planned as fixed at {old}, has {size}")
+                continue
+            name = geometry.dims[axis]
+            first, where = known.setdefault((name, old), (size, place))
+            if size != first:
+                faults.append(f"{place}: {name} is {size} here and {first} in {where}")
+    return faults
+
+
+def _ratios(plan: Plan, shapes: Shapes) -> Counter[float]:
+    """Return by how much dimensions have grown, and how many axes have by that; sums are left out."""
+    ratios: Counter[float] = Counter()
+    for entry in plan.entries:
+        geometry = entry.geometry
+        for axis, old in enumerate(geometry.shape):
+            # width + 2*16: a sum of which a part is fixed
+            if geometry.infinite[axis] and old and "+" not in geometry.dims[axis]:
+                ratios[shapes[geometry.name][axis] / old] += 1
+    return ratios
+
+
+def _width(plan: Plan, shapes: Shapes, ratios: Counter[float]) -> int:
+    """Return the size of the dimension that names the width."""
+    sizes: Counter[int] = Counter()
+    for entry in plan.entries:
+        geometry = entry.geometry
+        for axis, old in enumerate(geometry.shape):
+            if geometry.infinite[axis] and old == plan.width:
+                sizes[shapes[geometry.name][axis]] += 1
+    if sizes:
+        return sizes.most_common(1)[0][0]
+    return round(plan.width * ratios.most_common(1)[0][0])
+
+
+def _fused_again(
+    geometry: Geometry, fusion: Fusion, shape: tuple[int, ...], ratios: Counter[float]
+) -> Fusion:
+    """Return how an axis of another size is fused.
+
+    Raises:
+        PlanError: The sizes of its matrices do not follow from that of the axis.
+    """
+    size = shape[fusion.axis]
+    if size == geometry.shape[fusion.axis]:
+        return fusion
+    where = f"{geometry.name}:{fusion.axis}, which holds {len(fusion.sizes)} matrices"
+    grown = [place for place, grows in enumerate(fusion.grows) if grows]
+    if len(grown) != 1 or not fusion.part_grows:
+        raise PlanError(f"{where}: a plan does not tell which of its factors grew; give base= instead")
+    (place,) = grown
+    others = prod(n for number, n in enumerate(fusion.view) if number != place)
+    new, rest = divmod(size, others)
+    view = (*fusion.view[:place], new, *fusion.view[place + 1 :])
+    sizes = fusion.sizes
+    if place == fusion.along:
+        sizes = _parts(fusion, new, len(ratios) == 1)
+    if rest or not sizes:
+        raise PlanError(f"{where}: {size} cannot be divided among them by the plan; give base= instead")
+    return replace(fusion, view=view, sizes=sizes)
+
+
+def _parts(fusion: Fusion, whole: int, by_one_ratio: bool) -> tuple[int, ...]:
+    """Return the lengths of matrices that stand one behind the other; none where they do not follow.
+
+    Args:
+        fusion: How they were.
+        whole: Their length together.
+        by_one_ratio: Whether all of the model grew by one ratio.
+    """
+    grown = [size for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True) if grows]
+    fixed = sum(fusion.sizes) - sum(grown)
+    # Queries may have grown otherwise than keys and values.
+    if len(set(grown)) > 1 and not by_one_ratio:
+        return ()
+    sizes = []
+    for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True):
+        new, rest = divmod(size * (whole - fixed), sum(grown)) if grows else (size, 0)
+        if rest or new <= 0:
+            return ()
+        sizes.append(new)
+    return tuple(sizes)
