@@ -18,6 +18,8 @@ from mupass._roles import contraction
 from mupass._roles.nodes import placeholders_of, tensors_among
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
+RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
 Found = tuple[Site, str]  # how an operator uses the parameter, and the activation that it reads there
 
@@ -189,7 +191,7 @@ def _name(node: Node) -> str:
 
 def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
-    for pattern in (_lookup, _convolution, _product, _norm, _elementwise):
+    for pattern in (_lookup, _convolution, _product, _recurrence, _norm, _elementwise):
         found = pattern(reading)
         if found is not None:
             return found
@@ -273,6 +275,31 @@ def _bias(reading: _Reading, factors: list[Any]) -> Found:
     # "" where the factor is no parameter as it is: an activation, or a weight that is computed.
     weight = reading.captured.parameters.get(root_of(factors[-1]), "")
     return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
+
+
+def _recurrence(reading: _Reading) -> Found | None:
+    """Match a weight or a bias of ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells."""
+    if reading.name not in (*RECURRENCES, *CELLS) or not reading.untransposed:
+        return None
+    target: Any = reading.reader.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, reading.reader.args, strict=False)) | dict(reading.reader.kwargs)
+    # Of every layer and direction w_ih, w_hh, then b_ih, b_hh, then a projection of the hidden state.
+    if reading.name in CELLS:
+        weights = [given[name] for name in ("w_ih", "w_hh")]
+        biases = [given.get(name) for name in ("b_ih", "b_hh")]
+        cells = [[*weights, *biases]]
+    else:
+        count = given["num_layers"] * (2 if given["bidirectional"] else 1)
+        length = len(given["params"]) // count
+        cells = [given["params"][start : start + length] for start in range(0, count * length, length)]
+    for cell in cells:
+        for place in reading.places(cell):
+            if place in (2, 3) and len(cell) > 3:
+                weight = reading.captured.parameters.get(root_of(cell[place - 2]), "")
+                return reading.site("bias", weight=weight), ""
+            return reading.site("contraction", in_axes=(1,), out_axes=(0,)), ""
+    return None
 
 
 def _norm(reading: _Reading) -> Found | None:

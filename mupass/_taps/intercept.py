@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
+from mupass._taps import recurrent
 from mupass._taps.forms import Elementwise, Features, Form, Lookup, Scaled
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import on_whole
@@ -72,6 +73,8 @@ class _Intercepted:
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.multi_head_attention_forward:
                 return _attention(args, dict(kwargs or {}))
+            if func in recurrent.SEQUENCES or func in recurrent.CELLS:
+                return _recurrence(func, args, kwargs or {})
             output = func(*args, **(kwargs or {}))
             return _tapped(func, args, kwargs or {}, output)
 
@@ -422,3 +425,16 @@ def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], bia
         else:  # a third of the packed weight has a tap of its own
             projected.append(_through(output, x, _taps(packed), letter, Features()))
     return projected
+
+
+def _recurrence(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a recurrence, as written steps while factors are collected: fused operators do not show them."""
+    weights = recurrent.weights_of(func, args, kwargs)
+    if _all_idle(map(_taps, weights)) or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    key = product_key((1,), (0,))  # [gates * hidden, inputs]
+
+    def tap_of(weight: Tensor | None) -> Tap | None:
+        return (_taps(weight) or {}).get(key)
+
+    return recurrent.run(func, args, kwargs, tap_of)
