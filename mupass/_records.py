@@ -49,6 +49,7 @@ class Site:
         sources: Names of the activations in the captured graph, one a call: equal names, one activation.
         reason: Why there is no Kronecker form.
         scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
+        groups: Number of separate convolutions.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Site:
     sources: tuple[str, ...] = ()
     reason: str = ""
     scale: float = 1.0
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ class _Maker:
         uses = {(site.in_axes, site.out_axes) for site in sites}
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
-        if kinds in ({"conv"}, {"embedding"}) or (kinds <= PRODUCTS and len(uses) == 1):
+        alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
+        if alike and (kinds in ({"conv"}, {"embedding"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
         # F.embedding(tokens, table), and F.linear(h, table) at the end.
         if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
@@ -165,7 +166,14 @@ class _Maker:
         Raises:
             _Uncovered: There is no such weight, or the bias is not one number for each of its outputs.
         """
-        block = self._partner(geometry)
+        try:
+            block = self._partner(geometry)
+        except _Uncovered:
+            if not self._has_own_tap(geometry):
+                raise
+            return self._vector(
+                geometry, [replace(site, kind="shift", out_axes=(0,)) for site in geometry.sites]
+            )
         scales = {site.scale for site in geometry.sites}
         if len(scales) > 1:
             raise _Uncovered("its uses multiply it by different numbers")
@@ -199,6 +207,12 @@ class _Maker:
             where = ", ".join(partners) or "several operators"
             raise _Uncovered(f"it shifts the output of {where}, which K-FAC does not take as one weight")
         return block
+
+    def _has_own_tap(self, bias: Geometry) -> bool:
+        """Whether a bias is given to functions that tap it by itself: ``F.linear(x, w, bias)``."""
+        operators = {site.operator.split(".")[1] for site in bias.sites}
+        plain = all(name == "linear" or name.startswith("conv") for name in operators)
+        return bool(operators) and plain and not any(site.reason for site in bias.sites)
 
     def _places(self, geometry: Geometry, sites: Sequence[Site], key: str) -> tuple[Place, ...]:
         """Return the taps that see all of a parameter's sites.
@@ -256,15 +270,11 @@ class _Maker:
         if kind == "embedding":
             key = kind
         elif kind == "conv":
-            key = ""  # code that calls F.conv2d itself cannot be tapped
+            key = kind
         places = self._places(geometry, sites, key)
-        groups = 1
-        if kind == "conv":
-            module = self.model.get_submodule(places[0].module or "")
-            groups = int(module.groups)  # type: ignore[arg-type]
-            # Its kernel is [channels in, channels out, *positions].
-            if isinstance(module, TRANSPOSED):
-                kind, in_axes, out_axes = "conv_transpose", (0, *range(2, len(geometry.shape))), (1,)
+        groups = sites[0].groups
+        if kind == "conv" and out_axes != (0,):
+            kind = "conv_transpose"
         elif kind in PRODUCTS and len(geometry.shape) == 2:
             kind = "linear"
         fusions: tuple[Fusion, ...] = ()

@@ -19,12 +19,16 @@ from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent
-from mupass._taps.forms import Elementwise, Features, Form, Lookup, Scaled
+from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import on_whole
 
 ATTRIBUTE = "_mupass_taps"
-VIEW = "_mupass_view"  # for each axis of a transposed parameter, the parameter's axis
+# For each axis of a transposed parameter, the parameter's axis.
+# RESHAPED where the entries are in order and the shape is another one.
+VIEW = "_mupass_view"
+RESHAPED = (-1,)
+SHAPE = "_mupass_shape"  # of the parameter
 T = Tensor
 NORMS = {  # names of their arguments, in order
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -54,12 +58,20 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
 }
 # w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+CALLED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments, in order
+CALLED_TRANSPOSED = (*CALLED[:5], "output_padding", "groups", "dilation")
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
 # Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
 SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
+RESHAPES = (
+    *(T.reshape, torch.reshape, T.view, T.reshape_as, T.view_as, T.flatten, torch.flatten, T.unflatten),
+    *(torch.unflatten, T.squeeze, torch.squeeze, T.unsqueeze, torch.unsqueeze),
+)
 
 
 class _Intercepted:
@@ -172,11 +184,14 @@ def _taps(value: Any) -> dict[str, Tap] | None:
 
 
 def _view(weight: Tensor) -> tuple[int, ...]:
+    """Return the parameter's axis for each axis of a view, or RESHAPED."""
     return getattr(weight, VIEW, None) or tuple(range(weight.dim()))
 
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
+    if func in CONVOLUTIONS or func in TRANSPOSED:
+        return _convolved(func in TRANSPOSED, args, kwargs, output)
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
     if func is torch.einsum and len(args) >= 2:
@@ -190,10 +205,16 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _elementwise(output, *args, "shift")
     # w.t(), w.float(), w[:]: what comes out is still the parameter to those who read it.
     source: Any = args[0] if args else kwargs.get("input")
+    if _taps(source) is None or not isinstance(output, Tensor):
+        return output
+    if func in RESHAPES or (func is T.__getitem__ and _adds_axes(args[1], source, output)):
+        return _reshaped(output, source)
     order = _order(func, source, args[1:], kwargs, output)
-    if order is not None:
-        return _turned(output, source, order)
-    return output
+    if order is None:
+        return output
+    if _view(source) == RESHAPED:  # a copy stays what it is, a transpose does not
+        return _shown(output, source, RESHAPED) if output.shape == source.shape else output
+    return _shown(output, source, tuple(_view(source)[axis] for axis in order))
 
 
 def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -203,6 +224,8 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         if _taps(right) is None or _view(right) != (0, 1):
             return output
         return _through(output, left, _taps(right), "embedding", Lookup())
+    if func is F.linear:
+        output = _shifted(output, left, args[2] if len(args) > 2 else kwargs.get("bias"), -1)
     if func in BATCHED:  # baddbmm(bias, x, w): bias is added to a product as to any tensor
         added = args[0] if args else kwargs["input"]
         output = _elementwise(output, left, added, "shift")
@@ -279,6 +302,8 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         return output
     # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
+    if view == RESHAPED:
+        return output
     sizes = [0] * len(view)
     for place, axis in enumerate(view):
         sizes[axis] = weight.shape[place]
@@ -306,7 +331,8 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
     rank = weight.dim()
-    if _view(weight) != tuple(range(rank)):  # converted it may be, but not transposed
+    # Converted or reshaped it may be, but not transposed.
+    if _view(weight) not in (tuple(range(rank)), RESHAPED):
         return output
     form = Elementwise(0, 0)  # one number acts on all entries
     for axis, size in enumerate(weight.shape):
@@ -377,15 +403,57 @@ def _order(
     return None
 
 
-def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
+def _adds_axes(index: Any, source: Tensor, output: Tensor) -> bool:
+    """Whether an index is ``[None]``, ``[:, None]`` and so on, and takes all of a tensor in a new shape."""
+    indices = index if isinstance(index, tuple) else (index,)
+    new = [i for i in indices if i is None]
+    spans = all(i is None or isinstance(i, slice) or i is Ellipsis for i in indices)
+    return bool(new) and spans and output.numel() == source.numel()
+
+
+def _shown(output: Tensor, weight: Tensor, view: tuple[int, ...]) -> Tensor:
     """Return a view of a parameter that still knows its tap."""
-    taps, view = _taps(weight), _view(weight)
-    if taps is None or not isinstance(output, Tensor):
-        return output
     tapped = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
-    setattr(tapped, ATTRIBUTE, taps)
-    setattr(tapped, VIEW, tuple(view[axis] for axis in order))
+    setattr(tapped, ATTRIBUTE, _taps(weight))
+    setattr(tapped, VIEW, view)
+    setattr(tapped, SHAPE, _shape(weight))
     return tapped
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    """Return the shape of the parameter that a tensor shows."""
+    return getattr(weight, SHAPE, None) or tuple(weight.shape)
+
+
+def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
+    """Return a parameter under another shape, if its entries stand in their order."""
+    shape = _shape(weight)
+    in_order = tuple(range(len(shape)))
+    if _view(weight) not in (in_order, RESHAPED):
+        return output
+    return _shown(output, weight, in_order if output.shape == shape else RESHAPED)
+
+
+def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return the output of ``F.conv2d`` and the like, tapped where the kernel or the bias is a parameter."""
+    names = CALLED_TRANSPOSED if transposed else CALLED
+    bound = dict(zip(names, args, strict=False)) | dict(kwargs)
+    x, weight = bound["input"], bound["weight"]
+    output = _shifted(output, x, bound.get("bias"), 1 - bound["weight"].dim())
+    if _taps(weight) is None or "conv" not in _taps(weight):  # type: ignore[operator]
+        return output
+    shape = _shape(weight)
+    in_order = tuple(range(len(shape)))
+    rows = _view(weight) == RESHAPED and not transposed and weight.shape[0] == shape[0]
+    if _view(weight) != in_order and not rows:
+        return output
+    form: Form = Convolution.called(weight, bound, transposed)
+    return _through(output, x, _taps(weight), "conv", form)
+
+
+def _shifted(output: Tensor, x: Any, bias: Any, axis: int) -> Tensor:
+    """Return an output that has a bias along an axis, which may have a tap of its own."""
+    return output if _taps(bias) is None else _through(output, x, _taps(bias), "shift", Elementwise(axis))
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
