@@ -21,6 +21,7 @@ from mupass._roles.contraction import Contraction, einsum, linear, matmul, reord
 from mupass._taps import recurrent
 from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled
 from mupass._taps.leaves import Tap
+from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
 
 ATTRIBUTE = "_mupass_taps"
@@ -197,7 +198,7 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     if func is torch.einsum and len(args) >= 2:
         return _tapped_einsum(args, output)
     if func in NORMS:
-        return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
+        return _normed(func, by_name(NORMS[func], args, kwargs), output)
     # x * gain; x + shift, but not torch.add(x, shift, alpha=2)
     if func in GAINS and len(args) == 2:
         return _elementwise(output, *args, "gain")
@@ -437,7 +438,7 @@ def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
 def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
     """Return the output of ``F.conv2d`` and the like, tapped where the kernel or the bias is a parameter."""
     names = CALLED_TRANSPOSED if transposed else CALLED
-    bound = dict(zip(names, args, strict=False)) | dict(kwargs)
+    bound = by_name(names, args, kwargs)
     x, weight = bound["input"], bound["weight"]
     output = _shifted(output, x, bound.get("bias"), 1 - bound["weight"].dim())
     if _taps(weight) is None or "conv" not in _taps(weight):  # type: ignore[operator]

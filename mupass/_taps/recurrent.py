@@ -247,7 +247,22 @@ def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
         # lstm(data, batch_sizes, hx, params, ...) has no batch_first.
         is_packed = "data" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         names = PACKED if is_packed else PADDED
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    return by_name(names, args, kwargs)
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call by their names.
+
+    Args:
+        names: Those of the positional arguments, in order; more than there are.
+        args: Positional arguments.
+        kwargs: Named ones.
+    """
+    # A loop: Dynamo of torch 2.8 cannot make a dict of a zip of two lengths.
+    bound = dict(kwargs)
+    for place, value in enumerate(args):
+        bound[names[place]] = value
+    return bound
 
 
 def _one_step(step: Step, bound: Mapping[str, Any], taps: TapOf) -> Any:
