@@ -39,8 +39,8 @@ class Site:
     """How one operator uses a parameter: what a preconditioner needs to know of it.
 
     Attributes:
-        kind: ``linear``, ``contraction``, ``conv``, ``embedding``, ``gain``, ``shift``, ``norm gain``,
-            ``norm shift``, ``bias``; ``""`` where there is no Kronecker form.
+        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``gain``, ``shift``,
+            ``norm gain``, ``norm shift``, ``bias``; ``""`` where there is no Kronecker form.
         operator: ATen name.
         module: Qualified name of the module whose forward called it.
         in_axes: Axes of the parameter that are summed with the activation's.

@@ -148,8 +148,9 @@ class FollowingStack(FactorStack):
         largest = list(self.state["recent"].unbind())
         for key, (found, rows) in new.items():
             several = found if found.dim() == self.state["factor"].dim() else found[None]
-            there = rows.reshape(()).to(self.dtype)
-            for i, one in enumerate(several, self.slot[key]):
+            flags = rows.reshape(-1).repeat_interleave(len(several) // rows.numel())
+            for i, (one, flag) in enumerate(zip(several, flags, strict=True), self.slot[key]):
+                there = flag.to(self.dtype)
                 # lerp by 0 keeps what was not observed.
                 fresh = (1 - decay) * there
                 factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
@@ -157,7 +158,7 @@ class FollowingStack(FactorStack):
                 trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
                 largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
             # Slots that were not observed keep what is remembered of them.
-            seen[self.slot[key] : self.slot[key] + len(several)] = rows.reshape(())
+            seen[self.slot[key] : self.slot[key] + len(several)] = flags
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         self.changed()
         peak = self.state["peak"]

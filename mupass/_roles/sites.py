@@ -20,6 +20,7 @@ from mupass._roles.nodes import placeholders_of, tensors_among
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 RESHAPES = (
     "aten.reshape aten.view aten._unsafe_view aten.reshape_as aten.view_as aten.flatten aten.unflatten "
     "aten.squeeze aten.unsqueeze"
@@ -230,7 +231,7 @@ def _name(node: Node) -> str:
 
 def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
-    for pattern in (_lookup, _convolution, _product, _recurrence, _norm, _elementwise):
+    for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
         found = pattern(reading)
         if found is not None:
             return found
@@ -332,6 +333,19 @@ def _bias(reading: _Reading, factors: list[Any]) -> Found:
     # "" where the factor is no parameter as it is: an activation, or a weight that is computed.
     weight = reading.captured.parameters.get(_weight_behind(factors[-1]), "")
     return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
+
+
+def _grouped(reading: _Reading) -> Found | None:
+    """Match ``F.grouped_mm(x, w, offs)``: rows of x, group by group, times the matrix of their group."""
+    arguments = reading.reader.args
+    if reading.name not in GROUPED or reading.places(arguments) != [1] or reading.view is None:
+        return None
+    activation: Any = arguments[0]
+    if len(reading.view) != 3 or len(_shape(activation)) != 2:
+        return None
+    # [groups, inputs, outputs] as the operator sees it
+    _, inputs, outputs = reading.view
+    return reading.site("grouped", in_axes=(inputs,), out_axes=(outputs,)), _source(activation)
 
 
 def _recurrence(reading: _Reading) -> Found | None:

@@ -28,6 +28,7 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "contraction": (nn.Linear,),  # as recorded runs show it
     "conv": (*CONVOLUTIONS, *TRANSPOSED),
+    "grouped": (),
     "embedding": (nn.Embedding,),
     "norm gain": NORMS,
     "norm shift": NORMS,
@@ -152,7 +153,7 @@ class _Maker:
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
-        if alike and (kinds in ({"conv"}, {"embedding"}) or kinds <= PRODUCTS):
+        if alike and (kinds in ({"conv"}, {"embedding"}, {"grouped"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
         # F.embedding(tokens, table), and F.linear(h, table) at the end.
         if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
@@ -271,6 +272,8 @@ class _Maker:
             key = kind
         elif kind == "conv":
             key = kind
+        elif kind == "grouped":
+            key = f"{kind} {key}"
         places = self._places(geometry, sites, key)
         groups = sites[0].groups
         if kind == "conv" and out_axes != (0,):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._taps.forms import Convolution, Elementwise, Form, Lookup
+from mupass._taps.forms import Convolution, Elementwise, Form, Lookup, Sorted
 from mupass._taps.pieces import cut, pieces
 
 BAND = 128  # rows of a factor that are multiplied together
@@ -24,7 +24,8 @@ class Layer:
     """What the factors must know of a weight use.
 
     Attributes:
-        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction`` or ``vector``.
+        kind: ``linear``, ``grouped``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction`` or
+            ``vector``.
         groups: Number of separate weights of equal shape (grouped convolution, experts).
         inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
         outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm
@@ -56,6 +57,11 @@ class Layer:
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape of every output factor, ``[groups * blocks, n, n]`` or ``[groups, n]``."""
         return tuple(self._shape(size, self.diagonal_out) for size in self.outputs)
+
+    @property
+    def counted(self) -> int:
+        """How many numbers of rows there are: one for each group where rows come group by group."""
+        return self.groups if self.kind == "grouped" else 1
 
     def _shape(self, size: int, diagonal: bool) -> tuple[int, ...]:
         if diagonal:
@@ -95,8 +101,8 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
 
 def raw_outputs(
     layer: Layer, form: Form, x: Tensor, g: Tensor, wanted: Sequence[bool], dtype: torch.dtype
-) -> tuple[list[Tensor | None], int]:
-    """Return ``sum g g^T`` over rows for every matrix, and the number of rows.
+) -> tuple[list[Tensor | None], int | Tensor]:
+    """Return ``sum g g^T`` over rows for every matrix, and the number of rows, or those of every group.
 
     Args:
         layer: Shapes.
@@ -126,6 +132,8 @@ def raw_outputs(
         # [groups, samples, positions, n] -> [groups, rows, n]
         gradients = part.sum(2) if together else part.flatten(1, 2)
         factors.append(_factor(layer, gradients, layer.diagonal_out, dtype))
+    if isinstance(form, Sorted):
+        return factors, form.counts()
     # In the reduce setting a sample is one row.
     return factors, samples if layer.reduce else samples * positions
 
@@ -219,6 +227,18 @@ def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Precision of the factor.
     """
     return rows.to(dtype).square().sum(1)
+
+
+def by_group(rows: Tensor, like: Tensor) -> Tensor:
+    """Return numbers of rows in the axes of factors ``[groups * blocks, ...]``.
+
+    Args:
+        rows: One number, or one for each group.
+        like: The factors.
+    """
+    if len(rows) == 1:
+        return rows
+    return rows.repeat_interleave(len(like) // len(rows)).view(-1, *[1] * (like.dim() - 1))
 
 
 def factor_dtype(parameter: Tensor) -> torch.dtype:

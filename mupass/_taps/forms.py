@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -313,3 +314,40 @@ class Scaled:
             g: Gradient of the output.
         """
         return self.form.output_rows(g) * self.factor
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """A product of rows that stand group by group, with a matrix for each group: ``F.grouped_mm``.
+
+    Attributes:
+        ends: Where the rows of each group end, ``[groups]``; rows behind the last end belong to none.
+    """
+
+    ends: Tensor
+
+    def counts(self) -> Tensor:
+        """Return the number of rows of each group, ``[groups]``."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[groups, rows, 1, features]``, with zeros behind the rows of each group.
+
+        Args:
+            x: ``[rows, features]``.
+        """
+        counts = self.counts()
+        # How many rows the largest group has is a number of this run.
+        most = len(x) if torch.compiler.is_compiling() else int(counts.max())
+        place = torch.arange(most, device=x.device)
+        own = place < counts[:, None]
+        at = torch.where(own, (self.ends - counts)[:, None] + place, 0)
+        return torch.where(own[..., None], x[at], 0.0)[:, :, None]
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return the same of the output's gradient.
+
+        Args:
+            g: Gradient of the output.
+        """
+        return self.input_rows(g)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.variables.torch import get_overridable_functions
 
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent
-from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled
+from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -59,6 +60,8 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
 }
 # w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
+# Names: of torch, and of an operator of transformers for where torch has none.
+GROUPED = ("_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback.default")
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 CALLED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments, in order
@@ -128,6 +131,9 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     # One hook changes the parameter for all taps of it.
     elif not taps:
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
+    if key.startswith("grouped"):
+        # Dynamo tells the class of a tensor of functions on this list alone.
+        get_overridable_functions().add(torch._grouped_mm)
     return taps.setdefault(key, Tap())
 
 
@@ -193,6 +199,8 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     """Return the output of a function, tapped where a parameter was its weight."""
     if func in CONVOLUTIONS or func in TRANSPOSED:
         return _convolved(func in TRANSPOSED, args, kwargs, output)
+    if getattr(func, "__name__", "") in GROUPED:
+        return _grouped(args, kwargs, output)
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
     if func is torch.einsum and len(args) >= 2:
@@ -435,6 +443,17 @@ def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
     return _shown(output, weight, in_order if output.shape == shape else RESHAPED)
 
 
+def _grouped(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return the output of ``F.grouped_mm(x, w, offs)``, tapped where w is a parameter, transposed or not."""
+    bound = by_name(("input", "weight", "offs"), args[:3], kwargs)
+    x, weight, ends = bound["input"], bound["weight"], bound.get("offs")
+    if _taps(weight) is None or _view(weight) == RESHAPED or ends is None or x.dim() != 2:
+        return output
+    _, inputs, outputs = _view(weight)
+    key = f"grouped {product_key((inputs,), (outputs,))}"
+    return _through(output, x, _taps(weight), key, Sorted(ends))
+
+
 def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
     """Return the output of ``F.conv2d`` and the like, tapped where the kernel or the bias is a parameter."""
     names = CALLED_TRANSPOSED if transposed else CALLED
@@ -465,6 +484,8 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     attention = F.multi_head_attention_forward
     width, packed, biases, out, out_bias = args[3], args[5], args[6], args[11], args[12]
+    if kwargs.get("use_separate_proj_weight"):  # some code passes an empty tensor then
+        packed = None
     separate = [kwargs.get(f"{letter}_proj_weight") for letter in "qkv"]
     if _all_idle(map(_taps, (packed, out, *separate))):
         return attention(*args, **kwargs)

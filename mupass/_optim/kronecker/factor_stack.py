@@ -77,7 +77,7 @@ class FactorStack:
 
         Args:
             new: Key -> observed factor, or several stacked, for the slots from that key on; and whether it
-                was observed at all, a tensor of one entry.
+                was observed at all, a tensor of one entry or of one for each of as many groups.
             decay: Weight of the past; 0 keeps only the new ones.
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
@@ -127,7 +127,10 @@ class FactorStack:
             if not parts:
                 start = self.slot[key]
             parts.append(observed.to(self.dtype))
-            seen += [there.reshape(())] * len(observed)
+            if there.numel() == 1:
+                seen += [there.reshape(())] * len(observed)
+            else:  # of every group, which may have several blocks
+                seen += there.repeat_interleave(len(observed) // len(there)).unbind()
         if parts:
             yield slice(start, start + len(seen)), joined(parts), torch.stack(seen)
 
