@@ -40,7 +40,8 @@ class Site:
 
     Attributes:
         kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``gain``, ``shift``,
-            ``norm gain``, ``norm shift``, ``bias``; ``""`` where there is no Kronecker form.
+            ``norm gain``, ``norm shift``, ``table gain``, ``table shift``, ``bias``;
+            ``""`` where there is no Kronecker form.
         operator: ATen name.
         module: Qualified name of the module whose forward called it.
         in_axes: Axes of the parameter that are summed with the activation's.

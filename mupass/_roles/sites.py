@@ -405,13 +405,36 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
     if reading.view is None:
         shape = _shape(reading.operand)
     wide = [axis for axis, size in enumerate(shape) if size > 1]
+    if (
+        len(wide) > 1
+        and len(shape) <= rank
+        and reading.untransposed
+        and _of_inputs(activation, reading.captured)
+    ):
+        return reading.site(f"table {kind}"), _source(activation)
     if len(wide) > 1 or len(shape) > rank:
-        reason = "it is a table that is added to or multiplied with activations"
+        reason = (
+            "it is a table that is added to or multiplied with what is no activation, or in another shape"
+        )
         return reading.site("", reason=reason), ""
     # Of a parameter of one number the last axis stands for all; a scalar has none.
     axes = range(len(reading.shape))
     out_axes = [axis for axis in axes if reading.shape[axis] > 1] or list(axes)[-1:]
     return reading.site(kind, out_axes=tuple(out_axes)), _source(activation)
+
+
+def _of_inputs(node: Node, captured: Capture) -> bool:
+    """Return whether a tensor depends on the inputs of the model, and not on parameters and buffers alone."""
+    reached, waiting = {node}, [node]
+    while waiting:
+        behind = waiting.pop()
+        if behind in captured.inputs:
+            return True
+        for source in behind.all_input_nodes:
+            if source not in reached:
+                reached.add(source)
+                waiting.append(source)
+    return False
 
 
 def root_of(node: Any) -> Any:

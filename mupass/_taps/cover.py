@@ -34,7 +34,10 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "norm shift": NORMS,
     "gain": (),
     "shift": (),
+    "table gain": (),
+    "table shift": (),
 }
+TABLES = {"table gain", "table shift"}
 VECTORS = {"gain", "shift", "norm gain", "norm shift"}
 # Of attention whose keys and values have widths of their own.
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -152,6 +155,8 @@ class _Maker:
         uses = {(site.in_axes, site.out_axes) for site in sites}
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
+        if kinds <= TABLES and len(kinds) == 1:
+            return self._table(geometry, sites)
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
         if alike and (kinds in ({"conv"}, {"embedding"}, {"grouped"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
@@ -264,6 +269,26 @@ class _Maker:
         factor = Factor("b", places, present.index(kind))
         return Block(geometry.name, kind, Matrices((size,), (0,)), (), (factor,))
 
+    def _table(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
+        """Cover a table that is added to or multiplied with activations, positions and their features say."""
+        if geometry.fan_in_axes:
+            raise _Uncovered(
+                "it is a weight that is multiplied with activations before they are multiplied by it"
+            )
+        wide = [axis for axis, size in enumerate(geometry.shape) if size > 1]
+        # What grows are features; positions do not.
+        features = tuple(axis for axis in wide if geometry.infinite[axis]) or (wide[-1],)
+        rows = tuple(axis for axis in wide if axis not in features)
+        kind = sites[0].kind
+        if not rows:
+            raise _Uncovered("all of its axes grow, so that none of them counts rows of a table")
+        places = self._places(geometry, sites, kind)
+        matrices = Matrices(geometry.shape, features, rows)
+        layer = self._layer(geometry, matrices, "table")
+        rank = len(geometry.shape)
+        self._open(places, replace(layer, features=tuple(axis - rank for axis in features)))
+        return Block(geometry.name, kind, matrices, (Factor("a", places),), (Factor("b", places),))
+
     def _single(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a weight that all of its sites use in the same way."""
         kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
@@ -316,7 +341,7 @@ class _Maker:
             tuple(sizes),
             # Rows are laid out as [groups, samples, positions, *out_axes].
             tuple(replace(fusion, axis=3 + out_axes.index(fusion.axis)) for fusion in matrices.fusions),
-            diagonal_in=kind == "embedding" or self._is_table(geometry, in_axes),
+            diagonal_in=kind in ("embedding", "table") or self._is_table(geometry, in_axes),
             diagonal_out=self._is_table(geometry, out_axes),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._taps.forms import Convolution, Elementwise, Form, Lookup, Sorted
+from mupass._taps.forms import Convolution, Elementwise, Form, Lookup, Sorted, Table
 from mupass._taps.pieces import cut, pieces
 
 BAND = 128  # rows of a factor that are multiplied together
@@ -24,8 +24,8 @@ class Layer:
     """What the factors must know of a weight use.
 
     Attributes:
-        kind: ``linear``, ``grouped``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction`` or
-            ``vector``.
+        kind: ``linear``, ``grouped``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction``,
+            ``table`` or ``vector``.
         groups: Number of separate weights of equal shape (grouped convolution, experts).
         inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
         outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm
@@ -37,6 +37,7 @@ class Layer:
         block: Largest block of a factor that keeps blocks on its diagonal only; 0 for whole factors.
         reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
             arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
+        features: Of a table, the axes of the parameter that are features, counted from the last one (-1).
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Layer:
     gains: tuple[bool, ...] = ()
     reduce: bool = False
     block: int = 0
+    features: tuple[int, ...] = ()
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the input factor: ``[groups * blocks, n, n]``, or ``[groups, n]``."""
@@ -84,6 +86,9 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
         counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return counts.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+    # Every row of a table is read equally often.
+    if isinstance(form, Table):
+        return torch.full((1, layer.inputs), form.rows / layer.inputs, dtype=dtype, device=x.device)
     # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
@@ -112,6 +117,8 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
+    if isinstance(form, Table) and form.gain:
+        g = g * form.input_rows(x)
     outputs = form.output_rows(g)
     samples, positions = outputs.shape[1], outputs.shape[2]
     together = layer.reduce
@@ -256,4 +263,4 @@ def reduced(layer: Layer) -> Layer:
     Args:
         layer: A layer in the expand setting.
     """
-    return layer if layer.kind == "embedding" else replace(layer, reduce=True)
+    return layer if layer.kind in ("embedding", "table") else replace(layer, reduce=True)

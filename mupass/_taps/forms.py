@@ -351,3 +351,33 @@ class Sorted:
             g: Gradient of the output.
         """
         return self.input_rows(g)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is added to or multiplied with activations.
+
+    It is multiplied with one-hot rows, as in a look-up that reads every row of the table equally often.
+
+    Attributes:
+        features: Feature axes of the output, counted from the last one (-1).
+        rows: Number of vectors of features in the output.
+        gain: Whether the table multiplies.
+    """
+
+    features: tuple[int, ...]
+    rows: int
+    gain: bool
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return what a gain multiplies: one-hot rows are never formed."""
+        return x
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, rows, 1, features]``.
+
+        Args:
+            g: Gradient of the table's entries, one for each entry of the output.
+        """
+        last = list(range(-len(self.features), 0))
+        return g.movedim(self.features, last).flatten(-len(last)).reshape(1, self.rows, 1, -1)

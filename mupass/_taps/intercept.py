@@ -9,6 +9,7 @@ pickles of it are plain parameters again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent
-from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
+from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted, Table
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -339,6 +340,9 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
+    tap = (_taps(weight) or {}).get(f"table {key}")
+    if tap is not None:
+        return _table(output, weight, activation, tap, key == "gain")
     rank = weight.dim()
     # Converted or reshaped it may be, but not transposed.
     if _view(weight) not in (tuple(range(rank)), RESHAPED):
@@ -349,6 +353,15 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
             form = Elementwise(axis - rank)
             break
     return _through(output, activation, _taps(weight), key, form)
+
+
+def _table(output: Tensor, weight: Tensor, activation: Tensor, tap: Tap, gain: bool) -> Tensor:
+    """Return a product or a sum of an activation with a table, tapped."""
+    if _view(weight) != tuple(range(weight.dim())) or tap.layer is None:
+        return output
+    features = tap.layer.features
+    count = prod([weight.shape[axis] for axis in features])
+    return tap.through(output, activation, Table(features, output.numel() // count, gain))
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
