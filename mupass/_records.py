@@ -39,8 +39,9 @@ class Site:
     """How one operator uses a parameter: what a preconditioner needs to know of it.
 
     Attributes:
-        kind: ``linear``, ``contraction``, ``conv``, ``embedding``, ``gain``, ``shift``, ``norm gain``,
-            ``norm shift``, ``bias``; ``""`` where there is no Kronecker form.
+        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``gain``, ``shift``,
+            ``norm gain``, ``norm shift``, ``table gain``, ``table shift``, ``bias``;
+            ``""`` where there is no Kronecker form.
         operator: ATen name.
         module: Qualified name of the module whose forward called it.
         in_axes: Axes of the parameter that are summed with the activation's.
@@ -49,6 +50,7 @@ class Site:
         sources: Names of the activations in the captured graph, one a call: equal names, one activation.
         reason: Why there is no Kronecker form.
         scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
+        groups: Number of separate convolutions.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Site:
     sources: tuple[str, ...] = ()
     reason: str = ""
     scale: float = 1.0
+    groups: int = 1
 
 
 @dataclass(frozen=True)

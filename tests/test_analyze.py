@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
@@ -68,15 +69,15 @@ def test_refusals_before_capture_say_the_real_reason() -> None:
 
 
 def test_kfac_says_when_it_can_take_nothing() -> None:
-    class Recurrent(nn.Module):
+    class Computed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(5, 16)
+            self.first, self.second = nn.Parameter(torch.randn(16, 5)), nn.Parameter(torch.randn(2, 16))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.lstm(x)[0].mean(-1)
+            return F.linear(torch.tanh(F.linear(x, self.first.sin())), self.second.sin())
 
-    model = mupass.transform(Recurrent(), torch.randn(4, 2, 5))
+    model = mupass.transform(Computed(), torch.randn(4, 5))
     with pytest.warns(UserWarning, match="can take no parameter of this model; all go to adamw"):
         optimizer = mupass.KFAC(model, 0.1)
     assert {c.treatment for c in optimizer.coverage()} == {"adamw"}

@@ -162,7 +162,7 @@ def squares(out: Tensor, y: Tensor) -> Tensor:
     return (out - y).square().flatten(0, -2).sum(-1)
 
 
-def make(cls: type[Seen], w: int = W) -> Seen:
+def make(cls: type[Any], w: int = W) -> Any:
     torch.manual_seed(0)
     return cls(w).double()
 
@@ -469,6 +469,48 @@ def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None
     for mine, theirs in (("att.out_proj", "o"), ("inp", "inp"), ("out", "out")):
         for leaf in ("weight", "bias"):
             torch.testing.assert_close(got[f"{mine}.{leaf}"], want[f"{theirs}.{leaf}"], rtol=1e-7, atol=1e-12)
+
+
+class ByFunction(nn.Module):
+    """Attention by its function, with an empty tensor for the packed weight, as WavLM calls it."""
+
+    def __init__(self, w: int = W) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, w), nn.Linear(w, 3)
+        self.q, self.k, self.v, self.o = (nn.Linear(w, w, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inp(x)).transpose(0, 1)
+        attended, _ = F.multi_head_attention_forward(
+            h, h, h, W, 4, torch.empty([0]), None, None, None, False, 0.0, self.o.weight, None,
+            use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+        )  # fmt: skip
+        return self.out(torch.tanh(attended.transpose(0, 1)))
+
+
+def test_attention_by_its_function_is_its_plain_layers() -> None:
+    (x, y) = data()
+    net, plain = (mupass.transform(make(cls), x, base=BASE) for cls in (ByFunction, Apart))
+    plain.load_state_dict(net.state_dict())
+    steps = []
+    for model in (net, plain):
+        optimizer = mupass.KFAC(model, LR, RHO, damping_floor=0.0, **PLAIN, strict=True)
+        squares(model(x), y).mean().backward()
+        steps.append(moved(model, optimizer.step))
+    for name, want in steps[1].items():
+        assert want.norm() > 0
+        torch.testing.assert_close(steps[0][name], want, rtol=1e-7, atol=1e-12)
+
+
+class Apart(ByFunction):
+    """The same attention with its modules called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inp(x))
+        q, k, v = (f(h).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(torch.tanh(self.o(attended)))
 
 
 @pytest.mark.sample("experts")

@@ -113,9 +113,11 @@ class Code(nn.Module):
         super().__init__()
         self.first, self.inner, self.below = nn.Parameter(torch.randn(1, w)), Inner(w), nn.Linear(w, w)
         self.attn, self.out = nn.MultiheadAttention(w, 2, batch_first=True), nn.Linear(w, 3)
+        self.positions, self.gru = nn.Parameter(torch.randn(6, w)), nn.GRU(w, w, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.inner(torch.tanh(x[..., None] @ self.first))
+        h = self.inner(torch.tanh(x[..., None] @ self.first + self.positions))
+        h = h + self.gru(h)[0]
         h = torch.tanh(F.linear(h, self.below.weight, self.below.bias)) + h
         return self.out((h + self.attn(h, h, h)[0]).mean(1))
 

@@ -54,6 +54,24 @@ class Tied(nn.Module):
         return self.head(self.norm(h + torch.tanh(torch.einsum("btd,de->bte", h, self.mix))).mean(1))
 
 
+class Recurrent(nn.Module):
+    """A recurrence over halves of the data, and a cell behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.cell = nn.GRU(5, 8, batch_first=True), nn.LSTMCell(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.gru(x.unflatten(1, (2, 5)))[0].sum(1)
+        return self.head(self.cell(h, (h, h))[0])
+
+
+def recurrent() -> nn.Module:
+    torch.manual_seed(0)
+    return mupass.transform(Recurrent().double(), HELD_X[:2], base=4)
+
+
 def tied() -> nn.Module:
     torch.manual_seed(0)
     return mupass.transform(Tied().double(), HELD_X[:2], base=6)
@@ -77,6 +95,7 @@ CASES = {
     "reduce": (partial(kfac, sharing="reduce", fallback="sgd"), cnn),
     "attention": (kfac, odd),
     "tied": (partial(kfac, diagonal_above=3), tied),
+    "recurrent": (kfac, recurrent),
 }
 
 

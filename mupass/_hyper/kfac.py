@@ -148,17 +148,18 @@ class FollowingStack(FactorStack):
         largest, rows = list(self.state["recent"].unbind()), list(self.state["rows"].unbind())
         for key, (found, number) in new.items():
             several = found if found.dim() == self.state["factor"].dim() else found[None]
-            there = (number.reshape(()) > 0).to(self.dtype)
-            for i, one in enumerate(several, self.slot[key]):
+            counts = number.reshape(-1).repeat_interleave(len(several) // number.numel()).to(self.dtype)
+            for i, (one, count) in enumerate(zip(several, counts, strict=True), self.slot[key]):
+                there = (count > 0).to(self.dtype)
                 # lerp by 0 keeps what was not observed.
                 fresh = (1 - decay) * there
                 factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
                 weights[i] = weights[i] + fresh * (1 - weights[i])
                 trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
                 largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
-                rows[i] = torch.where(number.reshape(()) > 0, number.reshape(()).to(self.dtype), rows[i])
+                rows[i] = torch.where(count > 0, count, rows[i])
             # Slots that were not observed keep what is remembered of them.
-            seen[self.slot[key] : self.slot[key] + len(several)] = number.reshape(()) > 0
+            seen[self.slot[key] : self.slot[key] + len(several)] = counts > 0
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         self.changed()
         peak = self.state["peak"]

@@ -18,7 +18,17 @@ from mupass._roles import contraction
 from mupass._roles.nodes import placeholders_of, tensors_among
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
-View = tuple[int, ...]  # for each axis that the operator sees, the parameter's axis
+RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+RESHAPES = (
+    "aten.reshape aten.view aten._unsafe_view aten.reshape_as aten.view_as aten.flatten aten.unflatten "
+    "aten.squeeze aten.unsqueeze"
+).split()
+SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
+# For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
+# another shape.
+View = tuple[int, ...] | None
 Found = tuple[Site, str]  # how an operator uses the parameter, and the activation that it reads there
 
 
@@ -71,7 +81,7 @@ class _Reading:
         captured: The graph.
         parameter: Placeholder of the parameter.
         reader: The operator.
-        operand: What it reads: the parameter, or a copy or a transpose of it.
+        operand: What it reads: the parameter, or a copy, a transpose or a reshaped form of it.
         view: How that shows the parameter.
     """
 
@@ -94,12 +104,17 @@ class _Reading:
     @property
     def untransposed(self) -> bool:
         """Whether the operator sees the axes in the parameter's order."""
-        return self.view == tuple(range(len(self.view)))
+        return self.view == tuple(range(len(self.shape)))
 
     @property
     def convolves(self) -> bool:
         """Whether the operator is a convolution."""
         return self.name.startswith(CONVOLUTIONS)
+
+    def argument(self, name: str) -> Any:
+        """Return an argument by its name in the operator's schema."""
+        target: Any = self.reader.target
+        return _arguments(target, self.reader).get(name)
 
     def places(self, arguments: Iterable[Any]) -> list[int]:
         """Return where the parameter stands among arguments."""
@@ -126,33 +141,60 @@ class _Reading:
 
     def site(self, kind: str, **more: Any) -> Site:
         """Return a site of this operator."""
-        return Site(kind, str(self.reader.target), self.captured.owners.get(self.reader, ""), **more)
+        owner = self.captured.owners.get(self.reader, "")
+        return Site(kind, str(self.reader.target), owner, **more)
 
     def refused(self, what: str) -> Found:
         """Return that the operator does something with the parameter that has no Kronecker form."""
         return self.site("", reason=f"{self.reader.target} {what}"), ""
 
 
+def _arguments(target: Any, operator: Node) -> dict[str, Any]:
+    """Return the arguments of an operator by their names."""
+    names = [argument.name for argument in target._schema.arguments]
+    return dict(zip(names, operator.args, strict=False)) | dict(operator.kwargs)
+
+
 def _readings(captured: Capture, placeholder: Node) -> Iterator[_Reading]:
-    """Yield every operator that reads a parameter, through copies and transposes of it."""
+    """Yield every operator that reads a parameter, through copies, transposes and other shapes of it."""
     in_order = tuple(range(len(_shape(placeholder))))
-    for reader, operand, view in _readers(placeholder, in_order):
-        yield _Reading(captured, placeholder, reader, operand, view)
+    yield from _onward(_Reading(captured, placeholder, placeholder, placeholder, in_order))
 
 
-def _readers(operand: Node, view: View) -> Iterator[tuple[Node, Node, View]]:
-    """Yield (operator, what it reads, how that shows the parameter)."""
-    for reader in operand.users:
-        if reader.op == "output":
+def _onward(at: _Reading) -> Iterator[_Reading]:
+    """Yield every operator that reads the result of one that shows the parameter."""
+    for reader in at.reader.users:
+        # x.reshape_as(w) reads no entry of w.
+        if reader.op == "output" or (_name(reader) in SHAPE_OF_SECOND and at.reader not in reader.args[:1]):
             continue
-        turned = _view_through(reader, view)
-        if turned is not None and operand in reader.args[:1]:
-            yield from _readers(reader, turned)
+        reading = replace(at, reader=reader, operand=at.reader)
+        shown = _passed_on(reading)
+        if shown is None:
+            yield reading
         else:
-            yield reader, operand, view
+            yield from _onward(shown)
 
 
-def _view_through(operator: Node, view: View) -> View | None:
+def _passed_on(reading: _Reading) -> _Reading | None:
+    """Return the reading with the view that its result is; None if that is no parameter."""
+    operator, shape = reading.reader, reading.shape
+    if reading.operand not in operator.args[:1]:
+        return None
+    if reading.view is not None:
+        turned = _view_through(operator, reading.view)
+        if turned is not None:
+            return replace(reading, view=turned)
+    elif traits(reading.name) & Trait.COPIES:
+        return reading
+    in_order = reading.untransposed or reading.view is None
+    # w.reshape(1, len(w), -1), w.flatten(1), w[None]: the entries stay in their order.
+    if reading.name in RESHAPES and in_order and reading.places(operator.args) == [0]:
+        same = _shape(operator) == shape
+        return replace(reading, view=tuple(range(len(shape))) if same else None)
+    return None
+
+
+def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return how the result of a copy or a transpose shows the parameter, or None for other operators.
 
     Args:
@@ -189,7 +231,7 @@ def _name(node: Node) -> str:
 
 def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
-    for pattern in (_lookup, _convolution, _product, _norm, _elementwise):
+    for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
         found = pattern(reading)
         if found is not None:
             return found
@@ -206,12 +248,26 @@ def _lookup(reading: _Reading) -> Found | None:
 
 
 def _convolution(reading: _Reading) -> Found | None:
-    """Match the kernel of ``F.conv2d(x, kernel)``, ``[channels out, channels in, *positions]``."""
+    """Match the kernel of ``F.conv2d(x, kernel)``, ``[channels out, channels in, *positions]``.
+
+    A transposed convolution has ``[channels in, channels out, *positions]``.
+    """
     arguments = reading.reader.args
-    if not reading.convolves or reading.places(arguments) != [1] or not reading.untransposed:
+    if not reading.convolves or reading.places(arguments) != [1]:
         return None
-    kernel = reading.view
-    return reading.site("conv", in_axes=kernel[1:], out_axes=kernel[:1]), _source(arguments[0])
+    # A matrix as a kernel of one position, or a kernel without the axis of one channel: rows are the same.
+    rows = reading.view is None and _shape(reading.operand)[:1] == reading.shape[:1]
+    if not (reading.untransposed or rows) or len(reading.shape) < 2:
+        return None
+    first, *rest = range(len(reading.shape))
+    in_axes, out_axes = tuple(rest), (first,)
+    if "transpose" in reading.name or reading.argument("transposed"):
+        if not reading.untransposed:
+            return None
+        in_axes, out_axes = (first, *rest[1:]), (rest[0],)
+    groups = reading.argument("groups") or 1
+    site = reading.site("conv", in_axes=in_axes, out_axes=out_axes, groups=groups)
+    return site, _source(arguments[0])
 
 
 def _product(reading: _Reading) -> Found | None:
@@ -219,6 +275,8 @@ def _product(reading: _Reading) -> Found | None:
     if not (traits(reading.name) & (Trait.MATRIX_PRODUCT | Trait.AFFINE) or reading.convolves):
         return None
     factors, bias = reading.product()
+    if reading.view is None and bias is not reading.operand:
+        return reading.refused("reads it in another shape")
     if bias is reading.operand and isinstance(factors[-1], Node):
         return _bias(reading, factors)
     # What is left of convolutions has a transposed kernel, or a parameter where the activation is.
@@ -249,6 +307,8 @@ def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contrac
         place: Place of the parameter among the two factors.
     """
     view, shape = reading.view, reading.shape
+    if view is None:
+        return None
     if reading.name == "aten.einsum":
         equation = str(reading.reader.args[0])
         return contraction.einsum(equation, activation, view, shape, place)
@@ -271,8 +331,44 @@ def _bias(reading: _Reading, factors: list[Any]) -> Found:
             return reading.refused(f"adds it times beta={beta}")
         return _along_one_axis(reading, "shift", factors[0], len(_shape(reading.reader)))
     # "" where the factor is no parameter as it is: an activation, or a weight that is computed.
-    weight = reading.captured.parameters.get(root_of(factors[-1]), "")
+    weight = reading.captured.parameters.get(_weight_behind(factors[-1]), "")
     return reading.site("bias", weight=weight, scale=float(beta / alpha)), ""
+
+
+def _grouped(reading: _Reading) -> Found | None:
+    """Match ``F.grouped_mm(x, w, offs)``: rows of x, group by group, times the matrix of their group."""
+    arguments = reading.reader.args
+    if reading.name not in GROUPED or reading.places(arguments) != [1] or reading.view is None:
+        return None
+    activation: Any = arguments[0]
+    if len(reading.view) != 3 or len(_shape(activation)) != 2:
+        return None
+    # [groups, inputs, outputs] as the operator sees it
+    _, inputs, outputs = reading.view
+    return reading.site("grouped", in_axes=(inputs,), out_axes=(outputs,)), _source(activation)
+
+
+def _recurrence(reading: _Reading) -> Found | None:
+    """Match a weight or a bias of ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells."""
+    if reading.name not in (*RECURRENCES, *CELLS) or not reading.untransposed:
+        return None
+    given = _arguments(reading.reader.target, reading.reader)
+    # Of every layer and direction w_ih, w_hh, then b_ih, b_hh, then a projection of the hidden state.
+    if reading.name in CELLS:
+        weights = [given[name] for name in ("w_ih", "w_hh")]
+        biases = [given.get(name) for name in ("b_ih", "b_hh")]
+        cells = [[*weights, *biases]]
+    else:
+        count = given["num_layers"] * (2 if given["bidirectional"] else 1)
+        length = len(given["params"]) // count
+        cells = [given["params"][start : start + length] for start in range(0, count * length, length)]
+    for cell in cells:
+        for place in reading.places(cell):
+            if place in (2, 3) and len(cell) > 3:
+                weight = reading.captured.parameters.get(root_of(cell[place - 2]), "")
+                return reading.site("bias", weight=weight), ""
+            return reading.site("contraction", in_axes=(1,), out_axes=(0,)), ""
+    return None
 
 
 def _norm(reading: _Reading) -> Found | None:
@@ -281,6 +377,9 @@ def _norm(reading: _Reading) -> Found | None:
     places = reading.places(arguments)
     if "norm" not in reading.name or len(places) != 1 or not reading.shape:
         return None
+    # F.batch_norm(w.reshape(...), None, None, gain), torch._weight_norm(v, g)
+    if _weight_behind(arguments[0]) in reading.captured.parameters:
+        return reading.refused("normalizes a parameter, not an activation")
     target: Any = reading.reader.target
     # Norms differ in the order of their arguments, and agree in the names of these two.
     kind = {"weight": "norm gain", "bias": "norm shift"}.get(target._schema.arguments[places[0]].name)
@@ -303,13 +402,39 @@ def _elementwise(reading: _Reading) -> Found | None:
 def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -> Found:
     """Return the site of a gain or a shift that varies along one axis of an activation of some rank."""
     shape = reading.shape
+    if reading.view is None:
+        shape = _shape(reading.operand)
     wide = [axis for axis, size in enumerate(shape) if size > 1]
+    if (
+        len(wide) > 1
+        and len(shape) <= rank
+        and reading.untransposed
+        and _of_inputs(activation, reading.captured)
+    ):
+        return reading.site(f"table {kind}"), _source(activation)
     if len(wide) > 1 or len(shape) > rank:
-        reason = "it is a table that is added to or multiplied with activations"
+        reason = (
+            "it is a table that is added to or multiplied with what is no activation, or in another shape"
+        )
         return reading.site("", reason=reason), ""
     # Of a parameter of one number the last axis stands for all; a scalar has none.
-    out_axes = wide or list(range(len(shape)))[-1:]
+    axes = range(len(reading.shape))
+    out_axes = [axis for axis in axes if reading.shape[axis] > 1] or list(axes)[-1:]
     return reading.site(kind, out_axes=tuple(out_axes)), _source(activation)
+
+
+def _of_inputs(node: Node, captured: Capture) -> bool:
+    """Return whether a tensor depends on the inputs of the model, and not on parameters and buffers alone."""
+    reached, waiting = {node}, [node]
+    while waiting:
+        behind = waiting.pop()
+        if behind in captured.inputs:
+            return True
+        for source in behind.all_input_nodes:
+            if source not in reached:
+                reached.add(source)
+                waiting.append(source)
+    return False
 
 
 def root_of(node: Any) -> Any:
@@ -326,6 +451,18 @@ def root_of(node: Any) -> Any:
             break
         node = source
     return node
+
+
+def _weight_behind(node: Any) -> Any:
+    """Follow a weight back to the parameter that it is a view of.
+
+    Args:
+        node: An operand.
+    """
+    behind = root_of(node)
+    while isinstance(behind, Node) and _name(behind) in RESHAPES:
+        behind = root_of(behind.args[0])
+    return behind
 
 
 def _source(activation: Any) -> str:

@@ -28,12 +28,16 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "contraction": (nn.Linear,),  # as recorded runs show it
     "conv": (*CONVOLUTIONS, *TRANSPOSED),
+    "grouped": (),
     "embedding": (nn.Embedding,),
     "norm gain": NORMS,
     "norm shift": NORMS,
     "gain": (),
     "shift": (),
+    "table gain": (),
+    "table shift": (),
 }
+TABLES = {"table gain", "table shift"}
 VECTORS = {"gain", "shift", "norm gain", "norm shift"}
 # Of attention whose keys and values have widths of their own.
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -151,7 +155,10 @@ class _Maker:
         uses = {(site.in_axes, site.out_axes) for site in sites}
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
-        if kinds in ({"conv"}, {"embedding"}) or (kinds <= PRODUCTS and len(uses) == 1):
+        if kinds <= TABLES and len(kinds) == 1:
+            return self._table(geometry, sites)
+        alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
+        if alike and (kinds in ({"conv"}, {"embedding"}, {"grouped"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
         # F.embedding(tokens, table), and F.linear(h, table) at the end.
         if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
@@ -165,7 +172,14 @@ class _Maker:
         Raises:
             _Uncovered: There is no such weight, or the bias is not one number for each of its outputs.
         """
-        block = self._partner(geometry)
+        try:
+            block = self._partner(geometry)
+        except _Uncovered:
+            if not self._has_own_tap(geometry):
+                raise
+            return self._vector(
+                geometry, [replace(site, kind="shift", out_axes=(0,)) for site in geometry.sites]
+            )
         scales = {site.scale for site in geometry.sites}
         if len(scales) > 1:
             raise _Uncovered("its uses multiply it by different numbers")
@@ -199,6 +213,12 @@ class _Maker:
             where = ", ".join(partners) or "several operators"
             raise _Uncovered(f"it shifts the output of {where}, which K-FAC does not take as one weight")
         return block
+
+    def _has_own_tap(self, bias: Geometry) -> bool:
+        """Whether a bias is given to functions that tap it by itself: ``F.linear(x, w, bias)``."""
+        operators = {site.operator.split(".")[1] for site in bias.sites}
+        plain = all(name == "linear" or name.startswith("conv") for name in operators)
+        return bool(operators) and plain and not any(site.reason for site in bias.sites)
 
     def _places(self, geometry: Geometry, sites: Sequence[Site], key: str) -> tuple[Place, ...]:
         """Return the taps that see all of a parameter's sites.
@@ -249,6 +269,26 @@ class _Maker:
         factor = Factor("b", places, present.index(kind))
         return Block(geometry.name, kind, Matrices((size,), (0,)), (), (factor,))
 
+    def _table(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
+        """Cover a table that is added to or multiplied with activations, positions and their features say."""
+        if geometry.fan_in_axes:
+            raise _Uncovered(
+                "it is a weight that is multiplied with activations before they are multiplied by it"
+            )
+        wide = [axis for axis, size in enumerate(geometry.shape) if size > 1]
+        # What grows are features; positions do not.
+        features = tuple(axis for axis in wide if geometry.infinite[axis]) or (wide[-1],)
+        rows = tuple(axis for axis in wide if axis not in features)
+        kind = sites[0].kind
+        if not rows:
+            raise _Uncovered("all of its axes grow, so that none of them counts rows of a table")
+        places = self._places(geometry, sites, kind)
+        matrices = Matrices(geometry.shape, features, rows)
+        layer = self._layer(geometry, matrices, "table")
+        rank = len(geometry.shape)
+        self._open(places, replace(layer, features=tuple(axis - rank for axis in features)))
+        return Block(geometry.name, kind, matrices, (Factor("a", places),), (Factor("b", places),))
+
     def _single(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a weight that all of its sites use in the same way."""
         kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
@@ -256,15 +296,13 @@ class _Maker:
         if kind == "embedding":
             key = kind
         elif kind == "conv":
-            key = ""  # code that calls F.conv2d itself cannot be tapped
+            key = kind
+        elif kind == "grouped":
+            key = f"{kind} {key}"
         places = self._places(geometry, sites, key)
-        groups = 1
-        if kind == "conv":
-            module = self.model.get_submodule(places[0].module or "")
-            groups = int(module.groups)  # type: ignore[arg-type]
-            # Its kernel is [channels in, channels out, *positions].
-            if isinstance(module, TRANSPOSED):
-                kind, in_axes, out_axes = "conv_transpose", (0, *range(2, len(geometry.shape))), (1,)
+        groups = sites[0].groups
+        if kind == "conv" and out_axes != (0,):
+            kind = "conv_transpose"
         elif kind in PRODUCTS and len(geometry.shape) == 2:
             kind = "linear"
         fusions: tuple[Fusion, ...] = ()
@@ -303,7 +341,7 @@ class _Maker:
             tuple(sizes),
             # Rows are laid out as [groups, samples, positions, *out_axes].
             tuple(replace(fusion, axis=3 + out_axes.index(fusion.axis)) for fusion in matrices.fusions),
-            diagonal_in=kind == "embedding" or self._is_table(geometry, in_axes),
+            diagonal_in=kind in ("embedding", "table") or self._is_table(geometry, in_axes),
             diagonal_out=self._is_table(geometry, out_axes),
         )
 

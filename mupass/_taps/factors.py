@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._taps.forms import Convolution, Elementwise, Form, Lookup
+from mupass._taps.forms import Convolution, Elementwise, Form, Lookup, Sorted, Table
 from mupass._taps.pieces import cut, pieces
 
 BAND = 128  # rows of a factor that are multiplied together
@@ -24,7 +24,8 @@ class Layer:
     """What the factors must know of a weight use.
 
     Attributes:
-        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction`` or ``vector``.
+        kind: ``linear``, ``grouped``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction``,
+            ``table`` or ``vector``.
         groups: Number of separate weights of equal shape (grouped convolution, experts).
         inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
         outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm
@@ -36,6 +37,7 @@ class Layer:
         block: Largest block of a factor that keeps blocks on its diagonal only; 0 for whole factors.
         reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
             arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
+        features: Of a table, the axes of the parameter that are features, counted from the last one (-1).
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Layer:
     gains: tuple[bool, ...] = ()
     reduce: bool = False
     block: int = 0
+    features: tuple[int, ...] = ()
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the input factor: ``[groups * blocks, n, n]``, or ``[groups, n]``."""
@@ -56,6 +59,11 @@ class Layer:
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shape of every output factor, ``[groups * blocks, n, n]`` or ``[groups, n]``."""
         return tuple(self._shape(size, self.diagonal_out) for size in self.outputs)
+
+    @property
+    def counted(self) -> int:
+        """How many numbers of rows there are: one for each group where rows come group by group."""
+        return self.groups if self.kind == "grouped" else 1
 
     def _shape(self, size: int, diagonal: bool) -> tuple[int, ...]:
         if diagonal:
@@ -78,6 +86,9 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
         counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return counts.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
+    # Every row of a table is read equally often.
+    if isinstance(form, Table):
+        return torch.full((1, layer.inputs), form.rows / layer.inputs, dtype=dtype, device=x.device)
     # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
@@ -95,8 +106,8 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
 
 def raw_outputs(
     layer: Layer, form: Form, x: Tensor, g: Tensor, wanted: Sequence[bool], dtype: torch.dtype
-) -> tuple[list[Tensor | None], int]:
-    """Return ``sum g g^T`` over rows for every matrix, and the number of rows.
+) -> tuple[list[Tensor | None], int | Tensor]:
+    """Return ``sum g g^T`` over rows for every matrix, and the number of rows, or those of every group.
 
     Args:
         layer: Shapes.
@@ -106,6 +117,8 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
+    if isinstance(form, Table) and form.gain:
+        g = g * form.input_rows(x)
     outputs = form.output_rows(g)
     samples, positions = outputs.shape[1], outputs.shape[2]
     together = layer.reduce
@@ -126,6 +139,8 @@ def raw_outputs(
         # [groups, samples, positions, n] -> [groups, rows, n]
         gradients = part.sum(2) if together else part.flatten(1, 2)
         factors.append(_factor(layer, gradients, layer.diagonal_out, dtype))
+    if isinstance(form, Sorted):
+        return factors, form.counts()
     # In the reduce setting a sample is one row.
     return factors, samples if layer.reduce else samples * positions
 
@@ -221,6 +236,18 @@ def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype).square().sum(1)
 
 
+def by_group(rows: Tensor, like: Tensor) -> Tensor:
+    """Return numbers of rows in the axes of factors ``[groups * blocks, ...]``.
+
+    Args:
+        rows: One number, or one for each group.
+        like: The factors.
+    """
+    if len(rows) == 1:
+        return rows
+    return rows.repeat_interleave(len(like) // len(rows)).view(-1, *[1] * (like.dim() - 1))
+
+
 def factor_dtype(parameter: Tensor) -> torch.dtype:
     """Return the precision of a parameter's factors: double for double, single for all else.
 
@@ -236,4 +263,4 @@ def reduced(layer: Layer) -> Layer:
     Args:
         layer: A layer in the expand setting.
     """
-    return layer if layer.kind == "embedding" else replace(layer, reduce=True)
+    return layer if layer.kind in ("embedding", "table") else replace(layer, reduce=True)

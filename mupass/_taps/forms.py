@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,6 +54,39 @@ class Convolution:
     transposed: bool
 
     @staticmethod
+    def called(weight: Tensor, arguments: Mapping[str, Any], transposed: bool) -> Convolution:
+        """Describe a call of ``F.conv2d`` and the like.
+
+        Args:
+            weight: The kernel, ``[channels out, channels in, *positions]``; transposed, the other way round.
+            arguments: Others that the function was given, by name.
+            transposed: Whether it is one of ``F.conv_transpose2d`` and the like.
+        """
+        kernel, groups = tuple(weight.shape[2:]), arguments.get("groups", 1)
+        spread = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+        sizes = {}
+        for name, default in spread.items():
+            value = arguments.get(name, default)
+            if isinstance(value, int):
+                value = (value,) * len(kernel)
+            elif not isinstance(value, str):  # "same" and "valid" stay
+                value = tuple(value) * (len(kernel) // len(value))
+            sizes[name] = value
+        pads = _pads(kernel, sizes["padding"], sizes["dilation"])
+        if transposed:
+            pads = _transposed_pads(kernel, sizes["padding"], sizes["dilation"], sizes["output_padding"])
+        return Convolution(
+            groups,
+            weight.shape[1] if transposed else weight.shape[0] // groups,
+            kernel,
+            sizes["stride"],
+            pads,
+            sizes["dilation"],
+            "constant",
+            transposed,
+        )
+
+    @staticmethod
     def of(module: Any) -> Convolution:
         """Describe a convolution module.
 
@@ -59,6 +94,11 @@ class Convolution:
             module: One of `CONVOLUTIONS` or `TRANSPOSED`.
         """
         transposed = isinstance(module, TRANSPOSED)
+        pads = _pads(module.kernel_size, module.padding, module.dilation)
+        if transposed:
+            pads = _transposed_pads(
+                module.kernel_size, module.padding, module.dilation, module.output_padding
+            )
         padding_mode = str(module.padding_mode)
         if padding_mode == "zeros":
             padding_mode = "constant"  # as F.pad calls it
@@ -67,7 +107,7 @@ class Convolution:
             module.out_channels // module.groups,
             tuple(module.kernel_size),
             tuple(module.stride),
-            _transposed_pads(module) if transposed else _pads(module),
+            pads,
             tuple(module.dilation),
             padding_mode,
             transposed,
@@ -146,26 +186,28 @@ class Convolution:
         return rows.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
 
 
-def _pads(module: Any) -> tuple[int, ...]:
+def _pads(kernel: Sequence[int], given: Any, dilation: Sequence[int]) -> tuple[int, ...]:
     """Return the entries before and after each position axis, last axis first."""
     padding: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "same":  # the extra element goes behind, as in torch
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+    for axis in reversed(range(len(kernel))):
+        if given == "same":  # the extra element goes behind, as in torch
+            total = dilation[axis] * (kernel[axis] - 1)
             padding += [total // 2, total - total // 2]
-        elif module.padding == "valid":
+        elif given == "valid":
             padding += [0, 0]
         else:
-            padding += [int(module.padding[axis])] * 2
+            padding += [int(given[axis])] * 2
     return tuple(padding)
 
 
-def _transposed_pads(module: Any) -> tuple[int, ...]:
+def _transposed_pads(
+    kernel: Sequence[int], given: Sequence[int], dilation: Sequence[int], behind: Sequence[int]
+) -> tuple[int, ...]:
     """Return what surrounds the spread input so that a plain convolution gives the output's positions."""
     padding: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
-        padding += [reach, reach + module.output_padding[axis]]
+    for axis in reversed(range(len(kernel))):
+        reach = dilation[axis] * (kernel[axis] - 1) - given[axis]
+        padding += [reach, reach + behind[axis]]
     return tuple(padding)
 
 
@@ -272,3 +314,70 @@ class Scaled:
             g: Gradient of the output.
         """
         return self.form.output_rows(g) * self.factor
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """A product of rows that stand group by group, with a matrix for each group: ``F.grouped_mm``.
+
+    Attributes:
+        ends: Where the rows of each group end, ``[groups]``; rows behind the last end belong to none.
+    """
+
+    ends: Tensor
+
+    def counts(self) -> Tensor:
+        """Return the number of rows of each group, ``[groups]``."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return ``[groups, rows, 1, features]``, with zeros behind the rows of each group.
+
+        Args:
+            x: ``[rows, features]``.
+        """
+        counts = self.counts()
+        # How many rows the largest group has is a number of this run.
+        most = len(x) if torch.compiler.is_compiling() else int(counts.max())
+        place = torch.arange(most, device=x.device)
+        own = place < counts[:, None]
+        at = torch.where(own, (self.ends - counts)[:, None] + place, 0)
+        return torch.where(own[..., None], x[at], 0.0)[:, :, None]
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return the same of the output's gradient.
+
+        Args:
+            g: Gradient of the output.
+        """
+        return self.input_rows(g)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is added to or multiplied with activations.
+
+    It is multiplied with one-hot rows, as in a look-up that reads every row of the table equally often.
+
+    Attributes:
+        features: Feature axes of the output, counted from the last one (-1).
+        rows: Number of vectors of features in the output.
+        gain: Whether the table multiplies.
+    """
+
+    features: tuple[int, ...]
+    rows: int
+    gain: bool
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return what a gain multiplies: one-hot rows are never formed."""
+        return x
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, rows, 1, features]``.
+
+        Args:
+            g: Gradient of the table's entries, one for each entry of the output.
+        """
+        last = list(range(-len(self.features), 0))
+        return g.movedim(self.features, last).flatten(-len(last)).reshape(1, self.rows, 1, -1)

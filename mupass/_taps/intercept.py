@@ -9,21 +9,29 @@ pickles of it are plain parameters again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.variables.torch import get_overridable_functions
 
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
-from mupass._taps.forms import Elementwise, Features, Form, Lookup, Scaled
+from mupass._taps import recurrent
+from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted, Table
 from mupass._taps.leaves import Tap
+from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
 
 ATTRIBUTE = "_mupass_taps"
-VIEW = "_mupass_view"  # for each axis of a transposed parameter, the parameter's axis
+# For each axis of a transposed parameter, the parameter's axis.
+# RESHAPED where the entries are in order and the shape is another one.
+VIEW = "_mupass_view"
+RESHAPED = (-1,)
+SHAPE = "_mupass_shape"  # of the parameter
 T = Tensor
 NORMS = {  # names of their arguments, in order
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -53,12 +61,22 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
 }
 # w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
+# Names: of torch, and of an operator of transformers for where torch has none.
+GROUPED = ("_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback.default")
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+CALLED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments, in order
+CALLED_TRANSPOSED = (*CALLED[:5], "output_padding", "groups", "dilation")
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
 # Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
 SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
+RESHAPES = (
+    *(T.reshape, torch.reshape, T.view, T.reshape_as, T.view_as, T.flatten, torch.flatten, T.unflatten),
+    *(torch.unflatten, T.squeeze, torch.squeeze, T.unsqueeze, torch.unsqueeze),
+)
 
 
 class _Intercepted:
@@ -72,6 +90,8 @@ class _Intercepted:
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.multi_head_attention_forward:
                 return _attention(args, dict(kwargs or {}))
+            if func in recurrent.SEQUENCES or func in recurrent.CELLS:
+                return _recurrence(func, args, kwargs or {})
             output = func(*args, **(kwargs or {}))
             return _tapped(func, args, kwargs or {}, output)
 
@@ -112,6 +132,9 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     # One hook changes the parameter for all taps of it.
     elif not taps:
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
+    if key.startswith("grouped"):
+        # Dynamo tells the class of a tensor of functions on this list alone.
+        get_overridable_functions().add(torch._grouped_mm)
     return taps.setdefault(key, Tap())
 
 
@@ -169,17 +192,22 @@ def _taps(value: Any) -> dict[str, Tap] | None:
 
 
 def _view(weight: Tensor) -> tuple[int, ...]:
+    """Return the parameter's axis for each axis of a view, or RESHAPED."""
     return getattr(weight, VIEW, None) or tuple(range(weight.dim()))
 
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
+    if func in CONVOLUTIONS or func in TRANSPOSED:
+        return _convolved(func in TRANSPOSED, args, kwargs, output)
+    if getattr(func, "__name__", "") in GROUPED:
+        return _grouped(args, kwargs, output)
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
     if func is torch.einsum and len(args) >= 2:
         return _tapped_einsum(args, output)
     if func in NORMS:
-        return _normed(func, dict(zip(NORMS[func], args, strict=False)) | dict(kwargs), output)
+        return _normed(func, by_name(NORMS[func], args, kwargs), output)
     # x * gain; x + shift, but not torch.add(x, shift, alpha=2)
     if func in GAINS and len(args) == 2:
         return _elementwise(output, *args, "gain")
@@ -187,10 +215,16 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _elementwise(output, *args, "shift")
     # w.t(), w.float(), w[:]: what comes out is still the parameter to those who read it.
     source: Any = args[0] if args else kwargs.get("input")
+    if _taps(source) is None or not isinstance(output, Tensor):
+        return output
+    if func in RESHAPES or (func is T.__getitem__ and _adds_axes(args[1], source, output)):
+        return _reshaped(output, source)
     order = _order(func, source, args[1:], kwargs, output)
-    if order is not None:
-        return _turned(output, source, order)
-    return output
+    if order is None:
+        return output
+    if _view(source) == RESHAPED:  # a copy stays what it is, a transpose does not
+        return _shown(output, source, RESHAPED) if output.shape == source.shape else output
+    return _shown(output, source, tuple(_view(source)[axis] for axis in order))
 
 
 def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -200,6 +234,8 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         if _taps(right) is None or _view(right) != (0, 1):
             return output
         return _through(output, left, _taps(right), "embedding", Lookup())
+    if func is F.linear:
+        output = _shifted(output, left, args[2] if len(args) > 2 else kwargs.get("bias"), -1)
     if func in BATCHED:  # baddbmm(bias, x, w): bias is added to a product as to any tensor
         added = args[0] if args else kwargs["input"]
         output = _elementwise(output, left, added, "shift")
@@ -276,6 +312,8 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         return output
     # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
+    if view == RESHAPED:
+        return output
     sizes = [0] * len(view)
     for place, axis in enumerate(view):
         sizes[axis] = weight.shape[place]
@@ -302,8 +340,12 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
+    tap = (_taps(weight) or {}).get(f"table {key}")
+    if tap is not None:
+        return _table(output, weight, activation, tap, key == "gain")
     rank = weight.dim()
-    if _view(weight) != tuple(range(rank)):  # converted it may be, but not transposed
+    # Converted or reshaped it may be, but not transposed.
+    if _view(weight) not in (tuple(range(rank)), RESHAPED):
         return output
     form = Elementwise(0, 0)  # one number acts on all entries
     for axis, size in enumerate(weight.shape):
@@ -311,6 +353,15 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
             form = Elementwise(axis - rank)
             break
     return _through(output, activation, _taps(weight), key, form)
+
+
+def _table(output: Tensor, weight: Tensor, activation: Tensor, tap: Tap, gain: bool) -> Tensor:
+    """Return a product or a sum of an activation with a table, tapped."""
+    if _view(weight) != tuple(range(weight.dim())) or tap.layer is None:
+        return output
+    features = tap.layer.features
+    count = prod([weight.shape[axis] for axis in features])
+    return tap.through(output, activation, Table(features, output.numel() // count, gain))
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
@@ -374,15 +425,68 @@ def _order(
     return None
 
 
-def _turned(output: Tensor, weight: Tensor, order: tuple[int, ...]) -> Tensor:
+def _adds_axes(index: Any, source: Tensor, output: Tensor) -> bool:
+    """Whether an index is ``[None]``, ``[:, None]`` and so on, and takes all of a tensor in a new shape."""
+    indices = index if isinstance(index, tuple) else (index,)
+    new = [i for i in indices if i is None]
+    spans = all(i is None or isinstance(i, slice) or i is Ellipsis for i in indices)
+    return bool(new) and spans and output.numel() == source.numel()
+
+
+def _shown(output: Tensor, weight: Tensor, view: tuple[int, ...]) -> Tensor:
     """Return a view of a parameter that still knows its tap."""
-    taps, view = _taps(weight), _view(weight)
-    if taps is None or not isinstance(output, Tensor):
-        return output
     tapped = output.view_as(output).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
-    setattr(tapped, ATTRIBUTE, taps)
-    setattr(tapped, VIEW, tuple(view[axis] for axis in order))
+    setattr(tapped, ATTRIBUTE, _taps(weight))
+    setattr(tapped, VIEW, view)
+    setattr(tapped, SHAPE, _shape(weight))
     return tapped
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    """Return the shape of the parameter that a tensor shows."""
+    return getattr(weight, SHAPE, None) or tuple(weight.shape)
+
+
+def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
+    """Return a parameter under another shape, if its entries stand in their order."""
+    shape = _shape(weight)
+    in_order = tuple(range(len(shape)))
+    if _view(weight) not in (in_order, RESHAPED):
+        return output
+    return _shown(output, weight, in_order if output.shape == shape else RESHAPED)
+
+
+def _grouped(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return the output of ``F.grouped_mm(x, w, offs)``, tapped where w is a parameter, transposed or not."""
+    bound = by_name(("input", "weight", "offs"), args[:3], kwargs)
+    x, weight, ends = bound["input"], bound["weight"], bound.get("offs")
+    if _taps(weight) is None or _view(weight) == RESHAPED or ends is None or x.dim() != 2:
+        return output
+    _, inputs, outputs = _view(weight)
+    key = f"grouped {product_key((inputs,), (outputs,))}"
+    return _through(output, x, _taps(weight), key, Sorted(ends))
+
+
+def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return the output of ``F.conv2d`` and the like, tapped where the kernel or the bias is a parameter."""
+    names = CALLED_TRANSPOSED if transposed else CALLED
+    bound = by_name(names, args, kwargs)
+    x, weight = bound["input"], bound["weight"]
+    output = _shifted(output, x, bound.get("bias"), 1 - bound["weight"].dim())
+    if _taps(weight) is None or "conv" not in _taps(weight):  # type: ignore[operator]
+        return output
+    shape = _shape(weight)
+    in_order = tuple(range(len(shape)))
+    rows = _view(weight) == RESHAPED and not transposed and weight.shape[0] == shape[0]
+    if _view(weight) != in_order and not rows:
+        return output
+    form: Form = Convolution.called(weight, bound, transposed)
+    return _through(output, x, _taps(weight), "conv", form)
+
+
+def _shifted(output: Tensor, x: Any, bias: Any, axis: int) -> Tensor:
+    """Return an output that has a bias along an axis, which may have a tap of its own."""
+    return output if _taps(bias) is None else _through(output, x, _taps(bias), "shift", Elementwise(axis))
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -393,6 +497,8 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     attention = F.multi_head_attention_forward
     width, packed, biases, out, out_bias = args[3], args[5], args[6], args[11], args[12]
+    if kwargs.get("use_separate_proj_weight"):  # some code passes an empty tensor then
+        packed = None
     separate = [kwargs.get(f"{letter}_proj_weight") for letter in "qkv"]
     if _all_idle(map(_taps, (packed, out, *separate))):
         return attention(*args, **kwargs)
@@ -422,3 +528,16 @@ def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], bia
         else:  # a third of the packed weight has a tap of its own
             projected.append(_through(output, x, _taps(packed), letter, Features()))
     return projected
+
+
+def _recurrence(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a recurrence, as written steps while factors are collected: fused operators do not show them."""
+    weights = recurrent.weights_of(func, args, kwargs)
+    if _all_idle(map(_taps, weights)) or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    key = product_key((1,), (0,))  # [gates * hidden, inputs]
+
+    def tap_of(weight: Tensor | None) -> Tap | None:
+        return (_taps(weight) or {}).get(key)
+
+    return recurrent.run(func, args, kwargs, tap_of)

@@ -67,7 +67,7 @@ class _Factors(torch.autograd.Function):
                     make = tap.once.raw_input
                 a = make(ctx.layer, ctx.form, inputs, ctx.dtype)
             b, count = raw_outputs(ctx.layer, ctx.form, inputs, gradient, wanted[7:], ctx.dtype)
-            rows = torch.full((1,), count, dtype=ctx.dtype, device=g.device)
+            rows = _rows(count, g.device, ctx.dtype)
             if tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
@@ -164,6 +164,13 @@ class Once:
         self._storage = self._key = self._value = None
 
 
+def _rows(count: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the leaf of rows: one number, or one for each group."""
+    if isinstance(count, Tensor):
+        return count.to(dtype)
+    return torch.full((1,), count, dtype=dtype, device=device)
+
+
 def _add(leaf: Tensor, found: Tensor) -> None:
     """Add to the gradient of a leaf, out of place: it may have a derivative."""
     leaf.grad = found if leaf.grad is None else leaf.grad + found
@@ -176,7 +183,7 @@ class Tap:
         layer: Shapes, or None before the tap is opened for the first time.
         a: Leaf whose gradient is ``sum x x^T``; None while idle or not wanted.
         b: Leaves whose gradients are ``sum g g^T``, one a matrix.
-        rows: Leaf whose gradient is the number of rows summed.
+        rows: Leaf whose gradient is the number of rows summed, or that of every group.
         bases: Of the second moments: that of the input, and that of every matrix' output.
         moments: Leaves whose gradients are the second moments, one a matrix.
         once: Shared with taps that read the same activation.
@@ -253,7 +260,7 @@ class Tap:
         if b:
             self.b = tuple(number.expand(shape) for shape in layer.output_shapes())
         # One axis: Dynamo takes a float64 scalar on the CPU for a Python number, and compiles twice.
-        self.rows = torch.zeros(1, device=device, dtype=dtype)
+        self.rows = torch.zeros(layer.counted, device=device, dtype=dtype)
         self.bases = self.moments = ()
         self.once = self.passes = None
 
@@ -305,7 +312,7 @@ class Tap:
             if self.a is not None:
                 _add(self.a, raw_input(self.layer, form, x, self.rows.dtype))
             factors, count = raw_outputs(self.layer, form, x, gradient, wanted, self.rows.dtype)
-            _add(self.rows, torch.full_like(self.rows, count, requires_grad=False))
+            _add(self.rows, _rows(count, self.rows.device, self.rows.dtype))
             for leaf, factor in zip(self.b, factors, strict=True):
                 if leaf is not None and factor is not None:
                     _add(leaf, factor)
@@ -337,7 +344,7 @@ class Tap:
             return None if leaf is None else leaf.new_zeros(leaf.shape)
 
         moments = tuple(leaf.new_zeros(leaf.shape) for leaf in self.moments)
-        return Sums(zeros(self.a), tuple(map(zeros, self.b)), self.rows.new_zeros(1), moments)
+        return Sums(zeros(self.a), tuple(map(zeros, self.b)), self.rows.new_zeros(self.rows.shape), moments)
 
     def take(self) -> Sums | None:
         """Take out what was summed since the last call, or None when no pass was collected."""

@@ -12,7 +12,7 @@ from mupass._errors import OptimizerError
 from mupass._optim.kronecker.settings import Loss
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
-from mupass._taps.factors import factor_dtype
+from mupass._taps.factors import by_group, factor_dtype
 from mupass._taps.intercept import intercept
 from mupass._taps.leaves import Once, Sums, Tap
 from mupass._taps.passes import Passes
@@ -138,7 +138,7 @@ class Curvature:
         there is nothing to divide: `observed` says that the tap took no part.
         """
         if sums.a is not None:
-            sums.a.div_(sums.rows.clamp(min=1))
+            sums.a.div_(by_group(sums.rows, sums.a).clamp(min=1))
         factor: Any = None
         for matrix in (*sums.b, *sums.moments):
             if matrix is None:
@@ -243,7 +243,7 @@ def _no_terms() -> OptimizerError:
     )
 
 
-Observation = tuple[Tensor, Tensor]  # a factor, and the number of rows that it was observed in
+Observation = tuple[Tensor, Tensor]  # a factor, and the number of rows of it, or of every group
 
 
 def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
@@ -264,7 +264,8 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
         return mean, rows
     # The mean over the rows of all taps.
     rows = _sum([rows for _, rows in inputs])
-    return _sum([mean * rows for mean, rows in inputs]) / rows.clamp(min=1), rows
+    total = _sum([mean * by_group(own, mean) for mean, own in inputs])
+    return total / by_group(rows, total).clamp(min=1), rows
 
 
 def _observed_output(factor: Factor, raw: Sequence[Sums]) -> Observation | None:

@@ -101,6 +101,8 @@ def not_rescaled(block: Block, layers: Mapping[Place, Layer]) -> str:
             layer = layers[place]
             if (factor.side == "a" and layer.diagonal_in) or (factor.side == "b" and layer.diagonal_out):
                 return "not rescaled: one of its factors is a diagonal"
+            if layer.kind == "grouped":
+                return "not rescaled: its rows come group by group"
     return ""
 
 

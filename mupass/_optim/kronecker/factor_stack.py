@@ -77,7 +77,8 @@ class FactorStack:
 
         Args:
             new: Key -> observed factor, or several stacked, for the slots from that key on; and in how many
-                rows it was observed, a tensor of one entry; 0 where it was not.
+                rows it was observed, 0 where it was not: a tensor of one entry, or of one for each of as many
+                groups.
             decay: Weight of the past; 0 keeps only the new ones.
             memory: What is left of the largest trace seen so far.
             ok: Whether the observations count at all; a scalar on the device.
@@ -127,7 +128,11 @@ class FactorStack:
             if not parts:
                 start = self.slot[key]
             parts.append(observed.to(self.dtype))
-            numbers += [rows.reshape(()).to(self.dtype)] * len(observed)
+            rows = rows.to(self.dtype)
+            if rows.numel() == 1:
+                numbers += [rows.reshape(())] * len(observed)
+            else:  # of every group, which may have several blocks
+                numbers += rows.repeat_interleave(len(observed) // len(rows)).unbind()
         if parts:
             yield slice(start, start + len(numbers)), joined(parts), torch.stack(numbers)
 

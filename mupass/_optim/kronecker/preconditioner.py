@@ -126,13 +126,15 @@ class Kronecker:
     def _pairs(self, block: Block, cover: Cover, entry: Entry) -> list[Pair]:
         """Name the slots of a block's matrices."""
         pairs = []
-        infinite, matrices = entry.geometry.infinite, block.matrices
+        # A single number, which has no axis, is taken as a vector.
+        infinite = entry.geometry.infinite or (False,)
         grows = (
-            any(infinite[axis] for axis in matrices.in_axes),
-            any(infinite[axis] for axis in matrices.out_axes),
+            any(infinite[axis] for axis in block.matrices.in_axes),
+            any(infinite[axis] for axis in block.matrices.out_axes),
         )
         # A lookup of positions is one for all samples, so its rows say little.
-        if any(cover.layers[factor.places[0]].kind == "embedding" for factor in block.factors):
+        kinds = {cover.layers[place].kind for factor in block.factors for place in factor.places}
+        if kinds & {"embedding", "table"}:
             grows = (False, False)
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
