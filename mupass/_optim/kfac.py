@@ -28,6 +28,7 @@ from mupass._taps.blocks import Options
 from mupass._taps.cover import cover
 from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Tap
+from mupass._taps.sharded import ranks_of_a_batch
 from mupass._taps.terms import TermsTap
 
 # Chosen by `benchmarks/defaults.py`.
@@ -257,7 +258,8 @@ class KFAC(PlannedOptimizer):
 
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
-        ranks = Ranks(self._ranks, rank_of(self._ranks))
+        alike = ranks_of_a_batch(self.root) if self._ranks > 1 else 1
+        ranks = Ranks(self._ranks, rank_of(self._ranks), alike)
         return Kronecker(self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled)
 
     def _watch_clipping(self) -> None:

@@ -64,6 +64,22 @@ def is_collected(root: nn.Module, name: str) -> bool:
     return any(isinstance(module, FSDPModule) for module in path_to(root, name))
 
 
+def ranks_of_a_batch(root: nn.Module) -> int:
+    """Return how many ranks see the same batch: those of tensor parallelism, or 1.
+
+    Args:
+        root: The module.
+    """
+    for name, parameter in root.named_parameters():
+        if not is_sharded(parameter):
+            continue
+        mesh, shards = parameter.device_mesh, [p for p in parameter.placements if p.is_shard()]  # type: ignore[attr-defined]
+        # FSDP2 shards along one axis of a mesh; behind it stands that of tensor parallelism.
+        if shards and len(shards) > int(is_collected(root, name)):
+            return int(mesh.size(mesh.ndim - 1))
+    return 1
+
+
 def on_whole(root: nn.Module, name: str, change: Callable[[nn.Parameter], None]) -> None:
     """Change the whole parameter wherever code may see it first.
 

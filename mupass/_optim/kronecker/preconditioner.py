@@ -33,10 +33,12 @@ class Ranks(NamedTuple):
     Attributes:
         size: Number of ranks that share the work.
         own: Number of this one.
+        alike: Number of ranks that see the same batch, so that its rows are counted as often.
     """
 
     size: int
     own: int
+    alike: int = 1
 
 
 # (id of a stack, whether single observations count) -> growth of each of its factors since its root.
@@ -376,6 +378,7 @@ class Kronecker:
             by_rows = None
             if given is not None:
                 rows = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
+                rows = rows / self.ranks.alike
                 by_rows = lineup.growth_by_rows(rows, given)
             sides = lineup.sides(traces, dampings, by_rows)
             rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
