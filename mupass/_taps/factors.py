@@ -88,7 +88,8 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         return counts.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
     # Every row of a table is read equally often.
     if isinstance(form, Table):
-        return torch.full((1, layer.inputs), form.rows / layer.inputs, dtype=dtype, device=x.device)
+        rows = x.numel() // layer.outputs[0]
+        return torch.full((1, layer.inputs), rows / layer.inputs, dtype=dtype, device=x.device)
     # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative

@@ -361,16 +361,14 @@ class Table:
 
     Attributes:
         features: Feature axes of the output, counted from the last one (-1).
-        rows: Number of vectors of features in the output.
         gain: Whether the table multiplies.
     """
 
     features: tuple[int, ...]
-    rows: int
     gain: bool
 
     def input_rows(self, x: Tensor) -> Tensor:
-        """Return what a gain multiplies: one-hot rows are never formed."""
+        """Return what a gain multiplies, in the shape of the output: one-hot rows are never formed."""
         return x
 
     def output_rows(self, g: Tensor) -> Tensor:
@@ -380,4 +378,4 @@ class Table:
             g: Gradient of the table's entries, one for each entry of the output.
         """
         last = list(range(-len(self.features), 0))
-        return g.movedim(self.features, last).flatten(-len(last)).reshape(1, self.rows, 1, -1)
+        return g.movedim(self.features, last).flatten(-len(last)).flatten(0, -2)[None, :, None]

@@ -9,7 +9,6 @@ pickles of it are plain parameters again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -359,9 +358,9 @@ def _table(output: Tensor, weight: Tensor, activation: Tensor, tap: Tap, gain: b
     """Return a product or a sum of an activation with a table, tapped."""
     if _view(weight) != tuple(range(weight.dim())) or tap.layer is None:
         return output
-    features = tap.layer.features
-    count = prod([weight.shape[axis] for axis in features])
-    return tap.through(output, activation, Table(features, output.numel() // count, gain))
+    # What a shift is added to does not matter: a number stands for it, so that it need not be kept.
+    x = activation if gain else output.new_zeros(())
+    return tap.through(output, x.expand_as(output), Table(tap.layer.features, gain))
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
