@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._records import Fusion, Geometry
+from mupass._records import Fusion, Geometry, Site
 from mupass._scales.plan import Plan, refuse
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,7 +41,8 @@ def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
     for entry in plan.entries:
         old = entry.geometry
         fusions = tuple(_fused_again(old, fusion, shapes[old.name], ratios) for fusion in old.fusions)
-        found.append(replace(old, shape=shapes[old.name], fusions=fusions))
+        sites = tuple(_grouped_again(old, site, shapes[old.name]) for site in old.sites)
+        found.append(replace(old, shape=shapes[old.name], fusions=fusions, sites=sites))
     by_name = {geometry.name: geometry for geometry in found}
     for number, geometry in enumerate(found):
         # The length of a readout under weight norm follows the readout's fan_in.
@@ -126,6 +127,24 @@ def _fused_again(
     if rest or not sizes:
         raise PlanError(f"{where}: {size} cannot be divided among them by the plan; give base= instead")
     return replace(fusion, view=view, sizes=sizes)
+
+
+def _grouped_again(geometry: Geometry, site: Site, shape: tuple[int, ...]) -> Site:
+    """Return a use with as many groups as a kernel of another size has.
+
+    Raises:
+        PlanError: Their number does not follow from the sizes.
+    """
+    # A kernel [out, in / groups, ...] whose second axis is fixed has more groups, not larger ones.
+    if site.groups == 1 or geometry.infinite[1]:
+        return site
+    groups, rest = divmod(site.groups * shape[0], geometry.shape[0])
+    if rest:
+        raise PlanError(
+            f"{geometry.name}: {shape[0]} outputs cannot be divided among groups by the plan, which has "
+            f"{site.groups} for {geometry.shape[0]}; give base= instead"
+        )
+    return replace(site, groups=groups)
 
 
 def _parts(fusion: Fusion, whole: int, by_one_ratio: bool) -> tuple[int, ...]:
