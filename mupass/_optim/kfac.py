@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -248,19 +247,17 @@ class KFAC(PlannedOptimizer):
             treatments[block.parameter] = f"{method} {block.kind}"
         return treatments, reasons
 
-    @cached_property
-    def _given_dampings(self) -> frozenset[str] | None:
-        """Parameters whose damping does not depend on the number of rows; None for all."""
-        if not self._by_rows:
-            return None
-        settings = {"damping": DAMPING}
-        return frozenset(name for name in self._parameters if self._overridden(name, settings))
-
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
         alike = ranks_of_a_batch(self.root) if self._ranks > 1 else 1
         ranks = Ranks(self._ranks, rank_of(self._ranks), alike)
-        return Kronecker(self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled)
+        by_rows: set[str] = set()
+        if self._by_rows:
+            settings = {"damping": DAMPING}
+            by_rows = {name for name in self._parameters if not self._overridden(name, settings)}
+        return Kronecker(
+            self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled, by_rows
+        )
 
     def _watch_clipping(self) -> None:
         self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
@@ -369,7 +366,7 @@ class KFAC(PlannedOptimizer):
             spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
             due = kronecker.due(self._steps, self.root_every, spare)
             if due:
-                kronecker.refresh(self._dampings(), due, self._given_dampings)
+                kronecker.refresh(self._dampings(), due)
                 # Adapters start at zero, and what is below them has no gradient in the first step.
                 if self.plan.trained and self._steps == 0:
                     kronecker.excuse_vanished()

@@ -189,7 +189,7 @@ class Plan:
         Returns:
             One line for each.
         """
-        names = [name for name, _ in model.named_parameters()]
+        names = dict(model.named_parameters())
         faults = [f"{name}: missing from the model" for name in self if name not in names]
         planned = set(self)
         for name in names:

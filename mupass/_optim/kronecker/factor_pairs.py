@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class Pair:
         outputs: Size of the output side.
         blocks: Number of blocks on the diagonals of A and B.
         growth: By what these numbers have grown since the base width.
-        grows: Whether the input side and the output side grow with width.
+        by_rows: Whether the damping of A, and of B, grows where a step has few rows, see `few_rows`.
     """
 
     block: Block
@@ -45,7 +45,7 @@ class Pair:
     outputs: int
     blocks: tuple[int, int] = (1, 1)
     growth: tuple[float, float] = (1.0, 1.0)
-    grows: tuple[bool, bool] = (False, False)
+    by_rows: tuple[bool, bool] = (False, False)
 
     @property
     def repeats(self) -> int:
@@ -104,6 +104,9 @@ class Lineup:
         dim_b: Sizes of the output sides.
         scale_a: Width factors of absolute damping of A.
         scale_b: Width factors of absolute damping of B.
+        by_rows_a: Whether damping of A grows where a step has few rows.
+        by_rows_b: The same for B.
+        looks_at_rows: Whether any damping does.
     """
 
     banks: tuple[int, ...]
@@ -115,19 +118,19 @@ class Lineup:
     dim_b: Tensor
     scale_a: Tensor
     scale_b: Tensor
+    by_rows_a: Tensor
+    by_rows_b: Tensor
+    looks_at_rows: bool
 
     def sides(
-        self,
-        traces: Tensor,
-        dampings: Mapping[str, float | Tensor] | None,
-        by_rows: tuple[Tensor, Tensor] | None = None,
+        self, traces: Tensor, dampings: Mapping[str, float | Tensor] | None, rows: Tensor | None = None
     ) -> Sides:
         """Return what damping is made of; a side without a factor counts as the identity.
 
         Args:
             traces: Of all slots of the banks.
             dampings: Damping of each parameter; None where only traces are of interest.
-            by_rows: What the dampings of A and of B are multiplied by, see `growth_by_rows`.
+            rows: In how many rows each of the slots was observed; None where damping does not look at them.
         """
         values: list[float | Tensor] = []
         for pair in self.pairs:
@@ -139,8 +142,13 @@ class Lineup:
         else:
             damping_of_rows = traces.new_tensor(values)
         damping_a = damping_b = damping_of_rows
-        if by_rows is not None:
-            damping_a, damping_b = damping_a * by_rows[0], damping_b * by_rows[1]
+        if rows is not None:
+            # Both factors of a pair are of the same rows; one of the two may be missing.
+            rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
+            rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
+            grown = damping_of_rows * few_rows(torch.maximum(rows_a, rows_b))
+            damping_a = torch.where(self.by_rows_a, grown, damping_a)
+            damping_b = torch.where(self.by_rows_b, grown, damping_b)
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -151,26 +159,6 @@ class Lineup:
             damping_a=damping_a,
             damping_b=damping_b,
         )
-
-    def growth_by_rows(self, rows: Tensor, given: Container[str]) -> tuple[Tensor, Tensor]:
-        """Return what relative dampings are multiplied by where a step has few rows, see `few_rows`.
-
-        Args:
-            rows: Numbers of rows of all slots of the banks.
-            given: Parameters whose damping is to be what it says.
-        """
-        # Both factors of a pair are of the same rows; one of the two may be missing.
-        rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
-        rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
-        grown = few_rows(torch.maximum(rows_a, rows_b))
-        found = []
-        for side in (0, 1):
-            applies: list[bool] = []
-            for pair in self.pairs:
-                one = pair.grows[side] and pair.block.parameter not in given
-                applies += [one] * (pair.groups * pair.repeats)
-            found.append(torch.where(torch.tensor(applies, device=rows.device), grown, 1.0))
-        return found[0], found[1]
 
 
 def line_up(
@@ -212,6 +200,7 @@ def _line_up_alike(
 ) -> Lineup:
     """Line up pairs of one precision and device, whose banks have the given numbers and slots."""
     at_a, at_b, dims_a, dims_b, scales_a, scales_b = [], [], [], [], [], []
+    by_rows_a, by_rows_b = [], []
     for pair in pairs:
         scale = scales[pair.block.parameter]
         for in_a, in_b in pair.rows():
@@ -222,6 +211,8 @@ def _line_up_alike(
             # A block's trace is smaller by the number of blocks.
             scales_a.append(scale.damping_in / pair.growth[0])
             scales_b.append(scale.damping_out / pair.growth[1])
+            by_rows_a.append(pair.by_rows[0])
+            by_rows_b.append(pair.by_rows[1])
     row_of = dict.fromkeys(range(len(slots)), 0)
     for row, slot in enumerate(at_a + at_b):
         row_of[slot] = row
@@ -235,6 +226,9 @@ def _line_up_alike(
         dim_b=like.new_tensor(dims_b),
         scale_a=like.new_tensor(scales_a),
         scale_b=like.new_tensor(scales_b),
+        by_rows_a=torch.tensor(by_rows_a, device=like.device),
+        by_rows_b=torch.tensor(by_rows_b, device=like.device),
+        looks_at_rows=any(by_rows_a) or any(by_rows_b),
     )
 
 

@@ -30,7 +30,7 @@ class FactorStack:
         size: Size of the factors.
         diagonal: Whether they are diagonal.
         state: Tensors whose first axis counts slots; all of them belong to the saved state.
-                ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not
+            ``factor`` are the averages, packed (see `mupass._optim.linalg.packed`) or diagonals, not
             corrected for their start from zero; ``root`` inverse roots of the same shape; ``weight`` the
             total weight of what was averaged; ``rows`` the number of rows of the last observation; ``peak``
             the largest trace of an average, and ``recent`` that of a single observation, both of which fade;

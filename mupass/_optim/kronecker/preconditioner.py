@@ -96,8 +96,10 @@ class Kronecker:
         ranks: Ranks,
         bank: type[FactorStack],
         compiled: Compiled,
+        by_rows: Container[str],
     ) -> None:
         self.roots, self.ranks, self._bank_type, self.compiled = roots, ranks, bank, compiled
+        self._by_rows = by_rows
         self.parameters = parameters
         self.slots: dict[str, Slot] = {}
         every = [(block, self._pairs(block, cover, entries[block.parameter])) for block in cover.blocks]
@@ -128,16 +130,7 @@ class Kronecker:
     def _pairs(self, block: Block, cover: Cover, entry: Entry) -> list[Pair]:
         """Name the slots of a block's matrices."""
         pairs = []
-        # A single number, which has no axis, is taken as a vector.
-        infinite = entry.geometry.infinite or (False,)
-        grows = (
-            any(infinite[axis] for axis in block.matrices.in_axes),
-            any(infinite[axis] for axis in block.matrices.out_axes),
-        )
-        # A lookup of positions is one for all samples, so its rows say little.
-        kinds = {cover.layers[place].kind for factor in block.factors for place in factor.places}
-        if kinds & {"embedding", "table"}:
-            grows = (False, False)
+        by_rows = self._looks_at_rows(block, cover, entry)
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
             names: dict[str, str] = {}
@@ -145,10 +138,25 @@ class Kronecker:
                 if factors and self.roots.power(side) > 0:
                     names[side] = self._slot(side, block, factors[piece], piece, cover)
             groups, outputs, inputs = stack.shape
-            pair = Pair(block, piece, names.get("a"), names.get("b"), groups, inputs, outputs, grows=grows)
+            slots = names.get("a"), names.get("b")
+            pair = Pair(block, piece, *slots, groups, inputs, outputs, by_rows=by_rows)
             shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
             pairs.append(in_blocks(pair, shapes, self.roots.block or 0, entry.geometry))
         return pairs
+
+    def _looks_at_rows(self, block: Block, cover: Cover, entry: Entry) -> tuple[bool, bool]:
+        """Return whether the damping of a block's A, and of its B, grows where a step has few rows."""
+        if block.parameter not in self._by_rows:
+            return False, False
+        for factor in block.factors:
+            # A look-up of positions is one for all samples, so its rows say little.
+            if any(cover.layers[place].kind in ("embedding", "table") for place in factor.places):
+                return False, False
+        # A single number, which has no axis, is taken as a vector.
+        infinite, matrices = entry.geometry.infinite or (False,), block.matrices
+        grows_a = any(infinite[axis] for axis in matrices.in_axes)
+        grows_b = any(infinite[axis] for axis in matrices.out_axes)
+        return grows_a, grows_b
 
     def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
         """Return the name of the slot of one factor, which is new or that of an earlier block."""
@@ -324,21 +332,14 @@ class Kronecker:
                     found.setdefault(number, []).append(slot)
         return found
 
-    def refresh(
-        self,
-        dampings: Mapping[str, float | Tensor],
-        due: Mapping[int, Sequence[int]],
-        given: Container[str] | None = None,
-    ) -> None:
+    def refresh(self, dampings: Mapping[str, float | Tensor], due: Mapping[int, Sequence[int]]) -> None:
         """Recompute inverse roots, those of a bank together.
 
         Args:
             dampings: Damping of each parameter.
             due: Result of `due`.
-            given: Parameters whose damping is what it says; that of the others grows where a batch has few
-                rows. None for all.
         """
-        rho = self._damp(dampings, given)
+        rho = self._damp(dampings)
         relative = self.roots.damping.mode == "eigen"
         for number, slots in due.items():
             power = self.roots.power("b" if self._is_output(number) else "a")
@@ -366,7 +367,7 @@ class Kronecker:
         sides = lineup.sides(self._traces(lineup, remembered=True), None)
         return (sides.trace_b / sides.scale_b).amax()
 
-    def _damp(self, dampings: Mapping[str, float | Tensor], given: Container[str] | None) -> list[Tensor]:
+    def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         settings = self.roots.damping
         rho: list[Tensor] = [bank.state["weight"] for bank in self._all]
@@ -375,12 +376,11 @@ class Kronecker:
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
-            by_rows = None
-            if given is not None:
-                rows = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
-                rows = rows / self.ranks.alike
-                by_rows = lineup.growth_by_rows(rows, given)
-            sides = lineup.sides(traces, dampings, by_rows)
+            rows = None
+            if lineup.looks_at_rows:
+                counted = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
+                rows = counted / self.ranks.alike
+            sides = lineup.sides(traces, dampings, rows)
             rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
