@@ -40,8 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
+from benchmarks.char_transfer import search
+from benchmarks.evidence_report import STUDENT
 from benchmarks.log import RESULTS, Log, commit
 from examples.data import fashion_mnist
+from mupass._study.slopes import fit
 
 BASE, WIDTHS = 64, (64, 128, 256, 512, 1024)
 IMAGES, SAMPLES, BATCH, CLASSES = 1024, 256, 64, 10
@@ -57,7 +60,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 STARTS = {"kfac": -6, "shampoo": -6, "adamw": -7}  # powers of 2 that the grids start from
 LAYERS = ("first", "hidden", "readout")
 THEORY = {"A": (0, 1, 1), "B": (-1, -1, 0)}
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by seeds
 KEY = ("kind", "optimizer", "parameterization", "width", "power", "seed")
 Data = tuple[Tensor, Tensor]
 
@@ -178,67 +180,52 @@ def run_alignment(optimizer: str, power: int, seed: int, data: Data) -> dict[str
     return {"aligned": found}
 
 
-def best_power(log: Log, optimizer: str, parameterization: str) -> int | None:
-    """Return the best power of seed 0; None before any was run."""
-    rows = log.some(kind="loss", optimizer=optimizer, parameterization=parameterization)
-    if not rows:
-        return None
-    best = min(rows, key=lambda row: (row["loss"], row["power"]))
-    return int(best["power"])
-
-
-def next_power(log: Log, optimizer: str, parameterization: str) -> int | None:
-    """Return the rate that the grid needs next; None where its best one is bracketed."""
-    best = best_power(log, optimizer, parameterization)
-    if best is None:
-        return STARTS[optimizer]
-    rows = log.some(kind="loss", optimizer=optimizer, parameterization=parameterization)
-    done = {row["power"] for row in rows}
-    for power in (best - 1, best + 1):
-        if power not in done and power in POWERS:
-            return power
-    return None
-
-
 def work_off(log: Log, cells: Sequence[tuple[str, str]], seeds: range, data: Data) -> None:
     """Do what is missing."""
 
-    def add(make: Callable[..., dict[str, Any]], *arguments: Any, **key: Any) -> None:
-        if log.get(**key) is None:
+    def line(make: Callable[..., dict[str, Any]], *arguments: Any, **key: Any) -> dict[str, Any]:
+        """Return a run's line, which is made now if it is not there."""
+        found = log.get(**key)
+        if found is None:
             start = time.process_time()
             result = make(*arguments, data)
             spent = round(time.process_time() - start, 2)
-            log.add({**key, **result, "cpu_seconds": spent, "commit": commit()})
+            found = {**key, **result, "cpu_seconds": spent, "commit": commit()}
+            log.add(found)
+        return found
 
     for optimizer, parameterization in cells:
         key: dict[str, Any] = {"optimizer": optimizer, "parameterization": parameterization}
-        while (power := next_power(log, optimizer, parameterization)) is not None:
-            tuning = {"kind": "loss", "width": BASE, "power": power, "seed": 0}
-            add(run_loss, optimizer, parameterization, power, 0, **key, **tuning)
-        best = best_power(log, optimizer, parameterization)
+
+        def loss(lr: float, key: Mapping[str, Any] = key) -> float:
+            power = round(math.log2(lr))
+            if power not in POWERS:
+                return math.inf
+            at = {"kind": "loss", "width": BASE, "power": power, "seed": 0}
+            words = (key["optimizer"], key["parameterization"], power, 0)
+            return float(line(run_loss, *words, **key, **at)["loss"])
+
+        best = round(math.log2(search(loss, 2.0 ** STARTS[optimizer], 2).best))
         for seed in seeds:
             at = {"power": best, "seed": seed}
             for width in WIDTHS:
                 words = (optimizer, parameterization, width, best, seed)
-                add(run_features, *words, kind="features", width=width, **key, **at)
+                line(run_features, *words, kind="features", width=width, **key, **at)
             if parameterization == "mup":
-                add(run_alignment, optimizer, best, seed, kind="alignment", width=ALIGNED_WIDTH, **key, **at)
+                line(run_alignment, optimizer, best, seed, kind="alignment", width=ALIGNED_WIDTH, **key, **at)
         print(f"{optimizer}/{parameterization} at 2^{best}", flush=True)
 
 
 def slope(values: Mapping[int, float]) -> float:
     """Return the slope of the logarithm against that of the width."""
-    x, y = ([math.log(number) for number in part] for part in (values.keys(), values.values()))
-    mean_x, mean_y = fmean(x), fmean(y)
-    along = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return along / sum((a - mean_x) ** 2 for a in x)
+    return fit(list(values), [[value] for value in values.values()]).power
 
 
 def interval(values: Sequence[float]) -> str:
     """Write the mean over seeds and its 95 % interval."""
     if len(values) < 2:
         return f"{fmean(values):+.2f}"
-    half = T_95.get(len(values), 1.96) * stdev(values) / math.sqrt(len(values))
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
     return f"{fmean(values):+.2f} ± {half:.2f}"
 
 
@@ -324,7 +311,7 @@ def alignment_table(log: Log) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="optimizer/parameterization")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, max(STUDENT) + 1))
     parser.add_argument("--table", action="store_true", help="print the tables of what was run")
     parser.add_argument("--data", help="folder with Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=RESULTS / "paper.jsonl")
