@@ -205,11 +205,36 @@ def settle_inserted(verdicts: Verdicts) -> None:
     Ranks of adapters and bottlenecks that are put into a trained model: they lead back into its own widths.
     A new readout on top of it does not.
     """
+    space = verdicts.space
+    frozen = _frozen_dims(verdicts)
+    made_of, read_into = _around_trained(verdicts)
+
+    def may_grow(dim: int) -> bool:
+        return verdicts.is_open(dim) or verdicts.grows(dim)
+
+    # y = W x + B (A x) with W frozen: a rank is made of what W reads, and read into what W makes.
+    for rank in sorted(filter(verdicts.is_open, made_of.keys() & read_into.keys() - frozen)):
+        sources = set(filter(may_grow, made_of[rank]))
+        around = sources | set(filter(may_grow, read_into[rank]))
+        narrow = around and space.size(rank) < min(map(space.size, around))
+        if narrow and sources | read_into[rank] <= frozen:
+            why = "policy: narrower than the frozen weights around it, which alone it leads from and to"
+            verdicts.settle([rank], Verdict(False, why, True))
+
+
+def _frozen_dims(verdicts: Verdicts) -> set[int]:
+    """Return the dims that frozen parameters have."""
     space, facts = verdicts.space, verdicts.facts
-    frozen = set()
+    found = set()
     for (parameter, _), dim in facts.carried.items():
         if parameter in facts.frozen:
-            frozen.add(space.find(dim))
+            found.add(space.find(dim))
+    return found
+
+
+def _around_trained(verdicts: Verdicts) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Return, for every dim, what trained weights make it of, and what they make of it."""
+    space, facts = verdicts.space, verdicts.facts
     made_of: dict[int, set[int]] = defaultdict(set)
     read_into: dict[int, set[int]] = defaultdict(set)
     for found in facts.uses:
@@ -221,18 +246,7 @@ def settle_inserted(verdicts: Verdicts) -> None:
             made_of[dim] |= fan_in
         for dim in fan_in:
             read_into[dim] |= fan_out
-
-    def is_fixed(dim: int) -> bool:
-        return not (verdicts.is_open(dim) or verdicts.grows(dim))
-
-    # y = W x + B (A x) with W frozen: a rank is made of what W reads, and read into what W makes.
-    for rank in sorted(filter(verdicts.is_open, made_of.keys() & read_into.keys() - frozen)):
-        sources = {dim for dim in made_of[rank] if not is_fixed(dim)}
-        around = [dim for dim in sources | read_into[rank] if not is_fixed(dim)]
-        narrow = around and space.size(rank) < min(map(space.size, around))
-        if narrow and sources | read_into[rank] <= frozen:
-            why = "policy: narrower than the frozen weights around it, which alone it leads from and to"
-            verdicts.settle([rank], Verdict(False, why, True))
+    return made_of, read_into
 
 
 def settle_rests(verdicts: Verdicts) -> None:

@@ -282,6 +282,11 @@ def _product(reading: _Reading) -> Found | None:
     # What is left of convolutions has a transposed kernel, or a parameter where the activation is.
     if reading.convolves:
         return reading.refused("does not use it as it is")
+    return _factor(reading, factors)
+
+
+def _factor(reading: _Reading, factors: list[Any]) -> Found:
+    """Return how a product of tensors uses a parameter that is one of them."""
     places, others = reading.places(factors), reading.others(factors)
     if len(places) != 1 or len(others) != 1 or len(factors) != 2:
         return reading.refused("multiplies it with itself or with several tensors")

@@ -149,7 +149,9 @@ def check_plan(
     _positive("width", width)
     _positive("base_width", base_width)
     _positive("depth", depth)
-    names = [name for e in entries for name in (e.geometry.name, *e.geometry.aliases)]
+    names: list[str] = []
+    for entry in entries:
+        names += (entry.geometry.name, *entry.geometry.aliases)
     for what, many in (("parameter", names), ("branch", branches)):
         twice = [name for name, count in Counter(many).items() if count > 1]
         if twice:

@@ -152,6 +152,14 @@ class _Maker:
         _refuse_formless(sites)
         if len(sites) < len(geometry.sites):
             raise _Uncovered("it is a weight here and a bias there")
+        return self._by_kind(geometry, sites, kinds)
+
+    def _by_kind(self, geometry: Geometry, sites: Sequence[Site], kinds: set[str]) -> Block:
+        """Cover a parameter by the form that the kinds of its uses have in common.
+
+        Raises:
+            _Uncovered: They have none.
+        """
         uses = {(site.in_axes, site.out_axes) for site in sites}
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
@@ -177,9 +185,8 @@ class _Maker:
         except _Uncovered:
             if not self._has_own_tap(geometry):
                 raise
-            return self._vector(
-                geometry, [replace(site, kind="shift", out_axes=(0,)) for site in geometry.sites]
-            )
+            shifts = [replace(site, kind="shift", out_axes=(0,)) for site in geometry.sites]
+            return self._vector(geometry, shifts)
         scales = {site.scale for site in geometry.sites}
         if len(scales) > 1:
             raise _Uncovered("its uses multiply it by different numbers")

@@ -212,7 +212,14 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _elementwise(output, *args, "gain")
     if func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, *args, "shift")
-    # w.t(), w.float(), w[:]: what comes out is still the parameter to those who read it.
+    return _viewed(func, args, kwargs, output)
+
+
+def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Return the output of a function; of ``w.t()``, ``w.float()``, ``w[:]`` as a view that knows its tap.
+
+    What comes out of these is still the parameter to those who read it.
+    """
     source: Any = args[0] if args else kwargs.get("input")
     if _taps(source) is None or not isinstance(output, Tensor):
         return output
@@ -471,16 +478,15 @@ def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any
     names = CALLED_TRANSPOSED if transposed else CALLED
     bound = by_name(names, args, kwargs)
     x, weight = bound["input"], bound["weight"]
-    output = _shifted(output, x, bound.get("bias"), 1 - bound["weight"].dim())
-    if _taps(weight) is None or "conv" not in _taps(weight):  # type: ignore[operator]
+    output = _shifted(output, x, bound.get("bias"), 1 - weight.dim())
+    if "conv" not in (_taps(weight) or {}):
         return output
     shape = _shape(weight)
     in_order = tuple(range(len(shape)))
     rows = _view(weight) == RESHAPED and not transposed and weight.shape[0] == shape[0]
     if _view(weight) != in_order and not rows:
         return output
-    form: Form = Convolution.called(weight, bound, transposed)
-    return _through(output, x, _taps(weight), "conv", form)
+    return _through(output, x, _taps(weight), "conv", Convolution.called(weight, bound, transposed))
 
 
 def _shifted(output: Tensor, x: Any, bias: Any, axis: int) -> Tensor:
