@@ -110,20 +110,13 @@ def transform(
             raise PlanError("depth= multiplies branches, which would change what a trained model computes")
         plan = make_plan(model, analysis, spec, parameterization, init, depth, trained)
         plan = replace(plan, decided=optimizer is not None)
-        alerts = [warning for warning in plan.warnings if warning not in plan.notes]
+        alerts = _alerts_of(plan)
     else:
         given = {"example_inputs": example_inputs, "dims": dims, "depth": depth, "base": base}
         _refuse_settled(plan, given, parameterization)
         if optimizer is not None:
             plan = plan.for_optimizer(optimizer)
-        if _is_resized(plan, model):
-            plan = _at_width_of(plan, model, init, trained)
-            alerts = [warning for warning in plan.warnings if warning not in plan.notes]
-        elif init != "auto":
-            raise PlanError("plan= settles init; leave out one or the other")
-        else:
-            plan.check(model)
-            alerts = [] if trained else _late(model, plan.entries)
+        plan, alerts = _fitted(plan, model, init, trained)
     check_rewritable(model, plan)  # what is refused is not warned of as well
     if not trained:
         alerts += _learned(model, plan, init)
@@ -213,6 +206,26 @@ def _entries(
     if not trained:
         warnings += _late(model, entries)
     return entries, warnings
+
+
+def _alerts_of(plan: Plan) -> list[str]:
+    """Return the warnings of a new plan that are not for a report alone."""
+    return [warning for warning in plan.warnings if warning not in plan.notes]
+
+
+def _fitted(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> tuple[Plan, list[str]]:
+    """Return a given plan for a model of its own width or of another, and what is to be warned of.
+
+    Raises:
+        PlanError: It is of another architecture, or settles what was given besides.
+    """
+    if _is_resized(plan, model):
+        plan = _at_width_of(plan, model, init, trained)
+        return plan, _alerts_of(plan)
+    if init != "auto":
+        raise PlanError("plan= settles init; leave out one or the other")
+    plan.check(model)
+    return plan, [] if trained else _late(model, plan.entries)
 
 
 def _is_resized(plan: Plan, model: nn.Module) -> bool:
