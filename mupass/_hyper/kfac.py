@@ -162,9 +162,13 @@ class FollowingStack(FactorStack):
             seen[self.slot[key] : self.slot[key] + len(several)] = counts > 0
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         self.changed()
-        peak = self.state["peak"]
-        self.state["peak"] = torch.where(seen, torch.maximum(peak * memory, self.traces()), peak)
-        self.state |= {"recent": torch.stack(largest), "rows": torch.stack(rows)}
+        peak, highest, traces = self.state["peak"], self.state["highest"], self.traces()
+        self.state |= {
+            "peak": torch.where(seen, torch.maximum(peak * memory, traces), peak),
+            "highest": torch.maximum(highest, traces),
+            "recent": torch.stack(largest),
+            "rows": torch.stack(rows),
+        }
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots, see `FactorStack`."""

@@ -61,7 +61,7 @@ class KFAC(PlannedOptimizer):
         model: A transformed model, compiled or wrapped or not.
         lr: Learning rate at the base width.
         damping: Damping; by default relative to the trace of each factor, so it means the same at all widths.
-            None is 1e-3, and on sides that grow with width ``1e-3 (256 / rows)^2``, up to 1e-2, in layers
+            None is 1e-3, and on sides that grow with width ``1e-3 (256 / rows)^2``, up to 6e-3, in layers
             that see fewer than 256 rows in a step (samples, or their positions), tables apart. A number is
             taken as it is, as those of ``overrides`` are. In the absolute modes None is 1e-3.
         e_a: Power of A; 0 leaves the input side out (and does not collect it).
@@ -85,7 +85,8 @@ class KFAC(PlannedOptimizer):
         damping_floor: Smallest trace of B that trace damping reckons with, relative to the largest one; for
             queries and keys, whose gradients are small at first, and branches behind a gate of zero.
         damping_memory: What a step leaves of the largest trace (``eigen``: eigenvalue) of B seen so far, to
-            which damping of B is relative: without it, steps grow as the loss goes to zero. 0 forgets it.
+            which damping of B is relative: without it, steps grow as the loss goes to zero. It does not fade
+            below 1e-4 of the largest one ever. 0 forgets it at once.
         step_bound: Bound on the root mean square of the change that a step makes to a layer's outputs by its
             weight, or by its bias, as A tells it; longer directions are shortened. It means the same at all
             widths. Parameters without a factor A (``e_a=0``) have none. None turns it off.

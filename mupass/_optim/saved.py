@@ -15,12 +15,12 @@ from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
 from mupass._parallel import is_sharded, local, sharded_like
 
-VERSION = 4
+VERSION = 5
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {**BOUNDS, "eps": math.inf, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
-POSITIVE = ("weight", "weights", "rows", "square", "peak", "recent", "rooted", "rho", "values", "sum")
+POSITIVE = ("weight", "weights", "rows", "square", "peak", "highest", "recent", "rooted", "rho", "values", "sum")
 
 
 def saved_kind(name: str, spec: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 RELATIVE = ("trace", "eigen")
 MODES = (*RELATIVE, "absolute", "pi")
 # Rows of a step from which relative damping is what it says, and by how much it grows at most below.
-ROWS, MOST = 256, 10.0
+ROWS, MOST = 256, 6.0
 FLOOR = 1e-7  # of pi-damping's traces, as in Martens & Grosse's reference code
 
 

@@ -17,6 +17,11 @@ from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
 AT_ONCE = 2**21
 # The same for what is only read and multiplied: as much as stays in a cache.
 IN_CACHE = 2**18
+# The largest trace that is remembered fades, but not below this part of the largest one ever.
+# An empirical B falls with the square of the gradient, so a direction grows like the inverse of the gradient:
+# without memory a network that has solved its task is thrown out of its minimum, however late.
+# The part is small: nothing changes until gradients have fallen by a factor of 100.
+NEVER_BELOW = 1e-4
 Slots = slice | Tensor
 
 
@@ -34,6 +39,7 @@ class FactorStack:
             corrected for their start from zero; ``root`` inverse roots of the same shape; ``weight`` the
             total weight of what was averaged; ``rows`` the number of rows of the last observation; ``peak``
             the largest trace of an average, and ``recent`` that of a single observation, both of which fade;
+            ``highest`` the largest trace of an average ever, which does not;
             ``rooted`` the trace, and ``rho`` the damping, when the root was computed.
         failed: ``[K]`` number of factorizations that failed, and ``overflowed`` of observations that were
             not finite, since they were last reported; ``vanished`` of roots that were computed of a factor
@@ -48,7 +54,7 @@ class FactorStack:
         self.slot = {key: number for number, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
-        numbers = {name: self._zeros() for name in ("weight", "rows", "peak", "recent", "rooted", "rho")}
+        numbers = {name: self._zeros() for name in ("weight", "rows", "peak", "highest", "recent", "rooted", "rho")}
         self.state = {**self._matrices(), **numbers}
         self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
         self.fresh: set[int] = set()
@@ -102,8 +108,9 @@ class FactorStack:
             self.state["rows"][at] = torch.where(counts, rows, self.state["rows"][at])
             self._divisors = None
             # Both peaks fade, each at its own pace, unless the new trace is larger.
-            peak = self.state["peak"][at]
-            torch.maximum(peak * (1 - (1 - memory) * kept), self._trace(at), out=peak)
+            peak, highest, trace = self.state["peak"][at], self.state["highest"][at], self._trace(at)
+            torch.maximum(peak * (1 - (1 - memory) * kept), trace, out=peak)
+            torch.maximum(highest, trace, out=highest)
             recent = self.state["recent"][at]
             jump = torch.where(counts, traces, 0.0)
             torch.maximum(recent * (1 - (1 - decay) * kept), jump, out=recent)
@@ -193,9 +200,14 @@ class FactorStack:
         same = (self.traces() == self.state["rooted"]) & (self.state["weight"] > 0)
         self.fresh = set(same.nonzero().flatten().tolist())
 
+    def remembered(self) -> Tensor:
+        """Return the largest trace of every factor so far, ``[K]``, as far as it has not faded."""
+        lasting = NEVER_BELOW * self.state["highest"]
+        return torch.maximum(torch.maximum(self.traces(), self.state["peak"]), lasting)
+
     def memory(self) -> Tensor:
         """Return by how much the largest trace remembered exceeds the present one, ``[K]``, at least 1."""
-        now, peak = self.traces(), self.state["peak"]
+        now, peak = self.traces(), self.remembered()
         # Divided where it is taken only: a quotient by zero has the derivative NaN even where it is left out.
         alive, one = now > 0, torch.ones_like(now)
         return torch.where(alive, peak / torch.where(alive, now, one), one).clamp(min=1.0)

@@ -356,10 +356,8 @@ class Kronecker:
         traces = []
         for number in lineup.banks:
             bank = self._all[number]
-            trace = bank.traces()
-            if remembered and self.roots.damping.memory > 0 and self._is_output(number):
-                trace = torch.maximum(trace, bank.state["peak"])
-            traces.append(trace)
+            fades = remembered and self.roots.damping.memory > 0 and self._is_output(number)
+            traces.append(bank.remembered() if fades else bank.traces())
         return torch.cat(traces)
 
     def _largest(self, lineup: Lineup) -> Tensor:
