@@ -20,7 +20,19 @@ VERSION = 5
 NUMBERS = {**BOUNDS, "eps": math.inf, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
-POSITIVE = ("weight", "weights", "rows", "square", "peak", "highest", "recent", "rooted", "rho", "values", "sum")
+POSITIVE = (
+    "weight",
+    "weights",
+    "rows",
+    "square",
+    "peak",
+    "highest",
+    "recent",
+    "rooted",
+    "rho",
+    "values",
+    "sum",
+)
 
 
 def saved_kind(name: str, spec: str) -> str:

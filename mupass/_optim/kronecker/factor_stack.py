@@ -54,7 +54,9 @@ class FactorStack:
         self.slot = {key: number for number, key in enumerate(keys)}
         self.size, self.diagonal = shape[-1], len(shape) == 1
         self.dtype, self.device = dtype, device
-        numbers = {name: self._zeros() for name in ("weight", "rows", "peak", "highest", "recent", "rooted", "rho")}
+        numbers = {
+            name: self._zeros() for name in ("weight", "rows", "peak", "highest", "recent", "rooted", "rho")
+        }
         self.state = {**self._matrices(), **numbers}
         self.failed, self.overflowed, self.vanished = self._zeros(), self._zeros(), self._zeros()
         self.fresh: set[int] = set()
