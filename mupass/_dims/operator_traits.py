@@ -17,6 +17,7 @@ class Trait(Flag):
             differ from device to device.
         DETACHES: ``x`` as it is, and no gradient passes.
         RESHAPES: The entries of ``x`` in other axes.
+        KEEPS_ORDER: The entries of ``x`` in their row-major order, under another shape.
         DROPS_OUT: ``x`` with some entries zero and the others larger.
         LIMITS: ``x`` within bounds that keep it from zero or from infinity.
         LARGER: The larger of two operands, entry by entry.
@@ -40,6 +41,7 @@ class Trait(Flag):
     COPIES = auto()
     DETACHES = auto()
     RESHAPES = auto()
+    KEEPS_ORDER = auto()
     DROPS_OUT = auto()
     LIMITS = auto()
     LARGER = auto()
@@ -66,11 +68,14 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
     (Trait.COPIES, "float _assert_tensor_metadata"),
     # The same values, cut off from gradients.
     (Trait.DETACHES | Trait.HOMOGENEOUS, "detach"),
-    # The same values in other axes.
+    # The same values in other axes: cut anew, or in another order.
+    (
+        Trait.RESHAPES | Trait.KEEPS_ORDER | Trait.HOMOGENEOUS,
+        "view _unsafe_view view_as reshape reshape_as flatten unflatten squeeze unsqueeze",
+    ),
     (
         Trait.RESHAPES | Trait.HOMOGENEOUS,
-        "view _unsafe_view view_as reshape reshape_as flatten unflatten squeeze unsqueeze transpose "
-        "permute t numpy_T movedim moveaxis swapaxes swapdims expand expand_as",
+        "transpose permute t numpy_T movedim moveaxis swapaxes swapdims expand expand_as",
     ),
     # Some of the values, or each several times.
     (

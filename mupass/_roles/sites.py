@@ -21,10 +21,6 @@ CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
-RESHAPES = (
-    "aten.reshape aten.view aten._unsafe_view aten.reshape_as aten.view_as aten.flatten aten.unflatten "
-    "aten.squeeze aten.unsqueeze"
-).split()
 SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
 # For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
 # another shape.
@@ -188,7 +184,8 @@ def _passed_on(reading: _Reading) -> _Reading | None:
         return reading
     in_order = reading.untransposed or reading.view is None
     # w.reshape(1, len(w), -1), w.flatten(1), w[None]: the entries stay in their order.
-    if reading.name in RESHAPES and in_order and reading.places(operator.args) == [0]:
+    keeps_order = traits(reading.name) & Trait.KEEPS_ORDER
+    if keeps_order and in_order and reading.places(operator.args) == [0]:
         same = _shape(operator) == shape
         return replace(reading, view=tuple(range(len(shape))) if same else None)
     return None
@@ -465,7 +462,7 @@ def _weight_behind(node: Any) -> Any:
         node: An operand.
     """
     behind = root_of(node)
-    while isinstance(behind, Node) and _name(behind) in RESHAPES:
+    while isinstance(behind, Node) and traits(_name(behind)) & Trait.KEEPS_ORDER:
         behind = root_of(behind.args[0])
     return behind
 

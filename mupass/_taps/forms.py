@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from mupass._taps.correlation import patch_gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Arguments of a convolution with a number for each position axis, and what they are where they are not given.
+SPREAD = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 # Where a correlation is faster than patches: with fewer channels, or more taps, its products are small.
 CHANNELS, TAPS = 16, 27
 
@@ -62,29 +64,8 @@ class Convolution:
             arguments: Others that the function was given, by name.
             transposed: Whether it is one of ``F.conv_transpose2d`` and the like.
         """
-        kernel, groups = tuple(weight.shape[2:]), arguments.get("groups", 1)
-        spread = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-        sizes = {}
-        for name, default in spread.items():
-            value = arguments.get(name, default)
-            if isinstance(value, int):
-                value = (value,) * len(kernel)
-            elif not isinstance(value, str):  # "same" and "valid" stay
-                value = tuple(value) * (len(kernel) // len(value))
-            sizes[name] = value
-        pads = _pads(kernel, sizes["padding"], sizes["dilation"])
-        if transposed:
-            pads = _transposed_pads(kernel, sizes["padding"], sizes["dilation"], sizes["output_padding"])
-        return Convolution(
-            groups,
-            weight.shape[1] if transposed else weight.shape[0] // groups,
-            kernel,
-            sizes["stride"],
-            pads,
-            sizes["dilation"],
-            "constant",
-            transposed,
-        )
+        outputs = weight.shape[1] if transposed else weight.shape[0] // arguments.get("groups", 1)
+        return _described(tuple(weight.shape[2:]), outputs, arguments, transposed)
 
     @staticmethod
     def of(module: Any) -> Convolution:
@@ -93,25 +74,14 @@ class Convolution:
         Args:
             module: One of `CONVOLUTIONS` or `TRANSPOSED`.
         """
-        transposed = isinstance(module, TRANSPOSED)
-        pads = _pads(module.kernel_size, module.padding, module.dilation)
-        if transposed:
-            pads = _transposed_pads(
-                module.kernel_size, module.padding, module.dilation, module.output_padding
-            )
+        # The module's weight is not asked for its shape: a parametrization would compute it.
+        arguments = {name: getattr(module, name) for name in (*SPREAD, "groups")}
+        outputs = module.out_channels // module.groups
+        form = _described(tuple(module.kernel_size), outputs, arguments, isinstance(module, TRANSPOSED))
         padding_mode = str(module.padding_mode)
         if padding_mode == "zeros":
             padding_mode = "constant"  # as F.pad calls it
-        return Convolution(
-            module.groups,
-            module.out_channels // module.groups,
-            tuple(module.kernel_size),
-            tuple(module.stride),
-            pads,
-            tuple(module.dilation),
-            padding_mode,
-            transposed,
-        )
+        return replace(form, padding_mode=padding_mode)
 
     def input_rows(self, x: Tensor) -> Tensor:
         """Unfold patches: ``[groups, batch, positions, channels of a group x kernel]``.
@@ -184,6 +154,40 @@ class Convolution:
         gradients = self._batched(g).unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
         rows = gradients.flatten(3).permute(1, 2, 0, 3)  # [groups, channels, batch, positions]
         return rows.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
+
+
+def _described(
+    kernel: tuple[int, ...], outputs: int, arguments: Mapping[str, Any], transposed: bool
+) -> Convolution:
+    """Return the form of a convolution that pads with zeros.
+
+    Args:
+        kernel: Kernel sizes.
+        outputs: Channels of one of its groups.
+        arguments: Groups, stride, padding and so on, those that are given; one number stands for all axes.
+        transposed: Whether it is transposed.
+    """
+    sizes = {}
+    for name, default in SPREAD.items():
+        value = arguments.get(name, default)
+        if isinstance(value, int):
+            value = (value,) * len(kernel)
+        elif not isinstance(value, str):  # "same" and "valid" stay
+            value = tuple(value) * (len(kernel) // len(value))
+        sizes[name] = value
+    padding = _pads(kernel, sizes["padding"], sizes["dilation"])
+    if transposed:
+        padding = _transposed_pads(kernel, sizes["padding"], sizes["dilation"], sizes["output_padding"])
+    return Convolution(
+        groups=arguments.get("groups", 1),
+        outputs=outputs,
+        kernel=kernel,
+        stride=sizes["stride"],
+        padding=padding,
+        dilation=sizes["dilation"],
+        padding_mode="constant",
+        transposed=transposed,
+    )
 
 
 def _pads(kernel: Sequence[int], given: Any, dilation: Sequence[int]) -> tuple[int, ...]:

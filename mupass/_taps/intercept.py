@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.variables.torch import get_overridable_functions
 
+from mupass._dims.operator_traits import TRAITS, Trait
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
@@ -72,10 +73,19 @@ SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
-RESHAPES = (
-    *(T.reshape, torch.reshape, T.view, T.reshape_as, T.view_as, T.flatten, torch.flatten, T.unflatten),
-    *(torch.unflatten, T.squeeze, torch.squeeze, T.unsqueeze, torch.unsqueeze),
-)
+
+
+def _functions(trait: Trait) -> tuple[Any, ...]:
+    """Return the functions of torch and the methods of tensors that do what a trait says."""
+    found = []
+    for name, what in TRAITS.items():
+        if what & trait:
+            found += [getattr(holder, name) for holder in (T, torch) if hasattr(holder, name)]
+    return tuple(found)
+
+
+# w.reshape(...), torch.flatten(w, 1). A tuple of functions, for Dynamo does not follow a look-up of traits.
+RESHAPES = _functions(Trait.KEEPS_ORDER)
 
 
 class _Intercepted:
