@@ -52,11 +52,13 @@ def capture(
     try:
         if failed is not None:
             raise failed
+        # torch.func.vmap hides the batch axis from the operators: their shapes would lack an axis.
         found = export(model, args, kwargs)
         if runs_vmap(found.nodes):
             raise CaptureError("it runs vmap of torch.func")
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         found = record(model, args, kwargs, canonical, aliases, error)
+    # Frozen parameters are in the graph as all others; optimizers ask for them by name.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return replace(found, frozen=frozenset(frozen))
 
@@ -82,6 +84,7 @@ def _from_export(
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     parameters, buffers = {}, {}
     for name, parameter in signature.inputs_to_parameters.items():
+        # Placeholders of all names of a tied parameter stand for its first name.
         parameters[placeholders[name]] = canonical[parameter]
     for name, buffer in signature.inputs_to_buffers.items():
         buffers[placeholders[name]] = buffer
@@ -89,6 +92,7 @@ def _from_export(
     tensors = [name for name in signature.user_inputs if isinstance(name, str) and name in placeholders]
     inputs = {placeholders[name]: name for name in tensors}
     states = tuple(node for node in placeholders.values() if node not in parameters and node not in inputs)
+    # This inlines graphs, and so changes which operators there are: it comes first.
     outputs = _outputs(program)
     operators = tuple(node for node in program.graph.nodes if node.op == "call_function")
     owners = {node: _owner(node) for node in operators}
@@ -102,6 +106,7 @@ def _outputs(program: Any) -> tuple[tuple[str, Node], ...]:
     """Name what the model returns among all outputs, and tidy the graph on the way."""
     user_outputs = program.graph_signature.user_outputs
     paths = _output_paths(program, len(user_outputs))
+    # Outputs also hold buffers that the model updates: those have no path.
     path_of = dict(zip(map(str, user_outputs), paths, strict=False))
     output = next(node for node in program.graph.nodes if node.op == "output")
     places = []
@@ -118,6 +123,7 @@ def _numbers(program: Any, placeholders: Mapping[str, Node]) -> dict[Node, float
     """Return the buffers and constants that hold a single number."""
     signature = program.graph_signature
     values = {**program.state_dict, **program.constants}
+    # A number in the code, torch.tensor(0.5) say, is lifted to a constant; so d**-0.5 may stand in a buffer.
     sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     numbers = {}
     for name, source in sources.items():
@@ -132,6 +138,7 @@ def _owner(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
+    # The stack goes from the root inwards.
     name = list(stack.values())[-1][0]
     return str(name).split("@")[0]
 

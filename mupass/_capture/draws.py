@@ -28,6 +28,7 @@ def settled_draws() -> Iterator[None]:
     numpy = sys.modules.get("numpy")  # no model draws from a module that is not loaded
     state = random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack, torch.random.fork_rng(devices=[]):
+        # Code looks these functions up when it draws, so that patches on the modules reach it.
         for owner, name, make in _places(numpy):
             stack.enter_context(patch.object(owner, name, make(getattr(owner, name))))
         random.seed(0)
@@ -37,6 +38,7 @@ def settled_draws() -> Iterator[None]:
         try:
             yield
         finally:
+            # Draws of the capture leave no trace in the caller's random state.
             random.setstate(state[0])
             if numpy:
                 numpy.random.set_state(state[1])
@@ -56,6 +58,7 @@ def _places(numpy: Any) -> list[tuple[Any, str, Callable[[Any], Any]]]:
 
 def _unit(draw: Callable[..., Any]) -> Callable[..., Any]:
     def drawn(*size: Any, **kwargs: Any) -> Any:
+        # random.random(), numpy.random.rand(): one number, compared with a rate.
         return draw(*size, **kwargs) if size or kwargs else HIGH
 
     return drawn
@@ -66,6 +69,7 @@ def _between(draw: Callable[..., Any]) -> Callable[..., Any]:
         value = draw(*bounds, **kwargs)
         if not isinstance(value, float) or kwargs:
             return value
+        # random.uniform(low, high), numpy.random.uniform(): the upper end of its own range.
         low = bounds[0] if bounds else 0.0
         high = bounds[1] if len(bounds) > 1 else 1.0
         return float(low + HIGH * (high - low))
@@ -75,6 +79,7 @@ def _between(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tensor(draw: Callable[..., Any]) -> Callable[..., Any]:
     def drawn(*size: Any, **kwargs: Any) -> Any:
+        # torch.rand([]), torch.rand(()): one number, compared with a rate.
         if size and all(isinstance(x, (tuple, list)) and not x for x in size):
             # A constant, so that the comparison with the rate can be taken without a run on real values.
             return torch.tensor(HIGH, dtype=kwargs.get("dtype"))

@@ -81,6 +81,7 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[s
                 f"{name} has no shape yet (a lazy module); "
                 "run the model once on example inputs, then call mupass"
             )
+        # Two names of one tensor are one parameter: the first name stands for both.
         canonical[name] = first.setdefault(id(parameter), name)
     if not canonical:
         raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
@@ -116,8 +117,10 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
     """
 
     def plain(value: Any) -> Any:
+        # The tensors that the loss is made of, and what export takes besides them.
         if isinstance(value, (Tensor, *KNOWN)):
             return value
+        # ModelOutput of transformers and the like: every field by itself.
         if dataclasses.is_dataclass(value):
             return {f.name: tree_map(plain, getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {n: x for n, x in getattr(value, "__dict__", {}).items() if isinstance(x, Tensor)} or None
@@ -151,6 +154,7 @@ def runs_vmap(nodes: Iterable[Node]) -> bool:
     """Whether operators are framed by calls of vmap of torch.func, which hide an axis from them.
 
     Args:
+        # vmap wraps its argument by this function, which export and make_fx record as a node.
         nodes: Nodes of a graph.
     """
     return any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in nodes)

@@ -30,7 +30,9 @@ def inline_contexts(module: GraphModule) -> None:
 def _inline(module: GraphModule, node: Node, at: int) -> None:
     source: Any = node.args[at]
     inner: GraphModule = getattr(module, source.target)
+    # Contexts may be nested: no_grad inside of autocast.
     inline_contexts(inner)
+    # Placeholders of the inner graph stand for the arguments behind it.
     holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
     copies: dict[Node, Any] = dict(zip(holes, node.args[at + 1 :], strict=True))
     with module.graph.inserting_before(node):
@@ -49,5 +51,6 @@ def _inline(module: GraphModule, node: Node, at: int) -> None:
             user.replace_all_uses_with(copies[result])
             module.graph.erase_node(user)
     module.graph.erase_node(node)
+    # The inner graph may be run from several places.
     if not source.users:
         module.graph.erase_node(source)

@@ -30,6 +30,7 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         pair = tuple(example_inputs)
+        # model(**inputs)
         if len(pair) == 2 and isinstance(pair[0], (tuple, list)) and isinstance(pair[1], Mapping):
             return tuple(pair[0]), dict(pair[1])
         return pair, {}
@@ -55,6 +56,7 @@ def find_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     failures = []
     for args, kwargs in _candidates(model):
         error = try_forward(model, args, kwargs)
+        # The first candidate that runs is taken: they come in the order of trust.
         if error is None:
             return args, kwargs
         failures.append(f"{describe((args, kwargs))}: {error}")
@@ -70,6 +72,7 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Run the model on fake tensors; return the first line of the error, or None."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # Fake tensors have shapes and no data, so that a wrong guess costs no memory.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
@@ -92,14 +95,18 @@ def _candidates(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, A
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     dummy = getattr(model, "dummy_inputs", None)
+    # transformers.PreTrainedModel.dummy_inputs, with and without a cache of keys and values.
     if isinstance(dummy, Mapping):
+        # A cache is an output that export cannot take apart.
         extra = {"use_cache": False} if _accepts(model, "use_cache") else {}
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()}
         yield (), {**moved, **extra}
         yield (), moved
+    # timm models say what images they were made for.
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         yield (torch.zeros(BATCH, *config["input_size"], device=device, dtype=dtype),), {}
+    # Other models are asked by their first layer.
     for first in _first_layers(model):
         for x in _for_layer(first, device, dtype):
             yield (x,), {}
@@ -120,6 +127,7 @@ def _for_layer(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> It
         return torch.zeros(*shape, device=device, dtype=dtype)
 
     if isinstance(layer, nn.Linear):
+        # Rows, or tokens of a sequence.
         yield zeros(BATCH, layer.in_features)
         yield zeros(BATCH, LENGTH, layer.in_features)
     elif isinstance(layer, nn.RNNBase):
@@ -128,5 +136,6 @@ def _for_layer(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> It
         yield torch.zeros(BATCH, LENGTH, dtype=torch.long, device=device)
     elif isinstance(layer, nn.modules.conv._ConvNd):
         rank = len(layer.kernel_size)
+        # Convolutions run at many sizes, but a head behind a flatten fits one of them.
         for size in IMAGE_SIZES if rank == 2 else (64, 32, 16, 256, 1024):
             yield zeros(BATCH, layer.in_channels, *[size] * rank)

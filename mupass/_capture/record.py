@@ -53,9 +53,11 @@ def record(
     first_line = _first_line(reason) or type(reason).__name__
     if any(p.is_meta for p in model.parameters()):
         raise CaptureError(f"torch.export cannot capture {name} on the meta device: {first_line}") from reason
+    # Of a tied parameter one tensor is enough: `tie_weights` gives it to the other names.
     firsts = set(canonical.values())
     state = {n: p.detach() for n, p in model.named_parameters() if n in firsts}
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    # A trace takes a flat list of tensors: other arguments are put back in their places.
     leaves, spec = tree_flatten(fresh_copy((tuple(args), dict(kwargs))))
     tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     paths: list[str] = []
@@ -66,6 +68,7 @@ def record(
             filled[place] = tensor
         given, named = tree_unflatten(filled, spec)
         output = torch.func.functional_call(model, {**parameters, **states}, given, named, tie_weights=True)
+        # What the model returns besides tensors has no place in a graph.
         found = [(path, x) for path, x in tree_flatten_with_path(output)[0] if isinstance(x, Tensor)]
         paths[:] = [path_text(path) for path, _ in found]
         return [x for _, x in found]
@@ -73,6 +76,7 @@ def record(
     def recording(pre_dispatch: bool) -> _Recording:
         callers: dict[str, str] = {}
         backward: set[str] = set()
+        # Above the dispatcher (pre_dispatch) composite operators such as linear stay whole.
         trace = make_fx(
             run, tracing_mode="real", pre_dispatch=pre_dispatch, _error_on_data_dependent_ops=False
         )
@@ -138,8 +142,10 @@ def _lost_in_transforms(module: GraphModule) -> bool:
     """
     if runs_vmap(module.graph.nodes):
         return True
+    # Tensors that the trace has not made stand in the graph as attributes.
     constants = [getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"]
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    # Forward-mode derivatives wrap a tensor together with its tangent.
     duals = (torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default)
     return any(isinstance(x, Tensor) and wrapped(x) for x in constants) or any(
         n.target in duals for n in module.graph.nodes
@@ -168,6 +174,7 @@ def _run_backwards(found: set[str]) -> Iterator[None]:
     plain = torch.autograd.grad
 
     def grad(*args: Any, **kwargs: Any) -> Any:
+        # All nodes that are recorded during the call are the backward pass.
         start = _recorded()
         result = plain(*args, **kwargs)
         mode = get_proxy_mode()
@@ -194,6 +201,7 @@ def _callers(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
     """
     starts: list[int] = []
 
+    # Hooks frame the forward of every module: what is recorded between them it has called.
     def enter(module: nn.Module, args: Any) -> None:
         starts.append(_recorded())
 
@@ -243,6 +251,7 @@ def _from_recording(
     results: Any = output.args[0]
     returned = [result for result in results if isinstance(result, Node)]
     numbers = {}
+    # A buffer or a constant of one number may be a multiplier such as d**-0.5.
     for node in states:
         number = number_in(node.meta.get("val"))
         if number is not None:

@@ -21,6 +21,7 @@ from mupass._records import Carrier, Geometry
 from mupass._roles.nodes import place_of, tensors_among
 from mupass._roles.sites import readers_of
 
+# F.layer_norm(x, shape, gain, shift), F.batch_norm(x, gain, shift, ...)
 # Positions of gain and shift.
 NORMS = {
     "layer_norm": (2, 3),
@@ -85,13 +86,16 @@ class _Push:
         Raises:
             Blocked: There are none.
         """
+        # A parameter holds the factor itself.
         if value in self.captured.parameters:
             return self._parameter(value, readers)
         if value not in self.operators:
             raise Blocked(f"{value} is data, which no parameter scales")
+        # What the model returns must stay as it is.
         if value in self.outputs:
             raise Blocked(f"the result of {self._say(value)} is an output of the model as well")
         held: tuple[Held, ...] = ()
+        # h = norm(x), read by the branch and by a gate: the gate's weight can be divided by the factor.
         for other in value.users:
             if other not in readers and not _is_blind(other):
                 held += self._compensated(value, other)
@@ -188,12 +192,14 @@ class _Push:
         source, index = choice.args[0], choice.args[1]
         if not isinstance(source, Node) or index != 0 or not _short(source).startswith(FIRST_OF_SEVERAL):
             raise Blocked(f"{self._say(choice)} takes one of several results")
+        # op(x)[1] may be the statistics of a norm, which somebody reads.
         if any(user is not choice and user.users for user in source.users):
             raise Blocked(f"other results of {self._say(source)} are read too")
         return self._made(source)
 
     def _product(self, operator: Node, name: str) -> tuple[Held, ...]:
         """Push into one operand, weights before activations, and into what is added to the product."""
+        # Of a product one factor is enough; what is added to it must be multiplied too.
         added: list[Node] = []
         if name == "einsum":
             tensors = tensors_among(flatten([operator.args[1]]))
@@ -204,6 +210,7 @@ class _Push:
         if len(set(tensors)) < len(tensors):
             raise Blocked(f"{self._say(operator)} multiplies a value with itself")
         reason = f"{self._say(operator)} reads constants alone"
+        # Weights come first: an activation would send the factor further back.
         for tensor in sorted(tensors, key=lambda tensor: tensor in self.activations):
             try:
                 return self._all_of([tensor, *added], operator)
@@ -225,6 +232,7 @@ class _Push:
 
     def _is_parameter(self, value: Node) -> bool:
         """Return whether a value is a parameter as it is, or converted."""
+        # w.to(torch.bfloat16) + 1
         while traits(operator_name(value.target)) & Trait.COPIES:
             if not value.args or not isinstance(value.args[0], Node):
                 break
@@ -324,6 +332,7 @@ def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: Mapping[N
     if not held:
         return Carrier(reason="no parameter is read on the way")
     names = captured.parameters
+    # Readers beyond those that were asked for would see the factor as well.
     for share in held:
         for user in share.parameter.users:
             if user not in covered[share.parameter] and not _is_blind(user):

@@ -20,10 +20,12 @@ def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple
         kind: ``last`` swaps the last two axes, ``swap`` those in `args`, ``permute`` takes them in order.
         args: Axes, counted from the end where negative.
     """
+    # w.permute(2, 0, 1)
     if kind == "permute":
         return tuple(view[axis] for axis in args)
     order = list(view)
     first, second = -2, -1
+    # w.transpose(0, 1), or w.mT with the last two axes
     if kind == "swap":
         first, second = args
     order[first], order[second] = order[second], order[first]
@@ -107,6 +109,7 @@ class Contraction:
         summed = [self.weight[axis] for axis in axes]
         rows = [label for label in labels if label not in groups and label not in summed]
         tensor = tensor.permute([labels.index(label) for label in (*groups, *rows, *summed)])
+        # Samples are the first axis of rows; what follows counts positions inside of a sample.
         samples = tensor.shape[len(groups)] if rows else 1
         # Lists, not generators: Dynamo cannot take those through an autograd function.
         count = prod([self.sizes[axis] for axis in self.group_axes])
@@ -121,6 +124,7 @@ def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
         view: For each axis of the weight as the operator sees it, the parameter's axis.
         sizes: Sizes of the parameter's axes.
     """
+    # [*rows, i] with [o, i] makes [*rows, o].
     rows = ascii_uppercase[: rank - 1]
     weight, output = "oi", rows + "o"
     if len(view) == 1:  # F.linear(x, vector)
@@ -148,6 +152,7 @@ def matmul(
     left = (batch + "ik")[-left_rank:]
     right = "k"
     output = "" if summed else batch
+    # A vector on the left leaves no axis i, and one on the right no axis j.
     if left_rank > 1:
         output += "i"
     if right_rank > 1:
@@ -172,6 +177,7 @@ def einsum(
     """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
+    # Implicit outputs, more operands, and "..." in the weight have no fixed labels.
     if len(terms) != 2 or not arrow or "." in terms[weight_at]:
         return None
     activation = terms[1 - weight_at]
@@ -188,6 +194,7 @@ def _broadcast(
 ) -> Contraction:
     """Find the axes along which the weight alone has entries: no more shared than if x did not have them."""
     weight = _in_order(weight, view)
+    # x [1, n, k] @ w [m, k, j]: x repeats along m, where only w has entries.
     wide = {label for label, size in zip(weight, sizes, strict=True) if size > 1}
     labels = ""
     for label, size in zip(activation, shape, strict=True):

@@ -127,12 +127,15 @@ class _Search:
             if operator.op != "call_function":
                 continue
             known = traits(operator_name(operator.target))
+            # x @ w: the axes that the product sums over are kept in mind for a multiplier behind it.
             if known & PRODUCTS:
                 self.summed[operator] = self._contracted(operator)
+            # x.norm(dim=-1): a division by it gives unit length; lengths of weights are left out.
             elif known & Trait.LENGTH:
                 if not all_static(map(self.values.get, operator.all_input_nodes)):
                     self.length[operator] = self._reduced(operator)
             elif known & (PASS_ONE | PASS_EITHER) or is_getitem(operator):
+                # x.clamp(min=eps), dropout(x), x.view(...): all that is known of x holds of the result.
                 for table in (self.summed, self.length, self.unit):
                     self._pass_on(table, operator)
             yield from self._multiplier(operator)
@@ -158,6 +161,7 @@ class _Search:
         # Tables of positions are computed from numbers alone.
         if not isinstance(result, Value) or not tensors or result.static and not result.parametric:
             return
+        # (x @ w) * d**-0.5 * mask: what the product summed over stays known behind the multiplier.
         source = tensors[0]
         if source in self.summed:
             self.summed[operator] = self.summed[source]
@@ -178,6 +182,7 @@ class _Search:
     ) -> tuple[tuple[int, ...], float]:
         """Return the first width of which a number is a power, and the power; 0 where it is none."""
         for dims in candidates:
+            # The first fit is taken: sizes with one value cannot be told apart by a number.
             if self._is_width(dims):
                 for power in POWERS:
                     if isclose(number, self._size(dims) ** power, rel_tol=1e-5):
@@ -199,6 +204,7 @@ class _Search:
         for user in tensor.users:
             known = traits(operator_name(user.target))
             moving = not any(map(self._is_parametric, user.all_input_nodes))
+            # q @ k.mT sums over the axis, and neither factor is made of parameters.
             if known & PRODUCTS and moving and set(dims) <= set(self._contracted(user)):
                 return True
             if known & PASS_ONE and self._is_compared(user, dims):
@@ -214,6 +220,7 @@ class _Search:
             if dims:
                 place = place_of(operator, self.captured.owners)
                 self.unit[operator] = Constant(place, "unit length", 1.0, -0.5, dims, operator)
+        # A unit vector matters where a weight or a gain reads it; then it is told once.
         if any(map(self._is_parametric, operator.all_input_nodes)):
             for source in operator.all_input_nodes:
                 if source in self.unit:
@@ -222,6 +229,7 @@ class _Search:
     def _contracted(self, product: Node) -> tuple[int, ...]:
         """Return the dimensions that both factors of a product have, and its result has not."""
         kept = self._dims(self.values.get(product))
+        # An axis of both factors that is not in the result: the sum over it.
         counts: Counter[int] = Counter()
         for source in product.all_input_nodes:
             counts.update(self._dims(self.values.get(source)))
@@ -252,6 +260,7 @@ class _Search:
 
     def _is_mixed(self, dim: int) -> bool:
         """Whether a dimension is a product with a factor that is surely fixed."""
+        # heads * head_dim with a fixed head_dim is no width of its own.
         for factors in self.space.terms_of(dim, "product"):
             for factor in factors:
                 verdict = self.solved.verdicts.get(factor)
@@ -294,6 +303,7 @@ def _note(constant: Constant, name: Callable[[int], str], base: Callable[[int], 
     holds = (
         f"{where}: {constant.what} {constant.value:.6g}, which is the size of {term} to the power {power:g}"
     )
+    # q and k align in training: q @ k is of order head_dim then, and not of its root (arXiv 2203.03466).
     if constant.what == "multiplies attention by":
         return (
             f"{holds}; it grows, so logits must scale as one over that size, not over its square root: write "

@@ -64,6 +64,7 @@ class _Finder:
         sizes = tuple(map(self.solved.engine.space.size, members))
         grown = tuple(map(self.solved.verdicts.grows, members))
         for place, member in enumerate(members):
+            # A dimension inside of a product, heads in heads * 3 * width: sizes around it frame the split.
             inner = self.find(member)
             if inner:
                 view, along, lengths, grows, part_grows = inner
@@ -120,6 +121,7 @@ def split(tensor: Tensor, fusions: Sequence[Fusion]) -> list[Tensor]:
     """
     pieces = [tensor]
     for fusion in fusions:
+        # Each record cuts all pieces that the ones before it have made.
         finer: list[Tensor] = []
         for piece in pieces:
             finer += _split_axis(piece, fusion)
@@ -137,6 +139,7 @@ def join(pieces: Sequence[Tensor], fusions: Sequence[Fusion]) -> Tensor:
     Returns:
         A tensor of the fused shape.
     """
+    # Backwards, since the last record cut finest.
     for fusion in reversed(fusions):
         count = len(fusion.sizes)
         starts = range(0, len(pieces), count)
@@ -145,6 +148,7 @@ def join(pieces: Sequence[Tensor], fusions: Sequence[Fusion]) -> Tensor:
 
 
 def _split_axis(tensor: Tensor, fusion: Fusion) -> list[Tensor]:
+    # [3 * width, n] -> [3, width, n] -> three of [1, width, n] -> three of [width, n]
     opened = tensor.reshape(_opened(tensor, fusion, fusion.view))
     parts = torch.split(opened, list(fusion.sizes), fusion.axis + fusion.along)
     return [part.flatten(fusion.axis, _last(fusion)) for part in parts]

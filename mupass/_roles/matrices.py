@@ -53,6 +53,7 @@ class Matrices:
         """
         if self._single:
             return stacks[0].reshape(self.shape)
+        # Where each axis went, to send it back.
         order = self._order
         inverse = sorted(range(len(order)), key=order.__getitem__)
         pieces = []

@@ -21,6 +21,7 @@ CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+# Operators that take nothing but the shape, or the type, of their second operand.
 SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
 # For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
 # another shape.
@@ -39,6 +40,7 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
     """
     found = {}
     for placeholder, parameter in captured.parameters.items():
+        # A module that is called twice has two equal operators: one site with two sources.
         sites: dict[Site, list[str]] = defaultdict(list)
         for reading in _readings(captured, placeholder):
             if reading.reader not in captured.derivatives:  # the weight is used forwards as well
@@ -174,6 +176,7 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
 def _passed_on(reading: _Reading) -> _Reading | None:
     """Return the reading with the view that its result is; None if that is no parameter."""
     operator, shape = reading.reader, reading.shape
+    # w.to(x.dtype) passes the parameter on; x.to(w.dtype) reads nothing of it.
     if reading.operand not in operator.args[:1]:
         return None
     if reading.view is not None:
@@ -182,10 +185,12 @@ def _passed_on(reading: _Reading) -> _Reading | None:
             return replace(reading, view=turned)
     elif traits(reading.name) & Trait.COPIES:
         return reading
+    # Entries of a transpose that is reshaped are in no order that could be told afterwards.
     in_order = reading.untransposed or reading.view is None
     # w.reshape(1, len(w), -1), w.flatten(1), w[None]: the entries stay in their order.
     keeps_order = traits(reading.name) & Trait.KEEPS_ORDER
     if keeps_order and in_order and reading.places(operator.args) == [0]:
+        # Back in the parameter's own shape its axes are known again.
         same = _shape(operator) == shape
         return replace(reading, view=tuple(range(len(shape))) if same else None)
     return None
@@ -228,6 +233,7 @@ def _name(node: Node) -> str:
 
 def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
+    # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
     for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
         found = pattern(reading)
         if found is not None:
@@ -254,12 +260,14 @@ def _convolution(reading: _Reading) -> Found | None:
         return None
     # A matrix as a kernel of one position, or a kernel without the axis of one channel: rows are the same.
     rows = reading.view is None and _shape(reading.operand)[:1] == reading.shape[:1]
+    # The kernel must be seen as it is: a transposed one makes other channels.
     if not (reading.untransposed or rows) or len(reading.shape) < 2:
         return None
     first, *rest = range(len(reading.shape))
     in_axes, out_axes = tuple(rest), (first,)
     if "transpose" in reading.name or reading.argument("transposed"):
         if not reading.untransposed:
+            # A kernel of a transposed convolution that was reshaped: its rows are input channels.
             return None
         in_axes, out_axes = (first, *rest[1:]), (rest[0],)
     groups = reading.argument("groups") or 1
@@ -284,6 +292,7 @@ def _product(reading: _Reading) -> Found | None:
 
 def _factor(reading: _Reading, factors: list[Any]) -> Found:
     """Return how a product of tensors uses a parameter that is one of them."""
+    # x @ w, with one activation and the parameter once; w @ w.T and einsum("ij,jk,kl", ...) are refused.
     places, others = reading.places(factors), reading.others(factors)
     if len(places) != 1 or len(others) != 1 or len(factors) != 2:
         return reading.refused("multiplies it with itself or with several tensors")
@@ -315,6 +324,7 @@ def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contrac
         equation = str(reading.reader.args[0])
         return contraction.einsum(equation, activation, view, shape, place)
     if reading.name != "aten.linear":
+        # torch.addbmm sums its products over the batch as well.
         summed = reading.name == "aten.addbmm"
         return contraction.matmul(activation, view, shape, place, summed)
     # F.linear(w, x) has an activation where the weight is.
@@ -361,14 +371,17 @@ def _recurrence(reading: _Reading) -> Found | None:
         biases = [given.get(name) for name in ("b_ih", "b_hh")]
         cells = [[*weights, *biases]]
     else:
+        # A bidirectional layer has two cells, and stacked layers come one after the other.
         count = given["num_layers"] * (2 if given["bidirectional"] else 1)
         length = len(given["params"]) // count
         cells = [given["params"][start : start + length] for start in range(0, count * length, length)]
     for cell in cells:
         for place in reading.places(cell):
             if place in (2, 3) and len(cell) > 3:
+                # A bias belongs to the weight two places ahead of it: b_ih to w_ih, b_hh to w_hh.
                 weight = reading.captured.parameters.get(root_of(cell[place - 2]), "")
                 return reading.site("bias", weight=weight), ""
+            # Both weights are [gates * hidden, inputs]: their last axis is summed over.
             return reading.site("contraction", in_axes=(1,), out_axes=(0,)), ""
     return None
 
@@ -407,6 +420,7 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
     if reading.view is None:
         shape = _shape(reading.operand)
     wide = [axis for axis, size in enumerate(shape) if size > 1]
+    # x + positions: a table of at least two axes, in its own layout, that shifts or scales an activation.
     if (
         len(wide) > 1
         and len(shape) <= rank
@@ -414,6 +428,7 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
         and _of_inputs(activation, reading.captured)
     ):
         return reading.site(f"table {kind}"), _source(activation)
+    # What is wider than the activation broadcasts that, and is no gain or shift of it.
     if len(wide) > 1 or len(shape) > rank:
         reason = (
             "it is a table that is added to or multiplied with what is no activation, or in another shape"
@@ -427,6 +442,7 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
 
 def _of_inputs(node: Node, captured: Capture) -> bool:
     """Return whether a tensor depends on the inputs of the model, and not on parameters and buffers alone."""
+    # A walk back over all operands, each node once.
     reached, waiting = {node}, [node]
     while waiting:
         behind = waiting.pop()

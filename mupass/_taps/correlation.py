@@ -135,12 +135,14 @@ def patch_gram(x: Tensor, kernel: list[int], dilation: list[int], padding: list[
     offsets = list(product(*map(range, kernel)))
     zero = x.new_zeros(groups, channels, channels)
     blocks = {pair: zero for pair in product(offsets, repeat=2)}
+    # One product for each box of pieces, which every pair of taps that meets there adds up.
     for box, left, right in _boxes(inputs, inputs, cuts):
         summed = left.reshape(groups, -1, channels).mT @ right.reshape(groups, -1, channels)
         forward = any(piece.distance for piece in box)
         for pairs in product(*(piece.pairs for piece in box)):
             earlier, later = zip(*pairs, strict=True)
             block = blocks[earlier, later]
+            # The first sum takes the place of the zeros: nothing is added to them.
             blocks[earlier, later] = summed if block is zero else block + summed
             if forward:
                 blocks[later, earlier] = blocks[earlier, later].mT

@@ -161,10 +161,13 @@ class _Maker:
             _Uncovered: They have none.
         """
         uses = {(site.in_axes, site.out_axes) for site in sites}
+        # x * gain, or x + shift, at one place or at several.
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
+        # x + positions: a table with a row for each position.
         if kinds <= TABLES and len(kinds) == 1:
             return self._table(geometry, sites)
+        # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
         if alike and (kinds in ({"conv"}, {"embedding"}, {"grouped"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
@@ -181,12 +184,15 @@ class _Maker:
             _Uncovered: There is no such weight, or the bias is not one number for each of its outputs.
         """
         try:
+            # A bias shifts the output of a weight, whose B holds the gradients of that output already.
             block = self._partner(geometry)
         except _Uncovered:
+            # F.linear(x, w, bias) of a weight that has no block: the bias has a tap of its own.
             if not self._has_own_tap(geometry):
                 raise
             shifts = [replace(site, kind="shift", out_axes=(0,)) for site in geometry.sites]
             return self._vector(geometry, shifts)
+        # beta * bias + alpha * product: the bias sees beta / alpha times the gradients of the product.
         scales = {site.scale for site in geometry.sites}
         if len(scales) > 1:
             raise _Uncovered("its uses multiply it by different numbers")
@@ -202,6 +208,7 @@ class _Maker:
         if owners != {""}:  # the root module itself calls all operators
             places = tuple(place for place in places if place.module is None or place.module in owners)
         (scale,) = scales
+        # B is quadratic in the gradient, so the number enters it squared.
         factors = tuple(replace(factor, places=places, scale=scale**2) for factor in block.b)
         return Block(geometry.name, "bias", matrices, (), factors)
 
@@ -233,6 +240,7 @@ class _Maker:
         Raises:
             _Uncovered: There are none.
         """
+        # A tied parameter has several names, and may be called through any of the modules that hold it.
         callers = {site.module for site in sites}
         fitting = set()
         for name in (geometry.name, *geometry.aliases):
@@ -240,6 +248,7 @@ class _Maker:
             module = self.model.get_submodule(owner)
             if isinstance(module, MODULES[sites[0].kind]) and tap_of(module) is not None:
                 fitting.add(owner)
+        # All of its uses must be calls of such modules: a hook would miss the others.
         if callers and callers <= fitting:
             return tuple(Place(caller, geometry.name) for caller in sorted(callers))
         # Other code uses it: the tap sits in the parameter, under the key of this use.
@@ -274,6 +283,7 @@ class _Maker:
         gains = tuple(part == "gain" for part in present)
         self._open(places, Layer("vector", 1, 0, (size,) * len(present), gains=gains))
         factor = Factor("b", places, present.index(kind))
+        # y = gain * x + shift: gain and shift are vectors, with a B and no A.
         return Block(geometry.name, kind, Matrices((size,), (0,)), (), (factor,))
 
     def _table(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
@@ -282,6 +292,7 @@ class _Maker:
             raise _Uncovered(
                 "it is a weight that is multiplied with activations before they are multiplied by it"
             )
+        # A table of shape [1, length, width] has two axes: those of size 1 are there for broadcasting.
         wide = [axis for axis, size in enumerate(geometry.shape) if size > 1]
         # What grows are features; positions do not.
         features = tuple(axis for axis in wide if geometry.infinite[axis]) or (wide[-1],)
@@ -293,6 +304,7 @@ class _Maker:
         matrices = Matrices(geometry.shape, features, rows)
         layer = self._layer(geometry, matrices, "table")
         rank = len(geometry.shape)
+        # Counted from the end, since an activation may have further axes in front.
         self._open(places, replace(layer, features=tuple(axis - rank for axis in features)))
         return Block(geometry.name, kind, matrices, (Factor("a", places),), (Factor("b", places),))
 
@@ -308,10 +320,12 @@ class _Maker:
             key = f"{kind} {key}"
         places = self._places(geometry, sites, key)
         groups = sites[0].groups
+        # A transposed convolution has its input channels on the first axis.
         if kind == "conv" and out_axes != (0,):
             kind = "conv_transpose"
         elif kind in PRODUCTS and len(geometry.shape) == 2:
             kind = "linear"
+        # Groups cut the first axis themselves: fusions of a grouped kernel are not followed.
         fusions: tuple[Fusion, ...] = ()
         if groups == 1:
             fusions = tuple(fusion for fusion in geometry.fusions if fusion.axis in out_axes)
@@ -336,6 +350,7 @@ class _Maker:
             outputs //= matrices.groups
         sizes = [outputs]
         for fusion in matrices.fusions:
+            # Of several fusions each cuts what those before it have left.
             finer = []
             for size in sizes:
                 unit = size // sum(fusion.sizes)
@@ -360,9 +375,11 @@ class _Maker:
     def _tied(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a table that is read by index (or as a first layer) and used as a readout as well."""
         out_axes = geometry.fan_out_axes
+        # Fans that are not one axis each: the table is taken as a look-up reads it, [rows, features].
         if out_axes not in ((0,), (1,)):
             out_axes = (1,)
         in_axes = (1 - out_axes[0],)
+        # A look-up sums over rows and makes features; a readout sums over features and makes rows.
         first = self._side(geometry, sites, in_axes, out_axes, rows=in_axes)
         second = self._side(geometry, sites, out_axes, in_axes, rows=in_axes)
         matrices = Matrices(geometry.shape, out_axes, in_axes)
@@ -396,8 +413,10 @@ class _Maker:
         if not isinstance(self.model.get_submodule(path), nn.MultiheadAttention) or self._is_shard(geometry):
             return None
         third = geometry.shape[0] // 3
+        # [3 * width, width] as three matrices of width rows: the first axis is cut into [3, width].
         fusions = (Fusion(0, (3, third), 0, (1, 1, 1)),)
         if leaf == "in_proj_weight":
+            # A tap for each third, since query, key and value are different inputs.
             places = tuple(Place(None, geometry.name, key) for key in "qkv")
             self._open(places, Layer("linear", 1, geometry.shape[1], (third,)))
             inputs, outputs = (tuple(Factor(side, (place,)) for place in places) for side in "ab")
@@ -408,6 +427,7 @@ class _Maker:
             return None
         prefix = geometry.name.removesuffix(leaf)
         names = ["in_proj_weight"] if f"{prefix}in_proj_weight" in self.plan else SEPARATE
+        # The packed bias takes the Bs of q, k and v, in this order.
         factors: list[Factor] = []
         for name in names:
             block = self.blocks.get(prefix + name)
@@ -434,6 +454,7 @@ class _Maker:
 
     def together(self) -> tuple[tuple[Place, ...], ...]:
         """Group the taps of linear weights that read the same activations."""
+        # q, k and v of one layer read the same activation, whose factor is then multiplied once.
         groups: dict[tuple[str, ...], list[Place]] = defaultdict(list)
         for name, block in self.blocks.items():
             sites = [site for site in self.plan[name].geometry.sites if site.kind == "linear"]

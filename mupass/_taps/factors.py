@@ -118,6 +118,7 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
+    # y = x * table: the gradient of the table is g * x, entry by entry.
     if isinstance(form, Table) and form.gain:
         g = g * form.input_rows(x)
     outputs = form.output_rows(g)
@@ -164,6 +165,7 @@ def second_moments(
         dtype: Precision of the moments.
     """
     with _without_autocast(g.device):
+        # In the eigenbases the gradient of a row is the outer product of its rotated g and its rotated x.
         inputs = form.input_rows(x).to(dtype) @ bases[0][:, None]
         moments = []
         for piece, basis in zip(split(form.output_rows(g), layer.fusions), bases[1:], strict=True):
@@ -178,6 +180,7 @@ def second_moments(
 
 def _of_samples(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Form the gradients of samples, as many at a time as fit into a buffer of `BUFFER` numbers."""
+    # The gradient of one sample has as many numbers as the weights of all groups.
     count = max(BUFFER // (outputs.shape[0] * outputs.shape[-1] * inputs.shape[-1]), 1)
     if outputs.shape[1] <= count:
         return (outputs.mT @ inputs).square().sum(1)
@@ -244,6 +247,7 @@ def by_group(rows: Tensor, like: Tensor) -> Tensor:
         rows: One number, or one for each group.
         like: The factors.
     """
+    # One number for all groups broadcasts by itself.
     if len(rows) == 1:
         return rows
     return rows.repeat_interleave(len(like) // len(rows)).view(-1, *[1] * (like.dim() - 1))

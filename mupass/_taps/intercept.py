@@ -33,6 +33,7 @@ VIEW = "_mupass_view"
 RESHAPED = (-1,)
 SHAPE = "_mupass_shape"  # of the parameter
 T = Tensor
+# F.layer_norm(x, shape, gain, shift): a call may give its arguments by place or by name.
 NORMS = {  # names of their arguments, in order
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
@@ -52,6 +53,7 @@ MATMULS = (torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bm
 SUMMED = (torch.addbmm, T.addbmm)  # over the batch axis as well
 BATCHED = (torch.baddbmm, T.baddbmm)
 ADDED = (torch.addmm, T.addmm, *BATCHED, *SUMMED)
+# Place of each factor among the positional arguments, and the names that it may have instead.
 Operands = tuple[tuple[int, tuple[str, ...]], tuple[int, tuple[str, ...]]]
 OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
     **dict.fromkeys(MATMULS, ((0, ("input", "self")), (1, ("other", "mat2")))),
@@ -63,6 +65,7 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 # Names: of torch, and of an operator of transformers for where torch has none.
 GROUPED = ("_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback.default")
+# Modules of convolutions are hooked (taps.py): these are calls with a kernel that other code holds.
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 CALLED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments, in order
@@ -97,6 +100,8 @@ class _Intercepted:
     ) -> Any:
         """Run the function on plain tensors, and tap its output."""
         with torch._C.DisableTorchFunctionSubclass():
+            # Fused attention and recurrences multiply by several weights inside of one call.
+            # They are run in parts, so that each weight has an output of its own.
             if func is F.multi_head_attention_forward:
                 return _attention(args, dict(kwargs or {}))
             if func in recurrent.SEQUENCES or func in recurrent.CELLS:
@@ -207,14 +212,19 @@ def _view(weight: Tensor) -> tuple[int, ...]:
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
+    # F.conv2d(x, kernel, bias)
     if func in CONVOLUTIONS or func in TRANSPOSED:
         return _convolved(func in TRANSPOSED, args, kwargs, output)
+    # F.grouped_mm(x, w, offs=ends): a mixture of experts, with tokens sorted by expert.
     if getattr(func, "__name__", "") in GROUPED:
         return _grouped(args, kwargs, output)
+    # x @ w, F.linear(x, w, bias), torch.addmm(bias, x, w), F.embedding(tokens, table)
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
+    # torch.einsum("bi,oi->bo", x, w)
     if func is torch.einsum and len(args) >= 2:
         return _tapped_einsum(args, output)
+    # F.layer_norm(x, shape, gain, shift)
     if func in NORMS:
         return _normed(func, by_name(NORMS[func], args, kwargs), output)
     # x * gain; x + shift, but not torch.add(x, shift, alpha=2)
@@ -233,8 +243,10 @@ def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     source: Any = args[0] if args else kwargs.get("input")
     if _taps(source) is None or not isinstance(output, Tensor):
         return output
+    # w.view(4, -1), w[None]: the same entries under another shape.
     if func in RESHAPES or (func is T.__getitem__ and _adds_axes(args[1], source, output)):
         return _reshaped(output, source)
+    # w.t(), w.permute(1, 0), w.float(): the same entries with their axes in an order that is known.
     order = _order(func, source, args[1:], kwargs, output)
     if order is None:
         return output
@@ -246,10 +258,12 @@ def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
 def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a product of two tensors, or of a look-up in a table, tapped."""
     left, right = _operands(args, kwargs, OPERANDS[func])
+    # F.embedding(tokens, table). A table that was transposed on the way is not followed.
     if func is F.embedding:
         if _taps(right) is None or _view(right) != (0, 1):
             return output
         return _through(output, left, _taps(right), "embedding", Lookup())
+    # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
         output = _shifted(output, left, args[2] if len(args) > 2 else kwargs.get("bias"), -1)
     if func in BATCHED:  # baddbmm(bias, x, w): bias is added to a product as to any tensor
@@ -321,6 +335,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         how: The function that made it, or the equation of an einsum.
         alpha: What the function multiplied the sum by.
     """
+    # Which of the two factors is the parameter: x @ w has it on the right, w @ x on the left.
     weight, activation, weight_at = left, right, 0
     if _taps(right) is not None:
         weight, activation, weight_at = right, left, 1
@@ -340,8 +355,10 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         contraction = linear(activation.dim(), view, sizes)
     else:
         contraction = matmul(activation.shape, view, sizes, weight_at, how in SUMMED)
+    # einsum("bii,oi->bo", x, w), say: the coverage has refused such uses by name.
     if contraction is None or not contraction.proper:
         return output
+    # torch.addmm(bias, x, w, alpha=0.5): the gradient of the product is half of that of the output.
     form: Form = contraction
     if alpha != 1:
         form = Scaled(contraction, float(alpha))
@@ -356,6 +373,7 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
+    # x + table: positions, say, with a vector of features for each.
     tap = (_taps(weight) or {}).get(f"table {key}")
     if tap is not None:
         return _table(output, weight, activation, tap, key == "gain")
@@ -363,6 +381,7 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     # Converted or reshaped it may be, but not transposed.
     if _view(weight) not in (tuple(range(rank)), RESHAPED):
         return output
+    # The first axis longer than 1 holds the features, counted from the end, as x * gain broadcasts.
     form = Elementwise(0, 0)  # one number acts on all entries
     for axis, size in enumerate(weight.shape):
         if size > 1:
@@ -373,6 +392,7 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
 
 def _table(output: Tensor, weight: Tensor, activation: Tensor, tap: Tap, gain: bool) -> Tensor:
     """Return a product or a sum of an activation with a table, tapped."""
+    # A table that is transposed on its way, or whose tap no optimizer has opened.
     if _view(weight) != tuple(range(weight.dim())) or tap.layer is None:
         return output
     # What a shift is added to does not matter: a number stands for it, so that it need not be kept.
@@ -396,7 +416,9 @@ def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
             unscaled[name] = None
     with torch.no_grad():
         normalized = func(**unscaled)
+    # F.batch_norm and F.group_norm: gain and shift have one number a channel, and channels stand on axis 1.
     form = Elementwise(1)  # channels of batch and group norms
+    # F.layer_norm(x, (height, width)): gain and shift span the last axes.
     if "normalized_shape" in bound:
         count = len(bound["normalized_shape"])
         form = Elementwise(-count, count)
@@ -427,6 +449,7 @@ def _order(
     """
     if func in SAME or (func is T.__getitem__ and _takes_all(source, rest[0], output)):
         return tuple(range(source.dim()))
+    # w.t(), w.T, w.mT: the last two axes change places; a vector stays as it is.
     if func in TWO_AXES:
         view = tuple(range(source.dim()))
         return reordered(view, "last") if len(view) > 1 else view
@@ -469,6 +492,7 @@ def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
     in_order = tuple(range(len(shape)))
     if _view(weight) not in (in_order, RESHAPED):
         return output
+    # A reshape back to the parameter's own shape is the parameter again.
     return _shown(output, weight, in_order if output.shape == shape else RESHAPED)
 
 
@@ -478,6 +502,7 @@ def _grouped(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -
     x, weight, ends = bound["input"], bound["weight"], bound.get("offs")
     if _taps(weight) is None or _view(weight) == RESHAPED or ends is None or x.dim() != 2:
         return output
+    # What is summed over and what is made, by the axes of the parameter: w may have been transposed.
     _, inputs, outputs = _view(weight)
     key = f"grouped {product_key((inputs,), (outputs,))}"
     return _through(output, x, _taps(weight), key, Sorted(ends))
@@ -488,11 +513,13 @@ def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any
     names = CALLED_TRANSPOSED if transposed else CALLED
     bound = by_name(names, args, kwargs)
     x, weight = bound["input"], bound["weight"]
+    # Channels of the output stand ahead of the positions: on axis -3 for a kernel over two.
     output = _shifted(output, x, bound.get("bias"), 1 - weight.dim())
     if "conv" not in (_taps(weight) or {}):
         return output
     shape = _shape(weight)
     in_order = tuple(range(len(shape)))
+    # F.conv1d(x, w[:, :, None]), a matrix as a kernel of one position: each row still makes one channel.
     rows = _view(weight) == RESHAPED and not transposed and weight.shape[0] == shape[0]
     if _view(weight) != in_order and not rows:
         return output
@@ -511,6 +538,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     multiply exactly.
     """
     attention = F.multi_head_attention_forward
+    # Places as in the signature of F.multi_head_attention_forward.
     width, packed, biases, out, out_bias = args[3], args[5], args[6], args[11], args[12]
     if kwargs.get("use_separate_proj_weight"):  # some code passes an empty tensor then
         packed = None
@@ -533,6 +561,7 @@ def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], bia
     if packed is not None and query is key and key is value:
         whole = _product(F.linear(query, packed, biases), query, packed, F.linear)
         return list(whole.chunk(3, -1))
+    # Cross-attention: three inputs, each with its third of the packed weight [3 * width, width].
     weights = separate if packed is None else packed.chunk(3)
     shifts = [None] * 3 if biases is None else biases.chunk(3)
     projected = []
@@ -548,6 +577,7 @@ def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], bia
 def _recurrence(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a recurrence, as written steps while factors are collected: fused operators do not show them."""
     weights = recurrent.weights_of(func, args, kwargs)
+    # Fused kernels are much faster: passes that collect nothing keep them.
     if _all_idle(map(_taps, weights)) or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     key = product_key((1,), (0,))  # [gates * hidden, inputs]

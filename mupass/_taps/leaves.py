@@ -150,6 +150,7 @@ class Once:
         if type(x) is not Tensor:
             return raw_input(layer, form, x, dtype)
         storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        # Same memory, layout and version: the values are the same without being compared.
         key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, form, dtype, layer.input_shape())
         # A weak reference keeps the address from being used again, but not the memory.
         before = self._storage
@@ -214,6 +215,7 @@ class Tap:
         Returns:
             The same values; the very tensor while no factors are wanted.
         """
+        # No factor is wanted, or nothing flows back (torch.no_grad()).
         if self.idle or not output.requires_grad:
             return output
         if under_transform():
@@ -230,6 +232,7 @@ class Tap:
                 f"the model is on {output.device}, its optimizer was made on {self.rows.device}; "
                 "move the model first, then make the optimizer"
             )
+        # A factor is a statistic: no gradient flows back through its input.
         inputs = x.detach()
         if self.bases:
             tensors = (*self.bases, *self.moments)
@@ -289,6 +292,7 @@ class Tap:
         self.bases = tuple(bases)
         number = bases[0].new_zeros(())
         fan_in = bases[0].shape[-1]
+        # Second moments have the shape of the gradient: [groups, fan_out, fan_in].
         self.moments = tuple(number.expand(*basis.shape[:2], fan_in) for basis in bases[1:])
         self._watch(self.moments)
 
@@ -306,6 +310,7 @@ class Tap:
         uses, self.uses = self.uses or (), None
         assert self.layer is not None and self.rows is not None
         wanted = [leaf is not None for leaf in self.b]
+        # A reused weight has several uses, whose factors add up.
         for (_, x, form), gradient in zip(uses, gradients, strict=True):
             if gradient is None:
                 continue
@@ -361,6 +366,7 @@ class Tap:
 
     def clear(self) -> None:
         """Forget what was summed."""
+        # Dropped, not zeroed: None says that no pass came by.
         for leaf in self.leaves:
             leaf.grad = None
         if self.once is not None:

@@ -36,6 +36,7 @@ def cut(x: Tensor, count: int, side: int) -> Tensor:
     """
     if count == 1:
         return x
+    # Zeros at the end add nothing to a product of rows.
     padded = F.pad(x, (0, count * side - x.shape[-1]))
     return padded.unflatten(2, (count, side)).movedim(2, 1).flatten(0, 1)  # type: ignore[no-untyped-call, no-any-return]
 

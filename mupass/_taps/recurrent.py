@@ -20,15 +20,19 @@ TapOf = Callable[[Tensor | None], Tap | None]
 
 def _lstm(inputs: Tensor, product: Callable[[Tensor], Tensor], states: States) -> States:
     hidden, cell = states
+    # The gates in the order of the LSTM's weights: input, forget, cell, output.
     enter, keep, new, leave = (inputs + product(hidden)).chunk(4, -1)
+    # c' = f * c + i * tanh(g), h' = o * tanh(c')
     cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
     return leave.sigmoid() * cell.tanh(), cell
 
 
 def _gru(inputs: Tensor, product: Callable[[Tensor], Tensor], states: States) -> States:
     (hidden,) = states
+    # The gates in the order of the GRU's weights: reset, update, new.
     reset_in, keep_in, new_in = inputs.chunk(3, -1)
     reset, keep, new = product(hidden).chunk(3, -1)
+    # n = tanh(W x + r * (U h)); h' = n + z * (h - n), which is (1 - z) * n + z * h.
     fresh = (new_in + (reset_in + reset).sigmoid() * new).tanh()
     return (fresh + (keep_in + keep).sigmoid() * (hidden - fresh),)
 
@@ -87,7 +91,9 @@ class Steps:
 
     def _rows(self, tensor: Tensor) -> Tensor:
         if not self.samples:
+            # Packed rows have no regular layout: each is a sample with one step.
             return tensor[None, :, None]
+        # [steps * samples, features] -> [1, samples, steps, features]
         return tensor.unflatten(0, (-1, self.samples)).transpose(0, 1)[None]  # type: ignore[no-untyped-call]
 
 
@@ -171,16 +177,20 @@ class _Runs:
         """
         w_ih, w_hh = weights[:2]
         b_ih, b_hh = weights[2:4] if len(weights) > 3 else (None, None)
+        # W x of all steps in one product, since no step waits for another one.
         entered = _tapped(F.linear(inputs, w_ih, b_ih), inputs, taps(w_ih), Steps(self.samples))
         entering = torch.split(entered, list(self.sizes))
+        # Of U h the factor is made at the end, when the inputs of all steps are known.
         recurring = _Products(w_hh, b_hh, taps(w_hh), entered, self)
         projecting = None
+        # nn.LSTM(proj_size=...): a last weight makes a smaller hidden state of the larger one.
         if len(weights) % 2:
             w_hr = weights[-1]
             like = entered.new_zeros(len(entered), w_hr.shape[0])
             projecting = _Products(w_hr, None, taps(w_hr), like, self)
         outputs: list[Any] = [None] * len(self.sizes)
         ended: list[States] = []  # samples whose sequences are over, the last ones first
+        # Packed sequences are sorted by length, the longest first: a step runs those that are not over.
         running = tuple(state[: self.sizes[-1 if backwards else 0]] for state in states)
         for at in self._order(backwards):
             size, count = self.sizes[at], len(running[0])
@@ -197,6 +207,7 @@ class _Runs:
                 running = projecting.at(at)(running[0]), *running[1:]
             outputs[at] = running[0]
         ended.append(running)
+        # Samples stand with the longest sequence first, and those ended last: hence the reversed order.
         last = tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
         return torch.cat(outputs), last
 
@@ -282,6 +293,7 @@ def _one_step(step: Step, bound: Mapping[str, Any], taps: TapOf) -> Any:
 def _sequence(step: Step, bound: Mapping[str, Any], taps: TapOf) -> tuple[Tensor, States]:
     """Run all layers and directions over a sequence, padded or packed."""
     first, is_packed = bound.get("batch_first", False), "data" in bound
+    # pack_padded_sequence gives rows, and the number of running samples at every step.
     if is_packed:
         rows, sizes = bound["data"], tuple(bound["batch_sizes"].tolist())
         runs = _Runs(sizes, 0)
@@ -290,17 +302,20 @@ def _sequence(step: Step, bound: Mapping[str, Any], taps: TapOf) -> tuple[Tensor
         length, samples = padded.shape[:2]
         rows, runs = padded.flatten(0, 1), _Runs((samples,) * length, samples)
     directions = 2 if bound["bidirectional"] else 1
+    # Weights and biases of a layer and direction stand together: as many for each.
     count, layers = len(bound["params"]) // (bound["num_layers"] * directions), bound["num_layers"]
     starts = list(zip(*_as_states(bound["hx"]), strict=True))
     last: list[States] = []
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
+            # A bidirectional layer runs its second direction backwards, with weights of its own.
             cell = layer * directions + direction
             weights = bound["params"][cell * count : (cell + 1) * count]
             output, states = runs.layer(step, rows, weights, taps, starts[cell], direction == 1)
             outputs.append(output)
             last.append(states)
+        # The next layer reads both directions beside each other.
         rows = torch.cat(outputs, -1)
         if layer < layers - 1 and bound["dropout"]:
             rows = F.dropout(rows, bound["dropout"], bound["train"])

@@ -79,6 +79,7 @@ def normalized(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
     if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        # Batch norm in training, or without running statistics, uses those of the batch.
         of_batch = module.training or module.running_mean is None
         # Running statistics are kept from this second run: the module has updated them already.
         statistics = (None, None) if of_batch else (module.running_mean, module.running_var)

@@ -57,10 +57,12 @@ def loss_terms(shape: tuple[int, ...]) -> int:
     if len(shape) == 1:
         return shape[0]
     class_axis = len(shape) - 1
+    # [batch, classes, height, width]: channels of an image stand behind the batch axis.
     if len(shape) >= 4:
         class_axis = 1
     terms = 1
     for axis, size in enumerate(shape):
+        # All other axes count terms: each position has a loss of its own.
         if axis != class_axis:
             terms *= size
     return terms
@@ -117,6 +119,7 @@ class TermsTap:
             passes = self.passes if eager else None
             tapped = _Terms.apply(passes, self.count, *outputs)  # type: ignore[no-untyped-call]
         else:
+            # The caller makes the gradients itself, and has the terms counted by `fill`.
             self.uses.append((outputs[0],))
             tapped = [outputs[0].clone()]
         for position, tensor in zip(positions, tapped, strict=True):
@@ -182,6 +185,7 @@ def _positions_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:
     # return loss, logits: the loss is made already, and its terms cannot be told.
     if not tensors or leaves[tensors[0]].dim() == 0:
         return []
+    # An output without a gradient takes part in no loss.
     positions = [
         position for position in tensors if leaves[position].dim() > 0 and leaves[position].requires_grad
     ]
