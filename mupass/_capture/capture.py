@@ -53,14 +53,14 @@ def capture(
         if failed is not None:
             raise failed
         # torch.func.vmap hides the batch axis from the operators: their shapes would lack an axis.
-        found = export(model, args, kwargs)
-        if runs_vmap(found.nodes):
+        captured = export(model, args, kwargs)
+        if runs_vmap(captured.nodes):
             raise CaptureError("it runs vmap of torch.func")
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
-        found = record(model, args, kwargs, canonical, aliases, error)
+        captured = record(model, args, kwargs, canonical, aliases, error)
     # Frozen parameters are in the graph as all others; optimizers ask for them by name.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return replace(found, frozen=frozenset(frozen))
+    return replace(captured, frozen=frozenset(frozen))
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
@@ -109,14 +109,14 @@ def _outputs(program: Any) -> tuple[tuple[str, Node], ...]:
     # Outputs also hold buffers that the model updates: those have no path.
     path_of = dict(zip(map(str, user_outputs), paths, strict=False))
     output = next(node for node in program.graph.nodes if node.op == "output")
-    places = []
-    for place, node in enumerate(output.args[0]):
+    output_positions = []
+    for position, node in enumerate(output.args[0]):
         if isinstance(node, Node) and node.name in path_of:
-            places.append((place, path_of[node.name]))
+            output_positions.append((position, path_of[node.name]))
     # The nodes of outputs change, not their places.
     inline_contexts(program.graph_module)
     drop_whole_slices(program.graph_module)
-    return tuple((path, output.args[0][place]) for place, path in places)
+    return tuple((path, output.args[0][position]) for position, path in output_positions)
 
 
 def _numbers(program: Any, placeholders: Mapping[str, Node]) -> dict[Node, float]:

@@ -29,8 +29,8 @@ def settled_draws() -> Iterator[None]:
     state = random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack, torch.random.fork_rng(devices=[]):
         # Code looks these functions up when it draws, so that patches on the modules reach it.
-        for owner, name, make in _places(numpy):
-            stack.enter_context(patch.object(owner, name, make(getattr(owner, name))))
+        for owner, name, replacement in _places(numpy):
+            stack.enter_context(patch.object(owner, name, replacement(getattr(owner, name))))
         random.seed(0)
         torch.default_generator.manual_seed(0)
         if numpy:

@@ -73,7 +73,7 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[s
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a model (an nn.Module) is needed, not {kind_of(model)}")
-    first: dict[int, str] = {}
+    first_name_of: dict[int, str] = {}
     canonical: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -82,13 +82,13 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[s
                 "run the model once on example inputs, then call mupass"
             )
         # Two names of one tensor are one parameter: the first name stands for both.
-        canonical[name] = first.setdefault(id(parameter), name)
+        canonical[name] = first_name_of.setdefault(id(parameter), name)
     if not canonical:
         raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
     aliases: dict[str, tuple[str, ...]] = {}
-    for name, head in canonical.items():
-        if name != head:
-            aliases[head] = (*aliases.get(head, ()), name)
+    for name, first_name in canonical.items():
+        if name != first_name:
+            aliases[first_name] = (*aliases.get(first_name, ()), name)
     return canonical, aliases
 
 

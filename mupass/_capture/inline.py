@@ -33,23 +33,23 @@ def _inline(module: GraphModule, node: Node, at: int) -> None:
     # Contexts may be nested: no_grad inside of autocast.
     inline_contexts(inner)
     # Placeholders of the inner graph stand for the arguments behind it.
-    holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
-    copies: dict[Node, Any] = dict(zip(holes, node.args[at + 1 :], strict=True))
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    copies: dict[Node, Any] = dict(zip(placeholders, node.args[at + 1 :], strict=True))
     with module.graph.inserting_before(node):
-        for own in inner.graph.nodes:
-            if own.op in ("call_function", "get_attr"):
-                copies[own] = module.graph.node_copy(own, lambda n: copies[n])
-            if own.op == "get_attr":  # a branch of a condition, say: under a name that is free here
-                name = f"inlined_{node.name}_{own.name}"
-                setattr(module, name, getattr(inner, own.target))
-                copies[own].target = name
+        for inner_node in inner.graph.nodes:
+            if inner_node.op in ("call_function", "get_attr"):
+                copies[inner_node] = module.graph.node_copy(inner_node, lambda n: copies[n])
+            if inner_node.op == "get_attr":  # a branch of a condition, say: under a name that is free here
+                name = f"inlined_{node.name}_{inner_node.name}"
+                setattr(module, name, getattr(inner, inner_node.target))
+                copies[inner_node].target = name
         (results,) = next(n.args for n in inner.graph.nodes if n.op == "output")
     # getitem(context(graph, ...), i): the i-th result of the graph
-    for user in list(node.users):
-        if user.target is operator.getitem:
-            result = results[user.args[1]]
-            user.replace_all_uses_with(copies[result])
-            module.graph.erase_node(user)
+    for reader in list(node.users):
+        if reader.target is operator.getitem:
+            result = results[reader.args[1]]
+            reader.replace_all_uses_with(copies[result])
+            module.graph.erase_node(reader)
     module.graph.erase_node(node)
     # The inner graph may be run from several places.
     if not source.users:

@@ -87,8 +87,10 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def describe(inputs: Any) -> str:
     """Return shapes and types of inputs as one short line."""
-    parts = [f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-    return ", ".join(parts)
+    descriptions = [
+        f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in tree_leaves(inputs) if isinstance(x, Tensor)
+    ]
+    return ", ".join(descriptions)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -98,10 +100,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, A
     # transformers.PreTrainedModel.dummy_inputs, with and without a cache of keys and values.
     if isinstance(dummy, Mapping):
         # A cache is an output that export cannot take apart.
-        extra = {"use_cache": False} if _accepts(model, "use_cache") else {}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()}
-        yield (), {**moved, **extra}
-        yield (), moved
+        no_cache = {"use_cache": False} if _accepts(model, "use_cache") else {}
+        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()}
+        yield (), {**on_device, **no_cache}
+        yield (), on_device
     # timm models say what images they were made for.
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):

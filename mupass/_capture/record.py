@@ -64,30 +64,32 @@ def record(
 
     def run(parameters: dict[str, Tensor], states: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         filled = list(leaves)
-        for place, tensor in zip(tensors, inputs, strict=True):
-            filled[place] = tensor
-        given, named = tree_unflatten(filled, spec)
-        output = torch.func.functional_call(model, {**parameters, **states}, given, named, tie_weights=True)
+        for position, tensor in zip(tensors, inputs, strict=True):
+            filled[position] = tensor
+        positional, keywords = tree_unflatten(filled, spec)
+        output = torch.func.functional_call(
+            model, {**parameters, **states}, positional, keywords, tie_weights=True
+        )
         # What the model returns besides tensors has no place in a graph.
-        found = [(path, x) for path, x in tree_flatten_with_path(output)[0] if isinstance(x, Tensor)]
-        paths[:] = [path_text(path) for path, _ in found]
-        return [x for _, x in found]
+        recorded = [(path, x) for path, x in tree_flatten_with_path(output)[0] if isinstance(x, Tensor)]
+        paths[:] = [path_text(path) for path, _ in recorded]
+        return [x for _, x in recorded]
 
     def recording(pre_dispatch: bool) -> _Recording:
         callers: dict[str, str] = {}
         backward: set[str] = set()
         # Above the dispatcher (pre_dispatch) composite operators such as linear stay whole.
-        trace = make_fx(
+        tracer = make_fx(
             run, tracing_mode="real", pre_dispatch=pre_dispatch, _error_on_data_dependent_ops=False
         )
         # Some operators have derivatives of second order only where gradients are enabled.
         with quiet(), settled_draws(), plain_outputs(model), torch.set_grad_enabled(not pre_dispatch):
             with _callers(model, callers), _run_backwards(backward):
-                module = trace(state, buffers, [leaves[i] for i in tensors])
+                module = tracer(state, buffers, [leaves[i] for i in tensors])
         return _Recording(module, callers, backward, not pre_dispatch)
 
     try:
-        found = _above_or_below_transforms(recording)
+        recorded = _above_or_below_transforms(recording)
     except Exception as error:
         within = ""
         if _raised_in_transforms(error):
@@ -96,7 +98,7 @@ def record(
             f"{name} fails on its example inputs{within}: {type(error).__name__}: {_first_line(error)}"
         ) from error
     warning = f"torch.export cannot capture {name} ({first_line}); one concrete run was recorded instead"
-    return _from_recording(found, list(state), list(buffers), paths, aliases, warning)
+    return _from_recording(recorded, list(state), list(buffers), paths, aliases, warning)
 
 
 def _above_or_below_transforms(recording: Callable[[bool], _Recording]) -> _Recording:
@@ -171,12 +173,12 @@ def _run_backwards(found: set[str]) -> Iterator[None]:
     Args:
         found: Filled with the names of nodes while the model runs.
     """
-    plain = torch.autograd.grad
+    original_grad = torch.autograd.grad
 
     def grad(*args: Any, **kwargs: Any) -> Any:
         # All nodes that are recorded during the call are the backward pass.
         start = _recorded()
-        result = plain(*args, **kwargs)
+        result = original_grad(*args, **kwargs)
         mode = get_proxy_mode()
         nodes = mode.tracer.graph.nodes if mode is not None else ()
         found.update(node.name for node in islice(nodes, start, None))
@@ -238,11 +240,11 @@ def _from_recording(
         nodes[node.op].append(node)
     # Placeholders come in the order of the arguments of `run`: parameters, buffers, inputs.
     placeholders, operators = nodes["placeholder"], nodes["call_function"]
-    held = len(parameters) + len(buffers)
-    named = dict(zip(placeholders, parameters, strict=False))
-    states = placeholders[len(parameters) : held]
+    number_of_states = len(parameters) + len(buffers)
+    parameter_of = dict(zip(placeholders, parameters, strict=False))
+    states = placeholders[len(parameters) : number_of_states]
     filled = dict(zip(states, buffers, strict=True))
-    inputs = {node: f"input {number}" for number, node in enumerate(placeholders[held:])}
+    inputs = {node: f"input {number}" for number, node in enumerate(placeholders[number_of_states:])}
     # Constants that the forward pass makes.
     for node in nodes["get_attr"]:
         node.meta["val"] = getattr(module, str(node.target))
@@ -258,7 +260,7 @@ def _from_recording(
             numbers[node] = number
     return Capture(
         tuple(operators),
-        named,
+        parameter_of,
         tuple(states),
         inputs,
         tuple(zip(paths, returned, strict=False)),

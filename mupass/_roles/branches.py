@@ -34,20 +34,20 @@ def find_branches(captured: Capture) -> tuple[Branch, ...]:
     """
     order = [*captured.parameters, *captured.inputs, *captured.states, *captured.nodes]
     outputs = {node for _, node in captured.outputs}
-    sums = _residual_sums(captured, order)
-    sums = _outermost(sums, _next_ends(order, outputs, sums))
+    sum_after = _residual_sums(captured, order)
+    sum_after = _outermost(sum_after, _next_ends(order, outputs, sum_after))
     # Once more: what led into a branch inside of another one leads into the outer one now.
-    reached = _next_ends(order, outputs, sums)
-    holders = carriers(captured, [(end, (total,)) for end, total in sums.items()])
+    reached = _next_ends(order, outputs, sum_after)
+    holders = carriers(captured, [(end, (total,)) for end, total in sum_after.items()])
     branches = []
-    for (end, total), carrier in zip(sums.items(), holders, strict=True):
+    for (end, total), carrier in zip(sum_after.items(), holders, strict=True):
         # A parameter that reaches the output past the branch too is not scaled with it.
-        own = tuple(name for node, name in captured.parameters.items() if reached[node] == {end})
+        own_parameters = tuple(name for node, name in captured.parameters.items() if reached[node] == {end})
         modules, reason = modules_behind(end, total, captured.owners)
         reason = reason or why_shared(modules, captured)
         if captured.transformed or captured.derivatives:
             reason = DERIVED
-        branches.append(Branch(tuple(dict.fromkeys(modules.values())), own, reason, carrier))
+        branches.append(Branch(tuple(dict.fromkeys(modules.values())), own_parameters, reason, carrier))
     return tuple(branches)
 
 
@@ -73,19 +73,19 @@ def _residual_sums(captured: Capture, order: Iterable[Node]) -> dict[Node, Node]
     dependencies = _Dependencies(order)
     weighted = _weighted(captured)
     origin: dict[Node, Node] = {}  # a residual sum -> where its stream began
-    sums: dict[Node, Node] = {}
+    sum_after: dict[Node, Node] = {}
     for node in captured.nodes:
-        found = _branch_of(node, dependencies, origin)
-        if found is None:
+        branch = _branch_of(node, dependencies, origin)
+        if branch is None:
             continue
-        stream, start, end = found
+        stream, start, end = branch
         origin[node] = origin.get(stream, stream)
         # Without a weight on the way it is arithmetic: x + 0.5 * x**2, say, in a hand-written activation.
         for operator in weighted:
             if dependencies.depends(operator, start) and dependencies.depends(end, operator):
-                sums[end] = node
+                sum_after[end] = node
                 break
-    return sums
+    return sum_after
 
 
 def _weighted(captured: Capture) -> list[Node]:
@@ -121,9 +121,9 @@ def _branch_of(
     for stream, branch in (operands, operands[::-1]):
         # x + f(x): the branch leaves the stream x as it stands here.
         # (x + f(x)) + g(x): g leaves the stream where it began, before f was added.
-        for start in (stream, origin.get(stream, stream)):
-            if start is not branch and dependencies.depends(branch, start):
-                return stream, start, branch
+        for origin_node in (stream, origin.get(stream, stream)):
+            if origin_node is not branch and dependencies.depends(branch, origin_node):
+                return stream, origin_node, branch
     return None
 
 
@@ -137,18 +137,18 @@ def _next_ends(
         outputs: Outputs of the model.
         sums: The branches' ends, and the sums that they go into.
     """
-    known: dict[Node, frozenset[Node | None]] = {}
+    reached_from: dict[Node, frozenset[Node | None]] = {}
     for node in reversed(order):
-        found: set[Node | None] = set()
+        reached: set[Node | None] = set()
         if node in outputs:
-            found.add(None)
+            reached.add(None)
         for user in node.users:
             if user in sums:
-                found.add(user)
+                reached.add(user)
             else:
-                found |= known.get(user, frozenset())
-        known[node] = frozenset(found)
-    return known
+                reached |= reached_from.get(user, frozenset())
+        reached_from[node] = frozenset(reached)
+    return reached_from
 
 
 def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node | None]]) -> dict[Node, Node]:
@@ -156,11 +156,11 @@ def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node 
 
     A branch whose sum reaches nothing but the end of another one is part of that: f in ``x + g(h + f(h))``.
     """
-    outer = {}
+    outermost = {}
     for end, total in sums.items():
         if len(reached[end]) != 1 or None in reached[end]:
-            outer[end] = total
-    return outer
+            outermost[end] = total
+    return outermost
 
 
 def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
@@ -176,7 +176,7 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     """
     reader_module, module = owners.get(into, ""), owners.get(end, "")
     # A multiplier on it would reach them too.
-    others = [user for user in end.users if user is not into]
+    others = [reader for reader in end.users if reader is not into]
     if others:
         return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"
     # x + self.mlp(x): the value leaves a module that the reader's module calls.
@@ -188,8 +188,8 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     modules: dict[Node, str] = {}
     reasons = []
     for source in sources:
-        found, reason = modules_behind(source, end, owners)
-        modules.update(found)
+        behind_source, reason = modules_behind(source, end, owners)
+        modules.update(behind_source)
         reasons.append(reason)
     return modules, next(filter(None, reasons), "")
 
@@ -217,7 +217,7 @@ def why_shared(modules: Mapping[Node, str], captured: Capture) -> str:
     for node, module in captured.owners.items():
         if module not in modules.values() or node in modules:
             continue
-        for user in node.users:
-            if not f"{captured.owners.get(user, '')}.".startswith(f"{module}."):
+        for reader in node.users:
+            if not f"{captured.owners.get(reader, '')}.".startswith(f"{module}."):
                 return f"{module} has other outputs or calls ({node})"
     return ""

@@ -73,7 +73,7 @@ class _Push:
 
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
-        self.outputs = {node for _, node in captured.outputs}
+        self.outputs = {output for _, output in captured.outputs}
         self.operators = set(captured.nodes)
         self.activations = set(captured.inputs)  # what depends on the model's input
         for operator in captured.nodes:
@@ -94,12 +94,12 @@ class _Push:
         # What the model returns must stay as it is.
         if value in self.outputs:
             raise Blocked(f"the result of {self._say(value)} is an output of the model as well")
-        held: tuple[Held, ...] = ()
+        shares: tuple[Held, ...] = ()
         # h = norm(x), read by the branch and by a gate: the gate's weight can be divided by the factor.
         for other in value.users:
             if other not in readers and not _is_blind(other):
-                held += self._compensated(value, other)
-        return held + self._made(value)
+                shares += self._compensated(value, other)
+        return shares + self._made(value)
 
     def _parameter(self, parameter: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
         reader = next(iter(readers))
@@ -119,11 +119,11 @@ class _Push:
         # F.linear(c * h, w / c) is F.linear(h, w).
         if _short(other) in WEIGHTED and other.args[0] is value and isinstance(other.args[1], Node):
             try:
-                found = self.scaled(other.args[1], frozenset([other]))
+                shares = self.scaled(other.args[1], frozenset([other]))
             except Blocked:
-                found = ()
-            if found:
-                return tuple(replace(share, inverse=True) for share in found)
+                shares = ()
+            if shares:
+                return tuple(replace(share, inverse=True) for share in shares)
         raise Blocked(f"the result of {self._say(value)} is also read by {self._say(other)}")
 
     def _made(self, operator: Node) -> tuple[Held, ...]:
@@ -162,12 +162,12 @@ class _Push:
             Blocked: A constant stands beside that operand in the result.
         """
         # relu(c x) = c relu(x) for c > 0, (c x) / y = c (x / y), embedding(c table, tokens)
-        known = traits(operator_name(operator.target))
-        if known & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
+        operator_traits = traits(operator_name(operator.target))
+        if operator_traits & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
             return 0
         # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
         if name in {"constant_pad_nd", "pad", "masked_fill"}:
-            if any(isinstance(fill, (int, float)) and fill != 0 for fill in operator.args[2:]):
+            if any(isinstance(constant, (int, float)) and constant != 0 for constant in operator.args[2:]):
                 raise Blocked(f"{self._say(operator)} puts in a constant")
             return 0
         # attention(q, k, v) averages the rows of v
@@ -182,10 +182,10 @@ class _Push:
 
     def _all_of(self, tensors: Iterable[Node], reader: Node) -> tuple[Held, ...]:
         """Push into every operand of a sum or a concatenation."""
-        held: tuple[Held, ...] = ()
+        shares: tuple[Held, ...] = ()
         for tensor in tensors:
-            held += self.scaled(tensor, frozenset([reader]))
-        return held
+            shares += self.scaled(tensor, frozenset([reader]))
+        return shares
 
     def _first_of_several(self, choice: Node) -> tuple[Held, ...]:
         """Push through ``op(...)[0]`` of an operator whose other results nothing reads."""
@@ -193,27 +193,27 @@ class _Push:
         if not isinstance(source, Node) or index != 0 or not _short(source).startswith(FIRST_OF_SEVERAL):
             raise Blocked(f"{self._say(choice)} takes one of several results")
         # op(x)[1] may be the statistics of a norm, which somebody reads.
-        if any(user is not choice and user.users for user in source.users):
+        if any(reader is not choice and reader.users for reader in source.users):
             raise Blocked(f"other results of {self._say(source)} are read too")
         return self._made(source)
 
     def _product(self, operator: Node, name: str) -> tuple[Held, ...]:
         """Push into one operand, weights before activations, and into what is added to the product."""
         # Of a product one factor is enough; what is added to it must be multiplied too.
-        added: list[Node] = []
+        addends: list[Node] = []
         if name == "einsum":
             tensors = tensors_among(flatten([operator.args[1]]))
         else:
             *factors, bias = PRODUCT_ARGUMENTS[name]
             tensors = tensors_among(_at(operator, factors))
-            added = tensors_among(_at(operator, [bias]))
+            addends = tensors_among(_at(operator, [bias]))
         if len(set(tensors)) < len(tensors):
             raise Blocked(f"{self._say(operator)} multiplies a value with itself")
         reason = f"{self._say(operator)} reads constants alone"
         # Weights come first: an activation would send the factor further back.
         for tensor in sorted(tensors, key=lambda tensor: tensor in self.activations):
             try:
-                return self._all_of([tensor, *added], operator)
+                return self._all_of([tensor, *addends], operator)
             except Blocked as blocked:
                 reason = str(blocked)
         raise Blocked(reason)
@@ -222,12 +222,12 @@ class _Push:
         operands = _at(operator, SUMS[name])
         tensors = tensors_among(operands)
         numbers = [operand for operand in operands if isinstance(operand, (int, float)) and operand != 0]
-        held = self._all_of(tensors, operator)
+        shares = self._all_of(tensors, operator)
         if not numbers:
-            return held
+            return shares
         # add(gain, 1): a gain that is stored as its distance from a constant.
         if name == "add" and len(tensors) == 1 and self._is_parameter(tensors[0]):
-            return tuple(replace(share, offset=float(numbers[0])) for share in held)
+            return tuple(replace(share, offset=float(numbers[0])) for share in shares)
         raise Blocked(f"{self._say(operator)} adds a constant")
 
     def _is_parameter(self, value: Node) -> bool:
@@ -259,20 +259,20 @@ def carriers(captured: Capture, requests: Sequence[tuple[Node, Iterable[Node]]])
     Returns:
         One carrier for each request; with a reason where there is none.
     """
-    push = _Push(captured)
-    found: list[tuple[Held, ...] | str] = []
+    pusher = _Push(captured)
+    outcomes: list[tuple[Held, ...] | str] = []
     # A weight that several requests share is multiplied once: their readers must be all that it has.
     covered: dict[Node, set[Node]] = defaultdict(set)
     for value, readers in requests:
         try:
-            held = tuple(dict.fromkeys(push.scaled(value, frozenset(readers))))
+            held = tuple(dict.fromkeys(pusher.scaled(value, frozenset(readers))))
         except Blocked as reason:
-            found.append(str(reason))
+            outcomes.append(str(reason))
             continue
         for share in held:
             covered[share.parameter].add(share.reader)
-        found.append(held)
-    return [_carrier(captured, shares, covered) for shares in found]
+        outcomes.append(held)
+    return [_carrier(captured, shares, covered) for shares in outcomes]
 
 
 def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple[Carrier, ...]:
@@ -294,8 +294,8 @@ def readout_carriers(captured: Capture, geometries: Iterable[Geometry]) -> tuple
         for use in geometry.readout_uses:
             for reader, activation in readers_of(captured, geometry.name, use):
                 inputs.setdefault(activation, []).append(reader)
-        parts = carriers(captured, list(inputs.items()))
-        result.append(replace(_joined(parts), tied=geometry.name))
+        per_input = carriers(captured, list(inputs.items()))
+        result.append(replace(_joined(per_input), tied=geometry.name))
     return tuple(result)
 
 
@@ -334,10 +334,10 @@ def _carrier(captured: Capture, held: tuple[Held, ...] | str, covered: Mapping[N
     names = captured.parameters
     # Readers beyond those that were asked for would see the factor as well.
     for share in held:
-        for user in share.parameter.users:
-            if user not in covered[share.parameter] and not _is_blind(user):
+        for reader in share.parameter.users:
+            if reader not in covered[share.parameter] and not _is_blind(reader):
                 name = names[share.parameter]
-                return Carrier(reason=f"{name} is also read by {operator_name(user.target)}")
+                return Carrier(reason=f"{name} is also read by {operator_name(reader.target)}")
     multiplied, divided, offsets = [], [], []
     for share in held:
         name = names[share.parameter]

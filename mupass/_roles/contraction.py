@@ -107,13 +107,13 @@ class Contraction:
         """Lay a tensor out as ``[groups, samples, positions, sizes of these axes of the parameter]``."""
         groups = [self.weight[axis] for axis in self.group_axes]
         summed = [self.weight[axis] for axis in axes]
-        rows = [label for label in labels if label not in groups and label not in summed]
-        tensor = tensor.permute([labels.index(label) for label in (*groups, *rows, *summed)])
+        row_labels = [label for label in labels if label not in groups and label not in summed]
+        tensor = tensor.permute([labels.index(label) for label in (*groups, *row_labels, *summed)])
         # Samples are the first axis of rows; what follows counts positions inside of a sample.
-        samples = tensor.shape[len(groups)] if rows else 1
+        samples = tensor.shape[len(groups)] if row_labels else 1
         # Lists, not generators: Dynamo cannot take those through an autograd function.
-        count = prod([self.sizes[axis] for axis in self.group_axes])
-        return tensor.reshape(count, samples, -1, prod([self.sizes[axis] for axis in axes]))
+        groups_count = prod([self.sizes[axis] for axis in self.group_axes])
+        return tensor.reshape(groups_count, samples, -1, prod([self.sizes[axis] for axis in axes]))
 
 
 def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
@@ -125,11 +125,11 @@ def linear(rank: int, view: Sequence[int], sizes: Sequence[int]) -> Contraction:
         sizes: Sizes of the parameter's axes.
     """
     # [*rows, i] with [o, i] makes [*rows, o].
-    rows = ascii_uppercase[: rank - 1]
-    weight, output = "oi", rows + "o"
+    row_labels = ascii_uppercase[: rank - 1]
+    weight, output = "oi", row_labels + "o"
     if len(view) == 1:  # F.linear(x, vector)
-        weight, output = "i", rows
-    return Contraction(rows + "i", _in_order(weight, view), output, tuple(sizes))
+        weight, output = "i", row_labels
+    return Contraction(row_labels + "i", _in_order(weight, view), output, tuple(sizes))
 
 
 def matmul(
@@ -147,20 +147,20 @@ def matmul(
     left_rank, right_rank = len(shape), len(view)
     if weight_at == 0:
         left_rank, right_rank = right_rank, left_rank
-    batch = ascii_uppercase[: max(left_rank, right_rank, 2) - 2]
+    batch_labels = ascii_uppercase[: max(left_rank, right_rank, 2) - 2]
     # [*batch, i, k] @ [*batch, k, j]; a vector on either side is [k]
-    left = (batch + "ik")[-left_rank:]
-    right = "k"
-    output = "" if summed else batch
+    left_labels = (batch_labels + "ik")[-left_rank:]
+    right_labels = "k"
+    output = "" if summed else batch_labels
     # A vector on the left leaves no axis i, and one on the right no axis j.
     if left_rank > 1:
         output += "i"
     if right_rank > 1:
-        right = (batch + "kj")[-right_rank:]
+        right_labels = (batch_labels + "kj")[-right_rank:]
         output += "j"
     if weight_at == 0:
-        left, right = right, left
-    return _broadcast(left, right, output, view, sizes, shape)
+        left_labels, right_labels = right_labels, left_labels
+    return _broadcast(left_labels, right_labels, output, view, sizes, shape)
 
 
 def einsum(
@@ -182,9 +182,9 @@ def einsum(
         return None
     activation = terms[1 - weight_at]
     # The axes of "..." get letters that the equation does not use.
-    free = [letter for letter in ascii_uppercase if letter not in equation]
+    free_letters = [letter for letter in ascii_uppercase if letter not in equation]
     count = len(shape) - len(activation.replace("...", ""))
-    hidden = "".join(free[:count])
+    hidden = "".join(free_letters[:count])
     activation, output = activation.replace("...", hidden), output.replace("...", hidden)
     return _broadcast(activation, terms[weight_at], output, view, sizes, shape)
 
@@ -195,10 +195,10 @@ def _broadcast(
     """Find the axes along which the weight alone has entries: no more shared than if x did not have them."""
     weight = _in_order(weight, view)
     # x [1, n, k] @ w [m, k, j]: x repeats along m, where only w has entries.
-    wide = {label for label, size in zip(weight, sizes, strict=True) if size > 1}
+    wide_labels = {label for label, size in zip(weight, sizes, strict=True) if size > 1}
     labels = ""
     for label, size in zip(activation, shape, strict=True):
-        labels += ONE if size == 1 and label in wide else label
+        labels += ONE if size == 1 and label in wide_labels else label
     return Contraction(labels, weight, output, tuple(sizes))
 
 

@@ -19,10 +19,10 @@ def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
     """
     if not geometry.readout_uses:
         return geometry
-    fed = {use: _fed(geometry.name, use, captured) for use in geometry.readout_uses}
+    fed_use = {use: _fed(geometry.name, use, captured) for use in geometry.readout_uses}
     # A readout use is one of all uses: both records are to say the same.
-    uses = tuple(fed.get(use, use) for use in geometry.uses)
-    return replace(geometry, uses=uses, readout_uses=tuple(map(fed.__getitem__, geometry.readout_uses)))
+    uses = tuple(fed_use.get(use, use) for use in geometry.uses)
+    return replace(geometry, uses=uses, readout_uses=tuple(map(fed_use.__getitem__, geometry.readout_uses)))
 
 
 def _fed(parameter: str, use: Use, captured: Capture) -> Use:

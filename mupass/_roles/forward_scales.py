@@ -39,16 +39,16 @@ def settle(constants: Sequence[Constant], second: Second) -> tuple[list[Constant
         if constant.what == "unit length":
             certain.append(constant)
             continue
-        twin = second.twins.get(constant.node)
-        if twin is None or second.captured is None:
+        counterpart = second.twins.get(constant.node)
+        if counterpart is None or second.captured is None:
             doubtful.append(constant)
             continue
-        found = multiplier(second.captured, twin)
+        twin_number = multiplier(second.captured, counterpart)
         # A number that is the same at both widths only happens to equal a power of this one.
-        if found is None or isclose(found[0], constant.value):
+        if twin_number is None or isclose(twin_number[0], constant.value):
             continue
         size = prod(second.sizes.get(dim, 0) for dim in constant.dims)
-        if size > 0 and isclose(abs(found[0]), size**constant.power, rel_tol=1e-5):
+        if size > 0 and isclose(abs(twin_number[0]), size**constant.power, rel_tol=1e-5):
             certain.append(constant)
         else:
             doubtful.append(constant)
@@ -76,16 +76,16 @@ def account(
     nodes = {str(node): node for node in (*captured.nodes, *captured.inputs)}
     noted = []
     for geometry in geometries:
-        found = _behind(geometry, constant_at, nodes)
-        if found and _follow(geometry, found, growth):
-            geometry = _with_given(geometry, found)
+        behind = _behind(geometry, constant_at, nodes)
+        if behind and _follow(geometry, behind, growth):
+            geometry = _with_given(geometry, behind)
         noted.append(geometry)
     names = {geometry.name for geometry in noted if geometry.given}
-    left = []
+    unaccounted = []
     for constant in constants:
         if constant.node not in constant_at or not _undone(constant.node, captured, names):
-            left.append(constant)
-    return noted, left
+            unaccounted.append(constant)
+    return noted, unaccounted
 
 
 def _follow(geometry: Geometry, constants: Iterable[Constant], growth: Callable[[int], float]) -> bool:
@@ -144,11 +144,11 @@ def _passes(operator: Node) -> bool:
 
 def _undone(tensor: Node, captured: Capture, names: set[str]) -> bool:
     """Return whether all that a tensor is read by are parameters of these names."""
-    for user in tensor.users:
-        if _passes(user):
-            undone = _undone(user, captured, names)
+    for reader in tensor.users:
+        if _passes(reader):
+            undone = _undone(reader, captured, names)
         else:
-            roots = map(root_of, user.all_input_nodes)
+            roots = map(root_of, reader.all_input_nodes)
             undone = not names.isdisjoint(captured.parameters.get(root) for root in roots)
         if not undone:
             return False

@@ -76,12 +76,12 @@ def multiplier(captured: Capture, node: Node) -> tuple[float, Sequence[Any]] | N
     if name == "aten.baddbmm":
         alpha = node.kwargs.get("alpha")
         return (float(alpha), [node]) if isinstance(alpha, (int, float)) and alpha else None
-    known, operands = traits(name), node.args[:2]
-    if not known & (Trait.MULTIPLIES | Trait.DIVIDES) or len(operands) < 2:
+    operator_traits, operands = traits(name), node.args[:2]
+    if not operator_traits & (Trait.MULTIPLIES | Trait.DIVIDES) or len(operands) < 2:
         return None
     first, second = (_number(captured, operand) for operand in operands)
     # x * d**-0.5, in either order
-    if known & Trait.MULTIPLIES:
+    if operator_traits & Trait.MULTIPLIES:
         number = second if first is None else first
         return None if number is None else (number, operands)
     # x / d**0.5
@@ -126,20 +126,20 @@ class _Search:
         for operator in list(self.values):
             if operator.op != "call_function":
                 continue
-            known = traits(operator_name(operator.target))
+            operator_traits = traits(operator_name(operator.target))
             # x @ w: the axes that the product sums over are kept in mind for a multiplier behind it.
-            if known & PRODUCTS:
+            if operator_traits & PRODUCTS:
                 self.summed[operator] = self._contracted(operator)
             # x.norm(dim=-1): a division by it gives unit length; lengths of weights are left out.
-            elif known & Trait.LENGTH:
+            elif operator_traits & Trait.LENGTH:
                 if not all_static(map(self.values.get, operator.all_input_nodes)):
                     self.length[operator] = self._reduced(operator)
-            elif known & (PASS_ONE | PASS_EITHER) or is_getitem(operator):
+            elif operator_traits & (PASS_ONE | PASS_EITHER) or is_getitem(operator):
                 # x.clamp(min=eps), dropout(x), x.view(...): all that is known of x holds of the result.
-                for table in (self.summed, self.length, self.unit):
-                    self._pass_on(table, operator)
+                for known_dims in (self.summed, self.length, self.unit):
+                    self._pass_on(known_dims, operator)
             yield from self._multiplier(operator)
-            yield from self._unit_length(operator, known)
+            yield from self._unit_length(operator, operator_traits)
 
     def _pass_on(self, table: dict[Node, Any], operator: Node) -> None:
         """Note of a result what is known of an operand: of the first one, or of any where operands add up."""
@@ -152,10 +152,10 @@ class _Search:
 
     def _multiplier(self, operator: Node) -> Iterator[Constant]:
         """Yield a multiplication by a number that equals a power of a width."""
-        found = multiplier(self.captured, operator)
-        if found is None:
+        multiplication = multiplier(self.captured, operator)
+        if multiplication is None:
             return
-        number, operands = found
+        number, operands = multiplication
         tensors = [operand for operand in operands if _number(self.captured, operand) is None]
         result = self.values.get(operator)
         # Tables of positions are computed from numbers alone.
@@ -201,13 +201,13 @@ class _Search:
 
     def _is_compared(self, tensor: Node, dims: tuple[int, ...]) -> bool:
         """Whether a tensor is a query or key: a product with another activation contracts the axis."""
-        for user in tensor.users:
-            known = traits(operator_name(user.target))
-            moving = not any(map(self._is_parametric, user.all_input_nodes))
+        for reader in tensor.users:
+            reader_traits = traits(operator_name(reader.target))
+            moving = not any(map(self._is_parametric, reader.all_input_nodes))
             # q @ k.mT sums over the axis, and neither factor is made of parameters.
-            if known & PRODUCTS and moving and set(dims) <= set(self._contracted(user)):
+            if reader_traits & PRODUCTS and moving and set(dims) <= set(self._contracted(reader)):
                 return True
-            if known & PASS_ONE and self._is_compared(user, dims):
+            if reader_traits & PASS_ONE and self._is_compared(reader, dims):
                 return True
         return False
 

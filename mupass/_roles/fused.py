@@ -36,9 +36,9 @@ class _Finder:
             return _stack(size)
         # The same inside of a larger axis, that of F.linear(x, w).view(batch, 3, width).unbind(1).
         for members in space.terms_of(dim, "product"):
-            found = self._in_product(members)
-            if found:
-                return found
+            inner_split = self._in_product(members)
+            if inner_split:
+                return inner_split
         verdict = self.solved.verdicts.get(dim)
         open_ended = verdict is not None and (verdict.infinite or verdict.policy)
         # A head_dim that attention contracts whole is one matrix.
@@ -62,15 +62,15 @@ class _Finder:
 
     def _in_product(self, members: Members) -> Split | None:
         sizes = tuple(map(self.solved.engine.space.size, members))
-        grown = tuple(map(self.solved.verdicts.grows, members))
-        for place, member in enumerate(members):
+        grows_around = tuple(map(self.solved.verdicts.grows, members))
+        for position, member in enumerate(members):
             # A dimension inside of a product, heads in heads * 3 * width: sizes around it frame the split.
-            inner = self.find(member)
-            if inner:
-                view, along, lengths, grows, part_grows = inner
-                view = (*sizes[:place], *view, *sizes[place + 1 :])
-                grows = (*grown[:place], *grows, *grown[place + 1 :])
-                return view, place + along, lengths, grows, part_grows
+            inner_split = self.find(member)
+            if inner_split:
+                view, along, lengths, grows, part_grows = inner_split
+                view = (*sizes[:position], *view, *sizes[position + 1 :])
+                grows = (*grows_around[:position], *grows, *grows_around[position + 1 :])
+                return view, position + along, lengths, grows, part_grows
         return None
 
 
@@ -97,14 +97,14 @@ def find_fusions(solved: Inference, parameter: str, axes: Sequence[int]) -> tupl
     fusions = []
     for axis in axes:
         dim = solved.dims[parameter][axis]
-        fused = finder.find(dim)
-        if fused:
-            fusions.append(Fusion(axis, *fused))
+        fusion_split = finder.find(dim)
+        if fusion_split:
+            fusions.append(Fusion(axis, *fusion_split))
             continue
         size, verdict = space.size(dim), solved.verdicts.get(dim)
         # einsum("bi,eio->beo", x, w): experts that all read one activation, of which a gate picks some.
-        apart = space.find(dim) in alternatives and verdict is not None and not verdict.infinite
-        if apart and len(axes) > 1 and 1 < size <= LIMIT:
+        alternative = space.find(dim) in alternatives and verdict is not None and not verdict.infinite
+        if alternative and len(axes) > 1 and 1 < size <= LIMIT:
             fusions.append(Fusion(axis, *_stack(size)))
     return tuple(fusions)
 

@@ -54,11 +54,11 @@ class Matrices:
         if self._single:
             return stacks[0].reshape(self.shape)
         # Where each axis went, to send it back.
-        order = self._order
-        inverse = sorted(range(len(order)), key=order.__getitem__)
+        axis_order = self._order
+        inverse = sorted(range(len(axis_order)), key=axis_order.__getitem__)
         pieces = []
         for piece, stack in zip(split(self._opened(like), self._shifted), stacks, strict=True):
-            pieces.append(stack.reshape([piece.shape[axis] for axis in order]).permute(inverse))
+            pieces.append(stack.reshape([piece.shape[axis] for axis in axis_order]).permute(inverse))
         return join(pieces, self._shifted).reshape(self.shape)
 
     def _opened(self, tensor: Tensor) -> Tensor:

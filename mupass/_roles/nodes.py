@@ -57,7 +57,7 @@ def inner_dims(solved: Inference) -> frozenset[int]:
     Args:
         solved: The inference.
     """
-    inner: set[int] = set()
+    dimensions: set[int] = set()
     for product in solved.engine.facts.bilinear:
-        inner |= solved.engine.space.find_all(product.inner)
-    return frozenset(inner)
+        dimensions |= solved.engine.space.find_all(product.inner)
+    return frozenset(dimensions)

@@ -47,15 +47,15 @@ def _operators(captured: Capture, solved: Inference, parameter: str) -> Iterator
     waiting = placeholders_of(captured, parameter)
     visited = set(waiting)
     while waiting:
-        for user in waiting.pop().users:
-            value = solved.engine.env.get(user)
-            if user in visited or not isinstance(value, Value):
+        for reader in waiting.pop().users:
+            value = solved.engine.env.get(reader)
+            if reader in visited or not isinstance(value, Value):
                 continue
-            visited.add(user)
+            visited.add(reader)
             if value.static:
-                waiting.append(user)
+                waiting.append(reader)
             else:
-                yield user
+                yield reader
 
 
 class _Walk:
@@ -70,15 +70,15 @@ class _Walk:
         """Return the operator that divides the scale out, or None."""
         self.powers[start] = 1.0
         self.bent.add(start)
-        order = {operator: number for number, operator in enumerate(self.captured.nodes)}
-        waiting = order.keys() & start.users
+        position_of = {operator: number for number, operator in enumerate(self.captured.nodes)}
+        waiting = position_of.keys() & start.users
         while waiting:
-            operator = min(waiting, key=order.__getitem__)
+            operator = min(waiting, key=position_of.__getitem__)
             waiting.remove(operator)
             if self._normalizes(operator) or self._cancels(operator):
                 return operator
             if operator in self.powers or operator in self.bent:
-                waiting |= order.keys() & operator.users
+                waiting |= position_of.keys() & operator.users
         return None
 
     def _power_of(self, value: Any) -> float:
@@ -87,12 +87,12 @@ class _Walk:
 
     def _normalizes(self, operator: Node) -> bool:
         """Whether it is a normalization of something that follows the scale."""
-        known, sources = traits(operator_name(operator.target)), operator.all_input_nodes
+        operator_traits, sources = traits(operator_name(operator.target)), operator.all_input_nodes
         # F.layer_norm(f(u + b), ...): the bias b drops out with the mean, so that any f of u will do.
-        if known & Trait.NORMALIZES:
+        if operator_traits & Trait.NORMALIZES:
             return sources[0] in self.bent or self._power_of(sources[0]) > 0
         # F.rms_norm(u, ...), F.cosine_similarity(u, v): nothing is subtracted, so u must be bare.
-        return bool(known & Trait.DIVIDES_BY_SIZE) and max(map(self._power_of, sources[:2])) > 0
+        return bool(operator_traits & Trait.DIVIDES_BY_SIZE) and max(map(self._power_of, sources[:2])) > 0
 
     def _cancels(self, operator: Node) -> bool:
         """Note the power that an operator's result holds; True where powers cancel, as in ``u / |u|``."""
@@ -119,29 +119,29 @@ class _Walk:
             followed: Powers of those operands that follow the scale.
             alone: Whether all other operands are static.
         """
-        name, known = _name(operator), traits(operator_name(operator.target))
+        name, operator_traits = _name(operator), traits(operator_name(operator.target))
         # u.square(), u.var(), (u * u).sum().sqrt()
         if name in POWERS:
             return followed[0] * POWERS[name]
         # u.sum(), relu(u), u.norm(); tanh(u), where u is small
-        if known & (SAME_ORDER | Trait.LINEAR_AT_ZERO):
+        if operator_traits & (SAME_ORDER | Trait.LINEAR_AT_ZERO):
             return followed[0]
         if not alone:
             return None
-        once = len(operator.all_input_nodes) == 1
+        single_operand = len(operator.all_input_nodes) == 1
         # u @ u.T. Of u @ w the scale is that of another layer, which is not followed.
-        if known & PRODUCTS:
+        if operator_traits & PRODUCTS:
             if len(followed) < len(operator.all_input_nodes):
                 return None
-            return 2 * followed[0] if once else sum(followed)
+            return 2 * followed[0] if single_operand else sum(followed)
         # u * u, u * 0.5
-        if known & Trait.MULTIPLIES:
-            squared = once and operator.args[0] is operator.args[1]
+        if operator_traits & Trait.MULTIPLIES:
+            squared = single_operand and operator.args[0] is operator.args[1]
             return 2 * followed[0] if squared else sum(followed)
         # u / u.norm()
-        if known & Trait.DIVIDES:
-            above, below = map(self._power_of, operator.args[:2])
-            return above - below
+        if operator_traits & Trait.DIVIDES:
+            numerator, denominator = map(self._power_of, operator.args[:2])
+            return numerator - denominator
         # u ** 2
         if name == "pow" and isinstance(operator.args[1], (int, float)):
             return followed[0] * operator.args[1]

@@ -44,14 +44,14 @@ def _as_factor(use: Use, uses: Sequence[Use], infinite: Sequence[bool]) -> Use |
         uses: All of them.
         infinite: Verdict of each of its axes.
     """
-    rest = tuple(axis for axis in range(len(infinite)) if axis not in use.fan_in)
-    if use.fan_out or role_of(use, infinite) != "output" or any(infinite[axis] for axis in rest):
+    other_axes = tuple(axis for axis in range(len(infinite)) if axis not in use.fan_in)
+    if use.fan_out or role_of(use, infinite) != "output" or any(infinite[axis] for axis in other_axes):
         return None
     # F.linear(x, W + B @ A): it contracts the width of A, whose rank B has contracted before.
     for other in uses:
-        before = other.fan_in == rest and other.fan_out == use.fan_in
-        if rest and before and other.kind != "embedding":
-            return replace(use, fan_out=rest)
+        before = other.fan_in == other_axes and other.fan_out == use.fan_in
+        if other_axes and before and other.kind != "embedding":
+            return replace(use, fan_out=other_axes)
     return None
 
 

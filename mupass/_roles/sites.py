@@ -38,16 +38,18 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
     Returns:
         Parameter name -> its sites. Calls that differ only in their input are one site, with all sources.
     """
-    found = {}
+    sites_of = {}
     for placeholder, parameter in captured.parameters.items():
         # A module that is called twice has two equal operators: one site with two sources.
-        sites: dict[Site, list[str]] = defaultdict(list)
+        sources_of: dict[Site, list[str]] = defaultdict(list)
         for reading in _readings(captured, placeholder):
             if reading.reader not in captured.derivatives:  # the weight is used forwards as well
                 site, source = _site(reading)
-                sites[site].append(source)
-        found[parameter] = tuple(replace(site, sources=tuple(sources)) for site, sources in sites.items())
-    return found
+                sources_of[site].append(source)
+        sites_of[parameter] = tuple(
+            replace(site, sources=tuple(sources)) for site, sources in sources_of.items()
+        )
+    return sites_of
 
 
 def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, Node]]:
@@ -58,7 +60,7 @@ def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, 
         parameter: Name of the parameter.
         use: One of its uses, a product.
     """
-    found = []
+    readers = []
     for placeholder in placeholders_of(captured, parameter):
         for reading in _readings(captured, placeholder):
             # Uses are found by dimension rules, sites by the patterns below: they meet in these three.
@@ -67,8 +69,8 @@ def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, 
                 factors, _ = reading.product()
                 others = reading.others(factors)
                 if others:
-                    found.append((reading.reader, others[0]))
-    return found
+                    readers.append((reading.reader, others[0]))
+    return readers
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Reading:
 
     def places(self, arguments: Iterable[Any]) -> list[int]:
         """Return where the parameter stands among arguments."""
-        return [place for place, argument in enumerate(arguments) if argument is self.operand]
+        return [position for position, argument in enumerate(arguments) if argument is self.operand]
 
     def others(self, arguments: Iterable[Any]) -> list[Node]:
         """Return the other tensors among arguments."""
@@ -191,8 +193,8 @@ def _passed_on(reading: _Reading) -> _Reading | None:
     keeps_order = traits(reading.name) & Trait.KEEPS_ORDER
     if keeps_order and in_order and reading.places(operator.args) == [0]:
         # Back in the parameter's own shape its axes are known again.
-        same = _shape(operator) == shape
-        return replace(reading, view=tuple(range(len(shape))) if same else None)
+        is_original = _shape(operator) == shape
+        return replace(reading, view=tuple(range(len(shape))) if is_original else None)
     return None
 
 
@@ -259,17 +261,17 @@ def _convolution(reading: _Reading) -> Found | None:
     if not reading.convolves or reading.places(arguments) != [1]:
         return None
     # A matrix as a kernel of one position, or a kernel without the axis of one channel: rows are the same.
-    rows = reading.view is None and _shape(reading.operand)[:1] == reading.shape[:1]
+    keeps_rows = reading.view is None and _shape(reading.operand)[:1] == reading.shape[:1]
     # The kernel must be seen as it is: a transposed one makes other channels.
-    if not (reading.untransposed or rows) or len(reading.shape) < 2:
+    if not (reading.untransposed or keeps_rows) or len(reading.shape) < 2:
         return None
-    first, *rest = range(len(reading.shape))
-    in_axes, out_axes = tuple(rest), (first,)
+    first_axis, *other_axes = range(len(reading.shape))
+    in_axes, out_axes = tuple(other_axes), (first_axis,)
     if "transpose" in reading.name or reading.argument("transposed"):
         if not reading.untransposed:
             # A kernel of a transposed convolution that was reshaped: its rows are input channels.
             return None
-        in_axes, out_axes = (first, *rest[1:]), (rest[0],)
+        in_axes, out_axes = (first_axis, *other_axes[1:]), (other_axes[0],)
     groups = reading.argument("groups") or 1
     site = reading.site("conv", in_axes=in_axes, out_axes=out_axes, groups=groups)
     return site, _source(arguments[0])
@@ -300,13 +302,13 @@ def _factor(reading: _Reading, factors: list[Any]) -> Found:
     # x @ (a @ b), a and b parameters: the gradient of a is no sum over rows of x.
     if root_of(activation) in reading.captured.parameters:
         return reading.refused("multiplies it with another parameter, not with an activation")
-    form = _form(reading, _shape(activation), places[0])
-    if form is None or not form.proper:
+    product = _form(reading, _shape(activation), places[0])
+    if product is None or not product.proper:
         return reading.refused("is not one sum over a shared axis")
     kind = "contraction"
     if reading.name == "aten.linear" and reading.view == (0, 1):
         kind = "linear"
-    return reading.site(kind, in_axes=form.in_axes, out_axes=form.out_axes), _source(activation)
+    return reading.site(kind, in_axes=product.in_axes, out_axes=product.out_axes), _source(activation)
 
 
 def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contraction.Contraction | None:
@@ -364,22 +366,25 @@ def _recurrence(reading: _Reading) -> Found | None:
     """Match a weight or a bias of ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells."""
     if reading.name not in (*RECURRENCES, *CELLS) or not reading.untransposed:
         return None
-    given = _arguments(reading.reader.target, reading.reader)
+    arguments = _arguments(reading.reader.target, reading.reader)
     # Of every layer and direction w_ih, w_hh, then b_ih, b_hh, then a projection of the hidden state.
     if reading.name in CELLS:
-        weights = [given[name] for name in ("w_ih", "w_hh")]
-        biases = [given.get(name) for name in ("b_ih", "b_hh")]
+        weights = [arguments[name] for name in ("w_ih", "w_hh")]
+        biases = [arguments.get(name) for name in ("b_ih", "b_hh")]
         cells = [[*weights, *biases]]
     else:
         # A bidirectional layer has two cells, and stacked layers come one after the other.
-        count = given["num_layers"] * (2 if given["bidirectional"] else 1)
-        length = len(given["params"]) // count
-        cells = [given["params"][start : start + length] for start in range(0, count * length, length)]
+        number_of_cells = arguments["num_layers"] * (2 if arguments["bidirectional"] else 1)
+        length = len(arguments["params"]) // number_of_cells
+        cells = [
+            arguments["params"][start : start + length]
+            for start in range(0, number_of_cells * length, length)
+        ]
     for cell in cells:
-        for place in reading.places(cell):
-            if place in (2, 3) and len(cell) > 3:
+        for position in reading.places(cell):
+            if position in (2, 3) and len(cell) > 3:
                 # A bias belongs to the weight two places ahead of it: b_ih to w_ih, b_hh to w_hh.
-                weight = reading.captured.parameters.get(root_of(cell[place - 2]), "")
+                weight = reading.captured.parameters.get(root_of(cell[position - 2]), "")
                 return reading.site("bias", weight=weight), ""
             # Both weights are [gates * hidden, inputs]: their last axis is summed over.
             return reading.site("contraction", in_axes=(1,), out_axes=(0,)), ""
@@ -419,17 +424,17 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
     shape = reading.shape
     if reading.view is None:
         shape = _shape(reading.operand)
-    wide = [axis for axis, size in enumerate(shape) if size > 1]
+    wide_axes = [axis for axis, size in enumerate(shape) if size > 1]
     # x + positions: a table of at least two axes, in its own layout, that shifts or scales an activation.
     if (
-        len(wide) > 1
+        len(wide_axes) > 1
         and len(shape) <= rank
         and reading.untransposed
         and _of_inputs(activation, reading.captured)
     ):
         return reading.site(f"table {kind}"), _source(activation)
     # What is wider than the activation broadcasts that, and is no gain or shift of it.
-    if len(wide) > 1 or len(shape) > rank:
+    if len(wide_axes) > 1 or len(shape) > rank:
         reason = (
             "it is a table that is added to or multiplied with what is no activation, or in another shape"
         )

@@ -58,17 +58,19 @@ def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
         solved: Its inference.
         parameter: The weight.
     """
-    made = set(placeholders_of(captured, parameter))
-    itself = set(made)  # not multiplied with another weight
+    derived = set(placeholders_of(captured, parameter))
+    itself = set(derived)  # not multiplied with another weight
     for operator in captured.nodes:
-        sources = [source for source in operator.all_input_nodes if source in made]
+        sources = [source for source in operator.all_input_nodes if source in derived]
         if not sources or not all_static([solved.engine.env.get(operator)]):
             continue
-        made.add(operator)
-        known = traits(operator_name(operator.target))
-        if not known & (Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT) and not itself.isdisjoint(sources):
+        derived.add(operator)
+        operator_traits = traits(operator_name(operator.target))
+        if not operator_traits & (Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT) and not itself.isdisjoint(
+            sources
+        ):
             itself.add(operator)
         # w / w.norm(dim=1, keepdim=True); w / sigma, where sigma is computed from w
-        if known & Trait.DIVIDES and len(sources) == 2 and operator.args[0] in itself:
+        if operator_traits & Trait.DIVIDES and len(sources) == 2 and operator.args[0] in itself:
             return place_of(operator, captured.owners)
     return ""

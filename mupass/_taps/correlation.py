@@ -76,7 +76,7 @@ def pieces(axis: Axis) -> list[Piece]:
         stop = min(position + axis.outputs, axis.size, axis.size - distance)
         if start < stop:
             windows[distance].append((start, stop, (earlier, later)))
-    found = []
+    cut_pieces = []
     for distance, window in windows.items():
         borders: set[int] = set()
         for start, stop, _ in window:
@@ -85,8 +85,8 @@ def pieces(axis: Axis) -> list[Piece]:
         for left, right in pairwise(sorted(borders)):
             pairs = tuple(pair for start, stop, pair in window if start <= left and right <= stop)
             if pairs:
-                found.append(Piece(left, right - left, distance, pairs))
-    return found
+                cut_pieces.append(Piece(left, right - left, distance, pairs))
+    return cut_pieces
 
 
 def _boxes(
@@ -128,15 +128,15 @@ def patch_gram(x: Tensor, kernel: list[int], dilation: list[int], padding: list[
     """
     (groups, channels), sizes = x.shape[:2], x.shape[3:]
     paddings = list(zip(padding[::2], padding[1::2], strict=True))[::-1]
-    cuts = []
-    for size, taps, step, (before, after) in zip(sizes, kernel, dilation, paddings, strict=True):
-        cuts.append(pieces(Axis(size, taps, step, before, after)))
+    axis_pieces = []
+    for size, taps, tap_distance, (before, after) in zip(sizes, kernel, dilation, paddings, strict=True):
+        axis_pieces.append(pieces(Axis(size, taps, tap_distance, before, after)))
     inputs = x.movedim((2, 1), (-2, -1)).contiguous()  # [groups, *positions, batch, channels]
     offsets = list(product(*map(range, kernel)))
     zero = x.new_zeros(groups, channels, channels)
     blocks = {pair: zero for pair in product(offsets, repeat=2)}
     # One product for each box of pieces, which every pair of taps that meets there adds up.
-    for box, left, right in _boxes(inputs, inputs, cuts):
+    for box, left, right in _boxes(inputs, inputs, axis_pieces):
         summed = left.reshape(groups, -1, channels).mT @ right.reshape(groups, -1, channels)
         forward = any(piece.distance for piece in box)
         for pairs in product(*(piece.pairs for piece in box)):

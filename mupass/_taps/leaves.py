@@ -60,22 +60,22 @@ class _Factors(torch.autograd.Function):
             # Under tensor parallelism a rank holds slices of an activation; factors are of all of it.
             inputs, gradient = whole(x), whole(g)
             # Arguments of `forward` by their places: A is the sixth, and behind it are the Bs.
-            a = None
+            input_factor = None
             if wanted[6]:
-                make = raw_input
+                make_input = raw_input
                 if tap is not None and tap.once is not None:
-                    make = tap.once.raw_input
-                a = make(ctx.layer, ctx.form, inputs, ctx.dtype)
-            b, count = raw_outputs(ctx.layer, ctx.form, inputs, gradient, wanted[7:], ctx.dtype)
+                    make_input = tap.once.raw_input
+                input_factor = make_input(ctx.layer, ctx.form, inputs, ctx.dtype)
+            output_factors, count = raw_outputs(ctx.layer, ctx.form, inputs, gradient, wanted[7:], ctx.dtype)
             rows = _rows(count, g.device, ctx.dtype)
             if tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
                 # also no result of the graph itself, so that equal ones are computed once, see `Once`.
                 reached = (g != 0).any().to(ctx.dtype).reshape(1)
                 rows = rows * reached
-                if a is not None:
-                    a = a * reached
-        return g, None, None, None, None, rows, a, *b
+                if input_factor is not None:
+                    input_factor = input_factor * reached
+        return g, None, None, None, None, rows, input_factor, *output_factors
 
 
 class _Moments(torch.autograd.Function):
@@ -154,8 +154,8 @@ class Once:
         key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, form, dtype, layer.input_shape())
         # A weak reference keeps the address from being used again, but not the memory.
         before = self._storage
-        is_same = before is not None and before == storage and not before.expired()  # type: ignore[no-untyped-call]
-        if self._value is None or not is_same or self._key != key:
+        same_memory = before is not None and before == storage and not before.expired()  # type: ignore[no-untyped-call]
+        if self._value is None or not same_memory or self._key != key:
             self._value = raw_input(layer, form, x, dtype)
             self._storage, self._key = storage, key
         return self._value

@@ -83,7 +83,7 @@ class Passes:
         # A pass for a loss of its own, whose gradients no step uses, may use any transform.
         if not self._warned and self.watching:
             self._warned = True
-            place = next(place for place, own in self.taps.items() if own is tap)
+            place = next(place for place, other in self.taps.items() if other is tap)
             name = place.parameter or place.module
             warnings.warn(
                 f"{name} is used under a transform of torch.func (vmap, grad, jvp): K-FAC takes no "

@@ -21,20 +21,20 @@ TapOf = Callable[[Tensor | None], Tap | None]
 def _lstm(inputs: Tensor, product: Callable[[Tensor], Tensor], states: States) -> States:
     hidden, cell = states
     # The gates in the order of the LSTM's weights: input, forget, cell, output.
-    enter, keep, new, leave = (inputs + product(hidden)).chunk(4, -1)
+    input_gate, forget_gate, candidate, output_gate = (inputs + product(hidden)).chunk(4, -1)
     # c' = f * c + i * tanh(g), h' = o * tanh(c')
-    cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
-    return leave.sigmoid() * cell.tanh(), cell
+    cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+    return output_gate.sigmoid() * cell.tanh(), cell
 
 
 def _gru(inputs: Tensor, product: Callable[[Tensor], Tensor], states: States) -> States:
     (hidden,) = states
     # The gates in the order of the GRU's weights: reset, update, new.
-    reset_in, keep_in, new_in = inputs.chunk(3, -1)
-    reset, keep, new = product(hidden).chunk(3, -1)
+    reset_in, update_in, new_in = inputs.chunk(3, -1)
+    reset, update, new = product(hidden).chunk(3, -1)
     # n = tanh(W x + r * (U h)); h' = n + z * (h - n), which is (1 - z) * n + z * h.
-    fresh = (new_in + (reset_in + reset).sigmoid() * new).tanh()
-    return (fresh + (keep_in + keep).sigmoid() * (hidden - fresh),)
+    candidate = (new_in + (reset_in + reset).sigmoid() * new).tanh()
+    return (candidate + (update_in + update).sigmoid() * (hidden - candidate),)
 
 
 def _rnn_tanh(inputs: Tensor, product: Callable[[Tensor], Tensor], states: States) -> States:
@@ -186,30 +186,30 @@ class _Runs:
         # nn.LSTM(proj_size=...): a last weight makes a smaller hidden state of the larger one.
         if len(weights) % 2:
             w_hr = weights[-1]
-            like = entered.new_zeros(len(entered), w_hr.shape[0])
-            projecting = _Products(w_hr, None, taps(w_hr), like, self)
+            projected_zeros = entered.new_zeros(len(entered), w_hr.shape[0])
+            projecting = _Products(w_hr, None, taps(w_hr), projected_zeros, self)
         outputs: list[Any] = [None] * len(self.sizes)
         ended: list[States] = []  # samples whose sequences are over, the last ones first
         # Packed sequences are sorted by length, the longest first: a step runs those that are not over.
         running = tuple(state[: self.sizes[-1 if backwards else 0]] for state in states)
-        for at in self._order(backwards):
-            size, count = self.sizes[at], len(running[0])
+        for position in self._order(backwards):
+            size, count = self.sizes[position], len(running[0])
             if size < count:
                 ended.append(tuple(state[size:] for state in running))
                 running = tuple(state[:size] for state in running)
             elif size > count:  # backwards: longer sequences run already, shorter ones begin
                 running = tuple(
-                    torch.cat([state, first[count:size]])
-                    for state, first in zip(running, states, strict=True)
+                    torch.cat([state, initial[count:size]])
+                    for state, initial in zip(running, states, strict=True)
                 )
-            running = step(entering[at], recurring.at(at), running)
+            running = step(entering[position], recurring.at(position), running)
             if projecting is not None:
-                running = projecting.at(at)(running[0]), *running[1:]
-            outputs[at] = running[0]
+                running = projecting.at(position)(running[0]), *running[1:]
+            outputs[position] = running[0]
         ended.append(running)
         # Samples stand with the longest sequence first, and those ended last: hence the reversed order.
-        last = tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
-        return torch.cat(outputs), last
+        last_states = tuple(torch.cat(chunks[::-1]) for chunks in zip(*ended, strict=True))
+        return torch.cat(outputs), last_states
 
     def _order(self, backwards: bool) -> Iterator[int]:
         steps = range(len(self.sizes))
@@ -286,44 +286,44 @@ def _one_step(step: Step, bound: Mapping[str, Any], taps: TapOf) -> Any:
         output = F.linear(hidden, w_hh, bound.get("b_hh"))
         return _tapped(output, hidden, taps(w_hh), Features())
 
-    found = step(entered, product, states)
-    return found[0] if isinstance(bound["hx"], Tensor) else found
+    stepped = step(entered, product, states)
+    return stepped[0] if isinstance(bound["hx"], Tensor) else stepped
 
 
 def _sequence(step: Step, bound: Mapping[str, Any], taps: TapOf) -> tuple[Tensor, States]:
     """Run all layers and directions over a sequence, padded or packed."""
-    first, is_packed = bound.get("batch_first", False), "data" in bound
+    batch_first, is_packed = bound.get("batch_first", False), "data" in bound
     # pack_padded_sequence gives rows, and the number of running samples at every step.
     if is_packed:
         rows, sizes = bound["data"], tuple(bound["batch_sizes"].tolist())
         runs = _Runs(sizes, 0)
     else:
-        padded = bound["input"].transpose(0, 1) if first else bound["input"]
+        padded = bound["input"].transpose(0, 1) if batch_first else bound["input"]
         length, samples = padded.shape[:2]
         rows, runs = padded.flatten(0, 1), _Runs((samples,) * length, samples)
     directions = 2 if bound["bidirectional"] else 1
     # Weights and biases of a layer and direction stand together: as many for each.
-    count, layers = len(bound["params"]) // (bound["num_layers"] * directions), bound["num_layers"]
+    weights_each, layers = len(bound["params"]) // (bound["num_layers"] * directions), bound["num_layers"]
     starts = list(zip(*_as_states(bound["hx"]), strict=True))
-    last: list[States] = []
+    last_states: list[States] = []
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             # A bidirectional layer runs its second direction backwards, with weights of its own.
             cell = layer * directions + direction
-            weights = bound["params"][cell * count : (cell + 1) * count]
+            weights = bound["params"][cell * weights_each : (cell + 1) * weights_each]
             output, states = runs.layer(step, rows, weights, taps, starts[cell], direction == 1)
             outputs.append(output)
-            last.append(states)
+            last_states.append(states)
         # The next layer reads both directions beside each other.
         rows = torch.cat(outputs, -1)
         if layer < layers - 1 and bound["dropout"]:
             rows = F.dropout(rows, bound["dropout"], bound["train"])
     if not is_packed:
         rows = rows.unflatten(0, (length, samples))  # type: ignore[no-untyped-call]
-        if first:
+        if batch_first:
             rows = rows.transpose(0, 1)
-    return rows, tuple(torch.stack(states) for states in zip(*last, strict=True))
+    return rows, tuple(torch.stack(states) for states in zip(*last_states, strict=True))
 
 
 def _as_states(hx: Any) -> States:

@@ -94,9 +94,9 @@ def hookable(module: nn.Module) -> bool:
     Args:
         module: Any module; subclasses that keep the forward of a class of `HOOKED` count.
     """
-    known = [cls for cls in HOOKED if isinstance(module, cls)]
+    matching = [cls for cls in HOOKED if isinstance(module, cls)]
     # A subclass with a forward of its own may compute anything.
-    if not known or type(module).forward is not known[0].forward:
+    if not matching or type(module).forward is not matching[0].forward:
         return False
     # Sparse gradients have no rows to multiply; max_norm writes into the table as it is read.
     return not isinstance(module, nn.Embedding) or (not module.sparse and module.max_norm is None)

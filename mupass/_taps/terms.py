@@ -165,9 +165,9 @@ class TermsTap:
 
     def take(self) -> Tensor | None:
         """Take out the count since the last call, or None when the loss did not pass through the output."""
-        found = self.counted
+        counted = self.counted
         self.clear()
-        return found
+        return counted
 
     def clear(self) -> None:
         """Forget the count."""
