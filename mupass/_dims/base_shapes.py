@@ -11,6 +11,7 @@ from mupass._dims.infer import Inference
 from mupass._dims.second_instance import Second
 from mupass._errors import InferenceError
 
+# Such a file may be edited by hand: sizes out of this range are mistakes.
 SIZES = (1, 10**9)
 
 
@@ -83,6 +84,7 @@ class BaseShapes:
             for axis, (size, base) in enumerate(zip(shape, self.shapes[name], strict=True)):
                 why = f"{self.path} has {'no base size' if base is None else f'the base size {base}'} for it"
                 axes[name, axis] = (base is not None, why)
+                # What the file says of an axis holds for all of its dimension.
                 dim = alone.engine.space.find(alone.dims[name][axis])
                 dims[dim] = axes[name, axis]
                 sizes[dim] = size if base is None else base

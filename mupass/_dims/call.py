@@ -77,6 +77,7 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """All tensor arguments in order, lists flattened, but for those that lend their type or shape."""
+        # x.type_as(w) takes the type of w: no axis of w meets one of x.
         lender = LENDERS.get(self.operator)
         others = [argument for name, argument in self.arguments.items() if name != lender]
         return [item for item in flatten(others) if isinstance(item, Value)]
@@ -120,14 +121,17 @@ class Call:
             static = self.static
         if static:
             return Value(tuple(axes), static)
+        # A result that depends on the inputs has axes of its own, unlike w.t(), which has those of w.
         return Value(bare(axes), static)
 
     def unify(self, first: Axis, second: Axis) -> None:
         """State that two axes agree; a size of 1 broadcasts and states nothing."""
+        # Where x is [1, n] and y is [m, n], the 1 says nothing about m.
         if first.size == second.size != 1:
             self.space.unify(first.dim, second.dim)
 
     def finite(self, axis: Axis, why: str) -> None:
+        # The first reason stays: later ones say the same of the same dimension.
         """Record certain evidence that an axis does not grow."""
         self.facts.finite.setdefault(axis.dim, f"{why} ({self.where})")
 
@@ -139,6 +143,7 @@ class Call:
 
     def pick(self, axis: Axis, index: object) -> None:
         """Record that positions are taken one by one; a single one may also be split off the rest."""
+        # x[:, 0] may be split off x[:, 1:]: whether weights read those shows at the end of the graph.
         if isinstance(index, int) and self.node.users:
             self.facts.picks.append((axis.dim, index % axis.size, self.where))
         else:
@@ -169,6 +174,7 @@ class Call:
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
         contracted, made = tuple(axis.dim for axis in fan_in), tuple(axis.dim for axis in fan_out)
         facts = self.facts
+        # A weight right behind another one may read a bottleneck; behind a nonlinearity it reads features.
         if not self.static:
             (facts.straight if self.straight else facts.bent).update(contracted)
         facts.weights.append((contracted, made))

@@ -33,6 +33,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         outputs: Axes of the outputs that a loss may see.
     """
     wiring = Wiring(verdicts)
+    # First where a choice among several axes made a width: the rules below look at firm widths only.
     for dim, why in [*_several_axes(wiring), *_several_factors(wiring)]:
         verdicts.question(dim, why)
     _follow(verdicts)
@@ -73,6 +74,7 @@ def _linear_bottlenecks(wiring: Wiring) -> Found:
 def _is_narrow(wiring: Wiring, dim: int, source: int, results: Sequence[int]) -> bool:
     """Whether a dimension is narrower than what it is made of and what is made of it, none in a row apart."""
     size = wiring.space.size(dim)
+    # First layers often start narrow, and embeddings do not: it takes more to doubt the former.
     if source == 0:  # made of data
         factor = STRAIGHT if wiring.looked_up(dim) else STEM
         return size * factor <= min(results, default=0)
@@ -111,6 +113,7 @@ def _plateau(wiring: Wiring, start: int) -> set[int]:
     space = wiring.space
     region, frontier = {start}, [start]
     while frontier:
+        # What is made of it must have its size as well, down to the readouts.
         for made in set(wiring.grown_results(frontier.pop())) - region:
             factors = set(wiring.grown(space.members_of(made, "product")))
             if space.size(start) not in map(space.size, factors or {made}):
@@ -136,6 +139,7 @@ def _repeated_sizes(wiring: Wiring) -> Found:
         if source is not None and results and not wiring.returns(dim):
             places[wiring.space.size(dim)].append((dim, (source, *sorted(set(results)))))
     for size, found in places.items():
+        # The sizes around each place, where they are not just this number again.
         others = sorted({around for _, around in found if size not in around})
         if not any(_proportional(first, second) for first, second in pairwise(others)):
             continue
@@ -148,12 +152,14 @@ def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether two rows of sizes are the same but for one factor."""
     if len(first) != len(second):
         return False
+    # Ratios are compared as products, which are exact.
     return all(a * second[-1] == b * first[-1] for a, b in zip(first, second, strict=True))
 
 
 def _unread(wiring: Wiring) -> Found:
     """What weights make and none reads: it ends in a reduction, a comparison, or unused."""
     verdicts, facts = wiring.verdicts, wiring.verdicts.facts
+    # Read as a whole, as a part or as a factor: all of that is read.
     read = verdicts.relatives(facts.fan_in)
     for dim in filter(verdicts.is_firm, sorted(wiring.space.find_all(facts.fan_out))):
         if dim not in read:
@@ -199,8 +205,10 @@ def _mixing(wiring: Wiring) -> Found:
 def _mixed_weights(wiring: Wiring) -> Found:
     """What a weight a sample is made of: a number of experts, or the width of a net that makes weights."""
     verdicts, space = wiring.verdicts, wiring.space
+    # einsum("be,eio->bio", gate, w): e counts matrices that a gate mixes into one for each sample.
     for dim in filter(verdicts.is_firm, mixed(space, verdicts.facts, verdicts.grows)):
         yield dim, "what it is read into is a weight itself, so it may count weights that are mixed"
+    # y_o = sum_ij a_i W_oij b_j: the wider of both sides is a width, the other may count matrices.
     for sides in verdicts.facts.between:
         sizes = [prod(map(space.size, side)) for side in sides]
         for side, size in zip(sides, sizes, strict=True):
@@ -222,6 +230,7 @@ def _several_factors(wiring: Wiring) -> Found:
     """Where a width is a product of which no fact fixes one factor, that the other grows is a policy too."""
     verdicts, space = wiring.verdicts, wiring.space
     for kind in ("product", "groups"):
+        # width = heads x head_dim with no evidence for either: which of them grows is a choice.
         for whole, members in space.terms(kind):
             grown = wiring.grown(members)
             undecided = []
@@ -240,6 +249,7 @@ def _several_factors(wiring: Wiring) -> Found:
 
 def _follow(verdicts: Verdicts) -> None:
     """Carry doubts up and down terms, where nothing else speaks for growth."""
+    # Doubts travel along terms in both directions until nothing changes any more.
     changed = True
     while changed:
         changed = False
@@ -281,6 +291,7 @@ def _wide_outputs(wiring: Wiring, outputs: Iterable[tuple[int, str]]) -> Found:
         verdict = wiring.verdicts.get(root)
         if verdict is None or verdict.infinite:
             continue
+        # As many outputs as the width has units: classes or a hidden state, which the size cannot tell.
         if space.size(root) in map(space.size, wiring.grown_sources(root)):
             yield root, f"policy: fixed like data, though as many as the width it is made of ({what})"
 

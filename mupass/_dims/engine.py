@@ -67,6 +67,7 @@ class Engine:
     def run(self, nodes: Iterable[Node]) -> None:
         """Apply a rule to every operator, then close the books."""
         self._interpret(nodes)
+        # Slices become cuts when all of them are known: x[:, :3] and x[:, 3:] are one cut together.
         self.space.where = "slices"
         self._close_picks()
         self.space.close_slices()
@@ -78,10 +79,12 @@ class Engine:
     def _close_picks(self) -> None:
         """Positions taken alone are separate things, but where weights read all the others: then a part."""
         read = self.space.find_all(self.facts.fan_in)
+        # A weight that reads a concatenation reads its parts.
         for whole, parts in self.space.terms("sum"):
             if whole in read:
                 read.update(parts)
         for dim, index, where in self.facts.picks:
+            # The other positions are read as features, so that the one taken is a part like them.
             if self.space.others(dim, index) in read:
                 self.space.part(dim, index, index + 1)
             else:
@@ -148,6 +151,7 @@ class Engine:
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
         full = [value for value in call.values if 0 not in value.sizes]
+        # torch.cat([empty, x]), a cache of keys and values before its first token: it is x.
         if call.operator == "aten.cat" and full:
             call.arguments = {**call.arguments, "tensors": full}
             return self._apply(call)
@@ -161,6 +165,7 @@ class Engine:
     def _nested(self, call: Call, graphs: Sequence[torch.fx.GraphModule]) -> Result:
         """Interpret the subgraphs of a higher-order operator (no_grad, autocast, checkpoint, cond, scan)."""
         arguments = call.node.args
+        # Operands stand behind the last subgraph, whatever the operator takes ahead of it.
         last = max(i for i, argument in enumerate(arguments) if graph_of(call.node, argument) is not None)
         operands = [item for item in flatten(arguments[last + 1 :]) if isinstance(item, Node)]
         first, *branches = [self._run_graph(graph, operands) for graph in graphs]
@@ -192,6 +197,7 @@ class Engine:
         return value
 
     def _apply(self, call: Call) -> Result:
+        # add_ falls back on the rule of add.
         rule = RULES.get(call.operator) or RULES.get(call.operator.removesuffix("_"))
         if rule:
             return rule(call)
@@ -228,6 +234,7 @@ class Engine:
         """Bind arguments to the names of the operator's schema."""
         schema = getattr(node.target, "_schema", None)
         bound: dict[str, Any] = {}
+        # getitem and arithmetic on sizes are Python functions, without a schema.
         if schema is None:
             bound.update({str(place): value for place, value in enumerate(node.args)})
             bound.update(node.kwargs)

@@ -48,6 +48,7 @@ def output_shapes(node: Node) -> list[tuple[int, ...]]:
 
 def _stand_in(size: Any) -> int:
     """Evaluate a symbolic size, with a large prime for each symbol."""
+    # Sizes that depend on different data must not agree by chance.
     expression = size.node.expr
     return int(expression.xreplace({symbol: _prime_for(str(symbol)) for symbol in expression.free_symbols}))
 
@@ -74,6 +75,7 @@ def _aliased(node: Node, write: bool) -> Node | None:
     if schema is None:
         return None
     for argument, value in zip(schema.arguments, node.args, strict=False):
+        # Tensor(a!) in the schema: the argument is written into, or the result is a view of it.
         if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write >= write:
             return value
     return None
@@ -111,6 +113,7 @@ def broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
     """Whether a tensor of one shape can be expanded to another."""
     if len(small) > len(big):
         return False
+    # From the last axis backwards, as broadcasting lines up shapes.
     return all(size in (1, other) for size, other in zip(small[::-1], big[::-1], strict=False))
 
 
@@ -142,10 +145,12 @@ def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise
     known = traits(operator)
     if known & Trait.BENDS:
         return False
+    # Matrix products, sums and views are linear in each operand, and no elementwise operators.
     if not pointwise and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return True
     shapes = output_shapes(node)
     activations = [value for value in values if not value.static and value.sizes in shapes]
+    # u * v of two activations is of second order.
     if known & (Trait.MULTIPLIES | Trait.DIVIDES) and len(activations) > 1:
         return False
     return bool(known & KEEP_LINEAR)

@@ -32,6 +32,7 @@ IN_TRANSFORMS = (
     "The forward pass runs transforms of torch.func (vmap, grad, jvp), which this operator comes from: "
     "analyse a module that returns the function's value, and take the derivative outside of it, in the loss"
 )
+# Names of outputs in Hugging Face and timm that no loss looks at.
 HIDDEN_OUTPUTS = re.compile(
     r"past_key_values|hidden_state|projected|pool(er|ed)_output|attentions|cache_params|mems|features|embeds\b",
     re.IGNORECASE,
@@ -60,6 +61,7 @@ class Inference:
 
     def verdict(self, parameter: str, axis: int) -> Verdict:
         """Return the verdict on one axis of one parameter."""
+        # What the caller says of an axis stands, whatever the graph says.
         if (parameter, axis) in self.settled:
             return Verdict(*self.settled[parameter, axis])
         dim = self.dims[parameter][axis]
@@ -75,6 +77,7 @@ class Inference:
 
     def _by_analogy(self, parameter: str, axis: int) -> Verdict:
         """Judge a parameter that nothing reads by its twin in another block, else by its neighbours."""
+        # blocks.3.mlp.weight, which nothing reads, has a twin in blocks.0.mlp.weight.
         twin = self._twin(parameter)
         if twin is not None:
             infinite = self.verdict(twin, axis).infinite
@@ -138,6 +141,7 @@ class Inference:
             elif len(sizes) == 2:
                 made.add(sizes[0])
                 read[sizes[1]] += 1
+        # Sizes that two weights contract, or that one makes and another contracts.
         widths.update(size for size, count in read.items() if size != 1 and (count > 1 or size in made))
         return frozenset(widths)
 
@@ -188,6 +192,7 @@ def _made(dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]) 
     made: list[int] = []
     for parameter, own in dims.items():
         contracted: set[int] = set()
+        # A dimension that one use contracts may be made by another: F.linear(x, w.T) beside F.linear(x, w).
         for use in uses.get(parameter, ()):
             contracted.update(use.fan_in)
         made += [dim for axis, dim in enumerate(own) if axis not in contracted]
@@ -217,6 +222,7 @@ def decide(
 
     """
     verdicts, outputs, made = Verdicts(space, facts), tuple(outputs), tuple(made)
+    # The order is that of authority: the caller, the data, facts of the graph.
     verdicts.impose({dim: Verdict(infinite, why) for dim, (infinite, why) in overrides.items()})
     for dim, why in inputs:
         verdicts.settle([dim], Verdict(False, why))

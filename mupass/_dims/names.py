@@ -110,6 +110,7 @@ def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = Non
 def _carried(solved: Inference) -> list[int]:
     """Return the classes that parameters carry, the most frequent first, then their members."""
     space = solved.engine.space
+    # The width of the residual stream is carried by most parameters.
     count = Counter(map(space.find, chain.from_iterable(solved.dims.values())))
     order = [dim for dim, _ in count.most_common()]
     for dim in tuple(order):
@@ -169,6 +170,7 @@ def _first_carrier(solved: Inference, dim: int) -> str:
             if space.find(own) != dim:
                 continue
             layer = name.removesuffix(".weight")
+            # The parameter that makes a dimension is the better name: conv1.out, and not norm.0.
             if any(axis in use.fan_out for use in solved.uses.get(name, ())):
                 return f"{layer}.out"
             first = first or f"{layer}.{axis}"

@@ -47,6 +47,7 @@ def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
         counts.update(filter(verdicts.is_open, space.members_of(head, "product")))
     found: list[int] = []
     for whole, members in space.terms("product"):
+        # width = heads x head_dim: the factor beside the heads is the fixed size of a head.
         if whole in widths and len(members) == 2 and len(counts.intersection(members)) == 1:
             found += [member for member in members if member not in counts]
     return found
@@ -64,6 +65,7 @@ def settle_blocks(verdicts: Verdicts) -> None:
         why = f"policy: fixed size per block ({product.where})"
         cut = []
         for dim in filter(verdicts.is_open, product.inner):
+            # count x inner is a width: so inner is the size of a block that is cut out of it.
             if any((count, space.find(dim)) in pairs for count in counts):
                 cut.append(dim)
         verdicts.settle(cut, Verdict(False, why, True))
@@ -95,6 +97,7 @@ def settle_unmade(verdicts: Verdicts, features: Mapping[int, str]) -> None:
     """
     space = verdicts.space
     widths = _first_widths(verdicts, features)
+    # Atoms first: a product of features follows from them.
     atoms_first = sorted(features, key=lambda dim: bool(space.terms_of(dim, "product")))
     for dim in atoms_first:
         grows = space.size(dim) in widths
@@ -150,6 +153,7 @@ def _counts(verdicts: Verdicts) -> set[int]:
         for _, term in verdicts.space.terms(kind):
             for dim in term:
                 others = [other for other in term if other != dim]
+                # In a sum a dimension has neighbours, and none of them multiplies it.
                 beside_open = kind == "product" and any(map(verdicts.is_open, others))
                 counts[dim] = counts.get(dim, True) and beside_open
     return {dim for dim, always in counts.items() if always}
@@ -165,11 +169,13 @@ def settle_routers(verdicts: Verdicts) -> None:
     separate = space.find_all((*facts.stacked, *facts.enumerated))
     made_of: dict[int, list[set[int]]] = defaultdict(list)  # what a weight reads -> atoms of what it makes
     for fan_in, fan_out in facts.weights:
+        # Of a product its factors count, and not the product beside them.
         atoms = {dim for dim in _factors_of(space, fan_out) if not space.terms_of(dim, "product")}
         for dim in map(space.find, fan_in):
             made_of[dim].append(atoms)
     for dim, results in made_of.items():
         coefficients = all(atoms and atoms <= separate for atoms in results)
+        # As many scores as separate tensors: a coefficient for each of them.
         if coefficients and all(space.size(dim) in map(space.size, atoms) for atoms in results):
             why = "policy: as many as the separate tensors whose coefficients are made of it"
             verdicts.settle([dim], Verdict(False, why, True))
@@ -186,6 +192,7 @@ def settle_adapters(verdicts: Verdicts) -> None:
     for fan_in, fan_out in facts.weights:
         weights.append((frozenset(space.find_all(fan_in)), frozenset(space.find_all(fan_out))))
     straight = space.find_all(facts.straight) - space.find_all(facts.bent)
+    # Queries and keys follow their weights straight too, but meet each other in a product.
     for product in facts.bilinear:
         straight -= space.find_all((*product.batch, *product.inner))
     for rank in sorted(filter(verdicts.is_open, straight)):
@@ -285,6 +292,7 @@ def settle_groups(verdicts: Verdicts) -> None:
         if len(members) != 2:
             continue
         group, channels = members
+        # A convolution with groups=heads on channels = heads x head_dim: a group is a head.
         alike = {head for head in heads if space.size(head) == space.size(channels)}
         if alike and not alike.isdisjoint(verdicts.relatives([whole])):
             verdicts.settle([channels], Verdict(False, "policy: a group is a head of fixed size", True))
@@ -310,11 +318,13 @@ def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[in
     brought = space.find_all(made)
     fans: dict[int, str] = {}  # class -> where
     for dim, where in reversed(facts.fan_in.items()):  # those that are read last come first
+        # cat([h, x]) is read as one: the part h is a width if parameters bring it along.
         parts = brought.intersection(space.members_of(dim, "sum"))
         fans.update(dict.fromkeys(sorted(parts), where))
     for dim, where in (*facts.fan_out.items(), *facts.fan_in.items()):
         fans[space.find(dim)] = where
     read_or_made = [dim for dim in fans if dim not in unmade]
+    # Atoms before what is made of them: a width of known factors follows from these.
     atoms = [dim for dim in read_or_made if not space.members_of(dim, "product", "sum")]
     for dim in [*atoms, *read_or_made]:
         why = f"a width: no data, kernel or class axis touches it ({fans[dim]})"
@@ -331,6 +341,7 @@ def settle_scores(verdicts: Verdicts) -> None:
     single: set[int] = set()  # parts that are there once
     for whole, parts in space.terms("sum"):
         if verdicts.grows(whole):
+            # q and k of one split are two equal parts; what is scored by itself is there once.
             single.update(part for part in parts if parts.count(part) == 1)
     meets_width: dict[int, bool] = {}
     where: dict[int, str] = {}
@@ -367,6 +378,7 @@ def settle_products(verdicts: Verdicts) -> None:
             top = verdicts.get(whole)
             if not still_open or top is None or any(map(verdicts.grows, members)):
                 continue
+            # view(batch, -1, 64): the number in the code stays, and what was left open grows.
             free = [member for member in still_open if member not in literal] or still_open
             # The parts of a sum may all grow; of the factors of a product one does.
             choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
@@ -427,6 +439,7 @@ def _wholes(verdicts: Verdicts, members: Iterable[int]) -> set[int]:
     terms = [*space.cuts, *space.terms("product")]
     found = space.find_all(members)
     count = -1
+    # To a fixed point, since a whole may be a part of something else.
     while count < len(found):
         count = len(found)
         for whole, parts in terms:
@@ -450,6 +463,7 @@ def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None
     """
     made = []
     for weight in facts.made_weights:
+        # Where verdicts are there, only weights that contract a width count.
         if grows is None or any(map(grows, weight.summed)):
             made.append((_factors_of(space, weight.summed), _factors_of(space, weight.kept)))
     found: dict[int, bool] = {}

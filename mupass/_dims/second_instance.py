@@ -68,6 +68,7 @@ def compare(
     """
     axes = _by_parameter(shapes, base)
     device = next(base.parameters()).device
+    # Example inputs follow the second instance to its device.
     moved_args, moved_kwargs = tree_map_only(Tensor, lambda x: x.to(device), (tuple(args), dict(kwargs)))
     try:
         other = capture(base, moved_args, moved_kwargs)

@@ -94,6 +94,7 @@ class Space:
         for kind, table in self._terms.items():
             for members in table.pop(other, {}).values():
                 equal += self._add(kind, root, members)
+        # Slices of one span are one dimension, whichever name of their class they were taken from.
         for span, part in self._slices.pop(other, {}).items():
             known = self._slices.setdefault(root, {}).setdefault(span, part)
             equal.append((known, part))
@@ -108,6 +109,7 @@ class Space:
         self._state("groups", whole, self._wide(factors))
 
     def _wide(self, factors: Members) -> Members:
+        # Axes of size 1 add no factor: [4, 1, 8] is 4 x 8.
         return tuple(factor for factor in factors if self._sizes[factor] != 1)
 
     def sum(self, whole: int, parts: Members) -> None:
@@ -121,8 +123,10 @@ class Space:
 
     def part(self, whole: int, start: int, stop: int) -> int:
         """Return the dimension of ``whole[start:stop]``; the same span gives the same dimension."""
+        # x[:, 0:] is x itself.
         if (start, stop) == (0, self._sizes[whole]):
             return whole
+        # The same slice in two places of the code is one dimension.
         spans = self._slices.setdefault(self.find(whole), {})
         if (start, stop) not in spans:
             spans[start, stop] = self.new(stop - start)
@@ -156,6 +160,7 @@ class Space:
         for whole, spans in list(self._slices.items()):
             root = self.find(whole)
             ordered = sorted(spans)
+            # x[:, :3] and x[:, 2:5] overlap: they are parts of no one cut, so each has a rest of its own.
             overlap = any(left[1] > right[0] for left, right in pairwise(ordered))
             if overlap:  # each span with its own complement
                 for span in ordered:
@@ -216,6 +221,7 @@ class Space:
         ``q, k, v = split(3 * heads * head_dim)`` makes ``q = heads * head_dim``. Where parts are joined and
         not cut, ``cat(v, w)`` viewed as two heads, they may be as many as the heads by chance.
         """
+        # A dimension that was there before its parts is cut; one that is joined of them is made.
         if all(self.find(cut) != whole for cut, _ in self.cuts):
             return
         for parts in list(self._terms["sum"].get(whole, {}).values()):
@@ -228,6 +234,7 @@ class Space:
 
     def _add(self, kind: str, whole: int, members: Members) -> list[tuple[int, int]]:
         """Store a term and return the equalities that follow from the terms already known."""
+        # A term of one member says that both are one dimension.
         if len(members) == 1:
             return [(whole, members[0])]
         # Terms of the same sizes, in the same order, are one term: its members agree one by one.
@@ -253,6 +260,7 @@ class Space:
             left_stop, right_stop = left_ends.index(end) + 1, right_ends.index(end) + 1
             left_run, right_run = left[left_start:left_stop], right[right_start:right_stop]
             left_start, right_start = left_stop, right_stop
+            # 4 here and 2 * 2 there, between the same borders: 4 is their product.
             if len(left_run) == 1 and right_run:
                 equal += self._add(kind, self.find(left_run[0]), right_run)
             elif len(right_run) == 1 and left_run:

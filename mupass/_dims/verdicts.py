@@ -39,6 +39,7 @@ class Verdicts:
         self._terms: list[tuple[int, Members]] = []
         for kind in ("product", "groups", "sum"):
             self._terms += space.terms(kind)
+        # A derived dimension is a term with one member: it grows exactly when its source does.
         for derived, source in space.derived:
             self._terms.append((space.find(derived), (space.find(source),)))
         self._terms_with: dict[int, list[int]] = defaultdict(list)  # class -> places in the list of terms
@@ -77,6 +78,7 @@ class Verdicts:
     def impose(self, verdicts: Mapping[int, Verdict]) -> None:
         """Decide dimensions by the caller's authority, all before any consequence is drawn."""
         for dim, verdict in verdicts.items():
+            # The caller's first word stands; one that contradicts it is a conflict.
             known = self._known.setdefault(self.space.find(dim), verdict)
             if known.infinite != verdict.infinite:
                 self.conflicts.append(f"{verdict.why} contradicts {known.why}")
@@ -85,6 +87,7 @@ class Verdicts:
 
     def settle(self, dims: Iterable[int], verdict: Verdict) -> None:
         """Decide open dimensions and follow the consequences."""
+        # What is settled already is left alone: an earlier policy outranks this one.
         frontier = [self.space.find(dim) for dim in dims if self.is_open(dim)]
         for dim in frontier:
             self._known.setdefault(dim, verdict)
@@ -116,6 +119,7 @@ class Verdicts:
                 return self._set([whole], Verdict(True, verdict.why, verdict.policy))
         if still_open or self.space.size(whole) <= 1:
             return []
+        # A whole is as certain as its least certain member.
         why = known[0].why if known else "all its members are of size 1"
         return self._set([whole], Verdict(False, why, any(verdict.policy for verdict in known)))
 
@@ -149,11 +153,14 @@ class Verdicts:
                     continue
                 free = {dim for dim in members if self.space.size(dim) > 1 and not self._is_certain(dim)}
                 news: set[int] = set()
+                # heads and head_dim are made where heads * head_dim is.
                 if whole in made:
                     news |= free - made
+                # heads * head_dim is made where both are.
                 if free and free <= made:
                     news |= {whole} - made
                 made |= news
+                # A concatenation of which one part is made is touched by that.
                 if not free.isdisjoint(touched):
                     news |= {whole} - touched
                 touched |= news

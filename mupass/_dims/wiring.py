@@ -143,6 +143,7 @@ class Wiring:
 
     def _matrix_size(self, dim: int) -> int:
         """Return the size of one matrix: the largest part, and without counts such as gates or branches."""
+        # q, k and v, or gate and up, in one weight: the largest of them is one matrix.
         sums = self.space.terms_of(dim, "sum")
         if sums:
             return max(map(self.space.size, sums[0]))
@@ -198,6 +199,7 @@ class Wiring:
     def as_many_as_data(self, dim: int) -> bool:
         """Whether an axis of the data that it is made of has its size."""
         data = set(chain.from_iterable(self.sources(dim)))
+        # cat([x, time]) of data: its parts are data as well.
         for side_dim in tuple(data):
             data.update(self.space.members_of(side_dim, "sum"))
         return self.space.size(dim) in map(self.space.size, data)

@@ -9,6 +9,7 @@ from mupass._dims.rules.reshape import merge_axes, split_axis
 
 def _scores(call: Call, query: Value, key: Value) -> Value:
     """Return q k^T for every head."""
+    # scores[b, h, l, s] = sum_e q[b, h, l, e] k[b, h, s, e]
     batch = letters(len(query.axes) - 2)
     labels = [[*batch, "l", "e"], [*batch, "s", "e"]]
     return contract(call, "attention", [query, key], labels, [*batch, "l", "s"])
@@ -17,6 +18,7 @@ def _scores(call: Call, query: Value, key: Value) -> Value:
 def _weighted(call: Call, scores: Value, value: Value) -> Value:
     """Return the sum of values, weighed by scores."""
     batch = letters(len(scores.axes) - 2)
+    # out[b, h, l, e] = sum_s scores[b, h, l, s] v[b, h, s, e]
     labels = [[*batch, "l", "s"], [*batch, "s", "e"]]
     return contract(call, "attention", [scores, value], labels, [*batch, "l", "e"])
 
@@ -32,6 +34,7 @@ def _weighted(call: Call, scores: Value, value: Value) -> Value:
 def attention(call: Call) -> Result:
     """softmax(q k^T / sqrt(E)) v, with grouped key/value heads."""
     query, key, value = call["query"], call["key"], call["value"]
+    # Grouped-query attention: keys and values have fewer heads, each for several heads of queries.
     if call.get("enable_gqa", False) and query.axes[-3].size != key.axes[-3].size:
         share = call.new(query.axes[-3].size // key.axes[-3].size)
         call.literal(share, "query heads for each key/value head")
@@ -43,6 +46,7 @@ def attention(call: Call) -> Result:
     if isinstance(mask, Value):  # softmax(q k^T + mask)
         for axis, other in zip(mask.axes[::-1], scores.axes[::-1], strict=False):
             call.unify(axis, other)
+        # A relative position bias is a parameter that is added to scores.
         if mask.parametric:
             call.pointwise_use("pointwise", mask)
     result = _weighted(call, scores, value)
@@ -59,6 +63,7 @@ def _repeat_heads(call: Call, tensor: Value, share: Axis) -> Value:
 def packed_attention(call: Call) -> Result:
     """The fused inference kernel of nn.MultiheadAttention: packed qkv, heads, output projection."""
     query, key, value = call["query"], call["key"], call["value"]
+    # The fused kernel serves self-attention: query, key and value are one tensor.
     call.unify(query.axes[-1], key.axes[-1])
     call.unify(key.axes[-1], value.axes[-1])
     batch = letters(2)
@@ -69,6 +74,7 @@ def packed_attention(call: Call) -> Result:
     three, width = split_axis(call, packed.axes[-1], [3, packed.axes[-1].size // 3])
     call.enumerate(three, "query, key and value")
     heads, inner = split_axis(call, width, [call["num_head"], width.size // call["num_head"]])
+    # Heads and head_dim meet inside of the kernel, where no operator shows it.
     call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
     call.facts.attention.append((inner.dim, None, call.where))
     mixed = Value((*query.axes[:-1], width))

@@ -18,6 +18,7 @@ def gradients(call: Call) -> Result:
     for name, argument in call.arguments.items():
         if name.startswith("grad") and isinstance(argument, Value):
             incoming.append(argument)
+    # Operands come first: an incoming gradient may have the shape of one of them.
     operands = [value for value in call.values if not _is_among(value, incoming)] + incoming
     results = call.node.meta["val"]
     several = isinstance(results, (tuple, list))

@@ -64,6 +64,7 @@ def _unify_labels(call: Call, terms: Iterable[Operand]) -> dict[str, Axis]:
     for term in terms:
         for label, axis in term.axes.items():
             known = axes.setdefault(label, axis)
+            # Of [1, n] and [m, n] the axis with entries stands for both.
             if known.size == 1 != axis.size:
                 axes[label] = axis
             call.unify(known, axis)
@@ -79,6 +80,7 @@ def _with_origins(axis: Axis, label: str, terms: Iterable[Operand]) -> Axis:
 def _is_mixture(call: Call, weight: Operand, out: Labels) -> bool:
     """Whether whole weights are summed into one a sample, and record it: ``w = sum_e g_e W_e``."""
     summed = [axis for label, axis in weight.axes.items() if label not in out]
+    # Only along axes that a first run found to count mixed weights.
     if not summed or any(not a.origin or not a.origin <= call.mixed for a in summed):
         return False
     for axis in summed:
@@ -94,6 +96,7 @@ def _shared_labels(weight: Operand, terms: Iterable[Operand]) -> set[str]:
         if other is weight:
             continue
         for label, axis in other.axes.items():
+            # A single entry that is broadcast against the weight's axis shares nothing with it.
             if label in weight.axes and (axis.size > 1 or weight.axes[label].size == 1):
                 shared.add(label)
     return shared
@@ -121,6 +124,7 @@ def _record_blocks(call: Call, weight: Operand, terms: Iterable[Operand], out: L
     for label, axis in weight.axes.items():
         if axis.size == 1:
             continue
+        # einsum("bgi,gio->bgo", x, w): g is in all three, so each g has a weight of its own.
         if label in shared and label in out:
             batch.append(axis.dim)
         else:
@@ -185,6 +189,7 @@ def _record_bilinear(call: Call, axes: Mapping[str, Axis], terms: Sequence[Opera
             if in_both:
                 summed.append(axis.dim)
     call.facts.bilinear.append(Bilinear(tuple(batch), tuple(inner), call.where))
+    # A hypernetwork: an activation acts on the other as a weight, and either may be it.
     for own, other in ((left, right), (right, left)):
         kept = [label for label in own if label in out and label not in other and axes[label].size > 1]
         made = MadeWeight(tuple(summed), tuple(axes[label].dim for label in kept))
@@ -199,6 +204,7 @@ def letters(count: int, start: int = 0) -> list[str]:
 def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
     """Add a bias along one axis."""
     if isinstance(bias, Value):
+        # A bias lies along the features, or along the channels ahead of the positions of an image.
         if bias.axes and result.axes:
             call.unify(bias.axes[-1], result.axes[axis])
         if bias.parametric:
@@ -234,6 +240,7 @@ def addmm(call: Call) -> Result:
 def _matmul_labels(left: Value, right: Value) -> tuple[list[str], list[str], list[str]]:
     """Return labels for both factors and the result; batch axes are aligned at their ends."""
     left_rank, right_rank = len(left.axes), len(right.axes)
+    # Batch axes that only one factor has are broadcast.
     batch = letters(max(left_rank, right_rank, 2) - 2)
     out = list(batch)
     if left_rank > 1:
@@ -303,6 +310,7 @@ def einsum(call: Call) -> Result:
         for name, axis in zip(names, value.axes, strict=True):  # a repeated label is a diagonal
             call.unify(value.axes[names.index(name)], axis)
         labels.append(names)
+    # einsum("ij,jk", a, b), without an arrow.
     out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
     # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
     while len(operands) > 2:
@@ -339,6 +347,7 @@ def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Label
         for first in moving:
             if first >= second:
                 break
+            # A label that a third operand or the result has is not summed by this pair.
             others = [names for k, names in enumerate(labels) if k not in (first, second)]
             kept = set(out).union(*others)
             if set(labels[first]) & set(labels[second]) - kept:
@@ -366,6 +375,7 @@ def bilinear(call: Call) -> Result:
     """Return x1 W x2 + b."""
     batch = letters(len(call["input1"].axes) - 1)
     operands = [call["input1"], call["input2"], call["weight"]]
+    # y[b, o] = sum_ij x1[b, i] W[o, i, j] x2[b, j]
     labels = [[*batch, "i"], [*batch, "j"], ["o", "i", "j"]]
     result = contract(call, "bilinear", operands, labels, [*batch, "o"])
     return add_bias(call, result, call.get("bias"), -1)
@@ -406,9 +416,11 @@ def convolution(call: Call) -> Result:
         fan_out, fan_in = weight.axes[:2]
         made = fan_out
         _tie_channels(call, channels, fan_in, fan_out, groups)
+    # A depthwise kernel makes the very channels that it reads.
     if groups == channels.size and (transposed or fan_in.size == 1):
         call.facts.fan_out.setdefault(channels.dim, call.where)
     call.use("conv_transpose" if transposed else "conv", [fan_in, *kernel], [fan_out], weight)
+    # F.conv2d(x, kernel) with a kernel that an activation made, as in dynamic convolutions.
     if not weight.static:
         call.facts.made_weights.append(MadeWeight((fan_in.dim,), (fan_out.dim,)))
     moved = [call.resized(axis, size) for axis, size in zip(positions, sizes, strict=True)]
@@ -458,8 +470,10 @@ def grouped_matmul(call: Call) -> Result:
     """Rows sorted by expert times one matrix an expert."""
     rows, experts = call.values[:2]
     if len(rows.axes) == 2 and len(experts.axes) == 3:
+        # F.grouped_mm(x, w, offs): each row of x meets the matrix of one expert.
         call.finite(experts.axes[0], "experts")
         return contract(call, "matmul", [rows, experts], ["ik", "gkj"], "ij")
+    # Matrices on both sides are batched, as in bmm.
     batch = letters(len(call.shape) - 2)
     labels = [[*batch, "i", "k"][-len(rows.axes) :], [*batch, "k", "j"][-len(experts.axes) :]]
     return contract(call, "matmul", [rows, experts], labels, [*batch, "i", "j"])

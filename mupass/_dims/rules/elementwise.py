@@ -12,6 +12,7 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     result = []
     for back in range(rank, 0, -1):
         axes = [value.axes[-back] for value in values if len(value.axes) >= back]
+        # Axes of size 1 are broadcast, and say nothing about the others.
         wide = [axis for axis in axes if axis.size != 1] or axes[:1]
         if not wide:
             result.append(call.new(1))

@@ -64,6 +64,7 @@ def _is_mask(call: Call, position: int) -> bool:
 
 def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value:
     """A boolean mask merges the axes that it covers into one of data-dependent length."""
+    # x[mask] with a mask over two axes: both give way to one, of as many entries as are true.
     left = list(source.axes)
     axes: list[Axis] = []
     used = False
@@ -73,6 +74,7 @@ def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value
         if mask is None:
             axes.append(left.pop(0))
             continue
+        # Several masks pick together: one axis comes out for all of them.
         if not used:
             axes.append(call.new(call.shape[len(axes)]))
         used = True
@@ -83,6 +85,7 @@ def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value
 def _pick_by_index(call: Call, source: Value, axis: Axis) -> None:
     """Rows that are picked by index are told apart; for a bare table that means it does not grow."""
     call.alternative(axis, "its positions are picked by index")
+    # table[index], such as relative positions: as with a lookup, the length of the table is no width.
     if source.parametric:
         call.finite(axis, "the length of an indexed table")
         rest = [other for other in source.axes if other.dim != axis.dim]
@@ -170,6 +173,7 @@ def _match_put(call: Call, target: Value, source: Value) -> None:
             touched += max(len(item.axes), 1)
         else:
             touched += 1
+    # x[i, j] = v: axes behind the indexed ones are written as a whole.
     for axis, other in zip(target.axes[touched:][::-1], source.axes[::-1], strict=False):
         call.unify(axis, other)
 

@@ -42,8 +42,10 @@ def cat(call: Call) -> Result:
             continue
         whole = _joined_axis(call, parts, size, origin)
         axes.append(whole)
+        # cat([W_q, W_k]) of parameters: one weight, whose parts are weights.
         if call.static and all(part.origin for part in parts):
             call.facts.joined.append(whole.dim)
+        # Single positions that are joined are as many as the code has written.
         if all(part.size == 1 for part in parts):
             call.finite(whole, "a concatenation of single positions")
     return call.value(axes)
@@ -103,6 +105,7 @@ def split(call: Call) -> Result:
         size = shape[dim]
         parts.append(whole if size == whole.size else Axis(call.space.new(size), size, whole.origin))
     if len(parts) > 1:
+        # q, k, v = qkv.chunk(3, -1): the parts stand in a row and cover the whole.
         call.space.cut(whole.dim, tuple(part.dim for part in parts))
         if all(part.size == 1 for part in parts):
             call.enumerate(whole, "its positions are split off one by one")
@@ -119,6 +122,7 @@ def slice_(call: Call) -> Result:
     if not isinstance(start, int):  # it depends on data
         taken = call.derive(axis, size)
     elif step == 1 or size == axis.size:
+        # x[:, -3:] counts from the end.
         if start < 0:
             start = max(start + axis.size, 0)
         taken = Axis(call.space.part(axis.dim, start, start + size), size, axis.origin)
@@ -184,6 +188,7 @@ def as_strided(call: Call) -> Result:
     by_stride = dict(zip(of_source, source.axes, strict=True))
     axes = []
     for size, stride in zip(call.shape, call["stride"], strict=True):
+        # An axis of the view with the stride of a source axis goes along that axis.
         axis = by_stride.pop(stride, None)
         if axis is None:
             axes.append(call.new(size))

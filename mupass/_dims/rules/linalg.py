@@ -72,6 +72,7 @@ def factorize(call: Call) -> Result:
     eigen = "eig" in call.operator
     if eigen:
         _square(call, call.values[0])
+    # U S V of a matrix [m, n] has min(m, n) singular values.
     shorter = min(columns, rows, key=lambda axis: axis.size)
     known = {rows.size: rows, columns.size: columns, shorter.size: shorter}
     outputs = []
@@ -98,6 +99,7 @@ def factorize(call: Call) -> Result:
 def solve(call: Call) -> Result:
     """Return X of A X = B: like the product of an inverse, which contracts the rows of A."""
     matrix, right = call.values[:2]
+    # cholesky_solve(B, L) takes the right-hand side first.
     if call.operator == "aten.cholesky_solve":
         right, matrix = matrix, right
     rank = len(matrix.axes)

@@ -29,6 +29,7 @@ def recurrent(call: Call) -> Result:
     parameters: list[Value] = list(call["params"])
     states = _states(call)
     directions = 2 if call["bidirectional"] else 1
+    # Weights and biases stand cell after cell, in the order of layers and directions.
     per_cell = len(parameters) // (call["num_layers"] * directions)
     features = source.axes[-1]
     hidden = cell = states[0].axes[-1]
@@ -41,6 +42,7 @@ def recurrent(call: Call) -> Result:
             call.unify(states[0].axes[-1], hidden)
             call.unify(states[-1].axes[-1], cell)
             outputs.append(hidden)
+        # The next layer reads the outputs of both directions side by side.
         features = outputs[0] if directions == 1 else _join(call, outputs)
     results = [call.value([*source.axes[:-1], features])]
     for state, width in zip(states, (hidden, cell), strict=False):
@@ -75,6 +77,7 @@ def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis
     Returns:
         The widths of the hidden state and of the cell.
     """
+    # Two weights, two biases or none, a projection or none: 2, 3, 4 or 5 tensors.
     count = len(parameters)
     w_ih, w_hh = parameters[:2]
     call.unify(w_ih.axes[1], features)
@@ -112,6 +115,7 @@ def unpack(call: Call) -> Result:
     """The inverse, and the length of every sample."""
     padded, lengths = call.shapes
     first, second = call.new(padded[0]), call.new(padded[1])
+    # The batch axis comes first or second, as batch_first says.
     batch = first if call["batch_first"] else second
     features = call["data"].axes[1:]
     return call.value([first, second, *features]), call.value([Axis(batch.dim, lengths[0])])

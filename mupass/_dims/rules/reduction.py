@@ -76,6 +76,7 @@ def reduce(call: Call) -> Result:
     if len(values) == 2:  # max.other, min.other
         return pointwise(call)
     (source,) = values
+    # values, places = x.max(1): where places are read, entries are told apart as by argmax.
     if call.operator in ("aten.max", "aten.min") and len(call.shapes) == 2 and _places_are_read(call):
         _rank(call, source.axes[call["dim"] % len(source.axes)])
     default = -1 if call.operator.startswith("aten.trap") else None
@@ -90,6 +91,7 @@ def reduce(call: Call) -> Result:
 
 def _places_are_read(call: Call) -> bool:
     """Whether something reads where the extremes are, as `argmax` would tell."""
+    # getitem(max, 1), the second result, holds the places.
     places = [user for user in call.node.users if is_getitem(user) and user.args[1] == 1]
     return any(user.users for user in places)
 
@@ -162,6 +164,7 @@ def select_by_value(call: Call) -> Result:
 def layer_norm(call: Call) -> Result:
     """Normalizes the last axes; gain and bias lie along them."""
     source: Value = call["input"]
+    # F.layer_norm(x, x.shape[-2:]): gain and bias have the last two axes.
     normalized = source.axes[len(source.axes) - len(call["normalized_shape"]) :]
     for name in ("weight", "bias"):
         _affine(call, call.get(name), normalized)
@@ -191,6 +194,7 @@ def channel_norm(call: Call) -> Result:
         _affine(call, call.get(name), channels)
     outputs = [call.value(source.axes)]
     for shape in call.shapes[1:]:  # mean and deviation
+        # A mean and a deviation for each channel, or shapes that only a backward pass reads.
         per_channel = shape == (channels[0].size,)
         outputs.append(call.value(channels) if per_channel else call.unknown(shape))
     return one_or_all(outputs)
@@ -231,6 +235,7 @@ def similarity(call: Call) -> Result:
 def comparison(call: Call) -> Result:
     """Compares entry by entry: both sides agree, and are as fixed as the data on either of them."""
     source, target = call.values[:2]
+    # The axes of a target are data, and those of the prediction agree with them.
     axes = broadcast(call, [source, target], max(len(source.axes), len(target.axes)))
     return call.value(axes if call.shape else ())
 

@@ -20,6 +20,7 @@ def _origin_of_factor(call: Call, axis: Axis, factor: Axis) -> Origin:
     """Return the parameter axes that a factor is, where an axis was merged and is cut as before."""
     find = call.space.find
     own = set()
+    # view(b, h, d) of what was merged from h and d: each factor is the parameter's axis again.
     for parameter_axis in axis.origin:
         if find(call.facts.carried[parameter_axis]) == find(factor.dim):
             own.add(parameter_axis)
@@ -40,6 +41,7 @@ def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:
 def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
     """Carry the axes of a tensor over to a view of it."""
     result: dict[int, Axis] = {}
+    # [2, 12] as [2, 3, 4]: 2 stays 2, and 12 becomes 3 x 4.
     for before, after in line_up([axis.size for axis in source], sizes):
         whole = merge_axes(call, [source[i] for i in before])
         parts = [whole]
@@ -63,6 +65,7 @@ def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     right = [i for i, size in enumerate(after) if size != 1]
     groups = []
     while right:
+        # Both groups grow until they have the same number of entries.
         of_source, of_view = [left.pop(0)], [right.pop(0)]
         have, want = before[of_source[0]], after[of_view[0]]
         while have != want:
@@ -95,6 +98,7 @@ def view(call: Call) -> Result:
     """Reshape; literal sizes in the code are remembered as hints."""
     source = call.values[0]
     axes = regroup(call, source.axes, call.shape)
+    # view(b, -1, 64): the sizes as the code gives them, with -1 for what is left open.
     sizes = call.get("size") or call.get("shape") or call.get("sizes") or ()
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(axes) or -1 not in sizes:
         return call.value(axes)
@@ -142,6 +146,7 @@ def _order(call: Call, rank: int) -> list[int]:
     order = list(range(rank))
     if name in ("aten.T", "aten.numpy_T"):
         return order[::-1]
+    # t() swaps the axes of a matrix; mT, adjoint and mH swap the last two.
     defaults = (0, 1) if name == "aten.t" else (-1, -2)
     first = call.get("dim0", call.get("axis0", defaults[0]))
     second = call.get("dim1", call.get("axis1", defaults[1]))
@@ -155,6 +160,7 @@ def _moved_order(source: int | Sequence[int], target: int | Sequence[int], rank:
     sources = [source] if isinstance(source, int) else source
     targets = [target] if isinstance(target, int) else target
     moves = {to % rank: at % rank for at, to in zip(sources, targets, strict=True)}
+    # What is not moved keeps its order; the others are put in where they belong.
     order = [i for i in range(rank) if i not in moves.values()]
     for place in sorted(moves):
         order.insert(place, moves[place])
@@ -172,6 +178,7 @@ def _moved_order(source: int | Sequence[int], target: int | Sequence[int], rank:
 )
 def squeeze(call: Call) -> Result:
     """Add or drop axes of size 1."""
+    # Axes longer than 1 keep their order; those of 1 come and go.
     wide = iter([axis for axis in call.values[0].axes if axis.size != 1])
     return call.value([call.new(1) if size == 1 else next(wide) for size in call.shape])
 
@@ -205,6 +212,7 @@ def repeat(call: Call) -> Result:
     axes = []
     for axis, size in zip(_with_leading_ones(call, call.values[0]), call.shape, strict=True):
         if size != axis.size:
+            # tile(x, 3) is [x, x, x]: the count stands ahead.
             axis = merge_axes(call, [_repeat_count(call, size // axis.size), axis])
         axes.append(axis)
     return call.value(axes)
@@ -220,5 +228,6 @@ def repeat_interleave(call: Call) -> Result:
     if len(call.values) > 1 or not isinstance(count, int):  # another count for each entry
         axes[dim] = call.new(call.shape[dim])
     elif count > 1:
+        # repeat_interleave(x, 3) has every entry three times in a row: the count stands behind.
         axes[dim] = merge_axes(call, [axes[dim], _repeat_count(call, count)])
     return call.value(axes)

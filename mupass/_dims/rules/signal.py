@@ -15,6 +15,7 @@ def pixel_shuffle(call: Call) -> Result:
     # [c r r, h, w] -> [c, h r, w r], or back
     if call.operator == "aten.pixel_shuffle":
         factor = call["upscale_factor"]
+        # The first factor stays channels, the other two become steps within a position.
         made, *steps = split_axis(call, channels, [channels.size // factor**2, factor, factor])
     else:
         steps = [call.new(call["downscale_factor"]), call.new(call["downscale_factor"])]
@@ -115,6 +116,7 @@ def fft(call: Call) -> Result:
 @rule("aten.stft", "aten.istft")
 def stft(call: Call) -> Result:
     """Short-time transforms live on data axes of literal length."""
+    # Frequencies and frames both come of the samples of data.
     *batch, samples = call.values[0].axes
     spans = [call.derive(samples, size) for size in call.shape[-2:]]
     if len(call.shape) == 3:
