@@ -42,16 +42,16 @@ class BaseShapes:
         except ImportError as error:
             raise InferenceError(f"to read {path}: pip install pyyaml") from error
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InferenceError(
                 f"cannot read base shapes from {str(path)!r} ({error}); base= takes a positive number, "
                 "sizes by dimension name, a model, or the path of such a file"
             ) from error
-        if not isinstance(found, dict) or not found:
+        if not isinstance(content, dict) or not content:
             raise InferenceError(f"{str(path)!r} is no file of base shapes: it maps no parameter to sizes")
         return BaseShapes(
-            str(path), {_name(path, name): _sizes(path, name, sizes) for name, sizes in found.items()}
+            str(path), {_name(path, name): _sizes(path, name, sizes) for name, sizes in content.items()}
         )
 
     def of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,10 +61,10 @@ class BaseShapes:
             name: Its name.
             shape: Its present shape.
         """
-        own = []
+        base_shape = []
         for size, base in zip(shape, self.shapes[name], strict=True):
-            own.append(size if base is None else base)
-        return tuple(own)
+            base_shape.append(size if base is None else base)
+        return tuple(base_shape)
 
     def settle(self, alone: Inference, shapes: Mapping[str, tuple[int, ...]]) -> Second:
         """Return what the file settles: the verdict on every axis, and its base size.
@@ -81,22 +81,23 @@ class BaseShapes:
         dims: dict[int, tuple[bool, str]] = {}
         sizes: dict[int, int] = {}
         for name, shape in shapes.items():
-            for axis, (size, base) in enumerate(zip(shape, self.shapes[name], strict=True)):
-                why = f"{self.path} has {'no base size' if base is None else f'the base size {base}'} for it"
-                axes[name, axis] = (base is not None, why)
+            for axis, (size, base_size) in enumerate(zip(shape, self.shapes[name], strict=True)):
+                found = "no base size" if base_size is None else f"the base size {base_size}"
+                reason = f"{self.path} has {found} for it"
+                axes[name, axis] = (base_size is not None, reason)
                 # What the file says of an axis holds for all of its dimension.
                 dim = alone.engine.space.find(alone.dims[name][axis])
                 dims[dim] = axes[name, axis]
-                sizes[dim] = size if base is None else base
+                sizes[dim] = size if base_size is None else base_size
         return Second(axes, dims, sizes)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a file whose parameters, or numbers of axes, are not those of the model."""
-        odd = sorted(self.shapes.keys() ^ shapes.keys())
-        if not odd:
-            odd = [name for name, shape in shapes.items() if len(shape) != len(self.shapes[name])]
-        if odd:
-            raise InferenceError(f"{self.path} is of another architecture: it differs at {odd[:3]}")
+        differing = sorted(self.shapes.keys() ^ shapes.keys())
+        if not differing:
+            differing = [name for name, shape in shapes.items() if len(shape) != len(self.shapes[name])]
+        if differing:
+            raise InferenceError(f"{self.path} is of another architecture: it differs at {differing[:3]}")
 
 
 def _name(path: Any, name: Any) -> str:

@@ -172,15 +172,15 @@ class Call:
         well (a batch of weights that all read the same), which is no sign that they grow.
         """
         fan_in, fan_out = tuple(fan_in), tuple(fan_out)
-        contracted, made = tuple(axis.dim for axis in fan_in), tuple(axis.dim for axis in fan_out)
+        contracted, produced = tuple(axis.dim for axis in fan_in), tuple(axis.dim for axis in fan_out)
         facts = self.facts
         # A weight right behind another one may read a bottleneck; behind a nonlinearity it reads features.
         if not self.static:
             (facts.straight if self.straight else facts.bent).update(contracted)
-        facts.weights.append((contracted, made))
+        facts.weights.append((contracted, produced))
         for dim in contracted:
             (facts.basis if basis else facts.fan_in).setdefault(dim, self.where)
-        for dim in made:
+        for dim in produced:
             facts.fan_out.setdefault(dim, self.where)
         # A weight may be computed from several parameters: each has the axes that are still its own.
         inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
@@ -195,8 +195,8 @@ class Call:
 
 def _origins(axes: Iterable[Axis]) -> dict[str, tuple[int, ...]]:
     """Return for every parameter which of its axes are among some axes."""
-    places: dict[str, set[int]] = defaultdict(set)
+    positions: dict[str, set[int]] = defaultdict(set)
     for axis in axes:
-        for parameter, place in axis.origin:
-            places[parameter].add(place)
-    return defaultdict(tuple, {parameter: tuple(sorted(own)) for parameter, own in places.items()})
+        for parameter, position in axis.origin:
+            positions[parameter].add(position)
+    return defaultdict(tuple, {parameter: tuple(sorted(axes_of)) for parameter, axes_of in positions.items()})

@@ -34,8 +34,8 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     """
     wiring = Wiring(verdicts)
     # First where a choice among several axes made a width: the rules below look at firm widths only.
-    for dim, why in [*_several_axes(wiring), *_several_factors(wiring)]:
-        verdicts.question(dim, why)
+    for dim, reason in [*_several_axes(wiring), *_several_factors(wiring)]:
+        verdicts.question(dim, reason)
     _follow(verdicts)
     rules: tuple[Callable[[Wiring], Found], ...] = (
         _linear_bottlenecks,
@@ -49,11 +49,11 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _mixed_weights,
     )
     for rule in rules:
-        for dim, why in list(rule(wiring)):
-            verdicts.question(dim, f"policy: a width like the others, though {why}")
+        for dim, reason in list(rule(wiring)):
+            verdicts.question(dim, f"policy: a width like the others, though {reason}")
         _follow(verdicts)
-    for dim, why in list(_wide_outputs(wiring, outputs)):
-        verdicts.question(dim, why)
+    for dim, reason in list(_wide_outputs(wiring, outputs)):
+        verdicts.question(dim, reason)
 
 
 def _linear_bottlenecks(wiring: Wiring) -> Found:
@@ -99,7 +99,9 @@ def _wide_heads(wiring: Wiring) -> Found:
         # features -> WIDE x features -> classes, as in MobileNet
         if not source or size < WIDE * source:
             continue
-        doubtful = [d for d in wiring.grown_sources(dim) if not wiring.verdicts.is_firm(d)]
+        doubtful = [
+            source_dim for source_dim in wiring.grown_sources(dim) if not wiring.verdicts.is_firm(source_dim)
+        ]
         if doubtful and size <= (wiring.before(doubtful[0], STRAIGHT) or size):
             continue  # wide only beside something narrow
         for member in _plateau(wiring, dim):
@@ -114,12 +116,12 @@ def _plateau(wiring: Wiring, start: int) -> set[int]:
     region, frontier = {start}, [start]
     while frontier:
         # What is made of it must have its size as well, down to the readouts.
-        for made in set(wiring.grown_results(frontier.pop())) - region:
-            factors = set(wiring.grown(space.members_of(made, "product")))
-            if space.size(start) not in map(space.size, factors or {made}):
+        for result in set(wiring.grown_results(frontier.pop())) - region:
+            factors = set(wiring.grown(space.members_of(result, "product")))
+            if space.size(start) not in map(space.size, factors or {result}):
                 return set()
-            region |= {made, *factors}
-            frontier.append(made)
+            region |= {result, *factors}
+            frontier.append(result)
     return region
 
 
@@ -138,12 +140,12 @@ def _repeated_sizes(wiring: Wiring) -> Found:
         source, results = wiring.source(dim), wiring.results(dim)
         if source is not None and results and not wiring.returns(dim):
             places[wiring.space.size(dim)].append((dim, (source, *sorted(set(results)))))
-    for size, found in places.items():
+    for size, places_of_size in places.items():
         # The sizes around each place, where they are not just this number again.
-        others = sorted({around for _, around in found if size not in around})
+        others = sorted({around for _, around in places_of_size if size not in around})
         if not any(_proportional(first, second) for first, second in pairwise(others)):
             continue
-        for dim, around in found:
+        for dim, around in places_of_size:
             if _proportional(around, others[0]):
                 yield dim, f"it is {size} at several places whose widths differ"
 
@@ -153,16 +155,16 @@ def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     if len(first) != len(second):
         return False
     # Ratios are compared as products, which are exact.
-    return all(a * second[-1] == b * first[-1] for a, b in zip(first, second, strict=True))
+    return all(left * second[-1] == right * first[-1] for left, right in zip(first, second, strict=True))
 
 
 def _unread(wiring: Wiring) -> Found:
     """What weights make and none reads: it ends in a reduction, a comparison, or unused."""
     verdicts, facts = wiring.verdicts, wiring.verdicts.facts
     # Read as a whole, as a part or as a factor: all of that is read.
-    read = verdicts.relatives(facts.fan_in)
+    read_by_weights = verdicts.relatives(facts.fan_in)
     for dim in filter(verdicts.is_firm, sorted(wiring.space.find_all(facts.fan_out))):
-        if dim not in read:
+        if dim not in read_by_weights:
             yield dim, "no weight reads it again"
         elif not wiring.readers(dim) and _own_heads(wiring, dim):
             yield dim, "weights meet only its number of heads, and that at another size per head"
@@ -172,22 +174,22 @@ def _own_heads(wiring: Wiring, dim: int) -> bool:
     """Whether a width of heads has another size per head than all of the same heads that weights read."""
     space = wiring.space
     for term in space.terms_of(dim, "product"):
-        own: set[int] = set()
+        sizes_per_head: set[int] = set()
         of_read: set[int] = set()
         for member in term:
             if not wiring.verdicts.grows(member):
-                own.update(map(space.size, (member, *wiring.parts(member))))
+                sizes_per_head.update(map(space.size, (member, *wiring.parts(member))))
                 continue
             for width in filter(wiring.readers, wiring.around(member)):
                 of_read.update(map(space.size, space.members_of(width, "product")))
-        if of_read and of_read.isdisjoint(own):
+        if of_read and of_read.isdisjoint(sizes_per_head):
             return True
     return False
 
 
 def _competing(wiring: Wiring) -> Found:
     """Memory slots or units: entries that compete in a softmax and that a weight then reads."""
-    competing = {wiring.space.find(dim): why for dim, why in wiring.verdicts.facts.alternatives.items()}
+    competing = {wiring.space.find(dim): reason for dim, reason in wiring.verdicts.facts.alternatives.items()}
     for dim in wiring.widths:
         if dim in competing and wiring.source(dim) is not None:
             yield dim, competing[dim]
@@ -232,16 +234,16 @@ def _several_factors(wiring: Wiring) -> Found:
     for kind in ("product", "groups"):
         # width = heads x head_dim with no evidence for either: which of them grows is a choice.
         for whole, members in space.terms(kind):
-            grown = wiring.grown(members)
+            growing = wiring.grown(members)
             undecided = []
             if kind == "product":  # groups of a convolution are settled by their own policy
                 without = [member for member in members if verdicts.get(member) is None]
                 undecided = [member for member in without if not wiring.is_position(member)]
             is_free = undecided or any(map(verdicts.by_policy, members))
-            if whole not in wiring.fans or not grown or not is_free:
+            if whole not in wiring.fans or not growing or not is_free:
                 continue
             sizes = " x ".join(str(space.size(member)) for member in members)
-            for member in grown:
+            for member in growing:
                 yield member, f"policy: of the factors {sizes} of a width, this one grows"
             for member in undecided:
                 yield member, f"policy: of the factors {sizes} of a width, another grows"
@@ -263,9 +265,9 @@ def _follow(verdicts: Verdicts) -> None:
 
 def _doubt_whole(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
     """Doubt what grows by its members only, if all that grow do so by a policy and the rest is certain."""
-    known = list(map(verdicts.get, members))
-    reasons = [verdict.why for verdict in known if verdict and verdict.infinite]
-    as_wanted = all(verdict and verdict.infinite == verdict.policy for verdict in known)
+    of_members = list(map(verdicts.get, members))
+    reasons = [verdict.why for verdict in of_members if verdict and verdict.infinite]
+    as_wanted = all(verdict and verdict.infinite == verdict.policy for verdict in of_members)
     if not as_wanted or not reasons or not verdicts.is_firm(whole):
         return False
     verdicts.question(whole, reasons[0])
@@ -274,12 +276,12 @@ def _doubt_whole(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool
 
 def _doubt_parts(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
     """Doubt the parts of what grows by a policy only."""
-    top = verdicts.get(whole)
-    if top is None or not top.infinite or not top.policy:
+    of_whole = verdicts.get(whole)
+    if of_whole is None or not of_whole.infinite or not of_whole.policy:
         return False
     firm = list(filter(verdicts.is_firm, members))
     for member in firm:
-        verdicts.question(member, top.why)
+        verdicts.question(member, of_whole.why)
     return bool(firm)
 
 
@@ -298,5 +300,5 @@ def _wide_outputs(wiring: Wiring, outputs: Iterable[tuple[int, str]]) -> Found:
 
 def _of(source: int, results: Iterable[int]) -> str:
     """Return what a width is made of and read into, in words."""
-    read = ", ".join(map(str, sorted(set(results))))
-    return f"made of {source or 'data'}, read into {read or 'a readout'}"
+    read_into = ", ".join(map(str, sorted(set(results))))
+    return f"made of {source or 'data'}, read into {read_into or 'a readout'}"

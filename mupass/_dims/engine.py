@@ -78,14 +78,14 @@ class Engine:
 
     def _close_picks(self) -> None:
         """Positions taken alone are separate things, but where weights read all the others: then a part."""
-        read = self.space.find_all(self.facts.fan_in)
+        read_by_weights = self.space.find_all(self.facts.fan_in)
         # A weight that reads a concatenation reads its parts.
         for whole, parts in self.space.terms("sum"):
-            if whole in read:
-                read.update(parts)
+            if whole in read_by_weights:
+                read_by_weights.update(parts)
         for dim, index, where in self.facts.picks:
             # The other positions are read as features, so that the one taken is a part like them.
-            if self.space.others(dim, index) in read:
+            if self.space.others(dim, index) in read_by_weights:
                 self.space.part(dim, index, index + 1)
             else:
                 self.facts.finite.setdefault(dim, f"{PICKED} ({where})")
@@ -130,8 +130,8 @@ class Engine:
         if isinstance(result, Value) and not result.static:
             self._unsettle(written(node))
         # A line of linear operators starts at a weight and ends at the first nonlinearity.
-        made = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
-        if (made or straight) and self._is_linear(call):
+        makes_axes = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
+        if (makes_axes or straight) and self._is_linear(call):
             self._straight.add(node)
         return result
 
@@ -150,12 +150,12 @@ class Engine:
 
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
-        full = [value for value in call.values if 0 not in value.sizes]
+        not_empty = [value for value in call.values if 0 not in value.sizes]
         # torch.cat([empty, x]), a cache of keys and values before its first token: it is x.
-        if call.operator == "aten.cat" and full:
-            call.arguments = {**call.arguments, "tensors": full}
+        if call.operator == "aten.cat" and not_empty:
+            call.arguments = {**call.arguments, "tensors": not_empty}
             return self._apply(call)
-        if any(value.parametric for value in full):
+        if any(value.parametric for value in not_empty):
             raise InferenceError(
                 f"{call.where}: a tensor with an axis of size 0 carries no width; "
                 "give example inputs and a model without empty tensors"
@@ -166,15 +166,19 @@ class Engine:
         """Interpret the subgraphs of a higher-order operator (no_grad, autocast, checkpoint, cond, scan)."""
         arguments = call.node.args
         # Operands stand behind the last subgraph, whatever the operator takes ahead of it.
-        last = max(i for i, argument in enumerate(arguments) if graph_of(call.node, argument) is not None)
-        operands = [item for item in flatten(arguments[last + 1 :]) if isinstance(item, Node)]
-        first, *branches = [self._run_graph(graph, operands) for graph in graphs]
+        last_graph = max(
+            position
+            for position, argument in enumerate(arguments)
+            if graph_of(call.node, argument) is not None
+        )
+        operands = [item for item in flatten(arguments[last_graph + 1 :]) if isinstance(item, Node)]
+        of_first, *branches = [self._run_graph(graph, operands) for graph in graphs]
         for branch in branches:  # of a condition: whichever runs, the results are the same tensors
-            for left, right in zip(first, branch, strict=True):
-                for axis, other in zip(left.axes, right.axes, strict=True):
-                    call.unify(axis, other)
+            for left, right in zip(of_first, branch, strict=True):
+                for axis, other_axis in zip(left.axes, right.axes, strict=True):
+                    call.unify(axis, other_axis)
         results = []
-        for value, shape in zip(first, call.shapes, strict=True):
+        for value, shape in zip(of_first, call.shapes, strict=True):
             if len(value.axes) != len(shape):  # a scan stacks what its body returns
                 value = call.value([call.new(shape[0]), *value.axes])
             results.append(value)
@@ -182,9 +186,9 @@ class Engine:
 
     def _run_graph(self, graph: torch.fx.GraphModule, operands: Sequence[Node]) -> list[Value]:
         """Interpret a subgraph on operands of the outer graph."""
-        holes = graph.graph.find_nodes(op="placeholder")
-        for hole, operand in zip(holes, operands, strict=False):
-            self.env[hole] = self._element(hole, self.env.get(operand))
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        for placeholder, operand in zip(placeholders, operands, strict=False):
+            self.env[placeholder] = self._element(placeholder, self.env.get(operand))
         self._interpret(graph.graph.nodes)
         outputs = flatten([self._lookup(graph.graph.output_node().args[0])])
         return [value for value in outputs if isinstance(value, Value)]
@@ -212,7 +216,11 @@ class Engine:
     def _unknown(self, call: Call) -> Result:
         """Treat by shape what looks pointwise; refuse the rest, or leave it open when not strict."""
         shapes = [value.sizes for value in call.values]
-        if len(call.shapes) == 1 and call.shape in shapes and all(broadcasts(s, call.shape) for s in shapes):
+        if (
+            len(call.shapes) == 1
+            and call.shape in shapes
+            and all(broadcasts(shape, call.shape) for shape in shapes)
+        ):
             self.facts.warnings.append(f"{call.where}: no dimension rule; treated as pointwise by its shapes")
             return RULES["pointwise"](call)
         message = f"{call.where}: no dimension rule for this operator"
@@ -226,9 +234,9 @@ class Engine:
 
     def _check(self, call: Call, result: Result) -> None:
         """Refuse a rule's result that has other shapes than the operator's."""
-        got = [value.sizes for value in flatten([result]) if isinstance(value, Value)]
-        if got != call.shapes:
-            raise InferenceError(f"{call.where}: the rule gave shapes {got}, the operator {call.shapes}")
+        shapes = [value.sizes for value in flatten([result]) if isinstance(value, Value)]
+        if shapes != call.shapes:
+            raise InferenceError(f"{call.where}: the rule gave shapes {shapes}, the operator {call.shapes}")
 
     def _arguments(self, node: Node) -> dict[str, Any]:
         """Bind arguments to the names of the operator's schema."""
@@ -236,14 +244,14 @@ class Engine:
         bound: dict[str, Any] = {}
         # getitem and arithmetic on sizes are Python functions, without a schema.
         if schema is None:
-            bound.update({str(place): value for place, value in enumerate(node.args)})
+            bound.update({str(position): value for position, value in enumerate(node.args)})
             bound.update(node.kwargs)
         else:  # in the schema's order: what is transformed comes before its options
-            for place, argument in enumerate(schema.arguments):
+            for position, argument in enumerate(schema.arguments):
                 if argument.name in node.kwargs:
                     bound[argument.name] = node.kwargs[argument.name]
-                elif place < len(node.args):
-                    bound[argument.name] = node.args[place]
+                elif position < len(node.args):
+                    bound[argument.name] = node.args[position]
                 elif argument.has_default_value():
                     bound[argument.name] = argument.default_value
         return {name: self._lookup(value) for name, value in bound.items()}

@@ -119,15 +119,15 @@ def broadcasts(small: tuple[int, ...], big: tuple[int, ...]) -> bool:
 
 def flatten(items: Iterable[Any]) -> list[Any]:
     """Return the leaves of nested tuples, lists and dicts."""
-    flat: list[Any] = []
+    leaves: list[Any] = []
     for item in items:
         if isinstance(item, (tuple, list)):
-            flat += flatten(item)
+            leaves += flatten(item)
         elif isinstance(item, dict):
-            flat += flatten(item.values())
+            leaves += flatten(item.values())
         else:
-            flat.append(item)
-    return flat
+            leaves.append(item)
+    return leaves
 
 
 def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise: bool) -> bool:
@@ -142,8 +142,8 @@ def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise
     Returns:
         False for nonlinearities, for products of two activations, and for pointwise operators not known.
     """
-    known = traits(operator)
-    if known & Trait.BENDS:
+    operator_traits = traits(operator)
+    if operator_traits & Trait.BENDS:
         return False
     # Matrix products, sums and views are linear in each operand, and no elementwise operators.
     if not pointwise and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
@@ -151,6 +151,6 @@ def keeps_straight(node: Node, operator: str, values: Sequence[Value], pointwise
     shapes = output_shapes(node)
     activations = [value for value in values if not value.static and value.sizes in shapes]
     # u * v of two activations is of second order.
-    if known & (Trait.MULTIPLIES | Trait.DIVIDES) and len(activations) > 1:
+    if operator_traits & (Trait.MULTIPLIES | Trait.DIVIDES) and len(activations) > 1:
         return False
-    return bool(known & KEEP_LINEAR)
+    return bool(operator_traits & KEEP_LINEAR)

@@ -78,15 +78,15 @@ class Inference:
     def _by_analogy(self, parameter: str, axis: int) -> Verdict:
         """Judge a parameter that nothing reads by its twin in another block, else by its neighbours."""
         # blocks.3.mlp.weight, which nothing reads, has a twin in blocks.0.mlp.weight.
-        twin = self._twin(parameter)
-        if twin is not None:
-            infinite = self.verdict(twin, axis).infinite
-            return Verdict(infinite, f"policy: nothing reads it; as in {twin}", True)
+        counterpart = self._twin(parameter)
+        if counterpart is not None:
+            infinite = self.verdict(counterpart, axis).infinite
+            return Verdict(infinite, f"policy: nothing reads it; as in {counterpart}", True)
         beside = self._beside(parameter, axis)
         if beside is not None:
             neighbour, infinite = beside
-            why = f"policy: nothing reads it; {neighbour} beside it has an axis of that size"
-            return Verdict(infinite, why, True)
+            reason = f"policy: nothing reads it; {neighbour} beside it has an axis of that size"
+            return Verdict(infinite, reason, True)
         if self._sizes(parameter)[axis] in self._unread_widths:
             return Verdict(True, "policy: nothing reads it; others that nothing reads have that size", True)
         return Verdict(False, "policy: nothing reads it", True)
@@ -111,38 +111,42 @@ class Inference:
         one that grows is taken.
         """
         sizes = self._sizes(parameter)
-        back = axis - len(sizes)  # counted from the last axis
+        from_end = axis - len(sizes)  # counted from the last axis
         prefix = parameter
         while prefix:
             prefix = prefix.rpartition(".")[0]
             inside = f"{prefix}." if prefix else ""
-            known: list[tuple[str, bool]] = []
+            candidates: list[tuple[str, bool]] = []
             for name in self._read:
                 dims = self.dims[name]
-                if not name.startswith(inside) or len(dims) < -back:
+                if not name.startswith(inside) or len(dims) < -from_end:
                     continue
-                verdict = self.verdicts.get(dims[back])
-                if verdict is not None and self.engine.space.size(dims[back]) == sizes[axis]:
-                    known.append((name, verdict.infinite))
-            if known:
-                return max(known, key=lambda pair: pair[1])
+                verdict = self.verdicts.get(dims[from_end])
+                if verdict is not None and self.engine.space.size(dims[from_end]) == sizes[axis]:
+                    candidates.append((name, verdict.infinite))
+            if candidates:
+                return max(candidates, key=lambda pair: pair[1])
         return None
 
     @cached_property
     def _unread_widths(self) -> frozenset[int]:
         """Sizes at which parameters that nothing reads fit together: of norms, of what several contract."""
         widths: set[int] = set()
-        made: set[int] = set()
-        read: Counter[int] = Counter()
+        made_sizes: set[int] = set()
+        contracted_sizes: Counter[int] = Counter()
         for name in self.overlooked:
             sizes = self._sizes(name)
             if len(sizes) == 1 and name.endswith(".weight"):
                 widths.add(sizes[0])  # of a norm
             elif len(sizes) == 2:
-                made.add(sizes[0])
-                read[sizes[1]] += 1
+                made_sizes.add(sizes[0])
+                contracted_sizes[sizes[1]] += 1
         # Sizes that two weights contract, or that one makes and another contracts.
-        widths.update(size for size, count in read.items() if size != 1 and (count > 1 or size in made))
+        widths.update(
+            size
+            for size, count in contracted_sizes.items()
+            if size != 1 and (count > 1 or size in made_sizes)
+        )
         return frozenset(widths)
 
 
@@ -168,34 +172,36 @@ def infer(
         The solved dimensions.
     """
     engine, dims, inputs = _run(captured, strict)
-    counting = {dim for dim, apart in policies.mixed(engine.space, engine.facts).items() if apart}
+    counting = {
+        dim for dim, counts_matrices in policies.mixed(engine.space, engine.facts).items() if counts_matrices
+    }
     if counting:  # known only at the end: the weights that are mixed are then seen as the weights they are
         carried = engine.facts.carried.items()
         axes = frozenset(axis for axis, dim in carried if engine.space.find(dim) in counting)
         engine, dims, inputs = _run(captured, strict, axes)
     uses: dict[str, tuple[Use, ...]] = {}
-    for found in engine.facts.uses:
-        uses[found.parameter] = (*uses.get(found.parameter, ()), found.use)
+    for parameter_use in engine.facts.uses:
+        uses[parameter_use.parameter] = (*uses.get(parameter_use.parameter, ()), parameter_use.use)
     # What the caller says of an axis holds for all that is the same dimension.
     settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
     settled.update(by_dim or {})
     outputs = _outputs(captured, engine)
     verdicts = decide(engine.space, engine.facts, inputs, outputs, _made(dims, uses), settled)
     # An unused placeholder: nothing in the graph reads that parameter.
-    seen = {name for node, name in captured.parameters.items() if node.users}
-    overlooked = tuple(name for name in dims if name not in seen)
+    read_parameters = {name for node, name in captured.parameters.items() if node.users}
+    overlooked = tuple(name for name in dims if name not in read_parameters)
     return Inference(engine, verdicts, dims, uses, overlooked, overrides)
 
 
 def _made(dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]) -> list[int]:
     """Return the axes that parameters bring into the computation: all but those that they contract."""
     made: list[int] = []
-    for parameter, own in dims.items():
+    for parameter, parameter_dims in dims.items():
         contracted: set[int] = set()
         # A dimension that one use contracts may be made by another: F.linear(x, w.T) beside F.linear(x, w).
         for use in uses.get(parameter, ()):
             contracted.update(use.fan_in)
-        made += [dim for axis, dim in enumerate(own) if axis not in contracted]
+        made += [dim for axis, dim in enumerate(parameter_dims) if axis not in contracted]
     return made
 
 
@@ -223,11 +229,11 @@ def decide(
     """
     verdicts, outputs, made = Verdicts(space, facts), tuple(outputs), tuple(made)
     # The order is that of authority: the caller, the data, facts of the graph.
-    verdicts.impose({dim: Verdict(infinite, why) for dim, (infinite, why) in overrides.items()})
-    for dim, why in inputs:
-        verdicts.settle([dim], Verdict(False, why))
-    for dim, why in facts.finite.items():
-        verdicts.settle([dim], Verdict(False, why))
+    verdicts.impose({dim: Verdict(infinite, reason) for dim, (infinite, reason) in overrides.items()})
+    for dim, reason in inputs:
+        verdicts.settle([dim], Verdict(False, reason))
+    for dim, reason in facts.finite.items():
+        verdicts.settle([dim], Verdict(False, reason))
     hidden = policies.settle_outputs(verdicts, outputs)
     # Policies, then defaults. The order is a ranking: what is settled first is not asked again.
     policies.settle_heads(verdicts)
@@ -248,9 +254,9 @@ def decide(
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
     policies.settle_cuts(verdicts)
-    for dim, why in hidden.items():
+    for dim, reason in hidden.items():
         if verdicts.grows(dim):
-            verdicts.question(dim, f"policy: hidden state, since weights read it again ({why})")
+            verdicts.question(dim, f"policy: hidden state, since weights read it again ({reason})")
     raise_doubts(verdicts, outputs)
     return verdicts
 
@@ -265,8 +271,9 @@ def _run(
     inputs: list[tuple[int, str]] = []
     for node, name in captured.parameters.items():
         value = engine.placeholder(node, shape_of(node.meta["val"]), name, static=True)
-        own = tuple(axis.dim for axis in value.axes)
-        for first, second in zip(dims.setdefault(name, own), own, strict=True):  # tied: placeholders of one
+        own_dims = tuple(axis.dim for axis in value.axes)
+        # A tied parameter has several placeholders, all of one parameter.
+        for first, second in zip(dims.setdefault(name, own_dims), own_dims, strict=True):
             engine.space.unify(first, second)
     for node in filter(_is_tensor, captured.states):
         engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)

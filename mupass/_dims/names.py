@@ -35,7 +35,7 @@ class DimNames:
 
     def find(self, name: str) -> list[int]:
         """Return the dimensions of that name."""
-        return [dim for dim, known in self.table.items() if known == name]
+        return [dim for dim, its_name in self.table.items() if its_name == name]
 
     def all(self) -> Iterator[str]:
         """Yield all names."""
@@ -50,9 +50,9 @@ class DimNames:
             dim: Any dimension.
             depth: How far to look into parts of parts.
         """
-        known = self.of(dim)
-        if known or not depth:
-            return known or str(self.space.size(dim))
+        own_name = self.of(dim)
+        if own_name or not depth:
+            return own_name or str(self.space.size(dim))
         for members in self.space.terms_of(dim, "product"):
             factors = [self.term(member, depth - 1) for member in members]
             return "*".join(map(_bracketed, factors))
@@ -60,7 +60,7 @@ class DimNames:
             parts = [self.term(member, depth - 1) for member in members]
             if parts[0].isdigit() and len(set(parts)) == 1:
                 break  # parts about which only their size is known
-            return "+".join(_counted(part, len(list(run))) for part, run in groupby(parts))
+            return "+".join(_counted(part, len(list(equal_parts))) for part, equal_parts in groupby(parts))
         return str(self.space.size(dim))
 
 
@@ -90,17 +90,17 @@ def name_dims(model: nn.Module, solved: Inference, alone: Inference | None = Non
     space = solved.engine.space
     table: dict[int, str] = {}
     _name_attention(alone or solved, table)
-    widths, named = [], []
+    widths, to_be_named = [], []
     for dim in _carried(solved):
         verdict = solved.verdicts.get(dim)
         if verdict and (verdict.infinite or verdict.policy):
-            named.append(dim)
+            to_be_named.append(dim)
             if verdict.infinite and dim not in table:
                 widths.append(dim)
     if table and widths:
         table.setdefault(widths[0], "d_model")  # the most frequent width of a transformer
     ff_sizes = _config_sizes(model)
-    for dim in named:
+    for dim in to_be_named:
         if dim in table or space.members_of(dim, "product", "sum"):
             continue
         table[dim] = "d_ff" if space.size(dim) in ff_sizes else _first_carrier(solved, dim)
@@ -111,11 +111,11 @@ def _carried(solved: Inference) -> list[int]:
     """Return the classes that parameters carry, the most frequent first, then their members."""
     space = solved.engine.space
     # The width of the residual stream is carried by most parameters.
-    count = Counter(map(space.find, chain.from_iterable(solved.dims.values())))
-    order = [dim for dim, _ in count.most_common()]
-    for dim in tuple(order):
-        order += space.members_of(dim, "product", "sum")
-    return [dim for dim in dict.fromkeys(order) if space.size(dim) > 1]
+    carriers_of = Counter(map(space.find, chain.from_iterable(solved.dims.values())))
+    by_frequency = [dim for dim, _ in carriers_of.most_common()]
+    for dim in tuple(by_frequency):
+        by_frequency += space.members_of(dim, "product", "sum")
+    return [dim for dim in dict.fromkeys(by_frequency) if space.size(dim) > 1]
 
 
 def _name_attention(solved: Inference, table: dict[int, str]) -> None:
@@ -164,14 +164,14 @@ def _config_sizes(model: nn.Module) -> set[int]:
 def _first_carrier(solved: Inference, dim: int) -> str:
     """Name a dimension after the parameter that makes it, else the first that carries it."""
     space = solved.engine.space
-    first = None
+    first_carrier = None
     for name, dims in solved.dims.items():
-        for axis, own in enumerate(dims):
-            if space.find(own) != dim:
+        for axis, carried_dim in enumerate(dims):
+            if space.find(carried_dim) != dim:
                 continue
             layer = name.removesuffix(".weight")
             # The parameter that makes a dimension is the better name: conv1.out, and not norm.0.
             if any(axis in use.fan_out for use in solved.uses.get(name, ())):
                 return f"{layer}.out"
-            first = first or f"{layer}.{axis}"
-    return first or str(space.size(dim))
+            first_carrier = first_carrier or f"{layer}.{axis}"
+    return first_carrier or str(space.size(dim))

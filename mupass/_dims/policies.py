@@ -18,13 +18,13 @@ def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> di
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
     # What a weight reads, or is a part or a whole of that, may be hidden state.
     hidden = verdicts.kin(verdicts.facts.fan_in)
-    read: dict[int, str] = {}
-    for dim, why in outputs:
+    read_again: dict[int, str] = {}
+    for dim, description in outputs:
         if verdicts.space.find(dim) not in hidden:
-            verdicts.settle([dim], Verdict(False, why))
+            verdicts.settle([dim], Verdict(False, description))
         elif verdicts.is_open(dim):
-            read.setdefault(dim, why)
-    return read
+            read_again.setdefault(dim, description)
+    return read_again
 
 
 def settle_heads(verdicts: Verdicts) -> None:
@@ -45,12 +45,12 @@ def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
     counts = space.find_all(heads)
     for head in tuple(counts):  # the heads of keys, where several queries share them
         counts.update(filter(verdicts.is_open, space.members_of(head, "product")))
-    found: list[int] = []
+    beside: list[int] = []
     for whole, members in space.terms("product"):
         # width = heads x head_dim: the factor beside the heads is the fixed size of a head.
         if whole in widths and len(members) == 2 and len(counts.intersection(members)) == 1:
-            found += [member for member in members if member not in counts]
-    return found
+            beside += [member for member in members if member not in counts]
+    return beside
 
 
 def settle_blocks(verdicts: Verdicts) -> None:
@@ -62,13 +62,13 @@ def settle_blocks(verdicts: Verdicts) -> None:
     # y[b, g, o] = sum_i x[b, g, i] W[g, i, o], where the width is g x i.
     for product in verdicts.facts.blocks:
         counts = space.find_all(filter(verdicts.is_open, product.batch))
-        why = f"policy: fixed size per block ({product.where})"
-        cut = []
+        reason = f"policy: fixed size per block ({product.where})"
+        block_sizes = []
         for dim in filter(verdicts.is_open, product.inner):
             # count x inner is a width: so inner is the size of a block that is cut out of it.
             if any((count, space.find(dim)) in pairs for count in counts):
-                cut.append(dim)
-        verdicts.settle(cut, Verdict(False, why, True))
+                block_sizes.append(dim)
+        verdicts.settle(block_sizes, Verdict(False, reason, True))
 
 
 def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
@@ -78,11 +78,11 @@ def unmade(verdicts: Verdicts, made: Iterable[int]) -> dict[int, str]:
     # Made is what weights make and what parameters bring along.
     parameters = [dim for dim in made if space.find(dim) not in spread]
     reached = verdicts.reached([*parameters, *facts.fan_out])
-    found: dict[int, str] = {}
+    features: dict[int, str] = {}
     for dim, where in facts.fan_in.items():
         if verdicts.is_open(dim) and space.find(dim) not in reached:
-            found[space.find(dim)] = where
-    return found
+            features[space.find(dim)] = where
+    return features
 
 
 def settle_unmade(verdicts: Verdicts, features: Mapping[int, str]) -> None:
@@ -101,8 +101,10 @@ def settle_unmade(verdicts: Verdicts, features: Mapping[int, str]) -> None:
     atoms_first = sorted(features, key=lambda dim: bool(space.terms_of(dim, "product")))
     for dim in atoms_first:
         grows = space.size(dim) in widths
-        why = "as many features of the code as the first layer has units" if grows else "features of the code"
-        verdicts.settle([dim], Verdict(grows, f"policy: {why} ({features[dim]})", True))
+        reason = (
+            "as many features of the code as the first layer has units" if grows else "features of the code"
+        )
+        verdicts.settle([dim], Verdict(grows, f"policy: {reason} ({features[dim]})", True))
 
 
 def _first_widths(verdicts: Verdicts, features: Mapping[int, str]) -> set[int]:
@@ -132,18 +134,18 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     What is read flattened, so many features for each of those that a softmax weighs, are the features.
     """
     space, facts = verdicts.space, verdicts.facts
-    read = verdicts.relatives(facts.fan_in)
+    read_by_weights = verdicts.relatives(facts.fan_in)
     direct = space.find_all(facts.fan_in)
     between: set[int] = set()
     for sides in facts.between:
         for side in sides:
             between |= space.find_all(side)
     counts = _counts(verdicts)  # sum_s a_s f_s, read as (s f): the weights read slots x features
-    for dim, why in facts.alternatives.items():
+    for dim, reason in facts.alternatives.items():
         root = space.find(dim)
         flattened = dim in facts.softmaxed and root not in direct and root in counts
-        if root not in read or root in between or flattened:
-            verdicts.settle([dim], Verdict(False, f"policy: {why}", True))
+        if root not in read_by_weights or root in between or flattened:
+            verdicts.settle([dim], Verdict(False, f"policy: {reason}", True))
 
 
 def _counts(verdicts: Verdicts) -> set[int]:
@@ -177,8 +179,8 @@ def settle_routers(verdicts: Verdicts) -> None:
         coefficients = all(atoms and atoms <= separate for atoms in results)
         # As many scores as separate tensors: a coefficient for each of them.
         if coefficients and all(space.size(dim) in map(space.size, atoms) for atoms in results):
-            why = "policy: as many as the separate tensors whose coefficients are made of it"
-            verdicts.settle([dim], Verdict(False, why, True))
+            reason = "policy: as many as the separate tensors whose coefficients are made of it"
+            verdicts.settle([dim], Verdict(False, reason, True))
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
@@ -202,8 +204,8 @@ def settle_adapters(verdicts: Verdicts) -> None:
         if len(sources) != 1 or len(results) != 1 or sources == results:
             continue
         if (sources[0], results[0]) in weights:
-            why = "policy: the rank of two weights in a row, beside one that joins the same widths"
-            verdicts.settle([rank], Verdict(False, why, True))
+            reason = "policy: the rank of two weights in a row, beside one that joins the same widths"
+            verdicts.settle([rank], Verdict(False, reason, True))
 
 
 def settle_inserted(verdicts: Verdicts) -> None:
@@ -225,18 +227,18 @@ def settle_inserted(verdicts: Verdicts) -> None:
         around = sources | set(filter(may_grow, read_into[rank]))
         narrow = around and space.size(rank) < min(map(space.size, around))
         if narrow and sources | read_into[rank] <= frozen:
-            why = "policy: narrower than the frozen weights around it, which alone it leads from and to"
-            verdicts.settle([rank], Verdict(False, why, True))
+            reason = "policy: narrower than the frozen weights around it, which alone it leads from and to"
+            verdicts.settle([rank], Verdict(False, reason, True))
 
 
 def _frozen_dims(verdicts: Verdicts) -> set[int]:
     """Return the dims that frozen parameters have."""
     space, facts = verdicts.space, verdicts.facts
-    found = set()
+    frozen = set()
     for (parameter, _), dim in facts.carried.items():
         if parameter in facts.frozen:
-            found.add(space.find(dim))
-    return found
+            frozen.add(space.find(dim))
+    return frozen
 
 
 def _around_trained(verdicts: Verdicts) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
@@ -244,11 +246,15 @@ def _around_trained(verdicts: Verdicts) -> tuple[dict[int, set[int]], dict[int, 
     space, facts = verdicts.space, verdicts.facts
     made_of: dict[int, set[int]] = defaultdict(set)
     read_into: dict[int, set[int]] = defaultdict(set)
-    for found in facts.uses:
-        if found.parameter in facts.frozen:
+    for parameter_use in facts.uses:
+        if parameter_use.parameter in facts.frozen:
             continue
-        fan_in = space.find_all(facts.carried[found.parameter, axis] for axis in found.use.fan_in)
-        fan_out = space.find_all(facts.carried[found.parameter, axis] for axis in found.use.fan_out)
+        fan_in = space.find_all(
+            facts.carried[parameter_use.parameter, axis] for axis in parameter_use.use.fan_in
+        )
+        fan_out = space.find_all(
+            facts.carried[parameter_use.parameter, axis] for axis in parameter_use.use.fan_out
+        )
         for dim in fan_out:
             made_of[dim] |= fan_in
         for dim in fan_in:
@@ -266,8 +272,12 @@ def settle_rests(verdicts: Verdicts) -> None:
     while progress:
         progress = False
         for whole, parts in cuts:
-            known = [verdicts.get(part) for part in parts if part not in rests]
-            if verdicts.is_open(whole) and known and all(v and not v.infinite for v in known):
+            of_parts = [verdicts.get(part) for part in parts if part not in rests]
+            if (
+                verdicts.is_open(whole)
+                and of_parts
+                and all(verdict and not verdict.infinite for verdict in of_parts)
+            ):
                 verdicts.settle([whole], Verdict(False, "policy: only fixed parts of it are read", True))
                 progress = True
 
@@ -287,20 +297,22 @@ def settle_groups(verdicts: Verdicts) -> None:
     """
     space = verdicts.space
     heads = _fixed_heads(verdicts)
-    free = set()
+    free_groups = set()
     for whole, members in space.terms("groups"):
         if len(members) != 2:
             continue
         group, channels = members
         # A convolution with groups=heads on channels = heads x head_dim: a group is a head.
-        alike = {head for head in heads if space.size(head) == space.size(channels)}
-        if alike and not alike.isdisjoint(verdicts.relatives([whole])):
+        heads_of_size = {head for head in heads if space.size(head) == space.size(channels)}
+        if heads_of_size and not heads_of_size.isdisjoint(verdicts.relatives([whole])):
             verdicts.settle([channels], Verdict(False, "policy: a group is a head of fixed size", True))
         if not verdicts.is_open(channels) and not verdicts.grows(channels) and space.size(channels) > 1:
-            free.add(group)
-    for dim, where in verdicts.facts.groups.items():
-        if space.find(dim) not in free:
-            verdicts.settle([dim], Verdict(False, f"policy: the number of groups is fixed ({where})", True))
+            free_groups.add(group)
+    for dim, operator in verdicts.facts.groups.items():
+        if space.find(dim) not in free_groups:
+            verdicts.settle(
+                [dim], Verdict(False, f"policy: the number of groups is fixed ({operator})", True)
+            )
 
 
 def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[int]) -> None:
@@ -317,18 +329,18 @@ def settle_fans(verdicts: Verdicts, unmade: Mapping[int, str], made: Iterable[in
     facts, space = verdicts.facts, verdicts.space
     brought = space.find_all(made)
     fans: dict[int, str] = {}  # class -> where
-    for dim, where in reversed(facts.fan_in.items()):  # those that are read last come first
+    for dim, operator in reversed(facts.fan_in.items()):  # those that are read last come first
         # cat([h, x]) is read as one: the part h is a width if parameters bring it along.
         parts = brought.intersection(space.members_of(dim, "sum"))
-        fans.update(dict.fromkeys(sorted(parts), where))
-    for dim, where in (*facts.fan_out.items(), *facts.fan_in.items()):
-        fans[space.find(dim)] = where
+        fans.update(dict.fromkeys(sorted(parts), operator))
+    for dim, operator in (*facts.fan_out.items(), *facts.fan_in.items()):
+        fans[space.find(dim)] = operator
     read_or_made = [dim for dim in fans if dim not in unmade]
     # Atoms before what is made of them: a width of known factors follows from these.
     atoms = [dim for dim in read_or_made if not space.members_of(dim, "product", "sum")]
     for dim in [*atoms, *read_or_made]:
-        why = f"a width: no data, kernel or class axis touches it ({fans[dim]})"
-        verdicts.settle([dim], Verdict(True, why))
+        reason = f"a width: no data, kernel or class axis touches it ({fans[dim]})"
+        verdicts.settle([dim], Verdict(True, reason))
 
 
 def settle_scores(verdicts: Verdicts) -> None:
@@ -344,17 +356,19 @@ def settle_scores(verdicts: Verdicts) -> None:
             # q and k of one split are two equal parts; what is scored by itself is there once.
             single.update(part for part in parts if parts.count(part) == 1)
     meets_width: dict[int, bool] = {}
-    where: dict[int, str] = {}
+    operator_of: dict[int, str] = {}
     for product in verdicts.facts.bilinear:
         inner, batch = space.find_all(product.inner), space.find_all(product.batch)
         for dim in inner & single:
             others = inner - {dim} | batch
             meets_width[dim] = meets_width.get(dim, False) or any(map(verdicts.grows, others))
-            where[dim] = product.where
+            operator_of[dim] = product.where
     for dim in sorted(meets_width):
         if not meets_width[dim]:
-            why = f"policy: one head of a width that grows, compared between positions ({where[dim]})"
-            verdicts.settle([dim], Verdict(True, why, True))
+            reason = (
+                f"policy: one head of a width that grows, compared between positions ({operator_of[dim]})"
+            )
+            verdicts.settle([dim], Verdict(True, reason, True))
 
 
 def settle_joined(verdicts: Verdicts) -> None:
@@ -362,9 +376,9 @@ def settle_joined(verdicts: Verdicts) -> None:
     # linear(x, cat([W_q, W_k, W_v]))
     joined = verdicts.space.find_all(verdicts.facts.joined)
     for whole, parts in verdicts.space.terms("sum"):
-        top = verdicts.get(whole)
-        if whole in joined and top is not None and top.infinite:
-            verdicts.settle(parts, Verdict(True, f"a part of a growing weight ({top.why})"))
+        of_whole = verdicts.get(whole)
+        if whole in joined and of_whole is not None and of_whole.infinite:
+            verdicts.settle(parts, Verdict(True, f"a part of a growing weight ({of_whole.why})"))
 
 
 def settle_products(verdicts: Verdicts) -> None:
@@ -375,19 +389,21 @@ def settle_products(verdicts: Verdicts) -> None:
         progress = False
         for whole, members in verdicts.open_terms():
             still_open = list(filter(verdicts.is_open, members))
-            top = verdicts.get(whole)
-            if not still_open or top is None or any(map(verdicts.grows, members)):
+            of_whole = verdicts.get(whole)
+            if not still_open or of_whole is None or any(map(verdicts.grows, members)):
                 continue
             # view(batch, -1, 64): the number in the code stays, and what was left open grows.
-            free = [member for member in still_open if member not in literal] or still_open
+            candidates = [member for member in still_open if member not in literal] or still_open
             # The parts of a sum may all grow; of the factors of a product one does.
-            choice = len(free) > 1 and members in verdicts.space.terms_of(whole, "product")
+            choice = len(candidates) > 1 and members in verdicts.space.terms_of(whole, "product")
             if choice:
                 # flatten(w, 0, 1): the first axes of a parameter count matrices
-                if _one_parameter(verdicts, free):
-                    free = free[::-1]
-                free = free[:1]
-            verdicts.settle(free, Verdict(True, f"policy: it grows with its whole ({top.why})", choice))
+                if _one_parameter(verdicts, candidates):
+                    candidates = candidates[::-1]
+                candidates = candidates[:1]
+            verdicts.settle(
+                candidates, Verdict(True, f"policy: it grows with its whole ({of_whole.why})", choice)
+            )
             progress = True
 
 
@@ -402,7 +418,10 @@ def _one_parameter(verdicts: Verdicts, dims: Iterable[int]) -> bool:
     for (parameter, _), dim in verdicts.facts.carried.items():
         if space.size(dim) > 1:
             axes[parameter].append(space.find(dim))
-    return any(wanted <= set(own) and len(own) > len(wanted) for own in axes.values())
+    return any(
+        wanted <= set(parameter_dims) and len(parameter_dims) > len(wanted)
+        for parameter_dims in axes.values()
+    )
 
 
 def settle_cuts(verdicts: Verdicts) -> None:
@@ -419,17 +438,17 @@ def settle_cuts(verdicts: Verdicts) -> None:
     while settled:  # a part may be cut again
         settled = False
         for whole, parts in space.cuts:
-            top = verdicts.get(whole)
+            of_whole = verdicts.get(whole)
             still_open = space.find_all(filter(verdicts.is_open, parts)) - rests
-            if not still_open or top is None or not top.infinite:
+            if not still_open or of_whole is None or not of_whole.infinite:
                 continue
             halves = set(map(space.size, filter(verdicts.grows, parts)))
-            why = f"a part of a width that is cut ({top.why})"
+            reason = f"a part of a width that is cut ({of_whole.why})"
             for part in sorted(still_open):
                 if part in joined or part not in carried and space.size(part) in halves:
-                    verdicts.settle([part], Verdict(True, why))
+                    verdicts.settle([part], Verdict(True, reason))
                 else:
-                    verdicts.settle([part], Verdict(False, f"policy: {why}", True))
+                    verdicts.settle([part], Verdict(False, f"policy: {reason}", True))
             settled = True
 
 
@@ -437,15 +456,15 @@ def _wholes(verdicts: Verdicts, members: Iterable[int]) -> set[int]:
     """Return dimensions, and all that is cut or viewed into them."""
     space = verdicts.space
     terms = [*space.cuts, *space.terms("product")]
-    found = space.find_all(members)
-    count = -1
+    reached = space.find_all(members)
+    reached_before = -1
     # To a fixed point, since a whole may be a part of something else.
-    while count < len(found):
-        count = len(found)
+    while reached_before < len(reached):
+        reached_before = len(reached)
         for whole, parts in terms:
-            if not found.isdisjoint(map(space.find, parts)):
-                found.add(space.find(whole))
-    return found
+            if not reached.isdisjoint(map(space.find, parts)):
+                reached.add(space.find(whole))
+    return reached
 
 
 def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None) -> dict[int, bool]:
@@ -461,43 +480,43 @@ def mixed(space: Space, facts: Facts, grows: Callable[[int], bool] | None = None
     Returns:
         Dimension -> whether the parameter holds it beside two axes of its own, so that it counts matrices.
     """
-    made = []
+    weight_sides = []
     for weight in facts.made_weights:
         # Where verdicts are there, only weights that contract a width count.
         if grows is None or any(map(grows, weight.summed)):
-            made.append((_factors_of(space, weight.summed), _factors_of(space, weight.kept)))
-    found: dict[int, bool] = {}
-    plain: set[int] = set()
+            weight_sides.append((_factors_of(space, weight.summed), _factors_of(space, weight.kept)))
+    mixed_dims: dict[int, bool] = {}
+    contracted_otherwise: set[int] = set()
     for fan_in, fan_out in facts.weights:
         parts = _factors_of(space, fan_out)
         # The weight makes a weight: an activation whose axes another product sums and keeps.
-        if any(parts & summed and (parts - summed) & kept for summed, kept in made):
-            found.update(dict.fromkeys(map(space.find, fan_in), len(fan_out) > 1))
+        if any(parts & summed and (parts - summed) & kept for summed, kept in weight_sides):
+            mixed_dims.update(dict.fromkeys(map(space.find, fan_in), len(fan_out) > 1))
         else:
-            plain |= space.find_all(fan_in)
-    return {dim: apart for dim, apart in found.items() if dim not in plain}
+            contracted_otherwise |= space.find_all(fan_in)
+    return {dim: apart for dim, apart in mixed_dims.items() if dim not in contracted_otherwise}
 
 
 def _factors_of(space: Space, dims: Iterable[int]) -> set[int]:
     """Return dimensions with all factors that they are viewed as."""
-    found: set[int] = set()
+    factors: set[int] = set()
     frontier = list(map(space.find, dims))
     while frontier:
         dim = frontier.pop()
-        found.add(dim)
-        frontier += set(space.members_of(dim, "product", "groups")) - found
-    return found
+        factors.add(dim)
+        frontier += set(space.members_of(dim, "product", "groups")) - factors
+    return factors
 
 
 def settle_mixtures(verdicts: Verdicts) -> None:
     """Policy: the number of matrices that are mixed into one weight a sample is fixed, whatever the gate."""
-    for dim, where in verdicts.facts.mixtures.items():
-        why = f"policy: it counts weights that are mixed into one ({where})"
-        verdicts.settle([dim], Verdict(False, why, True))
+    for dim, operator in verdicts.facts.mixtures.items():
+        reason = f"policy: it counts weights that are mixed into one ({operator})"
+        verdicts.settle([dim], Verdict(False, reason, True))
 
 
 def settle_basis(verdicts: Verdicts) -> None:
     """Policy: what is summed between parameters alone is fixed."""
-    for dim, where in verdicts.facts.basis.items():
-        why = f"policy: two parameters are contracted along it ({where})"
-        verdicts.settle([dim], Verdict(False, why, True))
+    for dim, operator in verdicts.facts.basis.items():
+        reason = f"policy: two parameters are contracted along it ({operator})"
+        verdicts.settle([dim], Verdict(False, reason, True))

@@ -56,10 +56,10 @@ class Scaled:
         source = self._sources.get(root)
         if source is None:
             return size * self.factor
-        old, new = space.size(source), self.exact(source)
-        if size % old == 0 or old % size == 0:  # pooled: by ratio
-            return size * new / old
-        return size + new - old  # padded: by difference
+        source_size, other_size = space.size(source), self.exact(source)
+        if size % source_size == 0 or source_size % size == 0:  # pooled: by ratio
+            return size * other_size / source_size
+        return size + other_size - source_size  # padded: by difference
 
     @cached_property
     def _sources(self) -> dict[int, int]:

@@ -95,9 +95,9 @@ def _other_sizes(alone: Inference, twins: Mapping[Node, Node], base: nn.Module) 
     find = alone.engine.space.find
     sizes: dict[int, int] = {}
     # Activations first, since they show factors that no parameter has as an axis.
-    for node, twin in twins.items():
+    for node, counterpart in twins.items():
         values = [value for value in flatten([alone.engine.env.get(node)]) if isinstance(value, Value)]
-        for value, shape in zip(values, output_shapes(twin), strict=False):
+        for value, shape in zip(values, output_shapes(counterpart), strict=False):
             for axis, size in zip(value.axes, shape, strict=False):
                 sizes[find(axis.dim)] = size
     for name, dims in alone.dims.items():
@@ -112,17 +112,17 @@ def _by_parameter(
     """Read verdicts off a second instance: what differs in size is infinite."""
     base_shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     shared = [name for name in shapes if name in base_shapes]
-    odd = sorted(base_shapes.keys() ^ shapes.keys())
-    odd = odd or [name for name in shared if len(base_shapes[name]) != len(shapes[name])]
-    if odd or list(base_shapes) != list(shapes):
+    differing = sorted(base_shapes.keys() ^ shapes.keys())
+    differing = differing or [name for name in shared if len(base_shapes[name]) != len(shapes[name])]
+    if differing or list(base_shapes) != list(shapes):
         raise InferenceError(
-            f"the base model is not the same architecture: parameters differ at {odd[:3] or 'order'}"
+            f"the base model is not the same architecture: parameters differ at {differing[:3] or 'order'}"
         )
     verdicts = {}
     for name, shape in shapes.items():
         for axis, (size, base_size) in enumerate(zip(shape, base_shapes[name], strict=True)):
-            why = f"the base model has size {base_size}, this one {size}"
-            verdicts[name, axis] = (size != base_size, why)
+            reason = f"the base model has size {base_size}, this one {size}"
+            verdicts[name, axis] = (size != base_size, reason)
     if shapes == base_shapes:
         raise InferenceError(
             "the base model has the same width as this one; give a narrower or wider instance"
@@ -137,10 +137,12 @@ def disagreements(alone: Inference, truth: Mapping[tuple[str, int], tuple[bool, 
         alone: Inference from one model.
         truth: (parameter, axis) -> whether it grows, and why.
     """
-    found = []
-    for (name, axis), (infinite, why) in truth.items():
+    differences = []
+    for (name, axis), (infinite, reason) in truth.items():
         verdict = alone.verdict(name, axis)
         if verdict.infinite != infinite:
-            kind = "infinite" if verdict.infinite else "finite"
-            found.append(f"{name}:{axis} {why}, but inference from one model says {kind} ({verdict.why})")
-    return tuple(found)
+            decided = "infinite" if verdict.infinite else "finite"
+            differences.append(
+                f"{name}:{axis} {reason}, but inference from one model says {decided} ({verdict.why})"
+            )
+    return tuple(differences)

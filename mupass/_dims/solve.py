@@ -73,18 +73,18 @@ def solve(
     except SizeConflict as error:  # the export misstates a size: record a concrete run instead
         captured = capture(model, args, kwargs, error)
         alone = infer(captured, {}, strict)
-    first, second = alone, Second()
+    without_caller, second = alone, Second()
     if base is not None:
         # The base model decides; inference from one model only says where it would have been wrong.
         if isinstance(base, BaseShapes):
             second = base.settle(alone, shapes)
         else:
             second = compare(captured, alone, shapes, base, args, kwargs)
-        first = infer(captured, second.axes, strict, second.dims)
-    names = name_dims(model, first, alone)
+        without_caller = infer(captured, second.axes, strict, second.dims)
+    names = name_dims(model, without_caller, alone)
     by_axis, by_dim = _overrides(dims, shapes, names)
     overrides = {**second.axes, **by_axis}
-    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else first
+    solved = infer(captured, overrides, strict, {**second.dims, **by_dim}) if dims else without_caller
     solution = Solution(captured, alone, solved, names, second)
     if solution.conflicts and not second.axes:
         raise InferenceError(solution.conflicts[0])
@@ -99,13 +99,13 @@ def _overrides(
     by_dim: dict[int, tuple[bool, str]] = {}
     for pattern, verdict in dims.items():
         _check_override(pattern, verdict)
-        named = names.find(pattern)
-        hits = [] if named else _matching_axes(pattern, shapes)
-        if not named and not hits:
+        of_that_name = names.find(pattern)
+        matching = [] if of_that_name else _matching_axes(pattern, shapes)
+        if not of_that_name and not matching:
             raise InferenceError(f"dims[{pattern!r}] matches no dimension and no parameter:axis")
         settled = (verdict == "infinite", f"dims[{pattern!r}] = {verdict!r}")
-        by_axis.update(dict.fromkeys(hits, settled))
-        by_dim.update(dict.fromkeys(named, settled))
+        by_axis.update(dict.fromkeys(matching, settled))
+        by_dim.update(dict.fromkeys(of_that_name, settled))
     return by_axis, by_dim
 
 
@@ -125,9 +125,9 @@ def _check_override(pattern: object, verdict: object) -> None:
 
 def _matching_axes(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int]]:
     """Return every (parameter, axis) that a regular expression matches, written ``parameter:axis``."""
-    hits = []
+    matching = []
     for name, shape in shapes.items():
         for axis in range(len(shape)):
             if re.fullmatch(pattern, f"{name}:{axis}"):
-                hits.append((name, axis))
-    return hits
+                matching.append((name, axis))
+    return matching

@@ -90,15 +90,15 @@ class Space:
     def _merge(self, root: int, other: int) -> list[tuple[int, int]]:
         """Hand terms and slices of one class over to another; return the equalities that follow."""
         self._parent[other] = root
-        equal: list[tuple[int, int]] = []
+        equalities: list[tuple[int, int]] = []
         for kind, table in self._terms.items():
             for members in table.pop(other, {}).values():
-                equal += self._add(kind, root, members)
+                equalities += self._add(kind, root, members)
         # Slices of one span are one dimension, whichever name of their class they were taken from.
         for span, part in self._slices.pop(other, {}).items():
-            known = self._slices.setdefault(root, {}).setdefault(span, part)
-            equal.append((known, part))
-        return equal
+            its_part = self._slices.setdefault(root, {}).setdefault(span, part)
+            equalities.append((its_part, part))
+        return equalities
 
     def product(self, whole: int, factors: Members) -> None:
         """State whole = product of factors, in this order (row-major)."""
@@ -242,18 +242,18 @@ class Space:
         sizes = tuple(map(self.size, members))
         if sizes in table:
             return list(zip(table[sizes], members, strict=True))
-        equal: list[tuple[int, int]] = []
+        equalities: list[tuple[int, int]] = []
         if table:  # all known terms are aligned with the first one already
-            equal = self._align(kind, next(iter(table.values())), members)
+            equalities = self._align(kind, next(iter(table.values())), members)
         table[sizes] = members
-        return equal
+        return equalities
 
     def _align(self, kind: str, left: Members, right: Members) -> list[tuple[int, int]]:
         """Match two splittings of one dimension between the boundaries that they share."""
         combine = add if kind == "sum" else mul
         left_ends = list(accumulate(map(self.size, left), combine))
         right_ends = list(accumulate(map(self.size, right), combine))
-        equal: list[tuple[int, int]] = []
+        equalities: list[tuple[int, int]] = []
         left_start = right_start = 0
         # 12 = (3 * 4) = (3 * 2 * 2): the boundary after 3 is shared, so 3 is 3, and 4 is 2 * 2.
         for end in sorted(set(left_ends) & set(right_ends)):
@@ -262,7 +262,7 @@ class Space:
             left_start, right_start = left_stop, right_stop
             # 4 here and 2 * 2 there, between the same borders: 4 is their product.
             if len(left_run) == 1 and right_run:
-                equal += self._add(kind, self.find(left_run[0]), right_run)
+                equalities += self._add(kind, self.find(left_run[0]), right_run)
             elif len(right_run) == 1 and left_run:
-                equal += self._add(kind, self.find(right_run[0]), left_run)
-        return equal
+                equalities += self._add(kind, self.find(right_run[0]), left_run)
+        return equalities

@@ -79,9 +79,9 @@ class Verdicts:
         """Decide dimensions by the caller's authority, all before any consequence is drawn."""
         for dim, verdict in verdicts.items():
             # The caller's first word stands; one that contradicts it is a conflict.
-            known = self._known.setdefault(self.space.find(dim), verdict)
-            if known.infinite != verdict.infinite:
-                self.conflicts.append(f"{verdict.why} contradicts {known.why}")
+            earlier = self._known.setdefault(self.space.find(dim), verdict)
+            if earlier.infinite != verdict.infinite:
+                self.conflicts.append(f"{verdict.why} contradicts {earlier.why}")
         self._spread(list(map(self.space.find, verdicts)))
         self._imposed = set(self._known)
 
@@ -101,27 +101,27 @@ class Verdicts:
 
     def _follow(self, whole: int, members: Members) -> list[int]:
         """Draw the consequences within one term; return the classes that it settles."""
-        top = self._known.get(whole)
+        of_whole = self._known.get(whole)
         still_open = [dim for dim in dict.fromkeys(members) if self.is_open(dim)]
-        if top is None:
+        if of_whole is None:
             return self._follow_up(whole, members, still_open)
-        if not top.infinite:  # nothing in it can grow
-            return self._set(still_open, top)
+        if not of_whole.infinite:  # nothing in it can grow
+            return self._set(still_open, of_whole)
         if len(still_open) == 1 and not any(map(self.grows, members)):  # the only one left to grow
-            return self._set(still_open, Verdict(True, top.why, top.policy))
+            return self._set(still_open, Verdict(True, of_whole.why, of_whole.policy))
         return []
 
     def _follow_up(self, whole: int, members: Members, still_open: Sequence[int]) -> list[int]:
         """Settle a whole by its members, if they do."""
-        known = [verdict for verdict in map(self._known.get, members) if verdict]
-        for verdict in known:
+        of_members = [verdict for verdict in map(self._known.get, members) if verdict]
+        for verdict in of_members:
             if verdict.infinite:  # one member that grows is enough
                 return self._set([whole], Verdict(True, verdict.why, verdict.policy))
         if still_open or self.space.size(whole) <= 1:
             return []
         # A whole is as certain as its least certain member.
-        why = known[0].why if known else "all its members are of size 1"
-        return self._set([whole], Verdict(False, why, any(verdict.policy for verdict in known)))
+        reason = of_members[0].why if of_members else "all its members are of size 1"
+        return self._set([whole], Verdict(False, reason, any(verdict.policy for verdict in of_members)))
 
     def _set(self, dims: list[int], verdict: Verdict) -> list[int]:
         for dim in dims:
@@ -151,20 +151,20 @@ class Verdicts:
                 whole, members = self._terms[position]
                 if self._is_certain(whole):
                     continue
-                free = {dim for dim in members if self.space.size(dim) > 1 and not self._is_certain(dim)}
-                news: set[int] = set()
+                may_grow = {dim for dim in members if self.space.size(dim) > 1 and not self._is_certain(dim)}
+                newly_reached: set[int] = set()
                 # heads and head_dim are made where heads * head_dim is.
                 if whole in made:
-                    news |= free - made
+                    newly_reached |= may_grow - made
                 # heads * head_dim is made where both are.
-                if free and free <= made:
-                    news |= {whole} - made
-                made |= news
+                if may_grow and may_grow <= made:
+                    newly_reached |= {whole} - made
+                made |= newly_reached
                 # A concatenation of which one part is made is touched by that.
-                if not free.isdisjoint(touched):
-                    news |= {whole} - touched
-                touched |= news
-                frontier += news
+                if not may_grow.isdisjoint(touched):
+                    newly_reached |= {whole} - touched
+                touched |= newly_reached
+                frontier += newly_reached
         return touched
 
     def kin(self, dims: Iterable[int]) -> set[int]:
@@ -178,23 +178,23 @@ class Verdicts:
         Nothing is reached through what is fixed: the factors beside data are not data.
         """
         frontier = [dim for dim in map(self.space.find, dims) if not self._is_certain(dim)]
-        seen = set(frontier)
+        reached = set(frontier)
         while frontier:
             dim = frontier.pop()
             for position in self._terms_with[dim]:
                 for other in step(dim, *self._terms[position]):
-                    if other not in seen and self.space.size(other) > 1 and not self._is_certain(other):
-                        seen.add(other)
+                    if other not in reached and self.space.size(other) > 1 and not self._is_certain(other):
+                        reached.add(other)
                         frontier.append(other)
-        return seen
+        return reached
 
     def open_terms(self) -> list[tuple[int, Members]]:
         """Return products and sums that must grow but do not say through which member."""
-        found = []
+        undecided = []
         for whole, members in self._terms:
             if self.grows(whole) and not any(map(self.grows, members)):
-                found.append((whole, members))
-        return found
+                undecided.append((whole, members))
+        return undecided
 
 
 def _all_of_term(dim: int, whole: int, members: Members) -> Members:

@@ -45,21 +45,21 @@ class Wiring:
     def _index_weights(self) -> None:
         for fan_in, fan_out in self.verdicts.facts.weights:
             contracted = tuple(sorted(self.space.find_all(fan_in)))
-            made = tuple(sorted(self.space.find_all(fan_out)))
+            produced = tuple(sorted(self.space.find_all(fan_out)))
             # Data and kernels beside a width do not make it one of several.
             open_or_grown = [d for d in contracted if self.verdicts.get(d) is None or self.verdicts.grows(d)]
-            self.sides += [made, tuple(open_or_grown)]
-            for dim in made:
+            self.sides += [produced, tuple(open_or_grown)]
+            for dim in produced:
                 self._made_of[dim].add(contracted)
             for dim in contracted:
-                self._read_into[dim].add(made)
+                self._read_into[dim].add(produced)
 
     def _find_joint(self) -> set[int]:
         """Return the dimensions that are a fan only together with others, as channels x kernel."""
         joint: set[int] = set()
         for side in self.sides:
-            wide = [dim for dim in side if self.space.size(dim) > 1]
-            if len(wide) > 1:
+            wide_axes = [dim for dim in side if self.space.size(dim) > 1]
+            if len(wide_axes) > 1:
                 joint.update(side)
         return joint
 
@@ -73,17 +73,17 @@ class Wiring:
 
         The rows of a codebook stand in for what was made; they are no source.
         """
-        made: set[Side] = set()
-        for near in self.wholes(dim) | self._parts["sum"][dim]:
-            made |= self._made_of[near]
-        return {side for side in made if self._ranked.isdisjoint(side)} or made
+        contracted: set[Side] = set()
+        for relative in self.wholes(dim) | self._parts["sum"][dim]:
+            contracted |= self._made_of[relative]
+        return {side for side in contracted if self._ranked.isdisjoint(side)} or contracted
 
     def readers(self, dim: int) -> set[Side]:
         """Return, for each weight that contracts the dimension, a whole or a part of it, what it makes."""
-        made: set[Side] = set()
-        for near in self.around(dim):
-            made |= self._read_into[near]
-        return made
+        produced: set[Side] = set()
+        for relative in self.around(dim):
+            produced |= self._read_into[relative]
+        return produced
 
     def grown(self, dims: Iterable[int]) -> list[int]:
         """Return those of some dimensions that grow."""
@@ -115,29 +115,29 @@ class Wiring:
     def before(self, dim: int, factor: float) -> int | None:
         """Return the first source wider by a factor, back along weights that follow each other straight."""
         # x W1 W2 W3: W1 W2 is one linear map, so its width counts and not that between the two.
-        wide, seen, source = factor * self.space.size(dim), {dim}, self.source(dim)
-        while source and source < wide:
-            back = set(self.grown_sources(dim)) - seen
-            if len(back) != 1:
+        wide_enough, visited, source = factor * self.space.size(dim), {dim}, self.source(dim)
+        while source and source < wide_enough:
+            sources = set(self.grown_sources(dim)) - visited
+            if len(sources) != 1:
                 break
-            (dim,) = back
+            (dim,) = sources
             if not self.straight(dim):
                 break
-            seen.add(dim)
+            visited.add(dim)
             source = self.source(dim)
         return source
 
     def after(self, dim: int, factor: float) -> list[int]:
         """Return the first results wider by a factor, on along weights that follow each other straight."""
-        wide, seen, results = factor * self.space.size(dim), {dim}, self.results(dim)
-        while results and min(results) < wide:
-            onward = set(self.grown_results(dim)) - seen
+        wide_enough, visited, results = factor * self.space.size(dim), {dim}, self.results(dim)
+        while results and min(results) < wide_enough:
+            onward = set(self.grown_results(dim)) - visited
             if len(onward) != 1:
                 break
             (dim,) = onward
             if not self.straight(dim):
                 break
-            seen.add(dim)
+            visited.add(dim)
             results = self.results(dim)
         return results
 
@@ -169,12 +169,12 @@ class Wiring:
 
     def wholes(self, dim: int) -> set[int]:
         """Return a dimension with the products and sums that it is part of."""
-        found, frontier = {dim}, [dim]
+        reached, frontier = {dim}, [dim]
         while frontier:
-            more = self._wholes[frontier.pop()] - found
-            found |= more
-            frontier += more
-        return found
+            unseen = self._wholes[frontier.pop()] - reached
+            reached |= unseen
+            frontier += unseen
+        return reached
 
     def around(self, dim: int) -> set[int]:
         """Return a dimension with what it is part of, and its own parts and factors."""

@@ -36,9 +36,9 @@ def attention(call: Call) -> Result:
     query, key, value = call["query"], call["key"], call["value"]
     # Grouped-query attention: keys and values have fewer heads, each for several heads of queries.
     if call.get("enable_gqa", False) and query.axes[-3].size != key.axes[-3].size:
-        share = call.new(query.axes[-3].size // key.axes[-3].size)
-        call.literal(share, "query heads for each key/value head")
-        key, value = _repeat_heads(call, key, share), _repeat_heads(call, value, share)
+        queries_per_head = call.new(query.axes[-3].size // key.axes[-3].size)
+        call.literal(queries_per_head, "query heads for each key/value head")
+        key, value = _repeat_heads(call, key, queries_per_head), _repeat_heads(call, value, queries_per_head)
     # Kept for the check of the scale: 1/sqrt(E) or 1/E.
     call.facts.attention.append((query.axes[-1].dim, call.get("scale"), call.where))
     scores = _scores(call, query, key)
@@ -71,14 +71,14 @@ def packed_attention(call: Call) -> Result:
     packed = contract(call, "linear", [query, call["qkv_weight"]], labels, out)
     add_bias(call, packed, call["qkv_bias"], -1)
     # packed = 3 x heads x head_dim
-    three, width = split_axis(call, packed.axes[-1], [3, packed.axes[-1].size // 3])
-    call.enumerate(three, "query, key and value")
+    three_matrices, width = split_axis(call, packed.axes[-1], [3, packed.axes[-1].size // 3])
+    call.enumerate(three_matrices, "query, key and value")
     heads, inner = split_axis(call, width, [call["num_head"], width.size // call["num_head"]])
     # Heads and head_dim meet inside of the kernel, where no operator shows it.
     call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
     call.facts.attention.append((inner.dim, None, call.where))
-    mixed = Value((*query.axes[:-1], width))
-    result = contract(call, "linear", [mixed, call["proj_weight"]], labels, out)
+    attended = Value((*query.axes[:-1], width))
+    result = contract(call, "linear", [attended, call["proj_weight"]], labels, out)
     add_bias(call, result, call["proj_bias"], -1)
     return (call.value(result.axes), *map(call.unknown, call.shapes[1:]))
 

@@ -46,8 +46,8 @@ def contract(
     weights = [term for term in terms if term.value.parametric]
     for weight in weights:
         if _is_mixture(call, weight, out):
-            mixed = {**axes, **weight.axes}
-            return call.value([mixed[label] for label in out], static=True)
+            mixed_axes = {**axes, **weight.axes}
+            return call.value([mixed_axes[label] for label in out], static=True)
     _record_weights(call, kind, weights, terms, out)
     if not weights and len(operands) == 2 and not call.backward:
         _record_bilinear(call, axes, terms, out)
@@ -81,7 +81,9 @@ def _is_mixture(call: Call, weight: Operand, out: Labels) -> bool:
     """Whether whole weights are summed into one a sample, and record it: ``w = sum_e g_e W_e``."""
     summed = [axis for label, axis in weight.axes.items() if label not in out]
     # Only along axes that a first run found to count mixed weights.
-    if not summed or any(not a.origin or not a.origin <= call.mixed for a in summed):
+    if not summed or any(
+        not summed_axis.origin or not summed_axis.origin <= call.mixed for summed_axis in summed
+    ):
         return False
     for axis in summed:
         call.facts.mixtures[axis.dim] = call.where
@@ -138,17 +140,17 @@ def _record_weight(
 ) -> None:
     """Record the use of a parameter in a sum of products: what it sums over, and what it makes."""
     shared = _shared_labels(weight, terms)
-    named: set[str] = set()
+    labels_of_others: set[str] = set()
     for other in terms:
         if other is not weight:
-            named.update(other.axes)
+            labels_of_others.update(other.axes)
     fan_in, fan_out, beside = [], [], []
     for label, axis in weight.axes.items():
         # y[b, o] = sum_i x[b, i] W[o, i]: i is fan_in, o is fan_out
         if label not in out:
             if label in shared:
                 fan_in.append(axis)
-        elif label not in named:
+        elif label not in labels_of_others:
             fan_out.append(axis)
         elif label not in shared:  # others have it as a single entry
             beside.append(axis)
@@ -165,8 +167,8 @@ def _record_between(call: Call, weight: Operand, fan_in: Sequence[Axis], terms: 
     for other in terms:
         if other is weight or other.value.static:
             continue
-        met = [weight.axes[label] for label in other.axes if label in weight.axes]
-        side = tuple(axis.dim for axis in met if axis in fan_in)
+        shared = [weight.axes[label] for label in other.axes if label in weight.axes]
+        side = tuple(axis.dim for axis in shared if axis in fan_in)
         if side:
             sides.append(side)
     if len(sides) > 1:
@@ -190,15 +192,15 @@ def _record_bilinear(call: Call, axes: Mapping[str, Axis], terms: Sequence[Opera
                 summed.append(axis.dim)
     call.facts.bilinear.append(Bilinear(tuple(batch), tuple(inner), call.where))
     # A hypernetwork: an activation acts on the other as a weight, and either may be it.
-    for own, other in ((left, right), (right, left)):
-        kept = [label for label in own if label in out and label not in other and axes[label].size > 1]
-        made = MadeWeight(tuple(summed), tuple(axes[label].dim for label in kept))
-        call.facts.made_weights.append(made)
+    for acting, acted_on in ((left, right), (right, left)):
+        kept = [label for label in acting if label in out and label not in acted_on and axes[label].size > 1]
+        made_weight = MadeWeight(tuple(summed), tuple(axes[label].dim for label in kept))
+        call.facts.made_weights.append(made_weight)
 
 
 def letters(count: int, start: int = 0) -> list[str]:
     """Return that many distinct labels."""
-    return [f"b{start + i}" for i in range(count)]
+    return [f"b{start + number}" for number in range(count)]
 
 
 def add_bias(call: Call, result: Value, bias: Value | None, axis: int) -> Value:
@@ -332,25 +334,25 @@ def _spell(term: str, rank: int) -> list[str]:
 
 def _implied_output(labels: Iterable[Labels]) -> list[str]:
     """Return the output of an equation without an arrow: ellipsis, then what occurs once, by alphabet."""
-    flat: list[str] = []
+    all_labels: list[str] = []
     for names in labels:
-        flat += names
-    ellipsis = {name for name in flat if name.startswith("...")}
-    single = {name for name in flat if flat.count(name) == 1}
+        all_labels += names
+    ellipsis = {name for name in all_labels if name.startswith("...")}
+    single = {name for name in all_labels if all_labels.count(name) == 1}
     return [*sorted(ellipsis), *sorted(single - ellipsis)]
 
 
 def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Labels) -> tuple[int, int] | None:
     """Return two activations that are contracted with each other, as attention and values are."""
-    moving = [i for i, value in enumerate(operands) if not value.parametric]
+    moving = [position for position, value in enumerate(operands) if not value.parametric]
     for second in moving:
         for first in moving:
             if first >= second:
                 break
             # A label that a third operand or the result has is not summed by this pair.
             others = [names for k, names in enumerate(labels) if k not in (first, second)]
-            kept = set(out).union(*others)
-            if set(labels[first]) & set(labels[second]) - kept:
+            needed = set(out).union(*others)
+            if set(labels[first]) & set(labels[second]) - needed:
                 return first, second
     return None
 
@@ -359,15 +361,17 @@ def _contract_pair(
     call: Call, operands: Sequence[Value], labels: Sequence[Labels], out: Labels, pair: tuple[int, int]
 ) -> tuple[list[Value], list[Labels]]:
     """Contract two operands of several, as if the code had done so first."""
-    rest = [k for k in range(len(operands)) if k not in pair]
-    kept = set(out).union(*(labels[k] for k in rest))
+    remaining = [position for position in range(len(operands)) if position not in pair]
+    needed = set(out).union(*(labels[position] for position in remaining))
     first, second = pair
     both = dict.fromkeys([*labels[first], *labels[second]])
-    made = [label for label in both if label in kept]
+    out_labels = [label for label in both if label in needed]
     value = contract(
-        call, "einsum", [operands[first], operands[second]], [labels[first], labels[second]], made
+        call, "einsum", [operands[first], operands[second]], [labels[first], labels[second]], out_labels
     )
-    return [value, *(operands[k] for k in rest)], [made, *(labels[k] for k in rest)]
+    other_operands = [operands[position] for position in remaining]
+    other_labels = [labels[position] for position in remaining]
+    return [value, *other_operands], [out_labels, *other_labels]
 
 
 @rule("aten.bilinear")
@@ -398,9 +402,9 @@ def convolution(call: Call) -> Result:
     weight: Value = call["weight"]
     kernel = weight.axes[2:]
     rank = len(kernel)
-    start = len(source.axes) - rank  # of positions
-    positions, sizes = source.axes[start:], call.shape[start:]
-    channels = source.axes[start - 1]
+    first_position = len(source.axes) - rank  # of positions
+    positions, sizes = source.axes[first_position:], call.shape[first_position:]
+    channels = source.axes[first_position - 1]
     transposed = bool(call.get("transposed", "transpose" in call.operator))
     groups = call.get("groups", 1)
     for axis, position, size in zip(kernel, positions, sizes, strict=True):
@@ -411,10 +415,10 @@ def convolution(call: Call) -> Result:
             call.finite(axis, "a kernel axis")
     if transposed:  # weight[in, out per group, ...]
         fan_in, fan_out = weight.axes[:2]
-        made = _transposed_channels(call, channels, fan_in, fan_out, groups)
+        made_channels = _transposed_channels(call, channels, fan_in, fan_out, groups)
     else:  # weight[out, in per group, ...]
         fan_out, fan_in = weight.axes[:2]
-        made = fan_out
+        made_channels = fan_out
         _tie_channels(call, channels, fan_in, fan_out, groups)
     # A depthwise kernel makes the very channels that it reads.
     if groups == channels.size and (transposed or fan_in.size == 1):
@@ -423,9 +427,9 @@ def convolution(call: Call) -> Result:
     # F.conv2d(x, kernel) with a kernel that an activation made, as in dynamic convolutions.
     if not weight.static:
         call.facts.made_weights.append(MadeWeight((fan_in.dim,), (fan_out.dim,)))
-    moved = [call.resized(axis, size) for axis, size in zip(positions, sizes, strict=True)]
-    call.facts.positions.update(axis.dim for axis in (*positions, *moved))
-    result = call.value([*source.axes[: start - 1], made, *moved])
+    moved_positions = [call.resized(axis, size) for axis, size in zip(positions, sizes, strict=True)]
+    call.facts.positions.update(axis.dim for axis in (*positions, *moved_positions))
+    result = call.value([*source.axes[: first_position - 1], made_channels, *moved_positions])
     return add_bias(call, result, call.get("bias"), -rank - 1)
 
 
@@ -435,10 +439,10 @@ def _tie_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis, group
         call.unify(channels, fan_in)
         return
     # in = groups x weight's in, out = groups x what a group makes
-    group = _group_axis(call, channels, groups)
-    made = call.new(fan_out.size // groups)
-    call.space.groups(fan_out.dim, (group.dim, made.dim))
-    call.space.groups(channels.dim, (group.dim, fan_in.dim))
+    group_count = _group_axis(call, channels, groups)
+    made_by_group = call.new(fan_out.size // groups)
+    call.space.groups(fan_out.dim, (group_count.dim, made_by_group.dim))
+    call.space.groups(channels.dim, (group_count.dim, fan_in.dim))
 
 
 def _transposed_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis, groups: int) -> Axis:
@@ -447,12 +451,12 @@ def _transposed_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis
         call.unify(channels, fan_in)
         return fan_out
     # in = groups x what a group reads, out = groups x weight's out
-    group = _group_axis(call, channels, groups)
-    read = call.new(fan_in.size // groups)
-    call.space.groups(fan_in.dim, (group.dim, read.dim))
+    group_count = _group_axis(call, channels, groups)
+    read_by_group = call.new(fan_in.size // groups)
+    call.space.groups(fan_in.dim, (group_count.dim, read_by_group.dim))
     call.unify(channels, fan_in)
     whole = call.new(groups * fan_out.size)
-    call.space.groups(whole.dim, (group.dim, fan_out.dim))
+    call.space.groups(whole.dim, (group_count.dim, fan_out.dim))
     return Axis(whole.dim, whole.size, fan_out.origin)
 
 

@@ -10,17 +10,17 @@ from mupass._dims.registry import rule
 def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     """Unify the axes of several tensors under broadcasting and return the result's axes."""
     result = []
-    for back in range(rank, 0, -1):
-        axes = [value.axes[-back] for value in values if len(value.axes) >= back]
+    for from_end in range(rank, 0, -1):
+        axes = [value.axes[-from_end] for value in values if len(value.axes) >= from_end]
         # Axes of size 1 are broadcast, and say nothing about the others.
-        wide = [axis for axis in axes if axis.size != 1] or axes[:1]
-        if not wide:
+        wide_axes = [axis for axis in axes if axis.size != 1] or axes[:1]
+        if not wide_axes:
             result.append(call.new(1))
             continue
-        first, *others = wide
+        first, *others = wide_axes
         for other in others:
             call.unify(first, other)
-        origin = NOWHERE.union(*(axis.origin for axis in wide))
+        origin = NOWHERE.union(*(axis.origin for axis in wide_axes))
         result.append(Axis(first.dim, first.size, origin))
     return result
 
@@ -161,11 +161,11 @@ def _partners(back: int, moving: Iterable[Value]) -> list[Axis]:
 
 def _is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
     """Whether a parameter has two axes along which all that it meets has single entries."""
-    alone = 0
-    for back, axis in enumerate(parameter.axes[::-1]):
-        if axis.size > 1 and all(other.size == 1 for other in _partners(back, moving)):
-            alone += 1
-    return alone > 1
+    axes_alone = 0
+    for from_end, axis in enumerate(parameter.axes[::-1]):
+        if axis.size > 1 and all(other.size == 1 for other in _partners(from_end, moving)):
+            axes_alone += 1
+    return axes_alone > 1
 
 
 def _outer_axis(vector: Value, moving: Sequence[Value]) -> Axis | None:
@@ -173,11 +173,11 @@ def _outer_axis(vector: Value, moving: Sequence[Value]) -> Axis | None:
 
     Frequencies times a position, ``sin(t[..., None] * w)``, are the pattern: an outer product.
     """
-    long = [(back, axis) for back, axis in enumerate(vector.axes[::-1]) if axis.size > 1]
-    if len(long) != 1:
+    long_axes = [(from_end, axis) for from_end, axis in enumerate(vector.axes[::-1]) if axis.size > 1]
+    if len(long_axes) != 1:
         return None
-    back, axis = long[0]
-    partners = _partners(back, moving)
+    from_end, axis = long_axes[0]
+    partners = _partners(from_end, moving)
     if partners and all(other.size == 1 for other in partners):
         return axis
     return None

@@ -48,11 +48,11 @@ def index(call: Call) -> Result:
     common = bare(broadcast(call, list(indices.values()), max(len(i.axes) for i in indices.values())))
     for position in indices:
         _pick_by_index(call, source, source.axes[position])
-    kept = [axis for position, axis in enumerate(source.axes) if position not in indices]
-    places = list(indices)
-    adjacent = places == list(range(places[0], places[-1] + 1))
-    start = places[0] if adjacent else 0  # x[i, :, j]: what is picked comes first
-    return call.value([*kept[:start], *common, *kept[start:]])
+    kept_axes = [axis for position, axis in enumerate(source.axes) if position not in indices]
+    indexed = list(indices)
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    start = indexed[0] if adjacent else 0  # x[i, :, j]: what is picked comes first
+    return call.value([*kept_axes[:start], *common, *kept_axes[start:]])
 
 
 def _is_mask(call: Call, position: int) -> bool:
@@ -65,21 +65,21 @@ def _is_mask(call: Call, position: int) -> bool:
 def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value:
     """A boolean mask merges the axes that it covers into one of data-dependent length."""
     # x[mask] with a mask over two axes: both give way to one, of as many entries as are true.
-    left = list(source.axes)
+    remaining = list(source.axes)
     axes: list[Axis] = []
-    used = False
+    was_picked = False
     for mask in indices:
-        if not left:
+        if not remaining:
             break
         if mask is None:
-            axes.append(left.pop(0))
+            axes.append(remaining.pop(0))
             continue
         # Several masks pick together: one axis comes out for all of them.
-        if not used:
+        if not was_picked:
             axes.append(call.new(call.shape[len(axes)]))
-        used = True
-        del left[: len(mask.axes)]
-    return call.value([*axes, *left])
+        was_picked = True
+        del remaining[: len(mask.axes)]
+    return call.value([*axes, *remaining])
 
 
 def _pick_by_index(call: Call, source: Value, axis: Axis) -> None:
@@ -88,8 +88,8 @@ def _pick_by_index(call: Call, source: Value, axis: Axis) -> None:
     # table[index], such as relative positions: as with a lookup, the length of the table is no width.
     if source.parametric:
         call.finite(axis, "the length of an indexed table")
-        rest = [other for other in source.axes if other.dim != axis.dim]
-        call.use("embedding", [axis], rest, source)
+        other_axes = [other for other in source.axes if other.dim != axis.dim]
+        call.use("embedding", [axis], other_axes, source)
 
 
 @rule("aten.index_select")
@@ -114,13 +114,13 @@ def gather(call: Call) -> Result:
         return call.unknown(call.shape)
     dim %= max(len(source.axes), 1)
     axes = []
-    for i, (axis, other) in enumerate(zip(source.axes, indices.axes, strict=True)):
-        result = Axis(other.dim, other.size)
-        if i == dim:
+    for position, (axis, index_axis) in enumerate(zip(source.axes, indices.axes, strict=True)):
+        result = Axis(index_axis.dim, index_axis.size)
+        if position == dim:
             call.alternative(axis, "its positions are picked by index")
-        elif axis.size == other.size or other.size == 1:
-            call.unify(axis, other)
-            result = axis if axis.size == call.shape[i] else other
+        elif axis.size == index_axis.size or index_axis.size == 1:
+            call.unify(axis, index_axis)
+            result = axis if axis.size == call.shape[position] else index_axis
         axes.append(result)
     return call.value(axes)
 
@@ -160,9 +160,9 @@ def _match_written(call: Call, target: Value, source: Value) -> None:
         axes.insert(dim, target.axes[dim])
     if len(axes) != len(target.axes):
         return
-    for i, (axis, other) in enumerate(zip(target.axes, axes, strict=True)):
-        if i != dim:
-            call.unify(axis, other)
+    for position, (axis, written_axis) in enumerate(zip(target.axes, axes, strict=True)):
+        if position != dim:
+            call.unify(axis, written_axis)
 
 
 def _match_put(call: Call, target: Value, source: Value) -> None:

@@ -30,12 +30,12 @@ def cat(call: Call) -> Result:
     values = [value for value in call.values if len(value.axes) == len(call.shape)]
     dim = call.get("dim", 0) % len(call.shape)
     axes = []
-    for i, size in enumerate(call.shape):
-        parts = [value.axes[i] for value in values]
+    for position, size in enumerate(call.shape):
+        parts = [value.axes[position] for value in values]
         first, *others = parts
         origin = NOWHERE.union(*(part.origin for part in parts))
         # Axes that are not joined agree; a lone tensor is joined to nothing.
-        if i != dim or not others:
+        if position != dim or not others:
             for other in others:
                 call.unify(first, other)
             axes.append(Axis(first.dim, size, origin))
@@ -74,9 +74,9 @@ def numpy_stack(call: Call) -> Result:
     dim = {"aten.vstack": 0, "aten.dstack": 2}.get(call.operator, min(1, rank - 1))
     axes = list(values[0].axes)
     for value in values[1:]:
-        for i in range(rank):
-            if i != dim:
-                call.unify(axes[i], value.axes[i])
+        for position in range(rank):
+            if position != dim:
+                call.unify(axes[position], value.axes[position])
     axes[dim] = _joined_axis(call, [value.axes[dim] for value in values], call.shape[dim])
     return call.value(axes)
 
@@ -97,8 +97,8 @@ def numpy_stack(call: Call) -> Result:
 def split(call: Call) -> Result:
     """Cut one axis into parts."""
     source = call.values[0]
-    fixed = {"aten.hsplit": min(1, len(source.axes) - 1), "aten.vsplit": 0}
-    dim = fixed.get(call.operator, call.get("dim", 0)) % len(source.axes)
+    fixed_dim = {"aten.hsplit": min(1, len(source.axes) - 1), "aten.vsplit": 0}
+    dim = fixed_dim.get(call.operator, call.get("dim", 0)) % len(source.axes)
     whole = source.axes[dim]
     parts = []
     for shape in call.shapes:
@@ -142,10 +142,10 @@ def select(call: Call) -> Result:
     dim = call.get("dim", 0) % len(source.axes)
     if not is_filled(call.node.args[0]):  # all its entries are alike: the pick is made for its shape
         call.pick(source.axes[dim], call.get("index"))
-    rest = call.value(source.axes[:dim] + source.axes[dim + 1 :])
+    remaining = call.value(source.axes[:dim] + source.axes[dim + 1 :])
     if call.operator.startswith("aten.select"):
-        return rest
-    return [rest] * len(call.shapes)
+        return remaining
+    return [remaining] * len(call.shapes)
 
 
 @rule("aten.diagonal", "aten.diag_embed", "aten.diag", "aten.linalg_diagonal", "aten.trace")
@@ -156,7 +156,7 @@ def diagonal(call: Call) -> Result:
         return call.value([*source.axes, call.derive(source.axes[-1], call.shape[-1])])
     first = call.get("dim1", 0) % len(source.axes)
     second = call.get("dim2", 1) % len(source.axes)
-    kept = [axis for i, axis in enumerate(source.axes) if i not in (first, second)]
+    kept = [axis for position, axis in enumerate(source.axes) if position not in (first, second)]
     if len(call.shape) == len(kept):  # a trace
         return call.value(kept)
     return call.value([*kept, call.derive(source.axes[first], call.shape[-1])])

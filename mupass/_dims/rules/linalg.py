@@ -74,13 +74,13 @@ def factorize(call: Call) -> Result:
         _square(call, call.values[0])
     # U S V of a matrix [m, n] has min(m, n) singular values.
     shorter = min(columns, rows, key=lambda axis: axis.size)
-    known = {rows.size: rows, columns.size: columns, shorter.size: shorter}
+    axis_by_size = {rows.size: rows, columns.size: columns, shorter.size: shorter}
     outputs = []
-    for i, shape in enumerate(call.shapes):
-        axes = [known[size] for size in shape[len(batch) :]]
+    for number, shape in enumerate(call.shapes):
+        axes = [axis_by_size[size] for size in shape[len(batch) :]]
         if len(axes) == 2 and not eigen:
             # Q and U have the rows, R and V the columns; full ones are square.
-            if i == 0:
+            if number == 0:
                 axes[0] = rows
             elif call.operator == "aten.svd":  # V itself, not its transpose
                 axes[0] = columns
@@ -98,22 +98,22 @@ def factorize(call: Call) -> Result:
 )
 def solve(call: Call) -> Result:
     """Return X of A X = B: like the product of an inverse, which contracts the rows of A."""
-    matrix, right = call.values[:2]
+    matrix, right_side = call.values[:2]
     # cholesky_solve(B, L) takes the right-hand side first.
     if call.operator == "aten.cholesky_solve":
-        right, matrix = matrix, right
+        right_side, matrix = matrix, right_side
     rank = len(matrix.axes)
     if call.get("left") is False:  # X A = B
-        of_matrix, of_right, out = "ij", "kj", "ki"
-    elif len(right.axes) in (1, rank - 1):  # A x = b
-        of_matrix, of_right, out = "ij", "i", "j"
+        of_matrix, of_right, of_result = "ij", "kj", "ki"
+    elif len(right_side.axes) in (1, rank - 1):  # A x = b
+        of_matrix, of_right, of_result = "ij", "i", "j"
     else:
-        of_matrix, of_right, out = "ij", "ik", "jk"
+        of_matrix, of_right, of_result = "ij", "ik", "jk"
     if call.operator != "aten.linalg_lstsq":
         _square(call, matrix)
-    batch = letters(max(rank - 2, len(right.axes) - len(of_right)))
-    labels = [[*batch, *of_matrix][-rank:], [*batch, *of_right][-len(right.axes) :]]
-    result = contract(call, "solve", [matrix, right], labels, [*batch, *out])
+    batch = letters(max(rank - 2, len(right_side.axes) - len(of_right)))
+    labels = [[*batch, *of_matrix][-rank:], [*batch, *of_right][-len(right_side.axes) :]]
+    result = contract(call, "solve", [matrix, right_side], labels, [*batch, *of_result])
     return one_or_all([result, *map(call.unknown, call.shapes[1:])])
 
 
@@ -135,8 +135,8 @@ def tensordot(call: Call) -> Result:
     first, second = call.values[:2]
     left, right = letters(len(first.axes)), letters(len(second.axes), len(first.axes))
     # An axis of one and an axis of the other that are contracted get one label.
-    for i, j in zip(call["dims_self"], call["dims_other"], strict=True):
-        right[j] = left[i]
+    for left_position, right_position in zip(call["dims_self"], call["dims_other"], strict=True):
+        right[right_position] = left[left_position]
     out = [label for label in (*left, *right) if (label in left) != (label in right)]
     return contract(call, "matmul", [first, second], [left, right], out)
 

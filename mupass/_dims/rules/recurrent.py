@@ -78,7 +78,7 @@ def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis
         The widths of the hidden state and of the cell.
     """
     # Two weights, two biases or none, a projection or none: 2, 3, 4 or 5 tensors.
-    count = len(parameters)
+    number_of_parameters = len(parameters)
     w_ih, w_hh = parameters[:2]
     call.unify(w_ih.axes[1], features)
     # rows = gates x cell
@@ -86,13 +86,13 @@ def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis
     gate, cell = split_axis(call, w_ih.axes[0], [gates, w_ih.axes[0].size // gates])
     call.enumerate(gate, "the gates of a recurrent cell")
     call.unify(w_ih.axes[0], w_hh.axes[0])
-    if count >= 4:
+    if number_of_parameters >= 4:
         for bias in parameters[2:4]:
             call.unify(w_ih.axes[0], bias.axes[0])
             call.pointwise_use("bias", bias)
     for weight in (w_ih, w_hh):
         call.use("recurrent", weight.axes[1:], weight.axes[:1], weight)
-    if count in (3, 5):  # projected hidden state
+    if number_of_parameters in (3, 5):  # projected hidden state
         projection = parameters[-1]
         call.unify(projection.axes[1], cell)
         call.unify(projection.axes[0], w_hh.axes[1])

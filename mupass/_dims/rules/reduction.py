@@ -80,20 +80,20 @@ def reduce(call: Call) -> Result:
     if call.operator in ("aten.max", "aten.min") and len(call.shapes) == 2 and _places_are_read(call):
         _rank(call, source.axes[call["dim"] % len(source.axes)])
     default = -1 if call.operator.startswith("aten.trap") else None
-    kept, held = _left(call, source, default)
+    kept, kept_as_ones = _left(call, source, default)
     outputs = []
     for shape in call.shapes:
         # Of several outputs (values, indices) each has lost the axes, or has them of length 1.
         dropped = len(shape) == len(kept) and not call.get("keepdim")
-        outputs.append(call.value(kept if dropped else held))
+        outputs.append(call.value(kept if dropped else kept_as_ones))
     return one_or_all(outputs)
 
 
 def _places_are_read(call: Call) -> bool:
     """Whether something reads where the extremes are, as `argmax` would tell."""
     # getitem(max, 1), the second result, holds the places.
-    places = [user for user in call.node.users if is_getitem(user) and user.args[1] == 1]
-    return any(user.users for user in places)
+    position_getters = [reader for reader in call.node.users if is_getitem(reader) and reader.args[1] == 1]
+    return any(reader.users for reader in position_getters)
 
 
 def _rank(call: Call, axis: Axis) -> None:
@@ -103,15 +103,15 @@ def _rank(call: Call, axis: Axis) -> None:
 
 def _left(call: Call, source: Value, default: int | None = None) -> tuple[list[Axis], list[Axis]]:
     """Return the axes that a reduction leaves, and all axes with those that go of length 1."""
-    gone = wrap(call.get("dim", default), len(source.axes))
-    kept, held = [], []
-    for i, axis in enumerate(source.axes):
-        if i in gone:
-            held.append(call.new(1))
+    reduced = wrap(call.get("dim", default), len(source.axes))
+    kept, kept_as_ones = [], []
+    for position, axis in enumerate(source.axes):
+        if position in reduced:
+            kept_as_ones.append(call.new(1))
         else:
-            held.append(axis)
+            kept_as_ones.append(axis)
             kept.append(axis)
-    return kept, held
+    return kept, kept_as_ones
 
 
 @rule("aten.linalg_matrix_norm", "aten.linalg_cond")
@@ -132,10 +132,10 @@ def distance(call: Call) -> Result:
 @rule("aten.quantile", "aten.nanquantile")
 def quantile(call: Call) -> Result:
     """As `reduce`; several quantiles are a new first axis."""
-    kept, held = _left(call, call.values[0])
-    axes = held if call.get("keepdim") else kept
-    extra = call.shape[: len(call.shape) - len(axes)]
-    return call.value([*map(call.new, extra), *axes])
+    kept, kept_as_ones = _left(call, call.values[0])
+    axes = kept_as_ones if call.get("keepdim") else kept
+    quantile_axes = call.shape[: len(call.shape) - len(axes)]
+    return call.value([*map(call.new, quantile_axes), *axes])
 
 
 @rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.msort")
@@ -204,8 +204,8 @@ def _affine(call: Call, parameter: Value | None, axes: Sequence[Axis]) -> None:
     """Tie a gain, a bias or a statistic to the axes that it lies along."""
     if not isinstance(parameter, Value):
         return
-    for own, axis in zip(parameter.axes, axes, strict=True):
-        call.unify(own, axis)
+    for parameter_axis, axis in zip(parameter.axes, axes, strict=True):
+        call.unify(parameter_axis, axis)
     if parameter.parametric:
         call.pointwise_use("norm", parameter)
 
@@ -261,6 +261,6 @@ def loss(call: Call) -> Result:
         call.finite(axis, "the loss compares it with data")
     axes = []  # none, but for reduction="none"
     for size in call.shape:
-        alike = [axis for axis in source.axes if axis.size == size]
-        axes.append(alike[0] if alike else call.new(size))
+        same_size = [axis for axis in source.axes if axis.size == size]
+        axes.append(same_size[0] if same_size else call.new(size))
     return call.value(axes)

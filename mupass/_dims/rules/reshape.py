@@ -19,12 +19,12 @@ def split_axis(call: Call, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 def _origin_of_factor(call: Call, axis: Axis, factor: Axis) -> Origin:
     """Return the parameter axes that a factor is, where an axis was merged and is cut as before."""
     find = call.space.find
-    own = set()
+    parameter_axes = set()
     # view(b, h, d) of what was merged from h and d: each factor is the parameter's axis again.
     for parameter_axis in axis.origin:
         if find(call.facts.carried[parameter_axis]) == find(factor.dim):
-            own.add(parameter_axis)
-    return frozenset(own) or axis.origin
+            parameter_axes.add(parameter_axis)
+    return frozenset(parameter_axes) or axis.origin
 
 
 def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:
@@ -43,12 +43,12 @@ def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Ax
     result: dict[int, Axis] = {}
     # [2, 12] as [2, 3, 4]: 2 stays 2, and 12 becomes 3 x 4.
     for before, after in line_up([axis.size for axis in source], sizes):
-        whole = merge_axes(call, [source[i] for i in before])
+        whole = merge_axes(call, [source[position] for position in before])
         parts = [whole]
         if len(after) > 1:
-            parts = split_axis(call, whole, [sizes[i] for i in after])
+            parts = split_axis(call, whole, [sizes[position] for position in after])
         result.update(zip(after, parts, strict=True))
-    return [result.get(i) or call.new(1) for i in range(len(sizes))]
+    return [result.get(position) or call.new(1) for position in range(len(sizes))]
 
 
 def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -61,21 +61,21 @@ def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     Returns:
         Pairs of axis numbers, of the source and of the view; axes of length 1 are in none.
     """
-    left = [i for i, size in enumerate(before) if size != 1]
-    right = [i for i, size in enumerate(after) if size != 1]
+    source_axes = [position for position, size in enumerate(before) if size != 1]
+    view_axes = [position for position, size in enumerate(after) if size != 1]
     groups = []
-    while right:
+    while view_axes:
         # Both groups grow until they have the same number of entries.
-        of_source, of_view = [left.pop(0)], [right.pop(0)]
-        have, want = before[of_source[0]], after[of_view[0]]
-        while have != want:
+        of_source, of_view = [source_axes.pop(0)], [view_axes.pop(0)]
+        source_count, view_count = before[of_source[0]], after[of_view[0]]
+        while source_count != view_count:
             # (12) -> (3, 4) takes another axis of the view, (3, 4) -> (12) another of the source.
-            if have < want:
-                of_source.append(left.pop(0))
-                have *= before[of_source[-1]]
+            if source_count < view_count:
+                of_source.append(source_axes.pop(0))
+                source_count *= before[of_source[-1]]
             else:
-                of_view.append(right.pop(0))
-                want *= after[of_view[-1]]
+                of_view.append(view_axes.pop(0))
+                view_count *= after[of_view[-1]]
         groups.append((of_source, of_view))
     return groups
 
@@ -106,9 +106,9 @@ def view(call: Call) -> Result:
     for _, group in line_up([axis.size for axis in source.axes], call.shape):
         if open_place not in group:
             continue
-        for i in group:
-            if sizes[i] != -1:  # view(..., -1, 64): heads are left open, head_dim is written
-                call.literal(axes[i], "written as a number in a view whose other factor is left open")
+        for position in group:
+            if sizes[position] != -1:  # view(..., -1, 64): heads are left open, head_dim is written
+                call.literal(axes[position], "written as a number in a view whose other factor is left open")
     return call.value(axes)
 
 
@@ -133,7 +133,7 @@ def view(call: Call) -> Result:
 def permute(call: Call) -> Result:
     """Move axes."""
     axes = call.values[0].axes
-    return call.value([axes[i] for i in _order(call, len(axes))])
+    return call.value([axes[position] for position in _order(call, len(axes))])
 
 
 def _order(call: Call, rank: int) -> list[int]:
@@ -143,28 +143,31 @@ def _order(call: Call, rank: int) -> list[int]:
         return [dim % rank for dim in call["dims"]]
     if name in ("aten.movedim", "aten.moveaxis"):
         return _moved_order(call["source"], call["destination"], rank)
-    order = list(range(rank))
+    axis_order = list(range(rank))
     if name in ("aten.T", "aten.numpy_T"):
-        return order[::-1]
+        return axis_order[::-1]
     # t() swaps the axes of a matrix; mT, adjoint and mH swap the last two.
     defaults = (0, 1) if name == "aten.t" else (-1, -2)
     first = call.get("dim0", call.get("axis0", defaults[0]))
     second = call.get("dim1", call.get("axis1", defaults[1]))
     if rank > 1:
-        order[first], order[second] = order[second], order[first]
-    return order
+        axis_order[first], axis_order[second] = axis_order[second], axis_order[first]
+    return axis_order
 
 
 def _moved_order(source: int | Sequence[int], target: int | Sequence[int], rank: int) -> list[int]:
     """Return the order of axes after some are moved; the others keep theirs."""
     sources = [source] if isinstance(source, int) else source
     targets = [target] if isinstance(target, int) else target
-    moves = {to % rank: at % rank for at, to in zip(sources, targets, strict=True)}
+    source_of = {
+        target_axis % rank: source_axis % rank
+        for source_axis, target_axis in zip(sources, targets, strict=True)
+    }
     # What is not moved keeps its order; the others are put in where they belong.
-    order = [i for i in range(rank) if i not in moves.values()]
-    for place in sorted(moves):
-        order.insert(place, moves[place])
-    return order
+    axis_order = [axis for axis in range(rank) if axis not in source_of.values()]
+    for position in sorted(source_of):
+        axis_order.insert(position, source_of[position])
+    return axis_order
 
 
 @rule(
@@ -179,8 +182,8 @@ def _moved_order(source: int | Sequence[int], target: int | Sequence[int], rank:
 def squeeze(call: Call) -> Result:
     """Add or drop axes of size 1."""
     # Axes longer than 1 keep their order; those of 1 come and go.
-    wide = iter([axis for axis in call.values[0].axes if axis.size != 1])
-    return call.value([call.new(1) if size == 1 else next(wide) for size in call.shape])
+    wide_axes = iter([axis for axis in call.values[0].axes if axis.size != 1])
+    return call.value([call.new(1) if size == 1 else next(wide_axes) for size in call.shape])
 
 
 @rule("aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.expand_copy")

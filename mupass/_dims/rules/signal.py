@@ -16,14 +16,14 @@ def pixel_shuffle(call: Call) -> Result:
     if call.operator == "aten.pixel_shuffle":
         factor = call["upscale_factor"]
         # The first factor stays channels, the other two become steps within a position.
-        made, *steps = split_axis(call, channels, [channels.size // factor**2, factor, factor])
+        made_channels, *step_axes = split_axis(call, channels, [channels.size // factor**2, factor, factor])
     else:
-        steps = [call.new(call["downscale_factor"]), call.new(call["downscale_factor"])]
-        made = merge_axes(call, [channels, *steps])
-    for axis in steps:
+        step_axes = [call.new(call["downscale_factor"]), call.new(call["downscale_factor"])]
+        made_channels = merge_axes(call, [channels, *step_axes])
+    for axis in step_axes:
         call.finite(axis, "the factor of a pixel shuffle")
     rows, columns = call.shape[-2:]
-    return call.value([*batch, made, call.derive(height, rows), call.derive(width, columns)])
+    return call.value([*batch, made_channels, call.derive(height, rows), call.derive(width, columns)])
 
 
 @rule("aten.channel_shuffle", "aten.native_channel_shuffle")
@@ -118,7 +118,7 @@ def stft(call: Call) -> Result:
     """Short-time transforms live on data axes of literal length."""
     # Frequencies and frames both come of the samples of data.
     *batch, samples = call.values[0].axes
-    spans = [call.derive(samples, size) for size in call.shape[-2:]]
+    frequency_and_time = [call.derive(samples, size) for size in call.shape[-2:]]
     if len(call.shape) == 3:
-        return call.value([*batch[:1], *spans])
-    return call.value(spans)
+        return call.value([*batch[:1], *frequency_and_time])
+    return call.value(frequency_and_time)
