@@ -640,7 +640,8 @@ def test_a_vanished_matrix_has_the_root_zero_only_without_damping() -> None:
 def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
     """One step of an MLP on so many samples."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    layers = nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers).double()
     mupass.transform(model, torch.randn(2, 6).double(), base=16)
     optimizer = mupass.KFAC(model, LR, damping, **{**PLAIN, **settings})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -649,9 +650,12 @@ def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("rows", "factor"), [(8, 6.0), (128, 4.0), (160, 2.56), (256, 1.0), (1000, 1.0)])
-def test_default_damping_falls_with_the_rows_of_a_step(rows: int, factor: float, monkeypatch: Any) -> None:
-    default = updates_of(None, rows)
+@pytest.mark.parametrize("ekfac", [False, True])
+@pytest.mark.parametrize(("rows", "factor"), [(8, 16.0), (128, 4.0), (160, 2.56), (256, 1.0), (1000, 1.0)])
+def test_default_damping_falls_with_the_rows_of_a_step(
+    rows: int, factor: float, ekfac: bool, monkeypatch: Any
+) -> None:
+    default = updates_of(None, rows, ekfac=ekfac)
     seen: list[str] = []
 
     def scaled(mode: str, sides: Any, *rest: Any) -> Any:
@@ -663,8 +667,11 @@ def test_default_damping_falls_with_the_rows_of_a_step(rows: int, factor: float,
 
     damp = preconditioner.damp
     monkeypatch.setattr(preconditioner, "damp", scaled)
-    for name, update in updates_of(1e-3, rows).items():
-        torch.testing.assert_close(default[name], update, rtol=1e-10, atol=0.0)
+    # A direction is longer for each side that grows.
+    sides = {"0.weight": 1, "0.bias": 1, "2.weight": 2, "2.bias": 1, "4.weight": 1, "4.bias": 0}
+    longer = {name: factor ** (number / 8) for name, number in sides.items()}
+    for name, update in updates_of(1e-3, rows, ekfac=ekfac).items():
+        torch.testing.assert_close(default[name], update * longer[name], rtol=1e-10, atol=1e-15)
     assert seen == ["trace"]
 
 
@@ -674,7 +681,7 @@ def test_damping_that_is_given_does_not_look_at_rows() -> None:
     for name, update in mixed.items():
         given, other = (low, default) if name.startswith("0.") else (default, low)
         torch.testing.assert_close(update, given[name], rtol=1e-10, atol=0.0)
-        if name != "2.bias":  # neither of its sides grows
+        if name != "4.bias":  # neither of its sides grows
             assert not torch.allclose(update, other[name], rtol=1e-3)
 
 

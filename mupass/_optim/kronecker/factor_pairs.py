@@ -143,12 +143,8 @@ class Lineup:
             damping_of_rows = traces.new_tensor(values)
         damping_a = damping_b = damping_of_rows
         if rows is not None:
-            # Both factors of a pair are of the same rows; one of the two may be missing.
-            rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
-            rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
-            grown = damping_of_rows * few_rows(torch.maximum(rows_a, rows_b))
-            damping_a = torch.where(self.by_rows_a, grown, damping_a)
-            damping_b = torch.where(self.by_rows_b, grown, damping_b)
+            grown_a, grown_b = self.grown(rows)
+            damping_a, damping_b = damping_of_rows * grown_a, damping_of_rows * grown_b
         return Sides(
             trace_a=torch.where(self.at_a >= 0, traces[self.at_a], self.dim_a),
             trace_b=torch.where(self.at_b >= 0, traces[self.at_b], self.dim_b),
@@ -159,6 +155,18 @@ class Lineup:
             damping_a=damping_a,
             damping_b=damping_b,
         )
+
+    def grown(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return by how much the dampings of A and of B have grown because a step has few rows.
+
+        Args:
+            rows: In how many rows each of the slots was observed.
+        """
+        # Both factors of a pair are of the same rows; one of the two may be missing.
+        rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
+        rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
+        grown = few_rows(torch.maximum(rows_a, rows_b))
+        return torch.where(self.by_rows_a, grown, 1.0), torch.where(self.by_rows_b, grown, 1.0)
 
 
 def line_up(

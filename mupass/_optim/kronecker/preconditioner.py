@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.kronecker.curvature import Observation, nearest_product, observed
-from mupass._optim.kronecker.damping import damp
+from mupass._optim.kronecker.damping import damp, lengthening
 from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
 from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
@@ -374,10 +374,7 @@ class Kronecker:
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
-            rows = None
-            if lineup.looks_at_rows:
-                counted = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
-                rows = counted / self.ranks.alike
+            rows = self._rows(lineup) if lineup.looks_at_rows else None
             sides = lineup.sides(traces, dampings, rows)
             rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
@@ -398,6 +395,26 @@ class Kronecker:
             if not pair.block.a:
                 self.unit_rho[pair.name].copy_(rho_a[first : end : pair.repeats])
             first = end
+
+    def _rows(self, lineup: Lineup) -> Tensor:
+        """Return in how many rows each slot of a lineup was observed, those of a batch counted once."""
+        counted = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
+        return counted / self.ranks.alike
+
+    def _lengthenings(self) -> dict[tuple[str, int], Tensor]:
+        """Return what directions are multiplied by, an entry a group; nothing for those that stay."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for lineup in self.lineups:
+            if not lineup.looks_at_rows:
+                continue
+            longer = lengthening(*lineup.grown(self._rows(lineup)))
+            first = 0
+            for pair in lineup.pairs:
+                end = first + pair.groups * pair.repeats
+                if any(pair.by_rows):
+                    found[pair.name] = longer[first : end : pair.repeats]
+                first = end
+        return found
 
     def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the preconditioned gradient of every block of this rank, and what it does to outputs.
@@ -473,12 +490,15 @@ class Kronecker:
         """
         found: dict[tuple[str, int], Applied] = {}
         alike: dict[Any, list[Pair]] = defaultdict(list)
+        longer = self._lengthenings()
         for pair in self.pairs:
             stack = stacks.get(pair.name)
             if stack is None:
                 continue
             if pair in self.moments:
                 direction = self.moments.direction(pair, stack)
+                if pair.name in longer:
+                    direction = direction * longer[pair.name].view(-1, 1, 1)
                 found[pair.name] = direction, self.moments.output_change(pair, direction).sum()
             else:
                 alike[self._kind(pair, stack)].append(pair)
@@ -488,7 +508,7 @@ class Kronecker:
             entries = first.groups * max(first.inputs, first.outputs) ** 2
             at_once = max(1, IN_CACHE // entries)
             for start in range(0, len(pairs), at_once):
-                found.update(self._apply(pairs[start : start + at_once], stacks, growths))
+                found.update(self._apply(pairs[start : start + at_once], stacks, growths, longer))
         return found
 
     def _kind(self, pair: Pair, stack: Tensor) -> Any:
@@ -496,10 +516,14 @@ class Kronecker:
         banks = [id(self.at[slot][0]) if slot else 0 for slot in (pair.a, pair.b)]
         vector = not pair.block.a
         shape = (tuple(stack.shape), stack.dtype, stack.device)
-        return (*shape, *banks, vector, pair.blocks, pair.growth, self._multiplies(pair))
+        return (*shape, *banks, vector, pair.blocks, pair.growth, any(pair.by_rows), self._multiplies(pair))
 
     def _apply(
-        self, pairs: Sequence[Pair], stacks: Mapping[tuple[str, int], Tensor], growths: Growths
+        self,
+        pairs: Sequence[Pair],
+        stacks: Mapping[tuple[str, int], Tensor],
+        growths: Growths,
+        longer: Mapping[tuple[str, int], Tensor],
     ) -> dict[tuple[str, int], Applied]:
         """Return the directions of matrices of one kind, and ``tr(D A D^T)`` where A is known."""
         power_a, power_b = self.roots.powers
@@ -521,7 +545,9 @@ class Kronecker:
                 factor = bank.mean(at)
             else:
                 rho = bank.state["rho"][at]
-        direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, unit, power_a, shrink)
+        longest = joined([longer[one.name] for one in pairs]) if pair.name in longer else None
+        numbers = unit, power_a, shrink, longest
+        direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, *numbers)
         directions = direction.split(groups)
         sums: Iterable[Tensor | None] = change.view(-1, groups).sum(1).unbind()
         if pair.block.a and not pair.a:

@@ -56,6 +56,7 @@ def update(
     unit: Tensor | None,
     unit_power: float,
     shrink: float,
+    longer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the directions ``D`` of one matrix, or of several, and ``tr(D A D^T)`` of each.
 
@@ -71,12 +72,15 @@ def update(
         unit: Damping of the number 1.
         unit_power: Power of that inverse.
         shrink: What steps are divided by where factors are cut into more blocks than at the base width.
+        longer: What directions are multiplied by, one entry for each; None for nothing.
     """
     # H = B^-1 G, D = H A^-1
     half = _times_root(stack, b, True)
     direction = _times_root(half, a, False)
     # Roots that are older than their factors count as if they had followed their size.
     divisor = _followed(b, stack) * _followed(a, stack) * shrink
+    if longer is not None:
+        divisor = divisor / longer
     if unit is not None:
         divisor = divisor * (1 + unit) ** unit_power
     if a is None:
