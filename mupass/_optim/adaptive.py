@@ -71,6 +71,7 @@ class LevenbergMarquardt:
         if self.steps % self.every:
             self.optimizer.step()
             return
+        # The closure gives the loss of the same batch before and after the step.
         before = float(closure())
         moving = [parameter for parameter in self.optimizer.names if parameter.grad is not None]
         old = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in moving]
@@ -80,9 +81,11 @@ class LevenbergMarquardt:
             assert gradient is not None
             move = whole(parameter - weight)
             moves[self.optimizer.names[parameter]] = move
+            # g d, the part of the model that is linear in the move.
             linear += float((whole(gradient) * move).sum())
         # g d + d^T F d / 2
         predicted = linear + self.optimizer.curvature_along(moves) / 2
+        # Where the model predicts no fall, the ratio says nothing about it.
         if predicted < 0:
             self.ratio = (float(closure()) - before) / predicted
             self._adapt()
@@ -97,6 +100,7 @@ class LevenbergMarquardt:
             if "damping" not in group:
                 continue
             damping = group["damping"] * factor
+            # The loss fell by less than a quarter of what the model promised: it is trusted less.
             if self.ratio < 0.25:
                 damping = damping / self.omega**self.every
             group["damping"] = min(max(damping, smallest), largest)

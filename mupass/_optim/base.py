@@ -69,6 +69,7 @@ class PlannedOptimizer(BoundOptimizer):
     @staticmethod
     def _sharing(model: nn.Module, data_parallel: bool | None) -> int:
         """Return over how many ranks factors are summed: a stage of a pipeline shares none."""
+        # Ranks of a pipeline have other parameters each, so that sums over them would mix stages.
         if not plan_of(model)[1].stage:
             return world_size(data_parallel)
         if data_parallel:
@@ -145,6 +146,7 @@ class PlannedOptimizer(BoundOptimizer):
             if self._unfit.get(name) == NO_ENTRIES:
                 treatment, reason = EMPTY, NO_ENTRIES
             table.append(Covered(name, treatment, reason))
+            # An empty parameter has neither a preconditioner nor a fallback.
             if name not in treatments and treatment != EMPTY:
                 fallen.append(table[-1])
         self._coverage = Coverage(table)
@@ -254,9 +256,11 @@ class PlannedOptimizer(BoundOptimizer):
             scale = scales.lr
             if is_own:
                 scale *= self._correction(name)
+            # Patterns may set rates, decays and dampings of single parameters.
             chosen = {**settings, **self._overridden(name, settings)}
             if self._training.decay == "matrices" and not self._is_matrix(name):
                 chosen["weight_decay"] = 0.0
+            # Parameters with equal numbers share a group, so that a schedule sees few of them.
             key = [_rounded(scale), *chosen.values()]
             if algorithm == "adamw":  # the only one whose steps depend on epsilon
                 key.append(_rounded(scales.epsilon))
@@ -281,6 +285,7 @@ class PlannedOptimizer(BoundOptimizer):
     def _is_matrix(self, name: str) -> bool:
         """Return whether a parameter is a matrix in the sense of weight decay: no vector, no table."""
         geometry = self.plan[name].geometry
+        # A table's rows are rare: decay would shrink those that are not read.
         if any(use.kind == "embedding" for use in geometry.uses):
             return False
         return bool(geometry.fan_in_axes and geometry.fan_out_axes)
@@ -388,6 +393,7 @@ class PlannedOptimizer(BoundOptimizer):
         gradients, means = self._own_gradients(ok)
         # Only parameters whose block this rank keeps have a direction here; the others come from their ranks.
         directions = self._from_owners(self._directions(gradients, means, ok), gradients)
+        # No parameter moves before all directions are there.
         for group in self.param_groups:
             if group["algorithm"] == self.spec.name:
                 self._move_own(group, directions, ok)
@@ -406,6 +412,7 @@ class PlannedOptimizer(BoundOptimizer):
             parameters = _with_gradient(group)
             parts = self._parts(parameters, ok)
             averaged = self._averaged(parameters, parts, group, ok)
+            # FSDP2 gives shards: averages are kept of shards, preconditioners see whole gradients.
             for parameter, part, mean in zip(parameters, parts, averaged, strict=True):
                 name = self.names[parameter]
                 gradients[name] = means[name] = self._whole(part, parameter)
@@ -442,6 +449,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return the directions that all ranks have found, of parameters that have a gradient here."""
         owner = self._owner
         if owner:
+            # Tensors of the right shape say what comes from which rank; no memory is needed for it.
             like = {}
             for parameter, name in self.names.items():
                 if name in owner:
@@ -456,11 +464,13 @@ class PlannedOptimizer(BoundOptimizer):
         parts = []
         for p in parameters:
             assert p.grad is not None
+            # A gradient in bfloat16 is averaged in float32: small parts would be lost.
             part = real(local(p.grad)).to(state_dtype(p))
             kind = (part.dtype, part.device)
             if kind not in known:
                 known[kind] = ok.to(part.device) > 0, part.new_zeros(())
             counts, zero = known[kind]
+            # NaN times zero is NaN: a step that does not count selects zeros instead.
             parts.append(torch.where(counts, part, zero))
         return parts
 
@@ -509,6 +519,7 @@ class PlannedOptimizer(BoundOptimizer):
         for parameter, update in zip(parameters, updates, strict=True):
             weight, kind = real(local(parameter)), (update.device, update.dtype)
             if kind not in factors:
+                # Rate and decay as tensors on the device: `ok` is zero for a step that does not count.
                 count = ok.to(*kind)
                 factors[kind] = (1 - decay * count, rate * count)
             kept, step = factors[kind]
@@ -518,6 +529,7 @@ class PlannedOptimizer(BoundOptimizer):
                 moved.mul_(kept)
             moved.addcmul_(update, step, value=-1)
             if weight.dtype == torch.bfloat16 and "mupass_seed" in group:
+                # A seed of the step and the parameter: the same on all ranks, and after a restart.
                 turn = (self._steps, self._numbers[self.names[parameter]])
                 moved = to_bfloat16(moved, mixed(int(group["mupass_seed"]), turn))
             if moved is not weight:
@@ -561,6 +573,7 @@ class PlannedOptimizer(BoundOptimizer):
     def _adopt_thawed(self) -> None:
         """Let the fallback train parameters that were frozen when the optimizer was made."""
         for parameter, name in list(self._frozen.items()):
+            # Without a gradient yet there is nothing to train.
             if not parameter.requires_grad or parameter.grad is None:
                 continue
             del self._frozen[parameter]
@@ -594,6 +607,7 @@ class PlannedOptimizer(BoundOptimizer):
             for key, high in BOUNDS.items():
                 if key in group and not isinstance(group[key], Tensor):
                     check_number(f"{key} {where}", group[key], 0, high)
+            # A scheduler such as OneCycleLR may set momentum on a group that was made without it.
             if group["momentum"] and self._lacks_momentum(group):
                 raise OptimizerError(
                     f"the momentum {where} was set to {group['momentum']:g}, but the optimizer was made with "
@@ -603,6 +617,7 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
         """Return whether momentum was switched on after the state of a group was made without."""
+        # Momentum is a state of own groups and of SGD's; Adam's first beta is no momentum.
         keeps_own = group["algorithm"] == self.spec.name and self.smooths
         if not keeps_own and group["algorithm"] != "sgd":
             return False
@@ -645,9 +660,11 @@ class PlannedOptimizer(BoundOptimizer):
                     gradients.append(part)
         if not gradients and not sharded:
             return None
+        # A rank whose shards are all empty still takes part in the sum below.
         device = gradients[0].device if gradients else self._device
         fine = torch.ones((), dtype=torch.bool, device=device)
         if gradients:
+            # NaN or infinity in any entry shows in the extremes.
             extremes = [number.to(device) for number in _extremes(gradients)]
             fine = torch.stack(extremes).isfinite().all()
         if sharded:
@@ -686,6 +703,7 @@ class PlannedOptimizer(BoundOptimizer):
         numbers = {name: number for number, name in enumerate(order)}
         found = dict(state)
         for name, rank in owner.items():
+            # What this rank keeps itself is there; the rest comes from its owner.
             entries = dict(state[numbers[name]])
             for key, tensor in self._own_state(name).items():
                 entries[key] = from_rank(tensor, rank, self._device)

@@ -27,6 +27,7 @@ class GradientScale:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
+        # Probes that every rank has whole, and that autograd accumulates into.
         plain = [p for p in parameters if not is_sharded(p) and p.is_leaf and p.numel() > 1]
         vectors = [p for p in plain if p.dim() < 2]
         matrices = [p for p in plain if p.dim() > 1]
@@ -54,11 +55,13 @@ class GradientScale:
         Args:
             ranks: Number of ranks over which gradients were averaged since.
         """
+        # A probe that got no gradient in this step tells nothing.
         present, copies = [], []
         for parameter, copy in zip(self._watched, self._copies, strict=True):
             if copy is not None and parameter.grad is not None and not is_sharded(parameter.grad):
                 present.append(_entries(parameter.grad))
                 copies.append(copy)
+        # A copy is of one backward pass, so it is used once.
         self._copies = [None for _ in self._watched]
         if not copies:
             return None
@@ -72,6 +75,7 @@ class GradientScale:
             ratios.append(ratio)
             known.append(tells)
         all_ratios, all_known = torch.stack(ratios), torch.stack(known)
+        # Of the probes that tell something, the largest and the smallest factor must agree.
         largest = torch.where(all_known, all_ratios, 0.0).amax()
         smallest = torch.where(all_known, all_ratios, torch.inf).amin()
         clipped = all_known.any() & (smallest > 0) & (largest - smallest <= ALIKE * largest)
@@ -81,6 +85,7 @@ class GradientScale:
 def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     """Return what multiple of its copy a gradient is, -1 for none, and whether the copy tells anything."""
     scale = then.abs().amax()
+    # In units of the largest entry, so that no product overflows.
     now_scaled, then_scaled = now / scale, then / scale
     # The multiple with the smallest sum of squares of what is left.
     multiple = now_scaled @ then_scaled / (then_scaled @ then_scaled)

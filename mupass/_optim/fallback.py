@@ -187,6 +187,7 @@ def averages(
     """
     means = [state[name] for state in states]
     weights = [state[f"{name}_weight"] for state in states]
+    # Tensors of one device and precision are averaged together.
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, weight in enumerate(weights):
         alike.setdefault((weight.device, weight.dtype), []).append(number)
@@ -198,6 +199,7 @@ def averages(
         weight = torch.stack(own_weights)
         weight = weight + fresh * (1 - weight)
         torch._foreach_copy_(own_weights, list(weight.unbind()))
+        # A first step that does not count leaves a weight of zero.
         parts = fresh / weight.clamp(min=1e-30)
         own_means = [means[i] for i in numbers]
         # The model may have changed its precision since the state was made.

@@ -67,6 +67,7 @@ def param_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     spec = OptimizerSpec.of(optimizer)
+    # An alignment that was measured gives each layer an exponent of its own.
     if isinstance(alignment, Mapping):
         exponents = tuple(measured_exponents(alignment).items())
         spec = replace(spec, alignment="measured", exponents=exponents)
@@ -85,6 +86,7 @@ def param_groups(
     if not any(p.requires_grad for p in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    # Frozen parameters too: thawing one needs no new group.
     for name, parameter in root.named_parameters():
         scales = plan[name].scales
         decay = _decay_factor(spec, scales)

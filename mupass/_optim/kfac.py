@@ -242,6 +242,7 @@ class KFAC(PlannedOptimizer):
         treatments, reasons = {}, dict(self._cover.reasons)
         for block in self._cover.blocks:
             method = "kfac"
+            # EKFAC takes weights with two full factors; other blocks stay K-FAC's, and the table says why.
             if self.ekfac:
                 reasons[block.parameter] = not_rescaled(block, self._cover.layers)
                 if not reasons[block.parameter]:
@@ -251,9 +252,11 @@ class KFAC(PlannedOptimizer):
 
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
+        # Ranks of tensor parallelism see the same batch, so that their rows are counted once.
         alike = ranks_of_a_batch(self.root) if self._ranks > 1 else 1
         ranks = Ranks(self._ranks, rank_of(self._ranks), alike)
         by_rows: set[str] = set()
+        # The default damping is a rule for sides of few rows; a number of the caller's is taken as it is.
         if self._by_rows:
             settings = {"damping": DAMPING}
             by_rows = {name for name in self._parameters if not self._overridden(name, settings)}
@@ -360,6 +363,7 @@ class KFAC(PlannedOptimizer):
     ) -> dict[str, Tensor]:
         # Average, invert what is due, precondition, bound.
         kronecker = self._kronecker
+        # The training loop may have clipped gradients, which the factors have not seen.
         clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(gradients, ok, clipped)
@@ -385,6 +389,7 @@ class KFAC(PlannedOptimizer):
             what = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", what)
             return
+        # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every
         self._kronecker.average(taken, self.factor_decay, memory, ok)
         self._due = False
@@ -421,6 +426,7 @@ class KFAC(PlannedOptimizer):
             factors = self._within_step_bound(self.step_bound, changes, steps)
         if self.kl_clip is not None:
             total = self._divergence(directions, means, factors, steps, clipped)
+            # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
             shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             for name in directions:
                 factors[name] = factors[name] * shrink.to(factors[name]) if name in factors else shrink
@@ -438,6 +444,7 @@ class KFAC(PlannedOptimizer):
             rates, limits = [], []
             for name in names:
                 size = steps[name]
+                # Changes of outputs are squares here, and so are rates and limits.
                 rates.append((size.lr * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
@@ -485,6 +492,7 @@ class KFAC(PlannedOptimizer):
             return torch.stack([torch.as_tensor(number).to(device, dtype) for number in numbers])
         key = (tuple(numbers), dtype, device)
         if key not in self._numbers_there:
+            # A schedule makes new numbers in every step: old ones are dropped.
             if len(self._numbers_there) > NUMBERS_KEPT:
                 self._numbers_there.clear()
             self._numbers_there[key] = torch.tensor(numbers, dtype=dtype, device=device)

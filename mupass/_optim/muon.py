@@ -155,6 +155,7 @@ class Muon(MatrixOptimizer):
                 f"inductor of torch {torch.__version__} writes past the end of a buffer in the compiled "
                 "update of adaptive=True on CPU: leave compile out, or take torch 2.11 or newer"
             )
+        # Both rows are there, whichever of the two classes this is: epsilon of norms, and of entries.
         norms, entries = self.plan.for_optimizer("muon"), self.plan.for_optimizer("adamuon")
         self._epsilons, self._matching = [], []
         for stack in self._stacks:
@@ -173,6 +174,7 @@ class Muon(MatrixOptimizer):
         rows, columns = map(float, stack.shape)
         if self.plan.parameterization != "standard":  # where rates follow no width, steps are torch's
             rows, columns = rows / geometry.m_out, columns / geometry.m_in
+        # A tall matrix takes longer steps, as in torch.optim.Muon.
         if self.adjust == "original":
             return sqrt(max(1.0, rows / columns))
         return ADAM_RMS * sqrt(max(rows, columns))
@@ -202,6 +204,7 @@ class Muon(MatrixOptimizer):
     ) -> tuple[Any, ...]:
         stack = self._stacks[number]
         momentum = stack.each(self._setting("momentum").__getitem__)[at]
+        # An epsilon for the norm of the whole, and one for each entry.
         norm_epsilon, epsilon = (epsilons[at] for epsilons in self._epsilons[number])
         entries = len(stack.slots) * min(stack.shape) ** 2
         dtype = self.product_dtype or product_dtype(stack.dtype, stack.device, entries)
@@ -255,6 +258,7 @@ def _orthogonal(gradient: Tensor, polar: Polar) -> Tensor:
     """Return ``U V^T`` of the momentum, all ``[K, rows, columns]``; the average is changed in place."""
     past = wide(polar.momentum, gradient)
     polar.average.lerp_(gradient, wide((1 - polar.momentum) * polar.counts, gradient))
+    # Nesterov looks ahead by mixing the present gradient in once more.
     ahead = torch.lerp(gradient, polar.average, past) if polar.nesterov else polar.average
     return orthogonalize(ahead, polar.epsilon, polar.polynomials, polar.dtype)
 

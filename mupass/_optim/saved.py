@@ -156,6 +156,7 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
         else:
             difference = f"has {min(theirs.keys() - ours.keys(), key=str)!r} besides"
         raise OptimizerError(f"the state of {name} {difference}: another optimizer's, or damaged")
+    # Same keys and shapes, finite numbers, and no negative ones in averages of squares.
     for key, own in ours.items():
         value, where = theirs[key], f"{key!r} in the state of {name}"
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:

@@ -89,6 +89,7 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.param_groups
     if watch.groups != id(groups):  # a state was loaded
         watch.start, watch.groups = _rates(groups), id(groups)
+    # A group that starts at zero, as a warmup does, says nothing about ratios.
     rates = {i: rate for i, rate in _rates(groups).items() if watch.start.get(i)}
     if any(rate < 0 or not isfinite(rate) for rate in rates.values()):
         return  # the step itself refuses them
@@ -110,6 +111,7 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         watch.done = True
         _check_planned(optimizer)
         return watch
+    # Schedules of timm multiply a group's rate by its layer's factor.
     layered = {i: scale * _layer_factor(groups[i]) for i, scale in scales.items()}
     rates = {i: rate for i, rate in _rates(groups).items() if i in scales}
     # One rate for all groups, where their width factors differ.
@@ -172,6 +174,7 @@ def _family(optimizer: torch.optim.Optimizer) -> str:
 
 def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: dict[str, float]) -> None:
     name = type(optimizer).__name__
+    # The smallest and the largest factor show how far apart the plan wants them.
     low = min(factors, key=factors.__getitem__)
     high = max(factors, key=factors.__getitem__)
     warnings.warn(

@@ -227,13 +227,16 @@ class Shampoo(MatrixOptimizer):
 
     def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
+        # The total weight corrects the averages for their start from zero.
         add_weight(state["weight"][at], self.factor_decay, counts)
         if self.spec.graft in ADAPTIVE:
             add_weight(state["square_weight"][at], self.graft_beta2, counts)
+            # The graft's magnitude follows the squares of gradients, whatever Shampoo's direction is.
             fresh = wide((1 - self.graft_beta2) * counts, gradient)
             state["square"][at].lerp_(gradient.square(), fresh)
         for side in self._sides[number]:
             observe(state[f"factor{side}"][at], gradient, side, self.factor_decay, counts)
+            # The largest trace so far, of which damping_memory is kept in a step that counts.
             peak = state[f"peak{side}"][at]
             kept = 1 - (1 - self.damping_memory) * counts
             torch.maximum(peak * kept, self._trace(number, side, at), out=peak)
@@ -267,6 +270,7 @@ class Shampoo(MatrixOptimizer):
         # Few at a time: each needs room for several copies of itself.
         for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // size**2)):
             slots = due[at]
+            # A slot that was never observed has no weight yet.
             total_weight = weight[slots].clamp(min=torch.finfo(weight.dtype).tiny)
             average = unpack(factors[slots] / total_weight[:, None], size)
             relative = self.damping_mode == "relative"
@@ -282,6 +286,7 @@ class Shampoo(MatrixOptimizer):
         damping = self._damping(stack, side)[due]
         if self.damping_mode == "absolute":
             return damping
+        # Damping is relative to the largest trace seen, so that it does not fade with the gradients.
         peak = torch.maximum(stack.state[f"peak{side}"][due], traces)
         if self.damping_mode == "trace":
             return damping * peak
@@ -323,6 +328,7 @@ class Shampoo(MatrixOptimizer):
         """Return the width factor on the damping of every slot."""
         if self.damping_mode != "absolute":
             return stack.each(lambda name: 1.0)
+        # Side 0 is fan_out with the factor L; the others are fan_in.
         key = "damping_out" if side == 0 else "damping_in"
 
         def scale(name: str) -> float:
@@ -393,6 +399,7 @@ def _graft_adaptive(
 ) -> Tensor:
     """Graft Adam's norm, or RMSprop's where what is wanted is the gradient."""
     # wanted / (sqrt(square / weight) + epsilon)
+    # Corrected for the start from zero, by one number for each block.
     correction = squares.weight.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
     root = squares.average.sqrt().mul_(wide(correction, mean)).add_(wide(squares.epsilon, mean))
     magnitude = torch.div(wanted, root, out=root)

@@ -196,12 +196,14 @@ class SOAP(MatrixOptimizer):
     def _finish(self, number: int, runs: Sequence[slice]) -> None:
         """Start the bases of slots that were seen for the first time, and turn those that are due."""
         started = self._started[number]
+        # Slots that had a gradient in this step.
         seen: set[int] = set()
         for run in runs:
             seen.update(range(run.start, run.stop))
         new = sorted(seen - started)
         started |= seen
         for side in self._sides[number]:
+            # A basis starts at the eigenvectors of the first factor.
             if new:
                 self._start(number, side, new)
             if self._steps > 0:
@@ -229,6 +231,7 @@ class SOAP(MatrixOptimizer):
         # q^T A q estimates the eigenvalue of each column.
         order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
         turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
+        # Every so often a full decomposition, which orthogonal iteration approaches only.
         if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
             _, vectors, found = eigenbases(factor)
             turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
@@ -280,6 +283,7 @@ def _turned_adam(gradient: Tensor, bases: tuple[Tensor, ...], averages: Averages
     turned = gradient
     for side, basis in enumerate(bases):
         turned = along(turned, basis.mT, side)
+    # A block without a basis is not counted: its weight stays zero.
     fresh = (1 - betas) * ((weight > 0) * counts)[:, None]
     betas = 1 - (1 - betas) * counts[:, None]
     weights.lerp_(torch.ones_like(weights), fresh)

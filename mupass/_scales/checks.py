@@ -33,12 +33,14 @@ def read_plan(kind: type[Record], text: str, version: int) -> Record:
     if not isinstance(text, (str, bytes, bytearray)):
         raise PlanError(f"from_json takes the text of a plan, not {type(text).__name__}")
     try:
+        # Objects are read as pairs, since JSON's reader keeps the last of two equal keys without a word.
         data = json.loads(text, object_pairs_hook=_once)
         found = data["version"]
     except PlanError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PlanError(f"not the JSON of a mupass plan: {error!r}") from error
+    # True == 1 in Python, and a version is no truth value.
     if found != version or isinstance(found, bool):
         raise PlanError(f"plan has format version {found!r}; this mupass reads {version}")
     try:
@@ -79,12 +81,14 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _decode(inner, value, where)
     wanted = kind.__name__ if isinstance(kind, type) else " or ".join(map(repr, arguments))
+    # Role = Literal["input", "hidden", ...]
     if origin is Literal:
         fits = isinstance(value, str) and value in arguments
     elif kind is float:
         wanted = "a finite number"
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     else:
+        # bool is an int in Python, so the very type is asked for.
         fits = type(value) is kind
     if not fits:
         raise PlanError(f"plan is damaged: {where} must be {wanted}, not {value!r:.60}")
@@ -149,6 +153,7 @@ def check_plan(
     _positive("width", width)
     _positive("base_width", base_width)
     _positive("depth", depth)
+    # Names and aliases alike: no tensor may be planned twice.
     names: list[str] = []
     for entry in entries:
         names += (entry.geometry.name, *entry.geometry.aliases)
@@ -164,6 +169,7 @@ def check_plan(
 def _faults(entry: Entry) -> Iterator[str]:
     """Yield what is wrong with one parameter."""
     for name, value in vars(entry.scales).items():
+        # Powers may be negative or zero; all other scales are factors.
         if name == "lr_powers":
             if not all(isfinite(power) for power in value):
                 yield f"lr_powers must be finite, not {value!r}"
@@ -177,6 +183,7 @@ def _faults(entry: Entry) -> Iterator[str]:
 
 def _geometry_faults(geometry: Geometry) -> Iterator[str]:
     """Yield what contradicts itself in the fans of a parameter."""
+    # Records that describe axes have one item for each.
     axes = len(geometry.shape)
     for field in ("base_shape", "infinite", "dims"):
         if len(getattr(geometry, field)) != axes:
@@ -198,12 +205,14 @@ def _all_axis_faults(geometry: Geometry) -> Iterator[str]:
     axes = len(geometry.shape)
     for field in ("fan_in_axes", "fan_out_axes"):
         yield from _axis_faults(field, getattr(geometry, field), axes)
+    # A weight used with its transpose has an axis on both sides, so a use may name one twice.
     for use in (*geometry.uses, *geometry.readout_uses):
         yield from _axis_faults(f"use {use.operator}", (*use.fan_in, *use.fan_out), axes, unique=False)
     for site in geometry.sites:
         yield from _axis_faults(f"site {site.kind}", (*site.in_axes, *site.out_axes), axes, unique=False)
     for fusion in geometry.fusions:
         yield from _axis_faults("fusion", (fusion.axis,), axes)
+        # A fusion splits one axis into factors of at least 1, one of which counts the matrices.
         too_small = min((*fusion.view, *fusion.sizes), default=1) < 1
         if too_small or not 0 <= fusion.along < len(fusion.view):
             yield f"fusion along {fusion.along} of {fusion.view} is impossible"

@@ -40,6 +40,7 @@ def entry_scales(
         trained: Whether the outputs of a trained model must stay: a tied readout then has no multiplier, and
             follows the row of a readout.
     """
+    # A trained tied table has values for both of its uses: a multiplier on one of them would change outputs.
     if trained and geometry.readout_uses:
         into, out = geometry.fan_out_axes, geometry.fan_in_axes
         geometry = replace(geometry, role="output", fan_in_axes=into, fan_out_axes=out, readout_uses=())

@@ -64,6 +64,7 @@ def plan_init(
     findings, fixed = _findings(tensors, geometries, init, draws or {})
     found = {}
     for g in geometries:
+        # The length g of W = g v / |v|, which follows its direction v.
         if g.direction:
             found[g.name] = _length(g, tensors, geometries, findings, parameterization)
         elif g.name in fixed:
@@ -90,6 +91,7 @@ def own_init(
     findings, fixed = _findings(tensors, geometries, init, {})
     laws = dict(fixed)
     for name, finding in findings.items():
+        # Factor on the standard deviation: the root of the ratio of variances.
         factor = sqrt(finding.sample.fans.ratio(finding.kind))
         laws[name] = _scaled(finding, factor)
     return laws
@@ -104,6 +106,7 @@ def _findings(
     """Return the laws of random parameters, and the answer for the others."""
     told = told_laws(init, [g.name for g in geometries])
     samples, fixed = _measure(tensors, geometries, told, draws)
+    # Tensors whose law the caller states are no evidence for the law of others.
     findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
     for sample in samples:
         if sample.name in told:
@@ -122,6 +125,7 @@ def own_fans(geometry: Geometry) -> Fans:
     conv = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
     fan_out = geometry.fan_out * prod(geometry.shape[2:]) if conv else geometry.fan_out
     grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
+    # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
         fan_out if geometry.fan_in_axes or grows else None,
@@ -144,6 +148,7 @@ def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None
     lender = _lender(geometry, geometries)
     if lender is None or lender is geometry:
         return None
+    # nn.init takes axis 1 for fan_in, and a transposed kernel has its outputs there.
     if any(use.kind == "conv_transpose" for use in lender.uses):
         fans = own_fans(lender)
         return Fans(fans.fan_out, None, fans.m_out, 1.0, lender.name)
@@ -155,6 +160,7 @@ def _lender(geometry: Geometry, geometries: Sequence[Geometry]) -> Geometry | No
     kinds = {use.kind for use in geometry.uses}
     if geometry.fan_in_axes and "recurrent" not in kinds:
         return None
+    # The modules that add the parameter to something, or whose recurrence it is part of.
     modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
     weights = {}
     for weight in geometries:
@@ -190,6 +196,7 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
     for pattern, kind in rules.items():
         if kind not in ("auto", *KINDS):
             raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
+        # Shell patterns, as in "*.weight".
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
             raise PlanError(f"init: pattern {pattern!r} matches no parameter")
@@ -214,6 +221,7 @@ def _measure(
             continue
         tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
         empty = Sample(g.name, tensor.numel(), None, False, own_fans(g), bool(g.uses))
+        # On the meta device there are no values, but the model's own code may say what it would draw.
         if tensor.is_meta:
             found = _as_drawn(empty, draws[g.name]) if g.name in draws else empty
         else:
@@ -221,6 +229,7 @@ def _measure(
         if isinstance(found, Init):
             fixed[g.name] = found
             continue
+        # The partner's fan counts where there are no values, or where these are PyTorch's default for it.
         if lent is not None:
             borrowed = replace(found, fans=lent)
             if found.std is None or borrowed.drawn_by_default or (g.name in told and not g.fan_in_axes):
@@ -242,15 +251,18 @@ def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
     Raises:
         PlanError: It holds NaN or infinite values.
     """
+    # A complex tensor has two real numbers for each entry.
     values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
     if not (isfinite(low) and isfinite(high)):
         raise PlanError(f"{empty.name} holds NaN or infinite values; initialize the model first")
+    # One draw from U(-a, a) is no constant, though it has one value.
     lone = len(values) == 1 and low != 0 and lent
     if low == high and not lone:
         return _fixed(low)
     # Of a single draw its size is all there is to see.
     std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
+    # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s.
     uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
     return replace(empty, std=std, uniform=uniform)
 
@@ -274,6 +286,7 @@ def _as_told(sample: Sample, kind: str, patterned: bool) -> Finding:
 
 def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
     """Constants stay, but for a gain on what the code itself scales with the width."""
+    # A gain that multiplies a tensor of unit length starts larger, as the code has made that smaller.
     if not geometry.given or geometry.fan_in_axes or found.law == "zeros":
         return found
     p_out = init_powers(geometry, parameterization)[1]
@@ -291,6 +304,7 @@ def _length(
     direction = next(g for g in geometries if g.name == geometry.direction)
     length, weight = tensors[geometry.name].detach(), tensors[geometry.direction].detach()
     own = init_scale(geometry, parameterization)
+    # A length that is not that of the drawn direction has a value of its own.
     if geometry.direction not in findings or not _is_length(length, weight):
         return Init("a length of its own", None, own)
     plain = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
@@ -301,6 +315,7 @@ def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a tensor holds the lengths of rows, of columns or of all of a weight; taken for so on meta."""
     if length.is_meta or weight.is_meta:
         return True
+    # weight_norm takes the norm over all axes but one, or over all of them (dim=-1).
     norms = [torch.norm_except_dim(weight, 2, dim) for dim in range(-1, weight.dim())]
     return any(n.shape == length.shape and torch.allclose(n, length, rtol=1e-3) for n in norms)
 

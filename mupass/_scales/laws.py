@@ -49,12 +49,14 @@ class Fans:
         """Return ``gain**2 / variance`` under a law, or None if the law cannot be stated."""
         if kind == "constant":
             return 1.0
+        # Xavier divides by the mean of both fans.
         if kind == "fan_avg":
             return None if self.fan_in is None or self.fan_out is None else (self.fan_in + self.fan_out) / 2
         return self.fan_in if kind == "fan_in" else self.fan_out
 
     def ratio(self, kind: str) -> float:
         """Return the variance at the base width relative to the variance now, under a law."""
+        # The ratio of (fan_in + fan_out) now to the same at the base width.
         if kind == "fan_avg" and self.fan_in is not None and self.fan_out is not None:
             return (self.fan_in + self.fan_out) / (self.fan_in / self.m_in + self.fan_out / self.m_out)
         return {"fan_in": self.m_in, "fan_out": self.m_out}.get(kind, 1.0)
@@ -79,6 +81,7 @@ class Sample:
     def gain(self, kind: str) -> float | None:
         """Return the gain that the law needs to give this tensor's std."""
         below = self.fans.denominator(kind)
+        # Without a value or a fan the law cannot be tried.
         return None if self.std is None or below is None else self.std * sqrt(below)
 
     @property
@@ -129,11 +132,13 @@ class _Hypothesis:
 
     def explains(self, sample: Sample) -> bool:
         gain = sample.gain(self.kind)
+        # Within four standard errors of a standard deviation measured on so many entries.
         return gain is not None and abs(gain / self.gain - 1) <= sample.tolerance + self.slack
 
     def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
         explained = [s for s in samples if self.explains(s)]
+        # A tensor of few entries breaks ties and outvotes none.
         weight = sum(1 if s.count >= FEW else 0.01 for s in explained)
         if self.canonical:
             return weight, True
@@ -153,6 +158,7 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
     """
     drawn, lent, silent, unseen = [], [], [], []
     for sample in samples:
+        # On the meta device there are no values.
         if sample.std is None:
             unseen.append(sample)
         elif sample.fans.partner is not None:
@@ -162,8 +168,10 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
         else:
             silent.append(sample)
     yield from _explained(drawn)
+    # A parameter that nothing reads has no fans to divide by.
     for sample in silent:
         yield _unsettled(sample, "constant")
+    # PyTorch draws biases and recurrent weights from U(+-1/sqrt(fan_in)) of their partner.
     for sample in lent:
         yield Finding(sample, "fan_in", DEFAULT_GAIN)
     for sample in unseen:
@@ -176,11 +184,13 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     findings: list[Finding] = []
     rest = samples
     while rest:
+        # The law that weights of growing fan_in have followed so far is the likelier one among equals.
         leading = _majority(findings) if findings else None
         ranks = {law: (*law.rank(rest), law.kind == leading) for law in hypotheses}
         best = max(hypotheses, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
         if ranks[best][0] <= 0:
             break
+        # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
         findings += [_settled(sample, best, rivals) for sample in rest if best.explains(sample)]
         rest = [sample for sample in rest if not best.explains(sample)]
@@ -190,6 +200,7 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
 
 
 def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
+    # Gains that people use come first, then those that the tensors themselves suggest.
     for kind, gains in CANONICAL.items():
         yield from (_Hypothesis(kind, gain, True, 0.0) for gain in gains)
     for kind in CANONICAL:
@@ -202,6 +213,7 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
 
 
 def _settled(sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis]) -> Finding:
+    # A rival matters only where it would scale this tensor otherwise.
     others = {
         rival.kind
         for rival in rivals
@@ -220,6 +232,7 @@ def _majority(found: Sequence[Finding]) -> str:
 def _unsettled(sample: Sample, majority: str) -> Finding:
     """Return the majority's law for a tensor that shares its gain with no other, in doubt if it matters."""
     kind = majority if sample.fans.denominator(majority) is not None else "constant"
+    # Where all laws give one ratio there is nothing to doubt.
     ratios = {sample.fans.ratio(k) for k in KINDS if sample.fans.denominator(k) is not None}
     doubtful = len(ratios) > 1 and sample.fans.fan_in is not None  # vectors are drawn without looking at fans
     return Finding(sample, kind, sample.gain(kind), f"ambiguous: {kind} taken" if doubtful else "", doubtful)

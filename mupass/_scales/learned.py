@@ -58,6 +58,7 @@ def _mark(tensor: Tensor, geometry: Geometry) -> bool | None:
     if tensor.is_meta or not tensor.is_floating_point():
         return None
     tensor = whole(tensor)
+    # A norm's shift starts as a constant: values that differ have been trained.
     if geometry.sites and all(site.kind == "norm shift" for site in geometry.sites):
         return len(torch.unique(tensor)) > 1 if tensor.numel() > 1 else None
     matrix = _matrix(tensor, geometry)
@@ -73,9 +74,11 @@ def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor | None:
         return None
     matrix = tensor.permute(order).reshape(geometry.fan_out, geometry.fan_in)
     rows, columns = (_some(size, matrix.device) for size in matrix.shape)
+    # A grid of at most 1024 x 1024 entries: the marks do not need all of them, and large weights are slow.
     matrix = matrix[rows][:, columns].float()
     # Rows and columns of zeros are padding.
     matrix = matrix[matrix.any(1)][:, matrix.any(0)]
+    # A pattern, a one-hot code say, has few distinct values.
     patterned = matrix.numel() < FEWEST or min(matrix.shape) < 2 or len(torch.unique(matrix[:16])) < 32
     return None if patterned else matrix
 
@@ -105,6 +108,7 @@ def _leaves_its_bound(matrix: Tensor, bound: float) -> bool:
     """Find entries beyond the bound of a flat law that has the size of ``U(-bound, bound)``."""
     std = matrix.std(correction=0)
     kurtosis = ((matrix / std) ** 4).mean().item()  # 1.8 for a flat law, 3 for a normal one
+    # Weights of the size of PyTorch's default that go beyond its bound were not drawn by it.
     default = abs(std.item() * sqrt(3) / bound - 1) < 0.05 and kurtosis < 2
     return default and matrix.abs().max().item() > 1.02 * bound
 
@@ -115,9 +119,11 @@ def _follows_no_law(matrix: Tensor) -> bool:
     values = ((values - values.mean()) / values.std()).sort().values
     steps = torch.arange(1, len(values) + 1, device=values.device) / len(values)
     distances = []
+    # Flat, normal, and normals cut off at one, two and three standard deviations.
     for law in (_flat, torch.special.ndtr, *map(_cut, (1.0, 2.0, 3.0))):
         expected = law(values)
         distances.append((steps - expected).abs().max().item())
+    # For draws of the law itself, the distance falls like one over the root of the number of entries.
     return min(distances) > KOLMOGOROV / sqrt(len(values)) + 0.01
 
 
@@ -128,6 +134,7 @@ def _flat(values: Tensor) -> Tensor:
 def _cut(bound: float) -> Callable[[Tensor], Tensor]:
     """Return the distribution of a normal cut off at a bound, scaled to variance 1."""
     mass = erf(bound / sqrt(2))
+    # Standard deviation of a standard normal that is cut off at the bound.
     std = sqrt(1 - 2 * bound * exp(-(bound**2) / 2) / sqrt(2 * pi) / mass)
     low = (1 - mass) / 2
     return lambda values: (torch.special.ndtr((values * std).clamp(-bound, bound)) - low) / mass
@@ -138,7 +145,9 @@ def _differs_by_row(matrix: Tensor) -> bool:
     squares = matrix.square()
     for values in (matrix, matrix.mT, squares, squares.mT):
         count, length = values.shape
+        # Independent entries give about 1: a mean of n entries has 1/n of their variance.
         ratio = values.mean(1).var() * length / values.var()
+        # The standard error of that ratio, with room for the heavier tail of squares.
         error = sqrt((2 + 12 / length) / count)
         if ratio > 1 + DEVIATIONS * error + 12 / count:
             return True
@@ -147,11 +156,14 @@ def _differs_by_row(matrix: Tensor) -> bool:
 
 def _has_a_direction(matrix: Tensor) -> bool:
     """Compare the largest singular value with its bound for independent entries."""
+    # Signs alternate, since the mean of all entries was subtracted.
     vector = torch.ones(matrix.shape[1], device=matrix.device)
     vector[::2] = -1
     size = 0.0
+    # Power iteration on M^T M: enough steps to see a singular value that stands out.
     for _ in range(ITERATIONS):
         image = matrix @ (vector / vector.norm())
         size = image.norm().item()  # below the largest singular value, and near it where that stands out
         vector = matrix.mT @ image
+    # A bound for independent entries: largest row norm plus largest column norm.
     return size > 1.05 * (matrix.norm(dim=0).max() + matrix.norm(dim=1).max()).item()

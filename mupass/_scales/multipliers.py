@@ -21,6 +21,7 @@ def multiplier_rows(entries: Iterable[Entry]) -> dict[str, Row]:
     rows = {}
     for entry in entries:
         row = {"role": entry.geometry.role, **{name: getattr(entry.scales, name) for name in SCALES}}
+        # Decay that an optimizer multiplies by its rate has the rate's factor in it, which is divided out.
         row["weight_decay_times_lr"] = entry.scales.weight_decay / entry.scales.lr
         for name in (entry.geometry.name, *entry.geometry.aliases):
             rows[name] = row
@@ -35,6 +36,7 @@ def by_pattern(rows: Mapping[str, Row]) -> dict[str, Row]:
     """
     alike: dict[str, list[str]] = {}
     for name in rows:
+        # layers.0.mlp.weight and layers.7.mlp.weight fall under layers.<number>.mlp.weight.
         alike.setdefault(_pattern(name), []).append(name)
     merged: dict[str, Row] = {}
     for pattern, names in alike.items():

@@ -38,6 +38,7 @@ class Step:
         return 1 - 2 * self.e_out
 
 
+# SGD: the gradient delta h^T as it is.
 GRADIENT = Step(0.0, 0.0)
 SIGN = Step(0.5, 0.5, entrywise=True)
 ORTHOGONAL = Step(0.5, 0.5)
@@ -67,8 +68,11 @@ NOTHING = Order(0.0, 0.0)
 INPUT_FACTOR = Order(2.0, 0.0)  # A = sum of h h^T
 OUTPUT_FACTOR = Order(0.0, 2.0)  # B = sum of delta delta^T
 GRAM_MATRIX = Order(2.0, 2.0)  # R = G^T G and L = G G^T share their non-zero eigenvalues, |delta|^2 |h|^2
+# |delta| |h|, the norm of delta h^T.
 GRADIENT_NORM = Order(1.0, 1.0)
+# One of d_out d_in entries of that norm: its root mean square.
 GRADIENT_ENTRY = Order(1.0, 1.0, -0.5, -0.5)
+# An orthogonal matrix has entries of order 1 / sqrt(d_out d_in), whatever the gradient.
 ORTHOGONAL_ENTRY = Order(0.0, 0.0, -0.5, -0.5)
 
 
@@ -380,6 +384,7 @@ class OptimizerSpec:
             PlanError: One has been chosen.
         """
         defaults = type(self).__dataclass_fields__
+        # foof(e_a=1, e_b=0) may be written out; another power contradicts the name.
         chosen = [name for name, value in self.row.fixed.items() if getattr(self, name) != value]
         if any(getattr(self, name) != defaults[name].default for name in chosen):
             fixed = " and ".join(f"{name}={value:g}" for name, value in self.row.fixed.items())
@@ -407,6 +412,7 @@ class OptimizerSpec:
     @property
     def step(self) -> Step:
         """Size of one step, with the powers of this spec."""
+        # A grafted step has the size of what is grafted, whatever Shampoo's own powers.
         if self.grafted:
             return GRAFT_STEPS[self.graft]
         if not self.row.step_powers:

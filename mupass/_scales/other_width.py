@@ -40,6 +40,7 @@ def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
     found = []
     for entry in plan.entries:
         old = entry.geometry
+        # Fusions and groups hold sizes, which follow from the new ones.
         fusions = tuple(_fused_again(old, fusion, shapes[old.name], ratios) for fusion in old.fusions)
         sites = tuple(_grouped_again(old, site, shapes[old.name]) for site in old.sites)
         found.append(replace(old, shape=shapes[old.name], fusions=fusions, sites=sites))
@@ -64,6 +65,7 @@ def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:
         if len(shape) != len(geometry.shape):
             faults.append(f"{geometry.name}: planned with {len(geometry.shape)} axes, has {len(shape)}")
             continue
+        # A growing axis may have any size, as long as all axes of its dimension have the same one.
         for axis, (size, old) in enumerate(zip(shape, geometry.shape, strict=True)):
             place = f"{geometry.name}:{axis}"
             if not geometry.infinite[axis]:
@@ -97,6 +99,7 @@ def _width(plan: Plan, shapes: Shapes, ratios: Counter[float]) -> int:
         for axis, old in enumerate(geometry.shape):
             if geometry.infinite[axis] and old == plan.width:
                 sizes[shapes[geometry.name][axis]] += 1
+    # The dimension that named the width tells it; else the most frequent ratio does.
     if sizes:
         return sizes.most_common(1)[0][0]
     return round(plan.width * ratios.most_common(1)[0][0])
@@ -118,10 +121,12 @@ def _fused_again(
     if len(grown) != 1 or not fusion.part_grows:
         raise PlanError(f"{where}: a plan does not tell which of its factors grew; give base= instead")
     (place,) = grown
+    # [3, heads, head_dim] with the new number of heads: what does not grow divides the axis.
     others = prod(n for number, n in enumerate(fusion.view) if number != place)
     new, rest = divmod(size, others)
     view = (*fusion.view[:place], new, *fusion.view[place + 1 :])
     sizes = fusion.sizes
+    # cat([q, k, v]) along the axis that grew: each part grew with it.
     if place == fusion.along:
         sizes = _parts(fusion, new, len(ratios) == 1)
     if rest or not sizes:
@@ -162,6 +167,7 @@ def _parts(fusion: Fusion, whole: int, by_one_ratio: bool) -> tuple[int, ...]:
         return ()
     sizes = []
     for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True):
+        # A part that grows takes its share of what is left by the fixed ones.
         new, rest = divmod(size * (whole - fixed), sum(grown)) if grows else (size, 0)
         if rest or new <= 0:
             return ()

@@ -45,6 +45,7 @@ def own_draws(model: nn.Module) -> Mapping[str, Draw]:
     if not all(p.is_meta for p in model.parameters()):
         return {}
     copy = deepcopy(model)
+    # Random state is left as it was, though only meta tensors are drawn.
     with _Recorder() as recorder, recorder.cut_normals(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for module, code in _own_code(copy):
             try:
@@ -58,17 +59,20 @@ def own_draws(model: nn.Module) -> Mapping[str, Draw]:
 
 def _own_code(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
     """Yield modules with what a constructor runs, in its order: children first, defaults first."""
+    # Children are built before the module that holds them.
     modules = list(reversed(list(model.named_modules())))
     for _, module in modules:
         for name in ("reset_parameters", "_reset_parameters"):
             code: Any = getattr(module, name, None)
             if callable(code):
                 yield module, code
+    # Hugging Face's _init_weights(module) of the nearest model around each module.
     owners = {path: module for path, module in modules if callable(getattr(module, "_init_weights", None))}
     for path, module in modules:
         owner = next((owners[p] for p in _upward(path) if p in owners), None)
         if owner is not None:
             yield module, partial(owner._init_weights, module)
+    # init_weights() of the whole model; that of Hugging Face (with a config) does more than draw.
     whole: Any = getattr(model, "init_weights", None)
     if callable(whole) and not hasattr(model, "config"):
         yield model, whole
@@ -150,8 +154,10 @@ class _Recorder(TorchDispatchMode):
         self, name: str, law: Draw | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Draw | None:
         """Return the law of a tensor after one operator in place; None where nobody knows."""
+        # tensor.normal_(mean, std)
         if name == "normal_":
             return Draw(float(_argument(args, kwargs, 1, "std", 1.0)))
+        # tensor.uniform_(a, b), whose variance is (b - a)^2 / 12.
         if name == "uniform_":
             low, high = _argument(args, kwargs, 0, "from", 0.0), _argument(args, kwargs, 1, "to", 1.0)
             return Draw((high - low) / math.sqrt(12), True, bounds=(low, high))
@@ -160,10 +166,12 @@ class _Recorder(TorchDispatchMode):
             return Draw(0.0, constant=float(value)) if isinstance(value, (int, float)) else None
         if law is None:
             return None
+        # tensor.mul_(0.02) scales the law that was there.
         if name in ("mul_", "div_") and isinstance(args[0], (int, float)):
             factor = float(args[0]) if name == "mul_" else 1 / float(args[0])
             constant = None if law.constant is None else law.constant * factor
             return replace(law, std=law.std * abs(factor), constant=constant)
+        # trunc_normal_ draws a flat law and bends it by erfinv: a normal that is cut off at both ends.
         if name == "erfinv_" and law.bounds[0] < 0 < law.bounds[1]:
             return Draw(_cut_normal(min(-law.bounds[0], law.bounds[1])) / math.sqrt(2))
         return law if name in ("add_", "clamp_", "requires_grad_", "detach_") else None

@@ -117,6 +117,7 @@ class Plan:
     def __str__(self) -> str:
         """Return the table of all parameters."""
         rates = {}
+        # Until an optimizer is decided, the rates of the usual ones stand beside each other.
         if not self.decided:
             shown = [name for name, known in OPTIMIZERS.items() if known.in_summary]
             rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in shown}
@@ -195,6 +196,7 @@ class Plan:
         for name in names:
             if name in planned:
                 continue
+            # The plan takes both names for one tensor; this model has two.
             if name in self:
                 root = self[name].geometry.name
                 faults.append(f"{name}: the plan ties it to {root}, here it is a tensor of its own")

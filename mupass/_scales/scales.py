@@ -125,6 +125,7 @@ def init_powers(geometry: Geometry, parameterization: str = "mup") -> tuple[floa
     beta = row(parameterization).readout_power
     if beta is None:
         return NONE
+    # The weight undoes the power that the code gives what it is multiplied with.
     return _plus((-_weight_power(geometry, beta), 0.0), _as_multiplied(geometry, beta), -1)
 
 
@@ -140,6 +141,7 @@ def init_scale(geometry: Geometry, parameterization: str = "mup") -> float:
     beta = row(parameterization).readout_power
     if beta is None:
         return factor
+    # The length of a readout under weight norm, see `length_powers`.
     return factor * geometry.m_direction ** (0.5 - beta)
 
 
@@ -177,6 +179,7 @@ def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tupl
     if geometry.readout_uses:  # the multiplier undoes it
         return powers
     p_in, p_out = powers
+    # A weight multiplies what the code scales by its fan_in; a gain by its fan_out.
     if geometry.fan_in_axes:
         return p_in + geometry.given * times, p_out
     return p_in, p_out + geometry.given * times
@@ -214,6 +217,7 @@ def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dic
     """
     if row(parameterization).readout_power is None:
         return {}
+    # What is damped holds delta to some power, and delta goes like 1/L in a branch.
     small_numbers = {scale: -order.delta for scale, order in _orders(optimizer).items()}
     return {"lr": optimizer.step.gradient_power, **small_numbers}
 
@@ -233,6 +237,7 @@ def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
         Scale -> powers of the factor behind the parameter, and of the one that undoes another in front of it.
     """
     step = optimizer.step
+    # A step that is relative to the weight is larger by c already.
     of_weight = 1 if step.relative else 2
     small_numbers = {scale: (-order.delta, -order.h) for scale, order in _orders(optimizer).items()}
     return {"lr": (of_weight - 2 * step.e_out, of_weight - 2 * step.e_in), **small_numbers}
@@ -268,7 +273,9 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
         ``(power of m_in, power of m_out)``; the learning rate undoes the order above.
     """
     step = optimizer.step
+    # |h|^(2 - 2 e_in) is m_in^(1 - e_in), and the rate undoes it.
     p_in = step.e_in - 1
+    # |delta|^(2 - 2 e_out) is m_out^((1 - 2 beta)(1 - e_out)), and the rate undoes it.
     p_out = (1 - 2 * beta) * (step.e_out - 1)
     e_given = step.e_in if geometry.fan_in_axes else step.e_out
     p_given = 2 * (e_given - 1)
@@ -297,9 +304,11 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
     terms = {"full": 1.0, "none": 0.5}.get(optimizer.alignment or "")
     if terms is None:  # measured, at least of some
         terms = dict(optimizer.exponents).get(geometry.name, 1.0)
+    # Gradients below SGD's readout are made of its weights, which must not outgrow their start.
     if step.gradient_power and geometry.role == "output":
         terms = max(terms, beta)
     p_in, p_out = -terms, beta * step.gradient_power
+    # h stands once in dW h, and once more in SGD's gradient.
     p_given = -1 - step.gradient_power
     if step.relative:
         p_in, p_given = p_in + _weight_power(geometry, beta), p_given + 1

@@ -43,6 +43,7 @@ def formula(
     held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
     value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * held
     shown = {}
+    # A finite fan has the factor 1, and no place in the formula.
     if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
         shown["m_out"] = p_out
     if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
@@ -96,6 +97,7 @@ def table(
     """
     columns = {} if rates else optimizer.row.columns
     tied = any(entry.geometry.readout_uses for entry in entries)
+    # Only a tied embedding has a forward multiplier.
     multiplier = ["multiplier"] if tied else []
     shown = [f"lr {name}" for name in rates]
     head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *shown]

@@ -31,6 +31,7 @@ class Curvature:
         parameters = dict(root.named_parameters())
         weight: Tensor = next(iter(parameters.values()))
         for place, layer in cover.layers.items():
+            # A tap inside a parameter has its device and precision; a hooked module, those of its first parameter.
             if place.parameter:
                 weight = parameters[place.parameter]
             else:
@@ -48,6 +49,7 @@ class Curvature:
         if terms is None:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
+        # Terms are counted only where B is collected and the caller has not told their number.
         if self.taps and sides[1] and loss.terms is None:
             terms.open(weight.device)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
@@ -83,6 +85,7 @@ class Curvature:
             leaves += tap.leaves
         if self.terms.count is not None:
             leaves.append(self.terms.count)
+        # Gradients of this loss are no step's, so that clearing them means nothing.
         self.passes.watching = False
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -126,6 +129,7 @@ class Curvature:
                 raise _no_terms()
         for place, raw in sums.items():
             own_terms = terms
+            # Terms of passes that a tap has forgotten are none of its own.
             if place in before:
                 own_terms = terms - before[place].to(terms)
             self._average(raw, own_terms, scale, clipped)
@@ -137,6 +141,7 @@ class Curvature:
         In place: the gradients of the leaves are ours. Without a row, as of an expert that got no sample,
         there is nothing to divide: `observed` says that the tap took no part.
         """
+        # A is a mean over rows, whatever multiplies the loss.
         if sums.a is not None:
             sums.a.div_(by_group(sums.rows, sums.a).clamp(min=1))
         factor: Any = None
@@ -148,6 +153,7 @@ class Curvature:
                 # The gradient of a mean over T terms is 1/T of that of each: T^2 / T.
                 # Each rank's mean divides by its own share of terms.
                 factor = count / self.ranks**2 if self.loss.mean else 1 / count
+                # A loss that is scaled by s has gradients s times as large, and so a B that is s^2 times as large.
                 factor = factor / _like(scale, matrix) ** 2
                 if clipped is not None:
                     factor = factor * clipped.to(matrix)
@@ -170,6 +176,7 @@ class Curvature:
         differing = []
         for first, *others in self.together:
             for other in others:
+                # The same input on this rank may still differ on another one.
                 if first in sums and other in sums:
                     pairs.append((other, first))
                     differing.append(torch.ne(sums[other].a, sums[first].a).any())  # type: ignore[arg-type]
@@ -199,6 +206,7 @@ class Curvature:
             message.append(raw.rows)
             # Moments are not symmetric: sent flat, as all of their entries.
             message += [moments.flatten(1) for moments in raw.moments]
+        # Taken apart below in the order in which it was put together.
         *parts, counts = sum_over_ranks([*message, counts])
         rest = iter(parts)
         found: dict[Place, Sums] = {}
@@ -210,6 +218,7 @@ class Curvature:
             own_rows = next(rest)
             moments = tuple(next(rest).view_as(like) for like in raw.moments)
             found[place] = Sums(a, b, own_rows, moments)
+        # What was left out of the message is a copy of what was sent for the other tap.
         for place, other in copies.items():
             found[place] = found[place]._replace(a=found[other].a.clone())  # type: ignore[union-attr]
         all_terms, *dropped_by_all = counts.unbind()
@@ -326,7 +335,9 @@ def nearest_product(tied: Tied, taken: Mapping[Place, Sums]) -> tuple[tuple[Tens
             return None
         return (a[0], b[0]), torch.stack(rows).amax(0)
     (a1, _), (b1, _), (a2, _), (b2, _) = (*first, *second)  # type: ignore[misc]
+    # A1 (x) B1 + B2 (x) A2 is of rank 2 in the rearranged form, in which a Kronecker product has rank 1.
     left, right = torch.stack([a1, b2]), torch.stack([b1, a2])
+    # Inner products of the four factors are all that the iteration needs.
     gram_left, gram_right = left.flatten(1) @ left.flatten(1).T, right.flatten(1) @ right.flatten(1).T
     # P = x_1 A1 + x_2 B2 and Q = y_1 B1 + y_2 A2; each step is the best x or y for the other one.
     y = torch.ones(2, dtype=left.dtype, device=left.device)
@@ -358,6 +369,7 @@ def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list
     for block in cover.blocks:
         factors = [*block.a, *block.b]
         if block.tied:
+            # A tied weight has taps at both of its uses.
             factors += block.tied.second
         places: dict[Place, None] = {}  # each once, in order
         for factor in factors:

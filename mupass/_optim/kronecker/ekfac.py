@@ -61,6 +61,7 @@ class EigenStack(FactorStack):
         """
         state, at = self.state, self._begin(slots)
         factors = self.value(at)
+        # A factor with NaN would stop the decomposition of all: it is decomposed as zero, and its result dropped.
         finite = factors.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], factors, 0.0))
         done = found & finite
@@ -96,6 +97,7 @@ def not_rescaled(block: Block, layers: Mapping[Place, Layer]) -> str:
         return "not rescaled: its input factor is the number 1"
     if block.tied:
         return "not rescaled: its two transposed uses have no common eigenbasis"
+    # Both bases must be full, and the taps must sum moments for all rows together.
     for factor in (*block.a, *block.b):
         for place in factor.places:
             layer = layers[place]
@@ -270,4 +272,5 @@ def _turn(total: Tensor, side: tuple[EigenStack, int, int], left: bool) -> None:
         mixing = bank.turned.get(first + group)
         if mixing is None:
             continue
+        # The turn acts on outputs from the left, and on inputs from the right.
         total[group] = mixing @ total[group] if left else total[group] @ mixing.mT

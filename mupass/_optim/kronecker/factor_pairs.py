@@ -79,6 +79,7 @@ def in_blocks(pair: Pair, shapes: Sequence[tuple[int, ...]], size: int, geometry
         geometry: Of the parameter.
     """
     matrices = pair.block.matrices
+    # A side in blocks has as many of them as its factor says.
     sides = ((pair.inputs, matrices.in_axes), (pair.outputs, matrices.out_axes))
     blocks, grown = [1, 1], [1.0, 1.0]
     for number, (width, axes) in enumerate(sides):
@@ -132,6 +133,7 @@ class Lineup:
             dampings: Damping of each parameter; None where only traces are of interest.
             rows: In how many rows each of the slots was observed; None where damping does not look at them.
         """
+        # One damping for each row of the line-up: groups times blocks of the longer side.
         values: list[float | Tensor] = []
         for pair in self.pairs:
             damping = dampings[pair.block.parameter] if dampings else 0.0
@@ -254,6 +256,7 @@ def phases(banks: Sequence[FactorStack], remote: Sequence[FactorStack], stagger:
         return [[0] * len(bank.keys) for bank in banks]
     slots: list[tuple[int, str, int]] = []
     for bank in (*banks, *remote):
+        # The largest first, so that every turn of a period gets its share of them.
         slots += [(-(bank.size**3), *key) for key in bank.keys]
     turns = {(name, group): turn for turn, (_, name, group) in enumerate(sorted(slots))}
     return [[turns[key] for key in bank.keys] for bank in banks]

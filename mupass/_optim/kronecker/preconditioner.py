@@ -102,6 +102,7 @@ class Kronecker:
         self._by_rows = by_rows
         self.parameters = parameters
         self.slots: dict[str, Slot] = {}
+        # Blocks of all ranks are named, so that all agree on who keeps what.
         every = [(block, self._pairs(block, cover, entries[block.parameter])) for block in cover.blocks]
         self.owner = _divide(every, self.slots, ranks.size)
         if roots.ekfac:  # its taps need all bases on every rank
@@ -131,10 +132,12 @@ class Kronecker:
         """Name the slots of a block's matrices."""
         pairs = []
         by_rows = self._looks_at_rows(block, cover, entry)
+        # The matrices without their numbers: only shapes are needed here.
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
             names: dict[str, str] = {}
             for side, factors in (("a", block.a), ("b", block.b)):
+                # e_a = 0 or e_b = 0 leaves a side out.
                 if factors and self.roots.power(side) > 0:
                     names[side] = self._slot(side, block, factors[piece], piece, cover)
             groups, outputs, inputs = stack.shape
@@ -160,6 +163,7 @@ class Kronecker:
 
     def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
         """Return the name of the slot of one factor, which is new or that of an earlier block."""
+        # Under pi-damping a factor has a root for each matrix that it goes with.
         name = slot_name(block, factor, piece if self.roots.damping.mode == "pi" else None)
         if name not in self.slots:
             layer = cover.layers[factor.places[0]]
@@ -188,6 +192,7 @@ class Kronecker:
             if slot.factor.side == side and name in names:
                 weight = self.parameters[slot.block.parameter]
                 kind = (slot.shape[1:], factor_dtype(weight), device or weight.device)
+                # A slot is as many matrices as it has groups and blocks.
                 alike[kind] += [(name, number) for number in range(slot.shape[0])]
         banks = []
         for kind, keys in alike.items():
@@ -210,6 +215,7 @@ class Kronecker:
                 continue
             dtype = factor_dtype(self.parameters[block.parameter])
             for pair in pairs:
+                # What another rank keeps has a shape here, for the saved state, and no memory.
                 self._remote_units[pair.name] = torch.zeros(pair.groups, dtype=dtype, device="meta")
 
     def average(self, taken: Mapping[Any, Sums], decay: float, memory: float, ok: Tensor) -> None:
@@ -257,6 +263,7 @@ class Kronecker:
     def _find_largest(self) -> None:
         """Find the largest trace of B, where damping has a floor relative to it."""
         if self.roots.damping.has_floor:
+            # Over all ranks: with floors of their own they would take different steps.
             largest = [self._largest(lineup) for lineup in self.lineups]
             self.largest = largest_over_ranks(largest, self.ranks.size)
 
@@ -326,6 +333,7 @@ class Kronecker:
         found: dict[int, list[int]] = {}
         for number, turns in enumerate(self.phase):
             for slot, turn in enumerate(turns):
+                # The first step of a period is left free: turns are dealt to the others.
                 if spare:
                     turn = turn % (period - 1) + 1
                 if every_root or (turn - step) % period == 0:
@@ -356,6 +364,7 @@ class Kronecker:
         traces = []
         for number in lineup.banks:
             bank = self._all[number]
+            # The memory is for B, which falls with the gradient; A does not.
             fades = remembered and self.roots.damping.memory > 0 and self._is_output(number)
             traces.append(bank.remembered() if fades else bank.traces())
         return torch.cat(traces)
@@ -377,6 +386,7 @@ class Kronecker:
             rows = self._rows(lineup) if lineup.looks_at_rows else None
             sides = lineup.sides(traces, dampings, rows)
             rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
+            # Rows of the line-up may share a slot: each slot takes the damping of its row.
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
             for number, part in zip(lineup.banks, torch.split(by_slot, lengths), strict=True):
@@ -393,12 +403,14 @@ class Kronecker:
         for pair in lineup.pairs:
             end = first + pair.groups * pair.repeats
             if not pair.block.a:
+                # The blocks of a group have one damping: that of the first is kept.
                 self.unit_rho[pair.name].copy_(rho_a[first : end : pair.repeats])
             first = end
 
     def _rows(self, lineup: Lineup) -> Tensor:
         """Return in how many rows each slot of a lineup was observed, those of a batch counted once."""
         counted = torch.cat([self._all[number].state["rows"] for number in lineup.banks])
+        # Under tensor parallelism as many ranks have summed the same rows.
         return counted / self.ranks.alike
 
     def _lengthenings(self) -> dict[tuple[str, int], Tensor]:
@@ -446,7 +458,9 @@ class Kronecker:
             directions[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
             squares = [found[pair.name][1] for pair in pairs]
             known = [square for square in squares if square is not None]
+            # Without an A of each piece the change of outputs is not known.
             if len(known) == len(squares):
+                # A mean over all outputs of the parameter, whatever its pieces.
                 outputs = sum(pair.groups * pair.outputs for pair in pairs)
                 changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
@@ -506,6 +520,7 @@ class Kronecker:
         for pairs in alike.values():
             first = pairs[0]
             entries = first.groups * max(first.inputs, first.outputs) ** 2
+            # As many matrices together as stay in a cache.
             at_once = max(1, IN_CACHE // entries)
             for start in range(0, len(pairs), at_once):
                 found.update(self._apply(pairs[start : start + at_once], stacks, growths, longer))
@@ -532,6 +547,7 @@ class Kronecker:
         unit = None
         if not pair.block.a and power_a > 0:
             unit = joined([self.unit_rho[one.name] for one in pairs])
+        # Blocks make a step larger than a whole factor would: divided by their growth since the base width.
         shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
         places_b = self._places([one.b for one in pairs])
         places_a = self._places([one.a for one in pairs])
@@ -550,6 +566,7 @@ class Kronecker:
         direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, *numbers)
         directions = direction.split(groups)
         sums: Iterable[Tensor | None] = change.view(-1, groups).sum(1).unbind()
+        # A block without A has an unknown change of its outputs.
         if pair.block.a and not pair.a:
             sums = [None for _ in pairs]
         applied = zip(directions, sums, strict=True)
@@ -680,6 +697,7 @@ def _divide(blocks: BlockPairs, slots: Mapping[str, Slot], ranks: int) -> dict[s
     costs: dict[int, int] = {}
     for number, (block, pairs) in enumerate(blocks):
         names = _slots_of(pairs)
+        # Sets of blocks that share a factor with this one become one with it.
         joined = {set_of[name] for name in names if name in set_of}
         members[number] = [block.parameter]
         # A root of an n x n matrix takes n^3.

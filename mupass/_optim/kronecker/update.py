@@ -81,15 +81,19 @@ def update(
     divisor = _followed(b, stack) * _followed(a, stack) * shrink
     if longer is not None:
         divisor = divisor / longer
+    # The inverse of the number 1 with its damping is (1 + rho)^-e.
     if unit is not None:
         divisor = divisor * (1 + unit) ** unit_power
+    # A = 1: outputs change by D itself.
     if a is None:
         change = _inner(direction, direction)
+    # A has changed since its root, or the root is no plain inverse: multiply by A.
     elif factor is not None:
         average = whole(factor.kept, factor.size)
         change = _inner(direction, times(direction, average, False)) / _first_of_each(factor.weight, stack)
     else:
         assert rho is not None
+        # <D, D A> with D A = H - rho D
         change = _inner(direction, half) - rho * _inner(direction, direction)
     return direction / divisor.view(-1, 1, 1), change.clamp(min=0.0) / divisor.square()
 
@@ -138,6 +142,7 @@ def by_root(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -
 def by_eigenbasis(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: bool) -> Tensor:
     """Multiply by damped inverses ``U (diag(values) + rho)^-1 U^T``, see `Root`."""
     basis, damped = tensors
+    # U^T G from the left, or G U from the right, and back again.
     there, back = (basis.mT, basis) if left else (basis, basis.mT)
     turned = times(stack, there, left)
     return times(times(turned, inverse(damped), left), back, left)
@@ -198,6 +203,7 @@ class Compiled:
         """
         if not self.on(arguments[0].device):
             return function(*arguments)
+        # Compiled code depends on the numbers among the arguments, and on strides.
         key = (function, *(_signature(argument) for argument in arguments))
         if key not in self._known:
             self._known[key] = compiled(function)

@@ -18,6 +18,7 @@ def root_index(power: float) -> int | None:
     Args:
         power: Power of the inverse.
     """
+    # 0.25 is 1/4, and 1/3 is taken for it up to rounding.
     p = round(1 / power) if power > 0 else 0
     return p if 1 <= p <= LARGEST and abs(p * power - 1) < 1e-12 else None
 

@@ -113,6 +113,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device, entries: int) -> tor
         device: Where they are.
         entries: Of the matrices that are multiplied together.
     """
+    # For few entries the conversions cost more than bfloat16 gains.
     if device.type == "cpu" and entries < ENOUGH:
         return dtype
     return _fast_dtype(dtype, device)
@@ -128,6 +129,7 @@ def _fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         return dtype
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    # Versions of torch differ in what they tell of a CPU: Linux is asked as well.
     fast = capability.get("amx_bf16") or capability.get("avx512_bf16") or _cpu_flags()
     return torch.bfloat16 if fast else dtype
 

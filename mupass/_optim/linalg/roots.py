@@ -57,6 +57,7 @@ def inverse_roots(
     trace = bank.diagonal(dim1=-2, dim2=-1).sum(-1)
     # Semi-definite: no entry is larger than the trace, and NaN or infinity is on the diagonal.
     finite = trace.isfinite() & damping.isfinite()
+    # A zero matrix with zero damping has the root zero, which is no failure.
     empty = finite & (trace <= 0) & ((damping <= 0) | relative)
     usable = finite & ~empty
     root, solved = _solve(bank, torch.where(usable, damping, 1.0), usable, power, relative, method)
@@ -155,6 +156,7 @@ def divided_differences(x: Tensor, power: float) -> Tensor:
         ``[..., n, n]``, exact for values as close as may be.
     """
     gap = x.log()[..., :, None] - x.log()[..., None, :]  # x_j = x_i e^-gap
+    # expm1 keeps differences of close values exact.
     ratio = torch.where(gap == 0, -power, torch.expm1(power * gap) / torch.expm1(-gap))
     return x.pow(-power - 1)[..., :, None] * ratio
 

@@ -86,6 +86,7 @@ class MatrixOptimizer(PlannedOptimizer):
             if reason:
                 reasons[name] = reason
                 continue
+            # A kernel's axes may be sides of their own; other weights have two sides.
             kernel = any(use.kind == "conv" for use in geometry.uses)
             self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
             own[name], treatments[name] = parameter, self.spec.name
@@ -98,6 +99,7 @@ class MatrixOptimizer(PlannedOptimizer):
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         """Make the stacks, each parameter's on the rank that keeps it."""
         self._parameters = parameters
+        # Each rank keeps the state of some parameters, at about equal cost.
         self._keeper = deal({name: self._cost(name) for name in parameters}, self._ranks)
         mine: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
@@ -203,6 +205,7 @@ class MatrixOptimizer(PlannedOptimizer):
         if self._layout.spectral:
             arguments = (stack.state["top"][at], self._update(), *arguments)
         function = self._compiled[number]
+        # Compiled code is of one shape: a part of a stack runs eagerly.
         if function is None or at.stop - at.start < len(stack.slots):
             function = self._function
         return function(*arguments)
@@ -210,6 +213,7 @@ class MatrixOptimizer(PlannedOptimizer):
     def _directions(
         self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
     ) -> dict[str, Tensor]:
+        # Directions of other parameters come from the ranks that keep them.
         mine = [name for name in gradients if self._keeper[name] == rank_of(self._ranks)]
         blocks = {name: self._blockings[name].cut(gradients[name]) for name in mine}
         averaged = blocks
@@ -226,6 +230,7 @@ class MatrixOptimizer(PlannedOptimizer):
                 found.update(zip(stack.slots[at], directions.unbind(), strict=True))
             self._finish(number, runs)
         whole = {}
+        # All blocks of a parameter are put together again.
         for name, own in blocks.items():
             parts = [found[name, block] for block in range(len(own))]
             whole[name] = self._blockings[name].paste(parts, gradients[name])

@@ -62,6 +62,7 @@ class Stack:
             if name not in present:
                 continue
             start = number
+            # A neighbour of the last run makes it longer.
             if found and found[-1].stop == number:
                 start = found.pop().start
             found.append(slice(start, number + 1))

@@ -37,6 +37,7 @@ class Blocking:
     def _sides(self) -> tuple[tuple[int, ...], ...]:
         """Return the axes that make up each side of a matrix."""
         fan_out_axes, fan_in_axes = self.geometry.fan_out_axes, self.geometry.fan_in_axes
+        # An axis of length 1 makes no side.
         single = [(axis,) for axis in (*fan_out_axes, *fan_in_axes) if self.geometry.shape[axis] > 1]
         if self.modes and len(single) > 2:
             return tuple(single)
@@ -118,6 +119,7 @@ def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
     """Return blocks of a tensor, the first axis outermost."""
     if axis == tensor.dim():
         return [tensor]
+    # The last block of a side may be smaller than the others.
     parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
     tiles = []
     for part in parts:

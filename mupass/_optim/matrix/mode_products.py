@@ -68,6 +68,7 @@ def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
         counts: ``[K]``, 1, or 0 for an observation that does not count.
     """
     if decay == 1:
+        # A sum without forgetting has the weight 1 once there is anything in it.
         torch.maximum(weight, counts, out=weight)
     else:
         weight.mul_(1 - (1 - decay) * counts).add_(counts, alpha=1 - decay)
@@ -94,6 +95,7 @@ class Schedule:
         jobs: list[tuple[int, str, int, int, int, int]] = []
         for number, stack in enumerate((*stacks, *remote)):
             for side in sides(stack):
+                # The root or the basis of an n x n factor takes n^3.
                 cost = stack.shape[side] ** 3
                 for at, (parameter, block) in enumerate(stack.slots):
                     jobs.append((-cost, parameter, block, side, number, at))
