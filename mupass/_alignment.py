@@ -42,6 +42,7 @@ class AlignmentProbe:
 
     def __init__(self, model: nn.Module) -> None:
         self.root, plan = plan_of(model)
+        # Where fan_in does not grow there is nothing to align.
         grows = {e.geometry.name for e in plan.entries if e.geometry.role in {"hidden", "output"}}
         self.layers = {
             name: layer
@@ -65,6 +66,7 @@ class AlignmentProbe:
         Returns:
             Name of the layer -> exponents.
         """
+        # Every module keeps its own mode: a part of the model may be in evaluation mode already.
         training = {m: m.training for m in self.root.modules()}
         self.root.eval()
         try:
@@ -92,6 +94,7 @@ class AlignmentProbe:
     def _compare(self, name: str, before: list[Tensor], now: list[Tensor]) -> Alignment:
         layer = self.layers[name]
         start = self.start[f"{name}.weight".removeprefix(".")]
+        # W z = W0 z0 + dW z0 + W0 dz + dW dz: each term has an exponent of its own.
         change = layer.weight - start
         changes = [z - z0 for z, z0 in zip(now, before, strict=True)]
         return Alignment(
@@ -138,12 +141,14 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
             f"no alignment was measured for {', '.join(unknown)}: the weight has not moved since the probe "
             "was made, or its inputs are zero; call the probe after a few steps of training"
         )
+    # Theory has rates for exponents from 1/2 to 1; measured ones may lie outside by chance.
     return {f"{name}.weight".removeprefix("."): min(max(a.alpha, 0.5), 1.0) for name, a in found.items()}
 
 
 def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
     """Return log of RMS(A z) / (RMS(A) RMS(z)) to the base fan_in, over all calls of the layer."""
     given = {"weight": weight}
+    # Without the bias: the exponent is of the product alone.
     if layer.bias is not None:
         given["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
     # forward, not the call: hooks and taps are for the model's own passes.
@@ -151,6 +156,7 @@ def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
     out, matrix, into = _rms(outputs), _rms([weight]), _rms(inputs)
     if min(out, matrix, into) == 0:
         return math.nan
+    # RMS(A z) = n^p RMS(A) RMS(z), solved for p, with n the fan_in.
     return math.log(out / (matrix * into)) / math.log(weight[0].numel())
 
 

@@ -78,11 +78,13 @@ def analyze(
         >>> mupass.analyze(model)["2.weight"].role
         'output'
     """
+    # A path is read before the model is captured, so that a bad file is told at once.
     if isinstance(base, (str, PathLike)):
         base = BaseShapes.read(Path(base))
     _check_base(base)
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
+    # A number and a mapping say nothing about verdicts; a second instance and its file do.
     other = base if isinstance(base, (nn.Module, BaseShapes)) else None
     found = solve(model, args, kwargs, other, dims or {}, strict)
     solved = found.solved
@@ -152,6 +154,7 @@ class _Inferred:
         geometries, divided = [], dict[str, str]()
         for name, shape in self.shapes.items():
             infinite = self.infinite[name]
+            # Base sizes by authority: a second instance, a file, or sizes scaled by one factor.
             if isinstance(base, nn.Module):
                 base_shape: tuple[float, ...] = tuple(base.get_parameter(name).shape)
             elif isinstance(base, BaseShapes):
@@ -162,6 +165,7 @@ class _Inferred:
             normalized = ""
             if geometry.role == "output":
                 normalized = find_normalized(captured, solved, name)
+            # Spectral norm and weights of unit length: w / |w|, with w of an input or output layer.
             if geometry.role in ("input", "output"):
                 operator = self_divided(captured, solved, name)
                 if operator:
@@ -191,6 +195,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
             "or a table. If it has a width, name it: dims={'PARAMETER:AXIS': 'infinite'}"
         )
     width = _width(solved, inferred.infinite)
+    # A model narrower than 256 is its own base: nothing is scaled.
     if base is None:
         base = min(BASE, width)
     sizes = _BaseSizes(solved, names, base, inferred.second, width)
@@ -219,6 +224,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
     if captured.method == "export" or not unread:
         report_only = (*unread, *captured.warnings)
     base_width = sizes.base_width
+    # A second instance has base sizes and no base width: the ratio of an axis tells it.
     if isinstance(base, (nn.Module, BaseShapes)):
         base_width = _ratio_to_base(geometries, width)
     return Analysis(
@@ -255,11 +261,13 @@ def _width(solved: Inference, infinite: Mapping[str, tuple[bool, ...]]) -> int:
     unread: Counter[int] = Counter()
     space, contracted = solved.engine.space, _contracted(solved)
     for name, dims in solved.dims.items():
+        # An axis counts once for each parameter that carries it.
         grown = {space.find(dim) for dim, grows in zip(dims, infinite[name], strict=True) if grows}
         for dim in grown - contracted:
             grown |= _block_of(solved, dim)
         counts = unread if name in solved.overlooked else read
         counts.update(grown)
+    # Parameters that nothing reads speak only where there are no others.
     carried = read or unread
     _, size = max((count, space.size(dim)) for dim, count in carried.items())
     return size
@@ -299,6 +307,7 @@ class _BaseSizes:
                 if not found:
                     raise InferenceError(f"base names no dimension {name!r}; known are {sorted(names.all())}")
                 self.given.update(dict.fromkeys(found, float(size)))
+            # {"d_model": 64, "d_ff": 256}: where all sizes are in one ratio, so is the width.
             factors = {size / self.space.size(dim) for dim, size in self.given.items()}
             # Sizes of one ratio give the width that ratio too.
             if len(factors) == 1:
@@ -314,6 +323,7 @@ class _BaseSizes:
 
     def of(self, dim: int, infinite: bool) -> float:
         """Return the base size of an axis, whose verdict may be settled apart from its equals'."""
+        # The caller may settle an axis differently from its dimension, in dims= of parameter:axis.
         if infinite == self.solved.verdicts.grows(dim) or self.space.find(dim) in self.given:
             return self._scaled.exact(dim)
         return self.space.size(dim) * self.factor if infinite else self.space.size(dim)
@@ -380,6 +390,7 @@ def _attention_notes(solved: Inference) -> tuple[str, ...]:
     notes = {}
     for dim, scale, where in solved.engine.facts.attention:
         size = solved.engine.space.size(dim)
+        # q and k align in training, so that logits grow like head_dim (arXiv 2203.03466).
         if solved.verdicts.grows(dim) and not (scale and math.isclose(scale, 1 / size, rel_tol=1e-5)):
             instead = ", not 1/sqrt(head_dim)"
             if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-5):

@@ -66,6 +66,7 @@ def warn(messages: Iterable[str]) -> None:
     Args:
         messages: What changes a result or asks for an answer, one text a matter.
     """
+    # Up to the first frame outside of this package.
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
         level, frame = level + 1, frame.f_back
@@ -85,6 +86,7 @@ def each_matter_once() -> Generator[None, None, None]:
     Yields:
         Nothing.
     """
+    # Inside of another such block the texts already said stay said.
     token = _SAID.set(set() if _SAID.get() is None else _SAID.get())
     try:
         yield

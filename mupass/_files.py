@@ -21,6 +21,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object], refuse: type[
     """
     path = Path(path)
     try:
+        # In the same folder, since a move between file systems is a copy.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
         beside = Path(name)
@@ -28,6 +29,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object], refuse: type[
             write(beside)
             with beside.open("rb") as written:
                 os.fsync(written.fileno())
+            # mkstemp makes files for their owner only: the usual mode is set, or that of the old file.
             mask = os.umask(0)
             os.umask(mask)
             beside.chmod(path.stat().st_mode if path.exists() else 0o666 & ~mask)

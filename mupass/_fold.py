@@ -96,6 +96,7 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
     if not inplace:
         target = deepcopy(root)
         model = target  # type: ignore[assignment]
+    # The plan is computed from the model as it was; the model is changed after that.
     new = _folded_plan(plan, work)
     _apply(target, work, plan)
     strip(target)
@@ -140,6 +141,7 @@ def _work(root: nn.Module, plan: Plan) -> Work:
         TransformError: Something cannot be done.
     """
     work = Work()
+    # Hooks tell whether the multipliers are still live, whatever the plan says.
     live: list[object] = []
     for module in root.modules():
         live += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -147,6 +149,7 @@ def _work(root: nn.Module, plan: Plan) -> Work:
         return work  # nothing to fold, or folded already
     blocked = []
     for carrier in plan.carriers:
+        # A tied readout has the multiplier of its entry; a branch has that of the depth.
         factor = plan[carrier.tied].scales.multiplier if carrier.tied else 1 / plan.depth
         if carrier.reason and carrier.tied:
             _check_untied(root, plan[carrier.tied].geometry, carrier.reason)
@@ -182,6 +185,7 @@ def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
     """Add what one carrier does to the changes; a parameter that branches share changes once."""
     shifts = dict(carrier.offsets)
     for name in carrier.parameters:
+        # c (w + 1) is (c w + c - 1) + 1: the code adds its constant after the change.
         new = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
         if changes.setdefault(name, new) != new:
             raise TransformError(f"{name} would have to hold two different multipliers")
@@ -196,6 +200,7 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
     with torch.no_grad():
         # All products first: what can fail (memory) fails before the first parameter changes.
         values = {n: parameters[n] * (c.made * c.met) + c.shift for n, c in work.changes.items()}
+        # A readout that is untied gets a weight of its own, with the multiplier in it.
         heads = {
             name: nn.Parameter(
                 parameters[name] * plan[name].scales.multiplier, parameters[name].requires_grad
@@ -204,6 +209,7 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
         }
         for name, value in values.items():
             parameters[name].copy_(value)
+    # Every module that read the tied weight as a readout shares the new one.
     for name, weight in heads.items():
         for module in {use.module for use in plan[name].geometry.readout_uses}:
             model.get_submodule(module).weight = weight
@@ -217,6 +223,7 @@ def _untie_configuration(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
+        # transformers keeps a list of names that loading ties together.
         if getattr(module, "all_tied_weights_keys", None):
             module.all_tied_weights_keys = {}  # type: ignore[assignment]
 
@@ -229,6 +236,7 @@ def _folded_plan(plan: Plan, work: Work) -> Plan:
         change = work.changes.get(name, Change())
         geometry = replace(
             entry.geometry,
+            # Apart, since rates go otherwise with a factor behind the weight than with one in front of it.
             folded=entry.geometry.folded * change.made,
             folded_in=entry.geometry.folded_in * change.met,
         )
@@ -256,6 +264,7 @@ def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
     """Return the entries of an embedding and of a readout that were one parameter, in the model's order."""
     modules = {use.module for use in geometry.readout_uses}
     names = (geometry.name, *geometry.aliases)
+    # Names of the readout's module go with the readout, the others with the embedding.
     heads = tuple(n for n in names if n.rpartition(".")[0] in modules)
     tables = tuple(n for n in names if n not in heads)
     parts = []
@@ -263,6 +272,7 @@ def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
         uses = tuple(u for u in geometry.uses if u not in geometry.readout_uses)
         table = _part(geometry, tables, uses, modules, False)
         parts.append(_entry(plan, entry, table, 1.0))
+    # The readout's own fans: what the embedding makes it sums over.
     use: Use = geometry.readout_uses[0]
     head = replace(
         _part(geometry, heads, geometry.readout_uses, modules, True),

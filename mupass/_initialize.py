@@ -57,6 +57,7 @@ def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
     parameters = {name: parameter.detach() for name, parameter in root.named_parameters()}
     _refuse_empty(parameters)
     _refuse_trained(parameters, plan, init)
+    # Layers that were drawn anew have their own law's size; others may hold the plan's already.
     done = _scaled_already(parameters, plan)
     # What the user's law gave, also where it is scaled already.
     drawn = dict(parameters)
@@ -90,6 +91,7 @@ def _refuse_empty(parameters: Mapping[str, torch.Tensor]) -> None:
 
 def _refuse_trained(parameters: Mapping[str, torch.Tensor], plan: Plan, init: InitChoice) -> None:
     """Refuse values that no law draws, but for those whose law the caller states."""
+    # A caller who states the law says that the values are drawn.
     told = told_laws(init, list(plan))
     judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told]
     suspects = learned(parameters, judged)
@@ -117,12 +119,14 @@ def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[
     evidence: dict[str, float] = defaultdict(float)
     for name, entry in telling.items():
         assert entry.init_std is not None
+        # Ranks hold shards: the size of a parameter is that of all of them.
         values = whole(parameters[name])
         if values.is_complex():
             values = torch.view_as_real(values)
         square = values.float().square().mean().item() / entry.init_std**2
         # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
         after, before = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
+        # A module's parameters are drawn together, so their evidence adds up.
         evidence[_owner(name)] += values.numel() * (after - before)
     return {name: entry for name, entry in telling.items() if evidence[_owner(name)] > 0}
 

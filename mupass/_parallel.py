@@ -81,6 +81,7 @@ def largest_over_ranks(values: Sequence[Tensor], ranks: int) -> Tensor | None:
     """
     if ranks == 1:
         return torch.stack([v.to(values[0]) for v in values]).amax() if values else None
+    # A rank may have no values of its own and still take part.
     device = values[0].device if values else _message_device()
     own = [v.to(device, torch.float64) for v in values]
     largest = torch.stack(own).amax() if own else torch.zeros((), dtype=torch.float64, device=device)
@@ -151,11 +152,13 @@ def exchange(
     if ranks == 1:
         return dict(found)
     result, rank = {}, dist.get_rank()
+    # One message for each owner and precision.
     for source, dtype in dict.fromkeys((owner[n], like[n].dtype) for n in owner):
         names = [n for n in owner if (owner[n], like[n].dtype) == (source, dtype)]
         sizes = [like[n].numel() for n in names]
         message = torch.zeros(sum(sizes), dtype=dtype, device=device)
         parts = torch.split(message, sizes)
+        # The owner fills the message, the others receive it.
         for name, part in zip(names, parts, strict=True):
             if source == rank and name in found:
                 part.copy_(found[name].reshape(-1))
@@ -191,6 +194,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
         The sums, in the same order.
     """
     sums: list[Tensor] = list(tensors)
+    # Tensors of different precision cannot be in one message.
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     for kind in kinds:
         at = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
@@ -209,6 +213,7 @@ def _square(shape: Sequence[int]) -> bool:
 
 def _half(t: Tensor) -> Tensor:
     if not _square(t.shape):
+        # Symmetric matrices are sent as the triangle on and above the diagonal.
         return t
     rows, columns = torch.triu_indices(t.shape[-1], t.shape[-1], device=t.device)
     return t[..., rows, columns]

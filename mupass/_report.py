@@ -389,6 +389,7 @@ def _folded(lines: list[Line], likeness: Likeness) -> Iterator[Line]:
     start = 0
     while start < len(lines):
         line, end = lines[start], _end(lines, start)
+        # A digit as its name makes a module one of a list: blocks.0, blocks.1.
         blocks, after = _repetitions(lines, start, likeness)
         if len(blocks) > 1:
             kind = line.kind.strip("()")
@@ -407,6 +408,7 @@ def _repetitions(lines: list[Line], start: int, likeness: Likeness) -> tuple[lis
     if line.geometry is not None or not line.name.isdigit():
         return blocks, end
     first = _block(lines, start, end, likeness)
+    # blocks.3 after blocks.2, with the same parameters, shapes and verdicts.
     while end < len(lines) and _is_next(lines[end], line.depth, int(blocks[-1])):
         after = _end(lines, end)
         if _block(lines, end, after, likeness) != first:

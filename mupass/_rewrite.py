@@ -42,6 +42,7 @@ class InputMultiplier:
         Returns:
             The arguments with the input multiplied.
         """
+        # linear(x) and linear(input=x)
         if args:
             return (args[0] * self.factor, *args[1:]), kwargs
         return args, {**kwargs, "input": kwargs["input"] * self.factor}
@@ -68,6 +69,7 @@ class OutputMultiplier:
         Returns:
             The result with the output multiplied.
         """
+        # nn.LSTM and others return their states as well.
         if isinstance(output, tuple):
             return (output[0] * self.factor, *output[1:])
         return output * self.factor
@@ -93,6 +95,7 @@ class SaveNotice:
             prefix: Its name in the state.
             keep_vars: Whether the state keeps graphs alive, as torch.export asks for: nothing is saved then.
         """
+        # torch.export reads the state with keep_vars=True; nobody is given those weights.
         if self.told or keep_vars:
             return
         self.told = True
@@ -125,6 +128,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
         if entry.scales.multiplier != 1:
             for use in entry.geometry.readout_uses:
                 _multipliers(model, entry, use)
+        # tensor.expand(...) shows one number many times: multiplying it in place would multiply it as often.
         if entry.init_factor != 1 and _overlaps(parameter):
             raise TransformError(
                 f"{entry.geometry.name} is an expanded view, which cannot be rescaled in place; "
@@ -140,6 +144,7 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
         plan: Its plan.
         values: Whether the initialization is rescaled.
     """
+    # The plan comes first: hooks and optimizers find it on the model.
     setattr(model, ATTRIBUTE, plan)
     if plan.folded:  # the weights hold everything
         return
@@ -197,6 +202,7 @@ def hooks_restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     Yields:
         Nothing.
     """
+    # Attributes and tables of hooks are copied before the first change.
     before = []
     for module in model.modules():
         attributes = dict(vars(module))
@@ -228,6 +234,7 @@ def readout_module(model: nn.Module, name: str, use: Use) -> nn.Module | None:
         module = model.get_submodule(use.module)
     except AttributeError:
         return None
+    # The very tensor: a module with a copy of the weight has a readout of its own.
     if isinstance(module, READOUTS) and module.weight is model.get_parameter(name):
         return module
     return None
@@ -245,6 +252,7 @@ def _multipliers(
         TransformError: There are none.
     """
     name, factor = entry.geometry.name, entry.scales.multiplier
+    # The module multiplies its input, so that its bias stays as it is.
     module = readout_module(model, name, use)
     if module is not None:
         return [(module, InputMultiplier(factor))]

@@ -156,13 +156,16 @@ def make_plan(
         TransformError: Depth is to be scaled, and there is no branch, or one has no module at its end.
     """
     ratio = 1.0
+    # The standard parameterization leaves depth alone, as it leaves width.
     if depth is not None and row(parameterization).readout_power is not None:
         analysis, ratio = _deepened(analysis, depth)
     entries, of_values = _entries(model, analysis.geometries, optimizer, parameterization, init, trained)
     warnings = [*analysis.warnings, *of_values]
+    # Frozen parameters take no steps, so that no rate of theirs can be wrong.
     stepped = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     warnings += _ties(analysis, parameterization, trained, stepped)
     branches: list[str] = []
+    # At the base depth branches are not multiplied, and need no hook.
     if ratio != 1:
         for branch in analysis.branches:
             branches += branch.modules
@@ -194,6 +197,7 @@ def _entries(
     """Return an entry for every parameter, and what is to be said of their present values."""
     tensors = dict(model.named_parameters())
     if trained:
+        # Values of a trained model are left alone, whatever law they once had.
         inits = {name: Init("trained: left as it is", None, 1.0) for name in tensors}
     else:
         inits = plan_init(tensors, geometries, parameterization, init, own_draws(model))
@@ -219,6 +223,7 @@ def _fitted(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> tu
     Raises:
         PlanError: It is of another architecture, or settles what was given besides.
     """
+    # Another width: sizes are those of this model, and verdicts those of the plan.
     if _is_resized(plan, model):
         plan = _at_width_of(plan, model, init, trained)
         return plan, _alerts_of(plan)
@@ -248,6 +253,7 @@ def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) 
             "of another width; give the plan of a narrower model that was made with trained=True"
         )
     entries, warnings = _entries(model, geometries, plan.optimizer, plan.parameterization, init, plan.trained)
+    # Warnings about values were of the other model's values.
     kept = [warning for warning in plan.warnings if not any(mark in warning for mark in OF_VALUES)]
     return replace(plan, width=width, entries=tuple(entries), warnings=(*kept, *warnings))
 
@@ -283,6 +289,7 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
         raise PlanError(f"depth must be a positive number of residual branches, not {depth!r}")
     if not analysis.branches:
         raise TransformError("depth= scales residual branches, and this model has no sum x + f(x)")
+    # Two branches for each layer of a transformer, counted in the graph.
     ratio = len(analysis.branches) / depth
     for number, branch in enumerate(analysis.branches):
         if branch.reason and ratio != 1:
@@ -291,6 +298,7 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
                 f"multiplier: {branch.reason}. Let a module of its own put out what is added, for example "
                 "self.end = nn.Dropout(0.0) and x + self.end(f(x)) (nn.Identity leaves nothing in the graph)"
             )
+    # Parameters inside of a branch act through it alone; those of the stream do not.
     inside: set[str] = set()
     for branch in analysis.branches:
         inside.update(branch.parameters)
@@ -350,6 +358,7 @@ def _refuse_settled(plan: object, given: Mapping[str, object], parameterization:
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
     check_rewritable(model, plan)
+    # Hooks that were put on are taken off again where something fails later.
     with hooks_restored_on_error(model):
         attach(model)
         rewrite(model, plan, values=not trained)
@@ -370,6 +379,7 @@ def _doubts(inits: Mapping[str, Init]) -> list[str]:
 def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
     """Say which parameters have no values yet that could be rescaled."""
     parameters = dict(model.named_parameters())
+    # At base shapes nothing is scaled, so that missing values do not matter.
     scaled = [entry.geometry.name for entry in entries if entry.geometry.shape != entry.geometry.base_shape]
     late = [name for name in scaled if parameters[name].is_meta]
     if not late:
@@ -382,6 +392,7 @@ def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
 
 def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
     """Say which values look trained, where they would be rescaled."""
+    # Values that no factor changes may be trained or not.
     if all(entry.init_factor == 1 for entry in plan.entries):
         return []
     told = told_laws(init, list(plan))

@@ -31,7 +31,7 @@ class Curvature:
         parameters = dict(root.named_parameters())
         weight: Tensor = next(iter(parameters.values()))
         for place, layer in cover.layers.items():
-            # A tap inside a parameter has its device and precision; a hooked module, those of its first parameter.
+            # Device and precision are those of the tapped parameter, or of a hooked module's first one.
             if place.parameter:
                 weight = parameters[place.parameter]
             else:
@@ -153,7 +153,7 @@ class Curvature:
                 # The gradient of a mean over T terms is 1/T of that of each: T^2 / T.
                 # Each rank's mean divides by its own share of terms.
                 factor = count / self.ranks**2 if self.loss.mean else 1 / count
-                # A loss that is scaled by s has gradients s times as large, and so a B that is s^2 times as large.
+                # A loss that is scaled by s has gradients that are s times as large, and B goes with s^2.
                 factor = factor / _like(scale, matrix) ** 2
                 if clipped is not None:
                     factor = factor * clipped.to(matrix)

@@ -61,7 +61,7 @@ class EigenStack(FactorStack):
         """
         state, at = self.state, self._begin(slots)
         factors = self.value(at)
-        # A factor with NaN would stop the decomposition of all: it is decomposed as zero, and its result dropped.
+        # A factor with NaN would stop the decomposition of all: it counts as zero, and its result is dropped.
         finite = factors.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], factors, 0.0))
         done = found & finite
