@@ -43,7 +43,7 @@ class AlignmentProbe:
     def __init__(self, model: nn.Module) -> None:
         self.root, plan = plan_of(model)
         # Where fan_in does not grow there is nothing to align.
-        grows = {e.geometry.name for e in plan.entries if e.geometry.role in {"hidden", "output"}}
+        grows = {entry.geometry.name for entry in plan.entries if entry.geometry.role in {"hidden", "output"}}
         self.layers = {
             name: layer
             for name, layer in self.root.named_modules()
@@ -51,7 +51,7 @@ class AlignmentProbe:
         }
         if not self.layers:
             raise MupassError("no nn.Linear or nn.Conv layer of this model has a fan_in that grows")
-        self.start = {n: p.detach().clone() for n, p in self.root.named_parameters()}
+        self.start = {n: parameter.detach().clone() for n, parameter in self.root.named_parameters()}
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Alignment]:
@@ -70,18 +70,22 @@ class AlignmentProbe:
         training = {m: m.training for m in self.root.modules()}
         self.root.eval()
         try:
-            now = self._inputs({}, args, kwargs)
-            before = self._inputs(self.start, args, kwargs)
+            inputs = self._inputs({}, args, kwargs)
+            first_inputs = self._inputs(self.start, args, kwargs)
         finally:
             for module, mode in training.items():
                 module.training = mode
-        return {name: self._compare(name, before[name], now[name]) for name in self.layers if now.get(name)}
+        return {
+            name: self._compare(name, first_inputs[name], inputs[name])
+            for name in self.layers
+            if inputs.get(name)
+        }
 
     def _inputs(self, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> dict[str, list[Tensor]]:
         """Return the inputs of every call of every layer."""
-        found: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        inputs_of: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         handles = [
-            layer.register_forward_pre_hook(lambda _, inputs, to=found[name]: to.append(inputs[0]))
+            layer.register_forward_pre_hook(lambda _, inputs, to=inputs_of[name]: to.append(inputs[0]))
             for name, layer in self.layers.items()
         ]
         try:
@@ -89,7 +93,7 @@ class AlignmentProbe:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return inputs_of
 
     def _compare(self, name: str, before: list[Tensor], now: list[Tensor]) -> Alignment:
         layer = self.layers[name]
@@ -147,17 +151,19 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
 
 def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
     """Return log of RMS(A z) / (RMS(A) RMS(z)) to the base fan_in, over all calls of the layer."""
-    given = {"weight": weight}
+    replaced = {"weight": weight}
     # Without the bias: the exponent is of the product alone.
     if layer.bias is not None:
-        given["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+        replaced["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
     # forward, not the call: hooks and taps are for the model's own passes.
-    outputs = [functional_call(_Bare(layer), {f"layer.{k}": v for k, v in given.items()}, z) for z in inputs]
-    out, matrix, into = _rms(outputs), _rms([weight]), _rms(inputs)
-    if min(out, matrix, into) == 0:
+    outputs = [
+        functional_call(_Bare(layer), {f"layer.{k}": v for k, v in replaced.items()}, z) for z in inputs
+    ]
+    out_size, weight_size, in_size = _rms(outputs), _rms([weight]), _rms(inputs)
+    if min(out_size, weight_size, in_size) == 0:
         return math.nan
     # RMS(A z) = n^p RMS(A) RMS(z), solved for p, with n the fan_in.
-    return math.log(out / (matrix * into)) / math.log(weight[0].numel())
+    return math.log(out_size / (weight_size * in_size)) / math.log(weight[0].numel())
 
 
 class _Bare(nn.Module):

@@ -85,17 +85,17 @@ def analyze(
     parameter_names(model)  # refuses what cannot be analysed on any input
     args, kwargs = find_inputs(model) if example_inputs is None else as_call(example_inputs)
     # A number and a mapping say nothing about verdicts; a second instance and its file do.
-    other = base if isinstance(base, (nn.Module, BaseShapes)) else None
-    found = solve(model, args, kwargs, other, dims or {}, strict)
-    solved = found.solved
+    second_instance = base if isinstance(base, (nn.Module, BaseShapes)) else None
+    solution = solve(model, args, kwargs, second_instance, dims or {}, strict)
+    solved = solution.solved
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     infinite = {}
     for name, shape in shapes.items():
         infinite[name] = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))
-    inferred = _Inferred(model, found.captured, solved, found.names, found.second, shapes, infinite)
+    inferred = _Inferred(model, solution.captured, solved, solution.names, solution.second, shapes, infinite)
     # A second instance is the truth: what it settles, and otherwise than one model would, is for the report.
-    settled = (*found.second.notes, *disagreements(found.alone, found.second.axes))
-    analysis = _assemble(inferred, base, (*found.conflicts, *settled))
+    settled = (*solution.second.notes, *disagreements(solution.alone, solution.second.axes))
+    analysis = _assemble(inferred, base, (*solution.conflicts, *settled))
     return replace(analysis, notes=(*analysis.notes, *settled))
 
 
@@ -203,7 +203,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
 
     # Factors that the code puts on activations, such as 1/sqrt(d_model): they act like multipliers.
     certain, doubtful = settle(find_constants(captured, solved), inferred.second)
-    geometries, left = account(
+    geometries, unaccounted = account(
         geometries, certain, captured, lambda dim: solved.engine.space.size(dim) / sizes.of_any(dim)
     )
     geometries = [with_feeds(geometry, captured) for geometry in geometries]
@@ -215,7 +215,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         *dict.fromkeys(solved.engine.facts.warnings),
         *unread,
         *_attention_notes(solved),
-        *constant_notes([*left, *doubtful], names.term, sizes.of_any),
+        *constant_notes([*unaccounted, *doubtful], names.term, sizes.of_any),
         *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
         *(_divided_note(name, operator) for name, operator in divided.items()),
     )
@@ -257,18 +257,18 @@ def _width(solved: Inference, infinite: Mapping[str, tuple[bool, ...]]) -> int:
     An axis of equal blocks that no weight reads as a whole (the gates of a recurrent cell, a gate with its
     value) carries the dimension of one block as well: the width of an LSTM is its hidden size.
     """
-    read: Counter[int] = Counter()
-    unread: Counter[int] = Counter()
+    carriers: Counter[int] = Counter()
+    unread_carriers: Counter[int] = Counter()
     space, contracted = solved.engine.space, _contracted(solved)
     for name, dims in solved.dims.items():
         # An axis counts once for each parameter that carries it.
         grown = {space.find(dim) for dim, grows in zip(dims, infinite[name], strict=True) if grows}
         for dim in grown - contracted:
             grown |= _block_of(solved, dim)
-        counts = unread if name in solved.overlooked else read
+        counts = unread_carriers if name in solved.overlooked else carriers
         counts.update(grown)
     # Parameters that nothing reads speak only where there are no others.
-    carried = read or unread
+    carried = carriers or unread_carriers
     _, size = max((count, space.size(dim)) for dim, count in carried.items())
     return size
 
@@ -303,10 +303,10 @@ class _BaseSizes:
         self.base_width: float = base if isinstance(base, (int, float)) else width
         if isinstance(base, Mapping):
             for name, size in base.items():
-                found = names.find(name)
-                if not found:
+                of_that_name = names.find(name)
+                if not of_that_name:
                     raise InferenceError(f"base names no dimension {name!r}; known are {sorted(names.all())}")
-                self.given.update(dict.fromkeys(found, float(size)))
+                self.given.update(dict.fromkeys(of_that_name, float(size)))
             # {"d_model": 64, "d_ff": 256}: where all sizes are in one ratio, so is the width.
             factors = {size / self.space.size(dim) for dim, size in self.given.items()}
             # Sizes of one ratio give the width that ratio too.
@@ -357,8 +357,8 @@ def geometry_of(
     role = role_of(use, infinite)
     fan_in_axes: tuple[int, ...] = ()
     if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
-        grown = tuple(axis for axis, grows in enumerate(infinite) if grows)
-        fan_out_axes = grown or tuple(range(len(shape)))
+        growing_axes = tuple(axis for axis, grows in enumerate(infinite) if grows)
+        fan_out_axes = growing_axes or tuple(range(len(shape)))
     else:
         fan_in_axes, fan_out_axes = separate(use.fan_in, use.fan_out)
     terms = tuple(map(names.term, solved.dims[name]))

@@ -97,15 +97,15 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         target = deepcopy(root)
         model = target  # type: ignore[assignment]
     # The plan is computed from the model as it was; the model is changed after that.
-    new = _folded_plan(plan, work)
+    new_plan = _folded_plan(plan, work)
     _apply(target, work, plan)
     strip(target)
     if keep_plan:
-        setattr(target, ATTRIBUTE, new)
+        setattr(target, ATTRIBUTE, new_plan)
     else:
         delattr(target, ATTRIBUTE)
     for name, reason in work.untied.items():
-        modules = ", ".join(sorted({u.module for u in plan[name].geometry.readout_uses}))
+        modules = ", ".join(sorted({use.module for use in plan[name].geometry.readout_uses}))
         warnings.warn(
             f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
             f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A "

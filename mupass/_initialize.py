@@ -58,20 +58,20 @@ def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
     _refuse_empty(parameters)
     _refuse_trained(parameters, plan, init)
     # Layers that were drawn anew have their own law's size; others may hold the plan's already.
-    done = _scaled_already(parameters, plan)
+    scaled_before = _scaled_already(parameters, plan)
     # What the user's law gave, also where it is scaled already.
     drawn = dict(parameters)
-    for name, entry in done.items():
+    for name, entry in scaled_before.items():
         drawn[name] = parameters[name] / entry.init_factor
     inits = plan_init(drawn, [entry.geometry for entry in plan.entries], plan.parameterization, init)
-    new = {name: law for name, law in inits.items() if name not in done}
-    doubtful = [name for name, law in new.items() if law.doubtful]
+    new_laws = {name: law for name, law in inits.items() if name not in scaled_before}
+    doubtful = [name for name, law in new_laws.items() if law.doubtful]
     if doubtful:
         warn([f"initialization law in doubt for {some(doubtful)}: settle it with init={{pattern: law}}"])
-    rescale(root, {name: law.factor for name, law in new.items()})
+    rescale(root, {name: law.factor for name, law in new_laws.items()})
     entries = []
     for entry in plan.entries:
-        law = new.get(entry.geometry.name)
+        law = new_laws.get(entry.geometry.name)
         if law is not None:
             entry = replace(entry, init_law=law.law, init_std=law.std, init_factor=law.factor)
         entries.append(entry)
@@ -125,9 +125,9 @@ def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[
             values = torch.view_as_real(values)
         square = values.float().square().mean().item() / entry.init_std**2
         # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
-        after, before = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
+        scaled, unscaled = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
         # A module's parameters are drawn together, so their evidence adds up.
-        evidence[_owner(name)] += values.numel() * (after - before)
+        evidence[_owner(name)] += values.numel() * (scaled - unscaled)
     return {name: entry for name, entry in telling.items() if evidence[_owner(name)] > 0}
 
 

@@ -80,11 +80,13 @@ def largest_over_ranks(values: Sequence[Tensor], ranks: int) -> Tensor | None:
         ranks: Number of ranks.
     """
     if ranks == 1:
-        return torch.stack([v.to(values[0]) for v in values]).amax() if values else None
+        return torch.stack([value.to(values[0]) for value in values]).amax() if values else None
     # A rank may have no values of its own and still take part.
     device = values[0].device if values else _message_device()
-    own = [v.to(device, torch.float64) for v in values]
-    largest = torch.stack(own).amax() if own else torch.zeros((), dtype=torch.float64, device=device)
+    own_values = [value.to(device, torch.float64) for value in values]
+    largest = (
+        torch.stack(own_values).amax() if own_values else torch.zeros((), dtype=torch.float64, device=device)
+    )
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
 
@@ -114,12 +116,12 @@ def deal(costs: Mapping[Key, int], ranks: int) -> dict[Key, int]:
         costs: Piece -> its cost; among equals the first goes first.
         ranks: Number of ranks.
     """
-    load, found = [0] * ranks, {}
+    load, rank_of_piece = [0] * ranks, {}
     for piece in sorted(costs, key=lambda piece: -costs[piece]):
         rank = min(range(ranks), key=load.__getitem__)
         load[rank] += costs[piece]
-        found[piece] = rank
-    return found
+        rank_of_piece[piece] = rank
+    return rank_of_piece
 
 
 def sum_of(values: Sequence[Tensor], ranks: int) -> Tensor:
@@ -129,7 +131,7 @@ def sum_of(values: Sequence[Tensor], ranks: int) -> Tensor:
         values: Those of this rank.
         ranks: Number of ranks.
     """
-    total = torch.stack([v.to(values[0].device) for v in values]).sum()
+    total = torch.stack([value.to(values[0].device) for value in values]).sum()
     return sum_over_ranks([total.reshape(1)])[0][0] if ranks > 1 else total
 
 
@@ -175,11 +177,11 @@ def from_rank(tensor: Tensor, rank: int, device: torch.device) -> Tensor:
         rank: Number of the rank.
         device: Where to put it.
     """
-    mine = dist.get_rank() == rank
-    found = tensor.detach().clone() if mine else torch.empty_like(tensor, device=device)
-    found = found.contiguous()
-    dist.broadcast(found, src=rank)
-    return found
+    is_owner = dist.get_rank() == rank
+    received = tensor.detach().clone() if is_owner else torch.empty_like(tensor, device=device)
+    received = received.contiguous()
+    dist.broadcast(received, src=rank)
+    return received
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -195,15 +197,17 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     sums: list[Tensor] = list(tensors)
     # Tensors of different precision cannot be in one message.
-    kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
+    kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
     for kind in kinds:
-        at = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
-        halves = [_half(tensors[i]) for i in at]
+        positions = [
+            position for position, tensor in enumerate(tensors) if (tensor.dtype, tensor.device) == kind
+        ]
+        halves = [_half(tensors[position]) for position in positions]
         packed = torch.cat([h.reshape(-1) for h in halves])
         dist.all_reduce(packed)
         parts = torch.split(packed, [h.numel() for h in halves])
-        for i, part, half in zip(at, parts, halves, strict=True):
-            sums[i] = _whole(part.reshape(half.shape), tensors[i].shape)
+        for position, part, half in zip(positions, parts, halves, strict=True):
+            sums[position] = _whole(part.reshape(half.shape), tensors[position].shape)
     return sums
 
 

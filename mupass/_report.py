@@ -281,8 +281,8 @@ class Report:
             kind = "inf" if geometry.infinite[axis] else "fix"
             if geometry.ambiguous[axis]:
                 kind += " maybe"
-            why = html.escape(geometry.evidence[axis])
-            axes.append(f'<span class="{kind}" title="{why}">{html.escape(text)}</span>')
+            reason = html.escape(geometry.evidence[axis])
+            axes.append(f'<span class="{kind}" title="{reason}">{html.escape(text)}</span>')
         shape = " × ".join(axes)
         if geometry.aliases:
             shape += f" <span class='fix'>tied: {html.escape(', '.join(geometry.aliases))}</span>"
@@ -355,9 +355,9 @@ class Question:
             # Any number in the place of a block's own: blocks.0.weight -> blocks\.\d+\.weight
             pattern = re.sub(r"(?:(?<=\.)|^)\d+(?=\\\.)", r"\\d+", pattern)
         opposite = "finite" if grows else "infinite"
-        why = geometry.evidence[axis].partition(": ")[2].removeprefix("policy: ")
+        reason = geometry.evidence[axis].partition(": ")[2].removeprefix("policy: ")
         override = f"{{{pattern!r}: {opposite!r}}}"
-        return cls(path, geometry.shape[axis], len(found), grows, why, override)
+        return cls(path, geometry.shape[axis], len(found), grows, reason, override)
 
     def __str__(self) -> str:
         """Return one line with the verdict, the reason and the override."""
@@ -377,8 +377,8 @@ def _axis_labels(geometry: Geometry) -> list[str]:
 def _reason(geometry: Geometry, axis: int) -> tuple[str, bool]:
     """Return what axes have in common that one reason settles; block numbers do not count."""
     # "axis 0 (name) grows: why", without the first two words.
-    why = geometry.evidence[axis].split(" ", 2)[-1]
-    return re.sub(r"\d+", "#", why), geometry.infinite[axis]
+    decision = geometry.evidence[axis].split(" ", 2)[-1]
+    return re.sub(r"\d+", "#", decision), geometry.infinite[axis]
 
 
 Likeness = Callable[[Geometry], tuple[Hashable, ...]]
@@ -390,12 +390,12 @@ def _folded(lines: list[Line], likeness: Likeness) -> Iterator[Line]:
     while start < len(lines):
         line, end = lines[start], _end(lines, start)
         # A digit as its name makes a module one of a list: blocks.0, blocks.1.
-        blocks, after = _repetitions(lines, start, likeness)
+        blocks, next_line = _repetitions(lines, start, likeness)
         if len(blocks) > 1:
             kind = line.kind.strip("()")
             yield Line(f"{blocks[0]} to {blocks[-1]} ({len(blocks)} x {kind})", None, line.depth)
             yield from _folded(lines[start + 1 : end], likeness)
-            start = after
+            start = next_line
         else:
             yield line
             start += 1
@@ -407,14 +407,14 @@ def _repetitions(lines: list[Line], start: int, likeness: Likeness) -> tuple[lis
     blocks = [line.name]
     if line.geometry is not None or not line.name.isdigit():
         return blocks, end
-    first = _block(lines, start, end, likeness)
+    first_block = _block(lines, start, end, likeness)
     # blocks.3 after blocks.2, with the same parameters, shapes and verdicts.
     while end < len(lines) and _is_next(lines[end], line.depth, int(blocks[-1])):
-        after = _end(lines, end)
-        if _block(lines, end, after, likeness) != first:
+        next_end = _end(lines, end)
+        if _block(lines, end, next_end, likeness) != first_block:
             break
         blocks.append(lines[end].name)
-        end = after
+        end = next_end
     return blocks, end
 
 

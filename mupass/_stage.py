@@ -46,18 +46,18 @@ def stage(model: nn.Module) -> nn.Module:
     modules = {name for name, _ in root.named_modules()}
     entries = []
     for entry in plan.entries:
-        own = {entry.geometry.name, *entry.geometry.aliases}
-        if own & names:
+        own_names = {entry.geometry.name, *entry.geometry.aliases}
+        if own_names & names:
             entries.append(entry)
-        if own & names and own - names:
+        if own_names & names and own_names - names:
             raise PlanError(
-                f"{', '.join(sorted(own & names))} is tied to {', '.join(sorted(own - names))}, which is in "
-                "another stage: keep both in one, or untie them before mupass.transform"
+                f"{', '.join(sorted(own_names & names))} is tied to {', '.join(sorted(own_names - names))}, "
+                "which is in another stage: keep both in one, or untie them before mupass.transform"
             )
     if not entries:
         raise PlanError("no parameter of the plan is left in this stage")
     branches = tuple(name for name in plan.branches if name in modules)
-    part = replace(plan, entries=tuple(entries), branches=branches, carriers=(), stage=True)
-    part.check(root)
-    setattr(root, ATTRIBUTE, part)
+    stage_plan = replace(plan, entries=tuple(entries), branches=branches, carriers=(), stage=True)
+    stage_plan.check(root)
+    setattr(root, ATTRIBUTE, stage_plan)
     return model

@@ -349,11 +349,11 @@ def _refuse_settled(plan: object, given: Mapping[str, object], parameterization:
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a mupass.Plan (Plan.load reads a file), not {kind_of(plan)}")
-    settled = [name for name, value in given.items() if value is not None]
+    settled_by_plan = [name for name, value in given.items() if value is not None]
     if parameterization not in ("mup", plan.parameterization):
-        settled.append("parameterization")
-    if settled:
-        raise PlanError(f"plan= settles {', '.join(settled)}; leave out one or the other")
+        settled_by_plan.append("parameterization")
+    if settled_by_plan:
+        raise PlanError(f"plan= settles {', '.join(settled_by_plan)}; leave out one or the other")
 
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:

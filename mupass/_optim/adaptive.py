@@ -74,10 +74,10 @@ class LevenbergMarquardt:
         # The closure gives the loss of the same batch before and after the step.
         before = float(closure())
         moving = [parameter for parameter in self.optimizer.names if parameter.grad is not None]
-        old = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in moving]
+        before_step = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in moving]
         self.optimizer.step()
         moves, linear = {}, 0.0
-        for parameter, weight, gradient in old:
+        for parameter, weight, gradient in before_step:
             assert gradient is not None
             move = whole(parameter - weight)
             moves[self.optimizer.names[parameter]] = move

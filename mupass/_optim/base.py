@@ -432,11 +432,11 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _move_fallen(self, group: Mapping[str, Any], ok: Tensor) -> None:
         """Let the fallback move the parameters of one of its groups."""
-        parameters = [p for p in _with_gradient(group) if p.numel()]
+        parameters = [parameter for parameter in _with_gradient(group) if parameter.numel()]
         if not parameters:
             return
         gradients = self._parts(parameters, ok)
-        states = [self._local_state(p) for p in parameters]
+        states = [self._local_state(parameter) for parameter in parameters]
         self._move(parameters, fallback_directions(gradients, states, group, ok), group, ok)
 
     def _own_groups(self) -> list[dict[str, Any]]:
@@ -460,16 +460,16 @@ class PlannedOptimizer(BoundOptimizer):
     @staticmethod
     def _parts(parameters: Sequence[Tensor], ok: Tensor) -> list[Tensor]:
         """Return this rank's parts of gradients in the precision of the state; zeros in a skipped step."""
-        known: dict[Any, tuple[Tensor, Tensor]] = {}
+        on_device: dict[Any, tuple[Tensor, Tensor]] = {}
         parts = []
-        for p in parameters:
-            assert p.grad is not None
+        for parameter in parameters:
+            assert parameter.grad is not None
             # A gradient in bfloat16 is averaged in float32: small parts would be lost.
-            part = real(local(p.grad)).to(state_dtype(p))
+            part = real(local(parameter.grad)).to(state_dtype(parameter))
             kind = (part.dtype, part.device)
-            if kind not in known:
-                known[kind] = ok.to(part.device) > 0, part.new_zeros(())
-            counts, zero = known[kind]
+            if kind not in on_device:
+                on_device[kind] = ok.to(part.device) > 0, part.new_zeros(())
+            counts, zero = on_device[kind]
             # NaN times zero is NaN: a step that does not count selects zeros instead.
             parts.append(torch.where(counts, part, zero))
         return parts
@@ -491,7 +491,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return the moving averages of gradients where these are what momentum is of."""
         if not self._smooths_with(group) or self.momentum_of == "directions" or not parameters:
             return gradients
-        states = [self._local_state(p) for p in parameters]
+        states = [self._local_state(parameter) for parameter in parameters]
         return averages(gradients, states, "momentum", group["momentum"], ok)
 
     def _smooths_with(self, group: Mapping[str, Any]) -> bool:
@@ -549,15 +549,15 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _adopt(self, new: Tensor, name: str) -> None:
         """Let a new tensor take the place of a parameter, with its state."""
-        old = next(p for p, known in self.names.items() if known == name)
+        old = next(p for p, its_name in self.names.items() if its_name == name)
         if old.shape != new.shape:
             raise OptimizerError(
                 f"{name} was replaced in the optimizer's groups by a tensor of shape {tuple(new.shape)}, not "
                 f"{tuple(old.shape)}; make the optimizer anew"
             )
         names: dict[Tensor, str] = {}  # in the same order
-        for parameter, known in self.names.items():
-            names[new if parameter is old else parameter] = known
+        for parameter, its_name in self.names.items():
+            names[new if parameter is old else parameter] = its_name
         self.names = names
         state = self.state.pop(old, {})
         for key, value in state.items():
@@ -621,21 +621,22 @@ class PlannedOptimizer(BoundOptimizer):
         keeps_own = group["algorithm"] == self.spec.name and self.smooths
         if not keeps_own and group["algorithm"] != "sgd":
             return False
-        return any("momentum" not in self.state[p] for p in group["params"])
+        return any("momentum" not in self.state[parameter] for parameter in group["params"])
 
     def _check_gradients(self) -> None:
         """Refuse gradients that no step can be taken with."""
-        for p, name in self.names.items():
-            if p.grad is None:
+        for parameter, name in self.names.items():
+            if parameter.grad is None:
                 continue
-            if p.grad.layout != torch.strided:
+            if parameter.grad.layout != torch.strided:
                 raise OptimizerError(
                     f"the gradient of {name} is sparse, and mupass.{type(self).__name__} needs dense ones: "
                     "make its module with sparse=False"
                 )
-            if p.grad.shape != p.shape:
+            if parameter.grad.shape != parameter.shape:
                 raise OptimizerError(
-                    f"the gradient of {name} has shape {tuple(p.grad.shape)}, the parameter {tuple(p.shape)}"
+                    f"the gradient of {name} has shape {tuple(parameter.grad.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}"
                 )
 
     def _unscale(self) -> None:
@@ -662,16 +663,16 @@ class PlannedOptimizer(BoundOptimizer):
             return None
         # A rank whose shards are all empty still takes part in the sum below.
         device = gradients[0].device if gradients else self._device
-        fine = torch.ones((), dtype=torch.bool, device=device)
+        all_finite = torch.ones((), dtype=torch.bool, device=device)
         if gradients:
             # NaN or infinity in any entry shows in the extremes.
             extremes = [number.to(device) for number in _extremes(gradients)]
-            fine = torch.stack(extremes).isfinite().all()
+            all_finite = torch.stack(extremes).isfinite().all()
         if sharded:
             # All ranks skip the step where the shard of one is broken.
-            broken = sum_over_ranks([(~fine).to(torch.float32)])[0]
-            fine = broken == 0
-        return fine.to(torch.float32)
+            broken = sum_over_ranks([(~all_finite).to(torch.float32)])[0]
+            all_finite = broken == 0
+        return all_finite.to(torch.float32)
 
     def _prepare_next(self) -> None:
         """Set up statistics for the passes that come before the next step."""
@@ -682,11 +683,11 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _setting(self, key: str) -> dict[str, float]:
         """Return a number of every own parameter's group; a schedule may have changed it."""
-        found = {}
+        setting_of = {}
         for group in self._own_groups():
             for parameter in group["params"]:
-                found[self.names[parameter]] = group[key]
-        return found
+                setting_of[self.names[parameter]] = group[key]
+        return setting_of
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -701,14 +702,14 @@ class PlannedOptimizer(BoundOptimizer):
         # torch numbers parameters through all groups.
         order = chain.from_iterable(self._members)
         numbers = {name: number for number, name in enumerate(order)}
-        found = dict(state)
+        collected = dict(state)
         for name, rank in owner.items():
             # What this rank keeps itself is there; the rest comes from its owner.
             entries = dict(state[numbers[name]])
             for key, tensor in self._own_state(name).items():
                 entries[key] = from_rank(tensor, rank, self._device)
-            found[numbers[name]] = entries
-        return found
+            collected[numbers[name]] = entries
+        return collected
 
     @property
     def _device(self) -> torch.device:
@@ -720,8 +721,8 @@ class PlannedOptimizer(BoundOptimizer):
         All of it is kept by parameter, where torch's checkpoint functions look for it. Where ranks share the
         preconditioner, all of them must call this: each returns the whole state.
         """
-        found = super().state_dict()
-        return {**found, "state": self._collected(found["state"])}
+        own_state = super().state_dict()
+        return {**own_state, "state": self._collected(own_state["state"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state.
@@ -759,31 +760,31 @@ def _checked_overrides(
     if not isinstance(overrides, Mapping):
         raise OptimizerError(f"overrides must map patterns of names to settings, not {overrides!r}")
     names = list(parameters)
-    found: dict[str, dict[str, float]] = {}
+    checked: dict[str, dict[str, float]] = {}
     for pattern, settings in overrides.items():
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
             raise OptimizerError(f"the pattern {pattern!r} in overrides fits no parameter")
         if not isinstance(settings, Mapping) or not settings:
             raise OptimizerError(f"overrides[{pattern!r}] must map {', '.join(OVERRIDES)} to numbers")
-        found[pattern] = {}
+        checked[pattern] = {}
         for key, value in settings.items():
             check_choice(f"key of overrides[{pattern!r}]", key, OVERRIDES)
-            found[pattern][key] = check_number(f"{key} of overrides[{pattern!r}]", value)
-    return found
+            checked[pattern][key] = check_number(f"{key} of overrides[{pattern!r}]", value)
+    return checked
 
 
 def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
     """Return the parameters of a group that have a gradient."""
-    return [p for p in group["params"] if p.grad is not None]
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
 def _extremes(gradients: list[Tensor]) -> list[Tensor]:
     """Return numbers that are NaN or infinite where an entry of a gradient is."""
     if all(gradient.is_cpu for gradient in gradients):
-        found: list[Tensor] = []
+        extremes: list[Tensor] = []
         for gradient in gradients:
-            found += torch.aminmax(gradient)
-        return found
+            extremes += torch.aminmax(gradient)
+        return extremes
     # One kernel for many gradients; on a CPU it takes ten times as long as the other.
     return list(torch._foreach_norm(gradients, math.inf))
 

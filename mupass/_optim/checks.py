@@ -97,5 +97,7 @@ class Coverage(tuple[Covered, ...]):
 
     def __str__(self) -> str:
         """Return one line a parameter."""
-        width = max((len(c.parameter) for c in self), default=0)
-        return "\n".join(f"{c.parameter:<{width}}  {c.treatment:<12}  {c.reason}" for c in self)
+        width = max((len(covered.parameter) for covered in self), default=0)
+        return "\n".join(
+            f"{covered.parameter:<{width}}  {covered.treatment:<12}  {covered.reason}" for covered in self
+        )

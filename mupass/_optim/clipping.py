@@ -28,14 +28,18 @@ class GradientScale:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         # Probes that every rank has whole, and that autograd accumulates into.
-        plain = [p for p in parameters if not is_sharded(p) and p.is_leaf and p.numel() > 1]
-        vectors = [p for p in plain if p.dim() < 2]
-        matrices = [p for p in plain if p.dim() > 1]
+        candidates = [
+            parameter
+            for parameter in parameters
+            if not is_sharded(parameter) and parameter.is_leaf and parameter.numel() > 1
+        ]
+        vectors = [parameter for parameter in candidates if parameter.dim() < 2]
+        matrices = [parameter for parameter in candidates if parameter.dim() > 1]
         # Two of them: what changes vectors and matrices differently is no common factor.
         self._watched = [min(kind, key=Tensor.numel) for kind in (vectors, matrices) if kind]
         self._copies: list[Tensor | None] = [None for _ in self._watched]
-        for number, p in enumerate(self._watched):
-            handle = p.register_post_accumulate_grad_hook(_Copy(weakref.ref(self), number))  # type: ignore[no-untyped-call]
+        for number, parameter in enumerate(self._watched):
+            handle = parameter.register_post_accumulate_grad_hook(_Copy(weakref.ref(self), number))  # type: ignore[no-untyped-call]
             weakref.finalize(self, handle.remove)
 
     def note(self, number: int, gradient: Tensor | None) -> None:
@@ -69,12 +73,12 @@ class GradientScale:
             # DistributedDataParallel averages after autograd has accumulated.
             copies = [total / ranks for total in sum_over_ranks(copies)]
         device = present[0].device
-        ratios, known = [], []
-        for now, then in zip(present, copies, strict=True):
-            ratio, tells = _ratio(now.to(device), then.to(device))
+        ratios, telling = [], []
+        for gradient, copied in zip(present, copies, strict=True):
+            ratio, tells = _ratio(gradient.to(device), copied.to(device))
             ratios.append(ratio)
-            known.append(tells)
-        all_ratios, all_known = torch.stack(ratios), torch.stack(known)
+            telling.append(tells)
+        all_ratios, all_known = torch.stack(ratios), torch.stack(telling)
         # Of the probes that tell something, the largest and the smallest factor must agree.
         largest = torch.where(all_known, all_ratios, 0.0).amax()
         smallest = torch.where(all_known, all_ratios, torch.inf).amin()
@@ -89,8 +93,8 @@ def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
     now_scaled, then_scaled = now / scale, then / scale
     # The multiple with the smallest sum of squares of what is left.
     multiple = now_scaled @ then_scaled / (then_scaled @ then_scaled)
-    same = (now_scaled - multiple * then_scaled).abs().amax() <= ALIKE * multiple.abs()
-    return torch.where(same, multiple, -1.0), (scale > 0) & scale.isfinite() & now.isfinite().all()
+    is_multiple = (now_scaled - multiple * then_scaled).abs().amax() <= ALIKE * multiple.abs()
+    return torch.where(is_multiple, multiple, -1.0), (scale > 0) & scale.isfinite() & now.isfinite().all()
 
 
 def _entries(gradient: Tensor) -> Tensor:

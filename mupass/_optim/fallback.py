@@ -141,10 +141,10 @@ def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
         parameter: The parameter.
         names: Of the averages.
     """
-    like = real(parameter)
+    real_view = real(parameter)
     dtype = state_dtype(parameter)
-    state = {name: torch.zeros_like(like, dtype=dtype) for name in names}
-    return state | {f"{name}_weight": torch.zeros((), dtype=dtype, device=like.device) for name in names}
+    state = {name: torch.zeros_like(real_view, dtype=dtype) for name in names}
+    return state | {f"{name}_weight": torch.zeros((), dtype=dtype, device=real_view.device) for name in names}
 
 
 def sum_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -188,19 +188,19 @@ def averages(
     means = [state[name] for state in states]
     weights = [state[f"{name}_weight"] for state in states]
     # Tensors of one device and precision are averaged together.
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    numbers_of: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, weight in enumerate(weights):
-        alike.setdefault((weight.device, weight.dtype), []).append(number)
-    for kind, numbers in alike.items():
+        numbers_of.setdefault((weight.device, weight.dtype), []).append(number)
+    for kind, numbers in numbers_of.items():
         # The sum beta sum + (1 - beta) gradient has the weight w <- beta w + (1 - beta), and their quotient,
         # which is kept, moves towards the gradient by (1 - beta) / w.
-        fresh = ok.to(*kind) * (1 - beta)
+        new_weight = ok.to(*kind) * (1 - beta)
         own_weights = [weights[i] for i in numbers]
         weight = torch.stack(own_weights)
-        weight = weight + fresh * (1 - weight)
+        weight = weight + new_weight * (1 - weight)
         torch._foreach_copy_(own_weights, list(weight.unbind()))
         # A first step that does not count leaves a weight of zero.
-        parts = fresh / weight.clamp(min=1e-30)
+        parts = new_weight / weight.clamp(min=1e-30)
         own_means = [means[i] for i in numbers]
         # The model may have changed its precision since the state was made.
         own_gradients = [gradients[i].to(mean.dtype) for i, mean in zip(numbers, own_means, strict=True)]
@@ -254,5 +254,5 @@ def heavy_ball(direction: Tensor, state: Mapping[str, Tensor], momentum: float, 
         ok: 1, or 0 for a step that does not count, which leaves the sum as it is.
     """
     buffer = state["momentum"]
-    kept = 1 - (1 - momentum) * ok.to(buffer)
-    return buffer.mul_(kept).add_(direction)
+    decay = 1 - (1 - momentum) * ok.to(buffer)
+    return buffer.mul_(decay).add_(direction)

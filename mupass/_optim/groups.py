@@ -75,7 +75,7 @@ def param_groups(
         spec = replace(spec, alignment=alignment)
     adaptive = spec.row.takes_eps
     if eps is not None and not adaptive:
-        takers = [known.name for known in OPTIMIZERS.values() if known.takes_eps]
+        takers = [candidate.name for candidate in OPTIMIZERS.values() if candidate.takes_eps]
         raise OptimizerError(f"eps belongs to {' and '.join(takers)}, not to {spec.name}")
     epsilon = 1e-8 if eps is None else eps
     for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": epsilon}.items():

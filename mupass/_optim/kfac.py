@@ -230,7 +230,9 @@ class KFAC(PlannedOptimizer):
         self._prepare_next()
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        self._parameters = {name: p for p, name in self.names.items() if name not in self._unfit}
+        self._parameters = {
+            name: parameter for parameter, name in self.names.items() if name not in self._unfit
+        }
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
@@ -253,8 +255,8 @@ class KFAC(PlannedOptimizer):
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
         # Ranks of tensor parallelism see the same batch, so that their rows are counted once.
-        alike = ranks_of_a_batch(self.root) if self._ranks > 1 else 1
-        ranks = Ranks(self._ranks, rank_of(self._ranks), alike)
+        same_batch = ranks_of_a_batch(self.root) if self._ranks > 1 else 1
+        ranks = Ranks(self._ranks, rank_of(self._ranks), same_batch)
         by_rows: set[str] = set()
         # The default damping is a rule for sides of few rows; a number of the caller's is taken as it is.
         if self._by_rows:
@@ -337,8 +339,8 @@ class KFAC(PlannedOptimizer):
         Args:
             moves: Change of each parameter; those that K-FAC does not take count nothing.
         """
-        own = self._kronecker.quadratic(moves).reshape(()).to(self._device)
-        return float(sum_of([own], self._sharing_ranks))
+        own_part = self._kronecker.quadratic(moves).reshape(()).to(self._device)
+        return float(sum_of([own_part], self._sharing_ranks))
 
     @property
     def _sharing_ranks(self) -> int:
@@ -369,8 +371,8 @@ class KFAC(PlannedOptimizer):
             self._average(gradients, ok, clipped)
         if kronecker.rooted or not self._due:
             # Factors are collected at the first step of a period: roots, as much work, wait for the next.
-            spare = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
-            due = kronecker.due(self._steps, self.root_every, spare)
+            keep_free = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
+            due = kronecker.due(self._steps, self.root_every, keep_free)
             if due:
                 kronecker.refresh(self._dampings(), due)
                 # Adapters start at zero, and what is below them has no gradient in the first step.
@@ -500,14 +502,14 @@ class KFAC(PlannedOptimizer):
 
     def _step_sizes(self) -> dict[str, StepSize]:
         """Return what the direction of every own parameter is multiplied by."""
-        found = {}
+        size_of = {}
         for group in self._own_groups():
             rest = 1.0
             if self.momentum_of == "directions":
                 rest = 1 - group["momentum"]
             size = StepSize(group["lr"], group["mupass_scale"], rest)
-            found.update(dict.fromkeys((self.names[p] for p in group["params"]), size))
-        return found
+            size_of.update(dict.fromkeys((self.names[parameter] for parameter in group["params"]), size))
+        return size_of
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         return self._kronecker.incidents()
@@ -579,9 +581,9 @@ class Functional:
         kronecker.take_state(state, step)
         optimizer._steps, optimizer._amp_scale = step, 1.0
         optimizer._due = bool(optimizer._cover.blocks) and step % optimizer.factor_every == 0
-        own = optimizer._parameters
-        gradients = {name: gradient for name, gradient in gradients.items() if name in own}
-        means = {name: mean for name, mean in means.items() if name in own}
+        own_parameters = optimizer._parameters
+        gradients = {name: gradient for name, gradient in gradients.items() if name in own_parameters}
+        means = {name: mean for name, mean in means.items() if name in own_parameters}
         counts = torch.ones((), device=optimizer._device)
         return optimizer._directions(gradients, means, counts), kronecker.state()
 
@@ -602,7 +604,7 @@ class StepSize(NamedTuple):
 
 def _alike(tensors: Mapping[str, Tensor]) -> dict[tuple[torch.dtype, torch.device], list[str]]:
     """Return the names of tensors by their precision and device."""
-    found: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    names_of: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for name, tensor in tensors.items():
-        found.setdefault((tensor.dtype, tensor.device), []).append(name)
-    return found
+        names_of.setdefault((tensor.dtype, tensor.device), []).append(name)
+    return names_of

@@ -259,8 +259,8 @@ def _orthogonal(gradient: Tensor, polar: Polar) -> Tensor:
     past = wide(polar.momentum, gradient)
     polar.average.lerp_(gradient, wide((1 - polar.momentum) * polar.counts, gradient))
     # Nesterov looks ahead by mixing the present gradient in once more.
-    ahead = torch.lerp(gradient, polar.average, past) if polar.nesterov else polar.average
-    return orthogonalize(ahead, polar.epsilon, polar.polynomials, polar.dtype)
+    looked_ahead = torch.lerp(gradient, polar.average, past) if polar.nesterov else polar.average
+    return orthogonalize(looked_ahead, polar.epsilon, polar.polynomials, polar.dtype)
 
 
 def _adaptive(gradient: Tensor, polar: Polar, squares: Squares) -> Tensor:

@@ -23,12 +23,12 @@ def check_rounded(parameters: Mapping[Tensor, str]) -> None:
     Raises:
         OptimizerError: One is in float16, or none is in bfloat16.
     """
-    for p, name in parameters.items():
-        if p.dtype == torch.float16:
+    for parameter, name in parameters.items():
+        if parameter.dtype == torch.float16:
             raise OptimizerError(
                 f"stochastic_rounding=True is for bfloat16, and {name} is in float16: use model.bfloat16()"
             )
-    if not any(p.dtype == torch.bfloat16 for p in parameters):
+    if not any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         raise OptimizerError(
             "stochastic_rounding=True needs weights in bfloat16, and there are none: leave it out, or use "
             "model.bfloat16()"

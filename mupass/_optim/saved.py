@@ -58,31 +58,35 @@ def check_state(
     Raises:
         OptimizerError: It does not fit; the message says where.
     """
-    kind = type(optimizer).__name__
+    class_name = type(optimizer).__name__
     if not isinstance(saved, Mapping):
-        raise OptimizerError(f"not a state of mupass.{kind}: {type(saved).__name__} instead of a dict")
+        raise OptimizerError(f"not a state of mupass.{class_name}: {type(saved).__name__} instead of a dict")
     if "mupass" in saved:
         raise OptimizerError(
-            f"this state of mupass.{kind} was written by an older version, which kept averages in another "
-            "form; train on with that version, or start the optimizer anew"
+            f"this state of mupass.{class_name} was written by an older version, which kept averages in "
+            "another form; train on with that version, or start the optimizer anew"
         )
-    for key, form in (("state", Mapping), ("param_groups", list)):
-        if not isinstance(saved.get(key), form):
-            raise OptimizerError(f"not a state of mupass.{kind}: {key!r} is missing or no {form.__name__}")
-    groups, own = saved["param_groups"], optimizer.param_groups
+    for key, wanted_type in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(saved.get(key), wanted_type):
+            raise OptimizerError(
+                f"not a state of mupass.{class_name}: {key!r} is missing or no {wanted_type.__name__}"
+            )
+    groups, own_groups = saved["param_groups"], optimizer.param_groups
     for number, group in enumerate(groups):
-        _check_kind(f"group {number}", group, own[0]["mupass_kind"])
-    if len(groups) != len(own):
-        raise OptimizerError(f"the state has {len(groups)} parameter groups; this {kind} has {len(own)}")
+        _check_kind(f"group {number}", group, own_groups[0]["mupass_kind"])
+    if len(groups) != len(own_groups):
+        raise OptimizerError(
+            f"the state has {len(groups)} parameter groups; this {class_name} has {len(own_groups)}"
+        )
     # Keys of the state are those that the groups list as their parameters.
-    settings, known, states = [], set(), {}
-    for number, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
+    settings, listed_keys, states = [], set(), {}
+    for number, (theirs, ours) in enumerate(zip(groups, own_groups, strict=True)):
         settings.append(_check_group(f"group {number}", theirs, ours))
-        for key, p in zip(theirs["params"], ours["params"], strict=True):
-            known.add(key)
-            states[p] = saved["state"].get(key, {})
-            _check_entry(names[p], states[p], optimizer.state[p])
-    stray = [key for key in saved["state"] if key not in known]
+        for key, parameter in zip(theirs["params"], ours["params"], strict=True):
+            listed_keys.add(key)
+            states[parameter] = saved["state"].get(key, {})
+            _check_entry(names[parameter], states[parameter], optimizer.state[parameter])
+    stray = [key for key in saved["state"] if key not in listed_keys]
     if stray:
         raise OptimizerError(f"the state has entries of unknown parameters: {stray[0]!r}")
     return settings, states
@@ -157,13 +161,13 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
             difference = f"has {min(theirs.keys() - ours.keys(), key=str)!r} besides"
         raise OptimizerError(f"the state of {name} {difference}: another optimizer's, or damaged")
     # Same keys and shapes, finite numbers, and no negative ones in averages of squares.
-    for key, own in ours.items():
+    for key, own_tensor in ours.items():
         value, where = theirs[key], f"{key!r} in the state of {name}"
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             raise OptimizerError(f"{where} is no tensor of floating point numbers")
-        if value.shape != own.shape:
+        if value.shape != own_tensor.shape:
             raise OptimizerError(
-                f"{where} has shape {tuple(value.shape)}; this optimizer's {tuple(own.shape)}"
+                f"{where} has shape {tuple(value.shape)}; this optimizer's {tuple(own_tensor.shape)}"
             )
         part = local(value)
         if part.device.type == "meta" or not bool(part.isfinite().all()):
@@ -185,14 +189,14 @@ def copy_state(
         settings: Of every group.
         states: Of every parameter.
     """
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own_settings)
     watch_rates(optimizer)  # their ratios are those of the state now
-    for p, saved in states.items():
-        for name, own in optimizer.state[p].items():
-            if own.device.type == "meta":  # another rank keeps it
+    for parameter, saved in states.items():
+        for name, own_tensor in optimizer.state[parameter].items():
+            if own_tensor.device.type == "meta":  # another rank keeps it
                 continue
             value = saved[name]
             if not is_sharded(value):
-                value = sharded_like(value, own)
-            local(own).copy_(local(value))
+                value = sharded_like(value, own_tensor)
+            local(own_tensor).copy_(local(value))

@@ -90,10 +90,10 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     if watch.groups != id(groups):  # a state was loaded
         watch.start, watch.groups = _rates(groups), id(groups)
     # A group that starts at zero, as a warmup does, says nothing about ratios.
-    rates = {i: rate for i, rate in _rates(groups).items() if watch.start.get(i)}
+    rates = {number: rate for number, rate in _rates(groups).items() if watch.start.get(number)}
     if any(rate < 0 or not isfinite(rate) for rate in rates.values()):
         return  # the step itself refuses them
-    if any(rates.values()) and not _equal([rate / watch.start[i] for i, rate in rates.items()]):
+    if any(rates.values()) and not _equal([rate / watch.start[number] for number, rate in rates.items()]):
         watch.done = True
         _tell_lost(optimizer, watch.own)
 
@@ -106,23 +106,23 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
     """Look at an optimizer of ``torch.optim`` before its first step."""
     groups = optimizer.param_groups
     watch = RateWatch({}, id(groups))
-    scales = {i: float(g[SCALE]) for i, g in enumerate(groups) if SCALE in g}
+    scales = {number: float(group[SCALE]) for number, group in enumerate(groups) if SCALE in group}
     if not scales:
         watch.done = True
         _check_planned(optimizer)
         return watch
     # Schedules of timm multiply a group's rate by its layer's factor.
-    layered = {i: scale * _layer_factor(groups[i]) for i, scale in scales.items()}
-    rates = {i: rate for i, rate in _rates(groups).items() if i in scales}
+    layered = {number: scale * _layer_factor(groups[number]) for number, scale in scales.items()}
+    rates = {number: rate for number, rate in _rates(groups).items() if number in scales}
     # One rate for all groups, where their width factors differ.
-    same = len(rates) > 1 and _equal(list(rates.values()))
-    if same and any(rates.values()) and not _equal(list(scales.values())):
+    one_rate = len(rates) > 1 and _equal(list(rates.values()))
+    if one_rate and any(rates.values()) and not _equal(list(scales.values())):
         watch.done = True  # a scheduler has set one rate for all groups before the first step
         _tell_lost(optimizer, own=False)
     # All are zero where a warmup starts; a layer of the factor zero is not trained.
-    elif _equal([rate / layered[i] for i, rate in rates.items() if layered[i]]):
+    elif _equal([rate / layered[number] for number, rate in rates.items() if layered[number]]):
         watch.start = layered
-    elif _equal([rate / scales[i] for i, rate in rates.items()]):
+    elif _equal([rate / scales[number] for number, rate in rates.items()]):
         watch.start = scales
     else:
         watch.start = rates  # the user has given some groups rates of their own
@@ -166,9 +166,9 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
 def _family(optimizer: torch.optim.Optimizer) -> str:
     """Return the row of the scale table that fits a class of ``torch.optim``."""
     name = type(optimizer).__name__.lower()
-    for known in reversed(OPTIMIZERS.values()):  # MuonWithAuxAdam is a Muon
-        if known.torch_class and known.torch_class.lower() in name:
-            return known.name
+    for candidate in reversed(OPTIMIZERS.values()):  # MuonWithAuxAdam is a Muon
+        if candidate.torch_class and candidate.torch_class.lower() in name:
+            return candidate.name
     return "adamw"
 
 

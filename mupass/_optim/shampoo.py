@@ -218,12 +218,12 @@ class Shampoo(MatrixOptimizer):
         return float(self._blockings[name].growth() ** -power)
 
     def _update(self) -> Callable[..., Tensor]:
-        known: dict[str, Callable[..., Tensor]] = {
+        update_of: dict[str, Callable[..., Tensor]] = {
             "none": _plain,
             "spectral": _precondition,
             "sgd": _graft_sgd,
         }
-        return known.get(self.spec.graft, _graft_adaptive)
+        return update_of.get(self.spec.graft, _graft_adaptive)
 
     def _observe(self, number: int, at: slice, gradient: Tensor, counts: Tensor) -> None:
         state = self._stacks[number].state
@@ -232,14 +232,14 @@ class Shampoo(MatrixOptimizer):
         if self.spec.graft in ADAPTIVE:
             add_weight(state["square_weight"][at], self.graft_beta2, counts)
             # The graft's magnitude follows the squares of gradients, whatever Shampoo's direction is.
-            fresh = wide((1 - self.graft_beta2) * counts, gradient)
-            state["square"][at].lerp_(gradient.square(), fresh)
+            new_weight = wide((1 - self.graft_beta2) * counts, gradient)
+            state["square"][at].lerp_(gradient.square(), new_weight)
         for side in self._sides[number]:
             observe(state[f"factor{side}"][at], gradient, side, self.factor_decay, counts)
             # The largest trace so far, of which damping_memory is kept in a step that counts.
             peak = state[f"peak{side}"][at]
-            kept = 1 - (1 - self.damping_memory) * counts
-            torch.maximum(peak * kept, self._trace(number, side, at), out=peak)
+            decay = 1 - (1 - self.damping_memory) * counts
+            torch.maximum(peak * decay, self._trace(number, side, at), out=peak)
 
     def _trace(self, number: int, side: int, at: slice | Tensor) -> Tensor:
         """Return the traces of the averages of some slots."""
@@ -268,15 +268,15 @@ class Shampoo(MatrixOptimizer):
         traces = self._trace(number, side, due)
         damping = self._present_damping(number, side, due, traces)
         # Few at a time: each needs room for several copies of itself.
-        for at in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // size**2)):
-            slots = due[at]
+        for indices in torch.split(torch.arange(len(due), device=due.device), max(1, AT_ONCE // size**2)):
+            slots = due[indices]
             # A slot that was never observed has no weight yet.
             total_weight = weight[slots].clamp(min=torch.finfo(weight.dtype).tiny)
             average = unpack(factors[slots] / total_weight[:, None], size)
             relative = self.damping_mode == "relative"
-            found, failed = inverse_roots(average, damping[at], self._power(number), relative)
+            computed, failed = inverse_roots(average, damping[indices], self._power(number), relative)
             # What fails keeps its old root.
-            roots[slots] = torch.where(failed[:, None], roots[slots], pack(found))
+            roots[slots] = torch.where(failed[:, None], roots[slots], pack(computed))
             stack.note("failed_roots", failed, slots, f"side {side} of ")
         stack.state[f"rooted{side}"][due] = traces
 
@@ -298,8 +298,8 @@ class Shampoo(MatrixOptimizer):
 
     def _grown(self, number: int, side: int, at: slice) -> Tensor:
         """Return by what a root is too large since its factor has grown, ``[k]``, at least 1."""
-        now, then = self._trace(number, side, at), self._stacks[number].state[f"rooted{side}"][at]
-        return growth(now, then).pow(self._power(number))
+        traces, rooted_traces = self._trace(number, side, at), self._stacks[number].state[f"rooted{side}"][at]
+        return growth(traces, rooted_traces).pow(self._power(number))
 
     def _arguments(
         self, number: int, at: slice, gradient: Tensor | None, mean: Tensor, counts: Tensor
@@ -310,10 +310,10 @@ class Shampoo(MatrixOptimizer):
             sides = ()
         roots = tuple(unpack(state[f"root{side}"][at], stack.shape[side]) for side in sides)
         if self.spec.graft == "none":
-            grown = torch.ones_like(counts)
+            growths = torch.ones_like(counts)
             for side in sides:
-                grown = grown * self._grown(number, side, at)
-            return mean, sides, roots, grown
+                growths = growths * self._grown(number, side, at)
+            return mean, sides, roots, growths
         if self.spec.graft not in ADAPTIVE:
             return mean, sides, roots
         # Adam's step is that of the average, RMSprop's that of the gradient.

@@ -197,15 +197,15 @@ class SOAP(MatrixOptimizer):
         """Start the bases of slots that were seen for the first time, and turn those that are due."""
         started = self._started[number]
         # Slots that had a gradient in this step.
-        seen: set[int] = set()
+        observed: set[int] = set()
         for run in runs:
-            seen.update(range(run.start, run.stop))
-        new = sorted(seen - started)
-        started |= seen
+            observed.update(range(run.start, run.stop))
+        first_seen = sorted(observed - started)
+        started |= observed
         for side in self._sides[number]:
             # A basis starts at the eigenvectors of the first factor.
-            if new:
-                self._start(number, side, new)
+            if first_seen:
+                self._start(number, side, first_seen)
             if self._steps > 0:
                 due = [slot for slot in self._schedule.due(self._steps, number, side) if slot in started]
                 if due:
@@ -214,37 +214,38 @@ class SOAP(MatrixOptimizer):
     def _start(self, number: int, side: int, slots: Sequence[int]) -> None:
         """Compute the first basis of some slots; what has no decomposition keeps the axes."""
         stack = self._stacks[number]
-        size, at = stack.shape[side], torch.tensor(slots, device=stack.device)
-        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][at], size))
+        size, indices = stack.shape[side], torch.tensor(slots, device=stack.device)
+        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][indices], size))
         # Descending eigenvalues, as orthogonal iteration orders them.
         axes = torch.eye(size, dtype=stack.dtype, device=stack.device)
-        stack.state[f"basis{side}"][at] = torch.where(found[:, None, None], vectors.flip(-1), axes)
-        stack.note("failed_bases", ~found, at, f"side {side} of ")
+        stack.state[f"basis{side}"][indices] = torch.where(found[:, None, None], vectors.flip(-1), axes)
+        stack.note("failed_bases", ~found, indices, f"side {side} of ")
 
     def _turn(self, number: int, side: int, slots: Sequence[int]) -> None:
         """Let some bases follow their factors, and the averages follow the bases."""
         stack = self._stacks[number]
-        state, at = stack.state, torch.tensor(slots, device=stack.device)
-        old = state[f"basis{side}"][at]
-        factor = unpack(state[f"factor{side}"][at], stack.shape[side])
-        turned = old.mT @ factor  # columns as rows, which are sorted faster and decomposed without a copy
+        state, indices = stack.state, torch.tensor(slots, device=stack.device)
+        old_basis = state[f"basis{side}"][indices]
+        factor = unpack(state[f"factor{side}"][indices], stack.shape[side])
+        # Columns as rows, which are sorted faster and decomposed without a copy.
+        turned = old_basis.mT @ factor
         # q^T A q estimates the eigenvalue of each column.
-        order = (old.mT * turned).sum(-1).argsort(-1, descending=True)
-        turned = turned.gather(1, order[:, :, None].expand_as(turned)).mT
+        column_order = (old_basis.mT * turned).sum(-1).argsort(-1, descending=True)
+        turned = turned.gather(1, column_order[:, :, None].expand_as(turned)).mT
         # Every so often a full decomposition, which orthogonal iteration approaches only.
         if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
             _, vectors, found = eigenbases(factor)
             turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
         # No `torch.linalg.qr`: that makes R, too.
         # Orthogonal iteration: Q <- qr(A Q).
-        new = torch.linalg.householder_product(*torch.geqrf(turned))
-        state[f"basis{side}"][at] = new
+        new_basis = torch.linalg.householder_product(*torch.geqrf(turned))
+        state[f"basis{side}"][indices] = new_basis
         # One after the other: together they are a product of two squares, which takes longer.
-        state["mean"][at] = along(along(state["mean"][at], old, side), new.mT, side)
+        state["mean"][indices] = along(along(state["mean"][indices], old_basis, side), new_basis.mT, side)
         # Squares cannot be turned: they go along with the order of the columns only.
-        square = state["square"][at].movedim(side + 1, 1)
-        rows = order.view(*order.shape, *[1] * (square.dim() - 2)).expand_as(square)
-        state["square"][at] = square.gather(1, rows).movedim(1, side + 1)
+        square = state["square"][indices].movedim(side + 1, 1)
+        rows = column_order.view(*column_order.shape, *[1] * (square.dim() - 2)).expand_as(square)
+        state["square"][indices] = square.gather(1, rows).movedim(1, side + 1)
 
 
 def _every_side(stack: Stack) -> tuple[int, ...]:
@@ -284,9 +285,9 @@ def _turned_adam(gradient: Tensor, bases: tuple[Tensor, ...], averages: Averages
     for side, basis in enumerate(bases):
         turned = along(turned, basis.mT, side)
     # A block without a basis is not counted: its weight stays zero.
-    fresh = (1 - betas) * ((weight > 0) * counts)[:, None]
+    new_weight = (1 - betas) * ((weight > 0) * counts)[:, None]
     betas = 1 - (1 - betas) * counts[:, None]
-    weights.lerp_(torch.ones_like(weights), fresh)
+    weights.lerp_(torch.ones_like(weights), new_weight)
     mean.lerp_(turned, wide(1 - betas[:, 0], gradient))
     square.mul_(wide(betas[:, 1], gradient)).addcmul_(turned, turned * wide(1 - betas[:, 1], gradient))
     # (mean / w_1) / (sqrt(square / w_2) + epsilon), with corrections as one number a block.

@@ -34,17 +34,17 @@ def read_plan(kind: type[Record], text: str, version: int) -> Record:
         raise PlanError(f"from_json takes the text of a plan, not {type(text).__name__}")
     try:
         # Objects are read as pairs, since JSON's reader keeps the last of two equal keys without a word.
-        data = json.loads(text, object_pairs_hook=_once)
-        found = data["version"]
+        content = json.loads(text, object_pairs_hook=_once)
+        format_version = content["version"]
     except PlanError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PlanError(f"not the JSON of a mupass plan: {error!r}") from error
     # True == 1 in Python, and a version is no truth value.
-    if found != version or isinstance(found, bool):
-        raise PlanError(f"plan has format version {found!r}; this mupass reads {version}")
+    if format_version != version or isinstance(format_version, bool):
+        raise PlanError(f"plan has format version {format_version!r}; this mupass reads {version}")
     try:
-        plan: Record = _decode(kind, data, "plan")
+        plan: Record = _decode(kind, content, "plan")
     except PlanError:
         raise
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
@@ -58,9 +58,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         PlanError: A key comes twice.
     """
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise PlanError(f"plan is damaged: {twice[0]!r} comes twice in one object")
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if repeated:
+        raise PlanError(f"plan is damaged: {repeated[0]!r} comes twice in one object")
     return dict(pairs)
 
 
@@ -120,11 +120,11 @@ def _decode_record(kind: type, value: Any, where: str) -> Any:
     types = get_type_hints(kind)
     if not isinstance(value, dict):
         raise PlanError(f"plan is damaged: {where} must be an object, not {value!r:.60}")
-    odd = sorted(types.keys() ^ value.keys())
-    if odd:
-        state = "unknown" if odd[0] in value else "missing"
-        raise PlanError(f"plan is incomplete or damaged: {where}.{odd[0]} is {state}")
-    return kind(**{name: _decode(types[name], v, f"{where}.{name}") for name, v in value.items()})
+    unmatched = sorted(types.keys() ^ value.keys())
+    if unmatched:
+        state = "unknown" if unmatched[0] in value else "missing"
+        raise PlanError(f"plan is incomplete or damaged: {where}.{unmatched[0]} is {state}")
+    return kind(**{name: _decode(types[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
 def check_plan(
@@ -157,10 +157,10 @@ def check_plan(
     names: list[str] = []
     for entry in entries:
         names += (entry.geometry.name, *entry.geometry.aliases)
-    for what, many in (("parameter", names), ("branch", branches)):
-        twice = [name for name, count in Counter(many).items() if count > 1]
-        if twice:
-            raise PlanError(f"{what} {twice[0]!r} comes twice in the plan")
+    for what, all_names in (("parameter", names), ("branch", branches)):
+        repeated = [name for name, count in Counter(all_names).items() if count > 1]
+        if repeated:
+            raise PlanError(f"{what} {repeated[0]!r} comes twice in the plan")
     for entry in entries:
         for fault in _faults(entry):
             raise PlanError(f"{entry.geometry.name}: {fault}")
@@ -190,9 +190,9 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
             yield f"{field} has {len(getattr(geometry, field))} items for {axes} axes"
     if any(size < 0 for size in geometry.shape):
         yield f"shape {geometry.shape} has a negative size"
-    for size, base in zip(geometry.shape, geometry.base_shape, strict=False):
-        if size and not 0 < base < LARGEST:
-            yield f"base_shape must hold positive numbers, not {base!r}"
+    for size, base_size in zip(geometry.shape, geometry.base_shape, strict=False):
+        if size and not 0 < base_size < LARGEST:
+            yield f"base_shape must hold positive numbers, not {base_size!r}"
     yield from _all_axis_faults(geometry)
     if not isfinite(geometry.given) or abs(geometry.given) > 8:
         yield f"given must be a power, not {geometry.given!r}"

@@ -42,6 +42,8 @@ def entry_scales(
     """
     # A trained tied table has values for both of its uses: a multiplier on one of them would change outputs.
     if trained and geometry.readout_uses:
-        into, out = geometry.fan_out_axes, geometry.fan_in_axes
-        geometry = replace(geometry, role="output", fan_in_axes=into, fan_out_axes=out, readout_uses=())
+        readout_fan_in, readout_fan_out = geometry.fan_out_axes, geometry.fan_in_axes
+        geometry = replace(
+            geometry, role="output", fan_in_axes=readout_fan_in, fan_out_axes=readout_fan_out, readout_uses=()
+        )
     return scales(geometry, optimizer, parameterization)

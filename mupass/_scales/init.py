@@ -62,16 +62,16 @@ def plan_init(
         Parameter name -> its `Init`.
     """
     findings, fixed = _findings(tensors, geometries, init, draws or {})
-    found = {}
-    for g in geometries:
+    inits = {}
+    for geometry in geometries:
         # The length g of W = g v / |v|, which follows its direction v.
-        if g.direction:
-            found[g.name] = _length(g, tensors, geometries, findings, parameterization)
-        elif g.name in fixed:
-            found[g.name] = _constant(fixed[g.name], g, parameterization)
+        if geometry.direction:
+            inits[geometry.name] = _length(geometry, tensors, geometries, findings, parameterization)
+        elif geometry.name in fixed:
+            inits[geometry.name] = _constant(fixed[geometry.name], geometry, parameterization)
         else:
-            found[g.name] = _init(findings[g.name], g, parameterization)
-    return found
+            inits[geometry.name] = _init(findings[geometry.name], geometry, parameterization)
+    return inits
 
 
 def own_init(
@@ -104,14 +104,16 @@ def _findings(
     draws: Mapping[str, Draw],
 ) -> tuple[dict[str, Finding], dict[str, Init]]:
     """Return the laws of random parameters, and the answer for the others."""
-    told = told_laws(init, [g.name for g in geometries])
-    samples, fixed = _measure(tensors, geometries, told, draws)
+    stated = told_laws(init, [geometry.name for geometry in geometries])
+    samples, fixed = _measure(tensors, geometries, stated, draws)
     # Tensors whose law the caller states are no evidence for the law of others.
-    findings = {f.sample.name: f for f in find_laws([s for s in samples if s.name not in told])}
+    findings = {
+        finding.sample.name: finding for finding in find_laws([s for s in samples if s.name not in stated])
+    }
     for sample in samples:
-        if sample.name in told:
+        if sample.name in stated:
             patterned = not isinstance(init, str)
-            findings[sample.name] = _as_told(sample, told[sample.name], patterned)
+            findings[sample.name] = _as_told(sample, stated[sample.name], patterned)
     return findings, fixed
 
 
@@ -122,8 +124,8 @@ def own_fans(geometry: Geometry) -> Fans:
         geometry: The parameter.
     """
     # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
-    conv = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
-    fan_out = geometry.fan_out * prod(geometry.shape[2:]) if conv else geometry.fan_out
+    is_convolution = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
+    fan_out = geometry.fan_out * prod(geometry.shape[2:]) if is_convolution else geometry.fan_out
     grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
     # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
@@ -192,16 +194,16 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
     rules = {"*": init} if isinstance(init, str) else init
     if not isinstance(rules, Mapping):
         raise PlanError(f"init must be a law or a mapping from name pattern to law, not {init!r}")
-    told: dict[str, str] = {}
+    stated: dict[str, str] = {}
     for pattern, kind in rules.items():
         if kind not in ("auto", *KINDS):
             raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
         # Shell patterns, as in "*.weight".
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
             raise PlanError(f"init: pattern {pattern!r} matches no parameter")
-        told.update(dict.fromkeys(hits, kind))
-    return {name: kind for name, kind in told.items() if kind != "auto"}
+        stated.update(dict.fromkeys(matching, kind))
+    return {name: kind for name, kind in stated.items() if kind != "auto"}
 
 
 def _measure(
@@ -216,25 +218,29 @@ def _measure(
         PlanError: A parameter holds NaN or infinite values.
     """
     samples, fixed = [], {}
-    for g in geometries:
-        if g.name not in tensors:
+    for geometry in geometries:
+        if geometry.name not in tensors:
             continue
-        tensor, lent = tensors[g.name].detach(), lent_fans(g, geometries)
-        empty = Sample(g.name, tensor.numel(), None, False, own_fans(g), bool(g.uses))
+        tensor, lent_by_partner = tensors[geometry.name].detach(), lent_fans(geometry, geometries)
+        empty = Sample(geometry.name, tensor.numel(), None, False, own_fans(geometry), bool(geometry.uses))
         # On the meta device there are no values, but the model's own code may say what it would draw.
         if tensor.is_meta:
-            found = _as_drawn(empty, draws[g.name]) if g.name in draws else empty
+            measured = _as_drawn(empty, draws[geometry.name]) if geometry.name in draws else empty
         else:
-            found = _as_held(empty, whole(tensor), lent is not None)
-        if isinstance(found, Init):
-            fixed[g.name] = found
+            measured = _as_held(empty, whole(tensor), lent_by_partner is not None)
+        if isinstance(measured, Init):
+            fixed[geometry.name] = measured
             continue
         # The partner's fan counts where there are no values, or where these are PyTorch's default for it.
-        if lent is not None:
-            borrowed = replace(found, fans=lent)
-            if found.std is None or borrowed.drawn_by_default or (g.name in told and not g.fan_in_axes):
-                found = borrowed
-        samples.append(found)
+        if lent_by_partner is not None:
+            borrowed = replace(measured, fans=lent_by_partner)
+            if (
+                measured.std is None
+                or borrowed.drawn_by_default
+                or (geometry.name in told and not geometry.fan_in_axes)
+            ):
+                measured = borrowed
+        samples.append(measured)
     return samples, fixed
 
 
@@ -253,17 +259,17 @@ def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
     """
     # A complex tensor has two real numbers for each entry.
     values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().flatten()
-    low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
-    if not (isfinite(low) and isfinite(high)):
+    smallest, largest = (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
+    if not (isfinite(smallest) and isfinite(largest)):
         raise PlanError(f"{empty.name} holds NaN or infinite values; initialize the model first")
     # One draw from U(-a, a) is no constant, though it has one value.
-    lone = len(values) == 1 and low != 0 and lent
-    if low == high and not lone:
-        return _fixed(low)
+    single_draw = len(values) == 1 and smallest != 0 and lent
+    if smallest == largest and not single_draw:
+        return _fixed(smallest)
     # Of a single draw its size is all there is to see.
-    std = abs(low) / sqrt(3) if lone else values.std(correction=0).item()
+    std = abs(smallest) / sqrt(3) if single_draw else values.std(correction=0).item()
     # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s.
-    uniform = max(high, -low) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
+    uniform = max(largest, -smallest) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
     return replace(empty, std=std, uniform=uniform)
 
 
@@ -301,14 +307,19 @@ def _length(
     parameterization: str,
 ) -> Init:
     """A length that starts as that of its direction is scaled as the weight would be, another by itself."""
-    direction = next(g for g in geometries if g.name == geometry.direction)
+    direction = next(other for other in geometries if other.name == geometry.direction)
     length, weight = tensors[geometry.name].detach(), tensors[geometry.direction].detach()
-    own = init_scale(geometry, parameterization)
+    own_factor = init_scale(geometry, parameterization)
     # A length that is not that of the drawn direction has a value of its own.
     if geometry.direction not in findings or not _is_length(length, weight):
-        return Init("a length of its own", None, own)
-    plain = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
-    return Init(f"length of {geometry.direction} ({plain.law})", None, plain.factor, plain.doubtful)
+        return Init("a length of its own", None, own_factor)
+    of_direction = _init(findings[geometry.direction], replace(direction, length=""), parameterization)
+    return Init(
+        f"length of {geometry.direction} ({of_direction.law})",
+        None,
+        of_direction.factor,
+        of_direction.doubtful,
+    )
 
 
 def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -317,16 +328,18 @@ def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
         return True
     # weight_norm takes the norm over all axes but one, or over all of them (dim=-1).
     norms = [torch.norm_except_dim(weight, 2, dim) for dim in range(-1, weight.dim())]
-    return any(n.shape == length.shape and torch.allclose(n, length, rtol=1e-3) for n in norms)
+    return any(
+        lengths.shape == length.shape and torch.allclose(lengths, length, rtol=1e-3) for lengths in norms
+    )
 
 
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:
     p_in, p_out = init_powers(geometry, parameterization)
-    present = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
+    present_ratio = found.sample.fans.ratio(found.kind)  # variance at the base width / variance now
     # The same quotient after the transform.
-    wanted = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)
+    wanted_ratio = geometry.m_in ** (-2 * p_in) * geometry.m_out ** (-2 * p_out)
     # Compared as ratios, so that a law that is right already gives exactly 1.0 and no rounding.
-    factor = 1.0 if parameterization == "standard" else sqrt(present / wanted)
+    factor = 1.0 if parameterization == "standard" else sqrt(present_ratio / wanted_ratio)
     return _scaled(found, factor)
 
 

@@ -80,9 +80,9 @@ class Sample:
 
     def gain(self, kind: str) -> float | None:
         """Return the gain that the law needs to give this tensor's std."""
-        below = self.fans.denominator(kind)
+        denominator = self.fans.denominator(kind)
         # Without a value or a fan the law cannot be tried.
-        return None if self.std is None or below is None else self.std * sqrt(below)
+        return None if self.std is None or denominator is None else self.std * sqrt(denominator)
 
     @property
     def drawn_by_default(self) -> bool:
@@ -108,19 +108,23 @@ class Finding:
     @property
     def std(self) -> float | None:
         """Std that the law gives the tensor now."""
-        below = self.sample.fans.denominator(self.kind)
-        return None if self.gain is None or below is None else self.gain / sqrt(below)
+        denominator = self.sample.fans.denominator(self.kind)
+        return None if self.gain is None or denominator is None else self.gain / sqrt(denominator)
 
     @property
     def text(self) -> str:
         """The law in words."""
         if self.gain is None:
             return f"unknown (meta): {self.kind} taken"
-        of = f" of {self.sample.fans.partner}" if self.sample.fans.partner and self.kind == "fan_in" else ""
-        law = "constant std" if self.kind == "constant" else f"{self.kind}{of}, gain {self.gain:.3g}"
-        shape = " (uniform)" if self.sample.uniform else ""
+        partner = (
+            f" of {self.sample.fans.partner}" if self.sample.fans.partner and self.kind == "fan_in" else ""
+        )
+        law_text = (
+            "constant std" if self.kind == "constant" else f"{self.kind}{partner}, gain {self.gain:.3g}"
+        )
+        distribution = " (uniform)" if self.sample.uniform else ""
         promised = "; as the model's own code draws (meta)" if self.sample.promised else ""
-        return f"{law}{shape}{'; ' if self.note else ''}{self.note}{promised}"
+        return f"{law_text}{distribution}{'; ' if self.note else ''}{self.note}{promised}"
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,13 @@ class _Hypothesis:
 
     def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
-        explained = [s for s in samples if self.explains(s)]
+        explained = [sample for sample in samples if self.explains(sample)]
         # A tensor of few entries breaks ties and outvotes none.
-        weight = sum(1 if s.count >= FEW else 0.01 for s in explained)
+        weight = sum(1 if sample.count >= FEW else 0.01 for sample in explained)
         if self.canonical:
             return weight, True
         # Tensors of one shape agree on every law, so they are evidence for none.
-        shapes = {(s.fans.fan_in, s.fans.fan_out) for s in explained}
+        shapes = {(sample.fans.fan_in, sample.fans.fan_out) for sample in explained}
         return (weight - 1 if len(shapes) > 1 else 0.0), False
 
 
@@ -156,23 +160,23 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
     Yields:
         One finding for each sample, in no particular order.
     """
-    drawn, lent, silent, unseen = [], [], [], []
+    with_values, with_partner, silent, unseen = [], [], [], []
     for sample in samples:
         # On the meta device there are no values.
         if sample.std is None:
             unseen.append(sample)
         elif sample.fans.partner is not None:
-            lent.append(sample)
+            with_partner.append(sample)
         elif sample.speaks:
-            drawn.append(sample)
+            with_values.append(sample)
         else:
             silent.append(sample)
-    yield from _explained(drawn)
+    yield from _explained(with_values)
     # A parameter that nothing reads has no fans to divide by.
     for sample in silent:
         yield _unsettled(sample, "constant")
     # PyTorch draws biases and recurrent weights from U(+-1/sqrt(fan_in)) of their partner.
-    for sample in lent:
+    for sample in with_partner:
         yield Finding(sample, "fan_in", DEFAULT_GAIN)
     for sample in unseen:
         yield _unseen(sample)
@@ -182,20 +186,20 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
     hypotheses = list(_hypotheses(samples))
     findings: list[Finding] = []
-    rest = samples
-    while rest:
+    unexplained = samples
+    while unexplained:
         # The law that weights of growing fan_in have followed so far is the likelier one among equals.
         leading = _majority(findings) if findings else None
-        ranks = {law: (*law.rank(rest), law.kind == leading) for law in hypotheses}
+        ranks = {law: (*law.rank(unexplained), law.kind == leading) for law in hypotheses}
         best = max(hypotheses, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
         if ranks[best][0] <= 0:
             break
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
-        findings += [_settled(sample, best, rivals) for sample in rest if best.explains(sample)]
-        rest = [sample for sample in rest if not best.explains(sample)]
+        findings += [_settled(sample, best, rivals) for sample in unexplained if best.explains(sample)]
+        unexplained = [sample for sample in unexplained if not best.explains(sample)]
     yield from findings
-    for sample in rest:
+    for sample in unexplained:
         yield _unsettled(sample, _majority(findings))
 
 
@@ -204,12 +208,16 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
     for kind, gains in CANONICAL.items():
         yield from (_Hypothesis(kind, gain, True, 0.0) for gain in gains)
     for kind in CANONICAL:
-        seen: list[_Hypothesis] = []
+        hypotheses: list[_Hypothesis] = []
         for sample in sorted(samples, key=lambda s: -s.count):
             gain = sample.gain(kind)
-            if gain is not None and sample.count >= FEW and not any(h.explains(sample) for h in seen):
-                seen.append(_Hypothesis(kind, gain, False, sample.tolerance))
-        yield from seen
+            if (
+                gain is not None
+                and sample.count >= FEW
+                and not any(hypothesis.explains(sample) for hypothesis in hypotheses)
+            ):
+                hypotheses.append(_Hypothesis(kind, gain, False, sample.tolerance))
+        yield from hypotheses
 
 
 def _settled(sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis]) -> Finding:
@@ -225,7 +233,7 @@ def _settled(sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis]) ->
 
 def _majority(found: Sequence[Finding]) -> str:
     """Return the law of most weights whose fan_in grows; fan_in if none is ahead."""
-    kinds = [f.kind for f in found if f.sample.fans.m_in != 1]
+    kinds = [finding.kind for finding in found if finding.sample.fans.m_in != 1]
     return max(KINDS, key=kinds.count)  # the first of equals, fan_in
 
 
@@ -233,7 +241,11 @@ def _unsettled(sample: Sample, majority: str) -> Finding:
     """Return the majority's law for a tensor that shares its gain with no other, in doubt if it matters."""
     kind = majority if sample.fans.denominator(majority) is not None else "constant"
     # Where all laws give one ratio there is nothing to doubt.
-    ratios = {sample.fans.ratio(k) for k in KINDS if sample.fans.denominator(k) is not None}
+    ratios = {
+        sample.fans.ratio(other_kind)
+        for other_kind in KINDS
+        if sample.fans.denominator(other_kind) is not None
+    }
     doubtful = len(ratios) > 1 and sample.fans.fan_in is not None  # vectors are drawn without looking at fans
     return Finding(sample, kind, sample.gain(kind), f"ambiguous: {kind} taken" if doubtful else "", doubtful)
 

@@ -39,8 +39,8 @@ def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> li
         mark = _mark(tensors[geometry.name], geometry)
         judged += mark is not None
         marked += [geometry.name] if mark else []
-    some = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
-    return marked if some and len(marked) >= SHARE * judged else []
+    has_matrix = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
+    return marked if has_matrix and len(marked) >= SHARE * judged else []
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor | None:
     """Return fan_out x fan_in values, or None for what is no matrix, too small, or not random."""
     if tensor.numel() < FEWEST or not geometry.fan_in_axes or not geometry.fan_out_axes:
         return None
-    order = (*geometry.fan_out_axes, *geometry.fan_in_axes)
-    if sorted(order) != list(range(tensor.dim())):
+    axis_order = (*geometry.fan_out_axes, *geometry.fan_in_axes)
+    if sorted(axis_order) != list(range(tensor.dim())):
         return None
-    matrix = tensor.permute(order).reshape(geometry.fan_out, geometry.fan_in)
+    matrix = tensor.permute(axis_order).reshape(geometry.fan_out, geometry.fan_in)
     rows, columns = (_some(size, matrix.device) for size in matrix.shape)
     # A grid of at most 1024 x 1024 entries: the marks do not need all of them, and large weights are slow.
     matrix = matrix[rows][:, columns].float()
@@ -117,12 +117,12 @@ def _follows_no_law(matrix: Tensor) -> bool:
     """Compare the distribution of the entries with the laws that code draws from (Kolmogorov, Smirnov)."""
     values = matrix[matrix != 0]  # sparse weights are zero at the others
     values = ((values - values.mean()) / values.std()).sort().values
-    steps = torch.arange(1, len(values) + 1, device=values.device) / len(values)
+    empirical = torch.arange(1, len(values) + 1, device=values.device) / len(values)
     distances = []
     # Flat, normal, and normals cut off at one, two and three standard deviations.
     for law in (_flat, torch.special.ndtr, *map(_cut, (1.0, 2.0, 3.0))):
         expected = law(values)
-        distances.append((steps - expected).abs().max().item())
+        distances.append((empirical - expected).abs().max().item())
     # For draws of the law itself, the distance falls like one over the root of the number of entries.
     return min(distances) > KOLMOGOROV / sqrt(len(values)) + 0.01
 

@@ -34,12 +34,12 @@ def by_pattern(rows: Mapping[str, Row]) -> dict[str, Row]:
     Args:
         rows: Values by qualified name.
     """
-    alike: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name in rows:
         # layers.0.mlp.weight and layers.7.mlp.weight fall under layers.<number>.mlp.weight.
-        alike.setdefault(_pattern(name), []).append(name)
+        names_of.setdefault(_pattern(name), []).append(name)
     merged: dict[str, Row] = {}
-    for pattern, names in alike.items():
+    for pattern, names in names_of.items():
         if _equal(rows[name] for name in names):
             merged[pattern] = rows[names[0]]
         else:  # such as blocks of which the first is wider

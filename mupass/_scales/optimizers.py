@@ -374,7 +374,9 @@ class OptimizerSpec:
                     f"the alignment exponent of {parameter} must be from 1/2 to 1, not {exponent!r}"
                 )
         if self.alignment and "alignment" not in self.row.options:
-            aligned = [known.name for known in OPTIMIZERS.values() if "alignment" in known.options]
+            aligned = [
+                candidate.name for candidate in OPTIMIZERS.values() if "alignment" in candidate.options
+            ]
             raise PlanError(f"alignment= has rows for {', '.join(aligned)}, not for {self.name}")
 
     def _fix_powers(self) -> None:

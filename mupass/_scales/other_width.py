@@ -37,26 +37,28 @@ def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     refuse([*plan.other_names(model), *_axis_faults(plan, shapes)])
     ratios = _ratios(plan, shapes)
-    found = []
+    geometries = []
     for entry in plan.entries:
-        old = entry.geometry
+        planned = entry.geometry
         # Fusions and groups hold sizes, which follow from the new ones.
-        fusions = tuple(_fused_again(old, fusion, shapes[old.name], ratios) for fusion in old.fusions)
-        sites = tuple(_grouped_again(old, site, shapes[old.name]) for site in old.sites)
-        found.append(replace(old, shape=shapes[old.name], fusions=fusions, sites=sites))
-    by_name = {geometry.name: geometry for geometry in found}
-    for number, geometry in enumerate(found):
+        fusions = tuple(
+            _fused_again(planned, fusion, shapes[planned.name], ratios) for fusion in planned.fusions
+        )
+        sites = tuple(_grouped_again(planned, site, shapes[planned.name]) for site in planned.sites)
+        geometries.append(replace(planned, shape=shapes[planned.name], fusions=fusions, sites=sites))
+    by_name = {geometry.name: geometry for geometry in geometries}
+    for number, geometry in enumerate(geometries):
         # The length of a readout under weight norm follows the readout's fan_in.
         direction = by_name.get(geometry.direction)
         if direction is not None and direction.role == "output":
-            found[number] = replace(geometry, m_direction=direction.m_in)
-    return found, _width(plan, shapes, ratios)
+            geometries[number] = replace(geometry, m_direction=direction.m_in)
+    return geometries, _width(plan, shapes, ratios)
 
 
 def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:
     """Say which axes cannot have the sizes that they have."""
     faults = []
-    known: dict[tuple[str, int], tuple[int, str]] = {}  # dimension -> its size, and where it was met
+    size_of: dict[tuple[str, int], tuple[int, str]] = {}  # dimension -> its size, and where it was met
     for entry in plan.entries:
         geometry = entry.geometry
         shape = shapes.get(geometry.name)
@@ -66,16 +68,16 @@ def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:
             faults.append(f"{geometry.name}: planned with {len(geometry.shape)} axes, has {len(shape)}")
             continue
         # A growing axis may have any size, as long as all axes of its dimension have the same one.
-        for axis, (size, old) in enumerate(zip(shape, geometry.shape, strict=True)):
-            place = f"{geometry.name}:{axis}"
+        for axis, (size, planned_size) in enumerate(zip(shape, geometry.shape, strict=True)):
+            location = f"{geometry.name}:{axis}"
             if not geometry.infinite[axis]:
-                if size != old:
-                    faults.append(f"{place}: planned as fixed at {old}, has {size}")
+                if size != planned_size:
+                    faults.append(f"{location}: planned as fixed at {planned_size}, has {size}")
                 continue
             name = geometry.dims[axis]
-            first, where = known.setdefault((name, old), (size, place))
-            if size != first:
-                faults.append(f"{place}: {name} is {size} here and {first} in {where}")
+            first_size, first_location = size_of.setdefault((name, planned_size), (size, location))
+            if size != first_size:
+                faults.append(f"{location}: {name} is {size} here and {first_size} in {first_location}")
     return faults
 
 
@@ -84,10 +86,10 @@ def _ratios(plan: Plan, shapes: Shapes) -> Counter[float]:
     ratios: Counter[float] = Counter()
     for entry in plan.entries:
         geometry = entry.geometry
-        for axis, old in enumerate(geometry.shape):
+        for axis, planned_size in enumerate(geometry.shape):
             # width + 2*16: a sum of which a part is fixed
-            if geometry.infinite[axis] and old and "+" not in geometry.dims[axis]:
-                ratios[shapes[geometry.name][axis] / old] += 1
+            if geometry.infinite[axis] and planned_size and "+" not in geometry.dims[axis]:
+                ratios[shapes[geometry.name][axis] / planned_size] += 1
     return ratios
 
 
@@ -96,8 +98,8 @@ def _width(plan: Plan, shapes: Shapes, ratios: Counter[float]) -> int:
     sizes: Counter[int] = Counter()
     for entry in plan.entries:
         geometry = entry.geometry
-        for axis, old in enumerate(geometry.shape):
-            if geometry.infinite[axis] and old == plan.width:
+        for axis, planned_size in enumerate(geometry.shape):
+            if geometry.infinite[axis] and planned_size == plan.width:
                 sizes[shapes[geometry.name][axis]] += 1
     # The dimension that named the width tells it; else the most frequent ratio does.
     if sizes:
@@ -116,21 +118,21 @@ def _fused_again(
     size = shape[fusion.axis]
     if size == geometry.shape[fusion.axis]:
         return fusion
-    where = f"{geometry.name}:{fusion.axis}, which holds {len(fusion.sizes)} matrices"
-    grown = [place for place, grows in enumerate(fusion.grows) if grows]
-    if len(grown) != 1 or not fusion.part_grows:
-        raise PlanError(f"{where}: a plan does not tell which of its factors grew; give base= instead")
-    (place,) = grown
+    location = f"{geometry.name}:{fusion.axis}, which holds {len(fusion.sizes)} matrices"
+    growing = [position for position, grows in enumerate(fusion.grows) if grows]
+    if len(growing) != 1 or not fusion.part_grows:
+        raise PlanError(f"{location}: a plan does not tell which of its factors grew; give base= instead")
+    (position,) = growing
     # [3, heads, head_dim] with the new number of heads: what does not grow divides the axis.
-    others = prod(n for number, n in enumerate(fusion.view) if number != place)
-    new, rest = divmod(size, others)
-    view = (*fusion.view[:place], new, *fusion.view[place + 1 :])
+    others = prod(factor for number, factor in enumerate(fusion.view) if number != position)
+    new_size, remainder = divmod(size, others)
+    view = (*fusion.view[:position], new_size, *fusion.view[position + 1 :])
     sizes = fusion.sizes
     # cat([q, k, v]) along the axis that grew: each part grew with it.
-    if place == fusion.along:
-        sizes = _parts(fusion, new, len(ratios) == 1)
-    if rest or not sizes:
-        raise PlanError(f"{where}: {size} cannot be divided among them by the plan; give base= instead")
+    if position == fusion.along:
+        sizes = _parts(fusion, new_size, len(ratios) == 1)
+    if remainder or not sizes:
+        raise PlanError(f"{location}: {size} cannot be divided among them by the plan; give base= instead")
     return replace(fusion, view=view, sizes=sizes)
 
 
@@ -143,8 +145,8 @@ def _grouped_again(geometry: Geometry, site: Site, shape: tuple[int, ...]) -> Si
     # A kernel [out, in / groups, ...] whose second axis is fixed has more groups, not larger ones.
     if site.groups == 1 or geometry.infinite[1]:
         return site
-    groups, rest = divmod(site.groups * shape[0], geometry.shape[0])
-    if rest:
+    groups, remainder = divmod(site.groups * shape[0], geometry.shape[0])
+    if remainder:
         raise PlanError(
             f"{geometry.name}: {shape[0]} outputs cannot be divided among groups by the plan, which has "
             f"{site.groups} for {geometry.shape[0]}; give base= instead"
@@ -160,16 +162,16 @@ def _parts(fusion: Fusion, whole: int, by_one_ratio: bool) -> tuple[int, ...]:
         whole: Their length together.
         by_one_ratio: Whether all of the model grew by one ratio.
     """
-    grown = [size for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True) if grows]
-    fixed = sum(fusion.sizes) - sum(grown)
+    growing = [size for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True) if grows]
+    fixed = sum(fusion.sizes) - sum(growing)
     # Queries may have grown otherwise than keys and values.
-    if len(set(grown)) > 1 and not by_one_ratio:
+    if len(set(growing)) > 1 and not by_one_ratio:
         return ()
     sizes = []
     for size, grows in zip(fusion.sizes, fusion.part_grows, strict=True):
         # A part that grows takes its share of what is left by the fixed ones.
-        new, rest = divmod(size * (whole - fixed), sum(grown)) if grows else (size, 0)
-        if rest or new <= 0:
+        new_size, remainder = divmod(size * (whole - fixed), sum(growing)) if grows else (size, 0)
+        if remainder or new_size <= 0:
             return ()
-        sizes.append(new)
+        sizes.append(new_size)
     return tuple(sizes)

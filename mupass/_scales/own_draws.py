@@ -42,19 +42,19 @@ def own_draws(model: nn.Module) -> Mapping[str, Draw]:
     Args:
         model: A model whose parameters are all on the meta device; it is not changed.
     """
-    if not all(p.is_meta for p in model.parameters()):
+    if not all(parameter.is_meta for parameter in model.parameters()):
         return {}
-    copy = deepcopy(model)
+    hollow_copy = deepcopy(model)
     # Random state is left as it was, though only meta tensors are drawn.
     with _Recorder() as recorder, recorder.cut_normals(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for module, code in _own_code(copy):
+        for module, code in _own_code(hollow_copy):
             try:
                 code()
             except Exception:  # code of others, which is only asked: what it left half done is not known
                 recorder.laws.update(dict.fromkeys(map(_key, module.parameters())))
-    keys = {name: _key(p) for name, p in copy.named_parameters()}
-    found = {name: recorder.laws.get(key) for name, key in keys.items()}
-    return {name: law for name, law in found.items() if law is not None}
+    memory_of = {name: _key(parameter) for name, parameter in hollow_copy.named_parameters()}
+    laws = {name: recorder.laws.get(key) for name, key in memory_of.items()}
+    return {name: law for name, law in laws.items() if law is not None}
 
 
 def _own_code(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
@@ -69,13 +69,13 @@ def _own_code(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]
     # Hugging Face's _init_weights(module) of the nearest model around each module.
     owners = {path: module for path, module in modules if callable(getattr(module, "_init_weights", None))}
     for path, module in modules:
-        owner = next((owners[p] for p in _upward(path) if p in owners), None)
+        owner = next((owners[outer_path] for outer_path in _upward(path) if outer_path in owners), None)
         if owner is not None:
             yield module, partial(owner._init_weights, module)
     # init_weights() of the whole model; that of Hugging Face (with a config) does more than draw.
-    whole: Any = getattr(model, "init_weights", None)
-    if callable(whole) and not hasattr(model, "config"):
-        yield model, whole
+    model_code: Any = getattr(model, "init_weights", None)
+    if callable(model_code) and not hasattr(model, "config"):
+        yield model, model_code
 
 
 def _upward(path: str) -> Iterator[str]:
@@ -117,10 +117,10 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         target = args[0] if args else None
         if isinstance(target, Tensor) and target.is_meta and name.endswith("_") and not name.endswith("__"):
-            key, part = _key(target), target.nbytes < target.untyped_storage().nbytes()
-            if part and name not in ("zero_", "fill_"):  # a part of zeros is padding
+            key, is_part = _key(target), target.nbytes < target.untyped_storage().nbytes()
+            if is_part and name not in ("zero_", "fill_"):  # a part of zeros is padding
                 self.laws[key] = None
-            elif not part:
+            elif not is_part:
                 self.laws[key] = self._after(name, self.laws.get(key), args[1:], kwargs)
         return func(*args, **kwargs)
 
@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
         Yields:
             Nothing.
         """
-        known = getattr(nn.init, "_no_grad_trunc_normal_", None)
+        original = getattr(nn.init, "_no_grad_trunc_normal_", None)
 
         def note(
             tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
@@ -141,14 +141,14 @@ class _Recorder(TorchDispatchMode):
                 self.laws[_key(tensor)] = Draw(std * _cut_normal(min(-low, high)))
             return tensor
 
-        if known is None:  # a torch that draws it by operators
+        if original is None:  # a torch that draws it by operators
             yield
             return
         nn.init._no_grad_trunc_normal_ = note  # type: ignore[assignment]
         try:
             yield
         finally:
-            nn.init._no_grad_trunc_normal_ = known
+            nn.init._no_grad_trunc_normal_ = original
 
     def _after(
         self, name: str, law: Draw | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -91,8 +91,8 @@ class Plan:
         """
         if name in self._index:
             return self._index[name]
-        near = get_close_matches(name, list(self._index), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
+        similar = get_close_matches(name, list(self._index), n=3)
+        hint = f"; near: {', '.join(similar)}" if similar else ""
         raise PlanError(f"the plan has no parameter {name!r}{hint}")
 
     def __iter__(self) -> Iterator[str]:
@@ -109,17 +109,17 @@ class Plan:
 
     @cached_property
     def _index(self) -> dict[str, Entry]:
-        found: dict[str, Entry] = {}
+        entry_of: dict[str, Entry] = {}
         for entry in self.entries:
-            found.update(dict.fromkeys((entry.geometry.name, *entry.geometry.aliases), entry))
-        return found
+            entry_of.update(dict.fromkeys((entry.geometry.name, *entry.geometry.aliases), entry))
+        return entry_of
 
     def __str__(self) -> str:
         """Return the table of all parameters."""
         rates = {}
         # Until an optimizer is decided, the rates of the usual ones stand beside each other.
         if not self.decided:
-            shown = [name for name, known in OPTIMIZERS.items() if known.in_summary]
+            shown = [name for name, known_row in OPTIMIZERS.items() if known_row.in_summary]
             rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in shown}
         return table(
             self.entries,
@@ -159,8 +159,8 @@ class Plan:
         if spec == self.optimizer:
             return self if self.decided else replace(self, decided=True)
         entries = tuple(
-            replace(e, scales=entry_scales(e.geometry, spec, self.parameterization, self.trained))
-            for e in self.entries
+            replace(entry, scales=entry_scales(entry.geometry, spec, self.parameterization, self.trained))
+            for entry in self.entries
         )
         return replace(self, optimizer=spec, entries=entries, decided=True)
 
@@ -173,7 +173,7 @@ class Plan:
         Raises:
             PlanError: A name, a shape or a tie differs.
         """
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         faults = []
         for entry in self.entries:
             name, shape = entry.geometry.name, entry.geometry.shape
@@ -297,12 +297,12 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
             "mupass.KFAC(model, lr=0.1), not mupass.KFAC(model.parameters(), lr=0.1)"
         )
     # vars, not getattr: OptimizedModule forwards attribute reads and would pose as the root.
-    found = [(m, vars(m)[ATTRIBUTE]) for m in model.modules() if ATTRIBUTE in vars(m)]
-    if not found:
+    planned = [(module, vars(module)[ATTRIBUTE]) for module in model.modules() if ATTRIBUTE in vars(module)]
+    if not planned:
         raise PlanError("the model carries no plan; call mupass.transform(model, ...) first")
-    if len(found) > 1:
+    if len(planned) > 1:
         raise PlanError("the model holds several transformed models; give them one by one")
-    return found[0]
+    return planned[0]
 
 
 def refuse(faults: Sequence[str]) -> None:

@@ -301,13 +301,13 @@ def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) ->
         beta: Readout power of the parameterization.
     """
     step = optimizer.step
-    terms = {"full": 1.0, "none": 0.5}.get(optimizer.alignment or "")
-    if terms is None:  # measured, at least of some
-        terms = dict(optimizer.exponents).get(geometry.name, 1.0)
+    exponent = {"full": 1.0, "none": 0.5}.get(optimizer.alignment or "")
+    if exponent is None:  # measured, at least of some
+        exponent = dict(optimizer.exponents).get(geometry.name, 1.0)
     # Gradients below SGD's readout are made of its weights, which must not outgrow their start.
     if step.gradient_power and geometry.role == "output":
-        terms = max(terms, beta)
-    p_in, p_out = -terms, beta * step.gradient_power
+        exponent = max(exponent, beta)
+    p_in, p_out = -exponent, beta * step.gradient_power
     # h stands once in dW h, and once more in SGD's gradient.
     p_given = -1 - step.gradient_power
     if step.relative:

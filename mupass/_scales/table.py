@@ -40,27 +40,27 @@ def formula(
         The formula and its value; ``1`` where nothing depends on width.
     """
     p_in, p_out = exponents
-    held = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
-    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * held
-    shown = {}
+    folded_factor = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
+    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * folded_factor
+    power_of = {}
     # A finite fan has the factor 1, and no place in the formula.
     if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
-        shown["m_out"] = p_out
+        power_of["m_out"] = p_out
     if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
-        shown["m_in"] = p_in
+        power_of["m_in"] = p_in
     if geometry.depth != 1:
-        shown["L"] = depth
-    above = [_with_power(symbol, power) for symbol, power in shown.items() if power > 0]
-    below = [_with_power(symbol, -power) for symbol, power in shown.items() if power < 0]
-    if held != 1:
-        above.append(f"{held:.4g}")
-    if not above and not below:
+        power_of["L"] = depth
+    numerator = [_with_power(symbol, power) for symbol, power in power_of.items() if power > 0]
+    denominator = [_with_power(symbol, -power) for symbol, power in power_of.items() if power < 0]
+    if folded_factor != 1:
+        numerator.append(f"{folded_factor:.4g}")
+    if not numerator and not denominator:
         return f"{value:.4g}"
-    quotient = " ".join(above) or "1"
-    if len(below) > 1:
-        quotient += f"/({' '.join(below)})"
-    elif below:
-        quotient += f"/{below[0]}"
+    quotient = " ".join(numerator) or "1"
+    if len(denominator) > 1:
+        quotient += f"/({' '.join(denominator)})"
+    elif denominator:
+        quotient += f"/{denominator[0]}"
     return f"{quotient} = {value:.4g}"
 
 
@@ -96,11 +96,11 @@ def table(
         Several lines without a newline at the end.
     """
     columns = {} if rates else optimizer.row.columns
-    tied = any(entry.geometry.readout_uses for entry in entries)
+    has_tied = any(entry.geometry.readout_uses for entry in entries)
     # Only a tied embedding has a forward multiplier.
-    multiplier = ["multiplier"] if tied else []
-    shown = [f"lr {name}" for name in rates]
-    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *shown]
+    multiplier = ["multiplier"] if has_tied else []
+    rate_columns = [f"lr {name}" for name in rates]
+    head = ["parameter", "role", "shape", "dims", "init", *columns.values(), *multiplier, *rate_columns]
     scales = [*columns, *multiplier]
     rows = [head]
     for number, entry in enumerate(entries):
@@ -150,33 +150,33 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
     Returns:
         Several lines without a newline at the end.
     """
-    g = entry.geometry
-    lines = [f"{g.name}: {g.role}, shape {_shape(g)} ({', '.join(g.dims)})"]
-    lines += [f"  also known as {alias}" for alias in g.aliases]
-    lines += ["evidence", *(f"  {fact}" for fact in g.evidence)]
-    note = {use: ", as a readout: takes the multiplier" for use in g.readout_uses}
-    lines += ["uses", *(f"  {_use(use)}{note.get(use, '')}" for use in g.uses)]
+    geometry = entry.geometry
+    lines = [f"{geometry.name}: {geometry.role}, shape {_shape(geometry)} ({', '.join(geometry.dims)})"]
+    lines += [f"  also known as {alias}" for alias in geometry.aliases]
+    lines += ["evidence", *(f"  {fact}" for fact in geometry.evidence)]
+    note = {use: ", as a readout: takes the multiplier" for use in geometry.readout_uses}
+    lines += ["uses", *(f"  {_use(use)}{note.get(use, '')}" for use in geometry.uses)]
     lines += [
         "fans",
-        f"  m_in  = {_fan(g, g.fan_in_axes)} = {g.m_in:.4g}",
-        f"  m_out = {_fan(g, g.fan_out_axes)} = {g.m_out:.4g}",
+        f"  m_in  = {_fan(geometry, geometry.fan_in_axes)} = {geometry.m_in:.4g}",
+        f"  m_out = {_fan(geometry, geometry.fan_out_axes)} = {geometry.m_out:.4g}",
         f"initialization: {entry.init_law}",
         f"  {_std(entry)}; the tensor is multiplied by {entry.init_factor:.4g}",
         f"scales of {parameterization} for {optimizer}",
     ]
-    exponents = powers(g, optimizer, parameterization)
+    exponents = powers(geometry, optimizer, parameterization)
     depths = depth_powers(optimizer, parameterization)
-    multiplier = ["multiplier"] if g.readout_uses else []
+    multiplier = ["multiplier"] if geometry.readout_uses else []
     shown = ["init", *multiplier, *optimizer.row.columns, "weight_decay"]
     sources = SOURCES
     if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
-    held = folded_powers(optimizer)
-    none = (0.0, 0.0)
+    folded_power = folded_powers(optimizer)
+    no_power = (0.0, 0.0)
     cells = [
         [
             "  " + name,
-            formula(exponents[name], g, depths.get(name, 0), held.get(name, none)),
+            formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power)),
             f"[{sources[name]}]",
         ]
         for name in shown
@@ -186,16 +186,19 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
 
 
 def _cells(entry: Entry, optimizer: OptimizerSpec, parameterization: str, scales: Sequence[str]) -> list[str]:
-    g = entry.geometry
+    geometry = entry.geometry
     init = f"{_std(entry)}, {entry.init_law}" if entry.init_std is not None else entry.init_law
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
-    start = [g.name, g.role, _shape(g), ", ".join(g.dims), init]
-    exponents = powers(g, optimizer, parameterization)
+    first_cells = [geometry.name, geometry.role, _shape(geometry), ", ".join(geometry.dims), init]
+    exponents = powers(geometry, optimizer, parameterization)
     depths = depth_powers(optimizer, parameterization)
-    held = folded_powers(optimizer)
-    none = (0.0, 0.0)
-    return start + [formula(exponents[n], g, depths.get(n, 0), held.get(n, none)) for n in scales]
+    folded_power = folded_powers(optimizer)
+    no_power = (0.0, 0.0)
+    return first_cells + [
+        formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power))
+        for name in scales
+    ]
 
 
 def _shape(g: Geometry) -> str:

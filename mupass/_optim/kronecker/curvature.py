@@ -60,8 +60,8 @@ class Curvature:
         Args:
             bases: Tap -> basis of its input, then of the output of every matrix.
         """
-        for place, own in bases.items():
-            self.taps[place].rescale(own)
+        for place, tap_bases in bases.items():
+            self.taps[place].rescale(tap_bases)
 
     def collect(self, on: bool) -> None:
         """Collect factors in the passes that follow, or stop.
@@ -208,21 +208,21 @@ class Curvature:
             message += [moments.flatten(1) for moments in raw.moments]
         # Taken apart below in the order in which it was put together.
         *parts, counts = sum_over_ranks([*message, counts])
-        rest = iter(parts)
-        found: dict[Place, Sums] = {}
+        received = iter(parts)
+        summed: dict[Place, Sums] = {}
         for place, raw in sums.items():
-            a = raw.a
-            if a is not None and place not in copies:
-                a = next(rest)
-            b = tuple(None if matrix is None else next(rest) for matrix in raw.b)
-            own_rows = next(rest)
-            moments = tuple(next(rest).view_as(like) for like in raw.moments)
-            found[place] = Sums(a, b, own_rows, moments)
+            input_factor = raw.a
+            if input_factor is not None and place not in copies:
+                input_factor = next(received)
+            output_factors = tuple(None if matrix is None else next(received) for matrix in raw.b)
+            own_rows = next(received)
+            moments = tuple(next(received).view_as(like) for like in raw.moments)
+            summed[place] = Sums(input_factor, output_factors, own_rows, moments)
         # What was left out of the message is a copy of what was sent for the other tap.
         for place, other in copies.items():
-            found[place] = found[place]._replace(a=found[other].a.clone())  # type: ignore[union-attr]
+            summed[place] = summed[place]._replace(a=summed[other].a.clone())  # type: ignore[union-attr]
         all_terms, *dropped_by_all = counts.unbind()
-        return found, all_terms, dict(zip(sums, dropped_by_all, strict=True))
+        return summed, all_terms, dict(zip(sums, dropped_by_all, strict=True))
 
     def _count_terms(self) -> Tensor:
         """Return the number of loss terms of this rank: told, or counted."""
@@ -262,10 +262,10 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
         factor: Where it comes from.
         taken: Result of `Curvature.take`.
     """
-    raw = [taken[place] for place in factor.places if place in taken]
+    taken_sums = [taken[place] for place in factor.places if place in taken]
     if factor.side == "b":
-        return _observed_output(factor, raw)
-    inputs = [(sums.a, sums.rows) for sums in raw if sums.a is not None]
+        return _observed_output(factor, taken_sums)
+    inputs = [(sums.a, sums.rows) for sums in taken_sums if sums.a is not None]
     if not inputs:
         return None
     if len(inputs) == 1:
@@ -273,20 +273,20 @@ def observed(factor: Factor, taken: Mapping[Place, Sums]) -> Observation | None:
         return mean, rows
     # The mean over the rows of all taps.
     rows = _sum([rows for _, rows in inputs])
-    total = _sum([mean * by_group(own, mean) for mean, own in inputs])
+    total = _sum([mean * by_group(own_rows, mean) for mean, own_rows in inputs])
     return total / by_group(rows, total).clamp(min=1), rows
 
 
 def _observed_output(factor: Factor, raw: Sequence[Sums]) -> Observation | None:
     """Return a factor B: the sum over taps, since each loss term has gradients at all of them."""
-    found = []
+    matrices = []
     for sums in raw:
         matrix = sums.b[factor.piece]
         if matrix is not None:
-            found.append(matrix)
-    if not found:
+            matrices.append(matrix)
+    if not matrices:
         return None
-    total = _sum(found)
+    total = _sum(matrices)
     if factor.scale != 1:
         total = total * factor.scale
     return total, _rows(raw)
@@ -299,10 +299,10 @@ def observed_moments(factor: Factor, taken: Mapping[Place, Sums]) -> Observation
         factor: Output factor of their matrix, which knows its taps.
         taken: Result of `Curvature.take`.
     """
-    raw = [taken[place] for place in factor.places if place in taken]
-    if not raw:
+    taken_sums = [taken[place] for place in factor.places if place in taken]
+    if not taken_sums:
         return None
-    return _sum([sums.moments[factor.piece] for sums in raw]), _rows(raw)
+    return _sum([sums.moments[factor.piece] for sums in taken_sums]), _rows(taken_sums)
 
 
 def _rows(raw: Sequence[Sums]) -> Tensor:
@@ -365,7 +365,7 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list[Tensor]]:
     """Return tap -> the parameters whose factors it adds to."""
-    found: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
+    readers_of: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
     for block in cover.blocks:
         factors = [*block.a, *block.b]
         if block.tied:
@@ -375,8 +375,8 @@ def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list
         for factor in factors:
             places.update(dict.fromkeys(factor.places))
         for place in places:
-            found[place].append(parameters[block.parameter])
-    return found
+            readers_of[place].append(parameters[block.parameter])
+    return readers_of
 
 
 def _tap(root: nn.Module, place: Place) -> Tap:

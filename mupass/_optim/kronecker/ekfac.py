@@ -59,25 +59,25 @@ class EigenStack(FactorStack):
             slots: Those to decompose.
             relative: Whether damping is relative to each factor's largest eigenvalue.
         """
-        state, at = self.state, self._begin(slots)
-        factors = self.value(at)
+        state, indices = self.state, self._begin(slots)
+        factors = self.value(indices)
         # A factor with NaN would stop the decomposition of all: it counts as zero, and its result is dropped.
         finite = factors.isfinite().flatten(1).all(1)
         values, vectors, found = eigenbases(torch.where(finite[:, None, None], factors, 0.0))
-        done = found & finite
-        self.failed[at] += ~done
-        old_vectors = state["vectors"][at]
-        vectors = torch.where(done[:, None, None], vectors, old_vectors)
-        values = torch.where(done[:, None], values.clamp(min=0), state["values"][at])
-        rho = damping[at]
+        succeeded = found & finite
+        self.failed[indices] += ~succeeded
+        old_vectors = state["vectors"][indices]
+        vectors = torch.where(succeeded[:, None, None], vectors, old_vectors)
+        values = torch.where(succeeded[:, None], values.clamp(min=0), state["values"][indices])
+        rho = damping[indices]
         if relative:
             rho = rho * values.amax(-1)
-        state["vectors"][at], state["values"][at] = vectors, values
-        state["rho"][at] = torch.where(done, rho, state["rho"][at])
+        state["vectors"][indices], state["values"][indices] = vectors, values
+        state["rho"][indices] = torch.where(succeeded, rho, state["rho"][indices])
         # Entry ij: the part of the old axis j in the new axis i. A basis that stays turns nothing.
         mixing = (vectors.mT @ old_vectors).square()
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        mixing = torch.where(done[:, None, None], mixing, eye)
+        mixing = torch.where(succeeded[:, None, None], mixing, eye)
         self.turned = dict(zip(slots, mixing, strict=True))
 
     def root(self, at: Slots, grown: Tensor, power: float) -> Root:
@@ -140,17 +140,17 @@ class Moments:
     def _decomposed(self, pair: Pair, name: str) -> list[Tensor]:
         """Return ``vectors``, ``values`` or ``rho`` of the output and of the input factor."""
         sides = self._sides(pair)
-        return [bank.state[name][first : first + count] for bank, first, count in sides]
+        return [eigen_stack.state[name][first : first + count] for eigen_stack, first, count in sides]
 
     def bases(self) -> dict[Place, tuple[Tensor, ...]]:
         """Return the bases that every tap needs, views into the banks: the input's, then every output's."""
-        found: dict[Place, tuple[Tensor, ...]] = {}
+        bases_of: dict[Place, tuple[Tensor, ...]] = {}
         # A tap's outputs are in the order of their pieces.
         for pair in sorted(self.pairs.values(), key=lambda pair: pair.block.b[pair.piece].piece):
             basis_b, basis_a = self._decomposed(pair, "vectors")
             for place in pair.block.b[pair.piece].places:
-                found[place] = (*found.get(place, (basis_a,)), basis_b)
-        return found
+                bases_of[place] = (*bases_of.get(place, (basis_a,)), basis_b)
+        return bases_of
 
     def average(self, taken: Mapping[Place, Sums], decay: float, ok: Tensor) -> None:
         """Add the moments of one step; those of pairs that have no basis yet mean nothing.
@@ -164,17 +164,19 @@ class Moments:
             observation = observed_moments(pair.block.b[pair.piece], taken)
             if observation is None:
                 continue
-            new, rows = observation
+            moment, rows = observation
             total, weight = self.state[name]["sum"], self.state[name]["weight"]
             # They are not negative: what is not finite is so in the sum.
-            finite = new.sum((1, 2)).isfinite()
-            there = (rows.reshape(()) > 0) & ok
-            self.overflowed[name] += (~finite & there).any()
+            finite = moment.sum((1, 2)).isfinite()
+            was_observed = (rows.reshape(()) > 0) & ok
+            self.overflowed[name] += (~finite & was_observed).any()
             # A moment starts in `follow`, when both bases are there.
-            counts = finite & there
-            fresh = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
-            total.lerp_(torch.where(counts[:, None, None], new, 0.0).to(total.dtype), fresh[:, None, None])
-            weight.lerp_(torch.ones_like(weight), fresh)
+            counts = finite & was_observed
+            new_weight = torch.where(counts & (weight > 0), 1 - decay, 0.0).to(weight.dtype)
+            total.lerp_(
+                torch.where(counts[:, None, None], moment, 0.0).to(total.dtype), new_weight[:, None, None]
+            )
+            weight.lerp_(torch.ones_like(weight), new_weight)
 
     def follow(self) -> None:
         """Go over to the bases that the banks have turned to, and start what has both bases now."""
@@ -185,9 +187,9 @@ class Moments:
             _turn(total, side_a, left=False)
             values_b, values_a = self._decomposed(pair, "values")
             # Start as S_ij = b_i a_j, with the weight of the average of B.
-            bank, first, count = side_b
+            stack_b, first, count = side_b
             start = (weight == 0) & (values_b[:, -1] > 0) & (values_a[:, -1] > 0)
-            weight_b = torch.where(start, bank.state["weight"][first : first + count], weight)
+            weight_b = torch.where(start, stack_b.state["weight"][first : first + count], weight)
             product = values_b[:, :, None] * values_a[:, None, :] * weight_b[:, None, None]
             total.copy_(torch.where(start[:, None, None], product, total))
             weight.copy_(weight_b)
@@ -254,10 +256,10 @@ class Moments:
             pair: One of the pairs.
             direction: ``[groups, out, in]``.
         """
-        _, (bank, first, count) = self._sides(pair)
-        if not bank.is_fresh(first, count):
+        _, (stack_a, first, count) = self._sides(pair)
+        if not stack_a.is_fresh(first, count):
             # A has changed since it was decomposed: multiply by it.
-            product = times(direction, bank.value(slice(first, first + count)), False)
+            product = times(direction, stack_a.value(slice(first, first + count)), False)
             return (direction * product).sum((1, 2)).clamp(min=0.0)
         # In the basis of A, A is the diagonal of its eigenvalues.
         _, vectors = self._decomposed(pair, "vectors")
@@ -267,9 +269,9 @@ class Moments:
 
 def _turn(total: Tensor, side: tuple[EigenStack, int, int], left: bool) -> None:
     """Mix the averages of every group by the turn of the basis on one side, in place."""
-    bank, first, count = side
+    eigen_stack, first, count = side
     for group in range(count):
-        mixing = bank.turned.get(first + group)
+        mixing = eigen_stack.turned.get(first + group)
         if mixing is None:
             continue
         # The turn acts on outputs from the left, and on inputs from the right.

@@ -81,14 +81,14 @@ def in_blocks(pair: Pair, shapes: Sequence[tuple[int, ...]], size: int, geometry
     matrices = pair.block.matrices
     # A side in blocks has as many of them as its factor says.
     sides = ((pair.inputs, matrices.in_axes), (pair.outputs, matrices.out_axes))
-    blocks, grown = [1, 1], [1.0, 1.0]
+    blocks, growths = [1, 1], [1.0, 1.0]
     for number, (width, axes) in enumerate(sides):
         shape = shapes[number]
         # [groups * blocks, n, n] with n below the width: a factor in blocks.
         if len(shape) == 3 and shape[1] < width:
             blocks[number] = shape[0] // pair.groups
-            grown[number] = growth(width, size, geometry, matrices, axes)
-    return replace(pair, blocks=(blocks[0], blocks[1]), growth=(grown[0], grown[1]))
+            growths[number] = growth(width, size, geometry, matrices, axes)
+    return replace(pair, blocks=(blocks[0], blocks[1]), growth=(growths[0], growths[1]))
 
 
 @dataclass(frozen=True)
@@ -185,20 +185,20 @@ def line_up(
         parameters: Parameters by name.
         scales: Width factors of each parameter.
     """
-    alike: dict[Any, list[Pair]] = defaultdict(list)
+    pairs_of: dict[Any, list[Pair]] = defaultdict(list)
     for pair in pairs:
         weight = parameters[pair.block.parameter]
-        alike[factor_dtype(weight), weight.device].append(pair)
-    found = []
-    for (dtype, device), own in alike.items():
+        pairs_of[factor_dtype(weight), weight.device].append(pair)
+    lineups = []
+    for (dtype, device), own_pairs in pairs_of.items():
         numbers = [i for i, bank in enumerate(banks) if (bank.dtype, bank.device) == (dtype, device)]
         like = torch.zeros((), dtype=dtype, device=device)
         slots: dict[Any, int] = {}
         for number in numbers:
             for key in banks[number].keys:
                 slots[key] = len(slots)
-        found.append(_line_up_alike(own, numbers, slots, scales, like))
-    return found
+        lineups.append(_line_up_alike(own_pairs, numbers, slots, scales, like))
+    return lineups
 
 
 def _line_up_alike(

@@ -103,13 +103,13 @@ class Kronecker:
         self.parameters = parameters
         self.slots: dict[str, Slot] = {}
         # Blocks of all ranks are named, so that all agree on who keeps what.
-        every = [(block, self._pairs(block, cover, entries[block.parameter])) for block in cover.blocks]
-        self.owner = _divide(every, self.slots, ranks.size)
+        all_blocks = [(block, self._pairs(block, cover, entries[block.parameter])) for block in cover.blocks]
+        self.owner = _divide(all_blocks, self.slots, ranks.size)
         if roots.ekfac:  # its taps need all bases on every rank
             self.owner = dict.fromkeys(self.owner, ranks.own)
         self.blocks: BlockPairs = []
         self.pairs: list[Pair] = []
-        for block, pairs in every:
+        for block, pairs in all_blocks:
             if self.owner[block.parameter] == ranks.own:
                 self.blocks.append((block, pairs))
                 self.pairs += pairs
@@ -121,7 +121,7 @@ class Kronecker:
         scales = {name: entry.scales for name, entry in entries.items()}
         self.phase = phases(self._all, self._remote, roots.stagger)
         self.lineups = line_up(self.pairs, self._all, parameters, scales)
-        self._damp_units(every)
+        self._damp_units(all_blocks)
         self._indices: dict[Any, Tensor] = {}  # slots that do not stand together, on their device
         self.seen: set[str] = set()  # slots with an observation
         self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
@@ -173,33 +173,33 @@ class Kronecker:
 
     def _stack_factors(self) -> None:
         """Make the banks of this rank, and the shapes of those of others."""
-        own = _slots_of(self.pairs)
-        self.banks = {side: self._make_banks(side, own) for side in "ab"}
+        own_slots = _slots_of(self.pairs)
+        self.banks = {side: self._make_banks(side, own_slots) for side in "ab"}
         self._all = [*self.banks["a"], *self.banks["b"]]
         self.at: dict[str, tuple[FactorStack, int, int]] = {}
-        for bank in self._all:
-            for name, _ in bank.keys:
-                self.at[name] = (bank, bank.slot[name, 0], self.slots[name].shape[0])
-        others, meta = self.slots.keys() - own, torch.device("meta")
-        self._remote = [*self._make_banks("a", others, meta), *self._make_banks("b", others, meta)]
+        for factor_stack in self._all:
+            for name, _ in factor_stack.keys:
+                self.at[name] = (factor_stack, factor_stack.slot[name, 0], self.slots[name].shape[0])
+        other_slots, meta = self.slots.keys() - own_slots, torch.device("meta")
+        self._remote = [*self._make_banks("a", other_slots, meta), *self._make_banks("b", other_slots, meta)]
 
     def _make_banks(
         self, side: str, names: set[str], device: torch.device | None = None
     ) -> list[FactorStack]:
         """Put factors of equal shape, precision and device together."""
-        alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
+        keys_of: dict[Any, list[tuple[str, int]]] = defaultdict(list)
         for name, slot in self.slots.items():
             if slot.factor.side == side and name in names:
                 weight = self.parameters[slot.block.parameter]
-                kind = (slot.shape[1:], factor_dtype(weight), device or weight.device)
+                stack_kind = (slot.shape[1:], factor_dtype(weight), device or weight.device)
                 # A slot is as many matrices as it has groups and blocks.
-                alike[kind] += [(name, number) for number in range(slot.shape[0])]
+                keys_of[stack_kind] += [(name, number) for number in range(slot.shape[0])]
         banks = []
-        for kind, keys in alike.items():
-            bank = self._bank_type
-            if self.roots.ekfac and len(kind[0]) > 1:  # diagonals need no eigenvectors
-                bank = EigenStack
-            banks.append(bank(keys, *kind))
+        for stack_kind, keys in keys_of.items():
+            stack_type = self._bank_type
+            if self.roots.ekfac and len(stack_kind[0]) > 1:  # diagonals need no eigenvectors
+                stack_type = EigenStack
+            banks.append(stack_type(keys, *stack_kind))
         return banks
 
     def _damp_units(self, every: BlockPairs) -> None:
@@ -234,14 +234,14 @@ class Kronecker:
         for name, observation in observations.items():
             by_bank[id(self.at[name][0])][name, 0] = observation
         counts = ok > 0
-        for bank in self._all:
-            bank.average(by_bank[id(bank)], decay, memory, counts.to(bank.device))
+        for factor_stack in self._all:
+            factor_stack.average(by_bank[id(factor_stack)], decay, memory, counts.to(factor_stack.device))
         self.moments.average(taken, decay, counts)
         self._find_largest()
 
     def _observations(self, taken: Mapping[Any, Sums]) -> dict[str, Observation]:
         """Return the factors of one step by slot, without those that no tap has seen."""
-        found: dict[str, Observation] = {}
+        observations: dict[str, Observation] = {}
         products: dict[str, tuple[tuple[Tensor, Tensor], Tensor] | None] = {}
         for name in self.at:
             slot = self.slots[name]
@@ -257,8 +257,8 @@ class Kronecker:
             else:
                 observation = observed(slot.factor, taken)
             if observation is not None:
-                found[name] = observation
-        return found
+                observations[name] = observation
+        return observations
 
     def _find_largest(self) -> None:
         """Find the largest trace of B, where damping has a floor relative to it."""
@@ -279,12 +279,15 @@ class Kronecker:
         """
         incidents: list[tuple[str, str]] = []
         counts: list[Tensor] = []
-        for bank in self._all:
+        for factor_stack in self._all:
             places = []
-            for name, _ in bank.keys:
+            for name, _ in factor_stack.keys:
                 slot = self.slots[name]
                 places.append(f"factor {slot.factor.side.upper()} of {slot.block.parameter}")
-            for kind, numbers in (("failed_roots", bank.failed), ("overflowed_factors", bank.overflowed)):
+            for kind, numbers in (
+                ("failed_roots", factor_stack.failed),
+                ("overflowed_factors", factor_stack.overflowed),
+            ):
                 incidents += [(kind, place) for place in places]
                 counts.append(_taken(numbers))
         self._vanished(incidents, counts)
@@ -295,15 +298,15 @@ class Kronecker:
 
     def excuse_vanished(self) -> None:
         """Count no factor B that has been zero so far as an incident."""
-        for bank in self.banks["b"]:
-            bank.vanished.zero_()
+        for factor_stack in self.banks["b"]:
+            factor_stack.vanished.zero_()
 
     def _vanished(self, incidents: list[tuple[str, str]], counts: list[Tensor]) -> None:
         """Add factors B that were zero in every observation."""
         named: set[tuple[Factor, int]] = set()
-        for bank in self.banks["b"]:
-            numbers = torch.split(_taken(bank.vanished), 1)
-            for (name, group), number in zip(bank.keys, numbers, strict=True):
+        for factor_stack in self.banks["b"]:
+            numbers = torch.split(_taken(factor_stack.vanished), 1)
+            for (name, group), number in zip(factor_stack.keys, numbers, strict=True):
                 slot = self.slots[name]
                 # Under pi-damping a bias has a copy of its weight's factor: it is named once.
                 if (slot.factor, group) in named:
@@ -330,15 +333,15 @@ class Kronecker:
         early = self.moved and step < period and step & (step - 1) == 0  # a power of two
         every_root = early or not self.rooted
         self.moved = False
-        found: dict[int, list[int]] = {}
+        due_slots: dict[int, list[int]] = {}
         for number, turns in enumerate(self.phase):
             for slot, turn in enumerate(turns):
                 # The first step of a period is left free: turns are dealt to the others.
                 if spare:
                     turn = turn % (period - 1) + 1
                 if every_root or (turn - step) % period == 0:
-                    found.setdefault(number, []).append(slot)
-        return found
+                    due_slots.setdefault(number, []).append(slot)
+        return due_slots
 
     def refresh(self, dampings: Mapping[str, float | Tensor], due: Mapping[int, Sequence[int]]) -> None:
         """Recompute inverse roots, those of a bank together.
@@ -363,10 +366,10 @@ class Kronecker:
         """Return the traces of all slots of a lineup; if remembered, of B the largest seen, which fades."""
         traces = []
         for number in lineup.banks:
-            bank = self._all[number]
+            factor_stack = self._all[number]
             # The memory is for B, which falls with the gradient; A does not.
             fades = remembered and self.roots.damping.memory > 0 and self._is_output(number)
-            traces.append(bank.remembered() if fades else bank.traces())
+            traces.append(factor_stack.remembered() if fades else factor_stack.traces())
         return torch.cat(traces)
 
     def _largest(self, lineup: Lineup) -> Tensor:
@@ -377,7 +380,7 @@ class Kronecker:
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
         settings = self.roots.damping
-        rho: list[Tensor] = [bank.state["weight"] for bank in self._all]
+        rho: list[Tensor] = [factor_stack.state["weight"] for factor_stack in self._all]
         for lineup in self.lineups:
             traces = self._traces(lineup, remembered=settings.mode in {"trace", "eigen"})
             largest = None
@@ -440,23 +443,23 @@ class Kronecker:
         """
         stacks: dict[tuple[str, int], Tensor] = {}
         for block, pairs in self.blocks:
-            grad = grads.get(block.parameter)
-            if grad is None:
+            gradient = grads.get(block.parameter)
+            if gradient is None:
                 continue
-            for pair, stack in zip(pairs, block.matrices.split(grad), strict=True):
+            for pair, stack in zip(pairs, block.matrices.split(gradient), strict=True):
                 # In the precision of the factors; a vector may have none.
                 slot = pair.b or pair.a
                 stacks[pair.name] = stack.to(self.at[slot][0].dtype) if slot else stack
-        found = self._apply_all(stacks)
+        applied = self._apply_all(stacks)
         directions, changes = {}, {}
         for block, pairs in self.blocks:
-            grad = grads.get(block.parameter)
-            if grad is None:
+            gradient = grads.get(block.parameter)
+            if gradient is None:
                 continue
-            parts = [found[pair.name][0] for pair in pairs]
-            joined = block.matrices.join(parts, grad)
-            directions[block.parameter] = joined.reshape(grad.shape).to(grad.dtype)
-            squares = [found[pair.name][1] for pair in pairs]
+            parts = [applied[pair.name][0] for pair in pairs]
+            joined = block.matrices.join(parts, gradient)
+            directions[block.parameter] = joined.reshape(gradient.shape).to(gradient.dtype)
+            squares = [applied[pair.name][1] for pair in pairs]
             known = [square for square in squares if square is not None]
             # Without an A of each piece the change of outputs is not known.
             if len(known) == len(squares):
@@ -492,8 +495,8 @@ class Kronecker:
         slot = pair.a if side == "a" else pair.b
         if not slot:
             return stack
-        bank, first, count = self.at[slot]
-        factor = bank.value(slice(first, first + count))
+        factor_stack, first, count = self.at[slot]
+        factor = factor_stack.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
     def _apply_all(self, stacks: Mapping[tuple[str, int], Tensor]) -> dict[tuple[str, int], Applied]:
@@ -502,8 +505,8 @@ class Kronecker:
         Args:
             stacks: Gradients ``[groups, out, in]``, in the precision of the factors.
         """
-        found: dict[tuple[str, int], Applied] = {}
-        alike: dict[Any, list[Pair]] = defaultdict(list)
+        applied: dict[tuple[str, int], Applied] = {}
+        pairs_of: dict[Any, list[Pair]] = defaultdict(list)
         longer = self._lengthenings()
         for pair in self.pairs:
             stack = stacks.get(pair.name)
@@ -513,18 +516,18 @@ class Kronecker:
                 direction = self.moments.direction(pair, stack)
                 if pair.name in longer:
                     direction = direction * longer[pair.name].view(-1, 1, 1)
-                found[pair.name] = direction, self.moments.output_change(pair, direction).sum()
+                applied[pair.name] = direction, self.moments.output_change(pair, direction).sum()
             else:
-                alike[self._kind(pair, stack)].append(pair)
+                pairs_of[self._kind(pair, stack)].append(pair)
         growths: Growths = {}
-        for pairs in alike.values():
+        for pairs in pairs_of.values():
             first = pairs[0]
             entries = first.groups * max(first.inputs, first.outputs) ** 2
             # As many matrices together as stay in a cache.
             at_once = max(1, IN_CACHE // entries)
             for start in range(0, len(pairs), at_once):
-                found.update(self._apply(pairs[start : start + at_once], stacks, growths, longer))
-        return found
+                applied.update(self._apply(pairs[start : start + at_once], stacks, growths, longer))
+        return applied
 
     def _kind(self, pair: Pair, stack: Tensor) -> Any:
         """Return what matrices must have in common to be multiplied together."""
@@ -543,25 +546,25 @@ class Kronecker:
         """Return the directions of matrices of one kind, and ``tr(D A D^T)`` where A is known."""
         power_a, power_b = self.roots.powers
         pair, groups = pairs[0], pairs[0].groups
-        stack = joined([stacks[one.name] for one in pairs])
+        stack = joined([stacks[member.name] for member in pairs])
         unit = None
         if not pair.block.a and power_a > 0:
-            unit = joined([self.unit_rho[one.name] for one in pairs])
+            unit = joined([self.unit_rho[member.name] for member in pairs])
         # Blocks make a step larger than a whole factor would: divided by their growth since the base width.
         shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
-        places_b = self._places([one.b for one in pairs])
-        places_a = self._places([one.a for one in pairs])
+        places_b = self._places([member.b for member in pairs])
+        places_a = self._places([member.a for member in pairs])
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
         root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
         factor, rho = None, None
         if places_a:
-            bank, at = places_a
+            factor_stack, at = places_a
             if self._multiplies(pair):
-                factor = bank.mean(at)
+                factor = factor_stack.mean(at)
             else:
-                rho = bank.state["rho"][at]
-        longest = joined([longer[one.name] for one in pairs]) if pair.name in longer else None
+                rho = factor_stack.state["rho"][at]
+        longest = joined([longer[member.name] for member in pairs]) if pair.name in longer else None
         numbers = unit, power_a, shrink, longest
         direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, *numbers)
         directions = direction.split(groups)
@@ -570,19 +573,19 @@ class Kronecker:
         if pair.block.a and not pair.a:
             sums = [None for _ in pairs]
         applied = zip(directions, sums, strict=True)
-        return {one.name: each for one, each in zip(pairs, applied, strict=True)}
+        return {member.name: result for member, result in zip(pairs, applied, strict=True)}
 
     def _places(self, slots: Sequence[str | None]) -> Places | None:
         """Return the stack of slots of one size, and their places there; None for a side without factors."""
-        found = [self.at[slot] for slot in slots if slot]
-        if not found:
+        located = [self.at[slot] for slot in slots if slot]
+        if not located:
             return None
-        bank, first, count = found[0]
-        starts = [start for _, start, _ in found]
+        factor_stack, first, count = located[0]
+        starts = [start for _, start, _ in located]
         end = first + count * len(starts)
         if starts == list(range(first, end, count)):  # they stand together
-            return bank, slice(first, end)
-        return bank, self._index(bank, starts, count)
+            return factor_stack, slice(first, end)
+        return factor_stack, self._index(factor_stack, starts, count)
 
     def _index(self, bank: FactorStack, starts: Sequence[int], count: int) -> Tensor:
         """Return the numbers of runs of slots on the device of their stack, made once for each such set."""
@@ -598,12 +601,12 @@ class Kronecker:
         """Return the roots of slots, and by how much their factors have grown since."""
         if places is None:
             return None
-        bank, at = places
+        factor_stack, at = places
         # One computation for all slots of a stack.
-        key = id(bank), jumps
+        key = id(factor_stack), jumps
         if key not in growths:
-            growths[key] = bank.grown(jumps)
-        return bank.root(at, growths[key], power)
+            growths[key] = factor_stack.grown(jumps)
+        return factor_stack.root(at, growths[key], power)
 
     def _multiplies(self, pair: Pair) -> bool:
         """Return whether a product with A tells what D does to outputs, or else the damping of A does.
@@ -612,11 +615,13 @@ class Kronecker:
         """
         if not pair.a:
             return False
-        bank, first, count = self.at[pair.a]
+        factor_stack, first, count = self.at[pair.a]
         # D A = H - rho D holds for the inverse of the whole present A with a damping that is a number.
         plain = self.roots.powers[0] == 1 and self.roots.damping.mode != "eigen"
         uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
-        return not (plain and uncut and bank.is_fresh(first, count)) or self.compiled.on(bank.device)
+        return not (plain and uncut and factor_stack.is_fresh(first, count)) or self.compiled.on(
+            factor_stack.device
+        )
 
     def entries(self, parameter: str) -> dict[str, Tensor]:
         """Return the state that is kept at a parameter, as views; on meta where another rank has it.
@@ -624,25 +629,25 @@ class Kronecker:
         Args:
             parameter: Its name.
         """
-        found = {}
-        for bank in (*self._all, *self._remote):
-            for name in dict.fromkeys(name for name, _ in bank.keys):
-                slot, first = self.slots[name], bank.slot[name, 0]
+        state_of = {}
+        for factor_stack in (*self._all, *self._remote):
+            for name in dict.fromkeys(name for name, _ in factor_stack.keys):
+                slot, first = self.slots[name], factor_stack.slot[name, 0]
                 if slot.block.parameter != parameter:
                     continue
-                for what, tensor in bank.state.items():
-                    found[f"{slot.key}.{what}"] = tensor[first : first + slot.shape[0]]
+                for what, tensor in factor_stack.state.items():
+                    state_of[f"{slot.key}.{what}"] = tensor[first : first + slot.shape[0]]
         for (name, piece), averages in self.moments.state.items():
             if name == parameter:
-                found.update({f"moments{piece}.{what}": tensor for what, tensor in averages.items()})
+                state_of.update({f"moments{piece}.{what}": tensor for what, tensor in averages.items()})
         for (name, piece), rho in (*self.unit_rho.items(), *self._remote_units.items()):
             if name == parameter:
-                found[f"unit{piece}.rho"] = rho
-        return found
+                state_of[f"unit{piece}.rho"] = rho
+        return state_of
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return all that changes from step to step, without second moments: tensors by part and name."""
-        parts = {f"bank{number}": dict(bank.state) for number, bank in enumerate(self._all)}
+        parts = {f"bank{number}": dict(factor_stack.state) for number, factor_stack in enumerate(self._all)}
         parts["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
         parts["largest"] = {}
         if self.largest is not None:
@@ -656,9 +661,9 @@ class Kronecker:
             state: Result of `state`.
             steps: Number of steps it has seen.
         """
-        for number, bank in enumerate(self._all):
-            bank.state = dict(state[f"bank{number}"])
-            bank.changed()
+        for number, factor_stack in enumerate(self._all):
+            factor_stack.state = dict(state[f"bank{number}"])
+            factor_stack.changed()
         for name, piece in self.unit_rho:
             self.unit_rho[name, piece] = state["units"][f"{name}.{piece}"].clone()
         self.largest = state["largest"].get("trace")
@@ -670,8 +675,8 @@ class Kronecker:
         Args:
             steps: Number of steps it has seen.
         """
-        for bank in self._all:
-            bank.forget()
+        for factor_stack in self._all:
+            factor_stack.forget()
         # Roots were looked over in every step that averaged factors, unless none has yet.
         self.rooted, self.moved = steps > 0, steps == 0
         self.seen = set()
@@ -682,9 +687,9 @@ class Kronecker:
 
 def _taken(counts: Tensor) -> Tensor:
     """Return counts, which start anew."""
-    found = counts.clone()
+    taken = counts.clone()
     counts.zero_()
-    return found
+    return taken
 
 
 def _divide(blocks: BlockPairs, slots: Mapping[str, Slot], ranks: int) -> dict[str, int]:
@@ -705,15 +710,15 @@ def _divide(blocks: BlockPairs, slots: Mapping[str, Slot], ranks: int) -> dict[s
         costs[number] = sum(shape[0] * shape[-1] ** 3 for shape in shapes)
         for name in names:
             set_of[name] = number
-        for old in joined:
-            members[number] += members.pop(old)
-            costs[number] += costs.pop(old)
-            set_of.update({name: number for name, own in set_of.items() if own == old})
+        for other_set in joined:
+            members[number] += members.pop(other_set)
+            costs[number] += costs.pop(other_set)
+            set_of.update({name: number for name, set_number in set_of.items() if set_number == other_set})
     rank = deal({number: costs[number] for number in sorted(members)}, ranks)
-    found = {}
+    owner = {}
     for number, parameters in members.items():
-        found.update(dict.fromkeys(parameters, rank[number]))
-    return found
+        owner.update(dict.fromkeys(parameters, rank[number]))
+    return owner
 
 
 def _slots_of(pairs: Iterable[Pair]) -> set[str]:

@@ -143,9 +143,9 @@ def by_eigenbasis(stack: Tensor, tensors: tuple[Tensor, ...], size: int, left: b
     """Multiply by damped inverses ``U (diag(values) + rho)^-1 U^T``, see `Root`."""
     basis, damped = tensors
     # U^T G from the left, or G U from the right, and back again.
-    there, back = (basis.mT, basis) if left else (basis, basis.mT)
-    turned = times(stack, there, left)
-    return times(times(turned, inverse(damped), left), back, left)
+    to_basis, from_basis = (basis.mT, basis) if left else (basis, basis.mT)
+    turned = times(stack, to_basis, left)
+    return times(times(turned, inverse(damped), left), from_basis, left)
 
 
 def inverse(damped: Tensor) -> Tensor:

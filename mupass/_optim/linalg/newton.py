@@ -68,7 +68,7 @@ def newton_roots(bank: Tensor, rho: Tensor, p: int) -> tuple[Tensor, Tensor]:
     for number in range(ITERATIONS):
         # From here on the matrices are well conditioned.
         if number == PRECISE:
-            eye, m, x = (t.to(dtype) for t in (eye, m, x))
+            eye, m, x = (tensor.to(dtype) for tensor in (eye, m, x))
         m, x = _iterate(m, x, eye, p)
     return x.to(dtype), _residual(m, eye) < CONVERGED
 

@@ -31,12 +31,12 @@ def quintics(steps: int, lower: float = LOWER) -> tuple[Quintic, ...]:
         lower: Smallest singular value to be brought up to 1.
     """
     # After each polynomial all singular values lie in [1 - error, 1 + error].
-    low, high, found = lower, 1.0, []
+    low, high, polynomials = lower, 1.0, []
     for _ in range(steps):
         polynomial, error = _minimax(low, high)
-        found.append(polynomial)
+        polynomials.append(polynomial)
         low, high = 1 - error, 1 + error
-    return tuple(found)
+    return tuple(polynomials)
 
 
 def _minimax(low: float, high: float) -> tuple[Quintic, float]:
@@ -91,11 +91,13 @@ def orthogonalize(x: Tensor, epsilon: Tensor, polynomials: tuple[Quintic, ...], 
     factor = (frobenius / (frobenius * norm + epsilon).clamp(min=tiny))[:, None, None]
     y, gram = y * factor.to(dtype), gram * factor.square().to(dtype)
     # Not the last polynomial: it is to end at 1, not beside it.
-    half = dtype in {torch.bfloat16, torch.float16}
-    safe = [shrink(q, MARGIN) if half else q for q in polynomials[:-1]] + [*polynomials[-1:]]
+    half_precision = dtype in {torch.bfloat16, torch.float16}
+    safe = [
+        shrink(polynomial, MARGIN) if half_precision else polynomial for polynomial in polynomials[:-1]
+    ] + [*polynomials[-1:]]
     # The first alone, no more than two in one: a Gram matrix holds squares, and small ones drown in rounding.
     length = 2 if y.shape[-1] >= WIDE * y.shape[-2] else 1
-    groups = [safe[:1], *(safe[i : i + length] for i in range(1, len(safe), length))]
+    groups = [safe[:1], *(safe[start : start + length] for start in range(1, len(safe), length))]
     y = _apply(groups[0], gram, y)
     for group in groups[1:]:
         y = _apply(group, _product(y, y.mT), y)

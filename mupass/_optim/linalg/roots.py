@@ -99,8 +99,8 @@ def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> Solved:
     root, solved = newton_roots(bank, rho, p)
     if bank.device.type == "cpu" and not all(solved.tolist()):
         # On the CPU a look at the mask costs nothing.
-        rest = ~solved
-        root[rest], solved[rest] = _eigh(bank[rest], rho[rest], 1 / p, False)
+        diverged = ~solved
+        root[diverged], solved[diverged] = _eigh(bank[diverged], rho[diverged], 1 / p, False)
     return root, solved
 
 
@@ -117,8 +117,12 @@ def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> Solved:
         condition = damped[:, -1] / damped[:, 0]
         rough = solved & (condition > REFINED[0]) & (condition < REFINED[1])
         # One by one: what is made on the way stays in the cache.
-        for i in (i for i, refine in enumerate(rough.tolist()) if refine):
-            torch.mm(vectors[i], _refined(bank[i], rho[i], values[i], vectors[i], power), out=scaled[i])
+        for number in (number for number, refine in enumerate(rough.tolist()) if refine):
+            torch.mm(
+                vectors[number],
+                _refined(bank[number], rho[number], values[number], vectors[number], power),
+                out=scaled[number],
+            )
     return scaled @ vectors.mT, solved
 
 

@@ -79,7 +79,7 @@ class MatrixOptimizer(PlannedOptimizer):
         super().__init__(model, spec, lr, damping, training)
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        treatments, reasons, own = {}, {}, {}
+        treatments, reasons, taken = {}, {}, {}
         for parameter, name in self.names.items():
             geometry = self.plan[name].geometry
             reason = self._reason(geometry) or self._unfit.get(name, "")
@@ -89,11 +89,11 @@ class MatrixOptimizer(PlannedOptimizer):
             # A kernel's axes may be sides of their own; other weights have two sides.
             kernel = any(use.kind == "conv" for use in geometry.uses)
             self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
-            own[name], treatments[name] = parameter, self.spec.name
+            taken[name], treatments[name] = parameter, self.spec.name
             count = len(self._blockings[name].shapes())
             if count > 1:
                 treatments[name] += f" x{count}"
-        self._set_up(own)
+        self._set_up(taken)
         return treatments, reasons
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
@@ -104,8 +104,8 @@ class MatrixOptimizer(PlannedOptimizer):
         mine: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
-            kept = mine if self._keeper[name] == rank_of(self._ranks) else others
-            kept[name] = parameter
+            destination = mine if self._keeper[name] == rank_of(self._ranks) else others
+            destination[name] = parameter
         self._stacks = make_stacks(self._blockings, mine)
         # The shapes of what other ranks keep.
         self._remote = make_stacks(self._blockings, others, torch.device("meta"))
@@ -197,7 +197,7 @@ class MatrixOptimizer(PlannedOptimizer):
         if stack.device.type != "cpu" or (self._compiled[number] is not None and whole_stack):
             return [run]
         length = max(4, AT_A_TIME // stack.shape.numel())
-        return [slice(i, min(i + length, run.stop)) for i in range(run.start, run.stop, length)]
+        return [slice(start, min(start + length, run.stop)) for start in range(run.start, run.stop, length)]
 
     def _call(self, number: int, at: slice, *arguments: Any) -> Tensor:
         """Call the update: compiled for whole stacks, eager for parts of any size."""
@@ -219,7 +219,7 @@ class MatrixOptimizer(PlannedOptimizer):
         averaged = blocks
         if self.smooths:
             averaged = {name: self._blockings[name].cut(means[name]) for name in mine}
-        found: dict[Slot, Tensor] = {}
+        direction_of: dict[Slot, Tensor] = {}
         for number, stack in enumerate(self._stacks):
             runs = stack.runs(blocks)
             pieces: list[slice] = []
@@ -227,12 +227,12 @@ class MatrixOptimizer(PlannedOptimizer):
                 pieces += self._pieces(number, run)
             step = self._step_smoothed if self.smooths else self._step_and_observe
             for at, directions in step(number, pieces, blocks, averaged, ok):
-                found.update(zip(stack.slots[at], directions.unbind(), strict=True))
+                direction_of.update(zip(stack.slots[at], directions.unbind(), strict=True))
             self._finish(number, runs)
         whole = {}
         # All blocks of a parameter are put together again.
-        for name, own in blocks.items():
-            parts = [found[name, block] for block in range(len(own))]
+        for name, own_blocks in blocks.items():
+            parts = [direction_of[name, block] for block in range(len(own_blocks))]
             whole[name] = self._blockings[name].paste(parts, gradients[name])
         return whole
 

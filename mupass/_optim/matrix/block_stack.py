@@ -57,16 +57,16 @@ class Stack:
         Args:
             present: Names of the parameters.
         """
-        found: list[slice] = []
+        run_list: list[slice] = []
         for number, (name, _) in enumerate(self.slots):
             if name not in present:
                 continue
             start = number
             # A neighbour of the last run makes it longer.
-            if found and found[-1].stop == number:
-                start = found.pop().start
-            found.append(slice(start, number + 1))
-        return found
+            if run_list and run_list[-1].stop == number:
+                start = run_list.pop().start
+            run_list.append(slice(start, number + 1))
+        return run_list
 
     def gather(self, blocks: Mapping[str, Sequence[Tensor]], at: slice) -> Tensor:
         """Return the blocks of some slots in one tensor.
@@ -113,11 +113,11 @@ def make_stacks(
         parameters: The parameters, by the same names.
         device: In place of the parameters' own.
     """
-    found: dict[Any, list[Slot]] = defaultdict(list)
+    slots_of: dict[Any, list[Slot]] = defaultdict(list)
     for name, parameter in parameters.items():
         for block, shape in enumerate(blockings[name].shapes()):
-            found[shape, factor_dtype(parameter), device or parameter.device].append((name, block))
-    return [Stack(slots, *key) for key, slots in found.items()]
+            slots_of[shape, factor_dtype(parameter), device or parameter.device].append((name, block))
+    return [Stack(slots, *key) for key, slots in slots_of.items()]
 
 
 def compiles(wanted: bool | None, device: torch.device) -> bool:
@@ -143,8 +143,8 @@ def compiled(function: Function) -> Function:
         function: Pure tensor code without graph breaks; numbers that may change must be tensors.
     """
     assert isinstance(function, FunctionType)
-    own = FunctionType(
+    own_function = FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+    own_function.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own_function, fullgraph=True, dynamic=False)  # type: ignore[return-value]

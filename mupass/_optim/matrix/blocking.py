@@ -101,14 +101,17 @@ class Blocking:
         geometry = self.geometry
         # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
         axes = list(zip(geometry.base_shape, geometry.shape, strict=True))
-        now = at_base = 0
+        count = at_base = 0
         for piece in split(torch.empty(geometry.shape, device="meta"), geometry.fusions):
             # The same model at the base width has the same pieces, each smaller.
-            now += self._count(piece.shape)
+            count += self._count(piece.shape)
             at_base += self._count(
-                [n * base / size for n, (base, size) in zip(piece.shape, axes, strict=True)]
+                [
+                    length * base_size / size
+                    for length, (base_size, size) in zip(piece.shape, axes, strict=True)
+                ]
             )
-        return now / at_base
+        return count / at_base
 
     def _count(self, shape: Sequence[float]) -> int:
         """Return the number of blocks of one matrix."""

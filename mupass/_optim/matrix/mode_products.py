@@ -52,11 +52,11 @@ def observe(packed: Tensor, gradient: Tensor, side: int, decay: float, counts: T
         counts: ``[K]``, 1, or 0 where the average stays as it is.
     """
     rows = gradient.movedim(side + 1, 1).flatten(2)
-    fresh = 1.0
+    new_weight = 1.0
     if decay < 1:
-        fresh = 1 - decay
-        packed.mul_((1 - fresh * counts)[:, None])
-    add_gram(packed, rows, fresh)
+        new_weight = 1 - decay
+        packed.mul_((1 - new_weight * counts)[:, None])
+    add_gram(packed, rows, new_weight)
 
 
 def add_weight(weight: Tensor, decay: float, counts: Tensor) -> None:
@@ -112,8 +112,8 @@ class Schedule:
                 for slots in (self._at[phase], self._every):
                     slots.setdefault((number, side), []).append(at)
         for slots in (*self._at, self._every):
-            for own in slots.values():
-                own.sort()
+            for due_slots in slots.values():
+                due_slots.sort()
 
     def due(self, step: int, stack: int, side: int) -> list[int]:
         """Return the slots to work on.
