@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parser().parse_args(arguments)
+        # PyTorch is imported here, so that a misspelt command is told at once.
         from mupass._cli import commands
 
         return int(getattr(commands, options.command)(options))

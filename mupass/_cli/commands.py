@@ -148,9 +148,11 @@ def resize(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace, seed: int | None = None) -> nn.Module:
     try:
         device = torch.device(options.device)
+        # A first tensor tells whether the device is there.
         torch.empty(0, device=device)
     except Exception as error:  # each kind of device raises errors of its own
         raise MupassError(f"--device {options.device!r}: {str(error).splitlines()[0]}") from error
+    # The seed comes before the model is built, and so decides its initial weights.
     if seed is not None:
         torch.manual_seed(seed)
     with device:

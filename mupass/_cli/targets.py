@@ -46,6 +46,7 @@ def load(target: str) -> nn.Module:
             model = _hugging_face(name)
         else:
             found = _find(kind, name)
+            # A factory is called; a model in a module is taken as it is.
             model = found if isinstance(found, nn.Module) else found()
     except MupassError:
         raise
@@ -97,6 +98,7 @@ def inputs_of(shapes: Sequence[tuple[tuple[int, ...], str]] | None, model: nn.Mo
 
 
 def _find(module: str, name: str) -> Any:
+    # Code in the current folder can be named, as with python -m.
     sys.path.insert(0, "")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -108,6 +110,7 @@ def _find(module: str, name: str) -> Any:
 
 def _timm(name: str) -> Any:
     timm = importlib.import_module("timm")
+    # Tags after a dot are no part of the architecture's name.
     if not timm.is_model(name.partition(".")[0]):
         raise MupassError(f"timm has no model {name!r}{suggestion(name, timm.list_models())}")
     return timm.create_model(name)
@@ -134,6 +137,7 @@ def _hugging_face(name: str) -> Any:
             raise MupassError(f"{kind} has no setting {key!r}{suggestion(key, sorted(known_keys))}")
     config = cls(**settings)
     for family in FAMILIES:
+        # The task model of a family, where the configuration has one.
         auto = getattr(transformers, family)
         if type(config) in auto._model_mapping:
             return auto.from_config(config)

@@ -37,12 +37,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             WordError: Always.
         """
+        # argparse tells of unknown options at the end only, and without a suggestion.
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
             word = message.removeprefix(unknown).split()[0]
             message = (
                 f"unknown option {word}{suggestion(word.partition('=')[0], self._option_string_actions)}"
             )
+        # The wording of argparse for an unknown command.
         choice = re.search(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
             known = re.findall(r"\w+", choice[2])
@@ -90,6 +92,7 @@ def number(whole: bool = False) -> Callable[[str], Any]:
         try:
             value: float = int(word) if whole else float(word)
         except ValueError:
+            # NaN is neither positive nor infinite, and so is refused below.
             value = math.nan
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{word!r} is not {wanted}")
@@ -109,6 +112,7 @@ def file(endings: Sequence[str] = ()) -> Callable[[str], str]:
         path = Path(word)
         if endings and path.suffix not in endings:
             raise argparse.ArgumentTypeError(f"{word!r} must end with {', '.join(endings)}")
+        # Before hours of work: the folder must be there and writable.
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise argparse.ArgumentTypeError(
                 f"{word!r} cannot be written: no such folder, or a folder itself"
@@ -124,6 +128,7 @@ def dim(word: str) -> tuple[str, str]:
     Args:
         word: What was written.
     """
+    # A regular expression may hold "=", so the last one counts.
     pattern, equals, verdict = word.rpartition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{word!r} is not PATTERN=VERDICT")
@@ -151,6 +156,7 @@ def width(word: str) -> tuple[str, int]:
     Args:
         word: What was written.
     """
+    # A number alone has no name: it is the model's width.
     name, _, size = word.rpartition("=")
     if not size.isdigit() or int(size) == 0:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number, nor NAME=N")

@@ -36,6 +36,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    # Channels stand on axis 1; all other axes are averaged over.
     axes = [i for i in range(input.dim()) if i != 1]
     if running_mean is not None and running_var is not None:
         if not training:
@@ -85,12 +86,14 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    # Each channel of each sample has a mean of its own; gain and bias have one number a channel.
     axes, others = list(range(2, input.dim())), [i for i in range(input.dim()) if i != 1]
     if not use_input_stats:
         assert running_mean is not None and running_var is not None
         return _scaled(input, running_mean, running_var, others, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         variance, mean = torch.var_mean(input, axes)
+        # Running averages are those over the samples of the batch.
         running_mean.mul_(1 - momentum).add_(momentum * mean.mean(0))
         running_var.mul_(1 - momentum).add_(momentum * variance.mean(0))
     return _normal(input, axes, others, weight, bias, eps)
@@ -136,6 +139,7 @@ def _along(t: Tensor, x: Tensor, kept: list[int]) -> Tensor:
     return t.view(shape)
 
 
+# Functions of torch.nn.functional and the operators behind them, which modules may call.
 REPLACED = {
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,

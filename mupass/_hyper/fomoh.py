@@ -142,6 +142,7 @@ class FoMoH(BoundOptimizer):
             """Return the loss beside the present parameters, with everything random as it was."""
             _set_random_states(states)
             still = {n: b.clone() for n, b in buffers.items()}
+            # p + sum of c_j v_j, where each c_j is a dual number.
             moved = {
                 n: sum((c.to(p) * v[n] for c, v in shifts), start=p.detach()) for n, p in self._named.items()
             }
@@ -151,6 +152,7 @@ class FoMoH(BoundOptimizer):
 
         with _forward():
             self.slopes, self.curvature = plane(at, tangents)
+            # A closure of another model has neither slopes nor curvature here.
             if not self._steps and not (self.slopes.any() or self.curvature.any()):
                 raise OptimizerError("the closure's loss does not depend on the parameters of FoMoH's model")
             self._move(at, loss, tangents, group)
@@ -168,6 +170,7 @@ class FoMoH(BoundOptimizer):
         if self.slopes.isfinite().all() and self.curvature.isfinite().all():
             weights = minimizer(self.slopes, self.curvature, group["damping"]) * group["lr"]
             for _ in range(self.halvings + 1):
+                # The comparison is with the same masks and the same batch.
                 if at(*zip(weights, tangents, strict=True)) <= loss:
                     for name, parameter in self._named.items():
                         for weight, tangent in zip(weights.tolist(), tangents, strict=True):
@@ -209,6 +212,7 @@ class FoMoH(BoundOptimizer):
         """
         own = state_dict.get("mupass", {})
         ours = {"law": self.law, "directions": self.directions, "names": list(self._named)}
+        # What a resumed run must share with the first: the same names, law and number of directions.
         if {key: own.get(key) for key in ours} != ours:
             raise OptimizerError("not a state of FoMoH with this model, law and number of directions")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "mupass"})
@@ -227,12 +231,14 @@ def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, T
     slopes = torch.zeros(len(tangents), dtype=torch.float64)
     curvature = torch.zeros(len(tangents), len(tangents), dtype=torch.float64)
 
+    # The inner dual gives the slope along v as a function of the shift along w.
     def slope(second: Tensor, v: Any, w: Any) -> Tensor:
         return _jvp(lambda first: at((first, v), (second, w)), zero, one)[1]
 
     for j, v in enumerate(tangents):
         # The curvature is symmetric: its lower triangle is enough.
         for k, w in enumerate(tangents[: j + 1]):
+            # The outer dual gives the slope itself, and its derivative along w.
             slopes[j], curvature[j, k] = _jvp(partial(slope, v=v, w=w), zero, one)
     return slopes, symmetric(curvature)
 
@@ -251,6 +257,7 @@ def minimizer(slopes: Tensor, curvature: Tensor, damping: float) -> Tensor:
     # |H| has the absolute eigenvalues: saddles are left.
     values, vectors = torch.linalg.eigh(curvature)
     size = values.abs()
+    # rho is relative to the largest curvature, so that it means the same in every plane.
     damped = size + damping * size.max()
     if not damped.min() > 0:
         raise OptimizerError(
@@ -279,6 +286,7 @@ def _forward() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except (NotImplementedError, RuntimeError) as error:
+        # Other errors of the model are its own, and are not about derivatives.
         if "forward" not in str(error).lower():
             raise
         raise OptimizerError(

@@ -40,6 +40,7 @@ def call(model: nn.Module, function: Callable[[nn.Module], Any], *tensors: Mappi
         *tensors: Values by name.
     """
     named: dict[str, Tensor] = {}
+    # Body holds the model as an attribute, so that names get its prefix.
     for part in tensors:
         named.update({f"model.{name}": tensor for name, tensor in part.items()})
     with Apart():

@@ -70,6 +70,7 @@ class HyperGradient(Tabular):
     @property
     def logarithmic(self) -> dict[str, float]:
         """Derivative by the logarithm of each hyperparameter."""
+        # d score / d log h = h d score / d h
         return {name: self.point[name] * g for name, g in self.gradient.items()}
 
     def verdict(self) -> str:
@@ -177,18 +178,21 @@ def hypergradient(
     check_point(point)
     notes: tuple[str, ...] = ()
     if not is_transformed(model):
+        # A batch of the data tells the model's input.
         model = transform(model, read_batches(data, 1)[0].inputs, inplace=False)
         base = plan_of(model)[1].base_width
         notes = (f"the model given is not transformed: a copy was, under mup with base width {base:g}",)
     plan = plan_of(model)[1]
     make = recipe(optimizer)
     check_names(make, point)
+    # A stationary point is one of the whole data, however many batches that is.
     batches = read_batches(data, steps if form == "unrolled" else 1 << 30)
     device = next(model.parameters()).device
     # The run changes buffers and taps: it has a copy of its own.
     own = deepcopy(model)
     copies = Copies((plan.width,), (own,), own)
     work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
+    # Data that the model does not take is told before anything is differentiated.
     _try(deepcopy(own), work.batches[0])
     if form == "unrolled":
         return replace(unrolled(work, own, dict(point), mode, seed), notes=notes)
@@ -235,6 +239,7 @@ def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str
 
 def _forward(run: Unrolled, numbers: Numbers, point: Mapping[str, float], seed: int) -> HyperGradient:
     gradient: dict[str, float] = {}
+    # One run for each hyperparameter, whose tangent goes along all steps.
     for name, slopes in numbers.slopes.items():
         torch.manual_seed(seed)
         with forward_ad.dual_level():
@@ -253,6 +258,7 @@ def _forward(run: Unrolled, numbers: Numbers, point: Mapping[str, float], seed: 
 def _result(
     score: float, point: Mapping[str, float], numbers: Numbers, by_number: Mapping[Key, float]
 ) -> HyperGradient:
+    # Chain rule: entries of groups by the hyperparameters that set them.
     gradient = {
         name: math.fsum(slope * by_number[key] for key, slope in slopes.items())
         for name, slopes in numbers.slopes.items()

@@ -60,6 +60,7 @@ def implicit(
     if solver not in SOLVERS:
         raise StudyError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     _refuse_numbers(rule, numbers)
+    # Leaves of their own, so that the model keeps its parameters.
     weights = {
         name: parameter.detach().requires_grad_()
         for name, parameter in model.named_parameters()
@@ -73,13 +74,16 @@ def implicit(
     groups = [rule.groups[group_of[name]] for name in weights]
     decay = [group["weight_decay"] for group in groups]
     flat = list(weights.values())
+    # weight_decay * parameters, the other half of the balance at a stationary point.
     pull = [factor * weight.detach() for factor, weight in zip(decay, flat, strict=True)]
     _check_stationary([slope.detach() for slope in slopes], pull, tolerance)
     score = score_of(model, evaluate, weights, buffers)
+    # The right side of (Hessian + weight_decay) v = d score.
     right = _or_zeros(torch.autograd.grad(score, flat, allow_unused=True), flat)
 
     def product(vector: Vector) -> Vector:
         """Return ``(Hessian + weight_decay) vector``."""
+        # Hessian times vector, as the gradient of <gradient, vector>.
         images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, allow_unused=True)
         return [
             factor * part if image is None else image + factor * part
@@ -206,6 +210,7 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
         # x <- x + R (right - M x)
         x = [part + rate * left for part, left, rate in zip(x, residual, rates, strict=True)]
         residual = add(right, product(x), -1.0)
+        # What is left grows instead of shrinking.
         if not norm(residual) <= 1e3 * size:
             raise StudyError(
                 "the Neumann series diverges: its learning rate is beyond 2 / curvature; take a smaller lr"

@@ -70,6 +70,7 @@ class KFACRule(PlannedRule):
             tap.collect(False)  # making the optimizer switched its own collection on
             tap.uses = []
         try:
+            # Copies that carry taps stand in for the parameters, so that the model uses them.
             loss = forward({n: look_out_for(p, self.real[n]) for n, p in parameters.items()})  # type: ignore[arg-type]
             self.uses: list[Sequence[tuple[Any, ...]]] = [tap.uses or [] for tap in self.taps]
         finally:
@@ -94,6 +95,7 @@ class KFACRule(PlannedRule):
             if key in self.made.param_groups[i]:  # parts of betas are those of the fallback alone
                 # The optimizer reads its groups: the tensors that are differentiated by are put there.
                 self.made.param_groups[i][key] = value
+        # Factors are collected at the optimizer's own intervals.
         if count % self.made.factor_every == 0:
             self._fill(watched)
         # The state before the first step has no graph.
@@ -142,10 +144,12 @@ class FollowingStack(FactorStack):
 
         Out of place, one by one: autograd cannot follow several changes of views into one tensor.
         """
+        # Averages change, so that no root is that of its average.
         self.fresh.clear()
         factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
         seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
         largest, rows = list(self.state["recent"].unbind()), list(self.state["rows"].unbind())
+        # A tap may give the factors of several groups, for as many slots in a row.
         for key, (found, number) in new.items():
             several = found if found.dim() == self.state["factor"].dim() else found[None]
             counts = number.reshape(-1).repeat_interleave(len(several) // number.numel()).to(self.dtype)
@@ -180,5 +184,6 @@ class FollowingStack(FactorStack):
             root = diagonal_roots(value, rho, power)
         else:
             root = damped_root(value, rho, power, relative)
+        # index_copy makes new tensors, for the graph of the step before needs the old ones.
         changed = {"root": root, "rho": rho, "rooted": self.traces()[at]}
         self.state |= {name: self.state[name].index_copy(0, at, part) for name, part in changed.items()}

@@ -46,6 +46,7 @@ def rule_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Ru
     Raises:
         StudyError: No rule is known for its class, or for one of its options.
     """
+    # The very classes: a subclass may step otherwise.
     if type(optimizer) is torch.optim.SGD:
         return SGD(optimizer, names)
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
@@ -88,6 +89,7 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
         for key in here:
             if above[key] != below[key]:
                 moved[key] = (above[key] - below[key]) / (high - low)
+        # Numbers that a recipe sets but that the rule does not know, such as a number of steps.
         foreign = sorted({key for _, key in moved} - set(rule.keys))
         if foreign or not moved:
             what = f"sets {', '.join(foreign) or 'no number of its groups'}"

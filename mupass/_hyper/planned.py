@@ -70,6 +70,7 @@ class PlannedRule(Rule):
 
     def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
+        # Fallbacks step by rules of their own; own parameters are moved along their direction.
         algorithm = read["algorithm"]
         if algorithm in ("adamw", "adam_atan2"):
             mean, root = adam_averages(g, own, read["beta1"], read["beta2"])

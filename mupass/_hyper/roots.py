@@ -56,6 +56,7 @@ class _DampedRoot(torch.autograd.Function):
             # d root = Q (divided * Q^T dM Q) Q^T + d rho part on the diagonal
             turned = vectors.mT @ d_bank @ vectors
             inner = divided * turned
+            # The largest eigenvalue moves damping where it is relative to it: its eigenvector is the last.
             d_rho = damping * turned[:, -1, -1] if ctx.relative else d_rho
         if d_damping is not None:
             d_rho = d_rho + d_damping * unit

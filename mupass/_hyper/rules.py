@@ -29,6 +29,7 @@ class Rule:
     keys: tuple[str, ...] = ("lr", "weight_decay")
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
+        # Groups without their parameters: numbers, and options such as nesterov.
         self.groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self.members = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
         self.refuse(optimizer)
@@ -87,6 +88,7 @@ class Rule:
         for i, group in enumerate(self.groups):
             read = Entries(i, group, numbers)
             for name in self.members[i]:
+                # A parameter without a gradient stays as it is, and so does its state.
                 if name in gradients:
                     own = dict(by_parameter.get(name, {}))
                     parameters[name] = self.update(parameters[name], found[name], own, read)

@@ -37,6 +37,7 @@ def twice() -> Iterator[None]:
             "not implemented",
             "not differentiable",
         )
+        # What torch says where a second derivative is missing.
         if not any(word in str(error) for word in known):
             raise
         raise StudyError(
@@ -103,6 +104,7 @@ def refuse_buffers(before: Tensors, after: Tensors) -> None:
         StudyError: One does.
     """
     for name, buffer in after.items():
+        # Counts are no real numbers, and buffers that autograd follows have a derivative.
         real = buffer.is_floating_point() and not buffer.requires_grad
         if real and not torch.equal(buffer, before[name]):
             raise StudyError(
@@ -141,10 +143,12 @@ class Unrolled:
                 parameters, buffers, state = tree_map(_seal, (parameters, buffers, state))
             else:
                 parameters = {n: p if p.requires_grad else p.requires_grad_() for n, p in parameters.items()}
+            # Norms write into their buffers, and those of the step before belong to its graph.
             before, buffers = buffers, {n: b.clone() for n, b in buffers.items()}
             batch = work.batches[count % len(work.batches)]
             loss, watched = self.rule.watch(partial(call, model, on(batch, work.loss), buffers), parameters)
             losses.append(loss)
+            # A run that diverges has no derivative.
             if diverged(loss.item(), losses[0].item()):
                 return None
             found, others = gradients(loss, parameters, watched)

@@ -63,6 +63,7 @@ class ShampooRule(PlannedRule):
         # As the optimizer: cut, step stack by stack, paste.
         blockings, found = self.work.blockings, {}
         for name in blockings:
+            # Blocks of one shape are one tensor, so that all of them need a gradient.
             if name not in gradients:
                 raise StudyError(
                     f"{name} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
@@ -96,6 +97,7 @@ class ShampooRule(PlannedRule):
         graft, direction = self.made.spec.graft, mean
         # Until then the step is the graft's own.
         started = count >= self.made.start_step
+        # Factors are collected from the first step on, and used from `start_step`.
         for side in self.work.sides[number]:
             root, grown = self._root(count, number, side, g, own, numbers)
             if started:
@@ -123,6 +125,7 @@ class ShampooRule(PlannedRule):
         made, stack = self.made, self.work.stacks[number]
         size = stack.shape[side]
         power = made.spec.e / len(self.work.sides[number])
+        # The side's axis first, all others in the rows of the product.
         rows = g.movedim(side + 1, 1).flatten(2)
         # A sum without forgetting is no average; its weight stays 1.
         fresh, weight = 1.0, 1.0
@@ -154,6 +157,7 @@ class ShampooRule(PlannedRule):
     def _damping(self, number: int, side: int, numbers: Mapping[Key, Tensor]) -> Tensor:
         stack, rho = self.work.stacks[number], []
         for name, _ in stack.slots:
+            # Damping may be differentiated by: a tensor for each slot.
             index = self.own[name]
             value = Entries(index, self.groups[index], numbers)["damping"]
             rho.append(torch.as_tensor(value, dtype=stack.dtype, device=stack.device))

@@ -32,6 +32,7 @@ SIZE_NAMES = re.compile(
     r"^d$|^c$|^h$|^d_|_d$|^n_head"
 )
 SCALE_NAMES = re.compile(r"scal|sqrt|norm_factor|inv_norm|mult|temperature")
+# Tables of torch itself, in which no number is a width.
 MODULE_TABLES = ("training", "_parameters", "_buffers", "_modules", "_flat_weights")
 
 Number = int | float
@@ -76,11 +77,14 @@ class Attributes:
 
     def slot(self, path: str, holder: str, name: str, value: Number) -> Slot | None:
         """Return the slot of an attribute, or None where its value is no size."""
+        # A number that follows the fan_in of its weight has one value, and needs no search.
         if (path, name) in self.known:
             return Slot(holder, name, value, (self.known[path, name],))
+        # An attribute belongs to the nearest module around it that handles dimensions.
         while path and path not in self.handled:
             path = path.rpartition(".")[0]
         options: list[Number] = []
+        # A whole number may be a size; a float may be a root of one.
         if isinstance(value, int):
             # The configuration belongs to the root, which handles every dimension: modules know better.
             if (name, value) in self.hints and not path:
@@ -88,6 +92,7 @@ class Attributes:
             options += self._sizes(path, name, value)
         else:
             options.append(self._root(path, name, value))
+        # Where every option is the present value there is nothing to choose.
         if all(option == value for option in options):
             return None
         return Slot(holder, name, value, tuple(dict.fromkeys(options)))
@@ -98,6 +103,7 @@ class Attributes:
         Args:
             model: The module that has the configuration.
         """
+        # The root holds the configuration itself, and says nothing of its own.
         for path, module in model.named_modules():
             if not path:
                 continue
@@ -114,6 +120,7 @@ class Attributes:
             if slot is None:
                 return value
             self.slots[slot].add(path)
+            # The first option is the likeliest.
             return slot.options[choice.get(slot, 0)]
 
         return picked
@@ -122,6 +129,7 @@ class Attributes:
         """Return old size -> how many dimensions that a module handles get which new size."""
         if path not in self._tables:
             table: dict[int, Counter[int]] = defaultdict(Counter)
+            # Several dimensions of one size may get different new sizes.
             for dim in self.handled.get(path, ()):
                 new = self.sizes.maybe(dim)
                 if new is not None:
@@ -130,8 +138,10 @@ class Attributes:
         return self._tables[path]
 
     def _sizes(self, path: str, name: str, value: int) -> list[int]:
+        # Sizes below 2 are no widths: they count nothing, or one thing.
         if value < 2:
             return [value]
+        # Near: what this module handles. Far: anything in the model.
         near = self._table(path).get(value, Counter())
         far = self._table("").get(value, Counter())
         changed, elsewhere = _other_sizes(near, value), _other_sizes(far, value)
@@ -143,6 +153,7 @@ class Attributes:
         elif not FIXED_NAMES.search(name) and value >= 16 and value not in near:
             likely = changed  # a number below 16 is hardly a size
         options = [*likely, value, *changed, *elsewhere]
+        # Sizes that no dimension has, such as 3 * width in the code, still scale with the width.
         scaled = value * self.sizes.factor  # where the graph splits no dimension of this size off
         if abs(scaled - round(scaled)) < 1e-6 and scaled >= 1:
             options.append(round(scaled))
@@ -150,6 +161,7 @@ class Attributes:
 
     def _root(self, path: str, name: str, value: float) -> float:
         """Return the new value of a number such as sqrt(d_model); no shape tells, so there is only one."""
+        # sqrt(d_model), or one over it, of a dimension that gets another size.
         for size, new_sizes in self._table(path).items():
             changed = _other_sizes(new_sizes, size)
             for power in (0.5, -0.5):
@@ -183,6 +195,7 @@ def handled_dims(captured: Capture, solved: Inference) -> dict[str, set[int]]:
             path = path.rpartition(".")[0]
         handled[""] |= dims
 
+    # What a module's operators read and make is what its numbers may be about.
     for node in captured.nodes:
         values = [solved.engine.env.get(read) for read in (node, *node.all_input_nodes)]
         dims: set[int] = set()
@@ -214,6 +227,7 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
                 new = _rewritten(value, path, type(module).__name__, name, pick, done)
                 if new is not value:
                     vars(module)[name] = new
+        # GroupNorm(channels, channels) at any width: its number of groups is the width.
         if isinstance(module, nn.GroupNorm) and module in one_channel_groups:
             module.num_groups = module.num_channels  # no shape shows the number of groups
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
@@ -226,6 +240,7 @@ def _norms_of_one_channel_groups(model: nn.Module) -> set[nn.Module]:
     Not those whose number of groups other norms of the model have too with more channels: it is a constant.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    # GroupNorm(32, channels) elsewhere in the model: 32 is a constant there.
     constant = {norm.num_groups for norm in norms if norm.num_groups < norm.num_channels}
     equal = [norm for norm in norms if norm.num_groups == norm.num_channels]
     return {norm for norm in equal if norm.num_groups not in constant}
@@ -246,11 +261,13 @@ def _rewritten(value: Any, path: str, holder: str, name: str, pick: Pick, done: 
         return value
     if type(value) in (int, float):
         return pick(path, holder, name, value)
+    # (3, 3), torch.Size and the like: entry by entry, in the same type.
     if isinstance(value, (tuple, list)) and type(value).__module__ in ("builtins", "torch"):
         new = [_rewritten(entry, path, holder, name, pick, done) for entry in value]
         # What does not change stays the same object: others may hold it too.
         same = all(after is before for after, before in zip(new, value, strict=True))
         return value if same else type(value)(new)
+    # A configuration may be held by many modules: it is rewritten once.
     if _is_config(value) and id(value) not in done:
         done.add(id(value))
         for key, entry in list(vars(value).items()):
@@ -261,6 +278,7 @@ def _rewritten(value: Any, path: str, holder: str, name: str, pick: Pick, done: 
 
 
 def _is_config(value: Any) -> bool:
+    # Objects of torch and of the standard library hold no sizes of the model.
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (nn.Module, Tensor, type))
@@ -279,6 +297,7 @@ def nearest(slots: Mapping[Slot, Iterable[str]], path: str) -> list[Slot]:
 
     def distance(slot: Slot) -> tuple[int, int]:
         holders = slots[slot]
+        # Modules around the blamed one come first, the nearest of them ahead.
         ancestors = [len(holder) for holder in holders if f"{path}.".startswith(f"{holder}.") or not holder]
         if ancestors:
             return 0, -max(ancestors)  # the longest path is the nearest

@@ -27,6 +27,7 @@ def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tens
 
     def build(choice: Mapping[Slot, int]) -> nn.Module:
         memo: dict[int, Any] = {}
+        # deepcopy takes tensors of the memo instead of copying: the new ones go in where the old ones were.
         for name, old in [*model.named_parameters(), *model.named_buffers()]:
             memo[id(old)] = tensors[name]
         for module in model.modules():
@@ -37,6 +38,7 @@ def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tens
             candidate = copy.deepcopy(model, memo)
         except (TypeError, RuntimeError) as error:
             raise ResizeError(f"{type(model).__name__} cannot be copied: {error}") from error
+        # The copy has the new tensors; what is left are the numbers of its modules.
         rewrite_modules(candidate, attributes.pick(choice))
         return candidate
 
@@ -50,11 +52,13 @@ def has_constructor(model: nn.Module) -> bool:
         model: The module.
     """
     config = getattr(model, "config", None)
+    # Hooks of the user would be lost with a new object.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     of_family = hasattr(model, "_init_weights") and type(config).__module__.split(".")[0] == "transformers"
     if hooked or not of_family:
         return False
     try:
+        # On the meta device: names and shapes tell whether the constructor makes this very model.
         with quiet(), torch.device("meta"):
             twin = type(model)(copy.deepcopy(config))  # type: ignore[call-arg]
     except Exception:  # whatever its constructor wants, it is not the configuration alone
@@ -87,6 +91,7 @@ def by_config(
                 if seed is not None:
                     torch.manual_seed(seed)
                 candidate: nn.Module = type(model)(changed)
+        # A wrong number may fail in the constructor: another option is tried then.
         except Exception as error:
             return _Broken(error)
         _install(candidate, model, tensors)
@@ -114,6 +119,7 @@ def _install(candidate: nn.Module, model: nn.Module, tensors: Mapping[str, Tenso
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 new = tensors.get(own[id(parameter)])
+                # A shape that does not fit shows in the comparison of parameters.
                 if new is not None and new.shape == parameter.shape:
                     module._parameters[leaf] = new  # type: ignore[assignment]
     twins = dict(candidate.named_modules())

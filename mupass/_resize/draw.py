@@ -58,6 +58,7 @@ class Draw:
             ResizeError: The values follow a pattern that is not known.
         """
         source = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        # On the meta device there are no values to follow a law.
         if any(values.is_meta for values in source.values()):
             if own_code:
                 return {}
@@ -74,6 +75,7 @@ class Draw:
             self._warn_of_doubts(drawn, geometries, laws)
         # What no width changes comes first: one seed draws it alike at every width.
         for name in sorted(drawn, key=lambda name: _grows(axes[name])):
+            # Values of unknown origin are left to the model's own constructor where there is one.
             if own_code and laws[name].doubtful:
                 continue
             try:
@@ -99,6 +101,7 @@ class Draw:
         """Return the parameters of another size whose values are a pattern, not random."""
         made = {}
         for name, values in source.items():
+            # Only what changes its size must be continued.
             if tuple(values.shape) != shapes[name]:
                 continued = pattern(values, axes[name])
                 if continued is not None:
@@ -137,6 +140,7 @@ class Draw:
         made = {}
         for name, values in self.model.named_buffers():
             shape = tuple(values.shape)
+            # Buffers that the graph reads have dimensions; others keep their size.
             if name in dims:
                 shape = tuple(map(self.sizes.of_dim, dims[name]))
             made[name] = self._buffer(name, values, dims.get(name, ()), shape, attributes)
@@ -182,6 +186,7 @@ class Draw:
         solved = self.sizes.solved
         infinite = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))
         old = tuple(map(solved.engine.space.size, solved.dims[name]))
+        # The laws are asked about the new shape in the place of the base shape.
         base = tuple(map(float, shape))
         return geometry_of(name, old, base, infinite, self.captured, solved, self.sizes.names)
 
@@ -228,6 +233,7 @@ def initialize(model: nn.Module, seed: int | None) -> None:
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
+        # Modules without parameters of their own need no reset.
         own = [name for name, parameter in module._parameters.items() if parameter is not None]
         if own and not hasattr(module, "reset_parameters"):
             raise ResizeError(

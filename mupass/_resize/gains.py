@@ -66,8 +66,10 @@ def _scales_by_class(
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         new_shape = shapes.get(f"{path}.weight".lstrip("."))
+        # Biases and norms have no fan_in.
         if not isinstance(weight, Tensor) or new_shape is None or weight.dim() < 2:
             continue
+        # [out, in, ...]: all axes but the first, in the usual layout.
         fan_in, new_fan_in = math.prod(weight.shape[1:]), math.prod(new_shape[1:])
         for name, value in vars(module).items():
             # Off (0) and without effect (1) are no scales.
@@ -79,8 +81,10 @@ def _scales_by_class(
 def _common_power(scales: Collection[_Scale]) -> float | None:
     """Return the power of fan_in that all values follow; None where they do not, or none differ."""
     if len({scale.fan_in for scale in scales}) < 2:
+        # With one fan_in any power fits.
         return None
     for power in POWERS:
+        # The gain is what is left when the power is taken out: it must be the same for all.
         gains = [scale.value / scale.fan_in**power for scale in scales]
         if all(math.isclose(gain, gains[0], rel_tol=1e-6) for gain in gains):
             return power

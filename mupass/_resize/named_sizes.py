@@ -80,6 +80,7 @@ class _Consequences:
         """
         for kind, rule in self._rules():
             for whole, members in self.space.terms(kind):
+                # One at a time: each new size may make another one follow.
                 implied = rule(whole, members)
                 if implied is not None:
                     return implied
@@ -107,10 +108,13 @@ class _Consequences:
 
     def _of_factors(self, whole: int, members: Sequence[int], told: bool) -> Implied | None:
         open_factors = [factor for factor in members if self._is_open(factor)]
+        # Fixed factors keep their size, given ones have their new one.
         sizes = [self.given.get(f, self.space.size(f)) for f in members if f not in open_factors]
         known = math.prod(sizes)
+        # All factors are known: so is the whole.
         if whole not in self.given and not open_factors and self._any_given(members):
             return whole, known
+        # The whole and all but one factor are known: so is that factor.
         if whole not in self.given or len(open_factors) != 1:
             return None
         last = open_factors[0]
@@ -127,6 +131,7 @@ class _Consequences:
     def _of_sum(self, whole: int, members: Sequence[int]) -> Implied | None:
         """Whole = part + part: parts that are equal now stay equal."""
         sizes = {self.space.size(part) for part in members}
+        # Parts that a slice leaves over have no size of their own to keep.
         equal = len(sizes) == 1 and not self.space.rests & set(members)
         if whole not in self.given or not equal or not all(map(self._is_open, members)):
             return None

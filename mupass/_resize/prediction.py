@@ -66,6 +66,7 @@ class Target:
         Args:
             candidate: The resized model, on a real device.
         """
+        # Parameters first: their shapes tell most wrong numbers without a run.
         got = {n: tuple(p.shape) for n, p in candidate.named_parameters()}
         wrong = [n for n, shape in self.shapes.items() if got.get(n) != shape]
         if wrong or len(got) != len(self.shapes):
@@ -73,9 +74,11 @@ class Target:
             message = f"{name} has shape {got.get(name)}, not {self.shapes.get(name)}"
             return Failure(len(self.shapes) - len(wrong), False, 0, name.rpartition(".")[0], message)
         try:
+            # Captured in the same way as the source, so that operators can be compared one by one.
             with quiet():
                 again = self._captured(candidate)
         except Exception as error:  # a wrong number may raise anything
+            # The traceback names the module whose code raised.
             where = _blamed(candidate, error)
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             message = f"{type(error).__name__} in {where or 'the root module'}: {text}"
@@ -109,6 +112,7 @@ class Target:
         finally:
             for handle in handles:
                 handle.remove()
+        # The last operator of a module that has run tells how far the run came.
         return max((at + 1 for at, owner in enumerate(self.owners) if owner in done), default=0)
 
     def _difference(self, again: Capture) -> Failure | None:
@@ -146,6 +150,7 @@ def target_of(
     for node in nodes:
         values = [v for v in tree_leaves(env.get(node)) if isinstance(v, Value)]
         values = values[:1] if operator_name(node.target) in FIRST_ONLY else values
+        # A size is None where a term is contested: nothing certain is known of it.
         predicted.append([tuple(sizes.predicted(a.dim) for a in v.axes) for v in values])
     owners = [captured.owners.get(n, "") for n in nodes]
     moved = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
@@ -174,11 +179,13 @@ def _blamed(candidate: nn.Module, error: BaseException) -> str:
     """Return the module in whose code an exception was raised."""
     paths = {id(m): n for n, m in candidate.named_modules()}
     chain: list[BaseException] = [error]
+    # The first cause in the chain is the most telling one.
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     found = ""
     for link in reversed(chain):
         trace = link.__traceback__
+        # The innermost frame whose `self` is a module of the candidate.
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
             found = paths.get(id(owner), found) if isinstance(owner, nn.Module) else found

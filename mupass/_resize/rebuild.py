@@ -39,10 +39,12 @@ def rebuild(build: Builder, attributes: Attributes, target: Target, name: str) -
     failure = target.failure(candidate)
     first, tries = failure, 0
     while failure is not None:
+        # A trial differs from the present choice in one number.
         for trial in _trials(attributes, choice, failure.where):
             tries += 1
             candidate = build(trial)
             found = target.failure(candidate)
+            # The first that gets further is kept, and the search goes on from there.
             if found is None or found.score > failure.score:
                 choice, failure = trial, found
                 break

@@ -32,6 +32,7 @@ def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[s
     if not sizes.changes:
         return
     args, kwargs = inputs
+    # The copy is solved as any model, without a word about its source.
     try:
         again = solve(resized, args, kwargs, None, dims, strict=True).solved
     except MupassError as error:
@@ -46,11 +47,13 @@ def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[s
 
 
 def _differences(sizes: NewSizes, again: Inference) -> Iterator[str]:
+    # Where sizes were given by name there is no one factor to go back by.
     back = Scaled(again, {}, 1 / sizes.factor) if not sizes.given else None
     space = sizes.solved.engine.space
     for name, row in sizes.solved.dims.items():
         for axis, (dim, other) in enumerate(zip(row, again.dims[name], strict=True)):
             old, new = sizes.solved.verdict(name, axis), again.verdict(name, axis)
+            # A policy may look at sizes, and an axis of one growing factor of size 1 cannot tell.
             if old.policy or new.policy or name in again.overlooked or _is_single(sizes, dim):
                 continue
             if old.infinite != new.infinite:

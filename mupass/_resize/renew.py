@@ -42,6 +42,7 @@ def segments(sizes: NewSizes, dim: int) -> list[Segment]:
     """
     space, grows = sizes.solved.engine.space, sizes.solved.verdicts.grows
     parts = []
+    # A sum first: its parts may be products of their own.
     for part in _members(sizes, dim, "sum"):
         parts += segments(sizes, part)
     if parts:
@@ -66,6 +67,7 @@ def _members(sizes: NewSizes, dim: int, kind: str) -> Sequence[int]:
     """Return what a growing dimension is made of, by the first term that is known."""
     if not sizes.solved.verdicts.grows(dim):
         return ()
+    # Any of several terms would do: they are equal.
     terms = sizes.terms(sizes.solved.engine.space.find(dim), kind)
     return next(iter(terms), ())
 
@@ -86,6 +88,7 @@ def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
     """
     shape = _new_shape(axes)
     old = old.detach().cpu()
+    # Identity, masks and sinusoids are recomputed by their formula.
     if list(old.shape) != shape:
         recomputed = recompute(old, shape)
         if recomputed is not None:
@@ -93,6 +96,7 @@ def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
     new = torch.empty(shape, dtype=old.dtype)
     for block in _blocks(axes):
         rows = block.rows(old)
+        # Constant along all that grows: the constant goes on.
         if not (rows == rows[:, :1]).all():
             return None
         block.put(new, rows[:, :1].repeat(1, block.count))
@@ -181,6 +185,7 @@ class _Block:
     def opened(self, old: Tensor) -> Tensor:
         """Return the old block as (row, growing factors...)."""
         sizes = [size for part in self.parts for size in part.old]
+        # Fixed factors go first and growing ones last, whatever the layout.
         split = old[self.there].reshape(sizes).permute(self._order)
         # Factors that do not grow come first in the order: together they count the rows.
         fixed = len(self._order) - sum(self._grows)
@@ -198,6 +203,7 @@ class _Block:
 
 
 def _blocks(axes: Sequence[Sequence[Segment]]) -> Iterator[_Block]:
+    # Every combination of parts of the axes: q, k and v on one, and the heads on another.
     for spans in product(*map(_spans, axes)):
         there = tuple(old for old, _, _ in spans)
         here = tuple(new for _, new, _ in spans)
@@ -219,6 +225,7 @@ def _patterned(free: Tensor) -> bool:
     """Whether neighbours along a growing axis are alike: independent draws are not."""
     if free.is_complex():  # real and imaginary parts are rows of their own
         free = torch.view_as_real(free).movedim(-1, 0).flatten(0, 1)
+    # In double precision, since differences of neighbours are compared.
     x = free.double()
     for axis in range(1, x.dim()):
         length = x.shape[axis]
@@ -236,6 +243,7 @@ def _patterned(free: Tensor) -> bool:
         pairs = steps.numel()
         likeness = (centred.narrow(axis, 0, length - 1) * centred.narrow(axis, 1, length - 1)).mean() / total
         limit = SIGMAS / math.sqrt(pairs) + 1 / length
+        # Of a few pairs the limit may be beyond 1, which no correlation reaches.
         if likeness > (min(limit, 0.85) if pairs >= 16 else limit):
             return True
     return False
@@ -253,6 +261,7 @@ def _drawn(
         raise ResizeError(
             f"{name} holds {values.dtype} that differ along a growing axis; they cannot be drawn"
         )
+    # Half precision has too few digits for a mean and a deviation.
     work = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     mean, std = work.mean(), work.std(correction=0)
     # A mean within its own sampling error is that of a law of mean zero.
@@ -283,11 +292,13 @@ def _unit(values: Tensor, shape: tuple[int, int], generator: torch.Generator | N
     skew, tails = x.pow(3).mean().abs(), (x.pow(4).mean() - 3).abs()
     if skew <= SIGMAS * math.sqrt(6 / n) and tails <= SIGMAS * math.sqrt(24 / n):
         return new.normal_(generator=generator)
+    # An unknown law: entries are drawn from the present ones.
     return x.flatten()[torch.randint(n, shape, generator=generator)]
 
 
 def _orthogonal(old: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor | None:
     """Draw an orthogonal matrix where the old one is orthogonal."""
+    # Few rows or columns are orthogonal by chance.
     if old.dim() < 2 or not old.dtype == torch.float32 or min(old.shape[0], old[0].numel()) < 3:
         return None
     matrix = old.flatten(1).double()

@@ -77,9 +77,11 @@ def resize(
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
     dims = dims or {}
+    # Captured once: the sizes, the new tensors and the proof come from this graph.
     inferred = solve(model, args, kwargs, None, dims, strict=True)
     captured, solved = inferred.captured, inferred.solved
     sizes = NewSizes.of(solved, inferred.names, width, scale)
+    # A meta-device model has no home for values: the copy is made on the CPU.
     if device is not None:
         place = torch.device(device)
     else:
@@ -91,6 +93,7 @@ def resize(
     own_code = (sizes.changes or home.type == "meta") and has_constructor(model)
     tensors: dict[str, Tensor] = {}
     for name, values in draw.parameters(target.shapes, own_code).items():
+        # Frozen parameters stay frozen.
         trained = model.get_parameter(name).requires_grad
         tensors[name] = nn.Parameter(values.to(place), trained)
     handled = handled_dims(captured, solved)
@@ -98,6 +101,7 @@ def resize(
         attributes = Attributes(sizes, handled)
         build = by_config(model, attributes, tensors, place, seed)
     else:
+        # Of a copy all numbers are rewritten, buffers included.
         attributes = Attributes(sizes, handled, known=follow_fan_in(model, target.shapes))
         for name, buffer in draw.buffers(attributes).items():
             tensors[name] = buffer.to(place)

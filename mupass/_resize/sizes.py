@@ -54,6 +54,7 @@ class NewSizes:
             given = named_sizes(solved, names, width)
             sizes = NewSizes(solved, names, given, _common_factor(solved, names, given))
         elif width is not None:
+            # One width: every growing dimension is scaled by its ratio.
             sizes = NewSizes(
                 solved, names, {}, checked_size("width", width) / solved.engine.space.size(present)
             )
@@ -83,6 +84,7 @@ class NewSizes:
 
     def _whole(self, dim: int, exact: float) -> int:
         size = round(exact)
+        # A size may not vanish, unless it was zero.
         if abs(size - exact) > 1e-6 or size < min(1, self.solved.engine.space.size(dim)):
             raise ResizeError(
                 f"dimension {self.names.term(dim)} of size {self.solved.engine.space.size(dim)} "
@@ -116,6 +118,7 @@ class NewSizes:
             axis: The axis.
         """
         dim = self.solved.dims[parameter][axis]
+        # A parameter that nothing reads has the size of those that are read, whatever was given by name.
         if parameter in self.solved.overlooked and self.solved.verdict(parameter, axis).infinite:
             return NewSizes(self.solved, self.names, {}, self.factor)._as_its_equals(dim)
         return self.of_dim(dim)
@@ -176,6 +179,7 @@ class NewSizes:
             ResizeError: They differ, or a dimension would not be a whole number.
         """
         for kind, combine in COMBINE.items():
+            # Terms that no parameter carries are checked by running the model.
             for whole in self._carried:
                 for members in self.terms(whole, kind):
                     parts = [self.of_dim(m) for m in members]

@@ -27,6 +27,7 @@ def recompute(old: Tensor, shape: Sequence[int]) -> Tensor | None:
             same = formula(tuple(values.shape))
         except (ValueError, OverflowError):  # the formula has no value at this shape
             continue
+        # A formula is only known by its values at the old shape.
         if same.shape == values.shape and _close(same, values):
             return formula(tuple(shape)).to(old.dtype)
     return None
@@ -35,11 +36,13 @@ def recompute(old: Tensor, shape: Sequence[int]) -> Tensor | None:
 def _close(a: Tensor, b: Tensor) -> bool:
     kind = torch.complex128 if b.is_complex() else torch.float64
     a, b = a.to(kind), b.to(kind)
+    # Infinity, as in attention masks, has no part in the tolerance.
     finite = b[b.isfinite()].abs()
     return len(finite) > 0 and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * finite.max().item())
 
 
 def _formulas(old: Tensor) -> Iterator[_Formula]:
+    # Axes of length 1 are there for broadcasting.
     lengths = [n for n in old.shape if n != 1]
     if len(lengths) == 1 and not old.is_complex() and old.dtype != torch.bool and lengths[0] > 2:
         yield from _ramps(old.flatten().double())
@@ -64,10 +67,13 @@ def _ramps(row: Tensor) -> Iterator[_Formula]:
     """Yield arange, linspace between whole numbers, and geometric sequences whose ends do not move."""
     count, first, last = len(row), row[0].item(), row[-1].item()
     step = (last - first) / (count - 1)
+    # arange(first, first + n * step, step)
     if _round(first) and _round(step) and round(step) != 0:
         yield _Formula(lambda s: first + round(step) * torch.arange(math.prod(s), dtype=torch.float64))
+    # linspace(first, last, n), whose ends stay where they are
     elif _round(first) and _round(last):
         yield _Formula(lambda s: torch.linspace(first, last, math.prod(s), dtype=torch.float64))
+    # base^(i / n): the frequencies of rotary positions, the slopes of ALiBi
     if (row > 0).all() and last != first:
         yield from _geometric(count, math.log(first), math.log(last))
     if (row < 1).all() and (row > 0).all():  # decays of retention, 1 - 2^(-5-i)
@@ -84,6 +90,7 @@ def _geometric(count: int, first: float, last: float) -> Iterator[_Formula]:
         for start in (0, 1):
             total = slope * (count - less)
             base = math.exp(abs(total))
+            # Bases that people write are whole numbers.
             if abs(first - start * slope) < 1e-5 and abs(base / round(base) - 1) < 1e-3:
                 exact = math.copysign(math.log(round(base)), total)
                 yield _Formula(_power(exact, start, less))
@@ -102,6 +109,7 @@ def _matrices(old: Tensor) -> Iterator[_Formula]:
     rows, columns = old.shape
     corner, above, below = old[0, 0], old[0, -1], old[-1, 0]
     if rows > 1 and columns > 1:
+        # corner * eye(n)
         if above == below == 0:
             yield _Formula(lambda s: corner * torch.eye(*s, dtype=old.dtype))
         yield _Formula(
@@ -130,6 +138,7 @@ def _tables(old: Tensor) -> Iterator[_Formula]:
             "cos|cos",
             "sin|sin",
         )
+    # The bases of sinusoids in use: the original one, and those of long contexts.
     for base in (10000.0, 500000.0, 1000000.0):
         for less in (0, 1):
             for kind in kinds:
@@ -145,6 +154,7 @@ def _table(base: float, less: int, kind: str) -> object:
         if width % len(parts) or width // len(parts) <= less:
             raise ValueError(f"{width} features for {kind}")
         half = width // len(parts)
+        # angle[position, i] = position * base^(-i / half)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * base ** (
             -torch.arange(half, dtype=torch.float64) / (half - less)
         )

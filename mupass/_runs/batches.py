@@ -69,6 +69,7 @@ def read_batches(data: Data, count: int) -> list[Batch]:
         source: Any = data() if callable(data) else data
     except Exception as error:
         raise StudyError(f"the function that returns the data fails: {error}") from error
+    # One batch is used at every step; a list of batches is an iterable of them.
     if isinstance(source, (Batch, tuple, Mapping)):
         source = [source]
     elif isinstance(source, Tensor) or not isinstance(source, Iterable):
@@ -85,6 +86,7 @@ def read_batches(data: Data, count: int) -> list[Batch]:
 def _batch(item: Any) -> Batch:
     if isinstance(item, Batch):
         return item
+    # A mapping of keyword inputs: the model computes its own loss.
     if isinstance(item, Mapping):
         return Batch((), dict(item), None)
     if isinstance(item, (tuple, list)) and len(item) == 2:
@@ -122,9 +124,11 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         StudyError: There is none.
     """
+    # Hugging Face's outputs name their predictions.
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
+    # A tuple or a dict of any depth: the first real tensor that is no loss.
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
             return leaf
@@ -181,12 +185,15 @@ def random_batch(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
+            # What has no batch axis stays as it is.
             return x
         shape = (size, *x.shape[1:])
         if x.is_floating_point():
             return torch.randn(shape, generator=generator, dtype=x.dtype)
+        # Masks and flags of the example are kept: random ones may be refused.
         if x.dtype == torch.bool or not tables or bool((x == 1).all()):  # a mask
             return x[:1].expand(shape).cpu().clone()
+        # Token numbers must be within the first table.
         return torch.randint(tables[0], shape, generator=generator)
 
     args, kwargs = tree_map(one, inputs)

@@ -66,5 +66,6 @@ def check_point(point: Any) -> None:
     if not isinstance(point, Mapping) or not all(isinstance(name, str) for name in point):
         raise StudyError(f"point must be hyperparameters by name, such as {{'lr': 0.1}}, not {point!r:.80}")
     for name, value in point.items():
+        # bool is an int in Python, and NaN fails every comparison.
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
             raise StudyError(f"point[{name!r}] must be a finite number, not {value!r:.80}")

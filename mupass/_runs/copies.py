@@ -76,6 +76,7 @@ class Copies:
             index: Which width.
             seed: Number of the initialization; 0 is the one that the copy has.
         """
+        # A copy of the transformed copy, so that a run changes nothing that others see.
         model = deepcopy(self.models[index])
         if not seed:
             return model
@@ -83,6 +84,7 @@ class Copies:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 values = parameter.detach()
+                # A seed for each initialization, the same on every device.
                 order = torch.randperm(values.numel(), generator=generator).to(values.device)
                 values.copy_(values.flatten()[order].view_as(values))
         return model
@@ -118,7 +120,9 @@ def make_copies(
         if not isinstance(source, nn.Module):
             raise StudyError("widths= is needed with a function that builds the model")
         widths = default_widths(analyze(source, batches[0].inputs).width)
+    # Precision first: a transform reads the law of the values as they will be trained.
     models = [build(width).to(dtype=options.dtype) for width in widths]
+    # The number of parameters grows with the width, whatever form widths are given in.
     models.sort(key=_count_entries)
     if len(set(map(_count_entries, models))) < max(len(models), least):
         raise StudyError(f"at least {least} different widths are needed, not {list(widths)}")
@@ -126,6 +130,7 @@ def make_copies(
     moved = [move(batch, device, options.dtype) for batch in batches]
     narrow = models[0]
     transformed = [_transformed(model, narrow, moved[0].inputs, options) for model in models]
+    # The plan's own word for the width, which the caller may not know.
     sizes = tuple(plan_of(model)[1].width for model in transformed)
     return Copies(sizes, tuple(transformed), narrow), moved
 
@@ -133,6 +138,7 @@ def make_copies(
 def _transformed(model: nn.Module, narrow: nn.Module, inputs: Any, options: CopyOptions) -> nn.Module:
     """Return a transformed copy of a model; the narrowest model is the base unless there is another."""
     base = options.base
+    # The narrowest copy is the base itself, at its own width.
     if base is None and model is narrow:
         base = analyze(narrow, inputs, dims=options.dims).width
     elif base is None:
@@ -156,6 +162,7 @@ def default_widths(width: int) -> tuple[int, ...]:
     Args:
         width: The model's width.
     """
+    # The model's own width times a power of two, at least 64.
     smallest = halved(width)
     while smallest < SMALLEST:
         smallest *= 2
@@ -176,6 +183,7 @@ def halved(width: int) -> int:
 def _builder(source: Source, batch: Batch, options: CopyOptions) -> Callable[[Any], nn.Module]:
     """Return what makes a model of a width: `resize` of a model, or the caller's function."""
     if isinstance(source, nn.Module):
+        # One seed for all widths, so that parameters of fixed size are drawn alike.
         return lambda width: resize(
             source, width, example_inputs=batch.inputs, dims=options.dims, init=options.init, seed=0,
             fresh=True,
@@ -183,6 +191,7 @@ def _builder(source: Source, batch: Batch, options: CopyOptions) -> Callable[[An
 
     def build(width: Any) -> nn.Module:
         try:
+            # The function may draw initial weights: the caller's random state stays.
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = source(width)

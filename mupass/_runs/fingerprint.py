@@ -56,6 +56,7 @@ class _State:
     def mark(self, *words: Any) -> None:
         """Add words, with an end so that no two sequences look alike."""
         for word in words:
+            # Lengths are hashed too: ("ab", "c") and ("a", "bc") are different.
             text = word if isinstance(word, bytes) else str(word).encode()
             self.hash.update(f"{len(text)}:".encode() + text)
 
@@ -66,6 +67,7 @@ class _State:
             self.mark("enum", type(thing).__qualname__, thing.name)
         elif type(thing) in PLAIN or isinstance(thing, (PurePath, *TORCH)):
             self.mark(type(thing).__qualname__, repr(thing))
+        # An object that holds itself, or that is met twice, is told by its number.
         elif id(thing) in self.seen:
             self.mark("again", self.seen[id(thing)])
         else:
@@ -77,6 +79,7 @@ class _State:
         if isinstance(thing, Tensor):
             self._add_tensor(thing)
         elif isinstance(thing, ModuleType):
+            # A package is told by its version, and not by all that is in it.
             self.mark("package", thing.__name__, getattr(thing, "__version__", ""))
         elif isinstance(thing, FunctionType):
             self._add_function(thing, where)
@@ -127,6 +130,7 @@ class _State:
             return
         self.mark("method", thing.__qualname__)
         owner = thing.__self__
+        # A bound method is its function and the object that it is bound to.
         if isinstance(thing, MethodType):
             self.add(thing.__func__, where)
         if not isinstance(owner, ModuleType):
@@ -135,18 +139,22 @@ class _State:
     def _add_function(self, function: FunctionType, where: str) -> None:
         self.mark("function", function.__module__, function.__qualname__)
         where = f"{where} {function.__qualname__}".strip()
+        # A function of an installed package is told by its name; a closure holds more than that.
         if _installed(function.__module__) and not function.__closure__:
             return
         self._add_code(function.__code__, where)
         self.add((function.__defaults__, function.__kwdefaults__), f"the defaults of {where}")
+        # Closures hold objects that the code refers to by name.
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             try:
+                # A cell of a recursive function may be empty.
                 self.add(cell.cell_contents, f"{name} in {where}")
             except ValueError as error:
                 if isinstance(error, StudyError):
                     raise
                 self.mark("empty")  # not filled yet
+        # Globals that the code names, and not all globals of its module.
         names = _names(function.__code__)
         for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]
@@ -165,12 +173,14 @@ class _State:
 
     def _add_class(self, kind: type, where: str) -> None:
         self.mark("class", kind.__module__, kind.__qualname__)
+        # Classes of installed packages are told by their name.
         if _installed(kind.__module__):
             return
         for base in kind.__bases__:
             self.add(base, where)
         for name, value in vars(kind).items():
             if name in BOOKKEEPING or name.startswith("_abc_"):
+                # Python's own entries differ between processes, and caches of abstract classes do.
                 continue
             self.mark(name)
             parts = [getattr(value, "__func__", value)]  # of static and class methods
@@ -195,8 +205,10 @@ class _State:
         name = f"{where} ({kind.__qualname__})".strip()
         if hasattr(thing, "__wrapped__"):  # functools.lru_cache and the like
             self.add(thing.__wrapped__, where)
+        # A generator is its state.
         elif isinstance(thing, torch.Generator):
             self._add_tensor(thing.get_state())
+        # Arrays of numpy: type, shape and bytes.
         elif type(thing).__module__.partition(".")[0] == "numpy" and hasattr(thing, "tobytes"):
             self.mark(thing.dtype, thing.shape)
             self.add(thing.tolist(), name) if thing.dtype.hasobject else self.mark(thing.tobytes())
@@ -216,6 +228,7 @@ class _State:
         if hasattr(thing, "__next__"):
             raise _unknown(where, "what it gives depends on how far it has been read")
         try:
+            # What pickle would copy says what an object is made of.
             parts = thing.__reduce_ex__(4)
         except Exception as error:
             raise _unknown(where, str(error)) from error
@@ -270,6 +283,7 @@ def _installed(module: str | None) -> bool:
     parents: set[Path] = set()
     for place in filter(None, places):
         parents.update(Path(place).resolve().parents)
+    # Where pip installs packages.
     homes = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     return not homes.isdisjoint(parents)
 

@@ -111,6 +111,7 @@ class Work:
             The score, infinite when the run diverged, and the seconds that it took.
         """
         begin = time.perf_counter()
+        # Seeded alike, whichever process runs the job.
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(job.seed)
             score = self._train(job)
@@ -121,6 +122,7 @@ class Work:
         optimizer = optimizer_of(self.make, model, dict(job.point))
         losses: list[float] = []
         for step in range(self.steps):
+            # Batches are used in turn, however many steps there are.
             batch = self.batches[step % len(self.batches)]
             optimizer.zero_grad()
             error = self.loss(batch.run(model), batch.targets)
@@ -131,6 +133,7 @@ class Work:
             error.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         if self.evaluate is None:
+            # The last tenth of the losses, whose mean has less noise than the last one.
             tail = losses[-max(1, self.steps // 10) :]
             return sum(tail) / len(tail)
         model.eval()
@@ -154,6 +157,7 @@ def diverged(loss: float, first: float) -> bool:
         loss: Its loss.
         first: Its loss before the first step.
     """
+    # A first loss near zero would make any other one look like a divergence.
     return not math.isfinite(loss) or abs(loss) > DIVERGED * max(abs(first), 1e-3)
 
 
@@ -185,6 +189,7 @@ def run_all(
     Raises:
         StudyError: Several processes without loky.
     """
+    # The hash of each job is taken once, before anything runs.
     keys = {job: work.key(job, store.kept) for job in jobs}
     unknown = []
     for job in jobs:
@@ -234,6 +239,7 @@ def _pool(work: Work, processes: int | Executor) -> Iterator[_Pool]:
         with loky.ProcessPoolExecutor(processes, initializer=_begin, initargs=(work,)) as pool:
             yield _Pool(lambda job: pool.submit(_run_here, job), processes)
     else:
+        # One process runs jobs one after the other, each of them done when it is returned.
         yield _Pool(lambda job: _known(work.run(job)), 1)
 
 
@@ -256,6 +262,7 @@ def _share(
             claimed = []  # by other processes
             while left and len(running) < pool.room:
                 job = left.pop(0)
+                # Another process may have finished it since.
                 known = store.get(keys[job])
                 if known is not None:
                     yield job, known
@@ -267,6 +274,7 @@ def _share(
             # With nothing of its own to wait for, a process looks again at what others claimed.
             if not running:
                 time.sleep(PAUSE if left else 0)
+            # With claims of others around, a look at the store now and then; else as long as a job takes.
             for future in _finished(running, PAUSE if claimed else None):
                 job = running.pop(future)
                 score, seconds = future.result()
@@ -297,6 +305,7 @@ _ONE = threading.Lock()
 
 
 def _run_there(work: Work, job: Job, origin: int) -> tuple[float, float]:
+    # A worker process has one thread for each job; the caller's own process keeps its threads.
     if os.getpid() != origin:
         torch.set_num_threads(1)
     with _ONE:  # threads of one process share torch's random numbers
@@ -304,6 +313,7 @@ def _run_there(work: Work, job: Job, origin: int) -> tuple[float, float]:
 
 
 def _begin(work: Work) -> None:
+    # Jobs of other processes use the other cores.
     torch.set_num_threads(1)
     _WORK[:] = [work]
 

@@ -37,6 +37,7 @@ def untransformed(source: Any) -> tuple[Any, tuple[str, ...]]:
     if not is_transformed(source):
         return source, ()
     root, plan = plan_of(source)
+    # A wrapper around a transformed model is taken off; a part of a larger model is refused.
     _check(source, root)
     copied = deepcopy(root)
     undo(copied)

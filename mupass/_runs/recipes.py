@@ -43,10 +43,13 @@ class NamedRecipe:
         """
         options = {**self.recipe.defaults, **chosen}
         if self.for_check:
+            # A check wants settings under which the width shows, such as absolute damping.
             options = {**self.recipe.defaults, **self.recipe.for_check, **chosen}
         if self.recipe.fallback_at_lr:
+            # The fallback moves at the optimizer's rate, so that one rate is swept.
             options.setdefault("fallback_lr", options["lr"])
         made_by = self._class()
+        # Optimizers of mupass take the model; those of torch take groups.
         if issubclass(made_by, PlannedOptimizer):
             return made_by(model, **options)
         of_groups = {name: options.pop(name) for name in OF_GROUPS if name in options}
@@ -55,6 +58,7 @@ class NamedRecipe:
     def names(self) -> list[str]:
         """Return the names of all hyperparameters that it takes."""
         if issubclass(self._class(), PlannedOptimizer):
+            # The first parameter is the model.
             return list(signature(self._class()).parameters)[1:]
         return list(self.recipe.defaults)
 

@@ -57,6 +57,7 @@ class Store:
             raise StudyError(f"store must be a path, or None to keep results in memory, not {path!r}")
         self.kept = path is not None
         self.path = str(path) if self.kept else ":memory:"
+        # Claims are told apart by the process that made them.
         self.owner = uuid.uuid4().hex
         folder = Path(self.path).absolute().parent
         if self.kept and not folder.is_dir():
@@ -78,11 +79,13 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=60)
         except (sqlite3.Error, ValueError) as error:
             raise StudyError(f"store {self.path} cannot be opened: {error}") from error
+        # Tables are made where they are missing: an older file may have some.
         try:
             for table in TABLES:
                 connection.execute(table)
             connection.commit()
             return connection
+        # A read-only file or folder: what is there can still be looked up.
         except sqlite3.OperationalError as error:
             connection.close()
             if "readonly" not in str(error) and "unable to open" not in str(error):
@@ -90,6 +93,7 @@ class Store:
         except sqlite3.DatabaseError as error:
             connection.close()
             raise StudyError(f"{self.path} is not a store of mupass: {error}") from error
+        # immutable: SQLite needs no journal beside a file that nobody writes.
         try:
             return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         except sqlite3.Error as error:
@@ -102,6 +106,7 @@ class Store:
             StudyError: Columns are missing, or others are there.
         """
         for table, columns in COLUMNS.items():
+            # Column names are the version of the file.
             found = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
             older = table == "claims" and not found  # a file of before there were claims, on a read-only disk
             if found != columns and not older:
@@ -117,6 +122,7 @@ class Store:
             StudyError: The disk is full, read-only or broken; what was written before stays.
         """
         try:
+            # A transaction for each query: what was written before stays.
             with self.connection:
                 return self.connection.execute(query, values)
         except sqlite3.Error as error:
@@ -168,6 +174,7 @@ class Store:
         row = self._ask("select loss from runs where key = ?", (key,)).fetchone()
         if row is None:
             return None
+        # NULL is a run that diverged; anything else but a number is damage.
         if row[0] is not None and not isinstance(row[0], float):
             raise StudyError(f"store {self.path} is damaged: a loss is {row[0]!r}")
         return math.inf if row[0] is None else row[0]
@@ -199,6 +206,7 @@ class Store:
         # SQLite has no infinity of its own: NULL is a run that diverged.
         value = loss if math.isfinite(loss) else None
         self._ask("insert or replace into runs values (?, ?, ?, ?)", (key, json.dumps(job), value, seconds))
+        # The result is there, so that nobody needs the claim.
         self._ask("delete from claims where key = ?", (key,))
 
     def reserve(self, key: str) -> bool:
@@ -235,6 +243,7 @@ class Store:
 
     def _renew(self, over: threading.Event) -> None:
         """Renew claims until told to stop; where that fails a run may be done twice, with one result."""
+        # Four times in a lease, so that a slow disk voids none.
         while not over.wait(LEASE / 4):
             until = time.time() + LEASE
             # The main thread raises what is wrong with the file when it writes its next result.

@@ -51,6 +51,7 @@ class Tabular:
             The text, or the path that was written.
         """
         rows = self.records()
+        # The columns of all records, in the order in which they are met first.
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
