@@ -35,11 +35,13 @@ def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) ->
         parameter: One of its parameters; a planned optimizer may have left it to its fallback.
     """
     if isinstance(optimizer, PlannedOptimizer):
+        # A planned optimizer leaves some parameters to its fallback, which has a row of its own.
         for group in optimizer.param_groups:
             held = any(other is parameter for other in group["params"])
             if held and group["algorithm"] != optimizer.spec.name:
                 return OptimizerSpec(group["algorithm"])
         return optimizer.spec
+    # Optimizers of torch are known by the name of their class.
     for known in OPTIMIZERS.values():
         if known.torch_class == type(optimizer).__name__:
             return OptimizerSpec(known.name)
@@ -96,6 +98,7 @@ def cause(
     for entry in plan.entries:
         if entry.geometry.normalized and row.step:
             return NORMALIZED.format(where=entry.geometry.normalized, name=entry.geometry.name)
+    # Attention scores have no parameter: head_dim or the layers below are at fault.
     if site.operator in SCORES:
         return _of_scores(head_dims)
     if not site.parameter:
@@ -103,6 +106,7 @@ def cause(
     if site.parameter not in plan:
         return "the parameters that it is computed from move too much or too little"
     geometry = plan[site.parameter].geometry
+    # Below a readout in the middle K-FAC divides by the square of a gradient near zero.
     if dimmed and power > 0 and spec is not None and spec.row.cause_if_dimmed:
         return spec.row.cause_if_dimmed
     if row.quantity == "activation":
@@ -132,6 +136,7 @@ def _of_activation(
     if is_tied_readout(site, geometry):
         yield UNMULTIPLIED
         return
+    # What the operator is given scales by itself, and its output just follows.
     if abs(input_power - geometry.given) > NEAR and abs(input_power - power) < NEAR:
         yield GIVEN.format(power=input_power)
         return
@@ -171,6 +176,7 @@ def _of_update(
     grows_in, grows_out = _growing(geometry)
     fan_in_power, fan_out_power = powers(geometry, spec, plan.parameterization)["lr"]
     planned = fan_in_power * grows_in + fan_out_power * grows_out
+    # What the rate would be if fan_in and fan_out were swapped, as with a transposed weight.
     swapped = fan_in_power * grows_out + fan_out_power * grows_in
     if rate_power is not None and abs(rate_power - planned) > NEAR:
         mixed = ", as if fan_in were fan_out" if abs(rate_power - swapped) < NEAR else ""
@@ -178,6 +184,7 @@ def _of_update(
             f"its learning rate scales like width^{rate_power:+.2f}{mixed}; {spec.name} needs "
             f"width^{planned:+g} here"
         )
+    # The rate is as planned: a setting of the optimizer makes updates grow, or shrink.
     elif power > 0 and spec.row.cause_if_growing and not spec.grafted:
         yield spec.row.cause_if_growing
     elif power <= 0 and spec.row.cause_if_shrinking and not spec.grafted:

@@ -120,6 +120,7 @@ def coord_check(
     runs = _Runs(copies, batches, loss, steps)
     for index in range(len(copies.widths)):
         for seed in range(seeds):
+            # A new copy, optimizer and probe for every run: nothing of one run is in another.
             trained = copies.draw(index, seed)
             made = optimizer_of(make, trained, hyperparameters)
             probe = runs.train(index, trained, made)
@@ -183,6 +184,7 @@ class _Runs:
         Raises:
             StudyError: The loss is not finite.
         """
+        # Measured on the first batch throughout, so that steps are compared on the same inputs.
         probe = Probe(model, self.batches[0], self.loss)
         self._note(index, 0, probe.at_start())
         for step in range(1, self.steps + 1):
@@ -234,6 +236,7 @@ class _Judge:
         self.plan = self.plans[-1]
         self.seeds = max(map(len, chain.from_iterable(self.log.values())))
         self.parameters = dict(model.named_parameters())
+        # Rounding is relative to activations, and finer in double precision.
         precision = next(iter(self.parameters.values())).dtype
         self.floor = FLOOR.get(precision, COARSE_FLOOR)
         # Place below a readout in the middle of the model -> how the optimizer treats its parameter.
@@ -253,6 +256,7 @@ class _Judge:
         for (site, quantity, step), values in self.log.items():
             if quantity not in NAMES:
                 continue
+            # A place that some seed or width lacks cannot be fitted.
             if any(len(of_width) < self.seeds for of_width in values):
                 raise StudyError(
                     f"{site} does not run at every width; control flow must not depend on values"
@@ -261,6 +265,7 @@ class _Judge:
                 raise StudyError(f"{site}: the {quantity} is not finite at step {step}; give a smaller lr")
             if self._exceeds_rounding(site, values):
                 rows += self._coordinates(site, quantity, step, values)
+            # An update below rounding is no measurement; one of exactly zero is that of a frozen parameter.
             elif quantity == "update" and any(chain(*values)):
                 silent[site] = None
         return tuple(rows), tuple(silent)
@@ -274,6 +279,7 @@ class _Judge:
         """Yield a quantity, and for a readout that is normalized its update relative to the output."""
         slope = fit(self.widths, values, CONFIDENCE)
         rule = self._rule(site, quantity, step)
+        # Below a readout in the middle only growth is a fault, unless the gradient explains the size.
         if site in self.dimmed and rule == "flat" and step and slope.power < self.tolerance:
             rule = "shown"
             explained = self._relative_to_gradient(site, step, values)
@@ -296,6 +302,7 @@ class _Judge:
         """
         power = gradient_power(self.dimmed[site])
         gradients = self.log.get((site, "gradient", step - 1), [])
+        # A gradient that some run has not measured cannot be divided by.
         complete = sum(map(len, gradients)) == self.seeds * len(values)
         if power is None or not complete or not all(chain(*gradients)):
             return None
@@ -323,6 +330,7 @@ class _Judge:
         geometry = self._geometry(site)
         if quantity == "change" or geometry is None:
             return "shown"
+        # Readouts may shrink at the start, as they should: only growth is a fault.
         if is_readout(site, geometry):
             return "bounded"
         return "flat" if geometry.role in ("input", "hidden") else "shown"
@@ -371,6 +379,7 @@ class _Judge:
         evidence = {name: self.log.get((site, name, 0), []) for name in ("input", "weight")}
         evidence["rate"] = self.runs.rates.get(site.parameter, [])
         powers = {}
+        # A power is fitted to positive values alone: zeros have no logarithm.
         for name, values in evidence.items():
             if values and all(value > 0 for value in chain(*values)):
                 powers[name] = fit(self.widths, values).power

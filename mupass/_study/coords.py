@@ -109,6 +109,7 @@ class CoordCheck(Tabular):
     def modules(self) -> dict[str, str]:
         """Return the verdict on every module that calls an operator: the worst of its quantities."""
         worst: dict[str, str] = {}
+        # From the best to the worst: the worst of a module's quantities counts.
         order = ("", "ok", "unclear", "FAIL")
         for row in self.rows:
             name = OUTPUT if row.site.operator == OUTPUT else row.site.module
@@ -186,6 +187,7 @@ def text(check: CoordCheck) -> str:
     """
     every = table_of(check)
     table = every
+    # A large model has hundreds of places: the text lists those that do not pass.
     if len(every.rows) > MANY:
         table = every.only_marked()
     lines = [check.verdict(), ""]
@@ -208,6 +210,7 @@ def page(check: CoordCheck) -> Page:
     table = table_of(check)
     marked = table.only_marked()
     parts = [section("Sizes against width", drawing(lambda: figure(check)))]
+    # With all or none marked one table is enough.
     if 0 < len(marked.rows) < len(table.rows):
         parts += [section("What does not pass", marked.html()), folded("All places", table.html())]
     else:
@@ -248,6 +251,7 @@ def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: i
             named = {} if passes else {"label": "each line a place; blue does not fail"}
             _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2, **named)
             passes += 1
+        # Only the first failures have markers and names: a legend of all would hide the picture.
         elif failures < len(MARKERS):
             named = {"marker": MARKERS[failures], "label": _short(row.site)}
             _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3, **named)

@@ -44,6 +44,7 @@ def descend(
     for name in OF_ONE:
         if max(bounds.get(name, [0.0])) >= 1:
             raise StudyError(f"grid[{name!r}] must be below 1")
+    # Coordinates are logarithms, of which the bounds are a box too.
     low = torch.tensor([to(name, min(values)) for name, values in bounds.items()]).double()
     high = torch.tensor([to(name, max(values)) for name, values in bounds.items()]).double()
     search = _Search(study, list(bounds), low, high, seeds, store)
@@ -89,6 +90,7 @@ class _Search:
             runs, loss, slope_here = self._measure(x)
             yield runs
             moved = x - best
+            # A run that diverged, or a worse one whose derivatives point away from the best: halfway back.
             if math.isinf(loss) or (loss >= lowest and slope_here @ moved < 0):
                 x = (x + best) / 2
             else:
@@ -99,9 +101,11 @@ class _Search:
                     inverse = _bfgs(inverse, moved, slope_here - slope)
                 if loss < lowest:
                     best, lowest, slope = x, loss, slope_here
+                # A quasi-Newton step from the best point, of at most a quarter of the bounds per coordinate.
                 step = inverse @ slope
                 excess = max(1.0, float((step.abs() / longest).max()))
                 x = (best - step / excess).clamp(self.low, self.high)
+            # Steps that hardly move any coordinate have arrived.
             if (x - best).abs().max() < CLOSE:
                 return
 
@@ -173,6 +177,7 @@ def to(name: str, value: float) -> float:
         name: The hyperparameter.
         value: Its value.
     """
+    # What momentum lacks to 1 is what scales: 0.9 to 0.99 is as far as 0.99 to 0.999.
     return -math.log1p(-value) if name in OF_ONE else math.log(value)
 
 

@@ -32,6 +32,7 @@ def dimmed_places(probe: Probe, plan: Plan) -> set[Site]:
     for site in probe.start:
         if site.parameter in plan:
             geometry = plan[site.parameter].geometry
+            # A readout hides the loss from what lies below it, where its output goes on to other weights.
             if is_readout(site, geometry):
                 readouts.add(site)
             if geometry.role in ("input", "hidden", "output"):
@@ -60,6 +61,7 @@ def relative(
         # Adam's epsilon is added to the gradient's size, so it has the order that this should have.
         order = scales(plan[parameter].geometry, OptimizerSpec("adam"), plan.parameterization).epsilon
         pairs = zip(updates, slopes, strict=True)
+        # The size of the update if the gradient had its planned order.
         relative_sizes.append([update / (gradient / order) ** power for update, gradient in pairs])
     return relative_sizes
 

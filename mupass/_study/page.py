@@ -95,6 +95,7 @@ def logarithmic(axis: Any) -> None:
     from matplotlib.ticker import LogLocator
 
     axis.set_yscale("log")
+    # Marks at 1, 2 and 5, since many axes span less than a decade.
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
 

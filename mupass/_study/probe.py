@@ -47,6 +47,7 @@ class Probe:
             readouts: All readouts.
             weights: All places where a weight is read.
         """
+        # Readouts behind which another weight stands, and all that lies below these.
         return self.first.before(readouts & self.first.before(weights, True), False)
 
     def at_start(self) -> Iterator[tuple[Site, str, float]]:
@@ -62,6 +63,7 @@ class Probe:
             if site in self.first.reach:
                 yield site, "reach", self.first.reach[site]
         for call in self.first.calls.values():
+            # What the operator was given besides its parameters.
             activations = [
                 given for index, given in enumerate(call.given) if index not in call.at and _is_real(given)
             ]
@@ -82,6 +84,7 @@ class Probe:
         Raises:
             StudyError: The model calls other operators than at the start.
         """
+        # Behind a gain or a readout of zero there is no gradient yet.
         idle = {site for site, slope in self.slopes.items() if not slope.any()}
         later = Recorder(self.model, self.first)
         gradients = self._pass(later, slopes=bool(idle))
@@ -97,6 +100,7 @@ class Probe:
         for site, value in later.made.items():
             yield site, "change", rms(value - self.start[site])
         for site in idle & later.slopes.keys():
+            # The first step that has a gradient there tells its direction.
             self.slopes[site] = later.slopes[site]
             if site.parameter in gradients:
                 yield site, "gradient", gradients[site.parameter]
@@ -122,6 +126,7 @@ class Probe:
             with torch.no_grad():
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
+        # The output of the whole model is a place of its own.
         recorder.made[Site("", OUTPUT)] = logits_of(output).detach().clone()
         return gradients
 

@@ -59,6 +59,7 @@ class Call:
 
     def run(self, index: int, new: Tensor) -> Tensor:
         """Return its output with one parameter changed."""
+        # The operator of the first pass, on what it was given then, with one parameter as it is now.
         leaves = [*self.given[:index], new.detach(), *self.given[index + 1 :]]
         if _works_in_place(self.func):  # what was given is needed again at the next step
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -127,6 +128,7 @@ class Recorder(TorchFunctionMode):
         return Call(func, given, spec, at)
 
     def _site(self, func: Callable[..., Any], parameter: str = "") -> Site:
+        # One module may call a function on one parameter several times: the calls are counted.
         key = (self.stack[-1], _name(func), parameter)
         self.seen[key] += 1
         return Site(*key, self.seen[key] - 1)
@@ -144,6 +146,7 @@ class Recorder(TorchFunctionMode):
             slopes = self.slopes
             result.register_hook(lambda slope: slopes.update(dict.fromkeys(key, slope.detach())))  # type: ignore[no-untyped-call]
             self.origins[result.grad_fn] = key
+        # A later pass: the operator of the first one with the new parameter, less what it made then.
         if self.first is not None and key in self.first.calls:
             old = self.first.calls[key]
             for i, site in call.at.items():
@@ -158,6 +161,7 @@ class Recorder(TorchFunctionMode):
         """
         ends = {node for node, places in self.origins.items() if not sites.isdisjoint(places)}
         pending = list(ends)
+        # Strictly below: what the others were computed from, and not these themselves.
         if strictly:
             pending = [parent for node in ends for parent in _parents(node)]
         # Walk down the graph of autograd, whose nodes point to what they were computed from.
@@ -172,6 +176,7 @@ class Recorder(TorchFunctionMode):
         return found
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:
+        # A tensor that is made of several parameters has all their names.
         name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -184,12 +189,14 @@ class Recorder(TorchFunctionMode):
         if name == ATTENTION:
             found, reach = _attention_scores(*args, **kwargs)
             head_dim = tensors[0].shape[-1]
+        # Attention written by hand: its logits are what a softmax reads.
         elif name == "softmax" and tensors and tensors[0].is_floating_point():
             found, reach, head_dim = tensors[0].detach(), 0.0, 0
         else:
             return
         site = self._site(func)
         self.head_dims[site], self.reach[site] = head_dim, reach
+        # Masked scores are huge negative numbers, and no logits.
         self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
 
 
@@ -232,6 +239,7 @@ def _is_bookkeeping(func: Callable[..., Any]) -> bool:
 
 
 def _works_in_place(func: Callable[..., Any]) -> bool:
+    # Norms write their running averages; add_ and __iadd__ say by their names that they write.
     name = getattr(func, "__name__", "")
     return name in ("batch_norm", "instance_norm") or (
         name.startswith("__i") if name.endswith("__") else name.endswith("_")

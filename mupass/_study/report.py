@@ -49,6 +49,7 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
         links.append(f'<li><a href="#study{number}">{html.escape(page.title)}</a>{verdict}</li>')
         articles.append(f'<article id="study{number}">{page.html()}</article>')
     summary = f"<nav><ol>{''.join(links)}</ol></nav>"
+    # Sweeps of one hyperparameter are drawn side by side, on the same axes.
     sweeps = comparable(studies)
     if sweeps:
         summary += section("Sweeps side by side", drawing(lambda: overlaid(sweeps)))

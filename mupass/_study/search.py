@@ -53,6 +53,7 @@ def search(study: Study, grid: Grid, settings: Search) -> Sweep:
     if driver not in DRIVERS:
         raise StudyError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
     points = study.points(grid)
+    # Before any work: a store of another study is refused.
     study.claim(store)
     if driver == "grid":
         plan = all_seeds(0, points, settings.seeds)
@@ -62,6 +63,7 @@ def search(study: Study, grid: Grid, settings: Search) -> Sweep:
     bounds = _bounds(points)
     if driver == "optuna":
         return study.result(_by_optuna(study, bounds, settings), driver)
+    # Each point of a descent depends on the one before.
     if settings.jobs != 1:
         raise StudyError("driver='gradient' goes from point to point in one process; leave jobs=1")
     return study.result(descend(study, bounds, settings.trials, settings.seeds, store), driver)
@@ -74,6 +76,7 @@ def _bounds(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
         StudyError: They are the same.
     """
     bounds = {}
+    # Points have one order of names: a column holds the values of one of them.
     for column in zip(*points, strict=True):
         name, lowest = min(column)
         _, highest = max(column)
@@ -105,6 +108,7 @@ def _by_optuna(study: Study, bounds: Mapping[str, tuple[float, float]], settings
             runs = study.run(plan, settings.store, settings.jobs, False)
             yield from runs
             score = mean([run.loss for run in runs])
+            # Optuna takes no infinite score: a run that diverged is told as failed.
             if math.isfinite(score):
                 sampled.tell(trial, score)
             else:

@@ -46,6 +46,7 @@ def fit(widths: Sequence[float], values: Sequence[Sequence[float]], confidence: 
         The slope. The interval is infinite with fewer than three points.
     """
     points, means = [], []
+    # In logarithms a power law is a straight line.
     for width, seeds in zip(widths, values, strict=True):
         logs = list(map(math.log, seeds))
         points += [(math.log(width), y) for y in logs]
@@ -56,6 +57,7 @@ def fit(widths: Sequence[float], values: Sequence[Sequence[float]], confidence: 
     spread = math.fsum((x - mean_x) ** 2 for x, _ in points)
     power = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
     residual = math.fsum((y - mean_y - power * (x - mean_x)) ** 2 for x, y in points)
+    # Two numbers are fitted: the slope and the height of the line.
     freedom = len(points) - 2
     error = math.inf
     if freedom > 0:
@@ -79,6 +81,7 @@ def student(freedom: int, confidence: float) -> float:
     if freedom == 2:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z = NormalDist().inv_cdf(p)
+    # Coefficients of 1/freedom, 1/freedom^2 and so on.
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

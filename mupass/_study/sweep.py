@@ -188,6 +188,7 @@ class Study:
         make = recipe(optimizer)
         model, notes = untransformed(model)
         given = read_batches(data, steps)
+        # Hashed as they were given, before anything is moved or trained.
         contents = [(batch.args, batch.kwargs, batch.targets) for batch in given]
         copies, batches = make_copies(model, widths, given, options, least=1)
 
@@ -246,6 +247,7 @@ class Study:
         finally:
             progress.close()
         widths = self.copies.widths
+        # In the order of the jobs, whichever was done first.
         return tuple(Trial(widths[job.index], job.point, job.seed, scores[job]) for job in jobs)
 
     def result(self, trials: Iterable[Trial], driver: str = "grid") -> Sweep:
@@ -285,6 +287,7 @@ def points_of(grid: Grid) -> list[Point]:
         for value in values:
             if not _is_number(value) or not 0 < value < math.inf:
                 raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
+        # Each value once, in order.
         rows.append([(name, float(value)) for value in sorted(set(values))])
     return list(itertools.product(*rows))
 

@@ -100,6 +100,7 @@ class Sweep(Tabular):
         lowest: dict[float, list[float]] = {}
         for point, losses in self.losses(width).items():
             value = dict(point)[name]
+            # Of several points with one value the best counts: the others are at their optimum.
             if value not in lowest or mean(losses) < mean(lowest[value]):
                 lowest[value] = losses
         return dict(sorted(lowest.items()))
@@ -116,6 +117,7 @@ class Sweep(Tabular):
         means = [mean(losses) for losses in curve.values()]
         lowest = _index_of_lowest(means)
         last = len(values) - 1
+        # An optimum at the end of the grid may lie beyond it.
         bracketed = 0 < lowest < last and math.isfinite(means[lowest])
         best, low, high = values[lowest], values[max(lowest - 1, 0)], values[min(lowest + 1, last)]
         value = best
@@ -214,6 +216,7 @@ def _interval(
     logs = []
     for losses in zip(*curve, strict=False):
         lowest = _index_of_lowest(losses)
+        # The minimum of this seed lies at an end, and has no vertex.
         if not 0 < lowest < len(values) - 1:
             return None
         logs.append(math.log(vertex(values, losses, lowest)))
@@ -221,6 +224,7 @@ def _interval(
     if count < 2:
         return None
     center = math.fsum(logs) / count
+    # The spread of the vertices over seeds, of whose mean there is a t interval.
     spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (count - 1))
     half = student(count - 1, 0.95) * spread / math.sqrt(count)
     half = min(half, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
@@ -259,6 +263,7 @@ def page(sweep: Sweep) -> Page:
     """
     mark = "good"
     if sweep.open_ends():
+        # What is not bracketed is in doubt, however far it moves.
         mark = "doubt"
     elif moved(sweep):
         mark = "bad"
@@ -298,6 +303,7 @@ def moved(sweep: Sweep) -> bool:
     for name in sweep.names:
         narrow = sweep.optimum(sweep.widths[0], name)
         wide = sweep.optimum(sweep.widths[-1], name)
+        # Intervals that overlap may hold one optimum.
         apart = narrow.high < wide.low or wide.high < narrow.low
         if apart and abs(sweep.moves(name)) > WIDE:
             return True
@@ -332,6 +338,7 @@ def losses(sweep: Sweep) -> Table:
     """
     tables = []
     points: set[Point] = set()
+    # Widths may have tried different points: every point gets a row.
     for width in sweep.widths:
         table = {point: mean(seeds) for point, seeds in sweep.losses(width).items()}
         tables.append(table)

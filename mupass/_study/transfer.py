@@ -60,6 +60,7 @@ class Transfer(Tabular):
         chosen = ", ".join(f"{name} = {value:.4g}" for name, value in self.hyperparameters.items())
         result = f"{chosen}, tuned at width {self.proxy_width}, for a model of width {self.width}"
         parts = self.search.verdict().split("; ")
+        # What is not bracketed comes first: the reader must not miss it.
         warnings = [part for part in parts if part.startswith("NOT BRACKETED")]
         return "; ".join([*warnings, result])
 
@@ -193,6 +194,7 @@ def transfer(
         (64, 256, {'lr': 0.1})
     """
     check_jobs(jobs)
+    # Of a transformed model a copy is tuned, with the transform undone.
     given = model
     model, notes = untransformed(model)
     if parameterization == "standard":
@@ -218,12 +220,14 @@ def transfer(
         raise StudyError(
             f"every run on the proxy diverged; try smaller values of {', '.join(searched.names)}"
         )
+    # A model of another width is built anew from this one, with weights of its own.
     if target is not None:
         model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
     elif notes:
         # `model` is the copy that the study took; the caller's own is what is asked for.
         undo(given)
         model = given
+    # The narrow copy is the base: what was found there is used as it is.
     wide = transform(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )

@@ -66,6 +66,7 @@ def mean(losses: Sequence[float]) -> float:
     """
     if not all(map(math.isfinite, losses)):
         return math.inf
+    # Losses differ by factors, so that their logarithms are averaged.
     if all(loss > 0 for loss in losses):
         return math.exp(math.fsum(map(math.log, losses)) / len(losses))
     return math.fsum(losses) / len(losses)
@@ -86,8 +87,10 @@ def vertex(values: Sequence[float], losses: Sequence[float], at: int) -> float:
     y = list(losses[at - 1 : at + 2])
     if not all(map(math.isfinite, y)):
         return values[at]
+    # Near a minimum the logarithm of a loss is closer to a parabola.
     if min(y) > 0:
         y = list(map(math.log, y))
+    # Slopes of the two chords: their difference is the bend.
     left_slope = (y[0] - y[1]) / (x[0] - x[1])
     right_slope = (y[2] - y[1]) / (x[2] - x[1])
     # Second divided difference: half of the second derivative.
