@@ -88,14 +88,15 @@ class FoMoH(BoundOptimizer):
         self.root, self.plan = plan_of(model)
         self.plan.check(self.root)
         self.law, self.directions, self.halvings = law, directions, halvings
-        named = {n: p for n, p in self.root.named_parameters() if p.requires_grad}
+        parameters = dict(self.root.named_parameters())
+        named = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if not named:
             raise OptimizerError("every parameter of the model is frozen")
-        sharded = next((n for n, p in named.items() if is_sharded(p)), None)
+        sharded = next((name for name, parameter in named.items() if is_sharded(parameter)), None)
         if sharded is not None:
             raise OptimizerError(f"{sharded} is sharded; FoMoH needs whole parameters on one process")
         self._named = named
-        self._scales = {n: self._scale(n) for n in named}
+        self._scales = {name: self._scale(name) for name in named}
         self._generator = torch.Generator().manual_seed(seed)
         self._steps, self._skipped = 0, 0
         self.slopes = torch.zeros(directions)
@@ -134,21 +135,25 @@ class FoMoH(BoundOptimizer):
         # Every evaluation of this step has the same masks of dropout and the same buffers.
         tangents = [self._draw() for _ in range(self.directions)]
         states = _random_states(self._named.values())
-        buffers = {n: b.clone() for n, b in self.root.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in self.root.named_buffers()}
         loss = _scalar(closure())  # what moves with every forward pass moves once
-        after = _random_states(self._named.values())
+        states_after = _random_states(self._named.values())
 
         def at(*shifts: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
             """Return the loss beside the present parameters, with everything random as it was."""
             _set_random_states(states)
-            still = {n: b.clone() for n, b in buffers.items()}
+            still_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             # p + sum of c_j v_j, where each c_j is a dual number.
-            moved = {
-                n: sum((c.to(p) * v[n] for c, v in shifts), start=p.detach()) for n, p in self._named.items()
+            moved_parameters = {
+                name: sum(
+                    (number.to(parameter) * tangent[name] for number, tangent in shifts),
+                    start=parameter.detach(),
+                )
+                for name, parameter in self._named.items()
             }
             # Some forward derivatives (SiLU) can be differentiated again only where gradients are on.
             with torch.enable_grad():
-                return _scalar(call(self.root, lambda _: closure(), moved, still))
+                return _scalar(call(self.root, lambda _: closure(), moved_parameters, still_buffers))
 
         with _forward():
             self.slopes, self.curvature = plane(at, tangents)
@@ -156,7 +161,7 @@ class FoMoH(BoundOptimizer):
             if not self._steps and not (self.slopes.any() or self.curvature.any()):
                 raise OptimizerError("the closure's loss does not depend on the parameters of FoMoH's model")
             self._move(at, loss, tangents, group)
-        _set_random_states(after)
+        _set_random_states(states_after)
         return loss
 
     def _move(
@@ -183,15 +188,15 @@ class FoMoH(BoundOptimizer):
 
     def _draw(self) -> dict[str, Tensor]:
         """Return one direction; drawn on the CPU, so that it is the same on every device."""
-        found = {}
-        for name, p in self._named.items():
-            noise = torch.randn(p.shape, generator=self._generator, dtype=torch.float32)
-            found[name] = (self._scales[name] * noise).to(p.device, p.dtype)
-        return found
+        direction = {}
+        for name, parameter in self._named.items():
+            noise = torch.randn(parameter.shape, generator=self._generator, dtype=torch.float32)
+            direction[name] = (self._scales[name] * noise).to(parameter.device, parameter.dtype)
+        return direction
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: a resumed run draws the directions that the first would have drawn."""
-        own = {
+        own_state = {
             "law": self.law,
             "directions": self.directions,
             "names": list(self._named),
@@ -199,7 +204,7 @@ class FoMoH(BoundOptimizer):
             "skipped": self._skipped,
             "generator": self._generator.get_state(),
         }
-        return {**super().state_dict(), "mupass": own}
+        return {**super().state_dict(), "mupass": own_state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Take over a saved state.
@@ -210,14 +215,14 @@ class FoMoH(BoundOptimizer):
         Raises:
             OptimizerError: It is the state of another optimizer.
         """
-        own = state_dict.get("mupass", {})
-        ours = {"law": self.law, "directions": self.directions, "names": list(self._named)}
+        own_state = state_dict.get("mupass", {})
+        expected = {"law": self.law, "directions": self.directions, "names": list(self._named)}
         # What a resumed run must share with the first: the same names, law and number of directions.
-        if {key: own.get(key) for key in ours} != ours:
+        if {key: own_state.get(key) for key in expected} != expected:
             raise OptimizerError("not a state of FoMoH with this model, law and number of directions")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mupass"})
-        self._steps, self._skipped = own["steps"], own["skipped"]
-        self._generator.set_state(own["generator"].cpu())
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "mupass"})
+        self._steps, self._skipped = own_state["steps"], own_state["skipped"]
+        self._generator.set_state(own_state["generator"].cpu())
 
 
 def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -235,11 +240,11 @@ def plane(at: Callable[..., Tensor], tangents: Sequence[Any]) -> tuple[Tensor, T
     def slope(second: Tensor, v: Any, w: Any) -> Tensor:
         return _jvp(lambda first: at((first, v), (second, w)), zero, one)[1]
 
-    for j, v in enumerate(tangents):
+    for row, v in enumerate(tangents):
         # The curvature is symmetric: its lower triangle is enough.
-        for k, w in enumerate(tangents[: j + 1]):
+        for column, w in enumerate(tangents[: row + 1]):
             # The outer dual gives the slope itself, and its derivative along w.
-            slopes[j], curvature[j, k] = _jvp(partial(slope, v=v, w=w), zero, one)
+            slopes[row], curvature[row, column] = _jvp(partial(slope, v=v, w=w), zero, one)
     return slopes, symmetric(curvature)
 
 
@@ -256,9 +261,9 @@ def minimizer(slopes: Tensor, curvature: Tensor, damping: float) -> Tensor:
     """
     # |H| has the absolute eigenvalues: saddles are left.
     values, vectors = torch.linalg.eigh(curvature)
-    size = values.abs()
+    magnitude = values.abs()
     # rho is relative to the largest curvature, so that it means the same in every plane.
-    damped = size + damping * size.max()
+    damped = magnitude + damping * magnitude.max()
     if not damped.min() > 0:
         raise OptimizerError(
             "the loss has no curvature along some direction, so FoMoH knows no step; damping > 0 or fewer "
@@ -296,9 +301,9 @@ def _forward() -> Iterator[None]:
 
 def _random_states(parameters: Iterable[Tensor]) -> list[tuple[torch.device, Tensor]]:
     """Return the states of the generators that a forward pass may draw from."""
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
     states = [(torch.device("cpu"), torch.get_rng_state())]
-    return states + [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    return states + [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
 
 def _set_random_states(states: Iterable[tuple[torch.device, Tensor]]) -> None:

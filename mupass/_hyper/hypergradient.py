@@ -71,11 +71,11 @@ class HyperGradient(Tabular):
     def logarithmic(self) -> dict[str, float]:
         """Derivative by the logarithm of each hyperparameter."""
         # d score / d log h = h d score / d h
-        return {name: self.point[name] * g for name, g in self.gradient.items()}
+        return {name: self.point[name] * derivative for name, derivative in self.gradient.items()}
 
     def verdict(self) -> str:
         """Return the score and its derivatives by the logarithms of the hyperparameters."""
-        slopes = ", ".join(f"{name} {g:+.4g}" for name, g in self.logarithmic.items())
+        slopes = ", ".join(f"{name} {derivative:+.4g}" for name, derivative in self.logarithmic.items())
         return f"score {self.loss:.6g}; by the logarithm of {slopes}"
 
     def records(self) -> list[dict[str, Any]]:
@@ -170,9 +170,9 @@ def hypergradient(
         >>> list(found.logarithmic)
         ['lr']
     """
-    for what, word, known in (("form", form, FORMS), ("mode", mode, MODES)):
-        if word not in known:
-            raise StudyError(f"unknown {what} {word!r}; known: {', '.join(known)}")
+    for option, choice, choices in (("form", form, FORMS), ("mode", mode, MODES)):
+        if choice not in choices:
+            raise StudyError(f"unknown {option} {choice!r}; known: {', '.join(choices)}")
     check_counts(steps=steps)
     check_functions(loss=loss, evaluate=evaluate)
     check_point(point)
@@ -189,23 +189,23 @@ def hypergradient(
     batches = read_batches(data, steps if form == "unrolled" else 1 << 30)
     device = next(model.parameters()).device
     # The run changes buffers and taps: it has a copy of its own.
-    own = deepcopy(model)
-    copies = Copies((plan.width,), (own,), own)
-    work = Work(copies, [move(b, device, None) for b in batches], loss, make, steps, evaluate)
+    trained = deepcopy(model)
+    copies = Copies((plan.width,), (trained,), trained)
+    work = Work(copies, [move(batch, device, None) for batch in batches], loss, make, steps, evaluate)
     # Data that the model does not take is told before anything is differentiated.
-    _try(deepcopy(own), work.batches[0])
+    _try(deepcopy(trained), work.batches[0])
     if form == "unrolled":
-        return replace(unrolled(work, own, dict(point), mode, seed), notes=notes)
+        return replace(unrolled(work, trained, dict(point), mode, seed), notes=notes)
     if evaluate is None:
         raise StudyError("form='implicit' needs evaluate=: at a minimum the training loss does not change")
-    numbers = read_numbers(work.make, own, point)
+    numbers = read_numbers(work.make, trained, point)
     with twice(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        score, found = implicit(
-            own, work.batches, loss, numbers.rule, numbers.values, evaluate, solver=solver, terms=terms,
+        score, slopes = implicit(
+            trained, work.batches, loss, numbers.rule, numbers.values, evaluate, solver=solver, terms=terms,
             tolerance=tolerance,
         )  # fmt: skip
-    return replace(_result(score, dict(point), numbers, found), notes=notes)
+    return replace(_result(score, dict(point), numbers, slopes), notes=notes)
 
 
 def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str, seed: int) -> HyperGradient:
@@ -229,9 +229,9 @@ def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str
         score = run.score(leaves, cut=False)
         if score is None:
             return _diverged(point)
-        found = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+        slopes = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
         by_number = dict.fromkeys(leaves, 0.0)
-        for key, slope in zip(leaves, found, strict=True):
+        for key, slope in zip(leaves, slopes, strict=True):
             if slope is not None:
                 by_number[key] = slope.item()
     return _result(score.item(), point, numbers, by_number)
@@ -265,7 +265,8 @@ def _result(
     }
     members = numbers.rule.members
     groups = tuple(
-        GroupGradient(tuple(members[i]), key, numbers.values[i, key], g) for (i, key), g in by_number.items()
+        GroupGradient(tuple(members[group]), key, numbers.values[group, key], derivative)
+        for (group, key), derivative in by_number.items()
     )
     return HyperGradient(score, point, gradient, groups)
 

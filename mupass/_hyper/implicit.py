@@ -109,10 +109,10 @@ def _refuse_numbers(rule: Rule, numbers: Mapping[Key, float]) -> None:
         raise StudyError(
             "form='implicit' knows the stationary point of torch.optim.SGD alone; use form='unrolled'"
         )
-    still = sorted({entry for _, entry in numbers if entry != "weight_decay"})
-    if still:
+    refused = sorted({entry for _, entry in numbers if entry != "weight_decay"})
+    if refused:
         raise StudyError(
-            f"{', '.join(still)}: the stationary point of SGD does not depend on it, so its implicit "
+            f"{', '.join(refused)}: the stationary point of SGD does not depend on it, so its implicit "
             "hypergradient is zero; only weight_decay enters. Use form='unrolled'"
         )
 
@@ -122,15 +122,15 @@ def _mean_gradient(
 ) -> Vector:
     """Return the gradient of the training loss, which can be differentiated once more."""
     parts = [call(model, on(batch, loss), weights, buffers) for batch in batches]
-    found, _ = gradients(torch.stack(parts).mean(), weights)
-    refuse_once(found.values())
+    gradient, _ = gradients(torch.stack(parts).mean(), weights)
+    refuse_once(gradient.values())
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise StudyError(
                 f"the buffer {name} follows the activations, which form='implicit' does not differentiate; "
                 "put the model in eval mode, or use form='unrolled'"
             )
-    return _or_zeros([found.get(name) for name in weights], list(weights.values()))
+    return _or_zeros([gradient.get(name) for name in weights], list(weights.values()))
 
 
 def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
@@ -165,9 +165,9 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
     """
     x = [torch.zeros_like(part) for part in right]
     residual, direction = list(right), list(right)
-    square, wanted = dot(residual, residual), tolerance * norm(right)
+    square, target = dot(residual, residual), tolerance * norm(right)
     for _ in range(terms):
-        if square**0.5 <= wanted:
+        if square**0.5 <= target:
             return x
         image = product(direction)
         curvature = dot(direction, image)
@@ -182,7 +182,7 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
         residual = add(residual, image, -step)
         square, before = dot(residual, residual), square
         direction = add(residual, direction, square / before)
-    if square**0.5 <= wanted:
+    if square**0.5 <= target:
         return x
     raise StudyError(
         f"conjugate gradients leave {square**0.5 / norm(right):.1e} after {terms} terms; allow more terms"
@@ -230,7 +230,7 @@ def add(x: Vector, y: Vector, factor: float) -> Vector:
         y: Tensors of the same shapes.
         factor: The factor.
     """
-    return [a + factor * b for a, b in zip(x, y, strict=True)]
+    return [first + factor * second for first, second in zip(x, y, strict=True)]
 
 
 def dot(x: Vector, y: Vector) -> float:
@@ -240,7 +240,7 @@ def dot(x: Vector, y: Vector) -> float:
         x: Tensors.
         y: Tensors of the same shapes.
     """
-    return sum(float((a * b).sum()) for a, b in zip(x, y, strict=True))
+    return sum(float((first * second).sum()) for first, second in zip(x, y, strict=True))
 
 
 def norm(x: Vector) -> float:

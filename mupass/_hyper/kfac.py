@@ -71,7 +71,8 @@ class KFACRule(PlannedRule):
             tap.uses = []
         try:
             # Copies that carry taps stand in for the parameters, so that the model uses them.
-            loss = forward({n: look_out_for(p, self.real[n]) for n, p in parameters.items()})  # type: ignore[arg-type]
+            watched = {name: look_out_for(tensor, self.real[name]) for name, tensor in parameters.items()}  # type: ignore[arg-type]
+            loss = forward(watched)
             self.uses: list[Sequence[tuple[Any, ...]]] = [tap.uses or [] for tap in self.taps]
         finally:
             for tap in self.taps:
@@ -101,13 +102,13 @@ class KFACRule(PlannedRule):
         # The state before the first step has no graph.
         state = shared["factors"] if count else self.functional.start
         with quiet():
-            found, shared["factors"] = self.functional.directions(count, state, gradients, means)
+            directions, shared["factors"] = self.functional.directions(count, state, gradients, means)
         if self.made.factors_due:
             raise StudyError(
                 "no layer that KFAC takes took part in the loss, so a step has no factors and cannot be "
                 "differentiated; use every layer in each step, or leave them out with exclude=[...]"
             )
-        return found
+        return directions
 
     def _fill(self, watched: list[Tensor | None]) -> None:
         """Put factors and the number of loss terms where a backward pass would leave them."""
@@ -147,28 +148,28 @@ class FollowingStack(FactorStack):
         # Averages change, so that no root is that of its average.
         self.fresh.clear()
         factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
-        seen = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
+        observed_slots = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
         largest, rows = list(self.state["recent"].unbind()), list(self.state["rows"].unbind())
         # A tap may give the factors of several groups, for as many slots in a row.
-        for key, (found, number) in new.items():
-            several = found if found.dim() == self.state["factor"].dim() else found[None]
-            counts = number.reshape(-1).repeat_interleave(len(several) // number.numel()).to(self.dtype)
-            for i, (one, count) in enumerate(zip(several, counts, strict=True), self.slot[key]):
-                there = (count > 0).to(self.dtype)
+        for key, (observed, number) in new.items():
+            matrices = observed if observed.dim() == self.state["factor"].dim() else observed[None]
+            counts = number.reshape(-1).repeat_interleave(len(matrices) // number.numel()).to(self.dtype)
+            for index, (matrix, count) in enumerate(zip(matrices, counts, strict=True), self.slot[key]):
+                observed_now = (count > 0).to(self.dtype)
                 # lerp by 0 keeps what was not observed.
-                fresh = (1 - decay) * there
-                factors[i] = factors[i].lerp(one.to(self.dtype), fresh)
-                weights[i] = weights[i] + fresh * (1 - weights[i])
-                trace = (one if self.diagonal else one.diagonal()).sum().to(self.dtype)
-                largest[i] = torch.maximum(largest[i] * (1 - fresh), trace * there)
-                rows[i] = torch.where(count > 0, count, rows[i])
+                share = (1 - decay) * observed_now
+                factors[index] = factors[index].lerp(matrix.to(self.dtype), share)
+                weights[index] = weights[index] + share * (1 - weights[index])
+                trace = (matrix if self.diagonal else matrix.diagonal()).sum().to(self.dtype)
+                largest[index] = torch.maximum(largest[index] * (1 - share), trace * observed_now)
+                rows[index] = torch.where(count > 0, count, rows[index])
             # Slots that were not observed keep what is remembered of them.
-            seen[self.slot[key] : self.slot[key] + len(several)] = counts > 0
+            observed_slots[self.slot[key] : self.slot[key] + len(matrices)] = counts > 0
         self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
         self.changed()
         peak, highest, traces = self.state["peak"], self.state["highest"], self.traces()
         self.state |= {
-            "peak": torch.where(seen, torch.maximum(peak * memory, traces), peak),
+            "peak": torch.where(observed_slots, torch.maximum(peak * memory, traces), peak),
             "highest": torch.maximum(highest, traces),
             "recent": torch.stack(largest),
             "rows": torch.stack(rows),
@@ -176,14 +177,14 @@ class FollowingStack(FactorStack):
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:
         """Recompute inverse roots, see `FactorStack`."""
-        at = torch.tensor(slots, device=self.device)
+        indices = torch.tensor(slots, device=self.device)
         self.fresh.update(slots)
-        value, rho = self.value(at), damping[at]
+        value, rho = self.value(indices), damping[indices]
         if self.diagonal:
             rho = rho * value.amax(-1) if relative else rho
             root = diagonal_roots(value, rho, power)
         else:
             root = damped_root(value, rho, power, relative)
         # index_copy makes new tensors, for the graph of the step before needs the old ones.
-        changed = {"root": root, "rho": rho, "rooted": self.traces()[at]}
-        self.state |= {name: self.state[name].index_copy(0, at, part) for name, part in changed.items()}
+        changed = {"root": root, "rho": rho, "rooted": self.traces()[indices]}
+        self.state |= {name: self.state[name].index_copy(0, indices, part) for name, part in changed.items()}

@@ -74,9 +74,9 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
         StudyError: A hyperparameter sets nothing that the step can be differentiated by, or something else.
     """
     # Differences of what a recipe makes of neighboring values: it may be any function.
-    made = optimizer_of(make, model, point)
-    rule = rule_of(made, {p: name for name, p in model.named_parameters()})
-    here, slopes = _entries(made), {}
+    optimizer = optimizer_of(make, model, point)
+    rule = rule_of(optimizer, {parameter: name for name, parameter in model.named_parameters()})
+    numbers_here, slopes = _entries(optimizer), {}
     for name, value in point.items():
         step = STEP * (abs(value) or 1.0)
         low = 0.0
@@ -85,22 +85,22 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
         high = value + step
         below = _entries(make(model, **{**point, name: low}))
         above = _entries(make(model, **{**point, name: high}))
-        moved = {}
-        for key in here:
+        numbers_moved = {}
+        for key in numbers_here:
             if above[key] != below[key]:
-                moved[key] = (above[key] - below[key]) / (high - low)
+                numbers_moved[key] = (above[key] - below[key]) / (high - low)
         # Numbers that a recipe sets but that the rule does not know, such as a number of steps.
-        foreign = sorted({key for _, key in moved} - set(rule.keys))
-        if foreign or not moved:
-            what = f"sets {', '.join(foreign) or 'no number of its groups'}"
+        foreign = sorted({key for _, key in numbers_moved} - set(rule.keys))
+        if foreign or not numbers_moved:
+            effect = f"sets {', '.join(foreign) or 'no number of its groups'}"
             raise StudyError(
-                f"{type(made).__name__} cannot be differentiated by {name!r}, which {what}; possible: "
+                f"{type(optimizer).__name__} cannot be differentiated by {name!r}, which {effect}; possible: "
                 f"{', '.join(rule.keys)}"
             )
-        slopes[name] = moved
+        slopes[name] = numbers_moved
     # Only entries that some hyperparameter moves are differentiated by.
     keys: set[Key] = set().union(*slopes.values())
-    return Numbers(rule, {key: here[key] for key in sorted(keys)}, slopes)
+    return Numbers(rule, {key: numbers_here[key] for key in sorted(keys)}, slopes)
 
 
 def _entries(optimizer: torch.optim.Optimizer) -> dict[Key, float]:

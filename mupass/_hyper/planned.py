@@ -36,16 +36,16 @@ class PlannedRule(Rule):
     ) -> Tensors:
         """Return gradients, those of own parameters averaged and preconditioned, see `Rule`."""
         # Fallbacks keep their averages to themselves, in `update`.
-        own = {name: gradient for name, gradient in gradients.items() if name in self.own}
-        averages, means = dict(shared.get("averages", {})), dict(own)
+        own_gradients = {name: gradient for name, gradient in gradients.items() if name in self.own}
+        averages, means = dict(shared.get("averages", {})), dict(own_gradients)
         if not self.sums:
-            for name, gradient in own.items():
+            for name, gradient in own_gradients.items():
                 number, average = self.own[name], dict(averages.get(name, {}))
                 momentum = Entries(number, self.groups[number], numbers)["momentum"]
                 means[name] = corrected(average, "mean", gradient, momentum)
                 averages[name] = average
         shared["averages"] = averages
-        return {**gradients, **self.preconditioned(count, own, means, shared, numbers, watched)}
+        return {**gradients, **self.preconditioned(count, own_gradients, means, shared, numbers, watched)}
 
     def preconditioned(
         self,

@@ -32,12 +32,12 @@ class _DampedRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, bank: Tensor, damping: Tensor, power: float, relative: bool) -> Tensor:
-        values, vectors, found = eigenbases(bank)
+        values, vectors, converged = eigenbases(bank)
         values = values.clamp(min=0)
         unit = values[:, -1] if relative else torch.ones_like(damping)
         x = values + (damping * unit)[:, None]
         # A zero matrix with nothing added has the root zero: its gradient is zero too.
-        alive = (found & (x > 0).all(1))[:, None]
+        alive = (converged & (x > 0).all(1))[:, None]
         # 1 instead of 0, which has no inverse; masked below.
         x = torch.where(alive, x, torch.ones_like(x))
         slope = -power * x.pow(-power - 1) * alive

@@ -30,8 +30,11 @@ class Rule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
         # Groups without their parameters: numbers, and options such as nesterov.
-        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        self.members = [[names[p] for p in g["params"]] for g in optimizer.param_groups]
+        self.groups: list[dict[str, Any]] = []
+        self.members: list[list[str]] = []
+        for group in optimizer.param_groups:
+            self.groups.append({key: value for key, value in group.items() if key != "params"})
+            self.members.append([names[parameter] for parameter in group["params"]])
         self.refuse(optimizer)
 
     def refuse(self, optimizer: torch.optim.Optimizer) -> None:
@@ -84,15 +87,15 @@ class Rule:
         parameters, by_parameter = dict(parameters), dict(state.get("by_parameter", {}))
         shared = dict(state.get("shared", {}))
         # Copies above: the tensors of the step before belong to its graph.
-        found = self.directions(count, gradients, shared, numbers, watched)
+        directions = self.directions(count, gradients, shared, numbers, watched)
         for i, group in enumerate(self.groups):
             read = Entries(i, group, numbers)
             for name in self.members[i]:
                 # A parameter without a gradient stays as it is, and so does its state.
                 if name in gradients:
-                    own = dict(by_parameter.get(name, {}))
-                    parameters[name] = self.update(parameters[name], found[name], own, read)
-                    by_parameter[name] = own
+                    own_numbers = dict(by_parameter.get(name, {}))
+                    parameters[name] = self.update(parameters[name], directions[name], own_numbers, read)
+                    by_parameter[name] = own_numbers
         return parameters, {"by_parameter": by_parameter, "shared": shared}
 
     def directions(
@@ -133,8 +136,8 @@ class Entries:
         self.index, self.group, self.numbers = index, group, numbers
 
     def __getitem__(self, key: str) -> Any:
-        found = self.numbers.get((self.index, key))
-        return entry(self.group, key) if found is None else found
+        number = self.numbers.get((self.index, key))
+        return entry(self.group, key) if number is None else number
 
 
 def entry(group: Mapping[str, Any], key: str) -> Any:
@@ -157,8 +160,8 @@ class SGD(Rule):
         g = g + read["weight_decay"] * p
         past = own.get("momentum")
         # As torch: damping of momentum begins with the second step, and is nothing without momentum.
-        fresh = 1 - read["dampening"] if self.groups[read.index]["momentum"] else 1
-        average = g if past is None else read["momentum"] * past + fresh * g
+        share = 1 - read["dampening"] if self.groups[read.index]["momentum"] else 1
+        average = g if past is None else read["momentum"] * past + share * g
         own["momentum"] = average
         return p - read["lr"] * (g + read["momentum"] * average if read["nesterov"] else average)
 

@@ -31,14 +31,14 @@ def twice() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has none
             yield
     except (NotImplementedError, RuntimeError) as error:
-        known = (
+        phrases = (
             "derivative for",
             "does not support",
             "not implemented",
             "not differentiable",
         )
         # What torch says where a second derivative is missing.
-        if not any(word in str(error) for word in known):
+        if not any(phrase in str(error) for phrase in phrases):
             raise
         raise StudyError(
             f"an operator of the model has no second derivative, which hypergradients need: {error}"
@@ -60,9 +60,9 @@ def gradients(
     """
     # create_graph: the step is differentiated in turn.
     inputs = [*parameters.values(), *watched]
-    found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-    named = {name: g for name, g in zip(parameters, found, strict=False) if g is not None}
-    return named, list(found[len(parameters) :])
+    slopes = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    named = {name: slope for name, slope in zip(parameters, slopes, strict=False) if slope is not None}
+    return named, list(slopes[len(parameters) :])
 
 
 def refuse_once(gradients: Iterable[Tensor]) -> None:
@@ -77,13 +77,13 @@ def refuse_once(gradients: Iterable[Tensor]) -> None:
         StudyError: One is.
     """
     # A walk through the graph of the gradients.
-    waiting = [g.grad_fn for g in gradients]
-    seen = set()
+    waiting = [gradient.grad_fn for gradient in gradients]
+    visited = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         # once_differentiable leaves a node of this name in the graph.
         if node.name().endswith("Error"):
             raise StudyError(
@@ -133,7 +133,11 @@ class Unrolled:
             cut: Whether only tangents are kept from step to step: the graph of one step is freed at the next.
         """
         work, model = self.work, self.model
-        parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        parameters = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         buffers = dict(model.named_buffers())
         state: State = {}
         losses: list[Tensor] = []
@@ -142,21 +146,24 @@ class Unrolled:
                 # Forward mode: values and tangents go on, the graph behind them is let go.
                 parameters, buffers, state = tree_map(_seal, (parameters, buffers, state))
             else:
-                parameters = {n: p if p.requires_grad else p.requires_grad_() for n, p in parameters.items()}
+                parameters = {
+                    name: parameter if parameter.requires_grad else parameter.requires_grad_()
+                    for name, parameter in parameters.items()
+                }
             # Norms write into their buffers, and those of the step before belong to its graph.
-            before, buffers = buffers, {n: b.clone() for n, b in buffers.items()}
+            before, buffers = buffers, {name: buffer.clone() for name, buffer in buffers.items()}
             batch = work.batches[count % len(work.batches)]
             loss, watched = self.rule.watch(partial(call, model, on(batch, work.loss), buffers), parameters)
             losses.append(loss)
             # A run that diverges has no derivative.
             if diverged(loss.item(), losses[0].item()):
                 return None
-            found, others = gradients(loss, parameters, watched)
+            slopes, others = gradients(loss, parameters, watched)
             # The graph has the same operators at every step: one look is enough.
             if count == 0:
-                refuse_once([*found.values(), *(g for g in others if g is not None)])
+                refuse_once([*slopes.values(), *(gradient for gradient in others if gradient is not None)])
                 refuse_buffers(before, buffers)
-            parameters, state = self.rule.step(count, parameters, found, state, numbers, others)
+            parameters, state = self.rule.step(count, parameters, slopes, state, numbers, others)
         if work.evaluate is None:
             # The mean over the last tenth of the steps, as in a sweep.
             tail = losses[-max(1, work.steps // 10) :]

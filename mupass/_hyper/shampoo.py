@@ -61,28 +61,28 @@ class ShampooRule(PlannedRule):
     ) -> Tensors:
         """Return averages between their roots, see `PlannedRule`."""
         # As the optimizer: cut, step stack by stack, paste.
-        blockings, found = self.work.blockings, {}
+        blockings, pasted_directions = self.work.blockings, {}
         for name in blockings:
             # Blocks of one shape are one tensor, so that all of them need a gradient.
             if name not in gradients:
                 raise StudyError(
                     f"{name} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
                 )
-        fresh = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
-        averaged = {name: blocking.cut(means[name]) for name, blocking in blockings.items()}
+        gradient_blocks = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
+        average_blocks = {name: blocking.cut(means[name]) for name, blocking in blockings.items()}
         pieces: dict[tuple[str, int], Tensor] = {}
         for number, stack in enumerate(self.work.stacks):
             every = slice(None)
-            own = dict(shared.get(f"stack{number}", {}))
-            g, mean = stack.gather(fresh, every), stack.gather(averaged, every)
-            directions = self._preconditioned_stack(count, number, g, mean, own, numbers)
-            shared[f"stack{number}"] = own
+            own_state = dict(shared.get(f"stack{number}", {}))
+            gradient, mean = stack.gather(gradient_blocks, every), stack.gather(average_blocks, every)
+            directions = self._preconditioned_stack(count, number, gradient, mean, own_state, numbers)
+            shared[f"stack{number}"] = own_state
             pieces.update(zip(stack.slots, directions.unbind(), strict=True))
-        for name, cut in fresh.items():
-            whole = [pieces[name, i] for i in range(len(cut))]
-            pasted: Tensor = _Pasted.apply(blockings[name], gradients[name], *whole)  # type: ignore[no-untyped-call]
-            found[name] = pasted.to(gradients[name].dtype)
-        return found
+        for name, cut in gradient_blocks.items():
+            parts = [pieces[name, i] for i in range(len(cut))]
+            pasted: Tensor = _Pasted.apply(blockings[name], gradients[name], *parts)  # type: ignore[no-untyped-call]
+            pasted_directions[name] = pasted.to(gradients[name].dtype)
+        return pasted_directions
 
     def _preconditioned_stack(
         self,
@@ -108,8 +108,8 @@ class ShampooRule(PlannedRule):
         if graft == "sgd":
             return _with_norm_of(mean, direction)
         square = root_of(corrected(own, "square", g * g, self.made.graft_beta2))
-        wanted = mean if graft == "adam" else g
-        magnitude = wanted / (square + wide(self.work.epsilons[number], g))
+        grafted = mean if graft == "adam" else g
+        magnitude = grafted / (square + wide(self.work.epsilons[number], g))
         return _with_norm_of(magnitude, direction) if started else magnitude
 
     def _root(
@@ -122,34 +122,36 @@ class ShampooRule(PlannedRule):
         numbers: Mapping[Key, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return the roots of one side of a stack, and by how much they are too large by now."""
-        made, stack = self.made, self.work.stacks[number]
+        optimizer, stack = self.made, self.work.stacks[number]
         size = stack.shape[side]
-        power = made.spec.e / len(self.work.sides[number])
+        power = optimizer.spec.e / len(self.work.sides[number])
         # The side's axis first, all others in the rows of the product.
         rows = g.movedim(side + 1, 1).flatten(2)
         # A sum without forgetting is no average; its weight stays 1.
-        fresh, weight = 1.0, 1.0
-        if made.factor_decay < 1:
-            fresh, weight = 1 - made.factor_decay, 1 - made.factor_decay ** (count + 1)
-        factor = made.factor_decay * own.get(f"factor{side}", stack.zeros(size, size))
-        factor = factor + fresh * rows @ rows.mT
+        share, weight = 1.0, 1.0
+        if optimizer.factor_decay < 1:
+            share, weight = 1 - optimizer.factor_decay, 1 - optimizer.factor_decay ** (count + 1)
+        factor = optimizer.factor_decay * own.get(f"factor{side}", stack.zeros(size, size))
+        factor = factor + share * rows @ rows.mT
         average = factor / weight
         traces = average.diagonal(dim1=-2, dim2=-1).sum(-1)
-        peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * made.damping_memory, traces)
+        peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * optimizer.damping_memory, traces)
         root = own.get(f"root{side}", stack.zeros(size, size))
         rooted = own.get(f"rooted{side}", stack.zeros())
-        due = self.work.schedule.due(count, number, side)
-        if due:
-            at = torch.tensor(due, device=stack.device)
+        due_slots = self.work.schedule.due(count, number, side)
+        if due_slots:
+            indices = torch.tensor(due_slots, device=stack.device)
             rho = self._damping(number, side, numbers)
             # Damping is relative to the largest trace seen, as in the optimizer.
-            if made.damping_mode == "trace":
+            if optimizer.damping_mode == "trace":
                 rho = rho * peak
-            elif made.damping_mode == "relative":
+            elif optimizer.damping_mode == "relative":
                 rho = rho * peak / torch.where(traces > 0, traces, torch.ones_like(traces))
-            new = damped_root(average[at], rho[at], power, made.damping_mode == "relative")
-            root = root.index_copy(0, at, new)
-            rooted = rooted.index_copy(0, at, traces[at])
+            recomputed = damped_root(
+                average[indices], rho[indices], power, optimizer.damping_mode == "relative"
+            )
+            root = root.index_copy(0, indices, recomputed)
+            rooted = rooted.index_copy(0, indices, traces[indices])
         parts = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
         own.update({f"{name}{side}": value for name, value in parts.items()})
         return root, growth(traces, rooted).pow(power)
@@ -166,11 +168,11 @@ class ShampooRule(PlannedRule):
 
 def _with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
     """Return directions with the norms of other blocks; a direction that is zero stays so."""
-    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+    target_norm = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
     # Divided where it is taken only, for the derivative.
     alive = norm > 0
-    factor = torch.where(alive, wanted / torch.where(alive, norm, torch.ones_like(norm)), 0.0)
+    factor = torch.where(alive, target_norm / torch.where(alive, norm, torch.ones_like(norm)), 0.0)
     return direction * wide(factor, direction)
 
 

@@ -131,9 +131,9 @@ class Attributes:
             table: dict[int, Counter[int]] = defaultdict(Counter)
             # Several dimensions of one size may get different new sizes.
             for dim in self.handled.get(path, ()):
-                new = self.sizes.maybe(dim)
-                if new is not None:
-                    table[self.sizes.solved.engine.space.size(dim)][new] += 1
+                new_size = self.sizes.maybe(dim)
+                if new_size is not None:
+                    table[self.sizes.solved.engine.space.size(dim)][new_size] += 1
             self._tables[path] = table
         return self._tables[path]
 
@@ -142,15 +142,15 @@ class Attributes:
         if value < 2:
             return [value]
         # Near: what this module handles. Far: anything in the model.
-        near = self._table(path).get(value, Counter())
-        far = self._table("").get(value, Counter())
-        changed, elsewhere = _other_sizes(near, value), _other_sizes(far, value)
+        counts_of_path = self._table(path).get(value, Counter())
+        counts_of_model = self._table("").get(value, Counter())
+        changed, elsewhere = _other_sizes(counts_of_path, value), _other_sizes(counts_of_model, value)
         likely = [value]
         if SIZE_NAMES.search(name) and not FIXED_NAMES.search(name):
             # Where all dimensions of this size near it stay, it is one of them.
-            if changed or value not in near:
+            if changed or value not in counts_of_path:
                 likely = [*changed, *elsewhere]
-        elif not FIXED_NAMES.search(name) and value >= 16 and value not in near:
+        elif not FIXED_NAMES.search(name) and value >= 16 and value not in counts_of_path:
             likely = changed  # a number below 16 is hardly a size
         options = [*likely, value, *changed, *elsewhere]
         # Sizes that no dimension has, such as 3 * width in the code, still scale with the width.
@@ -176,7 +176,7 @@ class Attributes:
 
 def _other_sizes(new_sizes: Counter[int], size: int) -> list[int]:
     """Return the new sizes that dimensions of one size get, but for that size; the commonest first."""
-    return [new for new, _ in new_sizes.most_common() if new != size]
+    return [candidate for candidate, _ in new_sizes.most_common() if candidate != size]
 
 
 def handled_dims(captured: Capture, solved: Inference) -> dict[str, set[int]]:
@@ -219,14 +219,14 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
         model: The module.
         pick: Gives the new numbers.
     """
-    done: set[int] = set()
+    visited: set[int] = set()
     one_channel_groups = _norms_of_one_channel_groups(model)
     for path, module in model.named_modules():
         for name, value in list(vars(module).items()):
             if name not in MODULE_TABLES and not name.endswith("_hooks"):
-                new = _rewritten(value, path, type(module).__name__, name, pick, done)
-                if new is not value:
-                    vars(module)[name] = new
+                rewritten = _rewritten(value, path, type(module).__name__, name, pick, visited)
+                if rewritten is not value:
+                    vars(module)[name] = rewritten
         # GroupNorm(channels, channels) at any width: its number of groups is the width.
         if isinstance(module, nn.GroupNorm) and module in one_channel_groups:
             module.num_groups = module.num_channels  # no shape shows the number of groups
@@ -263,10 +263,10 @@ def _rewritten(value: Any, path: str, holder: str, name: str, pick: Pick, done: 
         return pick(path, holder, name, value)
     # (3, 3), torch.Size and the like: entry by entry, in the same type.
     if isinstance(value, (tuple, list)) and type(value).__module__ in ("builtins", "torch"):
-        new = [_rewritten(entry, path, holder, name, pick, done) for entry in value]
+        entries = [_rewritten(entry, path, holder, name, pick, done) for entry in value]
         # What does not change stays the same object: others may hold it too.
-        same = all(after is before for after, before in zip(new, value, strict=True))
-        return value if same else type(value)(new)
+        unchanged = all(after is before for after, before in zip(entries, value, strict=True))
+        return value if unchanged else type(value)(entries)
     # A configuration may be held by many modules: it is rewritten once.
     if _is_config(value) and id(value) not in done:
         done.add(id(value))

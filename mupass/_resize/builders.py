@@ -28,8 +28,8 @@ def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tens
     def build(choice: Mapping[Slot, int]) -> nn.Module:
         memo: dict[int, Any] = {}
         # deepcopy takes tensors of the memo instead of copying: the new ones go in where the old ones were.
-        for name, old in [*model.named_parameters(), *model.named_buffers()]:
-            memo[id(old)] = tensors[name]
+        for name, old_tensor in [*model.named_parameters(), *model.named_buffers()]:
+            memo[id(old_tensor)] = tensors[name]
         for module in model.modules():
             for value in vars(module).values():  # such as the product of weight_norm, remade by its hook
                 if isinstance(value, Tensor) and not value.is_leaf:
@@ -53,7 +53,7 @@ def has_constructor(model: nn.Module) -> bool:
     """
     config = getattr(model, "config", None)
     # Hooks of the user would be lost with a new object.
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     of_family = hasattr(model, "_init_weights") and type(config).__module__.split(".")[0] == "transformers"
     if hooked or not of_family:
         return False
@@ -109,19 +109,19 @@ class _Broken(nn.Module):
 
 
 def _layout(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
 
 
 def _install(candidate: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put the new parameters in, where they fit, and take over modes and data types."""
-    own = {id(p): n for n, p in candidate.named_parameters()}
+    own_names = {id(parameter): name for name, parameter in candidate.named_parameters()}
     for module in candidate.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                new = tensors.get(own[id(parameter)])
+                tensor = tensors.get(own_names[id(parameter)])
                 # A shape that does not fit shows in the comparison of parameters.
-                if new is not None and new.shape == parameter.shape:
-                    module._parameters[leaf] = new  # type: ignore[assignment]
+                if tensor is not None and tensor.shape == parameter.shape:
+                    module._parameters[leaf] = tensor  # type: ignore[assignment]
     twins = dict(candidate.named_modules())
     for name, module in model.named_modules():
         twin = twins.get(name)

@@ -66,9 +66,9 @@ class Draw:
         axes = {}
         for name, values in source.items():
             axes[name] = self._axes(self.sizes.solved.dims[name], tuple(values.shape), shapes[name])
-        made = self._continued(source, axes, shapes)
+        new_values = self._continued(source, axes, shapes)
         # A pattern has no law, and must not speak for one.
-        drawn = {name: values for name, values in source.items() if name not in made}
+        drawn = {name: values for name, values in source.items() if name not in new_values}
         geometries = [self._geometry(name, shapes[name]) for name in source]
         laws = own_init(drawn, geometries, self.init)
         if not own_code:
@@ -79,11 +79,11 @@ class Draw:
             if own_code and laws[name].doubtful:
                 continue
             try:
-                made[name] = self._values(name, drawn[name], axes[name], laws[name], shapes[name])
+                new_values[name] = self._values(name, drawn[name], axes[name], laws[name], shapes[name])
             except ResizeError:
                 if not own_code:
                     raise
-        return made
+        return new_values
 
     def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:
         """Return the values of one parameter that follow a law.
@@ -112,8 +112,8 @@ class Draw:
         self, drawn: Mapping[str, Tensor], geometries: Sequence[Geometry], laws: Mapping[str, Init]
     ) -> None:
         """Warn of values that look trained, and of those whose law is not clear."""
-        told = told_laws(self.init, [geometry.name for geometry in geometries])
-        judged = [g for g in geometries if g.name in drawn and g.name not in told]
+        told_by_init = told_laws(self.init, [geometry.name for geometry in geometries])
+        judged = [g for g in geometries if g.name in drawn and g.name not in told_by_init]
         suspects = learned(drawn, judged)
         if suspects:
             warn(
@@ -137,14 +137,14 @@ class Draw:
             ResizeError: A buffer grows and its values cannot be told.
         """
         dims = self._buffer_dims()
-        made = {}
+        resized = {}
         for name, values in self.model.named_buffers():
             shape = tuple(values.shape)
             # Buffers that the graph reads have dimensions; others keep their size.
             if name in dims:
                 shape = tuple(map(self.sizes.of_dim, dims[name]))
-            made[name] = self._buffer(name, values, dims.get(name, ()), shape, attributes)
-        return made
+            resized[name] = self._buffer(name, values, dims.get(name, ()), shape, attributes)
+        return resized
 
     def _buffer_dims(self) -> dict[str, tuple[int, ...]]:
         """Return the dimensions of every buffer that the graph reads."""
@@ -185,19 +185,19 @@ class Draw:
         """Describe a parameter, with the new shape in the place of the base shape."""
         solved = self.sizes.solved
         infinite = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))
-        old = tuple(map(solved.engine.space.size, solved.dims[name]))
+        old_shape = tuple(map(solved.engine.space.size, solved.dims[name]))
         # The laws are asked about the new shape in the place of the base shape.
         base = tuple(map(float, shape))
-        return geometry_of(name, old, base, infinite, self.captured, solved, self.sizes.names)
+        return geometry_of(name, old_shape, base, infinite, self.captured, solved, self.sizes.names)
 
     def _axes(self, dims: Sequence[int], old_shape: Shape, new_shape: Shape) -> Axes:
         """Return the parts of every axis, as the graph tells them apart."""
         axes = []
-        for dim, old, new in zip(dims, old_shape, new_shape, strict=True):
+        for dim, old_size, new_size in zip(dims, old_shape, new_shape, strict=True):
             parts = segments(self.sizes, dim)
-            if sum(math.prod(part.new) for part in parts) != new:
+            if sum(math.prod(part.new) for part in parts) != new_size:
                 # An axis that nothing reads: no parts are known of it.
-                parts = [Segment((old,), (new,), (old != new,))]
+                parts = [Segment((old_size,), (new_size,), (old_size != new_size,))]
             axes.append(parts)
         return axes
 
@@ -234,10 +234,10 @@ def initialize(model: nn.Module, seed: int | None) -> None:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         # Modules without parameters of their own need no reset.
-        own = [name for name, parameter in module._parameters.items() if parameter is not None]
-        if own and not hasattr(module, "reset_parameters"):
+        own_names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if own_names and not hasattr(module, "reset_parameters"):
             raise ResizeError(
-                f"the model is on the meta device and {path}.{own[0]}".strip(".")
+                f"the model is on the meta device and {path}.{own_names[0]}".strip(".")
                 + " belongs to a module without reset_parameters; build the model on the CPU"
             )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

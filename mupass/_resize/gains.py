@@ -96,9 +96,9 @@ def _warn_of_unknown(kind: type, name: str, scales: Collection[_Scale]) -> None:
     changed = [scale for scale in scales if scale.fan_in != scale.new_fan_in]
     if changed:
         first = changed[0]
-        more = " ..." if len(changed) > 1 else ""
+        ellipsis = " ..." if len(changed) > 1 else ""
         message = (
-            f"{kind.__name__}.{name} = {first.value:.6g} of {first.path}{more} keeps its value although the "
-            "fan_in of its weight changes; if it is computed from that, set it on the copy"
+            f"{kind.__name__}.{name} = {first.value:.6g} of {first.path}{ellipsis} keeps its value although "
+            "the fan_in of its weight changes; if it is computed from that, set it on the copy"
         )
         warn([message])

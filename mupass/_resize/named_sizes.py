@@ -38,25 +38,25 @@ def named_sizes(solved: Inference, names: DimNames, width: Mapping[str, int]) ->
     Raises:
         ResizeError: An unknown name, no whole number, or what follows would be none.
     """
-    given: dict[int, int] = {}
+    new_sizes: dict[int, int] = {}
     for name, size in width.items():
-        found = names.find(name)
-        if not found:
+        dims = names.find(name)
+        if not dims:
             raise ResizeError(f"no dimension {name!r}; known are {sorted(names.all())}")
-        given.update(dict.fromkeys(found, checked_size(name, size)))
-    if not given:
+        new_sizes.update(dict.fromkeys(dims, checked_size(name, size)))
+    if not new_sizes:
         raise ResizeError("width names no dimension")
     size_of = solved.engine.space.size
-    rules = _Consequences(solved, names, given)
+    rules = _Consequences(solved, names, new_sizes)
     # One size at a time, since each may determine others.
     while implied := rules.next():
         dim, size = implied
-        given[dim] = size
+        new_sizes[dim] = size
         # The head_dim of queries is no other than that of values.
         for twin in names.find(names.of(dim) or ""):
-            if twin not in given and size_of(twin) == size_of(dim):
-                given[twin] = size
-    return given
+            if twin not in new_sizes and size_of(twin) == size_of(dim):
+                new_sizes[twin] = size
+    return new_sizes
 
 
 class _Consequences:
@@ -79,9 +79,9 @@ class _Consequences:
             ResizeError: The last factor or the parts would not be whole numbers.
         """
         for kind, rule in self._rules():
-            for whole, members in self.space.terms(kind):
+            for result, members in self.space.terms(kind):
                 # One at a time: each new size may make another one follow.
-                implied = rule(whole, members)
+                implied = rule(result, members)
                 if implied is not None:
                     return implied
         return None
@@ -99,8 +99,8 @@ class _Consequences:
     def _of_product(self, whole: int, members: Sequence[int]) -> Implied | None:
         """Whole = factor * factor: the whole from all its factors, or the last factor from the rest."""
         # A whole that grows says nothing of a factor that may be fixed, unless another factor is given.
-        told = self._any_given(members) or not self.solved.verdicts.grows(whole)
-        return self._of_factors(whole, members, told)
+        determined = self._any_given(members) or not self.solved.verdicts.grows(whole)
+        return self._of_factors(whole, members, determined)
 
     def _of_groups(self, whole: int, members: Sequence[int]) -> Implied | None:
         """Whole = groups * members of a group, of a grouped convolution: the same, and always told."""
@@ -110,10 +110,10 @@ class _Consequences:
         open_factors = [factor for factor in members if self._is_open(factor)]
         # Fixed factors keep their size, given ones have their new one.
         sizes = [self.given.get(f, self.space.size(f)) for f in members if f not in open_factors]
-        known = math.prod(sizes)
+        product = math.prod(sizes)
         # All factors are known: so is the whole.
         if whole not in self.given and not open_factors and self._any_given(members):
-            return whole, known
+            return whole, product
         # The whole and all but one factor are known: so is that factor.
         if whole not in self.given or len(open_factors) != 1:
             return None
@@ -121,12 +121,12 @@ class _Consequences:
         if not told and not self.solved.verdicts.grows(last):
             return None
         size = self.given[whole]
-        if size % known:
+        if size % product:
             raise ResizeError(
-                f"{self.names.term(whole)} = {size} is not divisible by {known}, so there is no "
+                f"{self.names.term(whole)} = {size} is not divisible by {product}, so there is no "
                 f"whole {self.names.of(last) or 'factor'}"
             )
-        return last, size // known
+        return last, size // product
 
     def _of_sum(self, whole: int, members: Sequence[int]) -> Implied | None:
         """Whole = part + part: parts that are equal now stay equal."""

@@ -67,24 +67,25 @@ class Target:
             candidate: The resized model, on a real device.
         """
         # Parameters first: their shapes tell most wrong numbers without a run.
-        got = {n: tuple(p.shape) for n, p in candidate.named_parameters()}
-        wrong = [n for n, shape in self.shapes.items() if got.get(n) != shape]
-        if wrong or len(got) != len(self.shapes):
-            name = wrong[0] if wrong else next(n for n in got if n not in self.shapes)
-            message = f"{name} has shape {got.get(name)}, not {self.shapes.get(name)}"
-            return Failure(len(self.shapes) - len(wrong), False, 0, name.rpartition(".")[0], message)
+        shapes = {name: tuple(parameter.shape) for name, parameter in candidate.named_parameters()}
+        mismatched = [name for name, shape in self.shapes.items() if shapes.get(name) != shape]
+        if mismatched or len(shapes) != len(self.shapes):
+            surplus = [name for name in shapes if name not in self.shapes]
+            name = (mismatched or surplus)[0]
+            message = f"{name} has shape {shapes.get(name)}, not {self.shapes.get(name)}"
+            return Failure(len(self.shapes) - len(mismatched), False, 0, name.rpartition(".")[0], message)
         try:
             # Captured in the same way as the source, so that operators can be compared one by one.
             with quiet():
-                again = self._captured(candidate)
+                recaptured = self._captured(candidate)
         except Exception as error:  # a wrong number may raise anything
             # The traceback names the module whose code raised.
-            where = _blamed(candidate, error)
+            module_path = _blamed(candidate, error)
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            message = f"{type(error).__name__} in {where or 'the root module'}: {text}"
+            message = f"{type(error).__name__} in {module_path or 'the root module'}: {text}"
             with quiet():
-                return Failure(len(got), False, self._progress(candidate), where, message)
-        return self._difference(again)
+                return Failure(len(shapes), False, self._progress(candidate), module_path, message)
+        return self._difference(recaptured)
 
     def _captured(self, candidate: nn.Module) -> Capture:
         args, kwargs = self.inputs
@@ -95,9 +96,9 @@ class Target:
 
     def _progress(self, candidate: nn.Module) -> int:
         """Return the number of operators up to the last module that a failing run completes."""
-        done: set[str] = set()
+        passed: set[str] = set()
         handles = [
-            module.register_forward_hook(lambda *_, path=path: done.add(path))
+            module.register_forward_hook(lambda *_, path=path: passed.add(path))
             for path, module in candidate.named_modules()
         ]
         args, kwargs = self.inputs
@@ -105,7 +106,10 @@ class Target:
             if self.exported:
                 try_forward(candidate, args, kwargs)
             else:
-                state = {n: t.detach().clone() for n, t in candidate.state_dict(keep_vars=True).items()}
+                state = {
+                    key: tensor.detach().clone()
+                    for key, tensor in candidate.state_dict(keep_vars=True).items()
+                }
                 torch.func.functional_call(candidate, state, *fresh_copy((args, kwargs)), tie_weights=True)
         except Exception:  # that it fails is known
             pass
@@ -113,18 +117,19 @@ class Target:
             for handle in handles:
                 handle.remove()
         # The last operator of a module that has run tells how far the run came.
-        return max((at + 1 for at, owner in enumerate(self.owners) if owner in done), default=0)
+        return max((index + 1 for index, owner in enumerate(self.owners) if owner in passed), default=0)
 
     def _difference(self, again: Capture) -> Failure | None:
         nodes, count = computing(again.nodes), len(self.shapes)
-        for at, (node, want) in enumerate(zip(nodes, self.operators, strict=False)):
-            have = [shape_of(t) for t in _tensors(node)]
-            if not _fit(have, want):
-                where = again.owners.get(node, "")
+        for index, (node, expected_shapes) in enumerate(zip(nodes, self.operators, strict=False)):
+            actual_shapes = [shape_of(tensor) for tensor in _tensors(node)]
+            if not _fit(actual_shapes, expected_shapes):
+                module_path = again.owners.get(node, "")
                 message = (
-                    f"{operator_name(node.target)} in {where or 'the root module'} gives {have}, not {want}"
+                    f"{operator_name(node.target)} in {module_path or 'the root module'} gives "
+                    f"{actual_shapes}, not {expected_shapes}"
                 )
-                return Failure(count, True, at, where, message)
+                return Failure(count, True, index, module_path, message)
         if len(nodes) != len(self.operators):
             message = f"it runs {len(nodes)} operators instead of {len(self.operators)} at the new width"
             return Failure(count, True, min(len(nodes), len(self.operators)), "", message)
@@ -143,22 +148,25 @@ def target_of(
         inputs: Positional and keyword inputs of the source.
         device: Device of the resized model.
     """
-    shapes = {n: tuple(sizes.of_axis(n, i) for i in range(p.dim())) for n, p in model.named_parameters()}
+    shapes = {
+        name: tuple(sizes.of_axis(name, index) for index in range(parameter.dim()))
+        for name, parameter in model.named_parameters()
+    }
     nodes = computing(captured.nodes)
     env = sizes.solved.engine.env
     predicted = []
     for node in nodes:
-        values = [v for v in tree_leaves(env.get(node)) if isinstance(v, Value)]
+        values = [value for value in tree_leaves(env.get(node)) if isinstance(value, Value)]
         values = values[:1] if operator_name(node.target) in FIRST_ONLY else values
         # A size is None where a term is contested: nothing certain is known of it.
-        predicted.append([tuple(sizes.predicted(a.dim) for a in v.axes) for v in values])
-    owners = [captured.owners.get(n, "") for n in nodes]
-    moved = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
-    return Target(shapes, predicted, owners, moved, captured.method == "export")
+        predicted.append([tuple(sizes.predicted(axis.dim) for axis in value.axes) for value in values])
+    owners = [captured.owners.get(node, "") for node in nodes]
+    moved_inputs = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
+    return Target(shapes, predicted, owners, moved_inputs, captured.method == "export")
 
 
 def _tensors(node: Node) -> list[Tensor]:
-    return [t for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+    return [tensor for tensor in tree_leaves(node.meta.get("val")) if isinstance(tensor, Tensor)]
 
 
 def _fit(have: list[tuple[int, ...]], want: Shapes) -> bool:
@@ -166,7 +174,9 @@ def _fit(have: list[tuple[int, ...]], want: Shapes) -> bool:
         return True
     pairs = zip(have, want, strict=False)
     return len(have) >= len(want) and all(
-        len(h) == len(w) and all(b in (None, a) for a, b in zip(h, w, strict=True)) for h, w in pairs
+        len(shape) == len(expected)
+        and all(wanted in (None, size) for size, wanted in zip(shape, expected, strict=True))
+        for shape, expected in pairs
     )
 
 
@@ -177,19 +187,19 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
 
 def _blamed(candidate: nn.Module, error: BaseException) -> str:
     """Return the module in whose code an exception was raised."""
-    paths = {id(m): n for n, m in candidate.named_modules()}
+    paths = {id(module): path for path, module in candidate.named_modules()}
     chain: list[BaseException] = [error]
     # The first cause in the chain is the most telling one.
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    found = ""
+    blamed = ""
     for link in reversed(chain):
         trace = link.__traceback__
         # The innermost frame whose `self` is a module of the candidate.
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            found = paths.get(id(owner), found) if isinstance(owner, nn.Module) else found
+            blamed = paths.get(id(owner), blamed) if isinstance(owner, nn.Module) else blamed
             trace = trace.tb_next
-        if found:
+        if blamed:
             break
-    return found
+    return blamed

@@ -34,32 +34,34 @@ def check_anew(resized: nn.Module, sizes: NewSizes, inputs: Any, dims: Mapping[s
     args, kwargs = inputs
     # The copy is solved as any model, without a word about its source.
     try:
-        again = solve(resized, args, kwargs, None, dims, strict=True).solved
+        inferred_again = solve(resized, args, kwargs, None, dims, strict=True).solved
     except MupassError as error:
         raise ResizeError(f"the resized copy cannot be inferred anew: {error}") from error
-    wrong = list(_differences(sizes, again))
+    wrong = list(_differences(sizes, inferred_again))
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        remainder = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ResizeError(
-            f"the resized copy tells other widths than its source: {'; '.join(wrong[:3])}{more}. Settle them "
-            "by dims=, or give sizes by name"
+            f"the resized copy tells other widths than its source: {'; '.join(wrong[:3])}{remainder}. Settle "
+            "them by dims=, or give sizes by name"
         )
 
 
 def _differences(sizes: NewSizes, again: Inference) -> Iterator[str]:
     # Where sizes were given by name there is no one factor to go back by.
-    back = Scaled(again, {}, 1 / sizes.factor) if not sizes.given else None
+    restored = Scaled(again, {}, 1 / sizes.factor) if not sizes.given else None
     space = sizes.solved.engine.space
     for name, row in sizes.solved.dims.items():
-        for axis, (dim, other) in enumerate(zip(row, again.dims[name], strict=True)):
-            old, new = sizes.solved.verdict(name, axis), again.verdict(name, axis)
+        for axis, (dim, counterpart) in enumerate(zip(row, again.dims[name], strict=True)):
+            before, after = sizes.solved.verdict(name, axis), again.verdict(name, axis)
             # A policy may look at sizes, and an axis of one growing factor of size 1 cannot tell.
-            if old.policy or new.policy or name in again.overlooked or _is_single(sizes, dim):
+            if before.policy or after.policy or name in again.overlooked or _is_single(sizes, dim):
                 continue
-            if old.infinite != new.infinite:
-                yield f"{name}:{axis} {'grows' if new.infinite else 'is fixed'} there ({new.why})"
-            elif back is not None and abs(back.exact(other) - space.size(dim)) > 1e-6 * space.size(dim):
-                yield f"{name}:{axis} leads back to {back.exact(other):g}, not to {space.size(dim)}"
+            if before.infinite != after.infinite:
+                yield f"{name}:{axis} {'grows' if after.infinite else 'is fixed'} there ({after.why})"
+            elif restored is not None:
+                size, returned = space.size(dim), restored.exact(counterpart)
+                if abs(returned - size) > 1e-6 * size:
+                    yield f"{name}:{axis} leads back to {returned:g}, not to {size}"
 
 
 def _is_single(sizes: NewSizes, dim: int) -> bool:

@@ -48,11 +48,11 @@ def segments(sizes: NewSizes, dim: int) -> list[Segment]:
     if parts:
         return parts
     factors = _factors(sizes, dim)
-    old, new = tuple(map(space.size, factors)), tuple(map(sizes.of_dim, factors))
+    old_sizes, new_sizes = tuple(map(space.size, factors)), tuple(map(sizes.of_dim, factors))
     growing = []
-    for factor, before, after in zip(factors, old, new, strict=True):
+    for factor, before, after in zip(factors, old_sizes, new_sizes, strict=True):
         growing.append(grows(factor) or before != after)
-    return [Segment(old, new, tuple(growing))]
+    return [Segment(old_sizes, new_sizes, tuple(growing))]
 
 
 def _factors(sizes: NewSizes, dim: int) -> list[int]:
@@ -93,14 +93,14 @@ def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
         recomputed = recompute(old, shape)
         if recomputed is not None:
             return recomputed
-    new = torch.empty(shape, dtype=old.dtype)
+    repeated = torch.empty(shape, dtype=old.dtype)
     for block in _blocks(axes):
         rows = block.rows(old)
         # Constant along all that grows: the constant goes on.
         if not (rows == rows[:, :1]).all():
             return None
-        block.put(new, rows[:, :1].repeat(1, block.count))
-    return new
+        block.put(repeated, rows[:, :1].repeat(1, block.count))
+    return repeated
 
 
 def draw(
@@ -126,13 +126,13 @@ def draw(
         ResizeError: The values follow a pattern that is not recognized.
     """
     old = old.detach().cpu()
-    new = torch.empty(_new_shape(axes), dtype=old.dtype)
+    result = torch.empty(_new_shape(axes), dtype=old.dtype)
     for block in _blocks(axes):
-        here = new[block.here]
+        target_block = result[block.here]
         if init is not None:
-            orthogonal = _orthogonal(old[block.there], here.shape, generator)
+            orthogonal = _orthogonal(old[block.there], target_block.shape, generator)
             if orthogonal is not None:
-                here.copy_(orthogonal)
+                target_block.copy_(orthogonal)
                 continue
         values = block.rows(old)
         # Rows that are constant (padding, gate biases) are continued, the others are drawn.
@@ -145,8 +145,8 @@ def draw(
                     "known formula; its values at another width cannot be told"
                 )
             rows[free] = _drawn(name, values[free], block.count, init, generator)
-        block.put(new, rows)
-    return new
+        block.put(result, rows)
+    return result
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,16 @@ class _Block:
     def put(self, new: Tensor, rows: Tensor) -> None:
         """Write new rows into their place."""
         split = rows.reshape([self._new[i] for i in self._order])
-        back = split.permute([self._order.index(i) for i in range(len(self._order))])
-        new[self.here] = back.reshape(new[self.here].shape)
+        restored = split.permute([self._order.index(i) for i in range(len(self._order))])
+        new[self.here] = restored.reshape(new[self.here].shape)
 
 
 def _blocks(axes: Sequence[Sequence[Segment]]) -> Iterator[_Block]:
     # Every combination of parts of the axes: q, k and v on one, and the heads on another.
     for spans in product(*map(_spans, axes)):
-        there = tuple(old for old, _, _ in spans)
-        here = tuple(new for _, new, _ in spans)
-        yield _Block(there, here, tuple(segment for _, _, segment in spans))
+        old_slices = tuple(old_slice for old_slice, _, _ in spans)
+        new_slices = tuple(new_slice for _, new_slice, _ in spans)
+        yield _Block(old_slices, new_slices, tuple(segment for _, _, segment in spans))
 
 
 def _spans(axis: Sequence[Segment]) -> list[tuple[slice, slice, Segment]]:
@@ -262,21 +262,21 @@ def _drawn(
             f"{name} holds {values.dtype} that differ along a growing axis; they cannot be drawn"
         )
     # Half precision has too few digits for a mean and a deviation.
-    work = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    mean, std = work.mean(), work.std(correction=0)
+    source = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    mean, std = source.mean(), source.std(correction=0)
     # A mean within its own sampling error is that of a law of mean zero.
-    if mean.abs() <= SIGMAS * std / math.sqrt(work.numel()):
+    if mean.abs() <= SIGMAS * std / math.sqrt(source.numel()):
         mean = torch.zeros_like(mean)
     factor = 1.0
     if init is not None:
         factor, law = init.factor, init.std
         # The law's own size, where the entries have it: their sample size has an error.
-        if law is not None and abs(std.item() * factor / law - 1) <= tolerance(work.numel()):
+        if law is not None and abs(std.item() * factor / law - 1) <= tolerance(source.numel()):
             std = std.new_tensor(law / factor)
-    elif mean != 0 or abs(std - 1) > tolerance(work.numel()):
+    elif mean != 0 or abs(std - 1) > tolerance(source.numel()):
         raise ResizeError(f"buffer {name} grows with width and holds random values of an unknown law")
-    shape = (len(work), count)
-    unit = _unit(work, shape, generator)
+    shape = (len(source), count)
+    unit = _unit(source, shape, generator)
     return ((mean + std * unit) * factor).to(values.dtype)
 
 
@@ -284,14 +284,14 @@ def _unit(values: Tensor, shape: tuple[int, int], generator: torch.Generator | N
     """Draw with mean 0 and standard deviation 1: uniform, normal, or from the values themselves."""
     n = values.numel()
     x = (values - values.mean()) / values.std(correction=0)
-    new = torch.empty(shape, dtype=values.dtype)
+    sample = torch.empty(shape, dtype=values.dtype)
     # Uniform on [-sqrt(3), sqrt(3)] has variance 1, and nothing lies beyond.
     if x.abs().max() <= math.sqrt(3) * (1 + tolerance(n) / 2):
-        return new.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+        return sample.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     # Third and fourth moments of n normal draws: 0 +- sqrt(6/n) and 3 +- sqrt(24/n).
     skew, tails = x.pow(3).mean().abs(), (x.pow(4).mean() - 3).abs()
     if skew <= SIGMAS * math.sqrt(6 / n) and tails <= SIGMAS * math.sqrt(24 / n):
-        return new.normal_(generator=generator)
+        return sample.normal_(generator=generator)
     # An unknown law: entries are drawn from the present ones.
     return x.flatten()[torch.randint(n, shape, generator=generator)]
 

@@ -83,10 +83,10 @@ def resize(
     sizes = NewSizes.of(solved, inferred.names, width, scale)
     # A meta-device model has no home for values: the copy is made on the CPU.
     if device is not None:
-        place = torch.device(device)
+        target_device = torch.device(device)
     else:
-        place = torch.device("cpu") if home.type == "meta" else home
-    target = target_of(model, captured, sizes, (args, kwargs), place)
+        target_device = torch.device("cpu") if home.type == "meta" else home
+    target = target_of(model, captured, sizes, (args, kwargs), target_device)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     draw = Draw(model, captured, sizes, init, fresh, generator)
     # A Hugging Face constructor knows its own initialization, and what else follows from a configuration.
@@ -95,16 +95,16 @@ def resize(
     for name, values in draw.parameters(target.shapes, own_code).items():
         # Frozen parameters stay frozen.
         trained = model.get_parameter(name).requires_grad
-        tensors[name] = nn.Parameter(values.to(place), trained)
+        tensors[name] = nn.Parameter(values.to(target_device), trained)
     handled = handled_dims(captured, solved)
     if own_code:
         attributes = Attributes(sizes, handled)
-        build = by_config(model, attributes, tensors, place, seed)
+        build = by_config(model, attributes, tensors, target_device, seed)
     else:
         # Of a copy all numbers are rewritten, buffers included.
         attributes = Attributes(sizes, handled, known=follow_fan_in(model, target.shapes))
         for name, buffer in draw.buffers(attributes).items():
-            tensors[name] = buffer.to(place)
+            tensors[name] = buffer.to(target_device)
         build = by_copy(model, attributes, tensors)
     resized = rebuild(build, attributes, target, type(model).__name__)
     if home.type == "meta" and not own_code:

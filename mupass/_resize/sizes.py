@@ -51,8 +51,8 @@ class NewSizes:
             raise ResizeError("give either width= or scale=")
         present = model_width(solved)
         if isinstance(width, Mapping):
-            given = named_sizes(solved, names, width)
-            sizes = NewSizes(solved, names, given, _common_factor(solved, names, given))
+            new_sizes = named_sizes(solved, names, width)
+            sizes = NewSizes(solved, names, new_sizes, _common_factor(solved, names, new_sizes))
         elif width is not None:
             # One width: every growing dimension is scaled by its ratio.
             sizes = NewSizes(
@@ -146,8 +146,8 @@ class NewSizes:
         """Factors of a growing product of which one has no verdict: any of them may be the one that grows."""
         verdicts, space = self.solved.verdicts, self.solved.engine.space
         contested: set[int] = set()
-        for whole, factors in space.terms("product"):
-            if verdicts.grows(whole) and any(map(verdicts.is_open, factors)):
+        for product, factors in space.terms("product"):
+            if verdicts.grows(product) and any(map(verdicts.is_open, factors)):
                 contested.update(factors)
         return frozenset(contested) - self._carried
 
@@ -180,15 +180,15 @@ class NewSizes:
         """
         for kind, combine in COMBINE.items():
             # Terms that no parameter carries are checked by running the model.
-            for whole in self._carried:
-                for members in self.terms(whole, kind):
-                    parts = [self.of_dim(m) for m in members]
-                    if self.of_dim(whole) != combine(parts):
+            for result in self._carried:
+                for members in self.terms(result, kind):
+                    parts = [self.of_dim(member) for member in members]
+                    if self.of_dim(result) != combine(parts):
                         sign = " + " if kind == "sum" else " * "
                         named = zip(members, parts, strict=True)
                         text = sign.join(f"{self.names.of(dim) or 'fixed'} = {size}" for dim, size in named)
                         raise ResizeError(
-                            f"dimension {self.names.term(whole)} would become {self.of_dim(whole)}, "
+                            f"dimension {self.names.term(result)} would become {self.of_dim(result)}, "
                             f"but it is made of {text}"
                         )
 
@@ -216,9 +216,9 @@ def _common_factor(solved: Inference, names: DimNames, given: Mapping[int, int])
     """
     space = solved.engine.space
     width = model_width(solved)
-    told = NewSizes(solved, names, given, math.nan).exact(width)  # nan wherever the factor is needed
-    if not math.isnan(told):
-        return told / space.size(width)
+    exact_sizes = NewSizes(solved, names, given, math.nan).exact(width)  # nan wherever the factor is needed
+    if not math.isnan(exact_sizes):
+        return exact_sizes / space.size(width)
     factors = {size / space.size(dim) for dim, size in given.items()}
     if len(factors) > 1:
         missing = set()

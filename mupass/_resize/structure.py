@@ -24,11 +24,11 @@ def recompute(old: Tensor, shape: Sequence[int]) -> Tensor | None:
     values = old.detach().cpu()
     for formula in _formulas(values):
         try:
-            same = formula(tuple(values.shape))
+            recomputed = formula(tuple(values.shape))
         except (ValueError, OverflowError):  # the formula has no value at this shape
             continue
         # A formula is only known by its values at the old shape.
-        if same.shape == values.shape and _close(same, values):
+        if recomputed.shape == values.shape and _close(recomputed, values):
             return formula(tuple(shape)).to(old.dtype)
     return None
 
@@ -43,7 +43,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _formulas(old: Tensor) -> Iterator[_Formula]:
     # Axes of length 1 are there for broadcasting.
-    lengths = [n for n in old.shape if n != 1]
+    lengths = [length for length in old.shape if length != 1]
     if len(lengths) == 1 and not old.is_complex() and old.dtype != torch.bool and lengths[0] > 2:
         yield from _ramps(old.flatten().double())
     if old.dim() == 2:
@@ -77,10 +77,10 @@ def _ramps(row: Tensor) -> Iterator[_Formula]:
     if (row > 0).all() and last != first:
         yield from _geometric(count, math.log(first), math.log(last))
     if (row < 1).all() and (row > 0).all():  # decays of retention, 1 - 2^(-5-i)
-        a, b = math.log2(1 - first), math.log2(1 - last)
-        if _round(a) and _round((b - a) / (count - 1)):
-            slope = round((b - a) / (count - 1))
-            yield _Formula(lambda s: 1 - 2.0 ** (a + slope * torch.arange(math.prod(s), dtype=torch.float64)))
+        start, stop = math.log2(1 - first), math.log2(1 - last)
+        if _round(start) and _round((stop - start) / (count - 1)):
+            slope = round((stop - start) / (count - 1))
+            yield _Formula(lambda s: 1 - 2.0 ** (start + slope * torch.arange(math.prod(s)).double()))
 
 
 def _geometric(count: int, first: float, last: float) -> Iterator[_Formula]:
@@ -98,8 +98,8 @@ def _geometric(count: int, first: float, last: float) -> Iterator[_Formula]:
 
 def _power(log_base: float, start: int, less: int) -> object:
     def row(shape: tuple[int, ...]) -> Tensor:
-        n = math.prod(shape)
-        return torch.exp(log_base * (torch.arange(n, dtype=torch.float64) + start) / (n - less))
+        length = math.prod(shape)
+        return torch.exp(log_base * (torch.arange(length, dtype=torch.float64) + start) / (length - less))
 
     return row
 
@@ -158,8 +158,12 @@ def _table(base: float, less: int, kind: str) -> object:
         angle = torch.arange(length, dtype=torch.float64)[:, None] * base ** (
             -torch.arange(half, dtype=torch.float64) / (half - less)
         )
-        made = {"cos": angle.cos(), "sin": angle.sin(), "phase": torch.polar(torch.ones_like(angle), angle)}
-        pieces = [made[p] for p in parts]
+        tables = {
+            "cos": angle.cos(),
+            "sin": angle.sin(),
+            "phase": torch.polar(torch.ones_like(angle), angle),
+        }
+        pieces = [tables[part] for part in parts]
         if "|" in kind:
             return torch.cat(pieces, -1)
         return torch.stack(pieces, -1).flatten(-2)
