@@ -137,7 +137,7 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
     Raises:
         MupassError: It is nothing that a probe measured; a layer has not moved, or was given zeros.
     """
-    if not all(isinstance(n, str) and isinstance(layer, Alignment) for n, layer in found.items()):
+    if not all(isinstance(key, str) and isinstance(layer, Alignment) for key, layer in found.items()):
         raise MupassError("alignment= takes what a probe of mupass.alignment measured, by layer")
     unknown = [name for name, layer in found.items() if math.isnan(layer.alpha)]
     if unknown:
@@ -146,7 +146,9 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
             "was made, or its inputs are zero; call the probe after a few steps of training"
         )
     # Theory has rates for exponents from 1/2 to 1; measured ones may lie outside by chance.
-    return {f"{name}.weight".removeprefix("."): min(max(a.alpha, 0.5), 1.0) for name, a in found.items()}
+    return {
+        f"{name}.weight".removeprefix("."): min(max(layer.alpha, 0.5), 1.0) for name, layer in found.items()
+    }
 
 
 def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
@@ -157,7 +159,8 @@ def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
         replaced["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
     # forward, not the call: hooks and taps are for the model's own passes.
     outputs = [
-        functional_call(_Bare(layer), {f"layer.{k}": v for k, v in replaced.items()}, z) for z in inputs
+        functional_call(_Bare(layer), {f"layer.{key}": value for key, value in replaced.items()}, z)
+        for z in inputs
     ]
     out_size, weight_size, in_size = _rms(outputs), _rms([weight]), _rms(inputs)
     if min(out_size, weight_size, in_size) == 0:
@@ -178,4 +181,5 @@ class _Bare(nn.Module):
 
 
 def _rms(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors) / sum(t.numel() for t in tensors))
+    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    return math.sqrt(squares / sum(tensor.numel() for tensor in tensors))

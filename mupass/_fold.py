@@ -140,30 +140,30 @@ def _work(root: nn.Module, plan: Plan) -> Work:
     Raises:
         TransformError: Something cannot be done.
     """
-    work = Work()
+    result = Work()
     # Hooks tell whether the multipliers are still live, whatever the plan says.
     live: list[object] = []
     for module in root.modules():
         live += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if not any(isinstance(hook, (InputMultiplier, OutputMultiplier)) for hook in live):
-        return work  # nothing to fold, or folded already
+        return result  # nothing to fold, or folded already
     blocked = []
     for carrier in plan.carriers:
         # A tied readout has the multiplier of its entry; a branch has that of the depth.
         factor = plan[carrier.tied].scales.multiplier if carrier.tied else 1 / plan.depth
         if carrier.reason and carrier.tied:
             _check_untied(root, plan[carrier.tied].geometry, carrier.reason)
-            work.untied[carrier.tied] = carrier.reason
+            result.untied[carrier.tied] = carrier.reason
         elif carrier.reason:
             blocked.append(carrier.reason)
         else:
-            _hold(work.changes, carrier, factor)
+            _hold(result.changes, carrier, factor)
     if blocked:
         raise TransformError(
             f"no parameter can hold the multiplier 1/{plan.depth:g} of {len(blocked)} residual branches: "
             f"{blocked[0]}. End each branch with a layer or a gain, such as nn.Linear(width, width)"
         )
-    return work
+    return result
 
 
 def _check_untied(root: nn.Module, geometry: Geometry, reason: str) -> None:
@@ -186,12 +186,12 @@ def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
     shifts = dict(carrier.offsets)
     for name in carrier.parameters:
         # c (w + 1) is (c w + c - 1) + 1: the code adds its constant after the change.
-        new = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
-        if changes.setdefault(name, new) != new:
+        change = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
+        if changes.setdefault(name, change) != change:
             raise TransformError(f"{name} would have to hold two different multipliers")
     for name in carrier.divided:
-        new = Change(met=1 / factor)
-        if changes.setdefault(name, new) != new:
+        change = Change(met=1 / factor)
+        if changes.setdefault(name, change) != change:
             raise TransformError(f"{name} would have to hold two different multipliers")
 
 
@@ -199,9 +199,11 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         # All products first: what can fail (memory) fails before the first parameter changes.
-        values = {n: parameters[n] * (c.made * c.met) + c.shift for n, c in work.changes.items()}
+        values = {}
+        for name, change in work.changes.items():
+            values[name] = parameters[name] * (change.made * change.met) + change.shift
         # A readout that is untied gets a weight of its own, with the multiplier in it.
-        heads = {
+        readouts = {
             name: nn.Parameter(
                 parameters[name] * plan[name].scales.multiplier, parameters[name].requires_grad
             )
@@ -210,10 +212,10 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
         for name, value in values.items():
             parameters[name].copy_(value)
     # Every module that read the tied weight as a readout shares the new one.
-    for name, weight in heads.items():
+    for name, weight in readouts.items():
         for module in {use.module for use in plan[name].geometry.readout_uses}:
             model.get_submodule(module).weight = weight
-    if heads:
+    if readouts:
         _untie_configuration(model)
 
 
@@ -265,23 +267,23 @@ def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
     modules = {use.module for use in geometry.readout_uses}
     names = (geometry.name, *geometry.aliases)
     # Names of the readout's module go with the readout, the others with the embedding.
-    heads = tuple(n for n in names if n.rpartition(".")[0] in modules)
-    tables = tuple(n for n in names if n not in heads)
+    readout_names = tuple(name for name in names if name.rpartition(".")[0] in modules)
+    embedding_names = tuple(name for name in names if name not in readout_names)
     parts = []
-    if tables:
-        uses = tuple(u for u in geometry.uses if u not in geometry.readout_uses)
-        table = _part(geometry, tables, uses, modules, False)
-        parts.append(_entry(plan, entry, table, 1.0))
+    if embedding_names:
+        uses = tuple(use for use in geometry.uses if use not in geometry.readout_uses)
+        embedding = _part(geometry, embedding_names, uses, modules, False)
+        parts.append(_entry(plan, entry, embedding, 1.0))
     # The readout's own fans: what the embedding makes it sums over.
     use: Use = geometry.readout_uses[0]
-    head = replace(
-        _part(geometry, heads, geometry.readout_uses, modules, True),
+    readout = replace(
+        _part(geometry, readout_names, geometry.readout_uses, modules, True),
         role="output",
         fan_in_axes=use.fan_in,
         fan_out_axes=use.fan_out,
     )
-    parts.append(_entry(plan, entry, head, entry.scales.multiplier))
-    return sorted(parts, key=lambda e: names.index(e.geometry.name))
+    parts.append(_entry(plan, entry, readout, entry.scales.multiplier))
+    return sorted(parts, key=lambda part: names.index(part.geometry.name))
 
 
 def _part(

@@ -92,8 +92,8 @@ def _refuse_empty(parameters: Mapping[str, torch.Tensor]) -> None:
 def _refuse_trained(parameters: Mapping[str, torch.Tensor], plan: Plan, init: InitChoice) -> None:
     """Refuse values that no law draws, but for those whose law the caller states."""
     # A caller who states the law says that the values are drawn.
-    told = told_laws(init, list(plan))
-    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told]
+    told_by_init = told_laws(init, list(plan))
+    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told_by_init]
     suspects = learned(parameters, judged)
     if not suspects:
         return

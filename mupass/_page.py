@@ -98,8 +98,8 @@ class Table:
 
     def only_marked(self) -> Table:
         """Return the table without the rows that have no mark."""
-        kept = [(row, mark) for row, mark in zip(self.rows, self.marks, strict=True) if mark]
-        rows, marks = [row for row, _ in kept], [mark for _, mark in kept]
+        marked_rows = [(row, mark) for row, mark in zip(self.rows, self.marks, strict=True) if mark]
+        rows, marks = [row for row, _ in marked_rows], [mark for _, mark in marked_rows]
         return Table(self.heads, rows, marks, self.numbers)
 
 

@@ -155,9 +155,9 @@ def exchange(
         return dict(found)
     result, rank = {}, dist.get_rank()
     # One message for each owner and precision.
-    for source, dtype in dict.fromkeys((owner[n], like[n].dtype) for n in owner):
-        names = [n for n in owner if (owner[n], like[n].dtype) == (source, dtype)]
-        sizes = [like[n].numel() for n in names]
+    for source, dtype in dict.fromkeys((owner[key], like[key].dtype) for key in owner):
+        names = [key for key in owner if (owner[key], like[key].dtype) == (source, dtype)]
+        sizes = [like[key].numel() for key in names]
         message = torch.zeros(sum(sizes), dtype=dtype, device=device)
         parts = torch.split(message, sizes)
         # The owner fills the message, the others receive it.
@@ -165,7 +165,7 @@ def exchange(
             if source == rank and name in found:
                 part.copy_(found[name].reshape(-1))
         dist.broadcast(message, src=source)
-        result.update({n: part.view(like[n].shape) for n, part in zip(names, parts, strict=True)})
+        result.update({key: part.view(like[key].shape) for key, part in zip(names, parts, strict=True)})
     return result
 
 
@@ -203,9 +203,9 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
             position for position, tensor in enumerate(tensors) if (tensor.dtype, tensor.device) == kind
         ]
         halves = [_half(tensors[position]) for position in positions]
-        packed = torch.cat([h.reshape(-1) for h in halves])
+        packed = torch.cat([matrix.reshape(-1) for matrix in halves])
         dist.all_reduce(packed)
-        parts = torch.split(packed, [h.numel() for h in halves])
+        parts = torch.split(packed, [matrix.numel() for matrix in halves])
         for position, part, half in zip(positions, parts, halves, strict=True):
             sums[position] = _whole(part.reshape(half.shape), tensors[position].shape)
     return sums
@@ -227,7 +227,7 @@ def _whole(half: Tensor, shape: Sequence[int]) -> Tensor:
     if not _square(shape):
         return half
     rows, columns = torch.triu_indices(shape[-1], shape[-1], device=half.device)
-    whole = half.new_empty(shape)
-    whole[..., rows, columns] = half
-    whole[..., columns, rows] = half
-    return whole
+    matrix = half.new_empty(shape)
+    matrix[..., rows, columns] = half
+    matrix[..., columns, rows] = half
+    return matrix

@@ -209,12 +209,12 @@ class Report:
             else:
                 body.append(self._html_row(line.label, line.geometry, indent))
         notes = [f'<li class="warn">{html.escape(line)}</li>' for line in self._footer()]
-        heads = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
+        headings = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
         return document(
             "mupass report",
             f"<h1>Width analysis</h1>{note(self._headline())}"
             f"{note('Blue axes grow with width; dotted ones were settled by a policy.')}"
-            f"<table><tr><th>{'</th><th>'.join(heads)}</th></tr>{''.join(body)}</table>"
+            f"<table><tr><th>{'</th><th>'.join(headings)}</th></tr>{''.join(body)}</table>"
             f"<ul>{''.join(notes)}</ul>",
         )
 
@@ -361,9 +361,9 @@ class Question:
 
     def __str__(self) -> str:
         """Return one line with the verdict, the reason and the override."""
-        more = f" and {self.count - 1} more" if self.count > 1 else ""
+        remainder = f" and {self.count - 1} more" if self.count > 1 else ""
         verdict = "grows" if self.infinite else "is fixed"
-        return f"{self.axis}{more} (size {self.size}) {verdict}: {self.why}  {self.override}"
+        return f"{self.axis}{remainder} (size {self.size}) {verdict}: {self.why}  {self.override}"
 
 
 def _axis_labels(geometry: Geometry) -> list[str]:

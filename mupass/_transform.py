@@ -236,7 +236,10 @@ def _fitted(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> tu
 def _is_resized(plan: Plan, model: nn.Module) -> bool:
     """Return whether a plan is of an instance with other sizes, as far as names agree."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return any(shapes.get(e.geometry.name, e.geometry.shape) != e.geometry.shape for e in plan.entries)
+    return any(
+        shapes.get(entry.geometry.name, entry.geometry.shape) != entry.geometry.shape
+        for entry in plan.entries
+    )
 
 
 def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> Plan:
@@ -254,8 +257,8 @@ def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) 
         )
     entries, warnings = _entries(model, geometries, plan.optimizer, plan.parameterization, init, plan.trained)
     # Warnings about values were of the other model's values.
-    kept = [warning for warning in plan.warnings if not any(mark in warning for mark in OF_VALUES)]
-    return replace(plan, width=width, entries=tuple(entries), warnings=(*kept, *warnings))
+    warnings_kept = [warning for warning in plan.warnings if not any(mark in warning for mark in OF_VALUES)]
+    return replace(plan, width=width, entries=tuple(entries), warnings=(*warnings_kept, *warnings))
 
 
 def _ties(analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]) -> list[str]:
@@ -395,8 +398,8 @@ def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
     # Values that no factor changes may be trained or not.
     if all(entry.init_factor == 1 for entry in plan.entries):
         return []
-    told = told_laws(init, list(plan))
-    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told]
+    told_by_init = told_laws(init, list(plan))
+    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told_by_init]
     suspects = learned(dict(model.named_parameters()), judged)
     if not suspects:
         return []
@@ -413,5 +416,5 @@ def some(names: Sequence[str]) -> str:
     Args:
         names: All names.
     """
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+    remainder = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + remainder

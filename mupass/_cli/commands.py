@@ -32,8 +32,8 @@ def analyze(options: argparse.Namespace) -> int:
         with torch.device("meta"):
             base = load(options.base_target)
     inputs = inputs_of(options.input, model)
-    found = mupass.analyze(model, inputs, base=base, dims=dict(options.dim), strict=not options.lenient)
-    report = found.report(options.optimizer, options.parameterization)
+    analysis = mupass.analyze(model, inputs, base=base, dims=dict(options.dim), strict=not options.lenient)
+    report = analysis.report(options.optimizer, options.parameterization)
     if options.html:
         write_text(options.html, report.html(), MupassError)
         print(f"wrote {options.html}")
@@ -51,9 +51,9 @@ def check(options: argparse.Namespace) -> int:
         options: Words of the command line.
     """
     model = _build(options, options.seed)
-    found = _check(options, model, options.lr, options.steps, options.seeds)
-    _show(found, options.out)
-    return 0 if found.ok else 1
+    checked = _check(options, model, options.lr, options.steps, options.seeds)
+    _show(checked, options.out)
+    return 0 if checked.ok else 1
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -62,9 +62,9 @@ def sweep(options: argparse.Namespace) -> int:
     Args:
         options: Words of the command line.
     """
-    found = _sweep(options, _build(options, options.seed))
-    _show(found, options.out)
-    return 1 if found.open_ends() else 0
+    result = _sweep(options, _build(options, options.seed))
+    _show(result, options.out)
+    return 1 if result.open_ends() else 0
 
 
 def transfer(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def transfer(options: argparse.Namespace) -> int:
     Args:
         options: Words of the command line.
     """
-    found = mupass.transfer(
+    result = mupass.transfer(
         _build(options, options.seed),
         named(options.data),
         options.width,
@@ -84,11 +84,11 @@ def transfer(options: argparse.Namespace) -> int:
         **_shared(options),
         **_runs(options),
     )
-    _show(found, options.out)
+    _show(result, options.out)
     if options.state:
-        torch.save(mupass.fold(found.model).state_dict(), options.state)
+        torch.save(mupass.fold(result.model).state_dict(), options.state)
         print(f"wrote {options.state}")
-    return 1 if found.search.open_ends() else 0
+    return 1 if result.search.open_ends() else 0
 
 
 def report(options: argparse.Namespace) -> int:
@@ -130,7 +130,7 @@ def resize(options: argparse.Namespace) -> int:
     widths = dict(options.width)
     if "" in widths and len(options.width) > 1:
         raise MupassError("--width: a number alone is the model's width; give the others as NAME=N alone")
-    new = mupass.resize(
+    resized = mupass.resize(
         model,
         widths.get("", widths or None),
         scale=options.scale,
@@ -138,9 +138,9 @@ def resize(options: argparse.Namespace) -> int:
         device="cpu" if options.device == "meta" else options.device,
         seed=options.seed,
     )
-    print(_sizes_of(model, new))
+    print(_sizes_of(model, resized))
     if options.output:
-        torch.save(new.state_dict(), options.output)
+        torch.save(resized.state_dict(), options.output)
         print(f"wrote {options.output}")
     return 0
 
@@ -231,8 +231,8 @@ def _sizes_of(old: nn.Module, new: nn.Module) -> str:
     sizes.append(("parameters", _count(old), _count(new)))
     rows = []
     for name, before, after in sizes:
-        same = "  (same)" if before == after else ""
-        rows.append([name, before, f"-> {after}{same}"])
+        remark = "  (same)" if before == after else ""
+        rows.append([name, before, f"-> {after}{remark}"])
     names, befores, _ = column_widths(rows)
     # The new sizes are set to the left, so only the two columns before them are padded.
     lines = []

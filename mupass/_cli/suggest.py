@@ -13,5 +13,5 @@ def suggestion(word: str, known: Collection[str]) -> str:
         word: What was written.
         known: What may be written.
     """
-    near = get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    matches = get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""

@@ -45,9 +45,9 @@ def load(target: str) -> nn.Module:
         elif kind == "hf":
             model = _hugging_face(name)
         else:
-            found = _find(kind, name)
+            source = _find(kind, name)
             # A factory is called; a model in a module is taken as it is.
-            model = found if isinstance(found, nn.Module) else found()
+            model = source if isinstance(source, nn.Module) else source()
     except MupassError:
         raise
     except Exception as error:  # whatever the code of a target raises, it gives no model
@@ -87,7 +87,7 @@ def inputs_of(shapes: Sequence[tuple[tuple[int, ...], str]] | None, model: nn.Mo
     """
     if not shapes:
         return None
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     inputs = []
     for size, name in shapes:
         dtype = getattr(torch, name, None)
@@ -100,12 +100,12 @@ def inputs_of(shapes: Sequence[tuple[tuple[int, ...], str]] | None, model: nn.Mo
 def _find(module: str, name: str) -> Any:
     # Code in the current folder can be named, as with python -m.
     sys.path.insert(0, "")
-    found: Any = importlib.import_module(module)
+    target: Any = importlib.import_module(module)
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise AttributeError(f"{module} has no {part!r}{suggestion(part, dir(found))}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(target, part):
+            raise AttributeError(f"{module} has no {part!r}{suggestion(part, dir(target))}")
+        target = getattr(target, part)
+    return target
 
 
 def _timm(name: str) -> Any:
@@ -119,16 +119,16 @@ def _timm(name: str) -> Any:
 def _hugging_face(name: str) -> Any:
     """Build a model from a configuration class: the task model with a head where there is one."""
     transformers = importlib.import_module("transformers")
-    kind, *words = name.split(",")
+    kind, *assignments = name.split(",")
     if not hasattr(transformers, kind):
-        known = [n for n in dir(transformers) if n.endswith("Config")]
-        raise MupassError(f"transformers has no {kind!r}{suggestion(kind, known)}")
+        config_classes = [attribute for attribute in dir(transformers) if attribute.endswith("Config")]
+        raise MupassError(f"transformers has no {kind!r}{suggestion(kind, config_classes)}")
     cls = getattr(transformers, kind)
     settings = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for setting in assignments:
+        key, equals, value = setting.partition("=")
         if not equals:
-            raise MupassError(f"{word!r} is not key=value")
+            raise MupassError(f"{setting!r} is not key=value")
         settings[key] = _literal(value)
     known_keys = _settings(cls)
     for key in settings:
@@ -146,16 +146,16 @@ def _hugging_face(name: str) -> Any:
 
 def _settings(cls: type) -> set[str]:
     """Return the names of all settings of a configuration class."""
-    known = set(getattr(cls, "attribute_map", {}))
-    for base in cls.__mro__:
-        known |= set(getattr(base, "__annotations__", {}))
-        if "__init__" in vars(base) and base is not object:
-            known |= set(inspect.signature(base).parameters)
+    settings = set(getattr(cls, "attribute_map", {}))
+    for ancestor in cls.__mro__:
+        settings |= set(getattr(ancestor, "__annotations__", {}))
+        if "__init__" in vars(ancestor) and ancestor is not object:
+            settings |= set(inspect.signature(ancestor).parameters)
     try:
-        known |= {name for name in vars(cls()) if not name.startswith("_")}
+        settings |= {name for name in vars(cls()) if not name.startswith("_")}
     except Exception:  # it needs arguments: what its signatures say must do
         pass
-    return known - {"self", "args", "kwargs"}
+    return settings - {"self", "args", "kwargs"}
 
 
 def _literal(text: str) -> Any:

@@ -40,15 +40,14 @@ class Parser(argparse.ArgumentParser):
         # argparse tells of unknown options at the end only, and without a suggestion.
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
-            word = message.removeprefix(unknown).split()[0]
-            message = (
-                f"unknown option {word}{suggestion(word.partition('=')[0], self._option_string_actions)}"
-            )
+            unknown_word = message.removeprefix(unknown).split()[0]
+            advice = suggestion(unknown_word.partition("=")[0], self._option_string_actions)
+            message = f"unknown option {unknown_word}{advice}"
         # The wording of argparse for an unknown command.
         choice = re.search(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
-            known = re.findall(r"\w+", choice[2])
-            message = f"unknown command {choice[1]!r}{suggestion(choice[1], known)}"
+            choices = re.findall(r"\w+", choice[2])
+            message = f"unknown command {choice[1]!r}{suggestion(choice[1], choices)}"
         raise WordError(f"{message}; see {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -58,10 +57,10 @@ class Parser(argparse.ArgumentParser):
             args: As in argparse.
             namespace: As in argparse.
         """
-        found, left = super().parse_known_args(args, namespace)
-        if left:
-            self.error(f"unrecognized arguments: {' '.join(left)}")
-        return found, left
+        parsed, unread = super().parse_known_args(args, namespace)
+        if unread:
+            self.error(f"unrecognized arguments: {' '.join(unread)}")
+        return parsed, unread
 
 
 def one_of(known: Sequence[str]) -> Callable[[str], str]:
@@ -74,8 +73,8 @@ def one_of(known: Sequence[str]) -> Callable[[str], str]:
     def read(word: str) -> str:
         if word in known:
             return word
-        near = suggestion(word, known) or f"; known: {', '.join(known)}"
-        raise argparse.ArgumentTypeError(f"unknown {word!r}{near}")
+        advice = suggestion(word, known) or f"; known: {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"unknown {word!r}{advice}")
 
     return read
 

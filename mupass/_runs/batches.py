@@ -147,12 +147,12 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
         StudyError: Targets are no class numbers, or are missing where the model gives no loss.
     """
     if targets is None:
-        own = getattr(output, "loss", None)
-        if not isinstance(own, Tensor):
+        own_loss = getattr(output, "loss", None)
+        if not isinstance(own_loss, Tensor):
             raise StudyError(
                 "a batch without targets needs a model that returns its loss; give (inputs, targets)"
             )
-        return own
+        return own_loss
     logits = logits_of(output)
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         kind = str(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__

@@ -127,12 +127,12 @@ def make_copies(
     if len(set(map(_count_entries, models))) < max(len(models), least):
         raise StudyError(f"at least {least} different widths are needed, not {list(widths)}")
     device = next((parameter.device for parameter in models[0].parameters()), torch.device("cpu"))
-    moved = [move(batch, device, options.dtype) for batch in batches]
+    moved_batches = [move(batch, device, options.dtype) for batch in batches]
     narrow = models[0]
-    transformed = [_transformed(model, narrow, moved[0].inputs, options) for model in models]
+    transformed = [_transformed(model, narrow, moved_batches[0].inputs, options) for model in models]
     # The plan's own word for the width, which the caller may not know.
     sizes = tuple(plan_of(model)[1].width for model in transformed)
-    return Copies(sizes, tuple(transformed), narrow), moved
+    return Copies(sizes, tuple(transformed), narrow), moved_batches
 
 
 def _transformed(model: nn.Module, narrow: nn.Module, inputs: Any, options: CopyOptions) -> nn.Module:

@@ -255,25 +255,25 @@ def _share(
 ) -> Iterator[tuple[Job, float]]:
     """Run the jobs that no other process has claimed, wait for those of others, and yield all with scores."""
     running: dict[Any, Job] = {}
-    left = list(jobs)
+    waiting = list(jobs)
     try:
-        while left or running:
+        while waiting or running:
             # Fill the pool with jobs that are not done and that no other process is at.
             claimed = []  # by other processes
-            while left and len(running) < pool.room:
-                job = left.pop(0)
+            while waiting and len(running) < pool.room:
+                job = waiting.pop(0)
                 # Another process may have finished it since.
-                known = store.get(keys[job])
-                if known is not None:
-                    yield job, known
+                stored_score = store.get(keys[job])
+                if stored_score is not None:
+                    yield job, stored_score
                 elif store.reserve(keys[job]):
                     running[pool.submit(job)] = job
                 else:
                     claimed.append(job)
-            left = claimed + left
+            waiting = claimed + waiting
             # With nothing of its own to wait for, a process looks again at what others claimed.
             if not running:
-                time.sleep(PAUSE if left else 0)
+                time.sleep(PAUSE if waiting else 0)
             # With claims of others around, a look at the store now and then; else as long as a job takes.
             for future in _finished(running, PAUSE if claimed else None):
                 job = running.pop(future)

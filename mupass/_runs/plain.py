@@ -19,7 +19,7 @@ def is_transformed(model: Any) -> bool:
     Args:
         model: Any model, or a function that builds one.
     """
-    return isinstance(model, nn.Module) and any(ATTRIBUTE in vars(m) for m in model.modules())
+    return isinstance(model, nn.Module) and any(ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def untransformed(source: Any) -> tuple[Any, tuple[str, ...]]:
@@ -71,7 +71,7 @@ def undo(model: nn.Module) -> None:
 def _check(source: nn.Module, root: nn.Module) -> None:
     wrapper = type(source).__name__ in {"OptimizedModule", "DistributedDataParallel"}
     if source is not root and not wrapper:
-        name = next(n for n, m in source.named_modules() if m is root)
+        name = next(path for path, module in source.named_modules() if module is root)
         raise StudyError(
             f"only {name} of this {type(source).__name__} is transformed; give the study that module"
         )

@@ -78,16 +78,16 @@ def check_names(make: Make, names: Iterable[str]) -> None:
         StudyError: It takes no such hyperparameter.
     """
     if isinstance(make, NamedRecipe):
-        known = make.names()
+        accepted = make.names()
     else:
         # The first parameter is the model.
-        taken = list(signature(make).parameters.values())[1:]
-        if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken):
+        parameters = list(signature(make).parameters.values())[1:]
+        if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
             return  # a function of **options takes anything
-        known = [parameter.name for parameter in taken]
-    unknown = [name for name in names if name not in known]
+        accepted = [parameter.name for parameter in parameters]
+    unknown = [name for name in names if name not in accepted]
     if unknown:
-        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {', '.join(accepted)}")
 
 
 def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
@@ -101,13 +101,13 @@ def recipe(optimizer: str | Make, for_check: bool = False) -> Make:
         StudyError: Unknown name, or neither a name nor a function.
     """
     if isinstance(optimizer, str):
-        known = {name: row.recipe for name, row in OPTIMIZERS.items() if row.recipe is not None}
-        if optimizer not in known:
+        recipes = {name: row.recipe for name, row in OPTIMIZERS.items() if row.recipe is not None}
+        if optimizer not in recipes:
             raise StudyError(
-                f"unknown optimizer {optimizer!r}; known: {', '.join(known)}, or give a function such as "
+                f"unknown optimizer {optimizer!r}; known: {', '.join(recipes)}, or give a function such as "
                 "lambda model, lr: mupass.KFAC(model, lr=lr)"
             )
-        return NamedRecipe(optimizer, known[optimizer], for_check)
+        return NamedRecipe(optimizer, recipes[optimizer], for_check)
     if not callable(optimizer):
         raise StudyError(
             f"optimizer must be a name or a function of a model and lr, not {type(optimizer).__name__}"

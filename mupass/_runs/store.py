@@ -155,8 +155,8 @@ class Store:
             # Another process may be first: what is there then counts.
             self._ask("insert or ignore into studies values (?, ?)", (structure, values))
             row = self._ask(query, (structure,)).fetchone()
-        known = row[0]
-        if known != values:
+        stored = row[0]
+        if stored != values:
             raise StudyError(
                 f"{self.path} holds this study with other initial weights or other data, so its results do "
                 "not fit: call torch.manual_seed before building the model and the data, or use another file"
@@ -247,6 +247,9 @@ class Store:
         while not over.wait(LEASE / 4):
             until = time.time() + LEASE
             # The main thread raises what is wrong with the file when it writes its next result.
-            with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(self.path, timeout=60)) as own:
-                own.execute("update claims set until = ? where owner = ?", (until, self.owner))
-                own.commit()
+            with (
+                contextlib.suppress(sqlite3.Error),
+                closing(sqlite3.connect(self.path, timeout=60)) as connection,
+            ):
+                connection.execute("update claims set until = ? where owner = ?", (until, self.owner))
+                connection.commit()

@@ -42,9 +42,9 @@ def spec_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None) ->
                 return OptimizerSpec(group["algorithm"])
         return optimizer.spec
     # Optimizers of torch are known by the name of their class.
-    for known in OPTIMIZERS.values():
-        if known.torch_class == type(optimizer).__name__:
-            return OptimizerSpec(known.name)
+    for algorithm in OPTIMIZERS.values():
+        if algorithm.torch_class == type(optimizer).__name__:
+            return OptimizerSpec(algorithm.name)
     return None
 
 
@@ -65,8 +65,8 @@ def is_tied_readout(site: Site, geometry: Geometry) -> bool:
         site: Where the parameter is read.
         geometry: The parameter.
     """
-    here = any(use.module == site.module for use in geometry.readout_uses)
-    return here and not site.operator.startswith("embedding")
+    in_this_module = any(use.module == site.module for use in geometry.readout_uses)
+    return in_this_module and not site.operator.startswith("embedding")
 
 
 def cause(

@@ -122,15 +122,15 @@ def coord_check(
         for seed in range(seeds):
             # A new copy, optimizer and probe for every run: nothing of one run is in another.
             trained = copies.draw(index, seed)
-            made = optimizer_of(make, trained, hyperparameters)
-            probe = runs.train(index, trained, made)
+            instance = optimizer_of(make, trained, hyperparameters)
+            probe = runs.train(index, trained, instance)
         runs.note_head_dims(probe)
     # What does not depend on width or seed is read off the last run, of the widest copy.
-    judge = _Judge(runs, tolerance, trained, made, probe)
+    judge = _Judge(runs, tolerance, trained, instance, probe)
     rows, silent = judge.judge()
     checked = CoordCheck(
         widths=copies.widths,
-        optimizer=optimizer if isinstance(optimizer, str) else type(made).__name__,
+        optimizer=optimizer if isinstance(optimizer, str) else type(instance).__name__,
         parameterization=parameterization,
         steps=steps,
         seeds=seeds,

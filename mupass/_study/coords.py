@@ -99,7 +99,8 @@ class CoordCheck(Tabular):
     @property
     def failures(self) -> tuple[Coordinate, ...]:
         """What failed: the earliest step first, then in the order in which the operators ran."""
-        return tuple(sorted((r for r in self.rows if r.verdict == "FAIL"), key=lambda r: r.step))
+        failures = [row for row in self.rows if row.verdict == "FAIL"]
+        return tuple(sorted(failures, key=lambda row: row.step))
 
     @property
     def first(self) -> Coordinate | None:
@@ -118,8 +119,8 @@ class CoordCheck(Tabular):
 
     def verdict(self) -> str:
         """Return one sentence: pass, or the first offending operator with the likely cause."""
-        judged = sum(bool(r.verdict) for r in self.rows)
-        unclear = sum(r.verdict == "unclear" for r in self.rows)
+        judged = sum(bool(row.verdict) for row in self.rows)
+        unclear = sum(row.verdict == "unclear" for row in self.rows)
         doubt = f"; {unclear} unclear, which more seeds or larger widths would settle" if unclear else ""
         row = self.first
         if row is None:
@@ -132,6 +133,7 @@ class CoordCheck(Tabular):
 
     def records(self) -> list[dict[str, Any]]:
         """Return one record for each quantity."""
+        columns = [f"width {width}" for width in self.widths]
         return [
             {
                 "module": row.site.module,
@@ -143,7 +145,7 @@ class CoordCheck(Tabular):
                 "error": row.slope.error,
                 "rule": row.rule,
                 "verdict": row.verdict,
-                **{f"width {w}": v for w, v in zip(self.widths, row.slope.values, strict=True)},
+                **dict(zip(columns, row.slope.values, strict=True)),
             }
             for row in self.rows
         ]
@@ -287,14 +289,14 @@ def table_of(check: CoordCheck) -> Table:
     steps = range(1, check.steps + 1)
     rows, marks = [], []
     for site, measured in _places(check).items():
-        moved = MOVED if site.parameter else ("change",)
+        quantities = MOVED if site.parameter else ("change",)
         cells = [_cell(_chosen(measured, START, 0))]
-        cells += [_cell(_chosen(measured, moved, step)) for step in steps]
+        cells += [_cell(_chosen(measured, quantities, step)) for step in steps]
         verdict = _worst(measured)
         rows.append([str(site), *cells, verdict])
         marks.append(MARKS.get(verdict, ""))
-    heads = ["place", "start", *(f"step {step}" for step in steps), "verdict"]
-    return Table(heads, rows, marks)
+    headings = ["place", "start", *(f"step {step}" for step in steps), "verdict"]
+    return Table(headings, rows, marks)
 
 
 def _worst(measured: Measured) -> str:
@@ -358,8 +360,8 @@ def _remarks(check: CoordCheck) -> list[str]:
 
 def _count(sites: Sequence[Site]) -> str:
     """Say how many places there are, and name the first."""
-    more = " ..." if len(sites) > 4 else ""
-    return f"{len(sites)} places ({', '.join(map(_short, sites[:4]))}{more})"
+    ellipsis = " ..." if len(sites) > 4 else ""
+    return f"{len(sites)} places ({', '.join(map(_short, sites[:4]))}{ellipsis})"
 
 
 def _short(site: Site) -> str:

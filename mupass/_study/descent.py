@@ -89,16 +89,16 @@ class _Search:
         for _ in range(trials):
             runs, loss, slope_here = self._measure(x)
             yield runs
-            moved = x - best
+            displacement = x - best
             # A run that diverged, or a worse one whose derivatives point away from the best: halfway back.
-            if math.isinf(loss) or (loss >= lowest and slope_here @ moved < 0):
+            if math.isinf(loss) or (loss >= lowest and slope_here @ displacement < 0):
                 x = (x + best) / 2
             else:
                 if math.isinf(lowest):
                     # The first step is the longest one in every coordinate.
                     inverse = torch.diag(longest / slope_here.abs().clamp(min=1e-12))
                 else:
-                    inverse = _bfgs(inverse, moved, slope_here - slope)
+                    inverse = _bfgs(inverse, displacement, slope_here - slope)
                 if loss < lowest:
                     best, lowest, slope = x, loss, slope_here
                 # A quasi-Newton step from the best point, of at most a quarter of the bounds per coordinate.
@@ -150,8 +150,8 @@ def _bfgs(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
 def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, dict[str, float]]:
     """Return the score of a run and its derivatives, from the store where it has them."""
     key = digest(study.work.key(Job(0, point, seed), store.kept), "gradient")
-    known = store.get(key)
-    if known is None:
+    stored_score = store.get(key)
+    if stored_score is None:
         begin = time.perf_counter()
         with quiet():
             run = unrolled(study.work, study.copies.draw(0, seed), dict(point), "reverse", seed)
@@ -167,7 +167,7 @@ def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, di
         note = {"width": study.copies.widths[0], "seed": seed, **dict(point), "gradient": gradient}
         store.put(key, note, run.loss, seconds)
         return run.loss, gradient
-    return known, store.note(key)["gradient"]
+    return stored_score, store.note(key)["gradient"]
 
 
 def to(name: str, value: float) -> float:

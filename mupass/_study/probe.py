@@ -112,7 +112,7 @@ class Probe:
         for module, name in self.names.items():
             handles.append(module.register_forward_pre_hook(recorder.enter(name)))
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        devices = {tensor.device for tensor in self.model.parameters() if tensor.is_cuda}
         # The pass leaves no trace: not in random numbers, nor in buffers such as running means.
         try:
             with torch.set_grad_enabled(slopes), torch.random.fork_rng(devices=list(devices)):
@@ -134,7 +134,8 @@ class Probe:
         """Return the RMS of parameters' gradients; hooks of the recorder find those at outputs on the way."""
         if not error.requires_grad:
             return {}
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        parameters = dict(self.model.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         gradients = torch.autograd.grad(error, list(trained.values()), allow_unused=True)
         sizes = {}
         for name, gradient in zip(trained, gradients, strict=True):

@@ -85,7 +85,7 @@ class Recorder(TorchFunctionMode):
         self.stack = [""]
         self.seen: Counter[tuple[str, str, str]] = Counter()
         # What is computed from parameters alone (views, transposes, concatenations) stands for them.
-        self.weights = {id(p): n for n, p in model.named_parameters()}
+        self.weights = {id(parameter): name for name, parameter in model.named_parameters()}
         self.alive: list[Tensor] = list(model.parameters())
 
     def enter(self, name: str) -> Callable[..., None]:
@@ -118,14 +118,14 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _call(self, func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> Call:
-        at = {}
-        for i, leaf in enumerate(leaves):
+        sites = {}
+        for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and id(leaf) in self.weights:
-                at[i] = self._site(func, self.weights[id(leaf)])
+                sites[index] = self._site(func, self.weights[id(leaf)])
         given = list(leaves)
         if self.first is None:  # kept for later passes: whatever comes next may write into it
-            given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-        return Call(func, given, spec, at)
+            given = [value.detach().clone() if isinstance(value, Tensor) else value for value in leaves]
+        return Call(func, given, spec, sites)
 
     def _site(self, func: Callable[..., Any], parameter: str = "") -> Site:
         # One module may call a function on one parameter several times: the calls are counted.
@@ -139,8 +139,8 @@ class Recorder(TorchFunctionMode):
             return
         key = tuple(call.at.values())
         self.calls[key] = call
-        kept = result.detach().clone()
-        self.made.update(dict.fromkeys(key, kept))
+        output = result.detach().clone()
+        self.made.update(dict.fromkeys(key, output))
         if result.grad_fn is not None:
             # Not self: it holds the graph that holds the hook, and no collector sees through autograd.
             slopes = self.slopes
@@ -148,9 +148,9 @@ class Recorder(TorchFunctionMode):
             self.origins[result.grad_fn] = key
         # A later pass: the operator of the first one with the new parameter, less what it made then.
         if self.first is not None and key in self.first.calls:
-            old = self.first.calls[key]
-            for i, site in call.at.items():
-                self.updates[site] = old.run(i, leaves[i]) - self.first.made[site]
+            first_call = self.first.calls[key]
+            for index, site in call.at.items():
+                self.updates[site] = first_call.run(index, leaves[index]) - self.first.made[site]
 
     def before(self, sites: set[Site], strictly: bool) -> set[Site]:
         """Return the places that some others depend on.
@@ -165,19 +165,19 @@ class Recorder(TorchFunctionMode):
         if strictly:
             pending = [parent for node in ends for parent in _parents(node)]
         # Walk down the graph of autograd, whose nodes point to what they were computed from.
-        found: set[Site] = set()
-        seen = set(pending)
+        dependencies: set[Site] = set()
+        visited = set(pending)
         while pending:
             node = pending.pop()
-            found.update(self.origins.get(node, ()))
-            new = _parents(node) - seen
-            seen |= new
-            pending += new
-        return found
+            dependencies.update(self.origins.get(node, ()))
+            parents = _parents(node) - visited
+            visited |= parents
+            pending += parents
+        return dependencies
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:
         # A tensor that is made of several parameters has all their names.
-        name = "+".join(dict.fromkeys(self.weights[id(x)] for x in named))
+        name = "+".join(dict.fromkeys(self.weights[id(tensor)] for tensor in named))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.weights[id(leaf)] = name
@@ -187,17 +187,17 @@ class Recorder(TorchFunctionMode):
         """Record the logits of attention, which no module shows."""
         name = _name(func)
         if name == ATTENTION:
-            found, reach = _attention_scores(*args, **kwargs)
+            logits, reach = _attention_scores(*args, **kwargs)
             head_dim = tensors[0].shape[-1]
         # Attention written by hand: its logits are what a softmax reads.
         elif name == "softmax" and tensors and tensors[0].is_floating_point():
-            found, reach, head_dim = tensors[0].detach(), 0.0, 0
+            logits, reach, head_dim = tensors[0].detach(), 0.0, 0
         else:
             return
         site = self._site(func)
         self.head_dims[site], self.reach[site] = head_dim, reach
         # Masked scores are huge negative numbers, and no logits.
-        self.made[site] = torch.where(found.abs() < MASKED, found, 0.0)
+        self.made[site] = torch.where(logits.abs() < MASKED, logits, 0.0)
 
 
 def _parents(node: Any) -> set[Any]:
@@ -227,7 +227,10 @@ def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[
 
 
 def _first(out: Any) -> Tensor | None:
-    return next((x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    return None
 
 
 def _name(func: Callable[..., Any]) -> str:

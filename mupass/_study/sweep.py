@@ -187,10 +187,10 @@ class Study:
         check_functions(loss=loss, evaluate=evaluate)
         make = recipe(optimizer)
         model, notes = untransformed(model)
-        given = read_batches(data, steps)
+        examples = read_batches(data, steps)
         # Hashed as they were given, before anything is moved or trained.
-        contents = [(batch.args, batch.kwargs, batch.targets) for batch in given]
-        copies, batches = make_copies(model, widths, given, options, least=1)
+        contents = [(batch.args, batch.kwargs, batch.targets) for batch in examples]
+        copies, batches = make_copies(model, widths, examples, options, least=1)
 
         def identity() -> Identity:
             # Weights of another seed make it another start of one study; all else makes another study.
@@ -263,8 +263,8 @@ class Study:
         trials = tuple(trials)
         name = self.name
         if "<lambda>" in name:  # the class says more
-            made = self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))
-            name = type(made).__name__
+            optimizer = self.work.make(self.copies.draw(0, 0), **dict(trials[0].point))
+            name = type(optimizer).__name__
         return Sweep(trials, name, parameterization, self.work.steps, score, driver, self.notes)
 
 

@@ -226,10 +226,10 @@ def _interval(
     center = math.fsum(logs) / count
     # The spread of the vertices over seeds, of whose mean there is a t interval.
     spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (count - 1))
-    half = student(count - 1, 0.95) * spread / math.sqrt(count)
-    half = min(half, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
-    low = max(values[0], min(value, math.exp(center - half)))
-    high = min(values[-1], max(value, math.exp(center + half)))
+    half_width = student(count - 1, 0.95) * spread / math.sqrt(count)
+    half_width = min(half_width, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
+    low = max(values[0], min(value, math.exp(center - half_width)))
+    high = min(values[-1], max(value, math.exp(center + half_width)))
     return low, high
 
 
@@ -319,15 +319,15 @@ def optima(sweep: Sweep) -> Table:
     rows, marks = [], []
     for name in sweep.names:
         for width in sweep.widths:
-            best = sweep.optimum(width, name)
-            interval = f"{best.low:.3g} to {best.high:.3g}"
+            optimum = sweep.optimum(width, name)
+            interval = f"{optimum.low:.3g} to {optimum.high:.3g}"
             # What no tried value brackets is no optimum yet: the reader must see that first.
-            bracketed, mark = ("yes", "") if best.bracketed else ("NO", "doubt")
-            tried, loss = f"{best.best:.4g}", show(best.loss)
-            rows.append([name, str(width), f"{best.value:.4g}", interval, tried, loss, bracketed])
+            bracketed, mark = ("yes", "") if optimum.bracketed else ("NO", "doubt")
+            tried, loss = f"{optimum.best:.4g}", show(optimum.loss)
+            rows.append([name, str(width), f"{optimum.value:.4g}", interval, tried, loss, bracketed])
             marks.append(mark)
-    heads = ["hyperparameter", "width", "best", "interval", "tried", "loss", "bracketed"]
-    return Table(heads, rows, marks)
+    headings = ["hyperparameter", "width", "best", "interval", "tried", "loss", "bracketed"]
+    return Table(headings, rows, marks)
 
 
 def losses(sweep: Sweep) -> Table:
@@ -348,8 +348,8 @@ def losses(sweep: Sweep) -> Table:
         row = [f"{value:.4g}" for _, value in point]
         row += [_loss_cell(table.get(point), min(table.values())) for table in tables]
         rows.append(row)
-    heads = [*sweep.names, *(f"width {width}" for width in sweep.widths)]
-    return Table(heads, rows, [""] * len(rows), numbers=0)
+    headings = [*sweep.names, *(f"width {width}" for width in sweep.widths)]
+    return Table(headings, rows, [""] * len(rows), numbers=0)
 
 
 def _loss_cell(loss: float | None, lowest: float) -> str:
@@ -423,11 +423,11 @@ def comparable(studies: Sequence[Any]) -> list[Sweep]:
     Args:
         studies: Studies of any kind.
     """
-    found = [study for study in studies if isinstance(study, Sweep)]
-    kinds = {(sweep.names, sweep.score) for sweep in found}
-    if len(found) < 2 or len(kinds) > 1 or len(found[0].names) > 1:
+    sweeps = [study for study in studies if isinstance(study, Sweep)]
+    kinds = {(sweep.names, sweep.score) for sweep in sweeps}
+    if len(sweeps) < 2 or len(kinds) > 1 or len(sweeps[0].names) > 1:
         return []
-    return found
+    return sweeps
 
 
 def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:

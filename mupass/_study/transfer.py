@@ -195,7 +195,7 @@ def transfer(
     """
     check_jobs(jobs)
     # Of a transformed model a copy is tuned, with the transform undone.
-    given = model
+    original = model
     model, notes = untransformed(model)
     if parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
@@ -225,13 +225,13 @@ def transfer(
         model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
     elif notes:
         # `model` is the copy that the study took; the caller's own is what is asked for.
-        undo(given)
-        model = given
+        undo(original)
+        model = original
     # The narrow copy is the base: what was found there is used as it is.
     wide = transform(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )
     if prepare is not None:
         wide = prepare(wide)
-    made = optimizer_of(study.work.make, wide, best)
-    return Transfer(wide, made, best, proxy_width, plan_of(wide)[1].width, searched)
+    trainer = optimizer_of(study.work.make, wide, best)
+    return Transfer(wide, trainer, best, proxy_width, plan_of(wide)[1].width, searched)
