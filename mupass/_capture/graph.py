@@ -123,7 +123,8 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
         # ModelOutput of transformers and the like: every field by itself.
         if dataclasses.is_dataclass(value):
             return {f.name: tree_map(plain, getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {n: x for n, x in getattr(value, "__dict__", {}).items() if isinstance(x, Tensor)} or None
+        attributes = getattr(value, "__dict__", {})
+        return {name: entry for name, entry in attributes.items() if isinstance(entry, Tensor)} or None
 
     handle = model.register_forward_hook(lambda module, args, output: tree_map(plain, output))
     try:

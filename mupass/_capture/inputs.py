@@ -77,7 +77,7 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            fake: dict[str, Tensor] = {k: mode.from_tensor(v) for k, v in state.items()}
+            fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
             inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             torch.func.functional_call(model, fake, *inputs, tie_weights=True)
     except Exception as error:  # any failure means: not these inputs
@@ -94,14 +94,17 @@ def describe(inputs: Any) -> str:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(floating, torch.float32)
     dummy = getattr(model, "dummy_inputs", None)
     # transformers.PreTrainedModel.dummy_inputs, with and without a cache of keys and values.
     if isinstance(dummy, Mapping):
         # A cache is an output that export cannot take apart.
         no_cache = {"use_cache": False} if _accepts(model, "use_cache") else {}
-        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()}
+        on_device = {}
+        for name, value in dummy.items():
+            on_device[name] = value.to(device) if isinstance(value, Tensor) else value
         yield (), {**on_device, **no_cache}
         yield (), on_device
     # timm models say what images they were made for.
@@ -120,8 +123,8 @@ def _accepts(model: nn.Module, name: str) -> bool:
 
 def _first_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the first layer that reads data; registration order is the best guess there is."""
-    known = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
-    yield from [m for m in model.modules() if isinstance(m, known)][:1]
+    layer_classes = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+    yield from [module for module in model.modules() if isinstance(module, layer_classes)][:1]
 
 
 def _for_layer(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:

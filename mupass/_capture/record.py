@@ -51,12 +51,12 @@ def record(
     """
     name = type(model).__name__
     first_line = _first_line(reason) or type(reason).__name__
-    if any(p.is_meta for p in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
         raise CaptureError(f"torch.export cannot capture {name} on the meta device: {first_line}") from reason
     # Of a tied parameter one tensor is enough: `tie_weights` gives it to the other names.
     firsts = set(canonical.values())
-    state = {n: p.detach() for n, p in model.named_parameters() if n in firsts}
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    state = {key: parameter.detach() for key, parameter in model.named_parameters() if key in firsts}
+    buffers = {key: buffer.detach().clone() for key, buffer in model.named_buffers()}
     # A trace takes a flat list of tensors: other arguments are put back in their places.
     leaves, spec = tree_flatten(fresh_copy((tuple(args), dict(kwargs))))
     tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -145,12 +145,12 @@ def _lost_in_transforms(module: GraphModule) -> bool:
     if runs_vmap(module.graph.nodes):
         return True
     # Tensors that the trace has not made stand in the graph as attributes.
-    constants = [getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"]
+    constants = [getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"]
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     # Forward-mode derivatives wrap a tensor together with its tangent.
     duals = (torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default)
     return any(isinstance(x, Tensor) and wrapped(x) for x in constants) or any(
-        n.target in duals for n in module.graph.nodes
+        node.target in duals for node in module.graph.nodes
     )
 
 

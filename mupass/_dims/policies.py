@@ -413,13 +413,13 @@ def _one_parameter(verdicts: Verdicts, dims: Iterable[int]) -> bool:
     So does a stack of matrices ``[3, d, d]``, and the vectors ``[1, heads, head_dim]`` of attention over
     graphs do not.
     """
-    space, wanted = verdicts.space, set(dims)
+    space, required = verdicts.space, set(dims)
     axes: dict[str, list[int]] = defaultdict(list)
     for (parameter, _), dim in verdicts.facts.carried.items():
         if space.size(dim) > 1:
             axes[parameter].append(space.find(dim))
     return any(
-        wanted <= set(parameter_dims) and len(parameter_dims) > len(wanted)
+        required <= set(parameter_dims) and len(parameter_dims) > len(required)
         for parameter_dims in axes.values()
     )
 

@@ -71,10 +71,10 @@ def compare(
     # Example inputs follow the second instance to its device.
     moved_args, moved_kwargs = tree_map_only(Tensor, lambda x: x.to(device), (tuple(args), dict(kwargs)))
     try:
-        other = capture(base, moved_args, moved_kwargs)
+        captured_base = capture(base, moved_args, moved_kwargs)
     except CaptureError as error:
         return Second(axes, notes=(f"{_UNSETTLED} since it cannot be captured ({error})",))
-    nodes, others = computing(captured.nodes), computing(other.nodes)
+    nodes, others = computing(captured.nodes), computing(captured_base.nodes)
     if [node.target for node in others] != [node.target for node in nodes]:
         return Second(axes, notes=(f"{_UNSETTLED} since it runs other operators at its width",))
     # The same operators in the same order: each has its twin.
@@ -84,7 +84,7 @@ def compare(
     for dim, other_size in sizes.items():
         size = alone.engine.space.size(dim)
         dims[dim] = (size != other_size, f"the base model has size {other_size}, this one {size}")
-    return Second(axes, dims, sizes, (), other, twins)
+    return Second(axes, dims, sizes, (), captured_base, twins)
 
 
 _UNSETTLED = "the base model settles parameter axes, but no factors of them,"

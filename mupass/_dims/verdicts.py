@@ -143,9 +143,9 @@ class Verdicts:
         What is made as a whole is made in all its parts and factors; a whole is reached by any of its
         members, but the others are not made by that.
         """
-        made = {dim for dim in map(self.space.find, dims) if not self._is_certain(dim)}
-        touched = set(made)
-        frontier = list(made)
+        reached = {dim for dim in map(self.space.find, dims) if not self._is_certain(dim)}
+        touched = set(reached)
+        frontier = list(reached)
         while frontier:
             for position in self._terms_with[frontier.pop()]:
                 whole, members = self._terms[position]
@@ -154,12 +154,12 @@ class Verdicts:
                 may_grow = {dim for dim in members if self.space.size(dim) > 1 and not self._is_certain(dim)}
                 newly_reached: set[int] = set()
                 # heads and head_dim are made where heads * head_dim is.
-                if whole in made:
-                    newly_reached |= may_grow - made
+                if whole in reached:
+                    newly_reached |= may_grow - reached
                 # heads * head_dim is made where both are.
-                if may_grow and may_grow <= made:
-                    newly_reached |= {whole} - made
-                made |= newly_reached
+                if may_grow and may_grow <= reached:
+                    newly_reached |= {whole} - reached
+                reached |= newly_reached
                 # A concatenation of which one part is made is touched by that.
                 if not may_grow.isdisjoint(touched):
                     newly_reached |= {whole} - touched

@@ -121,8 +121,8 @@ def _mean_gradient(
     model: nn.Module, batches: Sequence[Batch], loss: Loss, weights: Tensors, buffers: Tensors
 ) -> Vector:
     """Return the gradient of the training loss, which can be differentiated once more."""
-    parts = [call(model, on(batch, loss), weights, buffers) for batch in batches]
-    gradient, _ = gradients(torch.stack(parts).mean(), weights)
+    losses = [call(model, on(batch, loss), weights, buffers) for batch in batches]
+    gradient, _ = gradients(torch.stack(losses).mean(), weights)
     refuse_once(gradient.values())
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):

@@ -105,17 +105,19 @@ def read_numbers(make: Make, model: nn.Module, point: Mapping[str, float]) -> Nu
 
 def _entries(optimizer: torch.optim.Optimizer) -> dict[Key, float]:
     """Return all numbers of an optimizer: those of its groups, and its own as those of group -1."""
-    found: dict[Key, float] = {}
+    numbers: dict[Key, float] = {}
     for number, group in enumerate(optimizer.param_groups):
         entries = {name: value for name, value in group.items() if name not in ("params", "betas")}
         if "betas" in group:
             entries["beta1"], entries["beta2"] = group["betas"]
-        found.update({(number, name): float(value) for name, value in entries.items() if _is_number(value)})
+        numbers.update({(number, name): float(value) for name, value in entries.items() if _is_number(value)})
     if isinstance(optimizer, PlannedOptimizer):
         # What a recipe may set besides the groups: of these no derivative is known.
         for settings in (vars(optimizer), vars(optimizer.spec)):
-            found.update({(-1, name): float(v) for name, v in settings.items() if _is_number(v)})
-    return found
+            numbers.update(
+                {(-1, name): float(number) for name, number in settings.items() if _is_number(number)}
+            )
+    return numbers
 
 
 def _is_number(value: Any) -> bool:

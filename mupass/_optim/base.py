@@ -247,10 +247,10 @@ class PlannedOptimizer(BoundOptimizer):
         plan = self.plan
         if not is_own:
             plan = plan.for_optimizer(algorithm)
-        wanted = set(names)
+        requested = set(names)
         groups: dict[Any, dict[str, Any]] = {}
         for parameter, name in self.names.items():
-            if name not in wanted:
+            if name not in requested:
                 continue
             scales = plan[name].scales
             scale = scales.lr
@@ -450,11 +450,12 @@ class PlannedOptimizer(BoundOptimizer):
         owner = self._owner
         if owner:
             # Tensors of the right shape say what comes from which rank; no memory is needed for it.
-            like = {}
+            templates = {}
             for parameter, name in self.names.items():
                 if name in owner:
-                    like[name] = torch.empty(parameter.shape, dtype=state_dtype(parameter), device="meta")
-            directions = exchange(directions, owner, like, self._ranks, self._device)
+                    dtype = state_dtype(parameter)
+                    templates[name] = torch.empty(parameter.shape, dtype=dtype, device="meta")
+            directions = exchange(directions, owner, templates, self._ranks, self._device)
         return {name: direction for name, direction in directions.items() if name in gradients}
 
     @staticmethod
@@ -549,20 +550,20 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _adopt(self, new: Tensor, name: str) -> None:
         """Let a new tensor take the place of a parameter, with its state."""
-        old = next(p for p, its_name in self.names.items() if its_name == name)
-        if old.shape != new.shape:
+        replaced = next(parameter for parameter, its_name in self.names.items() if its_name == name)
+        if replaced.shape != new.shape:
             raise OptimizerError(
                 f"{name} was replaced in the optimizer's groups by a tensor of shape {tuple(new.shape)}, not "
-                f"{tuple(old.shape)}; make the optimizer anew"
+                f"{tuple(replaced.shape)}; make the optimizer anew"
             )
         names: dict[Tensor, str] = {}  # in the same order
         for parameter, its_name in self.names.items():
-            names[new if parameter is old else parameter] = its_name
+            names[new if parameter is replaced else parameter] = its_name
         self.names = names
-        state = self.state.pop(old, {})
+        state = self.state.pop(replaced, {})
         for key, value in state.items():
             # A dot is in the keys of what belongs to the preconditioner, which is views of its own tensors.
-            if "." not in key and value.shape == old.shape:
+            if "." not in key and value.shape == replaced.shape:
                 state[key] = _placed_like(value, new)
         self.state[new] = state
         self._replaced(name, new)
@@ -589,7 +590,7 @@ class PlannedOptimizer(BoundOptimizer):
     def _add_to_fallback(self, parameter: Tensor, name: str) -> None:
         """Make a group of the fallback for a parameter that was frozen."""
         self.names[parameter] = name
-        decay = next((g["weight_decay"] for g in self.param_groups), 0.0)
+        decay = next((group["weight_decay"] for group in self.param_groups), 0.0)
         (group,) = self._groups(self.fallback.name, [name], self._fallback_settings(decay))
         # For this group alone the refusal of further groups is lifted.
         self._complete = False
@@ -603,15 +604,15 @@ class PlannedOptimizer(BoundOptimizer):
     def _check_groups(self) -> None:
         """Refuse numbers, as a scheduler may have set them, that would destroy weights."""
         for number, group in enumerate(self.param_groups):
-            where = f"of group {number} ({self._members[number][0]})"
+            description = f"of group {number} ({self._members[number][0]})"
             for key, high in BOUNDS.items():
                 if key in group and not isinstance(group[key], Tensor):
-                    check_number(f"{key} {where}", group[key], 0, high)
+                    check_number(f"{key} {description}", group[key], 0, high)
             # A scheduler such as OneCycleLR may set momentum on a group that was made without it.
             if group["momentum"] and self._lacks_momentum(group):
                 raise OptimizerError(
-                    f"the momentum {where} was set to {group['momentum']:g}, but the optimizer was made with "
-                    "momentum=0 and has no average; "
+                    f"the momentum {description} was set to {group['momentum']:g}, but the optimizer was "
+                    "made with momentum=0 and has no average; "
                     "make it with momentum, or pass cycle_momentum=False to the scheduler"
                 )
 

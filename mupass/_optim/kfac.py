@@ -372,9 +372,9 @@ class KFAC(PlannedOptimizer):
         if kronecker.rooted or not self._due:
             # Factors are collected at the first step of a period: roots, as much work, wait for the next.
             keep_free = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
-            due = kronecker.due(self._steps, self.root_every, keep_free)
-            if due:
-                kronecker.refresh(self._dampings(), due)
+            due_slots = kronecker.due(self._steps, self.root_every, keep_free)
+            if due_slots:
+                kronecker.refresh(self._dampings(), due_slots)
                 # Adapters start at zero, and what is below them has no gradient in the first step.
                 if self.plan.trained and self._steps == 0:
                     kronecker.excuse_vanished()
@@ -386,14 +386,14 @@ class KFAC(PlannedOptimizer):
         scale: Tensor | float = 1.0  # `observe` was given the loss itself
         if not self.sampled:
             scale = self._scale_of_loss()
-        taken = self._curvature.take(scale, clipped)
-        if not taken:  # made up for at the next step
-            what = "observe() was not called" if self.sampled else "no tapped layer took part"
-            self.count("steps_without_factors", what)
+        observed = self._curvature.take(scale, clipped)
+        if not observed:  # made up for at the next step
+            reason = "observe() was not called" if self.sampled else "no tapped layer took part"
+            self.count("steps_without_factors", reason)
             return
         # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every
-        self._kronecker.average(taken, self.factor_decay, memory, ok)
+        self._kronecker.average(observed, self.factor_decay, memory, ok)
         self._due = False
         self._refuse_unseen(gradients)
 

@@ -80,9 +80,9 @@ def check_state(
         )
     # Keys of the state are those that the groups list as their parameters.
     settings, listed_keys, states = [], set(), {}
-    for number, (theirs, ours) in enumerate(zip(groups, own_groups, strict=True)):
-        settings.append(_check_group(f"group {number}", theirs, ours))
-        for key, parameter in zip(theirs["params"], ours["params"], strict=True):
+    for number, (saved_group, own_group) in enumerate(zip(groups, own_groups, strict=True)):
+        settings.append(_check_group(f"group {number}", saved_group, own_group))
+        for key, parameter in zip(saved_group["params"], own_group["params"], strict=True):
             listed_keys.add(key)
             states[parameter] = saved["state"].get(key, {})
             _check_entry(names[parameter], states[parameter], optimizer.state[parameter])
@@ -99,8 +99,8 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
     # Class, spec and format in one text.
     kind = group.get("mupass_kind")
     if kind != ours:
-        known = isinstance(kind, str) and kind
-        raise OptimizerError(f"state of {known or 'an unknown optimizer'}; this is {ours}")
+        saved_name = isinstance(kind, str) and kind
+        raise OptimizerError(f"state of {saved_name or 'an unknown optimizer'}; this is {ours}")
 
 
 def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

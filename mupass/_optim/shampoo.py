@@ -250,9 +250,9 @@ class Shampoo(MatrixOptimizer):
     def _prepare(self, number: int) -> None:
         """Recompute the roots that are due."""
         for side in self._sides[number]:
-            due = self._schedule.due(self._steps, number, side)
-            if due:
-                self._refresh(number, side, torch.tensor(due, device=self._stacks[number].device))
+            due_slots = self._schedule.due(self._steps, number, side)
+            if due_slots:
+                self._refresh(number, side, torch.tensor(due_slots, device=self._stacks[number].device))
 
     def _refresh(self, number: int, side: int, due: Tensor) -> None:
         """Recompute the roots of one side of some slots; a root that fails stays as it was.
@@ -317,9 +317,9 @@ class Shampoo(MatrixOptimizer):
         if self.spec.graft not in ADAPTIVE:
             return mean, sides, roots
         # Adam's step is that of the average, RMSprop's that of the gradient.
-        wanted = mean if self.spec.graft == "adam" else gradient
+        grafted = mean if self.spec.graft == "adam" else gradient
         squares = Squares(state["square"][at], state["square_weight"][at], self._epsilons[number][at])
-        return mean, sides, roots, wanted, squares
+        return mean, sides, roots, grafted, squares
 
     def _damping(self, stack: Stack, side: int) -> Tensor:
         return stack.each(self._dampings().__getitem__) * self._damping_scale(stack, side)

@@ -207,19 +207,21 @@ class SOAP(MatrixOptimizer):
             if first_seen:
                 self._start(number, side, first_seen)
             if self._steps > 0:
-                due = [slot for slot in self._schedule.due(self._steps, number, side) if slot in started]
-                if due:
-                    self._turn(number, side, due)
+                due_slots = [
+                    slot for slot in self._schedule.due(self._steps, number, side) if slot in started
+                ]
+                if due_slots:
+                    self._turn(number, side, due_slots)
 
     def _start(self, number: int, side: int, slots: Sequence[int]) -> None:
         """Compute the first basis of some slots; what has no decomposition keeps the axes."""
         stack = self._stacks[number]
         size, indices = stack.shape[side], torch.tensor(slots, device=stack.device)
-        _, vectors, found = eigenbases(unpack(stack.state[f"factor{side}"][indices], size))
+        _, vectors, converged = eigenbases(unpack(stack.state[f"factor{side}"][indices], size))
         # Descending eigenvalues, as orthogonal iteration orders them.
         axes = torch.eye(size, dtype=stack.dtype, device=stack.device)
-        stack.state[f"basis{side}"][indices] = torch.where(found[:, None, None], vectors.flip(-1), axes)
-        stack.note("failed_bases", ~found, indices, f"side {side} of ")
+        stack.state[f"basis{side}"][indices] = torch.where(converged[:, None, None], vectors.flip(-1), axes)
+        stack.note("failed_bases", ~converged, indices, f"side {side} of ")
 
     def _turn(self, number: int, side: int, slots: Sequence[int]) -> None:
         """Let some bases follow their factors, and the averages follow the bases."""
@@ -234,8 +236,8 @@ class SOAP(MatrixOptimizer):
         turned = turned.gather(1, column_order[:, :, None].expand_as(turned)).mT
         # Every so often a full decomposition, which orthogonal iteration approaches only.
         if self.eigh_every and self._steps // self.basis_every % self.eigh_every == 0:
-            _, vectors, found = eigenbases(factor)
-            turned = torch.where(found[:, None, None], vectors.flip(-1), turned)
+            _, vectors, converged = eigenbases(factor)
+            turned = torch.where(converged[:, None, None], vectors.flip(-1), turned)
         # No `torch.linalg.qr`: that makes R, too.
         # Orthogonal iteration: Q <- qr(A Q).
         new_basis = torch.linalg.householder_product(*torch.geqrf(turned))

@@ -99,14 +99,14 @@ class Draw:
         self, source: Mapping[str, Tensor], axes: Mapping[str, Axes], shapes: Mapping[str, Shape]
     ) -> dict[str, Tensor]:
         """Return the parameters of another size whose values are a pattern, not random."""
-        made = {}
+        continued_values = {}
         for name, values in source.items():
             # Only what changes its size must be continued.
             if tuple(values.shape) != shapes[name]:
                 continued = pattern(values, axes[name])
                 if continued is not None:
-                    made[name] = continued
-        return made
+                    continued_values[name] = continued
+        return continued_values
 
     def _warn_of_doubts(
         self, drawn: Mapping[str, Tensor], geometries: Sequence[Geometry], laws: Mapping[str, Init]

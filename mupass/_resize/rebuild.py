@@ -43,10 +43,10 @@ def rebuild(build: Builder, attributes: Attributes, target: Target, name: str) -
         for trial in _trials(attributes, choice, failure.where):
             tries += 1
             candidate = build(trial)
-            found = target.failure(candidate)
+            next_failure = target.failure(candidate)
             # The first that gets further is kept, and the search goes on from there.
-            if found is None or found.score > failure.score:
-                choice, failure = trial, found
+            if next_failure is None or next_failure.score > failure.score:
+                choice, failure = trial, next_failure
                 break
             if tries >= TRIES:
                 break

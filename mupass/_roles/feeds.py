@@ -32,9 +32,9 @@ def _fed(parameter: str, use: Use, captured: Capture) -> Use:
         return replace(use, unfed="it is no plain product with one activation")
     modules: list[str] = []
     for reader, activation in readers:
-        found, reason = modules_behind(activation, reader, captured.owners)
-        reason = reason or why_shared(found, captured)
+        feeding, reason = modules_behind(activation, reader, captured.owners)
+        reason = reason or why_shared(feeding, captured)
         if reason:
             return replace(use, unfed=reason)
-        modules += found.values()
+        modules += feeding.values()
     return replace(use, fed_by=tuple(dict.fromkeys(modules)))

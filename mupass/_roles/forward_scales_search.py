@@ -171,11 +171,11 @@ class _Search:
         dims, power = self._width_in(abs(number), candidates)
         if not power:
             return
-        what = self._what(operator, result, source, dims)
+        subject = self._what(operator, result, source, dims)
         # Logits divided by head_dim are as they should be.
-        if what != "multiplies attention by" or power != -1:
-            place = place_of(operator, self.captured.owners)
-            yield Constant(place, what, number, power, dims, operator)
+        if subject != "multiplies attention by" or power != -1:
+            location = place_of(operator, self.captured.owners)
+            yield Constant(location, subject, number, power, dims, operator)
 
     def _width_in(
         self, number: float, candidates: Iterable[tuple[int, ...]]
@@ -218,8 +218,8 @@ class _Search:
         if isinstance(divisor, Node) and divisor in self.length:
             dims = tuple(dim for dim in self.length[divisor] if self._is_width((dim,)))
             if dims:
-                place = place_of(operator, self.captured.owners)
-                self.unit[operator] = Constant(place, "unit length", 1.0, -0.5, dims, operator)
+                location = place_of(operator, self.captured.owners)
+                self.unit[operator] = Constant(location, "unit length", 1.0, -0.5, dims, operator)
         # A unit vector matters where a weight or a gain reads it; then it is told once.
         if any(map(self._is_parametric, operator.all_input_nodes)):
             for source in operator.all_input_nodes:
@@ -228,18 +228,18 @@ class _Search:
 
     def _contracted(self, product: Node) -> tuple[int, ...]:
         """Return the dimensions that both factors of a product have, and its result has not."""
-        kept = self._dims(self.values.get(product))
+        remaining = self._dims(self.values.get(product))
         # An axis of both factors that is not in the result: the sum over it.
         counts: Counter[int] = Counter()
         for source in product.all_input_nodes:
             counts.update(self._dims(self.values.get(source)))
-        return tuple(dim for dim, count in counts.items() if count > 1 and dim not in kept)
+        return tuple(dim for dim, count in counts.items() if count > 1 and dim not in remaining)
 
     def _reduced(self, reduction: Node) -> tuple[int, ...]:
         """Return the dimensions that a reduction takes away."""
-        kept = self._dims(self.values.get(reduction))
+        remaining = self._dims(self.values.get(reduction))
         source = self.values.get(reduction.all_input_nodes[0])
-        return tuple(dim for dim in self._dims(source) if dim not in kept)
+        return tuple(dim for dim in self._dims(source) if dim not in remaining)
 
     def _fan_in(self, value: Value) -> list[tuple[int, ...]]:
         """Return the axes of a weight behind the first: its fan_in in the usual layout, taken together."""

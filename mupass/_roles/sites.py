@@ -237,9 +237,9 @@ def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
     # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
     for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
-        found = pattern(reading)
-        if found is not None:
-            return found
+        matched = pattern(reading)
+        if matched is not None:
+            return matched
     return reading.refused("uses it in a way that has no Kronecker form here")
 
 

@@ -110,12 +110,12 @@ class Work:
         Returns:
             The score, infinite when the run diverged, and the seconds that it took.
         """
-        begin = time.perf_counter()
+        started = time.perf_counter()
         # Seeded alike, whichever process runs the job.
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(job.seed)
             score = self._train(job)
-        return score, time.perf_counter() - begin
+        return score, time.perf_counter() - started
 
     def _train(self, job: Job) -> float:
         model = self.copies.draw(job.index, job.seed)

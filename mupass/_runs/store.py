@@ -107,12 +107,13 @@ class Store:
         """
         for table, columns in COLUMNS.items():
             # Column names are the version of the file.
-            found = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
-            older = table == "claims" and not found  # a file of before there were claims, on a read-only disk
-            if found != columns and not older:
+            present_columns = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
+            # A file of before there were claims, on a read-only disk.
+            older = table == "claims" and not present_columns
+            if present_columns != columns and not older:
                 raise StudyError(
                     f"{self.path} is not a store of this version of mupass: its table {table} has the "
-                    f"columns ({', '.join(found)}), not ({', '.join(columns)}); use another file"
+                    f"columns ({', '.join(present_columns)}), not ({', '.join(columns)}); use another file"
                 )
 
     def _ask(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:

@@ -233,12 +233,12 @@ def figure(check: CoordCheck) -> Figure:
     Args:
         check: The check.
     """
-    drawn, (start, end) = new_figure(2)
+    picture, (start, end) = new_figure(2)
     _draw_panel(start, check, START, 0)
     start.set_title("RMS of activations at the start", fontsize=10)
     _draw_panel(end, check, MOVED, check.steps)
     end.set_title(f"RMS of dW h along the gradient, step {check.steps}", fontsize=10)
-    return drawn
+    return picture
 
 
 def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: int) -> None:
@@ -250,13 +250,13 @@ def _draw_panel(axis: Any, check: CoordCheck, quantities: Sequence[str], step: i
             continue
         if row.verdict != "FAIL":
             # One entry of the legend stands for all of them.
-            named = {} if passes else {"label": "each line a place; blue does not fail"}
-            _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2, **named)
+            legend_entry = {} if passes else {"label": "each line a place; blue does not fail"}
+            _draw_line(axis, check, row, color="#0969da", lw=0.9, zorder=2, **legend_entry)
             passes += 1
         # Only the first failures have markers and names: a legend of all would hide the picture.
         elif failures < len(MARKERS):
-            named = {"marker": MARKERS[failures], "label": _short(row.site)}
-            _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3, **named)
+            legend_entry = {"marker": MARKERS[failures], "label": _short(row.site)}
+            _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3, **legend_entry)
             failures += 1
         else:
             _draw_line(axis, check, row, color="#cf222e", lw=1.8, zorder=3)

@@ -152,10 +152,10 @@ def _run(study: Study, point: Point, seed: int, store: Store) -> tuple[float, di
     key = digest(study.work.key(Job(0, point, seed), store.kept), "gradient")
     stored_score = store.get(key)
     if stored_score is None:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         with quiet():
             run = unrolled(study.work, study.copies.draw(0, seed), dict(point), "reverse", seed)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
         gradient = dict(run.gradient)
         for name, slope in run.gradient.items():
             if not math.isfinite(slope):

@@ -301,10 +301,10 @@ def moved(sweep: Sweep) -> bool:
         sweep: The sweep.
     """
     for name in sweep.names:
-        narrow = sweep.optimum(sweep.widths[0], name)
-        wide = sweep.optimum(sweep.widths[-1], name)
+        at_narrow = sweep.optimum(sweep.widths[0], name)
+        at_wide = sweep.optimum(sweep.widths[-1], name)
         # Intervals that overlap may hold one optimum.
-        apart = narrow.high < wide.low or wide.high < narrow.low
+        apart = at_narrow.high < at_wide.low or at_wide.high < at_narrow.low
         if apart and abs(sweep.moves(name)) > WIDE:
             return True
     return False

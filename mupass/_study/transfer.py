@@ -228,10 +228,10 @@ def transfer(
         undo(original)
         model = original
     # The narrow copy is the base: what was found there is used as it is.
-    wide = transform(
+    full_model = transform(
         model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
     )
     if prepare is not None:
-        wide = prepare(wide)
-    trainer = optimizer_of(study.work.make, wide, best)
-    return Transfer(wide, trainer, best, proxy_width, plan_of(wide)[1].width, searched)
+        full_model = prepare(full_model)
+    trainer = optimizer_of(study.work.make, full_model, best)
+    return Transfer(full_model, trainer, best, proxy_width, plan_of(full_model)[1].width, searched)

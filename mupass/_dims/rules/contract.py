@@ -63,11 +63,11 @@ def _unify_labels(call: Call, terms: Iterable[Operand]) -> dict[str, Axis]:
     axes: dict[str, Axis] = {}
     for term in terms:
         for label, axis in term.axes.items():
-            known = axes.setdefault(label, axis)
+            labelled = axes.setdefault(label, axis)
             # Of [1, n] and [m, n] the axis with entries stands for both.
-            if known.size == 1 != axis.size:
+            if labelled.size == 1 != axis.size:
                 axes[label] = axis
-            call.unify(known, axis)
+            call.unify(labelled, axis)
     return axes
 
 

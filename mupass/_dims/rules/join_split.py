@@ -12,11 +12,11 @@ from mupass._dims.rules.reshape import split_axis
 
 def _joined_axis(call: Call, parts: Sequence[Axis], size: int, origin: Origin = NOWHERE) -> Axis:
     """Return an axis that is the concatenation of others."""
-    whole = Axis(call.space.new(size), size, origin)
+    joined = Axis(call.space.new(size), size, origin)
     dims = [part.dim for part in parts]
-    call.space.sum(whole.dim, tuple(dims))
+    call.space.sum(joined.dim, tuple(dims))
     call.facts.parts += dims
-    return whole
+    return joined
 
 
 def _with_axis(axes: Sequence[Axis], dim: int, axis: Axis) -> list[Axis]:
@@ -40,14 +40,14 @@ def cat(call: Call) -> Result:
                 call.unify(first, other)
             axes.append(Axis(first.dim, size, origin))
             continue
-        whole = _joined_axis(call, parts, size, origin)
-        axes.append(whole)
+        joined = _joined_axis(call, parts, size, origin)
+        axes.append(joined)
         # cat([W_q, W_k]) of parameters: one weight, whose parts are weights.
         if call.static and all(part.origin for part in parts):
-            call.facts.joined.append(whole.dim)
+            call.facts.joined.append(joined.dim)
         # Single positions that are joined are as many as the code has written.
         if all(part.size == 1 for part in parts):
-            call.finite(whole, "a concatenation of single positions")
+            call.finite(joined, "a concatenation of single positions")
     return call.value(axes)
 
 
@@ -120,19 +120,19 @@ def slice_(call: Call) -> Result:
     axis, size = source.axes[dim], call.shape[dim]
     start, step = call.get("start", 0), call.get("step", 1)
     if not isinstance(start, int):  # it depends on data
-        taken = call.derive(axis, size)
+        sliced = call.derive(axis, size)
     elif step == 1 or size == axis.size:
         # x[:, -3:] counts from the end.
         if start < 0:
             start = max(start + axis.size, 0)
-        taken = Axis(call.space.part(axis.dim, start, start + size), size, axis.origin)
+        sliced = Axis(call.space.part(axis.dim, start, start + size), size, axis.origin)
     elif axis.size % step == 0 and size * step == axis.size:
         # x[::step]: every position is a pair of one that is taken and a phase.
-        taken, phase = split_axis(call, axis, [size, step])
+        sliced, phase = split_axis(call, axis, [size, step])
         call.finite(phase, "a stride")
     else:
-        taken = call.derive(axis, size)
-    return call.value(_with_axis(source.axes, dim, taken))
+        sliced = call.derive(axis, size)
+    return call.value(_with_axis(source.axes, dim, sliced))
 
 
 @rule("aten.select", "aten.unbind", "aten.select_copy", "aten.unbind_copy")
@@ -156,10 +156,10 @@ def diagonal(call: Call) -> Result:
         return call.value([*source.axes, call.derive(source.axes[-1], call.shape[-1])])
     first = call.get("dim1", 0) % len(source.axes)
     second = call.get("dim2", 1) % len(source.axes)
-    kept = [axis for position, axis in enumerate(source.axes) if position not in (first, second)]
-    if len(call.shape) == len(kept):  # a trace
-        return call.value(kept)
-    return call.value([*kept, call.derive(source.axes[first], call.shape[-1])])
+    remaining = [axis for position, axis in enumerate(source.axes) if position not in (first, second)]
+    if len(call.shape) == len(remaining):  # a trace
+        return call.value(remaining)
+    return call.value([*remaining, call.derive(source.axes[first], call.shape[-1])])
 
 
 @rule(

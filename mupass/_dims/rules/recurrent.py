@@ -61,9 +61,9 @@ def _states(call: Call) -> list[Value]:
 
 def _join(call: Call, outputs: Sequence[Axis]) -> Axis:
     """Return the axis that both directions are joined into."""
-    whole = call.new(sum(axis.size for axis in outputs))
-    call.space.sum(whole.dim, tuple(axis.dim for axis in outputs))
-    return whole
+    joined = call.new(sum(axis.size for axis in outputs))
+    call.space.sum(joined.dim, tuple(axis.dim for axis in outputs))
+    return joined
 
 
 def _cell(call: Call, parameters: Sequence[Value], features: Axis) -> tuple[Axis, Axis]:

@@ -80,12 +80,12 @@ def reduce(call: Call) -> Result:
     if call.operator in ("aten.max", "aten.min") and len(call.shapes) == 2 and _places_are_read(call):
         _rank(call, source.axes[call["dim"] % len(source.axes)])
     default = -1 if call.operator.startswith("aten.trap") else None
-    kept, kept_as_ones = _left(call, source, default)
+    remaining, kept_as_ones = _left(call, source, default)
     outputs = []
     for shape in call.shapes:
         # Of several outputs (values, indices) each has lost the axes, or has them of length 1.
-        dropped = len(shape) == len(kept) and not call.get("keepdim")
-        outputs.append(call.value(kept if dropped else kept_as_ones))
+        dropped = len(shape) == len(remaining) and not call.get("keepdim")
+        outputs.append(call.value(remaining if dropped else kept_as_ones))
     return one_or_all(outputs)
 
 
@@ -104,14 +104,14 @@ def _rank(call: Call, axis: Axis) -> None:
 def _left(call: Call, source: Value, default: int | None = None) -> tuple[list[Axis], list[Axis]]:
     """Return the axes that a reduction leaves, and all axes with those that go of length 1."""
     reduced = wrap(call.get("dim", default), len(source.axes))
-    kept, kept_as_ones = [], []
+    remaining, kept_as_ones = [], []
     for position, axis in enumerate(source.axes):
         if position in reduced:
             kept_as_ones.append(call.new(1))
         else:
             kept_as_ones.append(axis)
-            kept.append(axis)
-    return kept, kept_as_ones
+            remaining.append(axis)
+    return remaining, kept_as_ones
 
 
 @rule("aten.linalg_matrix_norm", "aten.linalg_cond")
@@ -132,8 +132,8 @@ def distance(call: Call) -> Result:
 @rule("aten.quantile", "aten.nanquantile")
 def quantile(call: Call) -> Result:
     """As `reduce`; several quantiles are a new first axis."""
-    kept, kept_as_ones = _left(call, call.values[0])
-    axes = kept_as_ones if call.get("keepdim") else kept
+    remaining, kept_as_ones = _left(call, call.values[0])
+    axes = kept_as_ones if call.get("keepdim") else remaining
     quantile_axes = call.shape[: len(call.shape) - len(axes)]
     return call.value([*map(call.new, quantile_axes), *axes])
 

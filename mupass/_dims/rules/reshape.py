@@ -33,9 +33,9 @@ def merge_axes(call: Call, axes: Sequence[Axis]) -> Axis:
     if len(axes) == 1:
         return axes[0]
     size = prod(axis.size for axis in axes)
-    whole = call.space.new(size)
-    call.space.product(whole, tuple(axis.dim for axis in axes))
-    return Axis(whole, size, NOWHERE.union(*(axis.origin for axis in axes)))
+    merged = call.space.new(size)
+    call.space.product(merged, tuple(axis.dim for axis in axes))
+    return Axis(merged, size, NOWHERE.union(*(axis.origin for axis in axes)))
 
 
 def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
@@ -43,10 +43,10 @@ def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Ax
     result: dict[int, Axis] = {}
     # [2, 12] as [2, 3, 4]: 2 stays 2, and 12 becomes 3 x 4.
     for before, after in line_up([axis.size for axis in source], sizes):
-        whole = merge_axes(call, [source[position] for position in before])
-        parts = [whole]
+        merged = merge_axes(call, [source[position] for position in before])
+        parts = [merged]
         if len(after) > 1:
-            parts = split_axis(call, whole, [sizes[position] for position in after])
+            parts = split_axis(call, merged, [sizes[position] for position in after])
         result.update(zip(after, parts, strict=True))
     return [result.get(position) or call.new(1) for position in range(len(sizes))]
 

@@ -30,8 +30,8 @@ def largest_eigenvalues(bank: Tensor) -> Tensor:
         bank: ``[K, n, n]`` symmetric positive semi-definite.
     """
     # The largest column is never orthogonal to the leading eigenvector by accident of its axes.
-    at = bank.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    x = bank.gather(-1, at[:, None, None].expand(-1, bank.shape[-1], 1))
+    largest = bank.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    x = bank.gather(-1, largest[:, None, None].expand(-1, bank.shape[-1], 1))
     tiny = torch.finfo(bank.dtype).tiny
     for _ in range(POWER_ITERATIONS):
         x = bank @ (x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=tiny))
@@ -81,9 +81,9 @@ def _iterate(m: Tensor, x: Tensor, eye: Tensor, p: int) -> tuple[Tensor, Tensor]
     """Return the next pair; converged matrices stay where they are."""
     # T = ((p + 1) I - M) / p
     t = ((p + 1) * eye - m) / p
-    new = torch.linalg.matrix_power(t, p) @ m
+    updated = torch.linalg.matrix_power(t, p) @ m
     # Rounding errors grow once M is the identity: what gets no better stays.
-    better = (_residual(new, eye) <= _residual(m, eye).clamp(min=CONVERGED))[:, None, None]
+    better = (_residual(updated, eye) <= _residual(m, eye).clamp(min=CONVERGED))[:, None, None]
     # Symmetric but for rounding errors, which would grow.
-    new = (new + new.mT) / 2
-    return torch.where(better, new, m), torch.where(better, x @ t, x)
+    updated = (updated + updated.mT) / 2
+    return torch.where(better, updated, m), torch.where(better, x @ t, x)

@@ -40,11 +40,11 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
         packed: ``[K, packed_size(n)]``.
         n: Size of the matrices.
     """
-    at, count = 0, packed.shape[0]
+    offset, count = 0, packed.shape[0]
     for start, end in _edges(n):
         size = (end - start) * end
-        yield start, end, packed[:, at : at + size].view(count, end - start, end)
-        at += size
+        yield start, end, packed[:, offset : offset + size].view(count, end - start, end)
+        offset += size
 
 
 def _looks_up(tensor: Tensor, n: int) -> bool:
@@ -91,12 +91,12 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def _by_bands(packed: Tensor, n: int) -> Tensor:
-    whole = packed.new_empty(len(packed), n, n)
+    matrices = packed.new_empty(len(packed), n, n)
     for start, end, band in bands(packed, n):
-        whole[:, start:end, :end] = band
+        matrices[:, start:end, :end] = band
         # What is left of the tile is mirrored above it.
-        whole[:, :start, start:end] = band[:, :, :start].mT
-    return whole
+        matrices[:, :start, start:end] = band[:, :, :start].mT
+    return matrices
 
 
 def pack(whole: Tensor) -> Tensor:

@@ -19,15 +19,15 @@ def symmetric(matrices: Tensor) -> Tensor:
     Args:
         matrices: ``[..., n, n]``.
     """
-    whole, n = matrices.clone(), matrices.shape[-1]
+    mirrored, n = matrices.clone(), matrices.shape[-1]
     for start in range(0, n, TILE):  # copies of tiles, where a mask over all entries costs several times more
         tile = matrices[..., start : start + TILE, start : start + TILE]
-        whole[..., start : start + TILE, start : start + TILE] = tile.tril() + tile.tril(-1).mT
+        mirrored[..., start : start + TILE, start : start + TILE] = tile.tril() + tile.tril(-1).mT
         if start + TILE < n:
-            whole[..., start : start + TILE, start + TILE :] = matrices[
+            mirrored[..., start : start + TILE, start + TILE :] = matrices[
                 ..., start + TILE :, start : start + TILE
             ].mT
-    return whole
+    return mirrored
 
 
 def inverse_roots(
@@ -106,11 +106,11 @@ def _newton(bank: Tensor, rho: Tensor, p: int, relative: bool) -> Solved:
 
 def _eigh(bank: Tensor, rho: Tensor, power: float, relative: bool) -> Solved:
     """Eigenvalues below zero are rounding errors of a semi-definite matrix."""
-    values, vectors, found = eigenbases(bank)
+    values, vectors, converged = eigenbases(bank)
     rho = rho * values[:, -1] if relative else rho
     # V (values + rho)^-power V^T, in two steps.
     damped = values.clamp(min=0) + rho[:, None]
-    solved = found & (damped > 0).all(1)
+    solved = converged & (damped > 0).all(1)
     scaled = vectors * damped.clamp(min=torch.finfo(bank.dtype).tiny).pow(-power)[:, None, :]
     if bank.device.type == "cpu" and bank.dtype == torch.float32:
         # Eigenvalues ascend.
@@ -181,8 +181,8 @@ def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if len(bank) == 1:
             return torch.zeros_like(bank[:, 0]), torch.zeros_like(bank), torch.zeros_like(bank[:, 0, 0]) > 0
         parts = [eigenbases(matrix[None]) for matrix in bank]
-        values, vectors, found = (torch.cat(part) for part in zip(*parts, strict=True))
-        return values, vectors, found
+        values, vectors, converged = (torch.cat(part) for part in zip(*parts, strict=True))
+        return values, vectors, converged
     return values, vectors, torch.ones_like(values[:, 0]) > 0
 
 

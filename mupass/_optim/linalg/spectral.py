@@ -50,9 +50,9 @@ def with_norm_of(magnitude: Tensor, direction: Tensor) -> Tensor:
         magnitude: ``[K, *shape]``, whose norms are wanted.
         direction: ``[K, *shape]``.
     """
-    wanted = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
+    target_norm = torch.linalg.vector_norm(magnitude.flatten(1), dim=1)
     norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    factor = torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
+    factor = torch.where(norm > 0, target_norm / norm, torch.zeros_like(norm))
     return direction * factor.view(-1, *[1] * (direction.dim() - 1))
 
 

@@ -79,7 +79,7 @@ class MatrixOptimizer(PlannedOptimizer):
         super().__init__(model, spec, lr, damping, training)
 
     def _assign(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        treatments, reasons, taken = {}, {}, {}
+        treatments, reasons, preconditioned = {}, {}, {}
         for parameter, name in self.names.items():
             geometry = self.plan[name].geometry
             reason = self._reason(geometry) or self._unfit.get(name, "")
@@ -89,11 +89,11 @@ class MatrixOptimizer(PlannedOptimizer):
             # A kernel's axes may be sides of their own; other weights have two sides.
             kernel = any(use.kind == "conv" for use in geometry.uses)
             self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
-            taken[name], treatments[name] = parameter, self.spec.name
+            preconditioned[name], treatments[name] = parameter, self.spec.name
             count = len(self._blockings[name].shapes())
             if count > 1:
                 treatments[name] += f" x{count}"
-        self._set_up(taken)
+        self._set_up(preconditioned)
         return treatments, reasons
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
@@ -226,42 +226,42 @@ class MatrixOptimizer(PlannedOptimizer):
             for run in runs:
                 pieces += self._pieces(number, run)
             step = self._step_smoothed if self.smooths else self._step_and_observe
-            for at, directions in step(number, pieces, blocks, averaged, ok):
-                direction_of.update(zip(stack.slots[at], directions.unbind(), strict=True))
+            for piece, directions in step(number, pieces, blocks, averaged, ok):
+                direction_of.update(zip(stack.slots[piece], directions.unbind(), strict=True))
             self._finish(number, runs)
-        whole = {}
+        by_name = {}
         # All blocks of a parameter are put together again.
         for name, own_blocks in blocks.items():
             parts = [direction_of[name, block] for block in range(len(own_blocks))]
-            whole[name] = self._blockings[name].paste(parts, gradients[name])
-        return whole
+            by_name[name] = self._blockings[name].paste(parts, gradients[name])
+        return by_name
 
     def _step_smoothed(
         self, number: int, pieces: Sequence[slice], blocks: Blocks, averaged: Blocks, ok: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield the directions of averages: all gradients of a stack are observed before any of them."""
         stack, counted = self._stacks[number], []
-        for at in pieces:
-            gradient, counts = self._counted(stack, at, blocks, ok)
-            self._observe(number, at, gradient, counts)
+        for piece in pieces:
+            gradient, counts = self._counted(stack, piece, blocks, ok)
+            self._observe(number, piece, gradient, counts)
             counted.append(counts)
         self._prepare(number)
-        for at, counts in zip(pieces, counted, strict=True):
+        for piece, counts in zip(pieces, counted, strict=True):
             # Gathered once more: to keep the gradients of all pieces would take the memory of the stack.
-            again = stack.gather(blocks, at) if self._needs_gradient else None
-            arguments = self._arguments(number, at, again, stack.gather(averaged, at), counts)
-            yield at, _masked(self._call(number, at, *arguments), counts)
+            again = stack.gather(blocks, piece) if self._needs_gradient else None
+            arguments = self._arguments(number, piece, again, stack.gather(averaged, piece), counts)
+            yield piece, _masked(self._call(number, piece, *arguments), counts)
 
     def _step_and_observe(
         self, number: int, pieces: Sequence[slice], blocks: Blocks, averaged: Blocks, ok: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield the directions of gradients, each observed after its own direction."""
-        for at in pieces:
-            gradient, counts = self._counted(self._stacks[number], at, blocks, ok)
-            arguments = self._arguments(number, at, gradient, gradient, counts)
-            directions = self._call(number, at, *arguments)
-            self._observe(number, at, gradient, counts)
-            yield at, _masked(directions, counts)
+        for piece in pieces:
+            gradient, counts = self._counted(self._stacks[number], piece, blocks, ok)
+            arguments = self._arguments(number, piece, gradient, gradient, counts)
+            directions = self._call(number, piece, *arguments)
+            self._observe(number, piece, gradient, counts)
+            yield piece, _masked(directions, counts)
 
     def _counted(self, stack: Stack, at: slice, blocks: Blocks, ok: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of some slots, and which of them count, ``[k]``.

@@ -96,11 +96,11 @@ class Stack:
         Args:
             name: The parameter.
         """
-        at = self.runs([name])
-        if not at:
+        slices = self.runs([name])
+        if not slices:
             return {}
         size = "x".join(map(str, self.shape))
-        return {f"{size}.{key}": tensor[at[0]] for key, tensor in self.state.items()}
+        return {f"{size}.{key}": tensor[slices[0]] for key, tensor in self.state.items()}
 
 
 def make_stacks(

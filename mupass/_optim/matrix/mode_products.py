@@ -37,8 +37,8 @@ def along(x: Tensor, matrices: Tensor, side: int) -> Tensor:
     """
     if side == x.dim() - 2:  # the last one: the product is contiguous as it comes
         return (x.flatten(1, -2) @ matrices.mT).view(*x.shape[:-1], -1)
-    moved = x.movedim(side + 1, 1)
-    return (matrices @ moved.flatten(2)).view(len(x), -1, *moved.shape[2:]).movedim(1, side + 1)
+    by_side = x.movedim(side + 1, 1)
+    return (matrices @ by_side.flatten(2)).view(len(x), -1, *by_side.shape[2:]).movedim(1, side + 1)
 
 
 def observe(packed: Tensor, gradient: Tensor, side: int, decay: float, counts: Tensor) -> None:
@@ -97,20 +97,20 @@ class Schedule:
             for side in sides(stack):
                 # The root or the basis of an n x n factor takes n^3.
                 cost = stack.shape[side] ** 3
-                for at, (parameter, block) in enumerate(stack.slots):
-                    jobs.append((-cost, parameter, block, side, number, at))
+                for position, (parameter, block) in enumerate(stack.slots):
+                    jobs.append((-cost, parameter, block, side, number, position))
         load = [0] * period
         self._at: list[Slots] = [{} for _ in range(period)]
         self._every: Slots = {}
         # The largest first, each to the phase with the least work so far.
-        for negative_cost, _, _, side, number, at in sorted(jobs):
+        for negative_cost, _, _, side, number, position in sorted(jobs):
             phase = 0
             if staggered:
                 phase = min(range(period), key=load.__getitem__)
             load[phase] -= negative_cost
             if number < len(stacks):
                 for slots in (self._at[phase], self._every):
-                    slots.setdefault((number, side), []).append(at)
+                    slots.setdefault((number, side), []).append(position)
         for slots in (*self._at, self._every):
             for due_slots in slots.values():
                 due_slots.sort()
