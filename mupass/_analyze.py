@@ -21,7 +21,7 @@ from mupass._dims.names import DimNames
 from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
-from mupass._errors import InferenceError
+from mupass._errors import InferenceError, is_number
 from mupass._records import Geometry
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
@@ -109,8 +109,7 @@ def _check_base(base: Any) -> None:
         return
     sizes = dict(base) if isinstance(base, Mapping) else {"base": base}
     for name, size in sizes.items():
-        number = isinstance(size, (int, float)) and not isinstance(size, bool)
-        if not number or not NARROWEST <= size <= WIDEST:
+        if not is_number(size) or not NARROWEST <= size <= WIDEST:
             raise InferenceError(f"base sizes must be positive numbers up to {WIDEST:g}, not {size!r}")
         if not isinstance(name, str):
             raise InferenceError(f"base names dimensions by text, not {name!r}")

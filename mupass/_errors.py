@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Generator, Iterable
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeGuard
 
 
 class MupassError(Exception):
@@ -54,6 +55,15 @@ def kind_of(thing: object) -> str:
         thing: What was given.
     """
     return "None" if thing is None else repr(thing) if isinstance(thing, str) else f"a {type(thing).__name__}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether something is a number; True and False are none, although Python counts with them.
+
+    Args:
+        value: What was given.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _PACKAGE = str(Path(__file__).parent / "_")[:-1]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from mupass._errors import TransformError, warn
+from mupass._parallel import whole
 from mupass._rewrite import rescale
 from mupass._scales.init import InitChoice, plan_init, told_laws
-from mupass._scales.learned import learned, whole
+from mupass._scales.learned import learned
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._transform import some
 

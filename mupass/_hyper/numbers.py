@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, is_number
 from mupass._hyper.kfac import KFACRule
 from mupass._hyper.rules import SGD, Adam, Key, Rule
 from mupass._hyper.shampoo import ShampooRule
@@ -110,15 +109,11 @@ def _entries(optimizer: torch.optim.Optimizer) -> dict[Key, float]:
         entries = {name: value for name, value in group.items() if name not in ("params", "betas")}
         if "betas" in group:
             entries["beta1"], entries["beta2"] = group["betas"]
-        numbers.update({(number, name): float(value) for name, value in entries.items() if _is_number(value)})
+        numbers.update({(number, name): float(value) for name, value in entries.items() if is_number(value)})
     if isinstance(optimizer, PlannedOptimizer):
         # What a recipe may set besides the groups: of these no derivative is known.
         for settings in (vars(optimizer), vars(optimizer.spec)):
             numbers.update(
-                {(-1, name): float(number) for name, number in settings.items() if _is_number(number)}
+                {(-1, name): float(number) for name, number in settings.items() if is_number(number)}
             )
     return numbers
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -42,6 +42,7 @@ from mupass._parallel import (
     world_size,
 )
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
+from mupass._scales.scales import rounded
 
 OVERRIDES = ("lr", "weight_decay", "damping")
 EMPTY = "none"  # treatment of a parameter without entries
@@ -261,9 +262,9 @@ class PlannedOptimizer(BoundOptimizer):
             if self._training.decay == "matrices" and not self._is_matrix(name):
                 chosen["weight_decay"] = 0.0
             # Parameters with equal numbers share a group, so that a schedule sees few of them.
-            key = [_rounded(scale), *chosen.values()]
+            key = [rounded(scale), *chosen.values()]
             if algorithm == "adamw":  # the only one whose steps depend on epsilon
-                key.append(_rounded(scales.epsilon))
+                key.append(rounded(scales.epsilon))
             group = groups.setdefault(tuple(key), {"params": [], **chosen})
             if not group["params"]:
                 group["algorithm"] = algorithm
@@ -788,11 +789,6 @@ def _extremes(gradients: list[Tensor]) -> list[Tensor]:
         return extremes
     # One kernel for many gradients; on a CPU it takes ten times as long as the other.
     return list(torch._foreach_norm(gradients, math.inf))
-
-
-def _rounded(scale: float) -> float:
-    """Return twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones."""
-    return float(f"{scale:.12g}")
 
 
 def _unfit(parameter: Tensor) -> str:

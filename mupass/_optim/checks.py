@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mupass._errors import OptimizerError, kind_of
+from mupass._errors import OptimizerError, is_number, kind_of
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
@@ -22,7 +22,8 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
     Raises:
         OptimizerError: It is no number, NaN, infinite or out of bounds.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    # An int may be too large for a float.
+    number = is_number(value) and abs(value) < 1e300
     if not number or not math.isfinite(value) or value < low or value >= high:
         bounds = f">= {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
         raise OptimizerError(f"{name} must be a finite number {bounds}, not {value!r}")

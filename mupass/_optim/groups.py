@@ -11,7 +11,7 @@ from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
-from mupass._scales.scales import Scales
+from mupass._scales.scales import Scales, rounded
 
 
 def param_groups(
@@ -93,8 +93,8 @@ def param_groups(
         factors = [scales.lr, decay]
         if adaptive:
             factors.append(scales.epsilon)
-        # Twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
-        key = tuple(float(f"{factor:.12g}") for factor in factors)
+        # Parameters with equal factors share a group, so that a schedule sees few of them.
+        key = tuple(map(rounded, factors))
         if key not in groups:
             groups[key] = {
                 "params": [],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, is_number
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
@@ -144,8 +144,7 @@ def _check_betas(where: str, betas: Any) -> None:
 def _same(theirs: Any, ours: Any) -> bool:
     """Return whether two settings are equal, numbers but for rounding errors."""
     if isinstance(ours, float):
-        number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
-        return number and math.isclose(theirs, ours, rel_tol=1e-9)
+        return is_number(theirs) and math.isclose(theirs, ours, rel_tol=1e-9)
     return bool(type(theirs) is type(ours) and theirs == ours)
 
 

@@ -20,6 +20,7 @@ from mupass._dims.facts import Value
 from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
+from mupass._errors import is_number
 from mupass._roles.nodes import all_static, inner_dims, place_of
 
 POWERS = (-1.0, -0.5, 0.5, 1.0)
@@ -90,7 +91,7 @@ def multiplier(captured: Capture, node: Node) -> tuple[float, Sequence[Any]] | N
 
 def _number(captured: Capture, value: Any) -> float | None:
     """Return the number that an operand is, or None for a tensor."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         return float(value)
     if not isinstance(value, Node):
         return None

@@ -10,7 +10,7 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, is_number
 from mupass._records import Geometry
 from mupass._scales.entry import Entry
 from mupass._scales.parameterizations import row
@@ -86,7 +86,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         fits = isinstance(value, str) and value in arguments
     elif kind is float:
         wanted = "a finite number"
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        fits = is_number(value) and isfinite(value)
     else:
         # bool is an int in Python, so the very type is asked for.
         fits = type(value) is kind
@@ -232,6 +232,5 @@ def _positive(name: str, value: float) -> None:
     Raises:
         PlanError: It is not.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 1 / LARGEST < value < LARGEST:
+    if not is_number(value) or not 1 / LARGEST < value < LARGEST:
         raise PlanError(f"{name} must be a positive number of ordinary size, not {value!r}")

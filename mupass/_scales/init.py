@@ -14,9 +14,9 @@ from math import isfinite, prod, sqrt
 import torch
 
 from mupass._errors import PlanError
+from mupass._parallel import whole
 from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
-from mupass._scales.learned import whole
 from mupass._scales.own_draws import Draw
 from mupass._scales.scales import init_powers, init_scale
 

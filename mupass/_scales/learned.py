@@ -14,6 +14,7 @@ from math import erf, exp, pi, sqrt
 import torch
 from torch import Tensor
 
+from mupass._parallel import whole
 from mupass._records import Geometry
 
 FEWEST = 256  # entries of a matrix below which marks cannot be told from chance
@@ -41,15 +42,6 @@ def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> li
         marked += [geometry.name] if mark else []
     has_matrix = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
     return marked if has_matrix and len(marked) >= SHARE * judged else []
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, collected from the ranks where FSDP2 shards it.
-
-    Args:
-        tensor: Sharded or not.
-    """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _mark(tensor: Tensor, geometry: Geometry) -> bool | None:

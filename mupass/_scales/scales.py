@@ -82,6 +82,15 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     return Scales(**factors, lr_powers=table["lr"])
 
 
+def rounded(factor: float) -> float:
+    """Return twelve digits: base sizes that are not whole numbers leave rounding errors in the last ones.
+
+    Args:
+        factor: One of the scales.
+    """
+    return float(f"{factor:.12g}")
+
+
 def powers(
     geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup"
 ) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, is_number
 from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
 from mupass._runs.copies import Copies, CopyOptions, Prepare, Source, Width, make_copies
@@ -285,7 +285,7 @@ def points_of(grid: Grid) -> list[Point]:
         if not _listed(values):
             raise StudyError(f"grid[{name!r}] must be a list of values, not {values!r}")
         for value in values:
-            if not _is_number(value) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
         # Each value once, in order.
         rows.append([(name, float(value)) for value in sorted(set(values))])
@@ -300,7 +300,3 @@ def _listed(values: Any) -> list[Any]:
         return list(values)
     except TypeError:
         return []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
