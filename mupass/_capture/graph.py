@@ -155,9 +155,9 @@ def runs_vmap(nodes: Iterable[Node]) -> bool:
     """Whether operators are framed by calls of vmap of torch.func, which hide an axis from them.
 
     Args:
-        # vmap wraps its argument by this function, which export and make_fx record as a node.
         nodes: Nodes of a graph.
     """
+    # vmap wraps its argument by this function, which export and make_fx record as a node.
     return any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in nodes)
 
 
