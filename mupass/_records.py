@@ -40,7 +40,7 @@ class Site:
 
     Attributes:
         kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``gain``, ``shift``,
-            ``norm gain``, ``norm shift``, ``table gain``, ``table shift``, ``bias``;
+            ``norm gain``, ``norm shift``, ``table``, ``bias``;
             ``""`` where there is no Kronecker form.
         operator: ATen name.
         module: Qualified name of the module whose forward called it.
@@ -51,6 +51,8 @@ class Site:
         reason: Why there is no Kronecker form.
         scale: Of a bias, what multiplies it over what multiplies the weight's product (``beta / alpha``).
         groups: Number of separate convolutions.
+        shown: Of a table, for every axis of the parameter the axes along which its positions stand where it
+            meets activations, counted from the last one (-1); none where it is not whole there.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Site:
     reason: str = ""
     scale: float = 1.0
     groups: int = 1
+    shown: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_kfac import LR, PLAIN, RHO, damping, moved, power
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def test_update_equals_the_dense_formula(kind: str, compiled: bool, options: dic
     plain.load_state_dict(net.state_dict())
     optimizer = mupass.KFAC(net, LR, RHO, **OPTIONS, **options)
     treatments = {covered.parameter: covered.treatment for covered in optimizer.coverage()}
-    assert treatments["table"] == ("kfac table shift" if TABLES[kind][3] == "add" else "kfac table gain")
+    assert treatments["table"] == "kfac table"
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     terms(run, x).mean().backward()
     got = moved(net, optimizer.step)["table"]
@@ -106,6 +107,178 @@ def test_two_micro_batches_equal_one_batch() -> None:
         torch.testing.assert_close(steps[1][name], want, rtol=1e-9, atol=1e-12)
 
 
+class Reading(nn.Module):
+    """A table that is cut, picked from, spread or turned before activations are joined to it."""
+
+    def __init__(self, kind: str, width: int = WIDTH) -> None:
+        super().__init__()
+        self.kind = kind
+        grown = {WIDTH: width, WIDTH // 2: width // 2}
+        self.table = nn.Parameter(torch.randn([grown.get(size, size) for size in READINGS[kind][0]]))
+        self.register_buffer("index", torch.tensor([3, 0, 3, 6, 1]))
+        self.register_buffer("mask", torch.tensor([0.0, 1.0, 0.0, -1.0, 0.0])[:, None])
+        self.inp = nn.Linear(3, width)
+        self.mix, self.out = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def copies(self, x: Tensor) -> Tensor:
+        """Return the copies before they are spread out to all samples."""
+        return READINGS[self.kind][1](self, self.table, x)
+
+    def join(self, h: Tensor, copies: Tensor) -> Tensor:
+        """Join the copies to activations."""
+        return READINGS[self.kind][2](h, copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.join(self.inp(x), self.copies(x))
+        return self.out(torch.tanh(self.mix(torch.tanh(h))).mean(1))
+
+
+def plus(h: Tensor, t: Tensor) -> Tensor:
+    return h + t
+
+
+def plus_in_place(h: Tensor, t: Tensor) -> Tensor:
+    h = h * 1
+    h += t
+    return h
+
+
+def before(h: Tensor, t: Tensor) -> Tensor:
+    return torch.cat([t, h], 1)
+
+
+def masked(h: Tensor, t: Tensor) -> Tensor:
+    return torch.where(h.detach()[..., :1] > 0, h, t)
+
+
+def masked_attention(h: Tensor, t: Tensor) -> Tensor:
+    q = h.transpose(0, 1)
+    eye, width = torch.eye(h.shape[-1], dtype=h.dtype), h.shape[-1]
+    weights = torch.cat([eye, eye, eye])
+    found = F.multi_head_attention_forward(
+        q, q, q, width, 2, weights, None, None, None, False, 0.0, eye, None, attn_mask=t, need_weights=False
+    )
+    return found[0].transpose(0, 1)
+
+
+def attended(h: Tensor, t: Tensor) -> Tensor:
+    q = h.unflatten(2, (-1, 2)).transpose(1, 2)
+    return h + F.scaled_dot_product_attention(q, q, q, attn_mask=t).transpose(1, 2).flatten(2)
+
+
+# Shape of the table, how it is copied, how copies are joined.
+READINGS: dict[str, tuple[tuple[int, ...], Any, Any]] = {
+    "slice": ((9, WIDTH), lambda m, t, x: t[: x.shape[1]], plus),
+    "slice, batch": ((1, 9, WIDTH), lambda m, t, x: t[:, 1 : x.shape[1] + 1], plus_in_place),
+    "index": ((7, WIDTH), lambda m, t, x: t[m.index], plus),
+    "index of every sample": (
+        (7, WIDTH),
+        lambda m, t, x: t[m.index[None] - torch.arange(len(x))[:, None]],
+        plus,
+    ),
+    "index_select": ((7, WIDTH), lambda m, t, x: t.index_select(0, m.index).unsqueeze(0), plus),
+    "select": ((3, WIDTH), lambda m, t, x: t[1], plus),
+    "features first": ((WIDTH, 7), lambda m, t, x: t[:, m.index].T, plus),
+    "permuted": ((5, 1, WIDTH), lambda m, t, x: t.permute(1, 0, 2), plus),
+    "token": ((1, 1, WIDTH), lambda m, t, x: t.expand(len(x), -1, -1), before),
+    "tokens": ((2, WIDTH), lambda m, t, x: t[None].repeat(len(x), 1, 1), before),
+    "one for all": ((1, 1, WIDTH), lambda m, t, x: t.expand(len(x), 5, -1), masked),
+    "split features": ((WIDTH,), lambda m, t, x: t.view(1, -1, 1, 2).permute(0, 2, 1, 3).flatten(2), plus),
+    "of numbers": ((5, WIDTH), lambda m, t, x: 3 - 2 * t, lambda h, t: h * t),
+    "with a mask": ((5, WIDTH), lambda m, t, x: m.mask + t, plus),
+    "no features": ((7,), lambda m, t, x: t[m.index][:, None], plus),
+    "mask of nn.MultiheadAttention": (
+        (7,),
+        lambda m, t, x: t[(m.index[:, None] - m.index).abs()],
+        masked_attention,
+    ),
+    "relative positions": (
+        (7, WIDTH // 2),
+        lambda m, t, x: t[(m.index[:, None] - m.index).abs().view(-1)].view(5, 5, -1).permute(2, 0, 1)[None],
+        attended,
+    ),
+}
+
+
+# Of what copies are joined to, where it is not (4, 5, WIDTH).
+SHAPES = {"relative positions": (4, WIDTH // 2, 5, 5), "mask of nn.MultiheadAttention": (8, 5, 5)}
+
+
+def by_features(kind: str, tensor: Tensor) -> Tensor:
+    """Lay copies in the shape of what they are joined to, or the table, out as ``[rows, features]``."""
+    if kind == "relative positions":
+        return (tensor.movedim(1, -1) if tensor.dim() == 4 else tensor).flatten(0, -2)
+    if kind in ("no features", "mask of nn.MultiheadAttention"):
+        return tensor.reshape(-1, 1)
+    if kind == "features first" and tensor.dim() == 2:
+        return tensor.T
+    return tensor.reshape(-1, WIDTH)
+
+
+@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", READINGS)
+def test_readings_equal_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    torch.manual_seed(0)
+    net: Any = mupass.transform(Reading(kind).double(), x, base=BASE)
+    plain: Any = Reading(kind).double()
+    plain.load_state_dict(net.state_dict())
+    optimizer = mupass.KFAC(net, LR, RHO, **OPTIONS, **options)
+    treatments = {covered.parameter: covered.treatment for covered in optimizer.coverage()}
+    assert treatments["table"] == "kfac table"
+    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+    terms(run, x).mean().backward()
+    got = moved(net, optimizer.step)["table"]
+
+    def spread(table: Tensor) -> Tensor:
+        copies = READINGS[kind][1](plain, table, x)
+        joined = SHAPES.get(kind, (4, 5, WIDTH))
+        return copies if READINGS[kind][2] is before else copies.expand(joined)
+
+    # Copies are linear in the table: their derivative tells which row each of them is, times a number.
+    jacobian: Any = torch.autograd.functional.jacobian(spread, plain.table.detach())
+    first = by_features(kind, jacobian.flatten(-plain.table.dim()).sum(-1))[:, 0]
+    numbers = jacobian.flatten(-plain.table.dim()).unbind(-1)
+    at = torch.stack([by_features(kind, number)[:, 0] for number in numbers], -1)
+    rows = torch.stack([by_features(kind, r.reshape(plain.table.shape))[:, 0] for r in at]) / first[:, None]
+    leaf = spread(plain.table).detach().requires_grad_()
+    plain.copies = lambda _: leaf
+    deltas = [torch.autograd.grad(t, leaf, retain_graph=True)[0] for t in terms(plain, x)]
+    parts = [by_features(kind, delta) * first[:, None] for delta in deltas]
+    if rows.shape[1] == 1 and "sharing" in options:  # a vector has one gradient a sample
+        parts = [part.sum(0, keepdim=True) for part in parts]
+    d = torch.cat(parts)
+    a, b = rows.T @ rows / len(rows), d.T @ d / len(x)
+    gradient = rows.T @ by_features(kind, sum(deltas)) * first[0] / len(x)
+    grows = 1 if plain.table.dim() == 1 and kind != "split features" else 2
+    rho_a, rho_b = damping(options.get("damping_mode", "trace"), a, b, 1, grows)
+    want = -LR * power(b, rho_b, 1) @ gradient.T @ power(a, rho_a, 1)
+    assert want.norm() > 0 and (by_features(kind, got).T - want).norm() < 1e-8 * want.norm()
+
+
+REFUSED: dict[str, tuple[tuple[int, ...], Any, str]] = {
+    "sum of two rows": ((3, WIDTH), lambda m, t, x: t[1] + t[2], "joins no activation"),
+    "exponential": ((5, WIDTH), lambda m, t, x: torch.exp(t), "aten.exp"),
+    "cut features": (
+        (5, WIDTH),
+        lambda m, t, x: t.view(5, 2, -1)[:, :1].expand(-1, 2, -1).flatten(1),
+        "features",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_copy_of_rows_falls_back_by_name(kind: str) -> None:
+    READINGS[kind] = (*REFUSED[kind][:2], plus)
+    x = torch.randn(4, 5, 3)
+    optimizer = mupass.KFAC(mupass.transform(Reading(kind), x, base=BASE))
+    reasons = {c.parameter: c.reason for c in optimizer.coverage() if c.treatment == "adamw"}
+    del READINGS[kind]
+    assert list(reasons) == ["table"] and REFUSED[kind][2] in reasons["table"]
+
+
 class Masked(nn.Linear):
     """A weight that is multiplied with a constant mask is no table."""
 
@@ -117,19 +290,17 @@ class Masked(nn.Linear):
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
-def test_a_masked_weight_and_a_sliced_table_fall_back_by_name() -> None:
-    class Sliced(nn.Module):
+def test_a_masked_weight_falls_back_by_name() -> None:
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.randn(9, WIDTH))
             self.inp, self.mask, self.out = nn.Linear(3, WIDTH), Masked(WIDTH), nn.Linear(WIDTH, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(torch.tanh(self.mask(torch.tanh(self.inp(x) + self.table[: x.shape[1]])))).mean(1)
+            return self.out(torch.tanh(self.mask(torch.tanh(self.inp(x))))).mean(1)
 
-    x = data("positions")
-    net = mupass.transform(Sliced().double(), x, base=BASE)
+    net = mupass.transform(Net().double(), data("positions"), base=BASE)
     optimizer = mupass.KFAC(copy.deepcopy(net))
     reasons = {c.parameter: c.reason for c in optimizer.coverage() if c.treatment == "adamw"}
-    assert list(reasons) == ["table", "mask.weight"]
-    assert "aten.slice" in reasons["table"] and "no activation" in reasons["mask.weight"]
+    assert list(reasons) == ["mask.weight"]
+    assert "no activation" in reasons["mask.weight"]

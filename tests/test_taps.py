@@ -455,7 +455,7 @@ def test_reasons_name_what_is_in_the_way() -> None:
         "norm.weight": "gain",
         "norm.bias": "shift",
         "head.weight": "linear",
-        "positions": "table shift",
+        "positions": "table",
         "odd.bias": "shift",
         "head.bias": "bias",
     }

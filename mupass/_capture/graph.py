@@ -61,6 +61,11 @@ class Capture:
     transformed: bool = False
     frozen: frozenset[str] = frozenset()
 
+    @property
+    def trained(self) -> set[Node]:
+        """Placeholders of the parameters that are trained."""
+        return {node for node, name in self.parameters.items() if name not in self.frozen}
+
 
 def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Return every parameter name -> its first name, and the first names' further names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import shape_of
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Site, Use
-from mupass._roles import contraction
+from mupass._roles import contraction, tables
 from mupass._roles.nodes import placeholders_of, tensors_among
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
@@ -42,14 +42,25 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
     for placeholder, parameter in captured.parameters.items():
         # A module that is called twice has two equal operators: one site with two sources.
         sources_of: dict[Site, list[str]] = defaultdict(list)
-        for reading in _readings(captured, placeholder):
-            if reading.reader not in captured.derivatives:  # the weight is used forwards as well
-                site, source = _site(reading)
-                sources_of[site].append(source)
+        for site, source in _sites(captured, placeholder):
+            sources_of[site].append(source)
         sites_of[parameter] = tuple(
             replace(site, sources=tuple(sources)) for site, sources in sources_of.items()
         )
     return sites_of
+
+
+def _sites(captured: Capture, placeholder: Node) -> list[Found]:
+    """Return how every operator uses a parameter."""
+    # In derivatives the weight is used forwards as well.
+    readings = [r for r in _readings(captured, placeholder) if r.reader not in captured.derivatives]
+    found = [_site(reading) for reading in readings]
+    # x * w + y * (1 - w): one use is that of a table, so all are.
+    if any(site.kind == "table" for site, _ in found):
+        for place, (site, _) in enumerate(found):
+            if site.kind in ("gain", "shift"):
+                found[place] = _table(readings[place])
+    return found
 
 
 def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, Node]]:
@@ -83,6 +94,8 @@ class _Reading:
         reader: The operator.
         operand: What it reads: the parameter, or a copy, a transpose or a reshaped form of it.
         view: How that shows the parameter.
+        path: The operators between the parameter and the operand.
+        copied: Whether the operand has copies of entries, or of multiples of them, and no axes of a weight.
     """
 
     captured: Capture
@@ -90,6 +103,8 @@ class _Reading:
     reader: Node
     operand: Node
     view: View
+    path: tuple[Node, ...] = ()
+    copied: bool = False
 
     @property
     def name(self) -> str:
@@ -172,15 +187,26 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
         if shown is None:
             yield reading
         else:
-            yield from _onward(shown)
+            yield from _onward(replace(shown, path=(*shown.path, reader)))
 
 
 def _passed_on(reading: _Reading) -> _Reading | None:
     """Return the reading with the view that its result is; None if that is no parameter."""
     operator, shape = reading.reader, reading.shape
+    copied = replace(reading, view=None, copied=True)
+    # 1 + w moves no entry, so it is no step on their way.
+    if tables.is_affine(operator, reading.operand):
+        return copied
+    # table + mask, table + data: what is trained is joined to it later
+    other = tables.shifted_by(operator, reading.operand)
+    if other is not None and not _of(other, reading.captured.trained):
+        return copied
     # w.to(x.dtype) passes the parameter on; x.to(w.dtype) reads nothing of it.
     if reading.operand not in operator.args[:1]:
         return None
+    if reading.copied:
+        copies = traits(reading.name) & Trait.COPIES or tables.copies_entries(operator, reading.operand)
+        return reading if copies else None
     if reading.view is not None:
         turned = _view_through(operator, reading.view)
         if turned is not None:
@@ -195,7 +221,8 @@ def _passed_on(reading: _Reading) -> _Reading | None:
         # Back in the parameter's own shape its axes are known again.
         is_original = _shape(operator) == shape
         return replace(reading, view=tuple(range(len(shape))) if is_original else None)
-    return None
+    # w[:n], w[index], w.expand(batch, -1, -1), w.T.reshape(...): copies of entries
+    return copied if tables.copies_entries(operator, reading.operand) else None
 
 
 def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -235,11 +262,16 @@ def _name(node: Node) -> str:
 
 def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
+    if reading.copied:
+        return _table(reading)
     # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
     for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
         matched = pattern(reading)
         if matched is not None:
             return matched
+    # x += shift, x - shift, torch.where(mask, x, token)
+    if _joined_shape(reading) is not None:
+        return _table(reading)
     return reading.refused("uses it in a way that has no Kronecker form here")
 
 
@@ -425,33 +457,75 @@ def _along_one_axis(reading: _Reading, kind: str, activation: Node, rank: int) -
     if reading.view is None:
         shape = _shape(reading.operand)
     wide_axes = [axis for axis, size in enumerate(shape) if size > 1]
-    # x + positions: a table of at least two axes, in its own layout, that shifts or scales an activation.
-    if (
-        len(wide_axes) > 1
-        and len(shape) <= rank
-        and reading.untransposed
-        and _of_inputs(activation, reading.captured)
-    ):
-        return reading.site(f"table {kind}"), _source(activation)
-    # What is wider than the activation broadcasts that, and is no gain or shift of it.
+    # x + positions, or a shift that is wider than the activation
     if len(wide_axes) > 1 or len(shape) > rank:
-        reason = (
-            "it is a table that is added to or multiplied with what is no activation, or in another shape"
-        )
-        return reading.site("", reason=reason), ""
+        return _table(reading)
     # Of a parameter of one number the last axis stands for all; a scalar has none.
     axes = range(len(reading.shape))
     out_axes = [axis for axis in axes if reading.shape[axis] > 1] or list(axes)[-1:]
     return reading.site(kind, out_axes=tuple(out_axes)), _source(activation)
 
 
+def _table(reading: _Reading) -> Found:
+    """Match a table of which entries, copied to where activations are, are joined with them there."""
+    joined = _joined_shape(reading)
+    if joined is None:
+        return reading.refused(f"reads {_manner(reading)}, and joins no activation to it entry by entry")
+    try:
+        numbers = tables.entries(reading.shape, _moving(reading)).expand(joined)
+    except (RuntimeError, TypeError, IndexError):
+        return reading.refused(f"reads {_manner(reading)}, which follows values of activations")
+    return reading.site("table", shown=tables.axes_shown(numbers, reading.shape)), ""
+
+
+def _moving(reading: _Reading) -> list[Node]:
+    """Return the operators between a parameter and what reads it that copy entries to other places."""
+    behind, moving = reading.parameter, []
+    for operator in reading.path:
+        if not tables.is_affine(operator, behind):
+            moving.append(operator)
+        behind = operator
+    return moving
+
+
+def _manner(reading: _Reading) -> str:
+    """Say through which operators a parameter is read."""
+    if not reading.path:
+        return "it"
+    return "it through " + ", ".join([str(operator.target) for operator in reading.path])
+
+
+def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
+    """Return the shape in which the entries of a table meet activations, or None where they do not."""
+    arguments = reading.reader.args
+    places, others = reading.places(arguments), reading.others(arguments)
+    name = reading.name.removesuffix("_")
+    writes = reading.name != name and places == [0]
+    active = any(_of_inputs(other, reading.captured) for other in others)
+    if name in (*tables.JOINING, "aten.baddbmm") and len(places) == 1 and active and not writes:
+        # Of baddbmm(bias, x, w) the bias is added; x and w are factors.
+        return _shape(reading.reader) if name != "aten.baddbmm" or places == [0] else None
+    # F.scaled_dot_product_attention(q, k, v, mask): the mask is added to the scores of every sample.
+    if name == "aten.scaled_dot_product_attention" and reading.argument("attn_mask") is reading.operand:
+        query, key = _shape(others[0]), _shape(others[1])
+        return (*query[:-1], key[-2])
+    # What is copied for every sample is an activation itself, whoever reads it.
+    spread = any(_name(operator) in (*tables.SPREADING, *tables.AFFINE) for operator in _moving(reading))
+    return _shape(reading.operand) if spread and not writes else None
+
+
 def _of_inputs(node: Node, captured: Capture) -> bool:
     """Return whether a tensor depends on the inputs of the model, and not on parameters and buffers alone."""
+    return _of(node, set(captured.inputs))
+
+
+def _of(node: Node, sources: Set[Node]) -> bool:
+    """Return whether a tensor depends on one of these."""
     # A walk back over all operands, each node once.
     reached, waiting = {node}, [node]
     while waiting:
         behind = waiting.pop()
-        if behind in captured.inputs:
+        if behind in sources:
             return True
         for source in behind.all_input_nodes:
             if source not in reached:

@@ -22,7 +22,7 @@ from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 8
+VERSION = 9
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 

@@ -34,10 +34,8 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "norm shift": NORMS,
     "gain": (),
     "shift": (),
-    "table gain": (),
-    "table shift": (),
+    "table": (),
 }
-TABLES = {"table gain", "table shift"}
 VECTORS = {"gain", "shift", "norm gain", "norm shift"}
 # Of attention whose keys and values have widths of their own.
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -165,7 +163,7 @@ class _Maker:
         if kinds <= VECTORS and len(kinds) == 1:
             return self._vector(geometry, sites)
         # x + positions: a table with a row for each position.
-        if kinds <= TABLES and len(kinds) == 1:
+        if kinds == {"table"}:
             return self._table(geometry, sites)
         # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
@@ -287,26 +285,51 @@ class _Maker:
         return Block(geometry.name, kind, Matrices((size,), (0,)), (), (factor,))
 
     def _table(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
-        """Cover a table that is added to or multiplied with activations, positions and their features say."""
-        if geometry.fan_in_axes:
+        """Cover a table whose entries are copied to where activations are and joined with them there."""
+        # A look-up by an index is no product with an activation.
+        if any(use.fan_in and use.kind != "embedding" for use in geometry.uses):
             raise _Uncovered(
                 "it is a weight that is multiplied with activations before they are multiplied by it"
             )
+        features, rows = self._features(geometry, sites)
+        shown = {tuple(place for axis in features for place in site.shown[axis]) for site in sites}
+        if len(shown) > 1:
+            raise _Uncovered(f"its {len(sites)} uses act on different axes")
+        kind, key = "table", "table"
+        matrices = Matrices(geometry.shape, features, rows)
+        layer = self._layer(geometry, matrices, kind)
+        if not rows:  # one row has no A
+            matrices = Matrices((_size(geometry, features),), (0,))
+            layer = Layer("vector", 1, 0, (_size(geometry, features),), gains=(False,))
+        places = self._places(geometry, sites, key)
+        self._open(places, replace(layer, features=features, shown=shown.pop()))
+        inputs = (Factor("a", places),) if rows else ()
+        return Block(geometry.name, kind, matrices, inputs, (Factor("b", places),))
+
+    def _features(self, geometry: Geometry, sites: Sequence[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the axes of a table that are features, and those that count its rows.
+
+        Raises:
+            _Uncovered: Features are not seen as such where they meet activations, or several axes grow and no
+                other counts rows.
+        """
         # A table of shape [1, length, width] has two axes: those of size 1 are there for broadcasting.
         wide = [axis for axis, size in enumerate(geometry.shape) if size > 1]
-        # What grows are features; positions do not.
-        features = tuple(axis for axis in wide if geometry.infinite[axis]) or (wide[-1],)
+        whole = [axis for axis in wide if all(site.shown[axis] for site in sites)]
+        # What grows are features; positions do not. Without features every number is a row.
+        features = tuple(axis for axis in wide if geometry.infinite[axis])
+        if not features:
+            features = tuple(whole[-1:])
+        cut = [axis for axis in features if axis not in whole]
+        if cut:
+            raise _Uncovered(
+                f"its features, axes {cut}, are cut, picked from or mixed with others before they meet "
+                "activations"
+            )
         rows = tuple(axis for axis in wide if axis not in features)
-        kind = sites[0].kind
-        if not rows:
+        if not rows and len(features) > 1:
             raise _Uncovered("all of its axes grow, so that none of them counts rows of a table")
-        places = self._places(geometry, sites, kind)
-        matrices = Matrices(geometry.shape, features, rows)
-        layer = self._layer(geometry, matrices, "table")
-        rank = len(geometry.shape)
-        # Counted from the end, since an activation may have further axes in front.
-        self._open(places, replace(layer, features=tuple(axis - rank for axis in features)))
-        return Block(geometry.name, kind, matrices, (Factor("a", places),), (Factor("b", places),))
+        return features, rows
 
     def _single(self, geometry: Geometry, sites: Sequence[Site]) -> Block:
         """Cover a weight that all of its sites use in the same way."""

@@ -37,7 +37,9 @@ class Layer:
         block: Largest block of a factor that keeps blocks on its diagonal only; 0 for whole factors.
         reduce: Average inputs, and sum gradients, over positions within a sample (the reduce setting of
             arXiv 2311.00636) instead of taking every position for a sample (the expand setting).
-        features: Of a table, the axes of the parameter that are features, counted from the last one (-1).
+        features: Of a table, the axes of the parameter that are features; all others count its rows.
+        shown: Of a table, the axes of what meets activations along which the features stand, counted from
+            the last one (-1).
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Layer:
     reduce: bool = False
     block: int = 0
     features: tuple[int, ...] = ()
+    shown: tuple[int, ...] = ()
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the input factor: ``[groups * blocks, n, n]``, or ``[groups, n]``."""
@@ -82,14 +85,11 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         dtype: Precision of the factor.
     """
     # The rows are one-hot, and their products a diagonal: how often each row of the table was read.
-    if isinstance(form, Lookup):
-        ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
+    if isinstance(form, (Lookup, Table)):
+        read = form.input_rows(x).reshape(-1)
+        ones = torch.ones(read.numel(), dtype=dtype, device=x.device)
         counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
-        return counts.scatter_add(0, x.reshape(-1), ones).unsqueeze(0)
-    # Every row of a table is read equally often.
-    if isinstance(form, Table):
-        rows = x.numel() // layer.outputs[0]
-        return torch.full((1, layer.inputs), rows / layer.inputs, dtype=dtype, device=x.device)
+        return counts.scatter_add(0, read, ones).unsqueeze(0)
     # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
@@ -118,9 +118,6 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
-    # y = x * table: the gradient of the table is g * x, entry by entry.
-    if isinstance(form, Table) and form.gain:
-        g = g * form.input_rows(x)
     outputs = form.output_rows(g)
     samples, positions = outputs.shape[1], outputs.shape[2]
     together = layer.reduce

@@ -359,27 +359,34 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is added to or multiplied with activations.
+    """A table of which entries, copied to where activations are, are joined with them there.
 
-    It is multiplied with one-hot rows, as in a look-up that reads every row of the table equally often.
+    It is multiplied with one-hot rows, as in a look-up: what reads a row is the number of that row.
 
     Attributes:
-        features: Feature axes of the output, counted from the last one (-1).
-        gain: Whether the table multiplies.
+        features: Axes of the copies along which the features stand, counted from the last one (-1).
+        factor: What the entries were multiplied by on their way.
     """
 
     features: tuple[int, ...]
-    gain: bool
+    factor: float = 1.0
 
     def input_rows(self, x: Tensor) -> Tensor:
-        """Return what a gain multiplies, in the shape of the output: one-hot rows are never formed."""
+        """Return the numbers of the rows that were read; one-hot rows are never formed.
+
+        Args:
+            x: The number of its row for every entry of the copies.
+        """
+        for axis in self.features:
+            x = x.narrow(axis, 0, 1)
         return x
 
     def output_rows(self, g: Tensor) -> Tensor:
-        """Return ``[1, rows, 1, features]``.
+        """Return ``[1, samples, positions, features]``.
 
         Args:
-            g: Gradient of the table's entries, one for each entry of the output.
+            g: Gradient of the copies.
         """
         last = list(range(-len(self.features), 0))
-        return g.movedim(self.features, last).flatten(-len(last)).flatten(0, -2)[None, :, None]
+        rows = g.movedim(self.features, last).flatten(g.dim() - len(last)) if last else g[..., None]
+        return _rows(rows * self.factor)

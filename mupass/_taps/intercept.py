@@ -20,8 +20,8 @@ from mupass._dims.operator_traits import TRAITS, Trait
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
-from mupass._taps import recurrent
-from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted, Table
+from mupass._taps import recurrent, tables
+from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -32,6 +32,7 @@ ATTRIBUTE = "_mupass_taps"
 VIEW = "_mupass_view"
 RESHAPED = (-1,)
 SHAPE = "_mupass_shape"  # of the parameter
+COPIES = "_mupass_copies"  # what copies of a table's entries know of them
 T = Tensor
 # F.layer_norm(x, shape, gain, shift): a call may give its arguments by place or by name.
 NORMS = {  # names of their arguments, in order
@@ -99,7 +100,15 @@ class _Intercepted:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function on plain tensors, and tap its output."""
+        # Dynamo cannot call this one here.
+        if func is T.__rsub__:
+            func = torch.rsub
         with torch._C.DisableTorchFunctionSubclass():
+            if tables.has_tables(args, kwargs or {}, _copies):
+                output = tables.copied(func, args, kwargs or {}, _copies, _known)
+                if output is not None:
+                    return output
+                args, kwargs = tables.joined(func, args, kwargs or {}, _copies)
             # Fused attention and recurrences multiply by several weights inside of one call.
             # They are run in parts, so that each weight has an output of its own.
             if func is F.multi_head_attention_forward:
@@ -134,7 +143,8 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     Args:
         root: The module that the name is relative to.
         name: Name of a plain parameter, or of one that FSDP2 shards.
-        key: Kind of use: `product_key` of its axes, ``embedding``, ``gain``, ``shift``, ``q``, ``k``, ``v``.
+        key: Kind of use: `product_key` of its axes, ``embedding``, ``table``, ``gain``, ``shift``, ``q``,
+            ``k``, ``v``.
 
     Raises:
         OptimizerError: The parameter is of a class of its own.
@@ -203,6 +213,22 @@ def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
 
 def _taps(value: Any) -> dict[str, Tap] | None:
     return getattr(value, ATTRIBUTE, None) if isinstance(value, _Intercepted) else None
+
+
+def _copies(value: Any) -> tables.Copies | None:
+    """Return what copies of a table's entries know of them; None for all else, and while no one asks."""
+    tap = (_taps(value) or {}).get("table")
+    if tap is None or tap.idle or not torch.is_grad_enabled():
+        return None
+    return getattr(value, COPIES, None) or tables.Copies.of_table(value, tap)
+
+
+def _known(tensor: Tensor, copies: tables.Copies) -> Tensor:
+    """Return a tensor that knows of its entries."""
+    tapped = tensor.view_as(tensor).as_subclass(TappedView)  # a new tensor: it may be the parameter itself
+    setattr(tapped, ATTRIBUTE, {"table": copies.tap})
+    setattr(tapped, COPIES, copies)
+    return tapped
 
 
 def _view(weight: Tensor) -> tuple[int, ...]:
@@ -373,10 +399,6 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
         return output
-    # x + table: positions, say, with a vector of features for each.
-    tap = (_taps(weight) or {}).get(f"table {key}")
-    if tap is not None:
-        return _table(output, weight, activation, tap, key == "gain")
     rank = weight.dim()
     # Converted or reshaped it may be, but not transposed.
     if _view(weight) not in (tuple(range(rank)), RESHAPED):
@@ -388,16 +410,6 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
             form = Elementwise(axis - rank)
             break
     return _through(output, activation, _taps(weight), key, form)
-
-
-def _table(output: Tensor, weight: Tensor, activation: Tensor, tap: Tap, gain: bool) -> Tensor:
-    """Return a product or a sum of an activation with a table, tapped."""
-    # A table that is transposed on its way, or whose tap no optimizer has opened.
-    if _view(weight) != tuple(range(weight.dim())) or tap.layer is None:
-        return output
-    # What a shift is added to does not matter: a number stands for it, so that it need not be kept.
-    x = activation if gain else output.new_zeros(())
-    return tap.through(output, x.expand_as(output), Table(tap.layer.features, gain))
 
 
 def _normed(func: Any, bound: dict[str, Any], output: Tensor) -> Tensor:
