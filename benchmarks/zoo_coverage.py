@@ -3,9 +3,8 @@
     python -m benchmarks.zoo_coverage
 
 One line an architecture that leaves something to the fallback, then the reasons, the largest first. A matrix
-is a parameter with more than one axis longer than 1: gains, shifts and biases count among the numbers only. The
-The packages of the zoo (timm, torchvision, transformers, diffusers, torch_geometric) are needed for all;
-without one its cases are left out.
+is a parameter with more than one axis longer than 1: gains, shifts and biases count among the numbers only.
+Cases whose packages (timm, torchvision, transformers, diffusers, torch_geometric) are not there are left out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Small(nn.Module):
         self.head = nn.Linear(w, 11)
 
     def forward(self, ids: Tensor) -> Tensor:
-        h = torch.tanh(self.fc(self.norm(self.emb(ids) + 1.0 * self.pos)))  # K-FAC takes no such product
+        h = torch.tanh(self.fc(self.norm(self.emb(ids) + torch.tanh(self.pos))))  # K-FAC takes no such table
         return self.head(torch.tanh(h @ self.free))
 
 
@@ -349,7 +349,7 @@ def test_coverage_of_kfac() -> None:
     assert found["fc.weight"] == ("kfac linear", "") and found["fc.bias"] == ("kfac bias", "")
     assert found["free"] == ("kfac linear", "")
     assert found["norm.weight"] == ("kfac gain", "") and found["norm.bias"] == ("kfac shift", "")
-    assert found["pos"][0] == "adamw" and "to another parameter or a number" in found["pos"][1]
+    assert found["pos"][0] == "adamw" and "aten.tanh" in found["pos"][1]
 
 
 def test_what_is_excluded_falls_back() -> None:
