@@ -39,7 +39,7 @@ class Site:
     """How one operator uses a parameter: what a preconditioner needs to know of it.
 
     Attributes:
-        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``gain``, ``shift``,
+        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``bag``, ``gain``, ``shift``,
             ``norm gain``, ``norm shift``, ``table``, ``bias``;
             ``""`` where there is no Kronecker form.
         operator: ATen name.

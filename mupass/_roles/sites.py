@@ -264,8 +264,7 @@ def _site(reading: _Reading) -> Found:
     """Return how an operator uses a parameter: what the first pattern says that fits."""
     if reading.copied:
         return _table(reading)
-    # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
-    for pattern in (_lookup, _convolution, _product, _grouped, _recurrence, _norm, _elementwise):
+    for pattern in PATTERNS:
         matched = pattern(reading)
         if matched is not None:
             return matched
@@ -282,6 +281,20 @@ def _lookup(reading: _Reading) -> Found | None:
         return None
     # As a product with one-hot rows: the rows of the table are summed over, its columns are made.
     return reading.site("embedding", in_axes=(0,), out_axes=(1,)), _source(arguments[1])
+
+
+def _bag(reading: _Reading) -> Found | None:
+    """Match a table of which sums or means of rows are read: ``F.embedding_bag(tokens, table, offsets)``."""
+    if reading.name != "aten.embedding_bag" or reading.places(reading.reader.args) != [0]:
+        return None
+    if reading.view != (0, 1):
+        return None
+    if reading.argument("mode") == 2:
+        return reading.refused("takes the largest of its rows, entry by entry, which is no sum of them")
+    if reading.argument("scale_grad_by_freq") or reading.argument("sparse"):
+        return reading.refused("has gradients that are sparse or divided by how often a row was read")
+    # As a look-up of every row of a bag, behind which they are added up.
+    return reading.site("bag", in_axes=(0,), out_axes=(1,)), ""
 
 
 def _convolution(reading: _Reading) -> Found | None:
@@ -569,3 +582,7 @@ def _source(activation: Any) -> str:
             break
         activation = activation.args[0]
     return str(activation)
+
+
+# From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
+PATTERNS = (_lookup, _bag, _convolution, _product, _grouped, _recurrence, _norm, _elementwise)

@@ -30,6 +30,7 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "conv": (*CONVOLUTIONS, *TRANSPOSED),
     "grouped": (),
     "embedding": (nn.Embedding,),
+    "bag": (),
     "norm gain": NORMS,
     "norm shift": NORMS,
     "gain": (),
@@ -167,7 +168,7 @@ class _Maker:
             return self._table(geometry, sites)
         # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
-        if alike and (kinds in ({"conv"}, {"embedding"}, {"grouped"}) or kinds <= PRODUCTS):
+        if alike and (kinds in ({"conv"}, {"embedding"}, {"bag"}, {"grouped"}) or kinds <= PRODUCTS):
             return self._single(geometry, sites)
         # F.embedding(tokens, table), and F.linear(h, table) at the end.
         if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
@@ -335,9 +336,7 @@ class _Maker:
         """Cover a weight that all of its sites use in the same way."""
         kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
         key = product_key(in_axes, out_axes)
-        if kind == "embedding":
-            key = kind
-        elif kind == "conv":
+        if kind in ("embedding", "bag", "conv"):
             key = kind
         elif kind == "grouped":
             key = f"{kind} {key}"
@@ -346,6 +345,8 @@ class _Maker:
         # A transposed convolution has its input channels on the first axis.
         if kind == "conv" and out_axes != (0,):
             kind = "conv_transpose"
+        elif kind == "bag":
+            kind = "embedding"
         elif kind in PRODUCTS and len(geometry.shape) == 2:
             kind = "linear"
         # Groups cut the first axis themselves: fusions of a grouped kernel are not followed.

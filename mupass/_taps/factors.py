@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._taps.forms import Convolution, Elementwise, Form, Lookup, Sorted, Table
+from mupass._taps.forms import Bag, Convolution, Elementwise, Form, Lookup, Sorted, Table
 from mupass._taps.pieces import cut, pieces
 
 BAND = 128  # rows of a factor that are multiplied together
@@ -85,7 +85,7 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
         dtype: Precision of the factor.
     """
     # The rows are one-hot, and their products a diagonal: how often each row of the table was read.
-    if isinstance(form, (Lookup, Table)):
+    if isinstance(form, (Lookup, Bag, Table)):
         read = form.input_rows(x).reshape(-1)
         ones = torch.ones(read.numel(), dtype=dtype, device=x.device)
         counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)

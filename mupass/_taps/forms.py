@@ -232,6 +232,60 @@ class Lookup:
         return _rows(g)
 
 
+@dataclass(frozen=True, eq=False)
+class Bag:
+    """Rows of a table read by index and added up bag by bag, each of them times a number.
+
+    Every reading of a row counts, as in a look-up with the sum behind it.
+
+    Attributes:
+        bags: Number of the bag of every reading.
+        weights: What the row is multiplied by in every reading.
+    """
+
+    bags: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def called(arguments: Mapping[str, Any], bags: int) -> Bag:
+        """Describe a call of ``F.embedding_bag``.
+
+        Args:
+            arguments: What the function was given, by name.
+            bags: Number of bags that it returned.
+        """
+        indices, table = arguments["input"], arguments["weight"]
+        offsets, given = arguments.get("offsets"), arguments.get("per_sample_weights")
+        reading = torch.arange(indices.numel(), device=indices.device)
+        if offsets is None:  # [bags, readings of each]
+            numbers = reading // indices.shape[-1]
+        else:
+            numbers = torch.searchsorted(offsets, reading.to(offsets.dtype), right=True) - 1
+        weights = torch.ones(indices.numel(), dtype=table.dtype, device=table.device)
+        if given is not None:
+            weights = given.detach().reshape(-1)
+        # What stands for "no word" is no part of its bag.
+        padding = arguments.get("padding_idx")
+        if padding is not None:
+            weights = weights * (indices.reshape(-1) != padding % len(table))
+        if arguments.get("mode", "mean") == "mean":
+            counts = weights.new_zeros(bags).scatter_add(0, numbers, weights)
+            weights = weights / counts.clamp(min=1)[numbers]
+        return Bag(numbers, weights)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return the indices themselves: one-hot rows are never formed."""
+        return x
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[1, readings, 1, features]``.
+
+        Args:
+            g: Gradient of the bags.
+        """
+        return _rows(g[self.bags] * self.weights[:, None])
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """A gain or a shift along one axis.

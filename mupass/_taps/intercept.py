@@ -21,7 +21,7 @@ from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent, tables
-from mupass._taps.forms import Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
+from mupass._taps.forms import Bag, Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -62,6 +62,10 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
     F.linear: ((0, ("input",)), (1, ("weight",))),
     F.embedding: ((0, ("input",)), (1, ("weight",))),
 }
+BAG = (  # the arguments of F.embedding_bag, in order
+    *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
+    *("per_sample_weights", "include_last_offset", "padding_idx"),
+)
 # w * x calls Tensor.__mul__, 2 * w calls Tensor.__rmul__; w.T and w.mT are met as getters of properties.
 GAINS = (torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply)  # type: ignore[attr-defined]
 # Names: of torch, and of an operator of transformers for where torch has none.
@@ -247,6 +251,8 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     # x @ w, F.linear(x, w, bias), torch.addmm(bias, x, w), F.embedding(tokens, table)
     if func in OPERANDS:
         return _tapped_product(func, args, kwargs, output)
+    if func is F.embedding_bag:
+        return _bagged(args, kwargs, output)
     # torch.einsum("bi,oi->bo", x, w)
     if func is torch.einsum and len(args) >= 2:
         return _tapped_einsum(args, output)
@@ -296,6 +302,15 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         added = args[0] if args else kwargs["input"]
         output = _elementwise(output, left, added, "shift")
     return _product(output, left, right, func, kwargs.get("alpha", 1))
+
+
+def _bagged(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+    """Return the output of ``F.embedding_bag(tokens, table)``, tapped where the table is a parameter."""
+    bound = by_name(BAG, args, kwargs)
+    taps = _taps(bound["weight"])
+    if taps is None or "bag" not in taps or taps["bag"].idle or _view(bound["weight"]) != (0, 1):
+        return output
+    return _through(output, bound["input"], taps, "bag", Bag.called(bound, len(output)))
 
 
 def _takes_all(source: Tensor, index: Any, output: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mupass._taps.forms import Table
 from mupass._taps.leaves import Tap
+from mupass._taps.recurrent import by_name
 
 
 def _functions(names: str) -> frozenset[Any]:
@@ -192,7 +193,7 @@ def joined(
 
     places, names = [shape] * len(args), dict.fromkeys(kwargs, shape)
     if func is F.scaled_dot_product_attention:
-        bound = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        bound = by_name(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs)
         names["attn_mask"] = (*bound["query"].shape[:-1], bound["key"].shape[-2])
         places[3:4] = [names["attn_mask"]] * len(places[3:4])
     if func is F.multi_head_attention_forward:
