@@ -145,8 +145,9 @@ def axes_shown(numbers: Tensor, shape: Sequence[int]) -> tuple[tuple[int, ...], 
         orders.append(_order(positions, along, size))
     found = []
     for axis, order in enumerate(orders):
-        others = [place for other, along in enumerate(varying) if other != axis for place in along]
-        alone = not set(order) & set(others)
+        others: set[int] = set()
+        others.update(*varying[:axis], *varying[axis + 1 :])
+        alone = others.isdisjoint(order)
         found.append(tuple(place - numbers.dim() for place in order) if alone else ())
     return tuple(found)
 

@@ -293,19 +293,21 @@ class _Maker:
                 "it is a weight that is multiplied with activations before they are multiplied by it"
             )
         features, rows = self._features(geometry, sites)
-        shown = {tuple(place for axis in features for place in site.shown[axis]) for site in sites}
+        # Where the features stand in what meets activations, one feature axis after the other.
+        shown = set()
+        for site in sites:
+            shown.add(sum([site.shown[axis] for axis in features], ()))
         if len(shown) > 1:
             raise _Uncovered(f"its {len(sites)} uses act on different axes")
-        kind, key = "table", "table"
         matrices = Matrices(geometry.shape, features, rows)
-        layer = self._layer(geometry, matrices, kind)
+        layer = self._layer(geometry, matrices, "table")
         if not rows:  # one row has no A
             matrices = Matrices((_size(geometry, features),), (0,))
             layer = Layer("vector", 1, 0, (_size(geometry, features),), gains=(False,))
-        places = self._places(geometry, sites, key)
+        places = self._places(geometry, sites, "table")
         self._open(places, replace(layer, features=features, shown=shown.pop()))
         inputs = (Factor("a", places),) if rows else ()
-        return Block(geometry.name, kind, matrices, inputs, (Factor("b", places),))
+        return Block(geometry.name, "table", matrices, inputs, (Factor("b", places),))
 
     def _features(self, geometry: Geometry, sites: Sequence[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the axes of a table that are features, and those that count its rows.

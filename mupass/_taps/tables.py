@@ -23,8 +23,10 @@ from mupass._taps.recurrent import by_name
 
 def _functions(names: str) -> frozenset[Any]:
     """Return the functions of torch and the methods of tensors that have these names."""
-    found = [getattr(owner, name, None) for owner in (torch, Tensor) for name in names.split()]
-    return frozenset(function for function in found if function is not None)
+    found = set()
+    for name in names.split():
+        found |= {getattr(torch, name, None), getattr(Tensor, name, None)}
+    return frozenset(found - {None})
 
 
 # Functions whose results are copies of entries of their first argument.
