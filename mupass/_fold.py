@@ -15,6 +15,7 @@ from torch import nn
 from mupass._errors import MupassWarning, TransformError
 from mupass._records import Carrier, Geometry, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice, readout_module
+from mupass._scales.marks import unmark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
 from mupass._taps.intercept import release
@@ -104,6 +105,7 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         setattr(target, ATTRIBUTE, new_plan)
     else:
         delattr(target, ATTRIBUTE)
+        unmark(target)
     for name, reason in work.untied.items():
         modules = ", ".join(sorted({use.module for use in plan[name].geometry.readout_uses}))
         warnings.warn(

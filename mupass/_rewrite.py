@@ -12,6 +12,7 @@ from torch import nn
 from mupass._errors import MupassWarning, PlanError, TransformError
 from mupass._parallel import local
 from mupass._records import Use
+from mupass._scales.marks import mark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 
 READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -146,6 +147,7 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
     """
     # The plan comes first: hooks and optimizers find it on the model.
     setattr(model, ATTRIBUTE, plan)
+    mark(model)
     if plan.folded:  # the weights hold everything
         return
     notice = SaveNotice(type(model).__name__)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mupass._analyze import analyze
 from mupass._errors import PlanError, TransformError, kind_of, warn
-from mupass._optim.schedules import watch_model
+from mupass._optim.schedules import watch_models
 from mupass._records import Carrier, Geometry
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
@@ -365,7 +365,7 @@ def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
     with hooks_restored_on_error(model):
         attach(model)
         rewrite(model, plan, values=not trained)
-    watch_model(model)
+    watch_models()
 
 
 def _doubts(inits: Mapping[str, Init]) -> list[str]:

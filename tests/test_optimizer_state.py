@@ -82,6 +82,7 @@ def damages(entry: Entry) -> list[tuple[str, str, Callable[[Entry], Any]]]:
             "whole numbers": torch.zeros_like(value, dtype=torch.int64),
             "NaN": torch.full_like(value, math.nan),
             "infinity": torch.full_like(value, math.inf),
+            "sparse": value.to_sparse() if value.dim() else 3,
         }
         signless = ("weight", "weights", "square", "peak", "rooted", "rho", "values", "sum")
         if key.rstrip("0123456789").endswith(signless) and value.numel():
@@ -120,6 +121,7 @@ GROUPS: list[tuple[str, Any]] = [
     ("mupass_scale", 3.0),
     ("params", None),
     ("params", [0]),
+    ("params", [[]]),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -199,13 +200,56 @@ def test_no_alarm_where_nothing_is_lost() -> None:
 def test_models_and_optimizers_are_not_kept_alive() -> None:
     import gc
 
-    from mupass._optim.schedules import _roots, _watches
+    from mupass._optim.schedules import _watches
+    from mupass._scales.marks import marked_models
 
     model = mlp()
     optimizer = adamw(model)
     train(model, optimizer)
-    before = len(_roots), len(_watches)
+    before = len(marked_models()), len(_watches)
     twin = copy.deepcopy(optimizer)
     del model, optimizer, twin
     gc.collect()
-    assert len(_roots) < before[0] and len(_watches) < before[1]
+    assert len(marked_models()) < before[0] and len(_watches) < before[1]
+
+
+@pytest.mark.parametrize("name", ["deep copy", "pickle", "of a copy"])
+def test_a_copy_of_a_transformed_model_is_watched_as_well(name: str) -> None:
+    model = mlp()
+    if name == "pickle":
+        copied = pickle.loads(pickle.dumps(model))
+    else:
+        copied = copy.deepcopy(model)
+    if name == "of a copy":
+        copied = copy.deepcopy(copied)
+    assert train(copied, torch.optim.AdamW(copied.parameters(), lr=1e-3)) == [0]
+    assert train(copied, adamw(copied)) == []
+    plain = mupass.fold(copied, keep_plan=False)
+    assert train(copy.deepcopy(plain), torch.optim.AdamW(plain.parameters(), lr=1e-3)) == []
+
+
+def test_groups_that_were_made_for_another_optimizer_are_told() -> None:
+    for made_for, cls, told in [
+        ("adamw", torch.optim.SGD, [0]),
+        ("sgd", torch.optim.AdamW, [0]),
+        ("adam", torch.optim.AdamW, []),  # the same rates
+        ("adam", torch.optim.RMSprop, []),  # a class without a row of its own
+        ("sgd", torch.optim.SGD, []),
+    ]:
+        model = mlp()
+        groups = mupass.param_groups(model, lr=1e-3, optimizer=made_for)
+        assert train(model, cls(groups)) == told, (made_for, cls)
+    model = mlp(base=256)  # no factors, nothing to lose
+    assert train(model, torch.optim.SGD(mupass.param_groups(model, lr=1e-3))) == []
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+def test_a_parameter_that_was_replaced_is_told_once(make: Make) -> None:
+    model = mlp()
+    optimizer = make(model)
+    assert train(model, optimizer) == []
+    model[4] = nn.Linear(256, 4)
+    assert train(model, optimizer) == [0]
+    frozen = mlp()
+    frozen[2].requires_grad_(False)
+    assert train(frozen, make(frozen)) == []

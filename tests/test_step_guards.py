@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import Counter
@@ -550,3 +551,118 @@ def test_a_solved_task_stays_solved(seed: int, options: dict[str, Any]) -> None:
     assert solved < 400
     assert max(losses[solved:]) < 0.1
     assert losses[-1] < 1e-6
+
+
+# Parameters that the optimizer does not know ---------------------------------------------------------------
+
+
+@all_
+def test_parameters_that_came_later_are_told_by_name(cls: Any) -> None:
+    def told() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(net, optimizer, range(2))
+        return [str(w.message) for w in caught]
+
+    net = make()
+    optimizer = cls(net, 0.01)
+    assert told() == []
+    net.fc = nn.Linear(net.fc.in_features, net.fc.out_features).double()
+    (weight, bias) = told()
+    assert "fc.weight was replaced" in weight and "fc.bias was replaced" in bias
+    assert told() == []
+    net.fc = nn.Sequential(net.fc, nn.Linear(net.fc.out_features, net.fc.out_features, bias=False).double())
+    (text,) = [text for text in told() if "fc.1" in text]
+    assert "fc.1.weight was added to the model" in text
+
+
+@all_
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *[("lr", torch.tensor(v)) for v in (math.nan, math.inf, -1.0)],
+        ("lr", torch.ones(2)),
+        *[("lr", v) for v in (None, "0.1", 1j, [0.1])],
+        ("weight_decay", torch.tensor(math.nan)),
+        *[("mupass_scale", v) for v in (None, math.nan, torch.tensor(math.inf))],
+        *[("betas", v) for v in ((math.nan, 0.9), (0.9, 1.5), (0.9,), 0.9, None)],
+        *[("eps", v) for v in (math.nan, None, torch.tensor(math.nan))],
+    ],
+)
+def test_numbers_of_groups_are_refused_in_any_form(cls: Any, key: str, value: Any, which: int) -> None:
+    net = make()
+    optimizer = cls(net, 0.01, fallback_lr=1e-3)
+    train(net, optimizer, range(2))
+    group = optimizer.param_groups[which]
+    if key not in group:
+        return
+    group[key], before = value, values(net)
+    with pytest.raises(mupass.OptimizerError, match=f"{key} of group"):
+        train(net, optimizer, range(1))
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+@all_
+def test_a_rate_in_a_tensor_is_a_rate(cls: Any) -> None:
+    nets = []
+    for lr in (0.01, torch.tensor(0.01)):
+        net = make()
+        optimizer = cls(net, 0.01, fallback_lr=1e-3)
+        for group in optimizer.param_groups:
+            if group["lr"] == 0.01:
+                group["lr"] = lr
+        train(net, optimizer, range(3))
+        nets.append(values(net))
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value)
+
+
+@all_
+def test_what_is_no_closure_is_refused(cls: Any) -> None:
+    net = make()
+    optimizer = cls(net, 0.01)
+    with pytest.raises(mupass.OptimizerError, match="a function that runs the model"):
+        optimizer.step(torch.zeros(()))
+
+
+@all_
+def test_a_state_with_layers_that_were_thawed_goes_on(cls: Any) -> None:
+    def start() -> tuple[nn.Module, Any]:
+        net = make()
+        net.fc.requires_grad_(False)
+        optimizer = cls(net, 0.01)
+        net.fc.requires_grad_(True)
+        return net, optimizer
+
+    net, optimizer = start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(net, optimizer, range(2))
+        weights, state = values(net), copy.deepcopy(optimizer.state_dict())
+        train(net, optimizer, range(2, 4))
+        again, resumed = start()
+        again.load_state_dict(weights, strict=False)
+        resumed.load_state_dict(state)
+        train(again, resumed, range(2, 4))
+    assert_equal(again, net)
+    frozen, optimizer = start()
+    frozen.fc.requires_grad_(False)
+    with pytest.raises(mupass.OptimizerError, match="must be so before its state is loaded"):
+        optimizer.load_state_dict(state)
+
+
+@all_
+def test_an_expanded_parameter_is_refused_by_name(cls: Any) -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.gain = nn.Parameter(torch.ones(1).expand(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x)) * self.gain)
+
+    net = mupass.transform(Gain(), torch.randn(4, 6), base=16)
+    with pytest.raises(mupass.OptimizerError, match="gain is expanded"):
+        cls(net)

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import MupassWarning, OptimizerError
-from mupass._optim.checks import Coverage, Covered, check_choice, check_number
+from mupass._errors import MupassWarning, OptimizerError, kind_of
+from mupass._optim.checks import (
+    Coverage,
+    Covered,
+    check_betas,
+    check_choice,
+    check_number,
+)
 from mupass._optim.fallback import (
     adam_rate,
     average_state,
@@ -97,6 +103,8 @@ class PlannedOptimizer(BoundOptimizer):
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None  # steps since the last report, on the device
+        self._idle: frozenset[str] = frozenset()  # parameters without a gradient in the last step
+        self._strangers: set[str] = set()  # parameters that were told not to be trained
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
         self._find_parameters()
         treatments, reasons = self._assign()
@@ -128,6 +136,11 @@ class PlannedOptimizer(BoundOptimizer):
         self._overrides = _checked_overrides(self._training.overrides, self._numbers)
         self._unfit: dict[str, str] = {}
         for parameter, name in self.names.items():
+            if _overlaps(parameter):
+                raise OptimizerError(
+                    f"{name} is expanded: entries share memory and cannot be moved apart. Make the parameter "
+                    "of tensor.expand(...).clone()"
+                )
             reason = _unfit(parameter)
             if reason:
                 self._unfit[name] = reason
@@ -371,11 +384,17 @@ class PlannedOptimizer(BoundOptimizer):
         # With a closure the gradients are made now, and checked like any others.
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise OptimizerError(
+                    f"step() takes a function that runs the model and returns the loss, or nothing, not "
+                    f"{kind_of(closure)}"
+                )
             with torch.enable_grad():
                 loss = closure()
         # Some trainers put other tensors into the groups, or thaw layers, between steps.
         self._adopt_swapped()
         self._adopt_thawed()
+        self._tell_replaced()
         self._check_groups()
         self._check_gradients()
         self._unscale()
@@ -572,18 +591,47 @@ class PlannedOptimizer(BoundOptimizer):
     def _replaced(self, name: str, new: Tensor) -> None:
         """Take notice of a parameter that is another tensor now."""
 
-    def _adopt_thawed(self) -> None:
-        """Let the fallback train parameters that were frozen when the optimizer was made."""
-        for parameter, name in list(self._frozen.items()):
-            # Without a gradient yet there is nothing to train.
-            if not parameter.requires_grad or parameter.grad is None:
-                continue
+    def _adopt_thawed(self, wanted: int | None = None) -> None:
+        """Let the fallback train parameters that were frozen when the optimizer was made.
+
+        Args:
+            wanted: How many have to be thawed, whether they have gradients or not; None for those that have.
+        """
+        thawed = [(p, name) for p, name in self._frozen.items() if p.requires_grad]
+        if wanted is None:
+            thawed = [(p, name) for p, name in thawed if p.grad is not None]
+        elif len(thawed) != wanted:
+            return
+        for parameter, name in thawed:
             del self._frozen[parameter]
             self._add_to_fallback(parameter, name)
             warnings.warn(
                 f"mupass.{type(self).__name__}: {name} was frozen when the optimizer was made; "
                 f"{self.fallback.name} trains it from now on. Make the optimizer anew to have it "
                 "preconditioned",
+                MupassWarning,
+                stacklevel=4,
+            )
+
+    def _tell_replaced(self) -> None:
+        """Warn of parameters that came into the model after the optimizer was made: it does not move them.
+
+        The model is looked through where a known parameter has no gradient, as one that was replaced has
+        none, in the first ``report_every`` steps, and once in as many later.
+        """
+        idle = frozenset(name for p, name in self.names.items() if p.grad is None)
+        if idle == self._idle and self._steps >= self.report_every and self._steps % self.report_every:
+            return
+        self._idle = idle
+        for name, parameter in self.root.named_parameters():
+            known = parameter in self.names or parameter in self._frozen
+            if known or parameter.grad is None or name in self._strangers:
+                continue
+            self._strangers.add(name)
+            came = "was replaced" if name in self._numbers else "was added to the model"
+            warnings.warn(
+                f"mupass.{type(self).__name__}: {name} {came} after the optimizer was made, which does not "
+                f"train it: make the optimizer anew{'' if name in self._numbers else ', after transform'}",
                 MupassWarning,
                 stacklevel=4,
             )
@@ -607,8 +655,12 @@ class PlannedOptimizer(BoundOptimizer):
         for number, group in enumerate(self.param_groups):
             description = f"of group {number} ({self._members[number][0]})"
             for key, high in BOUNDS.items():
-                if key in group and not isinstance(group[key], Tensor):
-                    check_number(f"{key} {description}", group[key], 0, high)
+                check_number(f"{key} {description}", _readable(group.get(key, 0.0)), 0, high)
+            if "betas" in group:
+                betas = group["betas"]
+                if isinstance(betas, (list, tuple)):
+                    betas = [_readable(beta) for beta in betas]
+                check_betas(f"betas {description}", betas)
             # A scheduler such as OneCycleLR may set momentum on a group that was made without it.
             if group["momentum"] and self._lacks_momentum(group):
                 raise OptimizerError(
@@ -736,6 +788,10 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: It is the state of another optimizer, of another version, or damaged. This
                 optimizer is then as it was.
         """
+        # Layers that were thawed in the run that was saved have groups of their own.
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if isinstance(groups, list) and len(groups) > len(self.param_groups):
+            self._adopt_thawed(len(groups) - len(self.param_groups))
         # All is checked before anything is copied.
         copy_state(self, *check_state(self, self.names, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
@@ -789,6 +845,20 @@ def _extremes(gradients: list[Tensor]) -> list[Tensor]:
         return extremes
     # One kernel for many gradients; on a CPU it takes ten times as long as the other.
     return list(torch._foreach_norm(gradients, math.inf))
+
+
+def _readable(value: Any) -> Any:
+    """Return the number in a tensor on the CPU; zero where an accelerator would be waited for."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    return value.item() if value.device.type == "cpu" else 0.0
+
+
+def _overlaps(parameter: Tensor) -> bool:
+    """Return whether several entries of a parameter are one place in memory."""
+    part = local(parameter)
+    pairs = zip(part.shape, part.stride(), strict=True)
+    return bool(part.numel()) and any(size > 1 and not stride for size, stride in pairs)
 
 
 def _unfit(parameter: Tensor) -> str:

@@ -30,6 +30,37 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
     return float(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False.
+
+    Args:
+        name: What to call it in the error.
+        value: The flag.
+
+    Raises:
+        OptimizerError: It is something else: the text ``"no"`` would count as yes.
+    """
+    if not isinstance(value, bool):
+        raise OptimizerError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Check the weights of the past of Adam's two averages.
+
+    Args:
+        name: What to call them in the error.
+        betas: The weights.
+
+    Raises:
+        OptimizerError: They are not two numbers from 0 to 1.
+    """
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise OptimizerError(f"{name} must be two numbers, not {betas!r}")
+    for beta in betas:
+        check_number(name, beta, 0, 1)
+
+
 def check_period(name: str, value: Any) -> int:
     """Return a number of steps, at least 1.
 

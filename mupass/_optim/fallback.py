@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupass._errors import OptimizerError
-from mupass._optim.checks import check_choice, check_number
+from mupass._optim.checks import check_betas, check_choice, check_number
 
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
 EPSILON = 1e-8  # at the base width
@@ -69,10 +68,7 @@ class Fallback:
         check_choice("fallback", self.name, FALLBACKS)
         if self.lr is not None:
             check_number("fallback_lr", self.lr)
-        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise OptimizerError(f"betas must be two numbers, not {self.betas!r}")
-        for beta in self.betas:
-            check_number("betas", beta, 0, 1)
+        check_betas("betas", self.betas)
         check_number("eps", self.eps)
         check_number("momentum", self.momentum, 0, 1)
         if self.weight_decay is not None:

@@ -9,6 +9,7 @@ from torch import nn
 from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number
+from mupass._optim.schedules import FAMILY, SCALE
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
 from mupass._scales.scales import Scales, rounded
@@ -100,7 +101,8 @@ def param_groups(
                 "params": [],
                 "lr": lr * scales.lr,
                 "weight_decay": weight_decay * decay,
-                "mupass_scale": scales.lr,
+                SCALE: scales.lr,
+                FAMILY: spec.name,
             }
             if adaptive:
                 groups[key]["eps"] = epsilon * scales.epsilon

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_period, check_words
+from mupass._optim.checks import check_flag, check_number, check_period, check_words
 from mupass._optim.clipping import GradientScale
 from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.curvature import Curvature
@@ -191,7 +191,7 @@ class KFAC(PlannedOptimizer):
         self._options = Options(
             reduce=sharing == "reduce",
             diagonal_above=check_period("diagonal_above", diagonal_above),
-            norms=norms,
+            norms=check_flag("norms", norms),
             exclude=check_words("exclude", exclude),
             block=block_size or 0,
         )
@@ -202,6 +202,8 @@ class KFAC(PlannedOptimizer):
         self.stagger, self.ekfac = stagger, ekfac
         self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
         self.step_bound, self.kl_clip = bounds.step, bounds.kl
+        if loss_scale is not None and not callable(loss_scale) and not check_number("loss_scale", loss_scale):
+            raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
         self.loss_scale = loss_scale
         self._ranks = self._sharing(model, data_parallel)
         if e_b and None in (loss_terms, loss_scale) and plan_of(model)[1].stage:
@@ -210,7 +212,7 @@ class KFAC(PlannedOptimizer):
                 "averages over (samples for a classifier, tokens for a language model), and loss_scale=, the "
                 "number of micro-batches if the schedule divides gradients by it (torch's do), or else 1"
             )
-        self._compiled = Compiled(compile)
+        self._compiled = Compiled(compile if compile is None else check_flag("compile", compile))
         training = Training(
             momentum,
             weight_decay,

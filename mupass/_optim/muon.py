@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.checks import check_choice, check_flag, check_number, check_period
 from mupass._optim.fallback import Fallback
 from mupass._optim.linalg.polar import Quintic, orthogonalize, product_dtype, quintics
 from mupass._optim.linalg.spectral import with_norm_of
@@ -118,8 +118,10 @@ class Muon(MatrixOptimizer):
         stochastic_rounding: bool = False,
         strict: bool = False,
     ) -> None:
-        self.nesterov, self.adaptive, self.product_dtype = nesterov, adaptive, product_dtype
-        self.normuon = normuon
+        self.nesterov = check_flag("nesterov", nesterov)
+        self.adaptive = check_flag("adaptive", adaptive)
+        self.normuon = check_flag("normuon", normuon)
+        self.product_dtype = product_dtype
         if adaptive and (normuon or adjust not in (None, "spectral")):
             raise OptimizerError(
                 "adaptive=True is AdaMuon, which brings every entry to 1 and has Adam's rates already: leave "

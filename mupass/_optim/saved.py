@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mupass._errors import OptimizerError, is_number
-from mupass._optim.checks import check_number, check_period
+from mupass._optim.checks import check_betas, check_number, check_period
 from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
 from mupass._parallel import is_sharded, local, sharded_like
 
 VERSION = 5
 # Keys of groups that must not be negative, with what they must stay below.
-NUMBERS = {**BOUNDS, "eps": math.inf, "mupass_seed": math.inf}
+NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = (
@@ -76,7 +76,8 @@ def check_state(
         _check_kind(f"group {number}", group, own_groups[0]["mupass_kind"])
     if len(groups) != len(own_groups):
         raise OptimizerError(
-            f"the state has {len(groups)} parameter groups; this {class_name} has {len(own_groups)}"
+            f"the state has {len(groups)} parameter groups; this {class_name} has {len(own_groups)}. "
+            "Layers that were thawed in the run that was saved must be so before its state is loaded"
         )
     # Keys of the state are those that the groups list as their parameters.
     settings, listed_keys, states = [], set(), {}
@@ -96,6 +97,9 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
     """Refuse a group of another optimizer, or what is no group."""
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
         raise OptimizerError(f"{where} of the state is damaged: no parameters")
+    for key in group["params"]:
+        if not isinstance(key, (int, str)):
+            raise OptimizerError(f"{where} of the state is damaged: {key!r} stands for no parameter")
     # Class, spec and format in one text.
     kind = group.get("mupass_kind")
     if kind != ours:
@@ -126,19 +130,11 @@ def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
                 value = value.item()
             check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
-        _check_betas(where, theirs["betas"])
+        check_betas(f"betas of {where} of the state", theirs["betas"])
     steps = theirs["mupass_steps"]
     if not (isinstance(steps, int) and steps == 0):
         check_period(f"mupass_steps of {where} of the state", steps)
     return {key: value for key, value in theirs.items() if key != "params"}
-
-
-def _check_betas(where: str, betas: Any) -> None:
-    """Check the weights of the past of Adam's two averages."""
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
-        raise OptimizerError(f"betas of {where} of the state must be two numbers, not {betas!r}")
-    for beta in betas:
-        check_number(f"betas of {where} of the state", beta, 0, 1)
 
 
 def _same(theirs: Any, ours: Any) -> bool:
@@ -164,6 +160,8 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
         value, where = theirs[key], f"{key!r} in the state of {name}"
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             raise OptimizerError(f"{where} is no tensor of floating point numbers")
+        if value.layout != torch.strided:
+            raise OptimizerError(f"{where} is a sparse tensor")
         if value.shape != own_tensor.shape:
             raise OptimizerError(
                 f"{where} has shape {tuple(value.shape)}; this optimizer's {tuple(own_tensor.shape)}"

@@ -13,18 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mupass._errors import MupassWarning
+from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
 
 TOLERANCE = 1e-4  # of ratios, relative
 SCALE = "mupass_scale"
+FAMILY = "mupass_optimizer"  # row of the scale table that groups were made for
 LAYER = "lr_scale"  # what schedules of timm multiply the rate of a group by: layer decay
 
 
@@ -36,27 +38,25 @@ class RateWatch:
         start: Of each watched group.
         groups: The list of groups that they belong to; loading a state makes a new one.
         own: Whether the optimizer is one of mupass, whose ``lr`` is without the width factor.
-        done: Whether there is nothing more to say.
+        done: Whether there is nothing more to say of rates.
+        planned: Whether groups are of `mupass.param_groups`, in an optimizer that is not of mupass.
+        idle: Identities of its parameters that had no gradient in the last step.
     """
 
     start: dict[int, float]
     groups: int
     own: bool = False
     done: bool = False
+    planned: bool = False
+    idle: frozenset[int] = frozenset()
 
 
-_roots: WeakSet[nn.Module] = WeakSet()
 _watches: WeakKeyDictionary[torch.optim.Optimizer, RateWatch] = WeakKeyDictionary()
 _hooked: list[Any] = []
 
 
-def watch_model(root: nn.Module) -> None:
-    """Notice optimizers that are made of a transformed model's parameters without its plan.
-
-    Args:
-        root: The transformed module.
-    """
-    _roots.add(root)
+def watch_models() -> None:
+    """Notice optimizers that are made of a transformed model's parameters without its plan."""
     if not _hooked:
         _hooked.append(register_optimizer_step_pre_hook(_before_step))
 
@@ -69,8 +69,7 @@ def watch_rates(optimizer: torch.optim.Optimizer) -> None:
     """
     rates = _rates(optimizer.param_groups)
     _watches[optimizer] = RateWatch(rates, id(optimizer.param_groups), own=True)
-    if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(_before_step))
+    watch_models()
 
 
 def check_rates(optimizer: torch.optim.Optimizer) -> None:
@@ -100,6 +99,9 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     check_rates(optimizer)
+    watch = _watches[optimizer]
+    if watch.planned:
+        _check_members(optimizer, watch)
 
 
 def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
@@ -111,6 +113,8 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         watch.done = True
         _check_planned(optimizer)
         return watch
+    watch.planned = True
+    _check_family(optimizer)
     # Schedules of timm multiply a group's rate by its layer's factor.
     layered = {number: scale * _layer_factor(groups[number]) for number, scale in scales.items()}
     rates = {number: rate for number, rate in _rates(groups).items() if number in scales}
@@ -136,10 +140,7 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             rates[parameter], group_of[parameter] = _rate(group), number
-    for root in list(_roots):
-        plan: Plan | None = vars(root).get(ATTRIBUTE)
-        if plan is None:
-            continue
+    for root, plan in _planned_models():
         scaled = plan.for_optimizer(_family(optimizer))
         own_rates: list[float] = []
         without_layers: list[float] = []
@@ -161,6 +162,62 @@ def _check_planned(optimizer: torch.optim.Optimizer) -> None:
         if mixed or (one_rate and not _equal(list(factors.values()))):
             _tell_unplanned(optimizer, root, factors)
             return
+
+
+def _planned_models() -> list[tuple[nn.Module, Plan]]:
+    """Return the transformed models that are alive, with their plans."""
+    return [(root, vars(root)[ATTRIBUTE]) for root in marked_models() if ATTRIBUTE in vars(root)]
+
+
+def _check_family(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of groups that were made for another optimizer, where its width factors differ."""
+    name = type(optimizer).__name__
+    exact = [row.name for row in OPTIMIZERS.values() if row.torch_class == name]
+    made_for = {str(group[FAMILY]) for group in optimizer.param_groups if FAMILY in group}
+    if not exact or len(made_for) != 1 or made_for == set(exact):
+        return
+    (other,), (own,) = made_for, exact
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for root, plan in _planned_models():
+        planned = plan.for_optimizer(own)
+        for parameter_name, parameter in root.named_parameters():
+            group = groups.get(parameter)
+            if group is None or SCALE not in group or parameter_name not in planned:
+                continue
+            right = planned[parameter_name].scales.lr
+            if not _equal([right, float(group[SCALE])]):
+                warnings.warn(
+                    f"{name} is given groups that mupass.param_groups made for {other}: {parameter_name} has "
+                    f"the rate times {float(group[SCALE]):.3g}, and {own} wants {right:.3g}. Write "
+                    f'mupass.param_groups(model, lr=..., optimizer="{own}")',
+                    MupassWarning,
+                    stacklevel=5,
+                )
+                return
+
+
+def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
+    """Warn where parameters of the model were replaced after the groups were made."""
+    members = {p for group in optimizer.param_groups for p in group["params"]}
+    # A tensor that the model does not use any more gets no gradient.
+    idle = frozenset(id(p) for p in members if p.grad is None)
+    if idle == watch.idle:
+        return
+    watch.idle = idle
+    for root, plan in _planned_models():
+        now = dict(root.named_parameters())
+        gone = {p for p in members if id(p) in idle}.difference(now.values())
+        if not gone or members.isdisjoint(now.values()):
+            continue
+        names = [n for n, p in now.items() if n in plan and p not in members and p.grad is not None]
+        if names:
+            warnings.warn(
+                f"{type(optimizer).__name__}: {', '.join(names)} came into the {type(root).__name__} in the "
+                "place of what was there when its groups were made, and is not trained: make the optimizer "
+                "anew",
+                MupassWarning,
+                stacklevel=4,
+            )
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
@@ -216,9 +273,9 @@ def _layer_factor(group: dict[str, Any]) -> float:
 def _rate(group: dict[str, Any]) -> float | None:
     """Return a group's rate; None where it has none, or one that an accelerator would be waited for."""
     lr = group.get("lr")
-    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
-        return None
-    return float(lr)
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
+        return float(lr)
+    return float(lr) if isinstance(lr, (int, float)) else None
 
 
 def _rates(groups: Sequence[dict[str, Any]]) -> dict[int, float]:

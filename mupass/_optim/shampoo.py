@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
-from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.checks import check_choice, check_flag, check_number, check_period
 from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.factor_stack import AT_ONCE, growth
 from mupass._optim.linalg.packed import pack, packed_diagonal, packed_size, unpack
@@ -141,7 +141,7 @@ class Shampoo(MatrixOptimizer):
         self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
         self.damping_memory = check_number("damping_memory", damping_memory, 0, 1)
         self.sides = check_choice("sides", sides, SIDES)
-        self._staggered = staggered
+        self._staggered = check_flag("staggered", staggered)
         check_choice("kernels", kernels, KERNELS)
         check_choice("graft", graft, GRAFTS)
         self.graft_beta2 = check_number("graft_beta2", graft_beta2, 0, 1)

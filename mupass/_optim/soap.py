@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.checks import check_choice, check_flag, check_number, check_period
 from mupass._optim.fallback import EPSILON, Fallback
 from mupass._optim.linalg.packed import packed_size, unpack
 from mupass._optim.linalg.roots import eigenbases
@@ -112,7 +112,8 @@ class SOAP(MatrixOptimizer):
         if eigh_every:
             self.eigh_every = check_period("eigh_every", eigh_every)
         check_choice("kernels", kernels, KERNELS)
-        self._staggered, self.report_every = staggered, self.basis_every
+        self._staggered = check_flag("staggered", staggered)
+        self.report_every = self.basis_every
         layout = Layout(
             roles,
             compile,

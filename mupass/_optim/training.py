@@ -6,13 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mupass._optim.checks import check_choice, check_number
+from mupass._optim.checks import check_choice, check_flag, check_number
 from mupass._optim.fallback import Fallback
 
 MOMENTUM_OF = ("gradients", "directions")
 DECAYED = ("all", "matrices")
 # Numbers of a parameter group that must not be negative, with what they must stay below.
-BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "damping": math.inf, "momentum": 1.0}
+BOUNDS = {
+    "lr": math.inf,
+    "weight_decay": math.inf,
+    "damping": math.inf,
+    "momentum": 1.0,
+    "eps": math.inf,
+    "mupass_scale": math.inf,
+    "mupass_epsilon": math.inf,
+}
 
 
 @dataclass(frozen=True)
@@ -47,3 +55,5 @@ class Training:
         check_number("weight_decay", self.weight_decay)
         check_choice("decay", self.decay, DECAYED)
         check_choice("momentum_of", self.momentum_of, MOMENTUM_OF)
+        check_flag("stochastic_rounding", self.stochastic_rounding)
+        check_flag("strict", self.strict)

@@ -10,6 +10,7 @@ from torch import nn
 
 from mupass._errors import StudyError
 from mupass._fold import strip
+from mupass._scales.marks import unmark
 from mupass._scales.plan import ATTRIBUTE, plan_of
 
 
@@ -66,6 +67,7 @@ def undo(model: nn.Module) -> None:
                 parameters[entry.geometry.name].div_(entry.init_factor)
     strip(root)
     delattr(root, ATTRIBUTE)
+    unmark(root)
 
 
 def _check(source: nn.Module, root: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mupass._errors import OptimizerError
-from mupass._optim.checks import check_choice, check_number, check_period
+from mupass._optim.checks import check_choice, check_flag, check_number, check_period
 from mupass._optim.kronecker.damping import MODES
 
 
@@ -94,10 +94,9 @@ class Bounds:
     kl: float | None
 
     def __post_init__(self) -> None:
-        if self.step is not None:
-            check_number("step_bound", self.step)
-        if self.kl is not None:
-            check_number("kl_clip", self.kl)
+        for name, bound in {"step_bound": self.step, "kl_clip": self.kl}.items():
+            if bound is not None and not check_number(name, bound):
+                raise OptimizerError(f"{name}=0 would let nothing move: None is no bound")
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,8 @@ class Roots:
         check_number("e_a", self.power_a)
         check_number("e_b", self.power_b)
         check_period("root_every", self.every)
+        check_flag("stagger", self.stagger)
+        check_flag("ekfac", self.ekfac)
         pi = self.damping.mode == "pi"
         if self.ekfac and (self.powers != (1, 1) or pi):
             raise OptimizerError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_words
+from mupass._optim.checks import check_flag, check_words
 from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
@@ -52,6 +52,9 @@ class Layout:
         unknown = set(check_words("roles", self.roles)) - set(ROLES)
         if unknown:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
+        if self.compile is not None:
+            check_flag("compile", self.compile)
+        check_flag("spectral", self.spectral)
 
 
 class MatrixOptimizer(PlannedOptimizer):
