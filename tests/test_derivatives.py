@@ -128,3 +128,22 @@ def test_what_fails_under_a_transform_says_so() -> None:
 
     with pytest.raises(mupass.CaptureError, match=r"under a transform of torch\.func \(vmap, grad, jvp\)"):
         mupass.analyze(Fails(), randn(2, 3))
+
+
+def test_kfac_refuses_a_model_that_is_all_under_torch_func() -> None:
+    # Its taps see nothing there: it would leave every weight at rest.
+    torch.manual_seed(0)
+    model, x = Energy("grad"), torch.randn(8, 4, 3)
+    mupass.transform(model, x, base=16)
+    optimizer = mupass.KFAC(model)
+    with pytest.warns(mupass.MupassWarning), pytest.raises(mupass.OptimizerError, match="SOAP"):
+        model(x).square().mean().backward()
+        optimizer.step()
+    with pytest.warns(mupass.MupassWarning, match="all go to adamw"):
+        rest = mupass.KFAC(model, exclude=["*"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rest.zero_grad()
+    model(x).square().mean().backward()
+    rest.step()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "head.weight" in moved

@@ -108,3 +108,40 @@ def test_kfac_names_the_weights_that_it_does_not_see(name: str) -> None:
     left = {c.parameter: c for c in mupass.KFAC(model, lr=0.01).coverage() if c.treatment == "adamw"}
     assert set(left) == {"2.weight", "4.weight"}
     assert all(c.reason for c in left.values())
+
+
+@pytest.mark.parametrize("how", ["addmm_", "baddbmm_", "addbmm_"])
+def test_products_that_are_added_in_place_are_seen(how: str) -> None:
+    class InPlace(nn.Module):
+        def __init__(self, in_place: bool):
+            super().__init__()
+            self.in_place = in_place
+            self.enter, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.enter(x))
+            if not self.in_place:
+                return self.head(h + h @ self.weight)
+            if how == "addmm_":
+                return self.head(h.clone().addmm_(h, self.weight))
+            if how == "baddbmm_":
+                return self.head(h[None].clone().baddbmm_(h[None], self.weight[None])[0])
+            return self.head(h.clone().addbmm_(h[None], self.weight[None]))
+
+    x, moved = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        net = mupass.transform(InPlace(in_place).double(), x, base=16)
+        optimizer = mupass.KFAC(net, lr=0.01, kl_clip=None, damping_floor=0.0)
+        before = net.weight.detach().clone()
+        net(x).square().mean().backward()
+        optimizer.step()
+        treated = {c.parameter: c.treatment for c in optimizer.coverage()}
+        moved.append((treated["weight"], net.weight.detach() - before))
+    (plain, right), (found, move) = moved
+    if how == "addmm_":
+        assert found == plain == "kfac linear"
+    if found == plain:
+        torch.testing.assert_close(move, right)
+    assert move.norm() > 0

@@ -200,3 +200,62 @@ def test_packed_sequences_have_the_roles_of_padded_ones(kind: type[nn.RNNBase], 
     for one, other in zip(padded.geometries, packed.geometries, strict=True):
         assert (other.role, other.infinite, other.dims) == (one.role, one.infinite, one.dims), one.name
         assert (other.ambiguous, other.fusions) == (one.ambiguous, one.fusions), one.name
+
+
+class OneEinsum(nn.Module):
+    """A product of several weights in one einsum, or one after the other."""
+
+    def __init__(self, how: str, one: bool, d: int = 24):
+        super().__init__()
+        self.how, self.one = how, one
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(d, 3)
+        self.up, self.gate = (nn.Parameter(torch.randn(d, 2 * d) / d**0.5) for _ in range(2))
+        self.gain = nn.Parameter(torch.ones(2 * d))
+        self.square = nn.Parameter(torch.randn(2 * d, 2 * d) / d**0.5)
+        self.down = nn.Parameter(torch.randn(2 * d, d) / d**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        up = torch.einsum("bi,if->bf", h, self.up)
+        sums = {
+            "two layers": ("bi,if,fo->bo", (h, self.up, self.down), up),
+            "three layers": ("bi,if,fg,go->bo", (h, self.up, self.square, self.down), up @ self.square),
+            "gain": ("bi,if,f,fo->bo", (h, self.up, self.gain, self.down), up * self.gain),
+            "gate": ("bi,bj,if,jf,fo->bo", (h, h, self.up, self.gate, self.down), up * (h @ self.gate)),
+            "chain": (None, (h, self.up, self.square, self.down), up @ self.square),
+        }
+        equation, operands, hidden = sums[self.how]
+        if not self.one:
+            return self.head(hidden @ self.down)
+        if equation is None:
+            return self.head(torch.linalg.multi_dot(operands))
+        return self.head(torch.einsum(equation, *operands))
+
+
+@pytest.mark.parametrize("how", ["two layers", "three layers", "gain", "gate", "chain"])
+def test_one_einsum_is_its_products_one_after_the_other(how: str) -> None:
+    one, several = (mupass.analyze(OneEinsum(how, one), randn(4, 5)) for one in (True, False))
+    for right in several.geometries:
+        found = one[right.name]
+        for verdict in ("infinite", "role", "fan_in_axes", "fan_out_axes"):
+            assert getattr(found, verdict) == getattr(right, verdict), (right.name, verdict)
+
+
+@pytest.mark.parametrize("how", ["inner", "addmv"])
+def test_other_spellings_of_a_linear_layer(how: str) -> None:
+    class Spelt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.head = nn.Linear(5, 24), nn.Linear(40, 3)
+            self.weight, self.bias = nn.Parameter(torch.randn(40, 24) / 5), nn.Parameter(torch.zeros(40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.enter(x))
+            if how == "inner":
+                h = torch.inner(h, self.weight) + self.bias
+            else:
+                h = torch.stack([torch.addmv(self.bias, self.weight, row) for row in h])
+            return self.head(torch.tanh(h))
+
+    weight = mupass.analyze(Spelt(), randn(4, 5))["weight"]
+    assert (weight.role, weight.infinite, weight.fan_in_axes) == ("hidden", (True, True), (1,))

@@ -392,6 +392,14 @@ class KFAC(PlannedOptimizer):
         if not observed:  # made up for at the next step
             reason = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", reason)
+            moved = any(bool(gradient.any()) for gradient in gradients.values())
+            if self._curvature.passes.missed and not self._kronecker.seen and moved:
+                raise OptimizerError(
+                    "every weight that has a gradient is used under a transform of torch.func (vmap, grad, "
+                    "jvp), of which K-FAC takes no statistics, so that no step can be taken. Take the "
+                    "derivative by torch.autograd.grad(..., create_graph=True), take another optimizer, "
+                    "such as mupass.SOAP(model), or leave all to the fallback with exclude=['*']"
+                )
             return
         # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every

@@ -51,9 +51,9 @@ NORMS = {  # names of their arguments, in order
     ),
 }
 MATMULS = (torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bmm)
-SUMMED = (torch.addbmm, T.addbmm)  # over the batch axis as well
-BATCHED = (torch.baddbmm, T.baddbmm)
-ADDED = (torch.addmm, T.addmm, *BATCHED, *SUMMED)
+SUMMED = (torch.addbmm, T.addbmm, T.addbmm_)  # over the batch axis as well
+BATCHED = (torch.baddbmm, T.baddbmm, T.baddbmm_)
+ADDED = (torch.addmm, T.addmm, T.addmm_, *BATCHED, *SUMMED)
 # Place of each factor among the positional arguments, and the names that it may have instead.
 Operands = tuple[tuple[int, tuple[str, ...]], tuple[int, tuple[str, ...]]]
 OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors

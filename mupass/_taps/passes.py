@@ -69,7 +69,7 @@ class Passes:
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
         self._running = False
-        self._warned = False
+        self.missed = False  # whether a tap has met a use that it cannot see
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
@@ -81,8 +81,8 @@ class Passes:
             tap: The tap.
         """
         # A pass for a loss of its own, whose gradients no step uses, may use any transform.
-        if not self._warned and self.watching:
-            self._warned = True
+        if not self.missed and self.watching:
+            self.missed = True
             place = next(place for place, other in self.taps.items() if other is tap)
             name = place.parameter or place.module
             warnings.warn(

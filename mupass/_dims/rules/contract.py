@@ -262,7 +262,6 @@ def _matmul_labels(left: Value, right: Value) -> tuple[list[str], list[str], lis
     "aten.dot",
     "aten.linalg_matmul",
     "aten.__matmul__",
-    "aten.inner",
     "aten.vdot",
 )
 def matmul(call: Call) -> Result:
@@ -272,11 +271,27 @@ def matmul(call: Call) -> Result:
     return contract(call, "matmul", [left, right], [left_labels, right_labels], out)
 
 
+@rule("aten.inner")
+def inner(call: Call) -> Result:
+    """Sum of products over the last axes of both factors."""
+    left, right = call.values[:2]
+    rows = letters(len(left.axes) - 1)
+    columns = letters(len(right.axes) - 1, len(rows))
+    return contract(call, "matmul", [left, right], [[*rows, "k"], [*columns, "k"]], [*rows, *columns])
+
+
+@rule("aten.addmv")
+def addmv(call: Call) -> Result:
+    """Return b + W x."""
+    result = contract(call, "matmul", [call["mat"], call["vec"]], ["ik", "k"], "i")
+    return add_bias(call, result, call["self"], -1)
+
+
 @rule("aten.baddbmm", "aten.addbmm")
 def add_batched_matmul(call: Call) -> Result:
     """Return b + x W for every matrix of a batch, or for `addbmm` with the sum over the batch."""
     left_labels, right_labels, out = _matmul_labels(call["batch1"], call["batch2"])
-    if call.operator == "aten.addbmm":  # y[i, j] = b[i, j] + sum_bk x[b, i, k] W[b, k, j]
+    if call.operator.rstrip("_") == "aten.addbmm":  # y[i, j] = b[i, j] + sum_bk x[b, i, k] W[b, k, j]
         out = ["i", "j"]
     result = contract(call, "matmul", [call["batch1"], call["batch2"]], [left_labels, right_labels], out)
     bias: Value = call["self"]
@@ -316,7 +331,11 @@ def einsum(call: Call) -> Result:
     out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
     # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
     while len(operands) > 2:
-        pair = _activations(operands, labels, out)
+        pair = (
+            _layer(operands, labels, out, before_others=True)
+            or _activations(operands, labels, out)
+            or _layer(operands, labels, out, before_others=False)
+        )
         if pair is None:
             break
         operands, labels = _contract_pair(call, operands, labels, out, pair)
@@ -354,6 +373,45 @@ def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Label
             needed = set(out).union(*others)
             if set(labels[first]) & set(labels[second]) - needed:
                 return first, second
+    return None
+
+
+def _layer(
+    operands: Sequence[Value], labels: Sequence[Labels], out: Labels, before_others: bool
+) -> tuple[int, int] | None:
+    """Return an activation and the weight that acts on it alone: einsum("bi,ir,ro->bo", x, u, v) is x u v.
+
+    Args:
+        operands: Factors of the product.
+        labels: Labels of each.
+        out: Labels of the result.
+        before_others: Whether only weights are meant that further weights follow.
+    """
+    moving = [position for position, value in enumerate(operands) if not value.parametric]
+    for weight, value in enumerate(operands):
+        if not value.parametric:
+            continue
+        others = [position for position in range(len(operands)) if position != weight]
+        following = [
+            position
+            for position in others
+            if operands[position].parametric and set(labels[position]) & set(labels[weight])
+        ]
+        if before_others and not following:
+            continue
+        # einsum("bi,i,io->bo", x, gain, w): a gain has no label of its own.
+        multiplied = [activation for activation in moving if set(labels[weight]) <= set(labels[activation])]
+        if before_others and len(multiplied) == 1:
+            return multiplied[0], weight
+        acted_on = []
+        for activation in moving:
+            # Labels that these two have alone are summed by their product.
+            kept = set(out).union(*(labels[position] for position in others if position != activation))
+            if set(labels[activation]) & set(labels[weight]) - kept:
+                acted_on.append(activation)
+        # Of several, as in einsum("bi,oij,bj->bo", x, w, y), none comes first.
+        if len(acted_on) == 1:
+            return acted_on[0], weight
     return None
 
 
