@@ -108,6 +108,8 @@ def _check_base(base: Any) -> None:
     if base is None or isinstance(base, (nn.Module, BaseShapes)):
         return
     sizes = dict(base) if isinstance(base, Mapping) else {"base": base}
+    if not sizes:
+        raise InferenceError("base={} names no dimension; leave it out, or give a width")
     for name, size in sizes.items():
         if not is_number(size) or not NARROWEST <= size <= WIDEST:
             raise InferenceError(f"base sizes must be positive numbers up to {WIDEST:g}, not {size!r}")

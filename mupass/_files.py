@@ -19,6 +19,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object], refuse: type[
     Raises:
         Exception: Of the kind asked for; the old file is as it was.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise refuse(f"a path of a file is needed, not {path!r}")
     path = Path(path)
     try:
         # In the same folder, since a move between file systems is a copy.

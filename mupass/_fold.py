@@ -86,6 +86,9 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         TransformError: No parameter can hold a multiplier, or the model is a stage of a pipeline; it is as it
             was.
     """
+    for name, flag in {"inplace": inplace, "keep_plan": keep_plan}.items():
+        if not isinstance(flag, bool):
+            raise TransformError(f"{name} must be True or False, not {flag!r}")
     root, plan = plan_of(model)
     if plan.stage:
         raise TransformError(

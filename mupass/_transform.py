@@ -101,6 +101,9 @@ def transform(
         >>> model.mupass_plan["2.weight"].init_factor  # a readout starts smaller, by (16/64)^(1/2)
         0.5
     """
+    for name, flag in {"inplace": inplace, "strict": strict, "trained": trained}.items():
+        if not isinstance(flag, bool):
+            raise TransformError(f"{name} must be True or False, not {flag!r}")
     _refuse(model)
     if plan is None:
         row(parameterization)  # a misspelt name is told before the model is captured

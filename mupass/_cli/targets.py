@@ -50,7 +50,7 @@ def load(target: str) -> nn.Module:
             model = source if isinstance(source, nn.Module) else source()
     except MupassError:
         raise
-    except Exception as error:  # whatever the code of a target raises, it gives no model
+    except (Exception, SystemExit) as error:  # whatever the code of a target raises, it gives no model
         raise MupassError(f"cannot build {target!r}: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise MupassError(f"{target!r} gives a {type(model).__name__}, not an nn.Module")
@@ -71,7 +71,7 @@ def named(target: str) -> Any:
         raise MupassError(f"{target!r} is not module:function")
     try:
         return _find(module, name)
-    except Exception as error:  # importing runs code of the user
+    except (Exception, SystemExit) as error:  # importing runs code of the user
         raise MupassError(f"cannot find {target!r}: {_first_line(error)}") from error
 
 
@@ -171,6 +171,6 @@ def _dtypes() -> list[str]:
     return [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, kind_of
 from mupass._optim.checks import check_number, check_period
 from mupass._optim.kfac import KFAC
 from mupass._parallel import whole
@@ -51,6 +51,8 @@ class LevenbergMarquardt:
         smallest: float = 1e-8,
         largest: float = 1.0,
     ) -> None:
+        if not isinstance(optimizer, KFAC):
+            raise OptimizerError(f"LevenbergMarquardt takes a mupass.KFAC, not {kind_of(optimizer)}")
         if optimizer.spec.e_a == 0 or optimizer.spec.e_b == 0:
             raise OptimizerError("the quadratic model needs both factors: e_a and e_b above 0")
         self.optimizer = optimizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, kind_of
 
 LOSSES = ("cross_entropy", "bce", "mse")
 
@@ -37,6 +37,10 @@ def sample_targets(
         >>> mupass.sample_targets(torch.tensor([[0.0, 100.0], [100.0, 0.0]]))
         tensor([1, 0])
     """
+    if not isinstance(output, Tensor):
+        raise OptimizerError(
+            f"sample_targets takes the outputs of the model, a tensor, not {kind_of(output)}"
+        )
     if loss == "cross_entropy":
         classes = output
         if output.dim() > 1:  # [batch, classes, ...] -> [batch, ..., classes]

@@ -88,6 +88,9 @@ def pattern(old: Tensor, axes: Sequence[Sequence[Segment]]) -> Tensor | None:
     """
     shape = _new_shape(axes)
     old = old.detach().cpu()
+    # A head for no classes.
+    if not old.numel() and not math.prod(shape):
+        return old.new_empty(shape)
     # Identity, masks and sinusoids are recomputed by their formula.
     if list(old.shape) != shape:
         recomputed = recompute(old, shape)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
 from mupass._dims.solve import solve
+from mupass._errors import ResizeError
 from mupass._resize.attributes import Attributes, handled_dims
 from mupass._resize.builders import by_config, by_copy, has_constructor
 from mupass._resize.draw import Draw, initialize
@@ -77,6 +78,8 @@ def resize(
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
     dims = dims or {}
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ResizeError(f"seed must be a whole number, not {seed!r}")
     # Captured once: the sizes, the new tensors and the proof come from this graph.
     inferred = solve(model, args, kwargs, None, dims, strict=True)
     captured, solved = inferred.captured, inferred.solved

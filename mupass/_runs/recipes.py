@@ -87,7 +87,9 @@ def check_names(make: Make, names: Iterable[str]) -> None:
         accepted = [parameter.name for parameter in parameters]
     unknown = [name for name in names if name not in accepted]
     if unknown:
-        raise StudyError(f"the optimizer takes no {', '.join(unknown)}; it takes {', '.join(accepted)}")
+        raise StudyError(
+            f"the optimizer takes no {', '.join(map(str, unknown))}; it takes {', '.join(accepted)}"
+        )
 
 
 def recipe(optimizer: str | Make, for_check: bool = False) -> Make:

@@ -210,6 +210,9 @@ def _all_axis_faults(geometry: Geometry) -> Iterator[str]:
         yield from _axis_faults(f"use {use.operator}", (*use.fan_in, *use.fan_out), axes, unique=False)
     for site in geometry.sites:
         yield from _axis_faults(f"site {site.kind}", (*site.in_axes, *site.out_axes), axes, unique=False)
+        # Groups of a convolution divide the first axis of its kernel, whatever the width.
+        if site.groups < 1 or (geometry.shape and geometry.shape[0] % site.groups):
+            yield f"site {site.kind} has {site.groups} groups, which do not divide {geometry.shape}"
     for fusion in geometry.fusions:
         yield from _axis_faults("fusion", (fusion.axis,), axes)
         # A fusion splits one axis into factors of at least 1, one of which counts the matrices.

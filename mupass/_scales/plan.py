@@ -91,7 +91,7 @@ class Plan:
         """
         if name in self._index:
             return self._index[name]
-        similar = get_close_matches(name, list(self._index), n=3)
+        similar = get_close_matches(str(name), list(self._index), n=3)
         hint = f"; near: {', '.join(similar)}" if similar else ""
         raise PlanError(f"the plan has no parameter {name!r}{hint}")
 

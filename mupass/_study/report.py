@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from os import PathLike
 from pathlib import Path
 
 from mupass._errors import StudyError
@@ -38,6 +39,10 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
         >>> plan = mupass.transform(model).mupass_plan
         >>> path = mupass.report(f"{tempfile.mkdtemp()}/plan.html", plan)
     """
+    if not isinstance(path, (str, PathLike)):
+        raise StudyError(
+            f"the first argument is the path of the page, such as 'study.html', not {path!r:.60}"
+        )
     if Path(path).suffix not in HTML:
         raise StudyError(f"{path}: a page of several studies is written as .html")
     if not studies:
