@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import mupass
 
+OLD = torch.__version__ < "2.13"  # there Dynamo mixes up what the tap of a bag keeps
+
 # Dynamo instantiates the class to trace it, on torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 WIDTH, BASE, WORDS = 8, 4, 6
@@ -47,6 +49,7 @@ def terms(out: Tensor) -> Tensor:
     return (out - 1).square().sum(1)
 
 
+@pytest.mark.skipif(OLD, reason="needs torch 2.13")
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", BAGS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 
+import torch
 from torch import nn
 
 from mupass._errors import OptimizerError
@@ -166,6 +167,8 @@ class _Maker:
         # x + positions: a table with a row for each position.
         if kinds == {"table"}:
             return self._table(geometry, sites)
+        if "bag" in kinds and torch.__version__ < "2.13":
+            raise _Uncovered("bags of rows need torch 2.13: an older one compiles wrong factors for them")
         # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
         if alike and (kinds in ({"conv"}, {"embedding"}, {"bag"}, {"grouped"}) or kinds <= PRODUCTS):

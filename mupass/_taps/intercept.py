@@ -310,7 +310,7 @@ def _bagged(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) ->
     taps = _taps(bound["weight"])
     if taps is None or "bag" not in taps or taps["bag"].idle or _view(bound["weight"]) != (0, 1):
         return output
-    return _through(output, bound["input"], taps, "bag", Bag.called(bound, len(output)))
+    return _through(output, bound["input"], taps, "bag", Bag.called(bound, output.shape[0]))
 
 
 def _takes_all(source: Tensor, index: Any, output: Tensor) -> bool:

@@ -21,12 +21,17 @@ from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 
 
-def _functions(names: str) -> frozenset[Any]:
-    """Return the functions of torch and the methods of tensors that have these names."""
-    found = set()
+def _functions(names: str) -> dict[Any, None]:
+    """Return the functions of torch and the methods of tensors that have these names.
+
+    They are the keys of a dict: Dynamo of torch 2.8 cannot trace that a function is in a frozenset.
+    """
+    found: dict[Any, None] = {}
     for name in names.split():
-        found |= {getattr(torch, name, None), getattr(Tensor, name, None)}
-    return frozenset(found - {None})
+        for owner in (torch, Tensor):
+            if hasattr(owner, name):
+                found[getattr(owner, name)] = None
+    return found
 
 
 # Functions whose results are copies of entries of their first argument.
@@ -35,7 +40,7 @@ COPYING = _functions(
     "repeat_interleave reshape reshape_as view view_as flatten unflatten squeeze unsqueeze t adjoint "
     "transpose swapaxes swapdims permute movedim moveaxis flip roll split split_with_sizes chunk "
     "tensor_split unbind"
-) | {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+) | dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__))  # type: ignore[attr-defined]
 SPREADING = _functions("expand expand_as broadcast_to repeat tile")
 # Copies of all entries in another type or place.
 SAME = _functions("to contiguous float double half bfloat16 type_as type clone")
