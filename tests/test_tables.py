@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,21 +62,28 @@ def terms(net: nn.Module, x: Tensor) -> Tensor:
     return (net(x) - 1).square().sum(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", TABLES)
-def test_update_equals_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
-    x, (_, features, rows, _) = data(kind), TABLES[kind]
+def step_of_table(
+    make: Callable[[], nn.Module], x: Tensor, compiled: bool, options: dict[str, Any]
+) -> tuple[Any, Tensor]:
+    """Return a plain network with the weights before a step of K-FAC, and how its table moves in it."""
     torch.manual_seed(0)
-    net: Any = mupass.transform(Tabled(kind).double(), x, base=BASE)
-    plain: Any = Tabled(kind).double()
+    net: Any = mupass.transform(make(), x, base=BASE)
+    plain: Any = make()
     plain.load_state_dict(net.state_dict())
     optimizer = mupass.KFAC(net, LR, RHO, **OPTIONS, **options)
     treatments = {covered.parameter: covered.treatment for covered in optimizer.coverage()}
     assert treatments["table"] == "kfac table"
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     terms(run, x).mean().backward()
-    got = moved(net, optimizer.step)["table"]
+    return plain, moved(net, optimizer.step)["table"]
+
+
+@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", TABLES)
+def test_update_equals_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
+    x, (_, features, rows, _) = data(kind), TABLES[kind]
+    plain, got = step_of_table(lambda: Tabled(kind).double(), x, compiled, options)
     # Every entry of the output has a copy of its table.
     whole = plain.table.detach().expand(len(x), *plain.table.shape[-len(x.shape) + 1 :])
     plain.copies = whole.clone().requires_grad_()
@@ -221,16 +229,7 @@ def by_features(kind: str, tensor: Tensor) -> Tensor:
 def test_readings_equal_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(1)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
-    torch.manual_seed(0)
-    net: Any = mupass.transform(Reading(kind).double(), x, base=BASE)
-    plain: Any = Reading(kind).double()
-    plain.load_state_dict(net.state_dict())
-    optimizer = mupass.KFAC(net, LR, RHO, **OPTIONS, **options)
-    treatments = {covered.parameter: covered.treatment for covered in optimizer.coverage()}
-    assert treatments["table"] == "kfac table"
-    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
-    terms(run, x).mean().backward()
-    got = moved(net, optimizer.step)["table"]
+    plain, got = step_of_table(lambda: Reading(kind).double(), x, compiled, options)
 
     def spread(table: Tensor) -> Tensor:
         copies = READINGS[kind][1](plain, table, x)

@@ -260,10 +260,7 @@ class Bag:
         if offsets is None:  # [bags, readings of each]
             numbers = reading // indices.shape[-1]
         else:
-            # As many bags as have started by then; a last offset may stand behind the last reading.
-            started = offsets.new_zeros(indices.numel() + 1)
-            started = started.scatter_add(0, offsets, torch.ones_like(offsets))
-            numbers = started.cumsum(0)[:-1] - 1
+            numbers = torch.searchsorted(offsets, reading.to(offsets.dtype), right=True) - 1
         weights = torch.ones(indices.numel(), dtype=table.dtype, device=table.device)
         if given is not None:
             weights = given.detach().reshape(-1)
@@ -272,8 +269,8 @@ class Bag:
         if padding is not None:
             weights = weights * (indices.reshape(-1) != padding % table.shape[0])
         if arguments.get("mode", "mean") == "mean":
-            counts = weights.new_zeros(bags).index_add(0, numbers, weights)
-            weights = weights / counts.clamp(min=1).index_select(0, numbers)
+            counts = weights.new_zeros(bags).scatter_add(0, numbers, weights)
+            weights = weights / counts.clamp(min=1)[numbers]
         return Bag(numbers, weights)
 
     def input_rows(self, x: Tensor) -> Tensor:

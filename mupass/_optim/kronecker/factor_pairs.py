@@ -158,6 +158,18 @@ class Lineup:
             damping_b=damping_b,
         )
 
+    def by_pair(self, numbers: Tensor) -> Iterator[tuple[Pair, Tensor]]:
+        """Yield every pair with its part of the numbers of all rows, an entry a group.
+
+        Args:
+            numbers: One for each row; the blocks of a group have the same, and the first stands for all.
+        """
+        first = 0
+        for pair in self.pairs:
+            end = first + pair.groups * pair.repeats
+            yield pair, numbers[first : end : pair.repeats]
+            first = end
+
     def grown(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return by how much the dampings of A and of B have grown because a step has few rows.
 

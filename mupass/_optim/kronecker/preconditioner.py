@@ -17,7 +17,7 @@ from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
 from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
-from mupass._optim.kronecker.update import Compiled, Root, times, update
+from mupass._optim.kronecker.update import Average, Compiled, Root, times, update
 from mupass._parallel import deal, largest_over_ranks
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Cover, Factor
@@ -402,13 +402,9 @@ class Kronecker:
 
     def _keep_unit_damping(self, lineup: Lineup, rho_a: Tensor) -> None:
         """Keep the damping of the number 1 for every group of a vector."""
-        first = 0
-        for pair in lineup.pairs:
-            end = first + pair.groups * pair.repeats
+        for pair, damping in lineup.by_pair(rho_a):
             if not pair.block.a:
-                # The blocks of a group have one damping: that of the first is kept.
-                self.unit_rho[pair.name].copy_(rho_a[first : end : pair.repeats])
-            first = end
+                self.unit_rho[pair.name].copy_(damping)
 
     def _rows(self, lineup: Lineup) -> Tensor:
         """Return in how many rows each slot of a lineup was observed, those of a batch counted once."""
@@ -423,12 +419,9 @@ class Kronecker:
             if not lineup.looks_at_rows:
                 continue
             longer = lengthening(*lineup.grown(self._rows(lineup)))
-            first = 0
-            for pair in lineup.pairs:
-                end = first + pair.groups * pair.repeats
+            for pair, numbers in lineup.by_pair(longer):
                 if any(pair.by_rows):
-                    found[pair.name] = longer[first : end : pair.repeats]
-                first = end
+                    found[pair.name] = numbers
         return found
 
     def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -557,15 +550,9 @@ class Kronecker:
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
         root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
-        factor, rho = None, None
-        if places_a:
-            factor_stack, at = places_a
-            if self._multiplies(pair):
-                factor = factor_stack.mean(at)
-            else:
-                rho = factor_stack.state["rho"][at]
-        longest = joined([longer[member.name] for member in pairs]) if pair.name in longer else None
-        numbers = unit, power_a, shrink, longest
+        factor, rho = self._known_of_a(pair, places_a)
+        lengths = joined([longer[member.name] for member in pairs]) if pair.name in longer else None
+        numbers = unit, power_a, shrink, lengths
         direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, *numbers)
         directions = direction.split(groups)
         sums: Iterable[Tensor | None] = change.view(-1, groups).sum(1).unbind()
@@ -574,6 +561,15 @@ class Kronecker:
             sums = [None for _ in pairs]
         applied = zip(directions, sums, strict=True)
         return {member.name: result for member, result in zip(pairs, applied, strict=True)}
+
+    def _known_of_a(self, pair: Pair, places: Places | None) -> tuple[Average | None, Tensor | None]:
+        """Return what tells the change of outputs: A, where it must be multiplied by, or else its damping."""
+        if places is None:
+            return None, None
+        factor_stack, at = places
+        if self._multiplies(pair):
+            return factor_stack.mean(at), None
+        return None, factor_stack.state["rho"][at]
 
     def _places(self, slots: Sequence[str | None]) -> Places | None:
         """Return the stack of slots of one size, and their places there; None for a side without factors."""
