@@ -169,6 +169,14 @@ def _planned_models() -> list[tuple[nn.Module, Plan]]:
     return [(root, vars(root)[ATTRIBUTE]) for root in marked_models() if ATTRIBUTE in vars(root)]
 
 
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """Return the group of every parameter of an optimizer."""
+    groups: dict[Tensor, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        groups.update(dict.fromkeys(group["params"], group))
+    return groups
+
+
 def _check_family(optimizer: torch.optim.Optimizer) -> None:
     """Warn of groups that were made for another optimizer, where its width factors differ."""
     name = type(optimizer).__name__
@@ -177,7 +185,7 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
     if not exact or len(made_for) != 1 or made_for == set(exact):
         return
     (other,), (own,) = made_for, exact
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    groups = _groups_of(optimizer)
     for root, plan in _planned_models():
         planned = plan.for_optimizer(own)
         for parameter_name, parameter in root.named_parameters():
@@ -198,7 +206,7 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
 
 def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
     """Warn where parameters of the model were replaced after the groups were made."""
-    members = {p for group in optimizer.param_groups for p in group["params"]}
+    members = set(_groups_of(optimizer))
     # A tensor that the model does not use any more gets no gradient.
     idle = frozenset(id(p) for p in members if p.grad is None)
     if idle == watch.idle:

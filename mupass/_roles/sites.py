@@ -192,7 +192,7 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
 
 def _passed_on(reading: _Reading) -> _Reading | None:
     """Return the reading with the view that its result is; None if that is no parameter."""
-    operator, shape = reading.reader, reading.shape
+    operator = reading.reader
     copied = replace(reading, view=None, copied=True)
     # 1 + w moves no entry, so it is no step on their way.
     if tables.is_affine(operator, reading.operand):
@@ -207,6 +207,13 @@ def _passed_on(reading: _Reading) -> _Reading | None:
     if reading.copied:
         copies = traits(reading.name) & Trait.COPIES or tables.copies_entries(operator, reading.operand)
         return reading if copies else None
+    # w[:n], w[index], w.expand(batch, -1, -1), w.T.reshape(...): copies of entries, where they are no view
+    return _viewed(reading) or (copied if tables.copies_entries(operator, reading.operand) else None)
+
+
+def _viewed(reading: _Reading) -> _Reading | None:
+    """Return the reading with the view of the parameter that its result is; None if that is no such view."""
+    operator, shape = reading.reader, reading.shape
     if reading.view is not None:
         turned = _view_through(operator, reading.view)
         if turned is not None:
@@ -221,8 +228,7 @@ def _passed_on(reading: _Reading) -> _Reading | None:
         # Back in the parameter's own shape its axes are known again.
         is_original = _shape(operator) == shape
         return replace(reading, view=tuple(range(len(shape))) if is_original else None)
-    # w[:n], w[index], w.expand(batch, -1, -1), w.T.reshape(...): copies of entries
-    return copied if tables.copies_entries(operator, reading.operand) else None
+    return None
 
 
 def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | None:
