@@ -184,7 +184,7 @@ class Call:
             facts.fan_out.setdefault(dim, self.where)
         # A weight may be computed from several parameters: each has the axes that are still its own.
         inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
-        for parameter in dict.fromkeys(parameter for axis in weight.axes for parameter, _ in axis.origin):
+        for parameter in _origins(weight.axes):
             use = Use(str(self.node.target), self.module, kind, inputs[parameter], outputs[parameter])
             facts.uses.append(ParameterUse(parameter, use))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import torch
 from torch import Tensor
@@ -168,7 +168,7 @@ class _Block:
 
     @property
     def _grows(self) -> list[bool]:
-        grows = [grows for part in self.parts for grows in part.grows]
+        grows = list(chain.from_iterable(part.grows for part in self.parts))
         # Where nothing grows the whole block is one row.
         return grows if any(grows) else [True] * len(grows)
 
@@ -178,7 +178,7 @@ class _Block:
 
     @property
     def _new(self) -> list[int]:
-        return [size for part in self.parts for size in part.new]
+        return list(chain.from_iterable(part.new for part in self.parts))
 
     @property
     def count(self) -> int:
@@ -187,7 +187,7 @@ class _Block:
 
     def opened(self, old: Tensor) -> Tensor:
         """Return the old block as (row, growing factors...)."""
-        sizes = [size for part in self.parts for size in part.old]
+        sizes = list(chain.from_iterable(part.old for part in self.parts))
         # Fixed factors go first and growing ones last, whatever the layout.
         split = old[self.there].reshape(sizes).permute(self._order)
         # Factors that do not grow come first in the order: together they count the rows.

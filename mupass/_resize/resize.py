@@ -78,8 +78,7 @@ def resize(
     home = next(iter(model.parameters())).device
     args, kwargs = tree_map(lambda x: x.to(home) if isinstance(x, Tensor) else x, (args, kwargs))
     dims = dims or {}
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ResizeError(f"seed must be a whole number, not {seed!r}")
+    _check_seed(seed)
     # Captured once: the sizes, the new tensors and the proof come from this graph.
     inferred = solve(model, args, kwargs, None, dims, strict=True)
     captured, solved = inferred.captured, inferred.solved
@@ -114,3 +113,9 @@ def resize(
         initialize(resized, seed)
     check_anew(resized, sizes, target.inputs, dims)
     return resized
+
+
+def _check_seed(seed: int | None) -> None:
+    """Refuse a seed that is no whole number."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ResizeError(f"seed must be a whole number, not {seed!r}")

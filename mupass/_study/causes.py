@@ -165,14 +165,26 @@ def _of_update(
     plan: Plan,
     spec: OptimizerSpec | None,
 ) -> Iterator[str]:
-    input_power, rate_power = measured.get("input"), measured.get("rate")
-    if input_power is not None and is_tied_readout(site, geometry):
+    yield from _of_input(site, geometry, measured.get("input"))
+    if spec is not None:
+        yield from _of_rate(geometry, power, measured.get("rate"), plan, spec)
+
+
+def _of_input(site: Site, geometry: Geometry, input_power: float | None) -> Iterator[str]:
+    """Yield what is wrong with the inputs of a use, whose power in width was measured."""
+    if input_power is None:
+        return
+    if is_tied_readout(site, geometry):
         if input_power > NEAR - 1:  # T5's code itself has brought it down to -1/2
             yield UNMULTIPLIED
-    elif input_power is not None and abs(input_power - geometry.given) > NEAR:
+    elif abs(input_power - geometry.given) > NEAR:
         yield GIVEN.format(power=input_power)
-    if spec is None:
-        return
+
+
+def _of_rate(
+    geometry: Geometry, power: float, rate_power: float | None, plan: Plan, spec: OptimizerSpec
+) -> Iterator[str]:
+    """Yield what is wrong with a learning rate, or what else makes updates of this power in width."""
     grows_in, grows_out = _growing(geometry)
     fan_in_power, fan_out_power = powers(geometry, spec, plan.parameterization)["lr"]
     planned = fan_in_power * grows_in + fan_out_power * grows_out

@@ -369,9 +369,7 @@ def _activations(operands: Sequence[Value], labels: Sequence[Labels], out: Label
             if first >= second:
                 break
             # A label that a third operand or the result has is not summed by this pair.
-            others = [names for k, names in enumerate(labels) if k not in (first, second)]
-            needed = set(out).union(*others)
-            if set(labels[first]) & set(labels[second]) - needed:
+            if _summed_by(first, second, labels, out):
                 return first, second
     return None
 
@@ -403,16 +401,17 @@ def _layer(
         multiplied = [activation for activation in moving if set(labels[weight]) <= set(labels[activation])]
         if before_others and len(multiplied) == 1:
             return multiplied[0], weight
-        acted_on = []
-        for activation in moving:
-            # Labels that these two have alone are summed by their product.
-            kept = set(out).union(*(labels[position] for position in others if position != activation))
-            if set(labels[activation]) & set(labels[weight]) - kept:
-                acted_on.append(activation)
+        acted_on = [activation for activation in moving if _summed_by(activation, weight, labels, out)]
         # Of several, as in einsum("bi,oij,bj->bo", x, w, y), none comes first.
         if len(acted_on) == 1:
             return acted_on[0], weight
     return None
+
+
+def _summed_by(first: int, second: int, labels: Sequence[Labels], out: Labels) -> set[str]:
+    """Return the labels that two operands have alone, which their product sums over."""
+    others = [names for position, names in enumerate(labels) if position not in (first, second)]
+    return set(labels[first]) & set(labels[second]) - set(out).union(*others)
 
 
 def _contract_pair(
