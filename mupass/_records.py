@@ -16,8 +16,8 @@ class Use:
     Attributes:
         operator: ATen name, such as ``aten.linear.default``.
         module: Qualified name of the module whose forward called it; ``""`` is the root.
-        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``matmul``, ``recurrent``,
-            ``pointwise``, ``norm`` or ``other``.
+        kind: ``linear``, ``conv``, ``conv_transpose``, ``embedding``, ``matmul``,
+            ``product and sum``, ``recurrent``, ``pointwise``, ``norm`` or ``other``.
         fan_in: Axes of the parameter that the operator contracts with an activation.
         fan_out: Axes of the parameter that the operator keeps.
         fed_by: Of a tied readout, modules whose outputs are what it reads, and that nothing else reads: a

@@ -326,3 +326,119 @@ def test_channels_of_a_group_are_marked_and_either_reading_can_be_stated(groups:
     regnet = mupass.analyze(net, x, dims={r"2\.weight:1": "finite"})
     assert regnet["2.weight"].infinite == (True, False, False, False)
     assert not regnet["2.weight"].ambiguous[1]
+
+
+class Convolved(nn.Module):
+    """Kernels of a few heads that a layer makes for each position, as fairseq writes them, or parameters."""
+
+    def __init__(self, form: str, d: int, heads: int = 4, size: int = 3) -> None:
+        super().__init__()
+        self.form, self.heads, self.size = form, heads, size
+        self.table, self.gate, self.out = nn.Embedding(20, d), nn.Linear(d, 2 * d), nn.Linear(d, 20)
+        if form.startswith("dynamic"):
+            self.kernel = nn.Linear(d, heads * size, bias=False)
+        else:
+            self.weight = nn.Parameter(torch.randn(heads, 1, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.glu(self.gate(self.table(ids)))
+        b, n, d = x.shape
+        if self.form == "light conv1d":
+            x = F.pad(x.transpose(1, 2), (self.size - 1, 0)).reshape(-1, self.heads, n + self.size - 1)
+            y = F.conv1d(x, self.weight.softmax(-1), groups=self.heads)
+            return self.out(y.view(b, d, n).transpose(1, 2))
+        count = b * n * self.heads
+        if self.form == "light unfold":
+            kernel = self.weight.view(1, self.heads, self.size).softmax(-1).expand(b * n, -1, -1)
+            kernel = kernel.reshape(count, self.size)
+        else:
+            kernel = self.kernel(x).view(count, -1).softmax(1)
+        windows = F.pad(x, (0, 0, self.size - 1, 0)).unfold(1, self.size, 1)
+        windows = windows.reshape(count, d // self.heads, self.size)
+        return self.out(torch.bmm(windows, kernel.unsqueeze(2)).view(b, n, d))
+
+
+@pytest.mark.parametrize("form", ["dynamic", "light conv1d", "light unfold"])
+def test_heads_of_light_and_dynamic_convolutions_are_marked(form: str) -> None:
+    narrow, wide = Convolved(form, 32), Convolved(form, 64)
+    shapes = {name: parameter.shape for name, parameter in wide.named_parameters()}
+    found = doubted(narrow, randint(20, 2, 9))
+    assert set(found) == {"kernel.weight:0" if form == "dynamic" else "weight:0"}
+    analysis = mupass.analyze(narrow, randint(20, 2, 9), dims=dict.fromkeys(found, "finite"))
+    for name, parameter in narrow.named_parameters():
+        grown = tuple(size != other for size, other in zip(parameter.shape, shapes[name], strict=True))
+        assert analysis[name].infinite == grown, name
+
+
+class Patches(nn.Module):
+    """Windows of three tokens, whose features lie end to end."""
+
+    def __init__(self, d: int, unfolded: bool) -> None:
+        super().__init__()
+        self.d, self.unfolded, self.table = d, unfolded, nn.Embedding(20, d)
+        self.conv = nn.Linear(3 * d, d) if unfolded else nn.Conv1d(1, d, kernel_size=3 * d, stride=d)
+        self.head = nn.Linear(d, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids).flatten(1)
+        if self.unfolded:
+            return self.head(self.conv(x.unfold(1, 3 * self.d, self.d)).relu().mean(1))
+        return self.head(self.conv(x[:, None]).relu().mean(-1))
+
+
+@pytest.mark.parametrize("unfolded", [False, True])
+def test_a_kernel_of_whole_steps_as_long_as_a_width_is_marked(unfolded: bool) -> None:
+    model, ids, axis = Patches(32, unfolded), randint(20, 2, 9), f"conv.weight:{1 if unfolded else 2}"
+    assert "it moves by 32, which is the size of a width" in doubted(model, ids)[axis]
+    settled = mupass.analyze(model, ids, dims={axis: "infinite"})
+    assert settled["conv.weight"].role == "hidden"
+
+
+class Picked(nn.Module):
+    """A hidden layer of which something is picked or put in another order."""
+
+    def __init__(self, form: str, d: int = 32) -> None:
+        super().__init__()
+        self.form, self.enter, self.head = form, nn.Linear(6, d), nn.Linear(d, 3)
+        self.weight = nn.Parameter(torch.randn(d, d) / d**0.5)
+        self.register_buffer("order", torch.randperm(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, weight = self.enter(x), self.weight
+        if self.form == "winners":
+            values, places = h.topk(h.shape[1] // 4, 1)
+            h = torch.zeros_like(h).scatter(1, places, values)
+        if self.form == "threshold":
+            h = h * (h >= h.topk(h.shape[1] // 4, 1).values[:, -1:])
+        if self.form == "gathered":
+            h = torch.gather(h, 1, self.order.expand(len(h), -1))
+        if self.form == "rows":
+            weight = weight[self.order]
+        if self.form == "columns":
+            weight = weight.index_select(1, self.order)
+        if self.form == "gathered weight":
+            weight = torch.gather(weight, 1, self.order.expand(len(weight), -1))
+        return self.head((h @ weight).relu())
+
+
+@pytest.mark.parametrize("form", ["winners", "threshold", "gathered", "rows", "columns", "gathered weight"])
+def test_what_is_picked_of_a_width_is_marked_where_it_is_taken_for_fixed(form: str) -> None:
+    analysis, found = mupass.analyze(Picked(form), randn(5, 6)), doubted(Picked(form), randn(5, 6))
+    for name, axes in {"enter.weight": (0,), "weight": (0, 1), "head.weight": (1,)}.items():
+        for axis in axes:
+            assert analysis[name].infinite[axis] or f"{name}:{axis}" in found
+
+
+def test_tables_of_positions_and_codes_stay_without_a_mark() -> None:
+    class Tables(nn.Module):
+        def __init__(self, d: int = 32) -> None:
+            super().__init__()
+            self.table, self.codes, self.head = nn.Embedding(20, d), nn.Embedding(11, d), nn.Linear(d, 20)
+            self.positions = nn.Parameter(torch.randn(9, d))
+            self.register_buffer("ids", torch.arange(9))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = torch.relu(self.table(ids) + self.positions[self.ids])
+            return self.head(self.codes((x @ self.codes.weight.t()).argmax(-1)))
+
+    assert doubted(Tables(), randint(20, 2, 9)) == {}

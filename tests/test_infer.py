@@ -259,3 +259,55 @@ def test_other_spellings_of_a_linear_layer(how: str) -> None:
 
     weight = mupass.analyze(Spelt(), randn(4, 5))["weight"]
     assert (weight.role, weight.infinite, weight.fan_in_axes) == ("hidden", (True, True), (1,))
+
+
+class Products(nn.Module):
+    """A hidden weight and a readout that are multiplied entry by entry and summed, or as matrices."""
+
+    def __init__(self, by_hand: bool, d: int = 32):
+        super().__init__()
+        self.by_hand, self.enter = by_hand, nn.Linear(6, d)
+        self.hidden, self.readout = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.enter(x))
+        if not self.by_hand:
+            return torch.relu(h @ self.hidden.t()) @ self.readout
+        h = torch.relu((h.unsqueeze(1) * self.hidden).sum(-1))
+        return torch.sum(F.dropout(self.readout * h, 0.1, self.training), dim=1)
+
+
+def test_a_product_and_its_sum_are_a_matrix_product() -> None:
+    by_hand, reference = Products(True), Products(False)
+    reference.load_state_dict(by_hand.state_dict())
+    init = {"hidden": "fan_in", "readout": "fan_in"}
+    plans = [
+        mupass.transform(model, randn(4, 6), base=8, init=init).mupass_plan for model in (by_hand, reference)
+    ]
+    roles = {entry.geometry.name: entry.geometry.role for entry in plans[0].entries}
+    assert roles["hidden"] == "hidden" and roles["readout"] == "output"
+    for optimizer in ("sgd", "adam", "kfac", "shampoo"):
+        ours, theirs = (plan.for_optimizer(optimizer) for plan in plans)
+        for name in ours:
+            assert ours[name].scales == theirs[name].scales
+            assert ours[name].init_factor == theirs[name].init_factor
+            assert not any(ours[name].geometry.ambiguous)
+    coverage = {row.parameter: row for row in mupass.KFAC(by_hand).coverage()}
+    assert "write x @ w" in coverage["readout"].reason and "write x @ w" in coverage["hidden"].reason
+
+
+def test_a_mean_of_products_is_no_matrix_product() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.hidden, self.gain = (
+                nn.Linear(6, 32),
+                nn.Linear(32, 32),
+                nn.Parameter(torch.ones(32)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (torch.relu(self.hidden(torch.relu(self.enter(x)))) * self.gain).mean(-1)
+
+    # The mean divides by the width, so that the gain moves the output as a gain does.
+    assert mupass.analyze(Mean(), randn(4, 6))["gain"].role == "vector"

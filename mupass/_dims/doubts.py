@@ -22,6 +22,7 @@ STRAIGHT = 1.5  # a linear bottleneck is one when it is narrower than its neighb
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
 NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
+SHORT = 2  # steps of ordinary convolutions, whatever widths there are
 BROAD = 16  # a first layer far above all that read it
 
 
@@ -52,7 +53,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         for dim, reason in list(rule(wiring)):
             verdicts.question(dim, f"policy: a width like the others, though {reason}")
         _follow(verdicts)
-    for dim, reason in list(_wide_outputs(wiring, outputs)):
+    for dim, reason in [*_wide_outputs(wiring, outputs), *_wide_windows(wiring), *_picked_widths(wiring)]:
         verdicts.question(dim, reason)
 
 
@@ -296,6 +297,39 @@ def _wide_outputs(wiring: Wiring, outputs: Iterable[tuple[int, str]]) -> Found:
         # As many outputs as the width has units: classes or a hidden state, which the size cannot tell.
         if space.size(root) in map(space.size, wiring.grown_sources(root)):
             yield root, f"policy: fixed like data, though as many as the width it is made of ({what})"
+
+
+def _wide_windows(wiring: Wiring) -> Found:
+    """A kernel of a whole number of steps, each as long as some width: it may grow with that width."""
+    space = wiring.space
+    widths = {space.size(dim) for dim in wiring.fans if wiring.verdicts.grows(dim)}
+    for dim, step in wiring.verdicts.facts.windows:
+        # Conv1d(1, d, 3 * d, stride=d) on tokens of d features that are laid end to end
+        if step > SHORT and step in widths and space.size(dim) % step == 0:
+            yield dim, f"policy: a kernel is fixed, though it moves by {step}, which is the size of a width"
+
+
+def _picked_widths(wiring: Wiring) -> Found:
+    """Entries that are told apart, though weights read them as features, or only put in another order."""
+    verdicts, space = wiring.verdicts, wiring.space
+    contracted: set[int] = set()
+    for parameter_use in verdicts.facts.uses:
+        # A lookup contracts the rows of its table, which are told apart by their nature.
+        if parameter_use.use.kind != "embedding":
+            axes = [(parameter_use.parameter, axis) for axis in parameter_use.use.fan_in]
+            contracted |= {space.find(verdicts.facts.carried[axis]) for axis in axes}
+    # h * (h >= h.topk(k).values[:, -1:]), then a weight that reads all of it
+    for dim in sorted(contracted & space.find_all(verdicts.facts.ranked)):
+        yield dim, "policy: fixed, since its entries are ranked, though a weight reads it as features"
+    for dim, index in verdicts.facts.reordered:
+        of_index = verdicts.get(index)
+        # The index is no axis of data, and a weight makes or reads what it picks.
+        is_free = of_index is not None and (of_index.infinite or of_index.policy)
+        if is_free and space.find(index) in wiring.fans:
+            yield (
+                dim,
+                "policy: fixed like a table, though a fixed index may only reorder units of a weight",
+            )
 
 
 def _of(source: int, results: Iterable[int]) -> str:

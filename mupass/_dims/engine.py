@@ -137,7 +137,9 @@ class Engine:
 
     def _is_linear(self, call: Call) -> bool:
         """Whether an operator on data is linear in its operands."""
-        pointwise = RULES.get(call.operator.removesuffix("_")) is RULES["pointwise"]
+        rule = RULES.get(call.operator.removesuffix("_"))
+        # Products have a rule of their own, for those that a sum follows.
+        pointwise = rule in (RULES["pointwise"], RULES["aten.mul"])
         return not call.static and keeps_straight(call.node, call.operator, call.values, pointwise)
 
     def _unsettle(self, target: Node | None) -> None:

@@ -95,6 +95,10 @@ class Facts:
     bent: set[int] = field(default_factory=set)  # dims that a weight reads behind a nonlinearity
     positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
     ranked: list[int] = field(default_factory=list)  # dims of which the best entries are picked
+    windows: list[tuple[int, int]] = field(default_factory=list)  # dim of a kernel or window, its step
+    reordered: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # dims: of a parameter, of a fixed index on it
     rows: list[int] = field(default_factory=list)  # dims of the rows of lookup tables
     fan_in: dict[int, str] = field(default_factory=dict)  # dims that weights contract
     fan_out: dict[int, str] = field(default_factory=dict)  # dims that weights make

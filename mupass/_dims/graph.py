@@ -102,6 +102,29 @@ def is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem" and not hasattr(node.target, "_schema")
 
 
+def summed_axes(product: Node) -> set[int]:
+    """Return the axes of an operator's result that a sum runs over next, counted from the last one (-1).
+
+    Casts and dropout may stand in between. Where several sums read the result, those of the first.
+
+    Args:
+        product: The operator.
+    """
+    rank = len(output_shapes(product)[0])
+    waiting = list(product.users)
+    while waiting:
+        reader = waiting.pop(0)
+        name = operator_name(reader.target)
+        if traits(name) & (Trait.COPIES | Trait.DROPS_OUT):
+            waiting += reader.users
+        # torch.sum(x) over all axes, x.sum(-1), x.sum((1, 2))
+        if name == "aten.sum":
+            given: Any = reader.args[1:2]
+            dims = list(flatten(given)) or list(range(rank))
+            return {axis % rank - rank for axis in dims if rank}
+    return set()
+
+
 def is_filled(node: Any) -> bool:
     """Return whether a tensor is made of one number."""
     return isinstance(node, Node) and operator_name(node.target).startswith(

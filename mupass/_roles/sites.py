@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import shape_of
+from mupass._dims.graph import shape_of, summed_axes
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Site, Use
 from mupass._roles import contraction, tables
@@ -285,6 +285,8 @@ def _lookup(reading: _Reading) -> Found | None:
     arguments = reading.reader.args
     if reading.name != "aten.embedding" or reading.places(arguments) != [0] or reading.view != (0, 1):
         return None
+    if reading.argument("scale_grad_by_freq"):
+        return reading.refused("has gradients that are divided by how often a row was read")
     # As a product with one-hot rows: the rows of the table are summed over, its columns are made.
     return reading.site("embedding", in_axes=(0,), out_axes=(1,)), _source(arguments[1])
 
@@ -457,6 +459,19 @@ def _norm(reading: _Reading) -> Found | None:
     return (reading.site(kind), _source(arguments[0])) if kind else None
 
 
+def _summed(reading: _Reading) -> Found | None:
+    """Match ``(x * w).sum(-1)``, which contracts as ``x @ w`` does but keeps every product in between."""
+    places, others = reading.places(reading.reader.args), reading.others(reading.reader.args)
+    if not traits(reading.name) & Trait.MULTIPLIES or len(places) != 1 or len(others) != 1:
+        return None
+    shapes = _shape(reading.operand), _shape(others[0])
+    for axis in summed_axes(reading.reader):
+        # Both have more than one entry along the axis that is summed.
+        if all(len(shape) >= -axis and shape[axis] > 1 for shape in shapes):
+            return reading.refused("multiplies it and a sum follows: write x @ w, F.linear or einsum for it")
+    return None
+
+
 def _elementwise(reading: _Reading) -> Found | None:
     """Match ``x * gain`` and ``x + shift``, in either order."""
     kind = {"aten.mul": "gain", "aten.add": "shift"}.get(reading.name)
@@ -591,4 +606,4 @@ def _source(activation: Any) -> str:
 
 
 # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.
-PATTERNS = (_lookup, _bag, _convolution, _product, _grouped, _recurrence, _norm, _elementwise)
+PATTERNS = (_lookup, _bag, _convolution, _product, _grouped, _recurrence, _norm, _summed, _elementwise)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from mupass._dims.call import Call, Result
 from mupass._dims.facts import NOWHERE, Axis, Bilinear, MadeWeight, Value, bare
+from mupass._dims.graph import summed_axes
 from mupass._dims.registry import rule
+from mupass._dims.rules.elementwise import broadcast, is_matrix, pointwise
 from mupass._dims.rules.reshape import merge_axes
 
 Labels = Sequence[str]
@@ -302,6 +304,49 @@ def add_batched_matmul(call: Call) -> Result:
     return result
 
 
+@rule("aten.mul", "aten.multiply")
+def multiply(call: Call) -> Result:
+    """Entry by entry; where the product is summed over a parameter's axis, the parameter is contracted."""
+    if _record_summed(call):
+        return call.value(broadcast(call, call.values, len(call.shape)))
+    return pointwise(call)
+
+
+def _record_summed(call: Call) -> bool:
+    """Record a weight in ``(x * w).sum(-1)`` as one in ``x @ w``; return whether there is one."""
+    summed = summed_axes(call.node)
+    values = call.values
+    weights = [value for value in values if value.parametric]
+    if not summed or len(values) != 2 or len(weights) != 1 or call.static:
+        return False
+    (weight,) = weights
+    # (gate[:, :, None, None] * experts).sum(1): matrices that a gate mixes are still a matrix.
+    if is_matrix(weight, [value for value in values if value is not weight]):
+        return False
+    operands, labels, out = [], [], []
+    for value in values:
+        # Axes are counted from the last one, as broadcasting lines them up.
+        places = list(range(-len(value.axes), 0))
+        # Single entries of the activation that meet an axis of the weight are no axis of its own:
+        # x[:, None] * w is x[b, i] w[o, i].
+        if value is not weight:
+            places = [place for place in places if value.axes[place].size > 1 or not _is_wide(weight, place)]
+        operands.append(Value(tuple(value.axes[place] for place in places), value.static))
+        labels.append([str(place) for place in places])
+        out += [label for label in labels[-1] if int(label) not in summed and label not in out]
+    shared = set(labels[0]) & set(labels[1])
+    # Only a sum over an axis that both have is a contraction.
+    if not any(_is_wide(weight, int(label)) for label in shared.difference(out)):
+        return False
+    contract(call, "product and sum", operands, labels, out)
+    return True
+
+
+def _is_wide(value: Value, place: int) -> bool:
+    """Whether a tensor has more than one entry along an axis, counted from the last one."""
+    return len(value.axes) >= -place and value.axes[place].size > 1
+
+
 @rule("aten.outer", "aten.ger")
 def outer(call: Call) -> Result:
     """Outer product."""
@@ -464,12 +509,14 @@ def convolution(call: Call) -> Result:
     channels = source.axes[first_position - 1]
     transposed = bool(call.get("transposed", "transpose" in call.operator))
     groups = call.get("groups", 1)
-    for axis, position, size in zip(kernel, positions, sizes, strict=True):
+    strides = _steps(call, rank)
+    for axis, position, size, stride in zip(kernel, positions, sizes, strides, strict=True):
         # A kernel over all of an axis, to one position, contracts it as a linear layer does (TextCNN).
         if not transposed and axis.size == position.size > 1 and size == 1:
             call.unify(axis, position)
         else:
             call.finite(axis, "a kernel axis")
+            call.facts.windows.append((axis.dim, stride))
     if transposed:  # weight[in, out per group, ...]
         fan_in, fan_out = weight.axes[:2]
         made_channels = _transposed_channels(call, channels, fan_in, fan_out, groups)
@@ -488,6 +535,14 @@ def convolution(call: Call) -> Result:
     call.facts.positions.update(axis.dim for axis in (*positions, *moved_positions))
     result = call.value([*source.axes[: first_position - 1], made_channels, *moved_positions])
     return add_bias(call, result, call.get("bias"), -rank - 1)
+
+
+def _steps(call: Call, rank: int) -> Sequence[int]:
+    """Return by how much a convolution moves along each of its axes."""
+    strides = call.get("stride", 1)
+    # F.conv2d(x, w, stride=2) moves by 2 along both.
+    steps = list(strides) if isinstance(strides, (list, tuple)) else [strides]
+    return steps * rank if len(steps) == 1 else steps
 
 
 def _tie_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis, groups: int) -> None:

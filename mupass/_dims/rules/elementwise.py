@@ -65,7 +65,6 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
     "aten.fill",
     "aten.true_divide",
     "aten.divide",
-    "aten.multiply",
     "aten.subtract",
     "aten.logical_not",
     "aten.conj",
@@ -137,7 +136,7 @@ def pointwise(call: Call) -> Result:
     values = call.values
     moving = [value for value in values if not value.static]
     # mul(w, s): a matrix times one number of the data, or one a sample or a matrix, is still that matrix.
-    if moving and any(value.parametric and _is_matrix(value, moving) for value in values):
+    if moving and any(value.parametric and is_matrix(value, moving) for value in values):
         return call.value(broadcast(call, values, len(call.shape)), static=True)
     for value in values:
         if value.parametric and moving:
@@ -159,8 +158,13 @@ def _partners(back: int, moving: Iterable[Value]) -> list[Axis]:
     return [value.axes[-1 - back] for value in moving if back < len(value.axes)]
 
 
-def _is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
-    """Whether a parameter has two axes along which all that it meets has single entries."""
+def is_matrix(parameter: Value, moving: Sequence[Value]) -> bool:
+    """Whether a parameter has two axes along which all that it meets has single entries.
+
+    Args:
+        parameter: The parameter.
+        moving: What it is multiplied with.
+    """
     axes_alone = 0
     for from_end, axis in enumerate(parameter.axes[::-1]):
         if axis.size > 1 and all(other.size == 1 for other in _partners(from_end, moving)):

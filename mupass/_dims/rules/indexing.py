@@ -46,8 +46,8 @@ def index(call: Call) -> Result:
         return _masked(call, source, call["indices"])
     # x[i, j]: both indices broadcast to one shape.
     common = bare(broadcast(call, list(indices.values()), max(len(i.axes) for i in indices.values())))
-    for position in indices:
-        _pick_by_index(call, source, source.axes[position])
+    for position, picked in indices.items():
+        _pick_by_index(call, source, source.axes[position], picked)
     kept_axes = [axis for position, axis in enumerate(source.axes) if position not in indices]
     indexed = list(indices)
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
@@ -82,12 +82,15 @@ def _masked(call: Call, source: Value, indices: Sequence[Value | None]) -> Value
     return call.value([*axes, *remaining])
 
 
-def _pick_by_index(call: Call, source: Value, axis: Axis) -> None:
+def _pick_by_index(call: Call, source: Value, axis: Axis, index: Value) -> None:
     """Rows that are picked by index are told apart; for a bare table that means it does not grow."""
     call.alternative(axis, "its positions are picked by index")
     # table[index], such as relative positions: as with a lookup, the length of the table is no width.
     if source.parametric:
         call.finite(axis, "the length of an indexed table")
+        # w[permutation]: a fixed index may as well put the units of a weight in another order.
+        if index.static and len(index.axes) == 1:
+            call.facts.reordered.append((axis.dim, index.axes[0].dim))
         other_axes = [other for other in source.axes if other.dim != axis.dim]
         call.use("embedding", [axis], other_axes, source)
 
@@ -98,7 +101,7 @@ def index_select(call: Call) -> Result:
     source: Value = call["self"]
     picked: Value = call["index"]
     dim = call["dim"] % max(len(source.axes), 1)
-    _pick_by_index(call, source, source.axes[dim])
+    _pick_by_index(call, source, source.axes[dim], picked)
     axes = list(source.axes)
     axes[dim] = Axis(picked.axes[0].dim, call.shape[dim]) if picked.axes else call.new(1)
     return call.value(axes)

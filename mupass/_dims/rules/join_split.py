@@ -206,5 +206,6 @@ def unfold(call: Call) -> Result:
     axes = list(source.axes)
     window = call.new(call.shape[-1])
     call.finite(window, "a window of literal size")
+    call.facts.windows.append((window.dim, call["step"]))
     axes[dim] = call.derive(axes[dim], call.shape[dim])
     return call.value([*axes, window])

@@ -1,7 +1,9 @@
 """Rules for operators that only move, regroup or repeat axes."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import prod
+from operator import mul
 
 from mupass._dims.call import Call, Result
 from mupass._dims.facts import NOWHERE, Axis, Origin, Value
@@ -43,12 +45,39 @@ def regroup(call: Call, source: Sequence[Axis], sizes: Sequence[int]) -> list[Ax
     result: dict[int, Axis] = {}
     # [2, 12] as [2, 3, 4]: 2 stays 2, and 12 becomes 3 x 4.
     for before, after in line_up([axis.size for axis in source], sizes):
-        merged = merge_axes(call, [source[position] for position in before])
+        run = [source[position] for position in before]
+        if len(before) > 1 and len(after) > 1:
+            run = _cut_at(call, run, [sizes[position] for position in after])
+        merged = merge_axes(call, run)
         parts = [merged]
         if len(after) > 1:
             parts = split_axis(call, merged, [sizes[position] for position in after])
         result.update(zip(after, parts, strict=True))
     return [result.get(position) or call.new(1) for position in range(len(sizes))]
+
+
+def _cut_at(call: Call, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
+    """Cut axes where a view of them has a border inside of one, where each border lies on a whole number.
+
+    [9, 2, 12] as [72, 3], as in ``weights.view(time * batch * heads, -1)``: the 12 is 4 x 3.
+
+    Args:
+        call: The view.
+        axes: Axes of its source, in their order.
+        sizes: Sizes of the view's axes, of the same product.
+    """
+    borders = sorted({*accumulate([axis.size for axis in axes], mul), *accumulate(sizes, mul)})
+    if any(after % before for before, after in pairwise(borders)):
+        return list(axes)
+    cut_axes = []
+    start = 1  # entries of one step along all axes so far
+    for axis in axes:
+        stop = start * axis.size
+        inside = [start, *[border for border in borders if start < border < stop], stop]
+        factors = [after // before for before, after in pairwise(inside)]
+        cut_axes += split_axis(call, axis, factors) if len(factors) > 1 else [axis]
+        start = stop
+    return cut_axes
 
 
 def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
