@@ -181,5 +181,5 @@ class _Bare(nn.Module):
 
 
 def _rms(tensors: list[Tensor]) -> float:
-    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    squares = sum(float(tensor.abs().double().square().sum()) for tensor in tensors)
     return math.sqrt(squares / sum(tensor.numel() for tensor in tensors))

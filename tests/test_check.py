@@ -16,7 +16,7 @@ import mupass
 from mupass._rewrite import InputMultiplier
 from mupass._runs.batches import Batch, cross_entropy, logits_of
 from mupass._runs.copies import default_widths
-from mupass._study.probe import Probe
+from mupass._study.probe import Probe, _along, rms
 from mupass._study.recorder import OUTPUT, Site
 from mupass._study.slopes import fit, student
 
@@ -460,3 +460,40 @@ def test_the_default_loss_takes_the_usual_shapes() -> None:
         cross_entropy(logits, classes[:, :3])
     with pytest.raises(mupass.StudyError, match="no tensor"):
         logits_of({"loss": torch.zeros(())})
+
+
+class ComplexNet(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, width, dtype=torch.cfloat)
+        self.mid = nn.Linear(width, width, dtype=torch.cfloat)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(torch.complex(x, torch.zeros_like(x)))
+        return self.head(self.mid(z * torch.sigmoid(z.abs())).abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, None])
+def test_complex_weights_are_measured(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(16, 8), torch.randn(16, 4))]
+    settings = {"loss": F.mse_loss, "widths": [64, 128, 256], "dtype": dtype}
+    checked = mupass.coord_check(ComplexNet(), data, **settings)
+    assert checked.ok, checked.verdict()
+    places = {row.site.parameter for row in checked.rows if row.quantity == "aligned"}
+    assert {"stem.weight", "mid.weight", "head.weight"} <= places
+    standard = mupass.coord_check(ComplexNet(), data, parameterization="standard", **settings)
+    updates = [
+        row for row in standard.rows if row.quantity == "update" and row.site.parameter == "mid.weight"
+    ]
+    # A step of Adam moves sums of width entries by a size that grows with the width.
+    assert updates and all(abs(row.slope.power - 1) < 0.25 for row in updates if row.step == 1)
+
+
+def test_the_size_of_complex_numbers_is_that_of_both_parts() -> None:
+    x, slope = torch.randn(5, dtype=torch.cfloat), torch.randn(5, dtype=torch.cfloat)
+    assert rms(x) == pytest.approx((x.real.square() + x.imag.square()).mean().sqrt().item())
+    parts = torch.view_as_real(slope).double()
+    along = (torch.view_as_real(x).double() * parts).sum().abs() / parts.norm() / 5**0.5
+    assert _along(x, slope) == pytest.approx(along.item())

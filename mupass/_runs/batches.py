@@ -98,7 +98,7 @@ def _batch(item: Any) -> Batch:
 
 
 def move(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
-    """Return a batch on a device, its real numbers in a precision.
+    """Return a batch on a device, its real and complex numbers in a precision.
 
     Args:
         batch: The batch.
@@ -109,10 +109,23 @@ def move(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        # Token and class numbers keep their type.
-        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+        return in_precision(leaf.to(device), dtype)
 
     return Batch(*tree_map(one, (batch.args, batch.kwargs, batch.targets)))
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor with its numbers in a precision; numbers of tokens and classes keep their type.
+
+    Args:
+        tensor: The tensor.
+        dtype: Type of real numbers; complex ones take the type with parts of that type. None leaves them.
+    """
+    if dtype is not None and tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    if dtype is not None and tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor
 
 
 def logits_of(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._errors import StudyError, each_matter_once
 from mupass._resize.resize import resize
-from mupass._runs.batches import Batch, move
+from mupass._runs.batches import Batch, in_precision, move
 from mupass._runs.checks import check_functions, check_widths
 from mupass._scales.init import InitChoice
 from mupass._scales.plan import Plan, plan_of
@@ -121,7 +121,7 @@ def make_copies(
             raise StudyError("widths= is needed with a function that builds the model")
         widths = default_widths(analyze(source, batches[0].inputs).width)
     # Precision first: a transform reads the law of the values as they will be trained.
-    models = [build(width).to(dtype=options.dtype) for width in widths]
+    models = [_in_precision(build(width), options.dtype) for width in widths]
     # The number of parameters grows with the width, whatever form widths are given in.
     models.sort(key=_count_entries)
     if len(set(map(_count_entries, models))) < max(len(models), least):
@@ -133,6 +133,13 @@ def make_copies(
     # The plan's own word for the width, which the caller may not know.
     sizes = tuple(plan_of(model)[1].width for model in transformed)
     return Copies(sizes, tuple(transformed), narrow), moved_batches
+
+
+def _in_precision(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return a model in a precision; ``model.to`` would make real numbers of complex ones."""
+    if any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model._apply(lambda tensor: in_precision(tensor, dtype))  # type: ignore[no-untyped-call]
+    return model.to(dtype=dtype)
 
 
 def _transformed(model: nn.Module, narrow: nn.Module, inputs: Any, options: CopyOptions) -> nn.Module:

@@ -29,8 +29,10 @@ from mupass._study.probe import Probe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 
+SUMMED = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
+
 # An update that is a smaller part of the activation than this is rounding.
-FLOOR = {torch.float64: 1e-10}
+FLOOR = {torch.float64: 1e-10, torch.complex128: 1e-10}
 COARSE_FLOOR = 1e-5
 CONFIDENCE = 0.99  # of each interval: a large model has hundreds of them
 
@@ -324,14 +326,15 @@ class _Judge:
             # is what must be flat.
             return "bounded" if (site, "aligned", step) in self.log else "flat"
         if quantity == "aligned":
-            return "bounded" if self._grows_in_entries(site) or self._is_starved(site) else "flat"
+            may_shrink = self._grows_in_entries(site) or self._is_starved(site) or self._is_summed(site)
+            return "bounded" if may_shrink else "flat"
         if site.operator in SCORES or site.operator == OUTPUT:
             return "bounded"
         geometry = self._geometry(site)
         if quantity == "change" or geometry is None:
             return "shown"
         # Readouts may shrink at the start, as they should: only growth is a fault.
-        if is_readout(site, geometry):
+        if is_readout(site, geometry) or self._is_summed(site):
             return "bounded"
         return "flat" if geometry.role in ("input", "hidden") else "shown"
 
@@ -343,6 +346,13 @@ class _Judge:
         geometry, entries = self._geometry(site), self.log[site, "entries", 0]
         fixed = geometry is not None and not any(geometry.infinite)
         return fixed and entries[-1][0] > entries[0][0]
+
+    def _is_summed(self, site: Site) -> bool:
+        """Whether a place makes the products of ``(x * w).sum(-1)``, whose sum over a width must be flat."""
+        geometry = self._geometry(site)
+        uses = geometry.uses if geometry is not None else ()
+        summing = any(use.kind == SUMMED and use.module == site.module for use in uses)
+        return summing and site.operator in ("mul", "multiply")
 
     def _is_starved(self, site: Site) -> bool:
         """Whether what an operator is given shrinks at the start, as what comes out of a readout does.

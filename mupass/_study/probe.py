@@ -65,7 +65,9 @@ class Probe:
         for call in self.first.calls.values():
             # What the operator was given besides its parameters.
             activations = [
-                given for index, given in enumerate(call.given) if index not in call.at and _is_real(given)
+                given
+                for index, given in enumerate(call.given)
+                if index not in call.at and _is_activation(given)
             ]
             for index, site in call.at.items():
                 yield site, "weight", rms(call.given[index])
@@ -150,18 +152,25 @@ def rms(x: Tensor) -> float:
     Args:
         x: Any tensor.
     """
-    return x.double().square().mean().sqrt().item()
+    # Of complex numbers the absolute values count.
+    return x.abs().double().square().mean().sqrt().item()
 
 
 def _along(update: Tensor, slope: Tensor) -> float:
     """RMS of the part of an update along a direction."""
-    length = slope.double().norm().item()
+    length = slope.abs().double().norm().item()
     if not length:
         return 0.0
     # |<update, slope>| / |slope| is the length of that part; its RMS is that over sqrt(entries).
-    product = (update.double() * slope.double()).sum().abs().item()
+    product = (_reals(update) * _reals(slope)).sum().abs().item()
     return product / length / update.numel() ** 0.5
 
 
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0
+def _reals(x: Tensor) -> Tensor:
+    """Return a tensor in double precision, complex numbers as two real ones."""
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double()
+
+
+def _is_activation(x: Any) -> bool:
+    """Whether an argument of an operator is a tensor of numbers with a derivative."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and x.numel() > 0

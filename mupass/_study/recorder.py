@@ -228,7 +228,7 @@ def _attention_scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[
 
 def _first(out: Any) -> Tensor | None:
     for leaf in tree_leaves(out):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
     return None
 
