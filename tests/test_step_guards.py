@@ -666,3 +666,27 @@ def test_an_expanded_parameter_is_refused_by_name(cls: Any) -> None:
     net = mupass.transform(Gain(), torch.randn(4, 6), base=16)
     with pytest.raises(mupass.OptimizerError, match="gain is expanded"):
         cls(net)
+
+
+@pytest.mark.parametrize("cls", [mupass.KFAC, mupass.Shampoo, mupass.SOAP, mupass.Muon])
+def test_a_step_beyond_the_range_of_float16_moves_nothing_and_is_told(cls: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).half()
+    x, y = torch.randn(20, 6).half(), torch.randint(3, (20,))
+    mupass.transform(net, x, base=16)
+    bounds = {"step_bound": None, "kl_clip": None} if cls is mupass.KFAC else {}
+    optimizer = cls(net, lr=1e9, fallback=mupass.Fallback(lr=1e-3), momentum=0.0, **bounds)
+    own = [row.parameter for row in optimizer.coverage() if row.treatment != "adamw"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(3):  # the first gradient starts SOAP's bases and moves no matrix
+            before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+            optimizer.zero_grad()
+            F.cross_entropy(net(x).float(), y).backward()
+            optimizer.step()
+            assert all(torch.equal(net.get_parameter(name), before[name]) for name in own), step
+        stats = optimizer.stats()
+    assert stats["steps"] == 3 and stats["overflowing_steps"] >= 2 * len(own)
+    messages = [str(warning.message) for warning in told]
+    for name in own:  # each once
+        assert sum(f": {name} would have left the range of float16" in message for message in messages) == 1

@@ -52,6 +52,10 @@ from mupass._scales.scales import rounded
 
 OVERRIDES = ("lr", "weight_decay", "damping")
 EMPTY = "none"  # treatment of a parameter without entries
+OUT_OF_RANGE = (
+    "would have left the range of float16, which ends at 65504, and keeps its values: "
+    "lower lr, raise damping, or hold weights in float32 and use autocast"
+)
 NO_ENTRIES = "it has no entries"
 
 
@@ -103,6 +107,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._stats: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None  # steps since the last report, on the device
+        self._overflows: dict[str, Tensor] = {}  # parameter -> its steps out of range, on the device
         self._idle: frozenset[str] = frozenset()  # parameters without a gradient in the last step
         self._strangers: set[str] = set()  # parameters that were told not to be trained
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
@@ -350,6 +355,10 @@ class PlannedOptimizer(BoundOptimizer):
             incidents.append(("skipped_steps", "a gradient holds NaN or infinity"))
             counts.append(self._skipped.reshape(1))
             self._skipped = None
+        for name, count in self._overflows.items():
+            incidents.append(("overflowing_steps", f"{name} {OUT_OF_RANGE}"))
+            counts.append(count.reshape(1))
+        self._overflows = {}
         if not counts:
             return
         # One message from the device for all counts: each read by itself would wait for it.
@@ -553,8 +562,18 @@ class PlannedOptimizer(BoundOptimizer):
                 # A seed of the step and the parameter: the same on all ranks, and after a restart.
                 turn = (self._steps, self._numbers[self.names[parameter]])
                 moved = to_bfloat16(moved, mixed(int(group["mupass_seed"]), turn))
+            if weight.dtype == torch.float16:
+                moved = self._in_range(moved, weight, self.names[parameter])
             if moved is not weight:
                 weight.copy_(moved)
+
+    def _in_range(self, moved: Tensor, weight: Tensor, name: str) -> Tensor:
+        """Return a weight after a step in float16, or as it was where an entry would leave its range."""
+        rounded = moved.half()
+        fits = rounded.isfinite().all()
+        lost = (~fits).to(torch.float32)
+        self._overflows[name] = self._overflows[name] + lost if name in self._overflows else lost
+        return torch.where(fits, rounded, weight)
 
     def _adopt_swapped(self) -> None:
         """Follow a trainer that put other tensors of the same parameters into the groups."""
@@ -623,6 +642,7 @@ class PlannedOptimizer(BoundOptimizer):
         if idle == self._idle and self._steps >= self.report_every and self._steps % self.report_every:
             return
         self._idle = idle
+        self._tell_tied()
         for name, parameter in self.root.named_parameters():
             known = parameter in self.names or parameter in self._frozen
             if known or parameter.grad is None or name in self._strangers:
@@ -634,6 +654,21 @@ class PlannedOptimizer(BoundOptimizer):
                 f"train it: make the optimizer anew{'' if name in self._numbers else ', after transform'}",
                 MupassWarning,
                 stacklevel=4,
+            )
+
+    def _tell_tied(self) -> None:
+        """Warn of parameters in whose place the model has another one of its parameters by now."""
+        now = dict(self.root.named_parameters(remove_duplicate=False))
+        for parameter, name in self.names.items():
+            other = self.names.get(now.get(name, parameter), name)
+            if other == name or name in self._strangers:
+                continue
+            self._strangers.add(name)
+            warnings.warn(
+                f"mupass.{type(self).__name__}: {name} was tied to {other} after the optimizer was made, "
+                f"which takes {other} for what it was: tie first, then transform, then make the optimizer",
+                MupassWarning,
+                stacklevel=5,
             )
 
     def _add_to_fallback(self, parameter: Tensor, name: str) -> None:
