@@ -106,6 +106,69 @@ def test_damaged_json_is_refused(change: Any, message: str) -> None:
         Plan.from_json(damage(plan, change))
 
 
+def of(plan: Any, parameter: str) -> dict[str, Any]:
+    return next(e["geometry"] for e in plan["entries"] if e["geometry"]["name"] == parameter)
+
+
+def site(plan: Any) -> dict[str, Any]:
+    return of(plan, "up.weight")["sites"][0]
+
+
+CONTRADICTIONS: dict[str, tuple[Any, str]] = {
+    "uses are gone": (
+        lambda d: of(d, "up.weight").update(uses=[]),
+        r"no use of it contracts fan_in_axes \(1,\)",
+    ),
+    "axes of a use are gone": (
+        lambda d: of(d, "up.weight")["uses"][0].update(fan_in=[], fan_out=[]),
+        "no use of it contracts fan_in_axes",
+    ),
+    "sites are gone": (lambda d: of(d, "up.weight").update(sites=[]), "has 1 uses and no site"),
+    "fans share an axis": (
+        lambda d: of(d, "up.weight").update(fan_out_axes=[0, 1]),
+        r"fan_in_axes \(1,\) and fan_out_axes \(0, 1\) share an axis",
+    ),
+    "fans are gone": (
+        lambda d: of(d, "up.weight").update(fan_in_axes=[], fan_out_axes=[]),
+        "role 'hidden' contradicts its axes, which are those of vector",
+    ),
+    "another role": (
+        lambda d: of(d, "up.weight").update(role="output"),
+        "role 'output' contradicts its axes",
+    ),
+    "nothing grows": (
+        lambda d: of(d, "up.weight").update(infinite=[False, False]),
+        "role 'hidden' contradicts its axes, which are those of scalar",
+    ),
+    "an axis on both sides": (
+        lambda d: site(d).update(in_axes=[0, 1]),
+        r"site linear has axes both in \(0, 1\) and out \(0,\)",
+    ),
+    "sides are swapped": (
+        lambda d: site(d).update(in_axes=[0], out_axes=[1]),
+        r"no use of it contracts the axes \(0,\) of site linear",
+    ),
+    "a side is gone": (lambda d: site(d).update(out_axes=[]), "site linear has no axes on one side"),
+    "a kind of its own": (lambda d: site(d).update(kind="line"), "site of an unknown kind 'line'"),
+    "another operator": (
+        lambda d: site(d).update(kind="conv"),
+        "site conv is no form of aten.linear.default",
+    ),
+    "the bias of nothing": (
+        lambda d: of(d, "up.bias")["sites"][0].update(weight="upp.weight"),
+        "site bias is the bias of 'upp.weight', which is not in the plan",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_a_plan_that_contradicts_itself_is_refused(kind: str) -> None:
+    change, message = CONTRADICTIONS[kind]
+    _, plan = planned()
+    with pytest.raises(mupass.PlanError, match=message):
+        Plan.from_json(damage(plan, change))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(mupass.PlanError, match="not the JSON of a mupass plan"):

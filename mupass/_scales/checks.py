@@ -16,6 +16,10 @@ from mupass._scales.entry import Entry
 from mupass._scales.parameterizations import row
 
 Record = TypeVar("Record")
+# Kinds of sites: products that sum over axes, all others, and none.
+MATRICES = ("linear", "contraction", "grouped", "conv", "embedding", "bag")
+NAMED = {"linear": "linear", "conv": "conv", "embedding": "embedding", "bag": "embedding_bag"}
+SITES = (*MATRICES, "gain", "shift", "norm gain", "norm shift", "table", "bias", "")
 LARGEST = 1e20  # of a factor; widths a million times the base, to the power of 3, stay below
 
 
@@ -162,8 +166,15 @@ def check_plan(
         if repeated:
             raise PlanError(f"{what} {repeated[0]!r} comes twice in the plan")
     for entry in entries:
-        for fault in _faults(entry):
+        for fault in (*_faults(entry), *_name_faults(entry.geometry, names)):
             raise PlanError(f"{entry.geometry.name}: {fault}")
+
+
+def _name_faults(geometry: Geometry, names: Sequence[str]) -> Iterator[str]:
+    """Yield what names a parameter that the plan does not have."""
+    for site in geometry.sites:
+        if site.weight and site.weight not in names:
+            yield f"site {site.kind} is the bias of {site.weight!r}, which is not in the plan"
 
 
 def _faults(entry: Entry) -> Iterator[str]:
@@ -194,10 +205,57 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
         if size and not 0 < base_size < LARGEST:
             yield f"base_shape must hold positive numbers, not {base_size!r}"
     yield from _all_axis_faults(geometry)
+    yield from _role_faults(geometry)
+    yield from _site_faults(geometry)
     if not isfinite(geometry.given) or abs(geometry.given) > 8:
         yield f"given must be a power, not {geometry.given!r}"
     for field in ("depth", "folded", "folded_in", "m_direction"):
         _positive(f"{geometry.name}: {field}", getattr(geometry, field))
+
+
+def _role_faults(geometry: Geometry) -> Iterator[str]:
+    """Yield what contradicts itself in the role of a parameter, its fans and its uses."""
+    fan_in, fan_out = set(geometry.fan_in_axes), set(geometry.fan_out_axes)
+    if fan_in & fan_out:
+        yield f"fan_in_axes {tuple(fan_in)} and fan_out_axes {tuple(fan_out)} share an axis"
+    growing = {axis for axis, infinite in enumerate(geometry.infinite) if infinite}
+    sides = (bool(growing & fan_in), bool(growing & fan_out))
+    # The roles that go with what grows of fan_in and of fan_out.
+    roles: tuple[str, ...] = {
+        (True, True): ("hidden",),
+        (True, False): ("output",),
+        (False, True): ("input", "vector"),
+    }.get(sides, ("vector",) if growing else ("scalar",))
+    if geometry.role not in roles:
+        yield f"role {geometry.role!r} contradicts its axes, which are those of {' or '.join(roles)}"
+    # A use has fan_in as a whole; used with its transpose, as what it keeps.
+    explained = any(fan_in <= set(use.fan_in) or fan_in <= set(use.fan_out) for use in geometry.uses)
+    if fan_in and not explained:
+        yield f"no use of it contracts fan_in_axes {tuple(fan_in)}"
+
+
+def _site_faults(geometry: Geometry) -> Iterator[str]:
+    """Yield what a preconditioner could not work with in the sites of a parameter."""
+    # A view may have dropped axes of one entry, as w.squeeze(1) of a depthwise kernel.
+    single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
+    contracted = [set(use.fan_in) - single for use in geometry.uses]
+    if geometry.uses and not geometry.sites:
+        yield f"a parameter that has {len(geometry.uses)} uses and no site of any kind"
+    for site in geometry.sites:
+        if site.kind not in SITES:
+            yield f"site of an unknown kind {site.kind!r}; known: {', '.join(filter(None, SITES))}"
+        if set(site.in_axes) & set(site.out_axes):
+            yield f"site {site.kind} has axes both in {site.in_axes} and out {site.out_axes}"
+        if site.kind not in MATRICES:
+            continue
+        if not site.in_axes or not site.out_axes:
+            yield f"site {site.kind} has no axes on one side: in {site.in_axes}, out {site.out_axes}"
+        # aten.conv2d.default, transposed or not, is what a site of the kind conv stands for.
+        if site.kind in NAMED and NAMED[site.kind] not in site.operator:
+            yield f"site {site.kind} is no form of {site.operator}"
+        # Sites and uses are two readings of the same operators.
+        if set(site.in_axes) - single not in contracted:
+            yield f"no use of it contracts the axes {site.in_axes} of site {site.kind}"
 
 
 def _all_axis_faults(geometry: Geometry) -> Iterator[str]:
