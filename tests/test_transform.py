@@ -364,3 +364,17 @@ def test_an_attribute_that_is_called_like_hooks_is_left_alone() -> None:
     model[0].capture_hooks_installed = True  # as some of Hugging Face's models have it
     model = transform(model, MODELS["mlp"][1], base=16)
     assert model[0].capture_hooks_installed is True
+
+
+def test_the_default_precision_may_be_double() -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)),
+        torch.randn(4, 6),
+    )
+    plan = mupass.transform(copy.deepcopy(net), x, base=8).mupass_plan
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert mupass.transform(net.double(), x.double(), base=8).mupass_plan.entries == plan.entries
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -149,7 +149,7 @@ def _differs_by_row(matrix: Tensor) -> bool:
 def _has_a_direction(matrix: Tensor) -> bool:
     """Compare the largest singular value with its bound for independent entries."""
     # Signs alternate, since the mean of all entries was subtracted.
-    vector = torch.ones(matrix.shape[1], device=matrix.device)
+    vector = torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     vector[::2] = -1
     size = 0.0
     # Power iteration on M^T M: enough steps to see a singular value that stands out.
