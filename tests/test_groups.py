@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -141,3 +142,34 @@ def test_unknown_optimizer_and_plain_model_are_refused() -> None:
         param_groups(model(), 0.1, optimizer="lion")
     with pytest.raises(mupass.PlanError, match="call mupass.transform"):
         param_groups(nn.Linear(3, 3), 0.1)
+
+
+@pytest.mark.parametrize("how", ["alone", "other optimizer", "own group", "later"])
+def test_layers_that_were_added_are_told_where_nothing_trains_them(how: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(5, 6)
+    mupass.transform(net, x, base=16)
+    optimizers = [torch.optim.AdamW(mupass.param_groups(net, lr=1e-3))]
+    start = 12 if how == "later" else 0
+    told: list[tuple[int, str]] = []
+    for step in range(35):
+        if step == start:
+            net.append(nn.Linear(3, 3))
+            before = net[3].weight.detach().clone()
+            if how == "other optimizer":
+                optimizers.append(torch.optim.SGD(net[3].parameters(), lr=1e-3))
+            if how == "own group":
+                optimizers[0].add_param_group({"params": list(net[3].parameters()), "lr": 1e-3})
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        net(x).square().mean().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for optimizer in optimizers:
+                optimizer.step()
+        told += [(step, str(w.message)) for w in caught if w.category is mupass.MupassWarning]
+    trained = how in ("other optimizer", "own group")
+    assert trained != torch.equal(net[3].weight, before)
+    assert len(told) == (0 if trained else 1)
+    for step, message in told:
+        assert "AdamW: 3.weight, 3.bias came into the model" in message and step <= start + 20

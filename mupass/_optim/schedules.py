@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
 
+LOOKS = 10  # first steps in each of which models are looked through; then one in as many
 TOLERANCE = 1e-4  # of ratios, relative
 SCALE = "mupass_scale"
 FAMILY = "mupass_optimizer"  # row of the scale table that groups were made for
@@ -41,6 +42,10 @@ class RateWatch:
         done: Whether there is nothing more to say of rates.
         planned: Whether groups are of `mupass.param_groups`, in an optimizer that is not of mupass.
         idle: Identities of its parameters that had no gradient in the last step.
+        steps: How many steps it has begun.
+        strangers: Parameters with a gradient that were added to a model of its parameters, by name, with
+            their version: one that is the same at the next look was moved by nobody.
+        told: Names of those that were told.
     """
 
     start: dict[int, float]
@@ -49,6 +54,9 @@ class RateWatch:
     done: bool = False
     planned: bool = False
     idle: frozenset[int] = frozenset()
+    steps: int = 0
+    strangers: dict[str, int] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
 
 _watches: WeakKeyDictionary[torch.optim.Optimizer, RateWatch] = WeakKeyDictionary()
@@ -102,6 +110,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     watch = _watches[optimizer]
     if watch.planned:
         _check_members(optimizer, watch)
+        _check_added(optimizer, watch)
 
 
 def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
@@ -226,6 +235,41 @@ def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
                 MupassWarning,
                 stacklevel=4,
             )
+
+
+def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
+    """Warn where parameters were added to the model after the groups were made, and nothing moves them.
+
+    Another optimizer may train them: the version of a tensor tells whether it was written to since. Models
+    are looked through in the first steps, and then once in as many.
+    """
+    watch.steps += 1
+    if watch.steps > LOOKS and watch.steps % LOOKS:
+        return
+    members = set(_groups_of(optimizer))
+    seen: dict[str, int] = {}
+    unmoved: list[str] = []
+    for root, plan in _planned_models():
+        now = dict(root.named_parameters())
+        if members.isdisjoint(now.values()):
+            continue
+        for name, parameter in now.items():
+            # What the plan knows by name was replaced, if it is no member, or left out on purpose.
+            if name in plan or name in watch.told or parameter in members or parameter.grad is None:
+                continue
+            seen[name] = parameter._version
+            if watch.strangers.get(name) == parameter._version:
+                unmoved.append(name)
+    watch.strangers = seen
+    if unmoved:
+        watch.told.update(unmoved)
+        warnings.warn(
+            f"{type(optimizer).__name__}: {', '.join(unmoved)} came into the model after its groups were "
+            "made, and no optimizer trains it: transform the model with all its layers and make the groups "
+            "anew, or add a group for it",
+            MupassWarning,
+            stacklevel=4,
+        )
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
