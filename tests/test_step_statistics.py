@@ -436,8 +436,60 @@ def test_a_gradient_penalty_counts_its_layers_once() -> None:
     """The gradients of outputs are those of loss and penalty together; the first pass adds nothing."""
     net = transformed(Attention)
     optimizer = kfac(net)
-    for i in range(3):
+    with pytest.warns(mupass.MupassWarning, match="depends on a gradient that was taken with create_graph"):
+        assert_step(net, optimizer, penalized(*batch(0)))
+    for i in range(1, 3):  # told once
         assert_step(net, optimizer, penalized(*batch(i)))
+    assert optimizer.stats()["derivatives_in_the_loss"] == 3
+
+
+class Potential(nn.Module):
+    """An energy of which forces are the gradient by its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.stem(x))).mean(1)
+
+
+def forces(net: nn.Module, x: Tensor, create_graph: bool = True) -> tuple[Tensor, Tensor]:
+    at = x.clone().requires_grad_(True)
+    energy = net(at)
+    (slope,) = torch.autograd.grad(energy.sum(), at, retain_graph=True, create_graph=create_graph)
+    return energy, -slope
+
+
+def test_a_head_that_only_forces_read_is_refused_by_name() -> None:
+    net, (x, _) = transformed(Potential), batch(0)
+    optimizer = kfac(net, loss_terms=len(x))
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    forces(net, x)[1].square().mean().backward()
+    with pytest.warns(mupass.MupassWarning, match="forces"):
+        with pytest.raises(
+            mupass.OptimizerError, match="head.weight has a gradient.* that only a derivative"
+        ):
+            optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def test_forces_beside_an_energy_are_told_and_what_no_loss_depends_on_is_not() -> None:
+    net, (x, _) = transformed(Potential), batch(0)
+    optimizer = kfac(net)
+    energy, force = forces(net, x)
+    energy.square().mean().backward()  # the forces are looked at, and are in no loss
+    optimizer.step()
+    optimizer.zero_grad()
+    energy, force = forces(net, x, create_graph=False)
+    (energy - force.square().sum(1)).square().mean().backward()
+    optimizer.step()
+    assert "derivatives_in_the_loss" not in optimizer.stats()
+    optimizer.zero_grad()
+    energy, force = forces(net, x)
+    (energy.square().mean() + force.square().mean()).backward()
+    with pytest.warns(mupass.MupassWarning, match="derivatives in the loss"):
+        optimizer.step()
 
 
 # Operators on other paths
@@ -819,3 +871,137 @@ def test_compiled_products_of_one_activation_are_one() -> None:
     x, y = batch(0)
     F.cross_entropy(torch.compile(net, fullgraph=True, backend=backend)(x), y).backward()
     assert products == [2 + 4]  # A of q, k and v together and of the head; B of q, k, v and the stem
+
+
+# Rows of a table that stand for nothing --------------------------------------------------------------------
+
+
+class Padded(nn.Module):
+    """Tokens, of which 0 stands for none, looked up by a module or by a function."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.table = how, nn.Embedding(9, WIDTH, padding_idx=0 if how == "module" else None)
+        self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) if self.how == "module" else F.embedding(ids, self.table.weight, padding_idx=-9)
+        return self.head(torch.tanh(self.mix(x)).mean(1))
+
+
+@pytest.mark.parametrize("how", ["module", "function"])
+def test_rows_that_no_gradient_reaches_are_not_in_the_factors_of_their_table(how: str) -> None:
+    ids, y = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 1]]), torch.tensor([0, 1, 2])
+    torch.manual_seed(0)
+    net = mupass.transform(Padded(how).double(), ids, base=WIDTH)
+    optimizer = kfac(net)
+    looked_up: list[Tensor] = []
+    handle = net.mix.register_forward_pre_hook(lambda module, args: looked_up.append(args[0]))
+    F.cross_entropy(net(ids), y).backward()
+    (taken,) = [sums for place, sums in optimizer._curvature.take().items() if "table" in str(place)]
+    loss = F.cross_entropy(net(ids), y)
+    (gradient,) = torch.autograd.grad(loss, looked_up[1:])
+    handle.remove()
+    rows = gradient[ids != 0]
+    torch.testing.assert_close(taken.b[0][0], len(y) * rows.T @ rows)
+    counts = torch.bincount(ids.flatten(), minlength=9).double()
+    counts[0] = 0
+    torch.testing.assert_close(taken.a.flatten(), counts / counts.sum())
+    assert float(taken.rows) == 7
+
+
+def test_gradients_that_are_divided_by_frequencies_fall_back_by_name() -> None:
+    ids = torch.randint(9, (4, 5))
+    net = nn.Sequential(
+        nn.Embedding(9, WIDTH, scale_grad_by_freq=True), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+    )
+    (row, *_) = mupass.KFAC(mupass.transform(net, ids, base=WIDTH)).coverage()
+    assert row.treatment == "adamw" and "divided by how often a row was read" in row.reason
+
+
+# Passes that are not what they look like -------------------------------------------------------------------
+
+
+def test_two_backward_passes_through_one_forward_pass_are_told() -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer = kfac(net)
+    out = net(x)
+    F.cross_entropy(out, y).backward(retain_graph=True)
+    out.square().mean().backward()
+    with pytest.warns(MupassWarning, match="several backward passes ran through one forward pass"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("between", ["cleared", "of inputs", "another forward pass", "a step"])
+def test_passes_whose_gradients_do_not_add_up_in_one_step_are_not_told(between: str) -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer = kfac(net)
+    x = x.requires_grad_(True)
+    out = net(x)
+    if between == "of inputs":
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+        out.sum().backward(inputs=[x], retain_graph=True)
+    else:
+        F.cross_entropy(out, y).backward(retain_graph=True)
+    if between == "cleared":
+        net.zero_grad()
+    if between == "a step":
+        optimizer.step()
+        optimizer.zero_grad()
+        out = net(x)
+    if between == "another forward pass":
+        out = net(x)
+    F.cross_entropy(out, y).backward()
+    optimizer.step()
+    assert "repeated_passes" not in optimizer.stats()
+
+
+def test_output_rows_without_a_gradient_are_told_and_their_number_settles_it() -> None:
+    x, y = batch(0)
+    y[:5] = -100  # left out of the mean
+    loss = cross_entropy(x, y)
+    for terms in (None, 7):
+        net = transformed(Attention)
+        optimizer = kfac(net, loss_terms=terms)
+        loss(net).backward()
+        if terms is None:
+            with pytest.warns(MupassWarning, match=r"gradient of exactly zero.*pass loss_terms="):
+                optimizer.step()
+        else:
+            optimizer.step()
+    few = batch(1)
+    few[1][:3] = -100  # a quarter, which may be chance
+    optimizer.zero_grad()
+    cross_entropy(*few)(net).backward()
+    optimizer.step()
+
+
+def test_saliency_of_one_sample_says_nothing_of_loss_terms() -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer = kfac(net)
+    at = x.clone().requires_grad_(True)
+    torch.autograd.grad(net(at)[0].sum(), at)
+    cross_entropy(x, y)(net).backward()
+    optimizer.step()
+    assert optimizer.stats() == {"steps": 1}
+
+
+def test_a_model_that_runs_under_vmap_alone_is_refused() -> None:
+    net, (x, y) = transformed(lambda: Heads()), batch(0)
+    optimizer = kfac(net)
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    with pytest.warns(MupassWarning, match="under a transform of torch.func"):
+        F.cross_entropy(torch.vmap(lambda row: net(row, 1))(x), y).backward()
+    with pytest.warns(MupassWarning, match="steps without factors"):
+        with pytest.raises(mupass.OptimizerError, match="every weight that has a gradient"):
+            optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def test_a_weight_that_is_tied_later_is_told_by_name() -> None:
+    net, (x, y) = transformed(Exits), batch(0)
+    optimizer = kfac(net)
+    net.blocks[1].weight = net.blocks[0].weight
+    cross_entropy(x, y)(net).backward()
+    with pytest.warns(MupassWarning, match="blocks.1.weight was tied to blocks.0.weight after the optimizer"):
+        optimizer.step()

@@ -38,6 +38,23 @@ STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
 KL_CLIP = 1e-3
 
+IDLE_TERMS = (
+    "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
+    "terms of a mean loss. Where the loss leaves them out (ignore_index, a mask, all but one position), B is "
+    "too large: pass loss_terms=, a function that returns the number of terms that it averages over, or that "
+    "number"
+)
+REPEATED = (
+    "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
+    "statistics take them for those of separate samples: add the losses up, and run backward once"
+)
+IN_DERIVATIVES = (
+    "the loss depends on a gradient that was taken with create_graph=True (forces, a gradient penalty). The "
+    "backward pass that makes it reads the weights again, of which K-FAC has no statistics: where that part "
+    "of the loss is the larger one, factors are too small and steps are held by step_bound alone. Take "
+    "mupass.SOAP(model) there, or leave weights to the fallback with exclude="
+)
+
 
 class KFAC(PlannedOptimizer):
     """Kronecker-factored approximate curvature, ``dW = -lr (B + rho_B)^-e_b G (A + rho_A)^-e_a``.
@@ -389,6 +406,7 @@ class KFAC(PlannedOptimizer):
         if not self.sampled:
             scale = self._scale_of_loss()
         observed = self._curvature.take(scale, clipped)
+        self._tell_passes()
         if not observed:  # made up for at the next step
             reason = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", reason)
@@ -522,7 +540,23 @@ class KFAC(PlannedOptimizer):
         return size_of
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
-        return self._kronecker.incidents()
+        incidents, counts = self._kronecker.incidents()
+        idle_terms, self._curvature.idle_terms = self._curvature.idle_terms, None
+        if idle_terms is not None:
+            incidents.append(("idle_loss_terms", IDLE_TERMS))
+            counts.append(idle_terms.reshape(1))
+        return incidents, counts
+
+    def _tell_passes(self) -> None:
+        """Count, and warn once, of backward passes whose statistics are not those of the loss."""
+        passes = self._curvature.passes
+        for kind, text, names in (
+            ("derivatives_in_the_loss", IN_DERIVATIVES, passes.derived),
+            ("repeated_passes", REPEATED, passes.twice),
+        ):
+            if names:
+                self.count(kind, text)
+                names.clear()
 
     def _refuse_unseen(self, gradients: Mapping[str, Tensor]) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
@@ -535,7 +569,8 @@ class KFAC(PlannedOptimizer):
                 raise OptimizerError(
                     f"{name} has a gradient, but its tap saw no operator that uses it: the code took another "
                     f"path than in the captured pass, or replaced the parameter. Pass exclude=['{name}'] to "
-                    "leave it to the fallback"
+                    "leave it to the fallback. A weight that only a derivative of the model reads "
+                    "(forces, as the gradient of an energy) has no statistics either"
                 )
 
     def _scale_of_loss(self) -> Tensor | float:

@@ -88,6 +88,8 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
     if isinstance(form, (Lookup, Bag, Table)):
         read = form.input_rows(x).reshape(-1)
         ones = torch.ones(read.numel(), dtype=dtype, device=x.device)
+        if isinstance(form, Lookup) and form.padding >= 0:
+            ones = (read != form.padding).to(dtype)
         counts = torch.zeros(layer.inputs, dtype=dtype, device=x.device)
         return counts.scatter_add(0, read, ones).unsqueeze(0)
     # Products of whole patches are shared; means and pieces of them, and their squares alone, are not.
@@ -118,6 +120,11 @@ def raw_outputs(
         wanted: Which of the matrices; the others get None.
         dtype: Precision of the factors.
     """
+    padded: Tensor | None = None
+    if isinstance(form, Lookup) and form.padding >= 0:
+        # The gradient at these positions does not reach the table.
+        padded = x != form.padding
+        g = g * padded[..., None]
     outputs = form.output_rows(g)
     samples, positions = outputs.shape[1], outputs.shape[2]
     together = layer.reduce
@@ -140,6 +147,8 @@ def raw_outputs(
         factors.append(_factor(layer, gradients, layer.diagonal_out, dtype))
     if isinstance(form, Sorted):
         return factors, form.counts()
+    if padded is not None:
+        return factors, padded.sum().reshape(1)
     # In the reduce setting a sample is one row.
     return factors, samples if layer.reduce else samples * positions
 

@@ -217,7 +217,13 @@ def _transposed_pads(
 
 @dataclass(frozen=True)
 class Lookup:
-    """A table read by index; its input factor is the diagonal of counts."""
+    """A table read by index; its input factor is the diagonal of counts.
+
+    Attributes:
+        padding: Row that no gradient reaches, -1 where there is none: what reads it counts for nothing.
+    """
+
+    padding: int = -1
 
     def input_rows(self, x: Tensor) -> Tensor:
         """Return the indices themselves: one-hot rows are never formed."""

@@ -62,6 +62,7 @@ OPERANDS: Mapping[Any, Operands] = {  # places and names of the two factors
     F.linear: ((0, ("input",)), (1, ("weight",))),
     F.embedding: ((0, ("input",)), (1, ("weight",))),
 }
+LOOKUP = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 BAG = (  # the arguments of F.embedding_bag, in order
     *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
     *("per_sample_weights", "include_last_offset", "padding_idx"),
@@ -294,7 +295,9 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     if func is F.embedding:
         if _taps(right) is None or _view(right) != (0, 1):
             return output
-        return _through(output, left, _taps(right), "embedding", Lookup())
+        padding = by_name(LOOKUP, args, kwargs).get("padding_idx")
+        lookup = Lookup(-1 if padding is None else padding % right.shape[0])
+        return _through(output, left, _taps(right), "embedding", lookup)
     # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
         output = _shifted(output, left, args[2] if len(args) > 2 else kwargs.get("bias"), -1)

@@ -20,6 +20,7 @@ from mupass._errors import OptimizerError
 from mupass._parallel import whole
 from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
 from mupass._taps.forms import Form
+from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
 
@@ -43,6 +44,7 @@ class _Factors(torch.autograd.Function):
         # None, and not zeros, in the place of gradients that are not there.
         if tap is not None:
             ctx.set_materialize_grads(False)
+            ctx.seen = []  # when passes that count have run through this call
         ctx.save_for_backward(x)
         return y.clone()
 
@@ -75,6 +77,11 @@ class _Factors(torch.autograd.Function):
                 rows = rows * reached
                 if input_factor is not None:
                     input_factor = input_factor * reached
+        # autograd.grad(..., create_graph=True) runs this with gradients enabled.
+        if tap is not None:
+            tap.visits.note(ctx.seen)
+            if torch.is_grad_enabled():
+                g = tap.followed(g)
         return g, None, None, None, None, rows, input_factor, *output_factors
 
 
@@ -189,6 +196,7 @@ class Tap:
         moments: Leaves whose gradients are the second moments, one a matrix.
         once: Shared with taps that read the same activation.
         passes: Told of backward passes that reach the tap.
+        visits: Calls of the layer that the backward pass which runs has come by.
         uses: Outputs, inputs and layouts of the passes since it was set to an empty list. While it is a list
             nothing is hung on outputs: factors that can be differentiated are made of these, see `fill`.
     """
@@ -203,6 +211,8 @@ class Tap:
         self.moments: tuple[Tensor, ...] = ()
         self.once: Once | None = None
         self.passes: Watcher | None = None
+        self.visits: Visits[list[int]] = Visits()
+        self._collection = 0  # how often sums were taken or forgotten
 
     def through(self, output: Tensor, x: Tensor, form: Form) -> Tensor:
         """Hang the factors on the gradient of an output.
@@ -215,12 +225,14 @@ class Tap:
         Returns:
             The same values; the very tensor while no factors are wanted.
         """
-        # No factor is wanted, or nothing flows back (torch.no_grad()).
-        if self.idle or not output.requires_grad:
+        if self.idle:  # no factor is wanted
             return output
+        # First, since a tensor under vmap does not say that it requires a gradient.
         if under_transform():
-            if self.passes is not None:
+            if self.passes is not None and torch.is_grad_enabled():
                 self.passes.miss(self)
+            return output
+        if not output.requires_grad:  # nothing flows back (torch.no_grad())
             return output
         # A caller who takes derivatives of factors makes them of these by `fill`.
         if self.uses is not None:
@@ -243,6 +255,27 @@ class Tap:
             tap = None
         # Last, and so first in the backward pass: it says that one has begun.
         return _Factors.apply(output, inputs, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
+
+    def followed(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of an output, which tells when a loss that depends on it is differentiated.
+
+        Forces, or a penalty on gradients: the operator that carries it on reads the weight a second time.
+
+        Args:
+            gradient: In a backward pass that can itself be differentiated.
+        """
+        passes = self.passes
+        if passes is None:
+            return gradient
+
+        def tell(_: Tensor) -> None:
+            passes.differentiated(self)
+
+        gradient = gradient.view_as(gradient)
+        if not gradient.requires_grad:
+            gradient = gradient.detach().requires_grad_(True)
+        gradient.register_hook(tell)  # type: ignore[no-untyped-call]
+        return gradient
 
     def open(self, layer: Layer, device: torch.device, dtype: torch.dtype, a: bool, b: bool) -> None:
         """Make the leaves; a scalar seen as a matrix, so that they take no memory.
@@ -275,6 +308,20 @@ class Tap:
         """
         self.passes = passes
         self._watch(self.leaves)
+        if self.rows is not None:
+            self.rows.requires_grad_(True).register_hook(self._count_visits)  # type: ignore[no-untyped-call]
+            self.rows.requires_grad_(False)
+
+    def _count_visits(self, gradient: Tensor) -> None:
+        """Tell of calls of the layer that a pass of this collection has run through before.
+
+        Args:
+            gradient: That of the leaf of rows, which is left alone.
+        """
+        for seen in self.visits.take():
+            if seen == [self._collection] and self.passes is not None:
+                self.passes.repeated(self)
+            seen[:] = [self._collection]
 
     def _watch(self, leaves: Sequence[Tensor]) -> None:
         if self.passes is not None:
@@ -366,6 +413,7 @@ class Tap:
 
     def clear(self) -> None:
         """Forget what was summed."""
+        self._collection += 1
         # Dropped, not zeroed: None says that no pass came by.
         for leaf in self.leaves:
             leaf.grad = None

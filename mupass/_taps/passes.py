@@ -69,10 +69,35 @@ class Passes:
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
         self._running = False
+        self.derived: set[str] = set()  # parameters that a derivative in the loss read again
+        self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
         self.missed = False  # whether a tap has met a use that it cannot see
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
+
+    def differentiated(self, tap: object) -> None:
+        """Keep in mind that a loss depends on a gradient that was made with a tap's parameter.
+
+        Args:
+            tap: The tap.
+        """
+        if self.watching:
+            self.derived.add(self._name(tap))
+
+    def repeated(self, tap: object) -> None:
+        """Keep in mind that a second backward pass has run through one forward pass.
+
+        Args:
+            tap: The tap.
+        """
+        if self.watching:
+            self.twice.add(self._name(tap))
+
+    def _name(self, tap: object) -> str:
+        """Return the parameter that a tap watches, or its module."""
+        place = next(place for place, other in self.taps.items() if other is tap)
+        return place.parameter or place.module or ""
 
     def miss(self, tap: object) -> None:
         """Warn, once, of a use that a tap cannot see.
@@ -83,8 +108,7 @@ class Passes:
         # A pass for a loss of its own, whose gradients no step uses, may use any transform.
         if not self.missed and self.watching:
             self.missed = True
-            place = next(place for place, other in self.taps.items() if other is tap)
-            name = place.parameter or place.module
+            name = self._name(tap)
             warnings.warn(
                 f"{name} is used under a transform of torch.func (vmap, grad, jvp): K-FAC takes no "
                 "statistics of that use. Where its gradients reach the step, call the model directly "

@@ -58,7 +58,7 @@ def _form_of(module: nn.Module) -> Form:
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return Convolution.of(module)
     if isinstance(module, nn.Embedding):
-        return Lookup()
+        return Lookup(-1 if module.padding_idx is None else module.padding_idx)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return Elementwise(-len(module.normalized_shape), len(module.normalized_shape))
     # Batch, group and instance norms have gains by channel, on axis 1.

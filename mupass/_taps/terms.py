@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._taps.leaves import under_transform
+from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
 
@@ -18,9 +19,11 @@ class _Terms(torch.autograd.Function):
     """Identity on the model's outputs; its backward pass tells how many loss terms they feed."""
 
     @staticmethod
-    def forward(ctx: Any, passes: Watcher | None, count: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, passes: Watcher | None, zeros: Visits[Tensor] | None, count: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.passes, ctx.terms = passes, [loss_terms(output.shape) for output in outputs]
+        ctx.passes, ctx.zeros, ctx.terms = passes, zeros, [loss_terms(output.shape) for output in outputs]
         ctx.save_for_backward(count)
         ctx.set_materialize_grads(False)
         return tuple(output.clone() for output in outputs)
@@ -31,7 +34,10 @@ class _Terms(torch.autograd.Function):
         if ctx.passes is not None:
             ctx.passes.begin()
         (count,) = ctx.saved_tensors
-        return None, torch.full_like(count, _terms_of_first(ctx.terms, grads)), *grads
+        gradient = next((grad for grad in grads if grad is not None), None)
+        if ctx.zeros is not None and gradient is not None:
+            ctx.zeros.note(_terms_without_gradient(gradient.detach()))
+        return None, None, torch.full_like(count, _terms_of_first(ctx.terms, grads)), *grads
 
 
 def _terms_of_first(terms: Sequence[int], grads: Sequence[Tensor | None]) -> int:
@@ -42,6 +48,27 @@ def _terms_of_first(terms: Sequence[int], grads: Sequence[Tensor | None]) -> int
         if grad is not None:
             return count
     return 0
+
+
+def _terms_without_gradient(gradient: Tensor) -> Tensor:
+    """Return how many terms of a loss leave an output alone: all entries of its gradient are exactly zero.
+
+    Args:
+        gradient: Of a model's output.
+    """
+    if gradient.dim() == 1:
+        return (gradient == 0).sum()
+    return (~(gradient != 0).any(_class_axis(gradient.shape))).sum()
+
+
+def _class_axis(shape: tuple[int, ...]) -> int:
+    """Return the axis of an output that counts classes.
+
+    Args:
+        shape: Of the output, at least two axes.
+    """
+    # [batch, classes, height, width]: channels of an image stand behind the batch axis.
+    return 1 if len(shape) >= 4 else len(shape) - 1
 
 
 def loss_terms(shape: tuple[int, ...]) -> int:
@@ -56,10 +83,7 @@ def loss_terms(shape: tuple[int, ...]) -> int:
     """
     if len(shape) == 1:
         return shape[0]
-    class_axis = len(shape) - 1
-    # [batch, classes, height, width]: channels of an image stand behind the batch axis.
-    if len(shape) >= 4:
-        class_axis = 1
+    class_axis = _class_axis(shape)
     terms = 1
     for axis, size in enumerate(shape):
         # All other axes count terms: each position has a loss of its own.
@@ -77,6 +101,8 @@ class TermsTap:
         count: The leaf; None while idle.
         passes: Told of forward and backward passes of the model while factors are collected.
         collecting: Whether they are.
+        zeros: Numbers of terms without a gradient in the backward pass that runs.
+        left_out: Their sum over the passes since the count was taken last; None without a pass.
         uses: Outputs since it was set to an empty list, see `fill`. While it is a list the leaf is left out.
     """
 
@@ -86,6 +112,8 @@ class TermsTap:
         self.count: Tensor | None = None
         self.passes: Watcher | None = None
         self.collecting = False
+        self.zeros: Visits[Tensor] = Visits()
+        self.left_out: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Send the output through the tap, as a forward hook does.
@@ -117,7 +145,8 @@ class TermsTap:
         if self.uses is None:
             # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
             passes = self.passes if eager else None
-            tapped = _Terms.apply(passes, self.count, *outputs)  # type: ignore[no-untyped-call]
+            zeros = self.zeros if eager else None
+            tapped = _Terms.apply(passes, zeros, self.count, *outputs)  # type: ignore[no-untyped-call]
         else:
             # The caller makes the gradients itself, and has the terms counted by `fill`.
             self.uses.append((outputs[0],))
@@ -146,7 +175,18 @@ class TermsTap:
         Args:
             device: Device of the model.
         """
-        self.count = torch.zeros((), device=device)
+        self.count = torch.zeros((), device=device, requires_grad=True)
+        self.count.register_hook(self._count_zeros)  # type: ignore[no-untyped-call]
+        self.count.requires_grad_(False)
+
+    def _count_zeros(self, gradient: Tensor) -> None:
+        """Add up the terms that a pass which counts has left out.
+
+        Args:
+            gradient: That of the leaf, which is left alone.
+        """
+        for number in self.zeros.take():
+            self.left_out = number if self.left_out is None else self.left_out + number
 
     @property
     def counted(self) -> Tensor | None:
@@ -171,6 +211,7 @@ class TermsTap:
 
     def clear(self) -> None:
         """Forget the count."""
+        self.left_out = None
         if self.count is not None:
             self.count.grad = None
 

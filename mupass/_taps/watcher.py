@@ -23,6 +23,20 @@ class Watcher(Protocol):
     def enter(self) -> None:
         """The model runs forward."""
 
+    def differentiated(self, tap: object) -> None:
+        """A loss depends on the gradient at a tap's output, whose backward pass read the parameter again.
+
+        Args:
+            tap: The tap.
+        """
+
+    def repeated(self, tap: object) -> None:
+        """A second backward pass has run through one forward pass.
+
+        Args:
+            tap: The tap.
+        """
+
     def miss(self, tap: object) -> None:
         """A tap cannot see a use of its parameter.
 

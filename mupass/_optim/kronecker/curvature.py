@@ -19,6 +19,8 @@ from mupass._taps.passes import Passes
 from mupass._taps.taps import tap_of
 from mupass._taps.terms import terms_tap_of
 
+MANY = 0.25  # part of the loss terms that may be without a gradient by chance
+
 
 class Curvature:
     """Taps of a model, and the factors that they see."""
@@ -49,6 +51,7 @@ class Curvature:
         if terms is None:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
+        self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
         # Terms are counted only where B is collected and the caller has not told their number.
         if self.taps and sides[1] and loss.terms is None:
             terms.open(weight.device)
@@ -231,8 +234,12 @@ class Curvature:
             terms = terms()
         if terms is not None:
             return torch.tensor(float(terms), dtype=torch.float64)
+        left_out = self.terms.left_out
         counted = self.terms.take()
         if counted is not None:
+            if left_out is not None:
+                many = (left_out > MANY * counted).to(torch.float32)
+                self.idle_terms = many if self.idle_terms is None else self.idle_terms + many
             return counted
         if self.ranks == 1:
             raise _no_terms()
