@@ -39,7 +39,7 @@ from mupass import OptimizerSpec
 RULES = ("rescaled", "table", "constant")
 FACTOR = 4
 # Damping alone: no floor under it, and no bound on the step.
-UNBOUND = {"damping_floor": 0.0, "step_bound": None, "kl_clip": None}
+UNBOUND = {"damping_floor": 0.0, "step_bound": None, "kl_clip": None, "variance_adaptation": False}
 SHAMPOO = {"graft": "none", "root_every": 2}
 SPECS = {"kfac": OptimizerSpec("kfac"), "shampoo": OptimizerSpec("shampoo", e=1.0)}
 ROLES = {"shampoo input": ("input",), "shampoo output": ("output",)}

@@ -51,7 +51,13 @@ IMAGES, SAMPLES, BATCH, CLASSES = 1024, 256, 64, 10
 MOMENTS = (0, 1, 10, 100)  # steps after which features and curvature are looked at
 ALIGNED_AT, ALIGNED_WIDTH = (10, 100, 1000), 256
 POWERS = range(-12, 4)
-UNBOUND = {"step_bound": None, "kl_clip": None, "damping_floor": 0.0, "damping_memory": 0.0}
+UNBOUND = {
+    "step_bound": None,
+    "kl_clip": None,
+    "damping_floor": 0.0,
+    "damping_memory": 0.0,
+    "variance_adaptation": False,
+}
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "kfac": lambda model, lr: mupass.KFAC(model, lr, 1e-2, **UNBOUND),
     "shampoo": lambda model, lr: mupass.Shampoo(model, lr, graft="none"),

@@ -99,10 +99,14 @@ class KFACRule(PlannedRule):
         # Factors are collected at the optimizer's own intervals.
         if count % self.made.factor_every == 0:
             self._fill(watched)
+        averages = shared["averages"]
+        weights = {name: averages[name]["mean_weight"] for name in means if name in averages}
         # The state before the first step has no graph.
         state = shared["factors"] if count else self.functional.start
         with quiet():
-            directions, shared["factors"] = self.functional.directions(count, state, gradients, means)
+            directions, shared["factors"] = self.functional.directions(
+                count, state, gradients, means, weights
+            )
         if self.made.factors_due:
             raise StudyError(
                 "no layer that KFAC takes took part in the loss, so a step has no factors and cannot be "

@@ -19,6 +19,7 @@ from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
+from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
 from mupass._parallel import rank_of, sum_of
@@ -36,7 +37,7 @@ DAMPING = 1e-3
 MOMENTUM = 0.8
 STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
-KL_CLIP = 1e-3
+KL_CLIP = 1e-2
 
 IDLE_TERMS = (
     "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
@@ -110,8 +111,14 @@ class KFAC(PlannedOptimizer):
             widths. Parameters without a factor A (``e_a=0``) have none. None turns it off.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
-            it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
-            is a usual value; None turns it off.
+            it. A direction that ``step_bound`` has shortened counts by the square of its factor. Every term
+            is Theta(1) in width under ``mup``, so a bound means the same at all widths. None turns it off.
+        variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
+            metric of the factors: the next gradient, whose noise is its own, tells how much of the average
+            it confirms. Directions are multiplied by the root of this share, one number for all parameters,
+            between 0.1 and 1 (as Balles & Hennig, arXiv 1705.07774, shorten Adam's, one for each). Steps
+            become shorter by themselves where noise or curvature leave no more to gain from long ones.
+            Without effect where momentum is 0 or that of directions.
         fisher: ``empirical`` takes B from the gradients of the loss; ``sampled`` from a loss with targets
             drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
@@ -183,6 +190,7 @@ class KFAC(PlannedOptimizer):
         damping_memory: float = 0.99,
         step_bound: float | None = STEP_BOUND,
         kl_clip: float | None = KL_CLIP,
+        variance_adaptation: bool = True,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,
@@ -219,6 +227,8 @@ class KFAC(PlannedOptimizer):
         self.stagger, self.ekfac = stagger, ekfac
         self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
         self.step_bound, self.kl_clip = bounds.step, bounds.kl
+        self.variance_adaptation = check_flag("variance_adaptation", variance_adaptation)
+        self._weights: Mapping[str, Tensor] | None = None  # of averages that are kept elsewhere
         if loss_scale is not None and not callable(loss_scale) and not check_number("loss_scale", loss_scale):
             raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
         self.loss_scale = loss_scale
@@ -257,6 +267,7 @@ class KFAC(PlannedOptimizer):
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
         self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
         self._kronecker = self._factors(FactorStack)
+        self._signal = SignalShare(self._of_blocks())
         self._curvature.rescale(self._kronecker.moments.bases())
         self._watch_clipping()
         self._all_seen = False
@@ -301,10 +312,15 @@ class KFAC(PlannedOptimizer):
         """
         self._compiled = Compiled(False)
         self._kronecker = self._factors(bank)
+        self._signal = SignalShare(self._of_blocks(), in_place=False)
         return Functional(self)
 
+    def _of_blocks(self) -> dict[str, Tensor]:
+        """Return the parameters that K-FAC takes, those of other ranks too."""
+        return {block.parameter: self._parameters[block.parameter] for block in self._cover.blocks}
+
     def _own_state(self, name: str) -> dict[str, Tensor]:
-        return self._kronecker.entries(name)
+        return {**self._kronecker.entries(name), **self._signal.entries(name)}
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -398,7 +414,15 @@ class KFAC(PlannedOptimizer):
                 if self.plan.trained and self._steps == 0:
                     kronecker.excuse_vanished()
         directions, changes = kronecker.directions(means)
-        return self._bounded(directions, changes, means, clipped)
+        if not directions and self._sharing_ranks == 1:
+            return directions
+        steps = self._step_sizes()
+        signal = self._signal_of(directions, gradients, means, steps, ok)
+        factors = self._bounds(directions, changes, means, steps, signal, clipped)
+        if signal is not None:
+            for name in directions:
+                factors[name] = factors[name] * signal.to(factors[name]) if name in factors else signal
+        return _multiplied(directions, factors)
 
     def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
@@ -439,36 +463,81 @@ class KFAC(PlannedOptimizer):
             scale = scale.to(factor)
         return factor * scale
 
-    def _bounded(
+    def _bounds(
         self,
-        directions: dict[str, Tensor],
+        directions: Mapping[str, Tensor],
         changes: Mapping[str, Tensor],
         means: Mapping[str, Tensor],
+        steps: Mapping[str, StepSize],
+        signal: Tensor | None,
         clipped: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Return directions, shorter where the step would leave its bounds.
+        """Return what directions are to be multiplied by where the step would leave its bounds.
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
-        steps = self._step_sizes()
         factors: dict[str, Tensor] = {}
         if self.step_bound is not None:
-            factors = self._within_step_bound(self.step_bound, changes, steps)
+            factors = self._within_step_bound(self.step_bound, changes, steps, signal)
         if self.kl_clip is not None:
             total = self._divergence(directions, means, factors, steps, clipped)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
             shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             for name in directions:
                 factors[name] = factors[name] * shrink.to(factors[name]) if name in factors else shrink
-        names = [name for name in directions if name in factors]
-        lengths = [factors[name].to(directions[name]) for name in names]
-        shortened = torch._foreach_mul([directions[name] for name in names], lengths) if names else ()
-        return {**directions, **dict(zip(names, shortened, strict=True))}
+        return factors
+
+    def _signal_of(
+        self,
+        directions: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        steps: Mapping[str, StepSize],
+        ok: Tensor,
+    ) -> Tensor | None:
+        """Return the length of the signal in the averages of gradients, in that of the averages; or None.
+
+        It needs averages of several gradients, which share no noise with the next one.
+        """
+        if not self.variance_adaptation or self.momentum_of == "directions":
+            return None
+        names = [name for name in directions if steps[name].momentum]
+        # All ranks take part in the sum, those without parameters too.
+        if not names and self._sharing_ranks == 1:
+            return None
+        like = self._signal.state
+        slopes: list[list[Tensor]] = [[], [], []]
+        weights = []
+        for name in names:
+            size, direction = steps[name], directions[name].reshape(-1)
+            fresh = (1 - size.momentum) / self._weight_of_average(name).clamp(min=1e-30)
+            found = gradients[name].to(direction).reshape(-1)
+            numbers = (torch.dot(direction, means[name].reshape(-1)), torch.dot(direction, found), fresh)
+            for of_kind, number in zip(slopes, numbers, strict=True):
+                of_kind.append(number.to(like))
+            weights.append(size.lr**2 * size.scale)
+        if names:
+            self._signal.note(names, Slopes(*map(torch.stack, slopes)), ok > 0)
+        weight = self._on_device(weights, like.dtype, like.device)
+        return self._signal.factor(names, weight, self._sharing_ranks)
+
+    def _weight_of_average(self, name: str) -> Tensor:
+        """Return the total weight of what the average of a gradient has seen."""
+        if self._weights is not None:
+            return self._weights[name]
+        return self._local_state(self._parameters[name])["momentum_weight"]
 
     def _within_step_bound(
-        self, bound: float, changes: Mapping[str, Tensor], steps: Mapping[str, StepSize]
+        self,
+        bound: float,
+        changes: Mapping[str, Tensor],
+        steps: Mapping[str, StepSize],
+        signal: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Return what directions are to be multiplied by so that no output changes by more than a bound."""
+        """Return what directions are to be multiplied by so that no output changes by more than a bound.
+
+        They are multiplied by the signal besides, which counts here.
+        """
         factors: dict[str, Tensor] = {}
         for (dtype, device), names in _alike(changes).items():
             rates, limits = [], []
@@ -479,6 +548,8 @@ class KFAC(PlannedOptimizer):
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
             change = torch.stack([changes[name] for name in names])
+            if signal is not None:
+                change = change * signal.to(change).square()
             rate, limit = (self._on_device(numbers, dtype, device) for numbers in (rates, limits))
             # Squares, for the derivative where nothing changes.
             factor = (limit / (change * rate).clamp(min=1e-30)).clamp(max=1.0).sqrt()
@@ -493,7 +564,10 @@ class KFAC(PlannedOptimizer):
         steps: Mapping[str, StepSize],
         clipped: Tensor | None,
     ) -> Tensor:
-        """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
+        """Return what `kl_clip` bounds, of directions that are each multiplied by a factor.
+
+        A direction is ``D = F^-1 g``, of which ``<D, g>`` is ``D^T F D``: a factor counts by its square.
+        """
         # sum of lr^2 scale <direction, gradient> over parameters
         sums = []
         for (dtype, device), names in _alike(directions).items():
@@ -507,7 +581,7 @@ class KFAC(PlannedOptimizer):
                 lengths = [
                     factors[name].to(product) if name in factors else product.new_ones(()) for name in names
                 ]
-                product = product * torch.stack(lengths)
+                product = product * torch.stack(lengths).square()
             sums.append((product * self._on_device(weights, dtype, device)).sum())
         total = sum_of(sums or [torch.zeros((), device=self._device)], self._sharing_ranks)
         if clipped is not None:
@@ -535,7 +609,7 @@ class KFAC(PlannedOptimizer):
             rest = 1.0
             if self.momentum_of == "directions":
                 rest = 1 - group["momentum"]
-            size = StepSize(group["lr"], group["mupass_scale"], rest)
+            size = StepSize(group["lr"], group["mupass_scale"], rest, group["momentum"])
             size_of.update(dict.fromkeys((self.names[parameter] for parameter in group["params"]), size))
         return size_of
 
@@ -603,7 +677,7 @@ class Functional:
 
     def __init__(self, optimizer: KFAC) -> None:
         self._optimizer = optimizer
-        self.start = optimizer._kronecker.state()
+        self.start = self._state()
 
     def directions(
         self,
@@ -611,6 +685,7 @@ class Functional:
         state: Mapping[str, Mapping[str, Tensor]],
         gradients: Mapping[str, Tensor],
         means: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Return the directions of one step, and the state after it.
 
@@ -621,16 +696,22 @@ class Functional:
             state: State after them.
             gradients: Gradient of each parameter that has one.
             means: Their moving averages.
+            weights: Total weights of what these have seen.
         """
         optimizer, kronecker = self._optimizer, self._optimizer._kronecker
         kronecker.take_state(state, step)
+        optimizer._signal.state, optimizer._weights = state["signal"]["numbers"], weights
         optimizer._steps, optimizer._amp_scale = step, 1.0
         optimizer._due = bool(optimizer._cover.blocks) and step % optimizer.factor_every == 0
         own_parameters = optimizer._parameters
         gradients = {name: gradient for name, gradient in gradients.items() if name in own_parameters}
         means = {name: mean for name, mean in means.items() if name in own_parameters}
         counts = torch.ones((), device=optimizer._device)
-        return optimizer._directions(gradients, means, counts), kronecker.state()
+        return optimizer._directions(gradients, means, counts), self._state()
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        signal = {"numbers": self._optimizer._signal.state}
+        return {**self._optimizer._kronecker.state(), "signal": signal}
 
 
 class StepSize(NamedTuple):
@@ -640,11 +721,23 @@ class StepSize(NamedTuple):
         lr: Learning rate at the base width.
         scale: Width factor on it.
         rest: Part of a bound that one direction may take up, where directions add up to their sum.
+        momentum: Weight of the past in the average of gradients.
     """
 
     lr: float
     scale: float
     rest: float
+    momentum: float
+
+
+def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return directions, those that have a factor multiplied by it."""
+    names = [name for name in directions if name in factors]
+    if not names:
+        return dict(directions)
+    lengths = [factors[name].to(directions[name]) for name in names]
+    shortened = torch._foreach_mul([directions[name] for name in names], lengths)
+    return {**directions, **dict(zip(names, shortened, strict=True))}
 
 
 def _alike(tensors: Mapping[str, Tensor]) -> dict[tuple[torch.dtype, torch.device], list[str]]:
