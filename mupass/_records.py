@@ -39,8 +39,9 @@ class Site:
     """How one operator uses a parameter: what a preconditioner needs to know of it.
 
     Attributes:
-        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``embedding``, ``bag``, ``gain``, ``shift``,
-            ``norm gain``, ``norm shift``, ``table``, ``bias``;
+        kind: ``linear``, ``contraction``, ``grouped``, ``conv``, ``standardized`` (a kernel whose rows are
+            standardized first), ``embedding``, ``bag``, ``gain``, ``shift``, ``norm gain``, ``norm shift``,
+            ``table``, ``bias``;
             ``""`` where there is no Kronecker form.
         operator: ATen name.
         module: Qualified name of the module whose forward called it.

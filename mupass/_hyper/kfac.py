@@ -55,6 +55,11 @@ class KFACRule(PlannedRule):
                 "eigenbases have no derivative where eigenvalues coincide",
                 "use ekfac=False",
             ),
+            "a standardized kernel": (
+                any(block.standardized for block in optimizer._cover.blocks),
+                "its direction depends on the present kernel, which the rule does not carry along",
+                f"pass exclude={[b.parameter for b in optimizer._cover.blocks if b.standardized]}",
+            ),
             "data_parallel=True": (
                 optimizer.ranks > 1,
                 "sums over ranks have no second derivative",

@@ -14,15 +14,13 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import shape_of, summed_axes
 from mupass._dims.operator_traits import Trait, traits
 from mupass._records import Site, Use
-from mupass._roles import contraction, tables
+from mupass._roles import contraction, standardized, tables
 from mupass._roles.nodes import placeholders_of, tensors_among
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
-# Operators that take nothing but the shape, or the type, of their second operand.
-SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
 # For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
 # another shape.
 View = tuple[int, ...] | None
@@ -39,10 +37,13 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
         Parameter name -> its sites. Calls that differ only in their input are one site, with all sources.
     """
     sites_of = {}
+    dependent = standardized.of_inputs(captured)
     for placeholder, parameter in captured.parameters.items():
         # A module that is called twice has two equal operators: one site with two sources.
         sources_of: dict[Site, list[str]] = defaultdict(list)
-        for site, source in _sites(captured, placeholder):
+        kernels = standardized.standardized_kernels(captured, placeholder, dependent)
+        found = [_standardized(captured, placeholder, reader) for reader in kernels]
+        for site, source in found or _sites(captured, placeholder):
             sources_of[site].append(source)
         sites_of[parameter] = tuple(
             replace(site, sources=tuple(sources)) for site, sources in sources_of.items()
@@ -61,6 +62,16 @@ def _sites(captured: Capture, placeholder: Node) -> list[Found]:
             if site.kind in ("gain", "shift"):
                 found[place] = _table(readings[place])
     return found
+
+
+def _standardized(captured: Capture, placeholder: Node, reader: Node) -> Found:
+    """Return how a convolution uses a parameter whose rows were standardized: as a plain kernel."""
+    kernel: Any = reader.args[1]
+    axes = tuple(range(len(_shape(placeholder))))
+    reading = _Reading(captured, placeholder, reader, kernel, axes)
+    groups = reading.argument("groups") or 1
+    site = reading.site("standardized", in_axes=axes[1:], out_axes=axes[:1], groups=groups)
+    return site, _source(reader.args[0])
 
 
 def readers_of(captured: Capture, parameter: str, use: Use) -> list[tuple[Node, Node]]:
@@ -180,7 +191,7 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
     """Yield every operator that reads the result of one that shows the parameter."""
     for reader in at.reader.users:
         # x.reshape_as(w) reads no entry of w.
-        if reader.op == "output" or (_name(reader) in SHAPE_OF_SECOND and at.reader not in reader.args[:1]):
+        if reader.op == "output" or (_name(reader) in standardized.SHAPE_OF_SECOND and at.reader not in reader.args[:1]):
             continue
         reading = replace(at, reader=reader, operand=at.reader)
         shown = _passed_on(reading)

@@ -77,6 +77,11 @@ class Block:
     tied: Tied | None = None
 
     @property
+    def standardized(self) -> bool:
+        """Whether it is a kernel whose rows are standardized before they are convolved with."""
+        return self.kind == "standardized"
+
+    @property
     def factors(self) -> tuple[Factor, ...]:
         """All factors that it needs."""
         return (*self.a, *self.b, *(self.tied.second if self.tied else ()))

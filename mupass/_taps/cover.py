@@ -29,6 +29,7 @@ MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "contraction": (nn.Linear,),  # as recorded runs show it
     "conv": (*CONVOLUTIONS, *TRANSPOSED),
+    "standardized": (),
     "grouped": (),
     "embedding": (nn.Embedding,),
     "bag": (),
@@ -169,15 +170,29 @@ class _Maker:
             return self._table(geometry, sites)
         if "bag" in kinds and torch.__version__ < "2.13":
             raise _Uncovered("bags of rows need torch 2.13: an older one compiles wrong factors for them")
+        if kinds == {"standardized"}:
+            self._check_standardized(geometry)
         # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
-        if alike and (kinds in ({"conv"}, {"embedding"}, {"bag"}, {"grouped"}) or kinds <= PRODUCTS):
+        single = ({"conv"}, {"standardized"}, {"embedding"}, {"bag"}, {"grouped"})
+        if alike and (kinds in single or kinds <= PRODUCTS):
             return self._single(geometry, sites)
         # F.embedding(tokens, table), and F.linear(h, table) at the end.
         if kinds <= {"embedding", *PRODUCTS} and uses == {((0,), (1,)), ((1,), (0,))}:
             return self._tied(geometry, sites)
         names = ", ".join(site.operator for site in sites)
         raise _Uncovered(f"its {len(sites)} uses ({names}) have no common Kronecker form")
+
+    def _check_standardized(self, geometry: Geometry) -> None:
+        """Refuse standardized kernels whose directions could not be kept at the length of their rows.
+
+        Raises:
+            _Uncovered: This is one.
+        """
+        if is_sharded(self.model.get_parameter(geometry.name)):
+            raise _Uncovered("its rows are standardized, and a step needs all of them, not a shard")
+        if geometry.role == "output":
+            raise _Uncovered("it is a readout of standardized rows, which keep their size at all widths")
 
     def bias(self, geometry: Geometry) -> Block:
         """Cover a bias by the output factors of the weight that it comes with.
@@ -341,7 +356,7 @@ class _Maker:
         """Cover a weight that all of its sites use in the same way."""
         kind, in_axes, out_axes = sites[0].kind, sites[0].in_axes, sites[0].out_axes
         key = product_key(in_axes, out_axes)
-        if kind in ("embedding", "bag", "conv"):
+        if kind in ("embedding", "bag", "conv", "standardized"):
             key = kind
         elif kind == "grouped":
             key = f"{kind} {key}"

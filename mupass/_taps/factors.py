@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mupass._records import Fusion
 from mupass._roles.fused import split
-from mupass._taps.forms import Bag, Convolution, Elementwise, Form, Lookup, Sorted, Table
+from mupass._taps.forms import Bag, Convolution, Elementwise, Form, Lookup, Sorted, Standardized, Table
 from mupass._taps.pieces import cut, pieces
 
 BAND = 128  # rows of a factor that are multiplied together
@@ -98,6 +98,10 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
         with _without_autocast(x.device):
             return form.patch_gram(x.to(dtype))
+    # Inputs less their mean have the factor P A P, with P = I - 1 1^T / n.
+    if whole and isinstance(form, Standardized) and form.convolution.overlaps(layer.inputs):
+        with _without_autocast(x.device):
+            return _centered(form.convolution.patch_gram(x.to(dtype)))
     # [groups, samples, positions, fan_in] -> [groups, rows, fan_in]
     inputs = form.input_rows(x)
     if layer.reduce:
@@ -105,6 +109,12 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
     else:
         inputs = inputs.flatten(1, 2)
     return _factor(layer, inputs, layer.diagonal_in, dtype)
+
+
+def _centered(factor: Tensor) -> Tensor:
+    """Return ``sum (x - m)(x - m)^T`` for ``sum x x^T``, where m is the mean over the entries of x."""
+    rows = factor - factor.mean(-1, keepdim=True)
+    return rows - rows.mean(-2, keepdim=True)
 
 
 def raw_outputs(

@@ -215,6 +215,69 @@ def _transposed_pads(
     return tuple(padding)
 
 
+@dataclass(frozen=True, eq=False)
+class Standardized:
+    """A convolution whose kernel is ``W = diag(lengths) U``: U has rows of mean 0 and length 1.
+
+    U is what the factors are of. Rows of mean 0 see inputs less their mean, and a gradient times the length
+    of its row.
+
+    Attributes:
+        convolution: As with a plain kernel.
+        lengths: That of every row of the kernel, negative where its gain is.
+    """
+
+    convolution: Convolution
+    lengths: Tensor
+
+    @staticmethod
+    def called(kernel: Tensor, parameter: Tensor, arguments: Mapping[str, Any]) -> Standardized:
+        """Describe a call of ``F.conv2d`` and the like.
+
+        Args:
+            kernel: The standardized kernel, ``[channels out, channels in, *positions]``.
+            parameter: What it is made of, in the same shape.
+            arguments: Others that the function was given, by name.
+        """
+        with torch.no_grad():
+            directions, _ = standardized(parameter.detach().flatten(1))
+            lengths = (kernel.detach().flatten(1).to(directions) * directions).sum(1)
+        return Standardized(Convolution.called(kernel, arguments, False), lengths)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Return the patches, each less its mean.
+
+        Args:
+            x: ``[batch, channels, *positions]``, batch left out or not.
+        """
+        rows = self.convolution.input_rows(x)
+        return rows - rows.mean(-1, keepdim=True)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """Return ``[groups, batch, positions, channels of a group]``, times the lengths.
+
+        Args:
+            g: Gradient of the output.
+        """
+        return self.convolution.output_rows(g) * self.lengths.view(self.convolution.groups, 1, 1, -1)
+
+
+def standardized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows less their mean, over their length, and these lengths.
+
+    Rows that are constant have no direction, and become zeros.
+
+    Args:
+        rows: ``[..., n]``.
+
+    Returns:
+        ``[..., n]`` and ``[..., 1]``.
+    """
+    deviations = rows - rows.mean(-1, keepdim=True)
+    lengths = deviations.norm(dim=-1, keepdim=True)
+    return deviations / lengths.clamp(min=torch.finfo(rows.dtype).tiny), lengths
+
+
 @dataclass(frozen=True)
 class Lookup:
     """A table read by index; its input factor is the diagonal of counts.

@@ -21,7 +21,17 @@ from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent, tables
-from mupass._taps.forms import Bag, Convolution, Elementwise, Features, Form, Lookup, Scaled, Sorted
+from mupass._taps.forms import (
+    Bag,
+    Convolution,
+    Elementwise,
+    Features,
+    Form,
+    Lookup,
+    Scaled,
+    Sorted,
+    Standardized,
+)
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -32,6 +42,7 @@ ATTRIBUTE = "_mupass_taps"
 VIEW = "_mupass_view"
 RESHAPED = (-1,)
 SHAPE = "_mupass_shape"  # of the parameter
+SOURCE = "_mupass_source"  # the parameter that a standardized kernel is made of
 COPIES = "_mupass_copies"  # what copies of a table's entries know of them
 T = Tensor
 # F.layer_norm(x, shape, gain, shift): a call may give its arguments by place or by name.
@@ -80,6 +91,7 @@ SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
 # Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
 SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
+SHAPE_OF_SECOND = (T.reshape_as, T.view_as, T.expand_as, T.type_as)
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
 
@@ -148,7 +160,7 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     Args:
         root: The module that the name is relative to.
         name: Name of a plain parameter, or of one that FSDP2 shards.
-        key: Kind of use: `product_key` of its axes, ``embedding``, ``table``, ``gain``, ``shift``, ``q``,
+        key: Kind of use: `product_key` of its axes, ``standardized``, ``embedding``, ``table``, ``gain``, ``shift``, ``q``,
             ``k``, ``v``.
 
     Raises:
@@ -243,6 +255,10 @@ def _view(weight: Tensor) -> tuple[int, ...]:
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
+    # S(w) on its way to F.conv2d(x, S(w)), whatever S is written with
+    parameter = _standardized(args, kwargs)
+    if parameter is not None and func not in CONVOLUTIONS:
+        return _standardizing(func, args, output, parameter)
     # F.conv2d(x, kernel, bias)
     if func in CONVOLUTIONS or func in TRANSPOSED:
         return _convolved(func in TRANSPOSED, args, kwargs, output)
@@ -266,6 +282,35 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     if func in SHIFTS and len(args) == 2 and not kwargs:
         return _elementwise(output, *args, "shift")
     return _viewed(func, args, kwargs, output)
+
+
+def _standardized(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the parameter with standardized rows that arguments are made of, while someone asks for it."""
+    for value in (*args, *kwargs.values()):
+        tap = (_taps(value) or {}).get("standardized")
+        if tap is not None and not tap.idle:
+            source: Tensor | None = getattr(value, SOURCE, None)
+            return value if source is None else source
+    return None
+
+
+def _standardizing(func: Any, args: tuple[Any, ...], output: Any, parameter: Tensor) -> Any:
+    """Return a result of one of the functions between a parameter and its standardized kernel.
+
+    It knows the parameter, and so do results made of it, up to the convolution.
+    """
+    # x.reshape_as(w), torch.zeros_like(w) read no entry of w; w.shape is no tensor.
+    if func in tables.BLIND or (func in SHAPE_OF_SECOND and _standardized(args[:1], {}) is None):
+        return output
+    # mean and deviation of torch.var_mean(w)
+    if isinstance(output, (tuple, list)):
+        return type(output)([_standardizing(func, args, part, parameter) for part in output])
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return output
+    tapped = output.view_as(output).as_subclass(TappedView)
+    setattr(tapped, ATTRIBUTE, _taps(parameter))
+    setattr(tapped, SOURCE, parameter)
+    return tapped
 
 
 def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -545,6 +590,13 @@ def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any
     x, weight = bound["input"], bound["weight"]
     # Channels of the output stand ahead of the positions: on axis -3 for a kernel over two.
     output = _shifted(output, x, bound.get("bias"), 1 - weight.dim())
+    # F.conv2d(x, S(w), bias): the gradient is taken to the rows of w in their own length.
+    if "standardized" in (_taps(weight) or {}) and not transposed:
+        parameter = getattr(weight, SOURCE, None)
+        if parameter is None:  # no one asks, or it is not standardized here
+            return output
+        form = Standardized.called(weight, parameter, bound)
+        return _through(output, x, _taps(weight), "standardized", form)
     if "conv" not in (_taps(weight) or {}):
         return output
     shape = _shape(weight)

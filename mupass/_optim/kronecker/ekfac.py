@@ -97,6 +97,8 @@ def not_rescaled(block: Block, layers: Mapping[Place, Layer]) -> str:
         return "not rescaled: its input factor is the number 1"
     if block.tied:
         return "not rescaled: its two transposed uses have no common eigenbasis"
+    if block.standardized:
+        return "not rescaled: the rows of its kernel keep their length, which takes the inverse factors"
     # Both bases must be full, and the taps must sum moments for all rows together.
     for factor in (*block.a, *block.b):
         for place in factor.places:

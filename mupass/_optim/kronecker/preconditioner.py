@@ -17,11 +17,12 @@ from mupass._optim.kronecker.ekfac import EigenStack, Moments, not_rescaled
 from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_up, phases, slot_name
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
-from mupass._optim.kronecker.update import Average, Compiled, Root, times, update
+from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
 from mupass._parallel import deal, largest_over_ranks
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Cover, Factor
 from mupass._taps.factors import factor_dtype
+from mupass._taps.forms import standardized
 from mupass._taps.leaves import Sums
 
 BlockPairs = list[tuple[Block, list[Pair]]]
@@ -435,6 +436,8 @@ class Kronecker:
             that it makes to an output; nothing for blocks that keep no A.
         """
         stacks: dict[tuple[str, int], Tensor] = {}
+        kernels: dict[tuple[str, int], Tensor] = {}
+        lengths: dict[tuple[str, int], Tensor] = {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
             if gradient is None:
@@ -443,13 +446,21 @@ class Kronecker:
                 # In the precision of the factors; a vector may have none.
                 slot = pair.b or pair.a
                 stacks[pair.name] = stack.to(self.at[slot][0].dtype) if slot else stack
-        applied = self._apply_all(stacks)
+            if block.standardized:
+                # V = diag(lengths) U + means: the gradient by U, whose rows have the length 1 at any scale of V.
+                for pair, rows in zip(pairs, self._rows_of(block, stacks[pairs[0].name].dtype), strict=True):
+                    kernels[pair.name], lengths[pair.name] = rows
+                    stacks[pair.name] = stacks[pair.name] * lengths[pair.name]
+        applied = self._apply_all(stacks, kernels)
         directions, changes = {}, {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
             if gradient is None:
                 continue
             parts = [applied[pair.name][0] for pair in pairs]
+            if block.standardized:
+                # A step of U is one of V relative to the length of its rows.
+                parts = [part * lengths[pair.name] for pair, part in zip(pairs, parts, strict=True)]
             joined = block.matrices.join(parts, gradient)
             directions[block.parameter] = joined.reshape(gradient.shape).to(gradient.dtype)
             squares = [applied[pair.name][1] for pair in pairs]
@@ -460,6 +471,11 @@ class Kronecker:
                 outputs = sum(pair.groups * pair.outputs for pair in pairs)
                 changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
+
+    def _rows_of(self, block: Block, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return the rows of a standardized kernel, of mean 0 and length 1, and their lengths, by matrix."""
+        parameter = self.parameters[block.parameter].detach()
+        return [standardized(stack.to(dtype)) for stack in block.matrices.split(parameter)]
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
@@ -472,6 +488,11 @@ class Kronecker:
             if block.parameter not in moves:
                 continue
             for pair, move in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
+                if block.standardized:
+                    # What moves the mean or the length of a row does not move the kernel.
+                    rows, lengths = self._rows_of(block, move.dtype)[pair.piece]
+                    move = (move - move.mean(-1, keepdim=True)) / lengths
+                    move = move - (move * rows).sum(-1, keepdim=True) * rows
                 if pair in self.moments:
                     turned = self.moments.turn(pair, move)
                     terms.append((turned.square() * self.moments.value(pair)).sum())
@@ -492,11 +513,14 @@ class Kronecker:
         factor = factor_stack.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
-    def _apply_all(self, stacks: Mapping[tuple[str, int], Tensor]) -> dict[tuple[str, int], Applied]:
+    def _apply_all(
+        self, stacks: Mapping[tuple[str, int], Tensor], kernels: Mapping[tuple[str, int], Tensor]
+    ) -> dict[tuple[str, int], Applied]:
         """Return the directions of all matrices, and ``tr(D A D^T)`` of each, summed over its groups.
 
         Args:
             stacks: Gradients ``[groups, out, in]``, in the precision of the factors.
+            kernels: Of standardized kernels, rows of mean 0 and length 1.
         """
         applied: dict[tuple[str, int], Applied] = {}
         pairs_of: dict[Any, list[Pair]] = defaultdict(list)
@@ -519,7 +543,8 @@ class Kronecker:
             # As many matrices together as stay in a cache.
             at_once = max(1, IN_CACHE // entries)
             for start in range(0, len(pairs), at_once):
-                applied.update(self._apply(pairs[start : start + at_once], stacks, growths, longer))
+                some = pairs[start : start + at_once]
+                applied.update(self._apply(some, stacks, kernels, growths, longer))
         return applied
 
     def _kind(self, pair: Pair, stack: Tensor) -> Any:
@@ -527,12 +552,14 @@ class Kronecker:
         banks = [id(self.at[slot][0]) if slot else 0 for slot in (pair.a, pair.b)]
         vector = not pair.block.a
         shape = (tuple(stack.shape), stack.dtype, stack.device)
-        return (*shape, *banks, vector, pair.blocks, pair.growth, any(pair.by_rows), self._multiplies(pair))
+        kinds = (vector, pair.block.standardized, any(pair.by_rows), self._multiplies(pair))
+        return (*shape, *banks, *kinds, pair.blocks, pair.growth)
 
     def _apply(
         self,
         pairs: Sequence[Pair],
         stacks: Mapping[tuple[str, int], Tensor],
+        kernels: Mapping[tuple[str, int], Tensor],
         growths: Growths,
         longer: Mapping[tuple[str, int], Tensor],
     ) -> dict[tuple[str, int], Applied]:
@@ -550,6 +577,9 @@ class Kronecker:
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
         root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
+        if pair.block.standardized:
+            rows = joined([kernels[member.name] for member in pairs])
+            stack = self.compiled(tangent, stack, rows, root_b, root_a)
         factor, rho = self._known_of_a(pair, places_a)
         lengths = joined([longer[member.name] for member in pairs]) if pair.name in longer else None
         numbers = unit, power_a, shrink, lengths

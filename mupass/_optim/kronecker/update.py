@@ -98,6 +98,39 @@ def update(
     return direction / divisor.view(-1, 1, 1), change.clamp(min=0.0) / divisor.square()
 
 
+def tangent(stack: Tensor, rows: Tensor, b: Root | None, a: Root | None) -> Tensor:
+    """Return gradients with what of them changes the lengths of rows exchanged, so that directions do not.
+
+    A standardized kernel is ``W = diag(lengths) U``, with U of rows of length 1. Its gradient lacks the part
+    along each row of U, and the direction that is steepest in K-FAC's metric among all that keep these
+    lengths is ``D = B^-1 (G - diag(mu) U) A^-1`` with mu such that each row of D is orthogonal to that of U::
+
+        sum over j of  (B^-1)_ij (U A^-1 U^T)_ij mu_j  =  row i of (B^-1 G A^-1) . row i of U
+
+    The solution is the same whatever multiple of each row of U the gradient holds, so that nothing is lost
+    with the part that it lacks.
+
+    Args:
+        stack: Gradients by U, ``[groups, out, in]``.
+        rows: U, of the same shape; zero where a row has no direction.
+        b: Root on the output side.
+        a: Root on the input side.
+    """
+    turned = _times_root(rows, a, False)  # U A^-1
+    wanted = (_times_root(stack, b, True) * turned).sum(-1, keepdim=True)
+    identity = torch.eye(stack.shape[1], dtype=stack.dtype, device=stack.device).expand(len(stack), -1, -1)
+    # The product entry by entry of two semi-definite matrices is one, too.
+    system = _times_root(identity, b, True) * (turned @ rows.mT)
+    # Scaled to a diagonal of ones; rows without a direction, or without a root, stand by themselves.
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(stack.dtype).tiny).rsqrt(), 0.0)[..., None]
+    # As much as rounding may take from its smallest eigenvalue; it leaves a multiple of the row itself.
+    ridge = 1 - scale.sign() + torch.finfo(stack.dtype).eps * stack.shape[1]
+    scaled = scale * system * scale.mT + torch.diag_embed(ridge.squeeze(-1))
+    lower, _ = torch.linalg.cholesky_ex(scaled)
+    return stack - scale * torch.cholesky_solve(scale * wanted, lower) * rows
+
+
 def _times_root(stack: Tensor, root: Root | None, left: bool) -> Tensor:
     """Multiply by the root of one side, if there is one."""
     if root is None:

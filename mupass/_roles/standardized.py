@@ -1,0 +1,185 @@
+"""Standardized kernels: ``W = S(V)``, every row of V less its mean and over its deviation, times a number.
+
+Code writes this in many ways: ``F.batch_norm`` over the reshaped kernel, ``var_mean``, by hand. So no order of
+operators is looked for. The operators between the parameter and the convolution are run on random numbers, and
+their result is compared with the rows that were put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+from mupass._capture.graph import Capture
+from mupass._dims.graph import operator_name, shape_of
+
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
+# Operators that take nothing but the shape, or the type, of their second operand.
+SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
+# An epsilon beside a deviation of 1 is below this, and what other rows do to a row is above.
+TOLERANCE = 1e-3
+FEWEST = 3  # a standardized row of two numbers is (1, -1) or (-1, 1)
+
+
+def of_inputs(captured: Capture) -> set[Node]:
+    """Return the nodes that depend on the inputs of the model.
+
+    Args:
+        captured: The graph.
+    """
+    dependent = set(captured.inputs)
+    for operator in captured.nodes:
+        if not dependent.isdisjoint(operator.all_input_nodes):
+            dependent.add(operator)
+    return dependent
+
+
+def standardized_kernels(captured: Capture, parameter: Node, dependent: Collection[Node]) -> list[Node]:
+    """Return the convolutions whose kernel is a parameter with standardized rows; none if it is read otherwise.
+
+    Args:
+        captured: The graph.
+        parameter: Placeholder of the parameter.
+        dependent: Result of `of_inputs`.
+    """
+    shape = shape_of(parameter.meta["val"])
+    if len(shape) < 3 or prod(shape[1:]) < FEWEST:
+        return []
+    kernels, readers = _kernels(captured, parameter, dependent)
+    # F.conv2d(x, w): the kernel is the parameter itself.
+    if not readers or parameter in kernels:
+        return []
+    if any(shape_of(kernel.meta["val"]) != shape for kernel in kernels):
+        return []
+    for kernel in kernels:
+        if not _is_standardized(captured, parameter, kernel):
+            return []
+    return readers
+
+
+def _kernels(
+    captured: Capture, parameter: Node, dependent: Collection[Node]
+) -> tuple[list[Node], list[Node]]:
+    """Return the kernels that are made of a parameter, and the convolutions that read them.
+
+    Neither, where anything but a convolution joins it to an activation.
+    """
+    made, waiting = {parameter}, [parameter]  # of it, and of other parameters and constants
+    kernels: dict[Node, None] = {}
+    readers: list[Node] = []
+    while waiting:
+        source = waiting.pop()
+        for operator in source.users:
+            # x.reshape_as(w) reads no entry of w. What runs backwards is a use that is seen forwards.
+            blind = operator_name(operator.target) in SHAPE_OF_SECOND and operator.args[0] is not source
+            if blind or operator in captured.derivatives or operator in made:
+                continue
+            # F.conv2d(x, S(w), bias)
+            if _convolves(operator) and [i for i, a in enumerate(operator.args) if a is source] == [1]:
+                kernels[source] = None
+                readers.append(operator)
+            # S(w) is returned, or meets an activation elsewhere.
+            elif operator.op != "call_function" or operator in dependent:
+                return [], []
+            else:
+                made.add(operator)
+                waiting.append(operator)
+    return list(kernels), readers
+
+
+def _convolves(operator: Node) -> bool:
+    """Return whether an operator is a convolution that is not transposed."""
+    if operator_name(operator.target) not in CONVOLUTIONS:
+        return False
+    # aten.convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups)
+    target: Any = operator.target
+    names = [argument.name for argument in target._schema.arguments]
+    arguments = dict(zip(names, operator.args, strict=False)) | dict(operator.kwargs)
+    return not arguments.get("transposed", False)
+
+
+def _is_standardized(captured: Capture, parameter: Node, kernel: Node) -> bool:
+    """Return whether the rows of a kernel are those of a parameter, standardized, each times its own number."""
+    generator = torch.Generator().manual_seed(0)
+    shape = shape_of(parameter.meta["val"])
+    known: dict[Node, Any] = {}
+    for placeholder in (*captured.parameters, *captured.states):
+        value = placeholder.meta.get("val")
+        # A gain or a buffer: positive, since some code takes its root.
+        if isinstance(value, Tensor):
+            known[placeholder] = torch.rand(shape_of(value), generator=generator).double() + 0.5
+            if placeholder in captured.numbers:
+                known[placeholder].fill_(captured.numbers[placeholder])
+    numbers = []
+    for stretched in (False, True):
+        rows = torch.randn(shape[0], prod(shape[1:]), generator=generator).double()
+        standardized = rows - rows.mean(1, keepdim=True)
+        standardized = standardized / standardized.norm(dim=1, keepdim=True)
+        # S(a V + b) = S(V), row by row; the deviation of all rows together would not stay.
+        if stretched:
+            factor, shift = torch.rand(2, shape[0], 1, generator=generator).double()
+            rows = (1 + factor) * rows + shift
+        result = _run(kernel, {**known, parameter: rows.reshape(shape)})
+        if not isinstance(result, Tensor) or tuple(result.shape) != shape:
+            return False
+        found = result.double().flatten(1)
+        length = (found * standardized).sum(1, keepdim=True)
+        if not _near(found, length * standardized):
+            return False
+        numbers.append(length)
+    # The number of a row does not depend on its entries.
+    return _near(numbers[0], numbers[1]) and bool((numbers[0] != 0).all())
+
+
+def _near(first: Tensor, second: Tensor) -> bool:
+    return bool((first - second).norm() <= TOLERANCE * second.norm())
+
+
+def _run(result: Node, values: Mapping[Node, Any]) -> Any:
+    """Return the value of a node, or None where it cannot be computed of these values."""
+    known = dict(values)
+    waiting = [result]
+    try:
+        while waiting:
+            node = waiting[-1]
+            missing = [source for source in node.all_input_nodes if source not in known]
+            if node not in known and not missing:
+                known[node] = _called(node, known)
+            if node in known:
+                waiting.pop()
+            waiting += missing
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return known[result]
+
+
+def _called(operator: Node, known: Mapping[Node, Any]) -> Any:
+    """Call an operator on the CPU.
+
+    Raises:
+        RuntimeError: A node is none that can be called.
+    """
+    if operator.op != "call_function":
+        raise RuntimeError(f"{operator} has no value")
+    target: Any = operator.target
+    arguments = map_arg(operator.args, known.__getitem__)
+    named = map_arg(operator.kwargs, known.__getitem__)
+    arguments, named = tree_map(_as_here, (arguments, named))
+    with torch.no_grad():
+        return target(*arguments, **named)
+
+
+def _as_here(value: Any) -> Any:
+    """Return the CPU in the place of another device, and double in the place of another precision."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
