@@ -493,6 +493,9 @@ def _elementwise(reading: _Reading) -> Found | None:
     scaled = reading.reader.kwargs  # add(x, shift, alpha=2)
     if not isinstance(other, Node) or root_of(other) in reading.captured.parameters or scaled:
         return reading.refused("joins it to another parameter or a number")
+    # gain * rsqrt(var(w)), w * mask(v): no activation, but what other parameters are made into
+    if _of(other, set(reading.captured.parameters)) and not _of_inputs(other, reading.captured):
+        return reading.refused("joins it to what is computed of other parameters alone")
     return _along_one_axis(reading, kind, other, len(_shape(other)))
 
 
