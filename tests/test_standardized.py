@@ -396,9 +396,7 @@ def slopes(
         for seed in range(2):
             torch.manual_seed(seed)
             x, y = torch.randn(8, 2, 4, 4).double(), 1 + 0.5 * torch.randn(8, 4).double()
-            net = mupass.transform(
-                wide(width, make), x, base=widths[0], parameterization=parameterization
-            )
+            net = mupass.transform(wide(width, make), x, base=widths[0], parameterization=parameterization)
             logs.append(moved(net, x, y, ekfac))
         table.append(torch.tensor(logs).mean(0))
     at = torch.tensor(widths).log()

@@ -191,7 +191,8 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
     """Yield every operator that reads the result of one that shows the parameter."""
     for reader in at.reader.users:
         # x.reshape_as(w) reads no entry of w.
-        if reader.op == "output" or (_name(reader) in standardized.SHAPE_OF_SECOND and at.reader not in reader.args[:1]):
+        blind = _name(reader) in standardized.SHAPE_OF_SECOND and at.reader not in reader.args[:1]
+        if blind or reader.op == "output":
             continue
         reading = replace(at, reader=reader, operand=at.reader)
         shown = _passed_on(reading)

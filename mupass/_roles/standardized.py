@@ -1,8 +1,8 @@
-"""Standardized kernels: ``W = S(V)``, every row of V less its mean and over its deviation, times a number.
+"""Standardized kernels: every row of a parameter less its mean and over its deviation, times a number.
 
-Code writes this in many ways: ``F.batch_norm`` over the reshaped kernel, ``var_mean``, by hand. So no order of
-operators is looked for. The operators between the parameter and the convolution are run on random numbers, and
-their result is compared with the rows that were put in.
+Code writes this in many ways: ``F.batch_norm`` over the reshaped kernel, ``var_mean``, by hand. So no order
+of operators is looked for. The operators between the parameter and the convolution are run on random numbers,
+and their result is compared with the rows that were put in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def of_inputs(captured: Capture) -> set[Node]:
 
 
 def standardized_kernels(captured: Capture, parameter: Node, dependent: Collection[Node]) -> list[Node]:
-    """Return the convolutions whose kernel is a parameter with standardized rows; none if it is read otherwise.
+    """Return the convolutions whose kernel is a parameter with standardized rows.
+
+    None of them where it is read in another way, too.
 
     Args:
         captured: The graph.
@@ -106,36 +108,49 @@ def _convolves(operator: Node) -> bool:
 
 
 def _is_standardized(captured: Capture, parameter: Node, kernel: Node) -> bool:
-    """Return whether the rows of a kernel are those of a parameter, standardized, each times its own number."""
+    """Return whether a kernel's rows are a parameter's, standardized, each times a number of its own."""
     generator = torch.Generator().manual_seed(0)
     shape = shape_of(parameter.meta["val"])
-    known: dict[Node, Any] = {}
-    for placeholder in (*captured.parameters, *captured.states):
-        value = placeholder.meta.get("val")
-        # A gain or a buffer: positive, since some code takes its root.
-        if isinstance(value, Tensor):
-            known[placeholder] = torch.rand(shape_of(value), generator=generator).double() + 0.5
-            if placeholder in captured.numbers:
-                known[placeholder].fill_(captured.numbers[placeholder])
-    numbers = []
-    for stretched in (False, True):
-        rows = torch.randn(shape[0], prod(shape[1:]), generator=generator).double()
-        standardized = rows - rows.mean(1, keepdim=True)
-        standardized = standardized / standardized.norm(dim=1, keepdim=True)
-        # S(a V + b) = S(V), row by row; the deviation of all rows together would not stay.
-        if stretched:
-            factor, shift = torch.rand(2, shape[0], 1, generator=generator).double()
-            rows = (1 + factor) * rows + shift
-        result = _run(kernel, {**known, parameter: rows.reshape(shape)})
-        if not isinstance(result, Tensor) or tuple(result.shape) != shape:
-            return False
-        found = result.double().flatten(1)
-        length = (found * standardized).sum(1, keepdim=True)
-        if not _near(found, length * standardized):
-            return False
-        numbers.append(length)
+    others = _random_states(captured, generator)
+    first = _row_numbers(kernel, others, parameter, torch.randn(shape, generator=generator).double())
+    # S(a V + b) = S(V), row by row; the deviation of all rows together would not stay.
+    factor, shift = torch.rand(2, shape[0], *[1] * (len(shape) - 1), generator=generator).double()
+    rows = torch.randn(shape, generator=generator).double()
+    second = _row_numbers(kernel, others, parameter, (1 + factor) * rows + shift)
+    if first is None or second is None:
+        return False
     # The number of a row does not depend on its entries.
-    return _near(numbers[0], numbers[1]) and bool((numbers[0] != 0).all())
+    return _near(first, second) and bool((first != 0).all())
+
+
+def _random_states(captured: Capture, generator: torch.Generator) -> dict[Node, Tensor]:
+    """Return values for all parameters and buffers: positive, since some code takes the root of a gain."""
+    values = {}
+    for placeholder in (*captured.parameters, *captured.states):
+        fake = placeholder.meta.get("val")
+        if isinstance(fake, Tensor):
+            values[placeholder] = torch.rand(shape_of(fake), generator=generator).double() + 0.5
+        if placeholder in captured.numbers:
+            values[placeholder].fill_(captured.numbers[placeholder])
+    return values
+
+
+def _row_numbers(
+    kernel: Node, others: Mapping[Node, Tensor], parameter: Node, value: Tensor
+) -> Tensor | None:
+    """Return what each row of a kernel is times the standardized row of a value, ``[rows, 1]``.
+
+    None where it is no multiple of that.
+    """
+    result = _run(kernel, {**others, parameter: value})
+    if not isinstance(result, Tensor) or result.shape != value.shape:
+        return None
+    rows = value.flatten(1)
+    standardized = rows - rows.mean(1, keepdim=True)
+    standardized = standardized / standardized.norm(dim=1, keepdim=True)
+    found = result.double().flatten(1)
+    numbers = (found * standardized).sum(1, keepdim=True)
+    return numbers if _near(found, numbers * standardized) else None
 
 
 def _near(first: Tensor, second: Tensor) -> bool:

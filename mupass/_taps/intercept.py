@@ -160,8 +160,8 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     Args:
         root: The module that the name is relative to.
         name: Name of a plain parameter, or of one that FSDP2 shards.
-        key: Kind of use: `product_key` of its axes, ``standardized``, ``embedding``, ``table``, ``gain``, ``shift``, ``q``,
-            ``k``, ``v``.
+        key: Kind of use: `product_key` of its axes, ``standardized``, ``embedding``, ``table``, ``gain``,
+            ``shift``, ``q``, ``k``, ``v``.
 
     Raises:
         OptimizerError: The parameter is of a class of its own.

@@ -42,6 +42,34 @@ class Ranks(NamedTuple):
     alike: int = 1
 
 
+class Kernel(NamedTuple):
+    """Rows of a standardized kernel: of the parameter ``V = diag(lengths) U + means`` it sees U alone.
+
+    K-FAC's step is one of U: at any scale of V its entries have a plain weight's order, 1/sqrt(fan_in),
+    and its factors, damping and bounds those of a plain layer, so that the row of the scale table holds. The
+    gradient by U is ``lengths`` times that by V, and V moves by ``lengths`` times as much as U.
+
+    Attributes:
+        rows: U, ``[groups, out, in]``, of mean 0 and length 1.
+        lengths: ``[groups, out, 1]``.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+
+    def turned(self, move: Tensor) -> Tensor:
+        """Return what a change of V does to U: its mean and its length change nothing.
+
+        Args:
+            move: ``[groups, out, in]``.
+        """
+        change = (move - move.mean(-1, keepdim=True)) / self.lengths
+        return change - (change * self.rows).sum(-1, keepdim=True) * self.rows
+
+
+Kernels = dict[tuple[str, int], Kernel]  # by parameter and number of the matrix
+
+
 # (id of a stack, whether single observations count) -> growth of each of its factors since its root.
 Growths = dict[tuple[int, bool], Tensor]
 Places = tuple[FactorStack, Slots]  # a stack, and some of its slots
@@ -436,8 +464,7 @@ class Kronecker:
             that it makes to an output; nothing for blocks that keep no A.
         """
         stacks: dict[tuple[str, int], Tensor] = {}
-        kernels: dict[tuple[str, int], Tensor] = {}
-        lengths: dict[tuple[str, int], Tensor] = {}
+        kernels: Kernels = {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
             if gradient is None:
@@ -447,20 +474,21 @@ class Kronecker:
                 slot = pair.b or pair.a
                 stacks[pair.name] = stack.to(self.at[slot][0].dtype) if slot else stack
             if block.standardized:
-                # V = diag(lengths) U + means: the gradient by U, whose rows have the length 1 at any scale of V.
-                for pair, rows in zip(pairs, self._rows_of(block, stacks[pairs[0].name].dtype), strict=True):
-                    kernels[pair.name], lengths[pair.name] = rows
-                    stacks[pair.name] = stacks[pair.name] * lengths[pair.name]
+                kernels.update(self._kernels(block, pairs))
+        for name, kernel in kernels.items():
+            stacks[name] = stacks[name] * kernel.lengths
         applied = self._apply_all(stacks, kernels)
         directions, changes = {}, {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
             if gradient is None:
                 continue
-            parts = [applied[pair.name][0] for pair in pairs]
-            if block.standardized:
-                # A step of U is one of V relative to the length of its rows.
-                parts = [part * lengths[pair.name] for pair, part in zip(pairs, parts, strict=True)]
+            parts = []
+            for pair in pairs:
+                part = applied[pair.name][0]
+                if block.standardized:
+                    part = part * kernels[pair.name].lengths
+                parts.append(part)
             joined = block.matrices.join(parts, gradient)
             directions[block.parameter] = joined.reshape(gradient.shape).to(gradient.dtype)
             squares = [applied[pair.name][1] for pair in pairs]
@@ -472,10 +500,13 @@ class Kronecker:
                 changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
 
-    def _rows_of(self, block: Block, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Return the rows of a standardized kernel, of mean 0 and length 1, and their lengths, by matrix."""
+    def _kernels(self, block: Block, pairs: Sequence[Pair]) -> Kernels:
+        """Return the rows of a block's standardized kernel as they are now."""
         parameter = self.parameters[block.parameter].detach()
-        return [standardized(stack.to(dtype)) for stack in block.matrices.split(parameter)]
+        kernels = {}
+        for pair, stack in zip(pairs, block.matrices.split(parameter), strict=True):
+            kernels[pair.name] = Kernel(*standardized(stack.to(factor_dtype(parameter))))
+        return kernels
 
     def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
@@ -489,10 +520,7 @@ class Kronecker:
                 continue
             for pair, move in zip(pairs, block.matrices.split(moves[block.parameter]), strict=True):
                 if block.standardized:
-                    # What moves the mean or the length of a row does not move the kernel.
-                    rows, lengths = self._rows_of(block, move.dtype)[pair.piece]
-                    move = (move - move.mean(-1, keepdim=True)) / lengths
-                    move = move - (move * rows).sum(-1, keepdim=True) * rows
+                    move = self._kernels(block, pairs)[pair.name].turned(move)
                 if pair in self.moments:
                     turned = self.moments.turn(pair, move)
                     terms.append((turned.square() * self.moments.value(pair)).sum())
@@ -514,13 +542,13 @@ class Kronecker:
         return times(stack.to(factor.dtype), factor, side == "b")
 
     def _apply_all(
-        self, stacks: Mapping[tuple[str, int], Tensor], kernels: Mapping[tuple[str, int], Tensor]
+        self, stacks: Mapping[tuple[str, int], Tensor], kernels: Kernels
     ) -> dict[tuple[str, int], Applied]:
         """Return the directions of all matrices, and ``tr(D A D^T)`` of each, summed over its groups.
 
         Args:
             stacks: Gradients ``[groups, out, in]``, in the precision of the factors.
-            kernels: Of standardized kernels, rows of mean 0 and length 1.
+            kernels: Those of the parameters that are standardized.
         """
         applied: dict[tuple[str, int], Applied] = {}
         pairs_of: dict[Any, list[Pair]] = defaultdict(list)
@@ -559,7 +587,7 @@ class Kronecker:
         self,
         pairs: Sequence[Pair],
         stacks: Mapping[tuple[str, int], Tensor],
-        kernels: Mapping[tuple[str, int], Tensor],
+        kernels: Kernels,
         growths: Growths,
         longer: Mapping[tuple[str, int], Tensor],
     ) -> dict[tuple[str, int], Applied]:
@@ -578,7 +606,7 @@ class Kronecker:
         root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
         if pair.block.standardized:
-            rows = joined([kernels[member.name] for member in pairs])
+            rows = joined([kernels[member.name].rows for member in pairs])
             stack = self.compiled(tangent, stack, rows, root_b, root_a)
         factor, rho = self._known_of_a(pair, places_a)
         lengths = joined([longer[member.name] for member in pairs]) if pair.name in longer else None

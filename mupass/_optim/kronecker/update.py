@@ -123,10 +123,12 @@ def tangent(stack: Tensor, rows: Tensor, b: Root | None, a: Root | None) -> Tens
     system = _times_root(identity, b, True) * (turned @ rows.mT)
     # Scaled to a diagonal of ones; rows without a direction, or without a root, stand by themselves.
     diagonal = system.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(stack.dtype).tiny).rsqrt(), 0.0)[..., None]
-    # As much as rounding may take from its smallest eigenvalue; it leaves a multiple of the row itself.
-    ridge = 1 - scale.sign() + torch.finfo(stack.dtype).eps * stack.shape[1]
-    scaled = scale * system * scale.mT + torch.diag_embed(ridge.squeeze(-1))
+    alive = diagonal > 0
+    smallest = torch.finfo(stack.dtype).tiny
+    scale = torch.where(alive, diagonal.clamp(min=smallest).rsqrt(), 0.0)[..., None]
+    # What rounding may take from its smallest eigenvalue is added: that leaves a little of the row itself.
+    added = torch.where(alive, torch.finfo(stack.dtype).eps * stack.shape[1], 1.0)
+    scaled = scale * system * scale.mT + torch.diag_embed(added)
     lower, _ = torch.linalg.cholesky_ex(scaled)
     return stack - scale * torch.cholesky_solve(scale * wanted, lower) * rows
 
