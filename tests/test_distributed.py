@@ -20,10 +20,21 @@ import mupass
 STEPS = 4
 
 
-def build() -> nn.Module:
+class Standard(nn.Conv2d):
+    """A convolution that standardizes the rows of its kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = F.layer_norm(self.weight.flatten(1), [self.weight[0].numel()], eps=1e-12)
+        return F.conv2d(x, rows.view_as(self.weight), self.bias)
+
+
+CONVOLUTIONS = {"standardized": Standard}
+
+
+def build(convolution: type[nn.Conv2d] = nn.Conv2d) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 12), nn.Tanh(), nn.Linear(12, 3)
+        convolution(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 12), nn.Tanh(), nn.Linear(12, 3)
     )
     return mupass.transform(net.double(), torch.zeros(2, 1, 6, 6, dtype=torch.float64), base=8)
 
@@ -37,6 +48,7 @@ def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
     x, y = data()
     make = {
         "kfac": lambda: mupass.KFAC(model, 0.05, 1e-2),
+        "standardized": lambda: mupass.KFAC(model, 0.05, 1e-2),
         # The large layer has fewer rows than inputs: a basis of what none reaches is rounding errors.
         "ekfac": lambda: mupass.KFAC(
             model, 0.05, 1e-2, ekfac=True, sharing="reduce", root_every=2, exclude=["3.weight"]
@@ -56,7 +68,7 @@ def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
 
 def _worker(rank: int, port: int, name: str, path: Path) -> None:
     with one_of_two(rank, port):
-        model = nn.parallel.DistributedDataParallel(build())
+        model = nn.parallel.DistributedDataParallel(build(CONVOLUTIONS.get(name, nn.Conv2d)))
         trained = train(model, slice(8 * rank, 8 * rank + 8), name)
         other = [p.clone() for p in trained]
         for p in other:
@@ -67,12 +79,14 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
 
 
 @pytest.mark.sample("shampoo")
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "shampoo", "soap", "muon"])
+@pytest.mark.parametrize("name", ["kfac", "standardized", "ekfac", "shampoo", "soap", "muon"])
 def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     mp.spawn(_worker, (free_port(), name, tmp_path / "result.pt"), nprocs=2)
     apart, trained = torch.load(tmp_path / "result.pt")
     assert apart == 0
-    for ours, theirs in zip(trained, train(build(), slice(0, 16), name), strict=True):
+    for ours, theirs in zip(
+        trained, train(build(CONVOLUTIONS.get(name, nn.Conv2d)), slice(0, 16), name), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 

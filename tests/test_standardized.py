@@ -75,6 +75,9 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by columns": lambda w, gain: (w - w.mean(0)) / w.std(0),
     "bent": lambda w, gain: torch.tanh(by_var_mean(w, gain)),
     "masked": lambda w, gain: by_var_mean(w, gain) * (torch.arange(w[0].numel()) % 2).view(w[0].shape),
+    "without gradient": lambda w, gain: (
+        (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True).detach()
+    ),
     "of the weight itself": lambda w, gain: by_var_mean(w, gain) * w.mean((1, 2, 3), keepdim=True),
 }
 
@@ -129,6 +132,20 @@ def test_other_kernels_fall_back_by_name(make: Any) -> None:
     covered = treatment(mupass.transform(build(make), data()[0]), "2.weight")
     assert not covered.treatment.startswith("kfac")
     assert covered.reason
+
+
+def test_copies_of_a_tapped_parameter_are_plain_tensors(tmp_path: Any) -> None:
+    net = mupass.transform(build(), data()[0])
+    optimizer = mupass.KFAC(net)
+    kernel = net[2].weight
+    with torch.no_grad():
+        copies = [kernel.clone(), kernel.detach() * 2, kernel.data.flatten(1)]
+    assert all(type(copied) is Tensor for copied in (*copies, kernel.detach().clone()))
+    torch.save((copy.deepcopy(net), kernel), tmp_path / "saved.pt")
+    # A penalty that the training loop adds is no use of the kernel.
+    (F.cross_entropy(net(data()[0]), data()[1]) + kernel.square().sum()).backward()
+    optimizer.step()
+    assert optimizer.stats() == {"steps": 1}
 
 
 class ReadElsewhere(nn.Module):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name, shape_of
+from mupass._dims.operator_traits import Trait, traits
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
 # Operators that take nothing but the shape, or the type, of their second operand.
@@ -88,12 +89,17 @@ def _kernels(
                 kernels[source] = None
                 readers.append(operator)
             # S(w) is returned, or meets an activation elsewhere.
-            elif operator.op != "call_function" or operator in dependent:
+            elif operator.op != "call_function" or operator in dependent or _detaches(operator):
                 return [], []
             else:
                 made.add(operator)
                 waiting.append(operator)
     return list(kernels), readers
+
+
+def _detaches(operator: Node) -> bool:
+    """Return whether no gradient passes: ``(w - w.mean().detach()) / w.std().detach()`` has another one."""
+    return bool(traits(operator_name(operator.target)) & Trait.DETACHES)
 
 
 def _convolves(operator: Node) -> bool:

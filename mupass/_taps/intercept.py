@@ -305,7 +305,8 @@ def _standardizing(func: Any, args: tuple[Any, ...], output: Any, parameter: Ten
     # mean and deviation of torch.var_mean(w)
     if isinstance(output, (tuple, list)):
         return type(output)([_standardizing(func, args, part, parameter) for part in output])
-    if not isinstance(output, Tensor) or not output.is_floating_point():
+    # w.detach(), w.clone() without gradients: copies of the parameter, which no kernel is made of
+    if not isinstance(output, Tensor) or not output.requires_grad:
         return output
     tapped = output.view_as(output).as_subclass(TappedView)
     setattr(tapped, ATTRIBUTE, _taps(parameter))
