@@ -24,8 +24,8 @@ class Layer:
     """What the factors must know of a weight use.
 
     Attributes:
-        kind: ``linear``, ``grouped``, ``conv``, ``conv_transpose``, ``embedding``, ``contraction``,
-            ``table`` or ``vector``.
+        kind: ``linear``, ``grouped``, ``conv``, ``standardized``, ``conv_transpose``, ``embedding``,
+            ``contraction``, ``table`` or ``vector``.
         groups: Number of separate weights of equal shape (grouped convolution, experts).
         inputs: Size of one input factor; 0 for vectors, whose input factor is the number 1.
         outputs: Size of the output factor of every matrix: several for a fused weight (q, k, v); for a norm

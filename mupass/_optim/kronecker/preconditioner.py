@@ -63,7 +63,8 @@ class Kernel(NamedTuple):
         Args:
             move: ``[groups, out, in]``.
         """
-        change = (move - move.mean(-1, keepdim=True)) / self.lengths
+        smallest = torch.finfo(self.rows.dtype).tiny
+        change = (move - move.mean(-1, keepdim=True)) / self.lengths.clamp(min=smallest)
         return change - (change * self.rows).sum(-1, keepdim=True) * self.rows
 
 

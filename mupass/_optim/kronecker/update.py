@@ -129,7 +129,9 @@ def tangent(stack: Tensor, rows: Tensor, b: Root | None, a: Root | None) -> Tens
     # What rounding may take from its smallest eigenvalue is added: that leaves a little of the row itself.
     added = torch.where(alive, torch.finfo(stack.dtype).eps * stack.shape[1], 1.0)
     scaled = scale * system * scale.mT + torch.diag_embed(added)
-    lower, _ = torch.linalg.cholesky_ex(scaled)
+    lower, failed = torch.linalg.cholesky_ex(scaled)
+    # Where it has no factorization after all, each row keeps its own length alone, as the diagonal says.
+    lower = torch.where(failed[:, None, None] > 0, identity, lower)
     return stack - scale * torch.cholesky_solve(scale * wanted, lower) * rows
 
 
