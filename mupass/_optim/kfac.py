@@ -37,7 +37,7 @@ DAMPING = 1e-3
 MOMENTUM = 0.8
 STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
-KL_CLIP = 1e-2
+KL_CLIP = 3e-2
 
 IDLE_TERMS = (
     "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
