@@ -113,6 +113,8 @@ class KFAC(PlannedOptimizer):
             divergence between the predictions before and after the step; directions are shortened to meet
             it. A direction that ``step_bound`` has shortened counts by the square of its factor. Every term
             is Theta(1) in width under ``mup``, so a bound means the same at all widths. None turns it off.
+            This bound and ``step_bound`` hold for the largest rate so far: below it steps are shorter in
+            proportion, so that a schedule lowers bounded ones as well.
         variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
             metric of the factors: the next gradient, whose noise is its own, tells how much of the average
             it confirms. Directions are multiplied by the root of this share, one number for all parameters,
@@ -254,6 +256,8 @@ class KFAC(PlannedOptimizer):
         self._by_rows = damping is None and damping_mode in RELATIVE
         damping = DAMPING if damping is None else damping
         super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
+        for group in self._own_groups():
+            group["mupass_largest_lr"] = 0.0
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
@@ -544,7 +548,7 @@ class KFAC(PlannedOptimizer):
             for name in names:
                 size = steps[name]
                 # Changes of outputs are squares here, and so are rates and limits.
-                rates.append((size.lr * size.scale) ** 2)
+                rates.append((size.largest * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
             change = torch.stack([changes[name] for name in names])
@@ -568,13 +572,13 @@ class KFAC(PlannedOptimizer):
 
         A direction is ``D = F^-1 g``, of which ``<D, g>`` is ``D^T F D``: a factor counts by its square.
         """
-        # sum of lr^2 scale <direction, gradient> over parameters
+        # sum of lr^2 scale <direction, gradient> over parameters, with the largest rates so far
         sums = []
         for (dtype, device), names in _alike(directions).items():
             weights, products = [], []
             for name in names:
                 size = steps[name]
-                weights.append(size.lr**2 * size.scale / size.rest**2)
+                weights.append(size.largest**2 * size.scale / size.rest**2)
                 products.append(torch.dot(directions[name].reshape(-1), means[name].reshape(-1)))
             product = torch.stack(products)
             if factors:
@@ -609,9 +613,22 @@ class KFAC(PlannedOptimizer):
             rest = 1.0
             if self.momentum_of == "directions":
                 rest = 1 - group["momentum"]
-            size = StepSize(group["lr"], group["mupass_scale"], rest, group["momentum"])
+            largest = self._largest_rate(group)
+            size = StepSize(group["lr"], largest, group["mupass_scale"], rest, group["momentum"])
             size_of.update(dict.fromkeys((self.names[parameter] for parameter in group["params"]), size))
         return size_of
+
+    def _largest_rate(self, group: dict[str, Any]) -> float | Tensor:
+        """Return the largest learning rate that a group has had in a step so far, this one included."""
+        lr = group["lr"]
+        if self._weights is not None:  # hypergradients are of constant rates
+            return lr
+        if isinstance(lr, Tensor):
+            before = torch.as_tensor(group["mupass_largest_lr"]).to(lr)
+            group["mupass_largest_lr"] = torch.maximum(before, lr.detach())
+        else:
+            group["mupass_largest_lr"] = max(float(group["mupass_largest_lr"]), float(lr))
+        return group["mupass_largest_lr"]
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         incidents, counts = self._kronecker.incidents()
@@ -719,12 +736,15 @@ class StepSize(NamedTuple):
 
     Attributes:
         lr: Learning rate at the base width.
-        scale: Width factor on it.
+        largest: The largest one so far, for which bounds hold: a schedule that lowers the rate makes steps
+            shorter that are bounded, too.
+        scale: Width factor on both.
         rest: Part of a bound that one direction may take up, where directions add up to their sum.
         momentum: Weight of the past in the average of gradients.
     """
 
     lr: float
+    largest: float | Tensor
     scale: float
     rest: float
     momentum: float
