@@ -511,7 +511,7 @@ class KFAC(PlannedOptimizer):
             return None
         like = self._signal.state
         slopes: list[list[Tensor]] = [[], [], []]
-        weights = []
+        weights, momenta = [], []
         for name in names:
             size, direction = steps[name], directions[name].reshape(-1)
             fresh = (1 - size.momentum) / self._weight_of_average(name).clamp(min=1e-30)
@@ -520,8 +520,11 @@ class KFAC(PlannedOptimizer):
             for of_kind, number in zip(slopes, numbers, strict=True):
                 of_kind.append(number.to(like))
             weights.append(size.lr**2 * size.scale)
+            momenta.append(size.momentum)
         if names:
-            self._signal.note(names, Slopes(*map(torch.stack, slopes)), ok > 0)
+            momentum = self._on_device(momenta, like.dtype, like.device)
+            along_mean, along_last, fresh = map(torch.stack, slopes)
+            self._signal.note(names, Slopes(along_mean, along_last, fresh, momentum), ok > 0)
         weight = self._on_device(weights, like.dtype, like.device)
         return self._signal.factor(names, weight, self._sharing_ranks)
 

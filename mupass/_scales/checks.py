@@ -17,7 +17,7 @@ from mupass._scales.parameterizations import row
 
 Record = TypeVar("Record")
 # Kinds of sites: products that sum over axes, all others, and none.
-MATRICES = ("linear", "contraction", "grouped", "conv", "embedding", "bag")
+MATRICES = ("linear", "contraction", "grouped", "conv", "standardized", "embedding", "bag")
 NAMED = {"linear": "linear", "conv": "conv", "embedding": "embedding", "bag": "embedding_bag"}
 SITES = (*MATRICES, "gain", "shift", "norm gain", "norm shift", "table", "bias", "")
 LARGEST = 1e20  # of a factor; widths a million times the base, to the power of 3, stay below

@@ -13,31 +13,38 @@ from mupass._parallel import sum_over_ranks
 
 # What a step leaves of the sums that the share is a quotient of, and the smallest share that is believed.
 # Both are picked by benchmarks.
-KEPT, LEAST = 0.97, 0.01
+KEPT, LEAST = 0.9, 0.01
 
 
 class Slopes(NamedTuple):
     """Slopes of the loss along directions ``D m``, one entry for each parameter.
 
     Attributes:
-        promise: ``<D m, m>`` with the average m of gradients that the direction is made of.
-        found: ``<D m, g>`` with the gradient g of this step.
+        along_mean: ``<D m, m>`` with the average m of gradients that the direction is made of.
+        along_last: ``<D m, g>`` with the gradient g of this step.
         fresh: Weight of g in m; 1 in the first step.
+        momentum: Weight of the past, which ``1 - fresh`` goes towards.
     """
 
-    promise: Tensor
-    found: Tensor
+    along_mean: Tensor
+    along_last: Tensor
     fresh: Tensor
+    momentum: Tensor
 
 
 class SignalShare:
-    """The part of gradient averages that later gradients confirm.
+    """The part of gradient averages that is signal, and not the noise of their batches.
 
-    A direction ``D m`` of the average m promises a slope ``<D m, m>``. The gradient g of the next batch has
-    drawn its noise anew: along the same direction it has, on average, the slope of the signal alone,
-    ``<D m, g>``. Their quotient is the share of signal in ``<D m, m>``, and its root that in the length of m
-    (in the metric of D). A step that is too long for the curvature lowers the share, too: the slope has
-    changed by the end of it.
+    Gradients of neighbouring steps are taken as one signal, each with noise of its own. Along the direction
+    ``D m`` of an average m, the slopes by the average and by the last gradient g in it are then
+
+        <D m, m> = S + k N        <D m, g> = S + f N
+
+    with S that of the signal, N what the noise of one gradient has, f the weight of g in m, and k the sum of
+    the squared weights of all gradients in m: noise adds up by squares, and g meets itself alone. So
+    ``S (f - k) = f <D m, m> - k <D m, g>``. Both slopes are those of one D. ``S / <D m, m>`` is the share of
+    signal, and its root the length of the signal in that of m, in the metric of D. Where steps are too long
+    for the curvature, gradients turn against the average, and the share falls, too.
 
     The idea is that of variance adaptation (Balles & Hennig, arXiv 1705.07774), and of the product of
     successive gradients that tells whether a rate is too large (Baydin et al., arXiv 1703.04782).
@@ -50,8 +57,8 @@ class SignalShare:
         in_place: Whether numbers are written to the tensor that is there.
 
     Attributes:
-        state: ``[3, K]``, a column for each parameter: the last promise, and the sums of promises and of the
-            slopes that were found, both of which fade.
+        state: ``[3, K]``, a column for each parameter: the sum of squared weights k, and the sums of
+            ``<D m, m>`` and of its signal S, both of which fade. They begin with a share of 1.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], in_place: bool = True) -> None:
@@ -77,30 +84,27 @@ class SignalShare:
     def note(self, names: Sequence[str], slopes: Slopes, counts: Tensor) -> None:
         """Take what a step has found.
 
-        With ``m = (1 - f) m' + f g``, the slope of the present direction is known along the present average
-        m and along the gradient g, and so it is along m', the average of the step before:
-        ``<D m, m'> = (<D m, m> - f <D m, g>) / (1 - f)``. By the symmetry of D this is
-        ``(1 - f) <D m', m'> + f <D m', g>``, whose first part was the promise of the step before.
-
         Args:
             names: The parameters that have a direction.
             slopes: Along their directions, aligned.
             counts: Whether the step counts.
         """
         places = self._places_of(names)
-        promise, found, fresh = (numbers.to(self.state) for numbers in slopes)
-        last, promises, confirmed = self.state[:, places]
+        along_mean, along_last, fresh, momentum = (numbers.to(self.state) for numbers in slopes)
+        squares, means, signals = self.state[:, places]
         counts = counts.to(self.state.device)
-        old, one = 1 - fresh, torch.ones_like(fresh)
-        # In the first step there is no average of the past, and no promise of it.
-        known = counts & (last > 0) & (old > 0) & (fresh > 0)
-        # Divided where something is known only, for the derivative.
-        along_old = (promise - fresh * found) / torch.where(known, old, one)
-        slope = (along_old - old * last) / torch.where(known, fresh, one)
+        # m <- (1 - f) m + f g
+        squares = torch.where(counts, (1 - fresh) ** 2 * squares + fresh**2, squares)
+        signal = fresh * along_mean - squares * along_last
+        # The first averages hold one gradient or two, and tell little: f - k is what it becomes, in parts.
+        settled = (1 - momentum) - (1 - momentum) / (1 + momentum)
+        told = (fresh - squares) * along_mean
+        begins = counts & (means <= 0)
+        adds = counts & ~begins & (along_mean > 0)
         rows = [
-            torch.where(counts, promise.clamp(min=0.0), last),
-            torch.where(known, KEPT * promises + (1 - KEPT) * last, promises),
-            torch.where(known, KEPT * confirmed + (1 - KEPT) * slope, confirmed),
+            squares,
+            _faded(means, told / settled, along_mean, begins, adds),
+            _faded(signals, signal / settled, along_mean, begins, adds),
         ]
         if self._in_place:
             self.state[:, places] = torch.stack(rows)
@@ -127,8 +131,14 @@ class SignalShare:
         sums = (numbers * weights.to(numbers)).sum(1)
         if ranks > 1:
             sums = sum_over_ranks([sums])[0]
-        promised, confirmed = sums
-        known = promised > 0
-        one = torch.ones_like(promised)
-        share = torch.where(known, confirmed / torch.where(known, promised, one), one)
+        mean, signal = sums
+        known = mean > 0
+        one = torch.ones_like(mean)
+        # Divided where something is known only, for the derivative.
+        share = torch.where(known, signal / torch.where(known, mean, one), one)
         return share.clamp(LEAST, 1.0).sqrt()
+
+
+def _faded(sums: Tensor, new: Tensor, first: Tensor, begins: Tensor, adds: Tensor) -> Tensor:
+    """Return sums that fade, with something new added, or begun anew."""
+    return torch.where(begins, first, torch.where(adds, KEPT * sums + (1 - KEPT) * new, sums))
