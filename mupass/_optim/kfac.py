@@ -116,11 +116,11 @@ class KFAC(PlannedOptimizer):
             This bound and ``step_bound`` hold for the largest rate so far: below it steps are shorter in
             proportion, so that a schedule lowers bounded ones as well.
         variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
-            metric of the factors: the next gradient, whose noise is its own, tells how much of the average
-            it confirms. Directions are multiplied by the root of this share, one number for all parameters,
-            between 0.1 and 1 (as Balles & Hennig, arXiv 1705.07774, shorten Adam's, one for each). Steps
-            become shorter by themselves where noise or curvature leave no more to gain from long ones.
-            Without effect where momentum is 0 or that of directions.
+            metric of the factors: the slopes along a direction by the average and by its last gradient alone
+            tell what is signal and what the noise of batches. Directions are multiplied by the root of the
+            signal's share, one number for all parameters, between 0.1 and 1 (as Balles & Hennig, arXiv
+            1705.07774, shorten Adam's, one for each). Steps become shorter by themselves where batches are
+            noise, or long steps overshoot. Without effect where momentum is 0 or that of directions.
         fisher: ``empirical`` takes B from the gradients of the loss; ``sampled`` from a loss with targets
             drawn from the model, see `observe` and `mupass.sample_targets`.
         sharing: What a weight used at many positions is: ``expand`` takes every position for a sample,
@@ -501,7 +501,7 @@ class KFAC(PlannedOptimizer):
     ) -> Tensor | None:
         """Return the length of the signal in the averages of gradients, in that of the averages; or None.
 
-        It needs averages of several gradients, which share no noise with the next one.
+        It needs averages of several gradients, each with noise of its own.
         """
         if not self.variance_adaptation or self.momentum_of == "directions":
             return None
