@@ -37,7 +37,7 @@ DAMPING = 1e-3
 MOMENTUM = 0.8
 STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
-KL_CLIP = 3e-2
+KL_CLIP = 1e-3
 
 IDLE_TERMS = (
     "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
@@ -111,10 +111,10 @@ class KFAC(PlannedOptimizer):
             widths. Parameters without a factor A (``e_a=0``) have none. None turns it off.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
-            it. A direction that ``step_bound`` has shortened counts by the square of its factor. Every term
-            is Theta(1) in width under ``mup``, so a bound means the same at all widths. None turns it off.
-            This bound and ``step_bound`` hold for the largest rate so far: below it steps are shorter in
-            proportion, so that a schedule lowers bounded ones as well.
+            it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
+            is a usual value, with ``variance_adaptation`` 3e-2; None turns it off. This bound and
+            ``step_bound`` hold for the largest rate so far: below it steps are shorter in proportion, so
+            that a schedule lowers bounded ones as well.
         variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
             metric of the factors: the slopes along a direction by the average and by its last gradient alone
             tell what is signal and what the noise of batches. Directions are multiplied by the root of the
@@ -192,7 +192,7 @@ class KFAC(PlannedOptimizer):
         damping_memory: float = 0.99,
         step_bound: float | None = STEP_BOUND,
         kl_clip: float | None = KL_CLIP,
-        variance_adaptation: bool = True,
+        variance_adaptation: bool = False,
         fisher: str = "empirical",
         sharing: str = "expand",
         ekfac: bool = False,
@@ -571,10 +571,7 @@ class KFAC(PlannedOptimizer):
         steps: Mapping[str, StepSize],
         clipped: Tensor | None,
     ) -> Tensor:
-        """Return what `kl_clip` bounds, of directions that are each multiplied by a factor.
-
-        A direction is ``D = F^-1 g``, of which ``<D, g>`` is ``D^T F D``: a factor counts by its square.
-        """
+        """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
         # sum of lr^2 scale <direction, gradient> over parameters, with the largest rates so far
         sums = []
         for (dtype, device), names in _alike(directions).items():
@@ -588,7 +585,7 @@ class KFAC(PlannedOptimizer):
                 lengths = [
                     factors[name].to(product) if name in factors else product.new_ones(()) for name in names
                 ]
-                product = product * torch.stack(lengths).square()
+                product = product * torch.stack(lengths)
             sums.append((product * self._on_device(weights, dtype, device)).sum())
         total = sum_of(sums or [torch.zeros((), device=self._device)], self._sharing_ranks)
         if clipped is not None:
