@@ -201,36 +201,3 @@ def test_noisy_regression_comes_closer_than_without() -> None:
         with torch.no_grad():
             losses[adapted] = float((net(x) - y).square().mean())
     assert losses[True] < 0.7 * losses[False], losses
-
-
-@pytest.mark.parametrize("options", [{"kl_clip": 1e-6}, {"step_bound": 1e-3}, {}])
-@pytest.mark.parametrize("tensor", [False, True])
-def test_a_schedule_makes_bounded_steps_shorter_in_proportion(tensor: bool, options: dict[str, Any]) -> None:
-    case, sizes = DENSE["linear"], []
-    net = case.net()
-    start = {name: p.detach().clone() for name, p in net.named_parameters()}
-    how = {"step_bound": None, "kl_clip": None, "momentum": 0.0, "factor_decay": 0.0, "root_every": 1}
-    optimizer = mupass.KFAC(net, 1.0, 1e-2, fallback="sgd", **{**how, **options})
-    x, y = case.batch()
-    for rate in (0.5, 1.0, 0.25, 0.1):
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(rate, dtype=torch.float64) if tensor else rate
-        optimizer.zero_grad()
-        case.terms(net(x), y).mean().backward()
-        optimizer.step()
-        sizes.append(float((net[2].weight.detach() - start["2.weight"]).norm()))  # type: ignore[index]
-        net.load_state_dict(start)
-    warm, whole, *later = sizes
-    assert later == pytest.approx([0.25 * whole, 0.1 * whole], rel=1e-6)
-    # Before its largest value the rate is the largest so far: bounded steps have the length of the bound.
-    assert warm == pytest.approx(whole if options else 0.5 * whole, rel=1e-6)
-
-
-def test_the_largest_rate_is_saved() -> None:
-    options = {"kl_clip": 1e-6, "momentum": 0.0}
-    _, optimizer = run(False, **options)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
-    _, other = run(False, steps=0, **options)
-    other.load_state_dict(optimizer.state_dict())
-    assert [g.get("mupass_largest_lr") for g in other.param_groups if g["algorithm"] == "kfac"] == [0.1]

@@ -112,9 +112,8 @@ class KFAC(PlannedOptimizer):
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
-            is a usual value, with ``variance_adaptation`` 3e-2; None turns it off. This bound and
-            ``step_bound`` hold for the largest rate so far: below it steps are shorter in proportion, so
-            that a schedule lowers bounded ones as well.
+            is a usual value, with ``variance_adaptation`` 3e-2; None turns it off. Where it sets the length
+            of steps, the rate has no part in it, and a schedule that lowers the rate none at first.
         variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
             metric of the factors: the slopes along a direction by the average and by its last gradient alone
             tell what is signal and what the noise of batches. Directions are multiplied by the root of the
@@ -229,7 +228,7 @@ class KFAC(PlannedOptimizer):
         self.stagger, self.ekfac = stagger, ekfac
         self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
         self.step_bound, self.kl_clip = bounds.step, bounds.kl
-        self.variance_adaptation = check_flag("variance_adaptation", variance_adaptation)
+        self._adapts = check_flag("variance_adaptation", variance_adaptation)
         self._weights: Mapping[str, Tensor] | None = None  # of averages that are kept elsewhere
         if loss_scale is not None and not callable(loss_scale) and not check_number("loss_scale", loss_scale):
             raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
@@ -256,8 +255,6 @@ class KFAC(PlannedOptimizer):
         self._by_rows = damping is None and damping_mode in RELATIVE
         damping = DAMPING if damping is None else damping
         super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
-        for group in self._own_groups():
-            group["mupass_largest_lr"] = 0.0
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
@@ -324,7 +321,10 @@ class KFAC(PlannedOptimizer):
         return {block.parameter: self._parameters[block.parameter] for block in self._cover.blocks}
 
     def _own_state(self, name: str) -> dict[str, Tensor]:
-        return {**self._kronecker.entries(name), **self._signal.entries(name)}
+        entries = self._kronecker.entries(name)
+        if self._adapts:
+            entries |= self._signal.entries(name)
+        return entries
 
     @property
     def _owner(self) -> Mapping[str, int]:
@@ -503,7 +503,7 @@ class KFAC(PlannedOptimizer):
 
         It needs averages of several gradients, each with noise of its own.
         """
-        if not self.variance_adaptation or self.momentum_of == "directions":
+        if not self._adapts or self.momentum_of == "directions":
             return None
         names = [name for name in directions if steps[name].momentum]
         # All ranks take part in the sum, those without parameters too.
@@ -551,7 +551,7 @@ class KFAC(PlannedOptimizer):
             for name in names:
                 size = steps[name]
                 # Changes of outputs are squares here, and so are rates and limits.
-                rates.append((size.largest * size.scale) ** 2)
+                rates.append((size.lr * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
             change = torch.stack([changes[name] for name in names])
@@ -572,13 +572,13 @@ class KFAC(PlannedOptimizer):
         clipped: Tensor | None,
     ) -> Tensor:
         """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
-        # sum of lr^2 scale <direction, gradient> over parameters, with the largest rates so far
+        # sum of lr^2 scale <direction, gradient> over parameters
         sums = []
         for (dtype, device), names in _alike(directions).items():
             weights, products = [], []
             for name in names:
                 size = steps[name]
-                weights.append(size.largest**2 * size.scale / size.rest**2)
+                weights.append(size.lr**2 * size.scale / size.rest**2)
                 products.append(torch.dot(directions[name].reshape(-1), means[name].reshape(-1)))
             product = torch.stack(products)
             if factors:
@@ -613,22 +613,9 @@ class KFAC(PlannedOptimizer):
             rest = 1.0
             if self.momentum_of == "directions":
                 rest = 1 - group["momentum"]
-            largest = self._largest_rate(group)
-            size = StepSize(group["lr"], largest, group["mupass_scale"], rest, group["momentum"])
+            size = StepSize(group["lr"], group["mupass_scale"], rest, group["momentum"])
             size_of.update(dict.fromkeys((self.names[parameter] for parameter in group["params"]), size))
         return size_of
-
-    def _largest_rate(self, group: dict[str, Any]) -> float | Tensor:
-        """Return the largest learning rate that a group has had in a step so far, this one included."""
-        lr = group["lr"]
-        if self._weights is not None:  # hypergradients are of constant rates
-            return lr
-        if isinstance(lr, Tensor):
-            before = torch.as_tensor(group["mupass_largest_lr"]).to(lr)
-            group["mupass_largest_lr"] = torch.maximum(before, lr.detach())
-        else:
-            group["mupass_largest_lr"] = max(float(group["mupass_largest_lr"]), float(lr))
-        return group["mupass_largest_lr"]
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         incidents, counts = self._kronecker.incidents()
@@ -736,15 +723,12 @@ class StepSize(NamedTuple):
 
     Attributes:
         lr: Learning rate at the base width.
-        largest: The largest one so far, for which bounds hold: a schedule that lowers the rate makes steps
-            shorter that are bounded, too.
-        scale: Width factor on both.
+        scale: Width factor on it.
         rest: Part of a bound that one direction may take up, where directions add up to their sum.
         momentum: Weight of the past in the average of gradients.
     """
 
     lr: float
-    largest: float | Tensor
     scale: float
     rest: float
     momentum: float

@@ -15,9 +15,9 @@ from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
 from mupass._parallel import is_sharded, local, sharded_like
 
-VERSION = 6
+VERSION = 5
 # Keys of groups that must not be negative, with what they must stay below.
-NUMBERS = {**BOUNDS, "mupass_seed": math.inf, "mupass_largest_lr": math.inf}
+NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = (
