@@ -314,32 +314,47 @@ def multiply(call: Call) -> Result:
 
 def _record_summed(call: Call) -> bool:
     """Record a weight in ``(x * w).sum(-1)`` as one in ``x @ w``; return whether there is one."""
-    summed = summed_axes(call.node)
-    values = call.values
-    weights = [value for value in values if value.parametric]
-    if not summed or len(values) != 2 or len(weights) != 1 or call.static:
+    summed, values = summed_axes(call.node), call.values
+    weight = _summed_weight(call) if summed else None
+    if weight is None:
         return False
-    (weight,) = weights
-    # (gate[:, :, None, None] * experts).sum(1): matrices that a gate mixes are still a matrix.
-    if is_matrix(weight, [value for value in values if value is not weight]):
-        return False
-    operands, labels, out = [], [], []
-    for value in values:
-        # Axes are counted from the last one, as broadcasting lines them up.
-        places = list(range(-len(value.axes), 0))
-        # Single entries of the activation that meet an axis of the weight are no axis of its own:
-        # x[:, None] * w is x[b, i] w[o, i].
-        if value is not weight:
-            places = [place for place in places if value.axes[place].size > 1 or not _is_wide(weight, place)]
+    places_of = [_own_places(value, weight) for value in values]
+    operands: list[Value] = []
+    out: list[str] = []
+    for value, places in zip(values, places_of, strict=True):
         operands.append(Value(tuple(value.axes[place] for place in places), value.static))
-        labels.append([str(place) for place in places])
-        out += [label for label in labels[-1] if int(label) not in summed and label not in out]
+        out += [str(place) for place in places if place not in summed and str(place) not in out]
+    labels = [[str(place) for place in places] for places in places_of]
     shared = set(labels[0]) & set(labels[1])
     # Only a sum over an axis that both have is a contraction.
     if not any(_is_wide(weight, int(label)) for label in shared.difference(out)):
         return False
     contract(call, "product and sum", operands, labels, out)
     return True
+
+
+def _summed_weight(call: Call) -> Value | None:
+    """Return the weight of a product of one weight and one activation, ``x * w``; None of any other."""
+    values = call.values
+    weights = [value for value in values if value.parametric]
+    if len(values) != 2 or len(weights) != 1 or call.static:
+        return None
+    # (gate[:, :, None, None] * experts).sum(1): matrices that a gate mixes are still a matrix.
+    if is_matrix(weights[0], [value for value in values if value is not weights[0]]):
+        return None
+    return weights[0]
+
+
+def _own_places(value: Value, weight: Value) -> list[int]:
+    """Return the axes of an operand, counted from the last one, as broadcasting lines them up.
+
+    Single entries of an activation that meet an axis of the weight are no axis of its own:
+    ``x[:, None] * w`` is ``x[b, i] w[o, i]``.
+    """
+    places = list(range(-len(value.axes), 0))
+    if value is weight:
+        return places
+    return [place for place in places if value.axes[place].size > 1 or not _is_wide(weight, place)]
 
 
 def _is_wide(value: Value, place: int) -> bool:

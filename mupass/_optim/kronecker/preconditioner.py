@@ -464,6 +464,30 @@ class Kronecker:
             Directions ``D``, and for each the mean over outputs of ``D A D^T``, the mean square of the change
             that it makes to an output; nothing for blocks that keep no A.
         """
+        stacks, kernels = self._matrices_of(grads)
+        applied = self._apply_all(stacks, kernels)
+        for name, kernel in kernels.items():
+            direction, change = applied[name]
+            applied[name] = direction * kernel.lengths, change
+        directions, changes = {}, {}
+        for block, pairs in self.blocks:
+            gradient = grads.get(block.parameter)
+            if gradient is None:
+                continue
+            parts = [applied[pair.name][0] for pair in pairs]
+            joined = block.matrices.join(parts, gradient)
+            directions[block.parameter] = joined.reshape(gradient.shape).to(gradient.dtype)
+            squares = [applied[pair.name][1] for pair in pairs]
+            known = [square for square in squares if square is not None]
+            # Without an A of each piece the change of outputs is not known.
+            if len(known) == len(squares):
+                # A mean over all outputs of the parameter, whatever its pieces.
+                outputs = sum(pair.groups * pair.outputs for pair in pairs)
+                changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
+        return directions, changes
+
+    def _matrices_of(self, grads: Mapping[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], Kernels]:
+        """Return the gradients of all matrices, by the rows of standardized kernels where these are some."""
         stacks: dict[tuple[str, int], Tensor] = {}
         kernels: Kernels = {}
         for block, pairs in self.blocks:
@@ -478,28 +502,7 @@ class Kronecker:
                 kernels.update(self._kernels(block, pairs))
         for name, kernel in kernels.items():
             stacks[name] = stacks[name] * kernel.lengths
-        applied = self._apply_all(stacks, kernels)
-        directions, changes = {}, {}
-        for block, pairs in self.blocks:
-            gradient = grads.get(block.parameter)
-            if gradient is None:
-                continue
-            parts = []
-            for pair in pairs:
-                part = applied[pair.name][0]
-                if block.standardized:
-                    part = part * kernels[pair.name].lengths
-                parts.append(part)
-            joined = block.matrices.join(parts, gradient)
-            directions[block.parameter] = joined.reshape(gradient.shape).to(gradient.dtype)
-            squares = [applied[pair.name][1] for pair in pairs]
-            known = [square for square in squares if square is not None]
-            # Without an A of each piece the change of outputs is not known.
-            if len(known) == len(squares):
-                # A mean over all outputs of the parameter, whatever its pieces.
-                outputs = sum(pair.groups * pair.outputs for pair in pairs)
-                changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
-        return directions, changes
+        return stacks, kernels
 
     def _kernels(self, block: Block, pairs: Sequence[Pair]) -> Kernels:
         """Return the rows of a block's standardized kernel as they are now."""
