@@ -34,20 +34,20 @@ class _Terms(torch.autograd.Function):
         if ctx.passes is not None:
             ctx.passes.begin()
         (count,) = ctx.saved_tensors
-        gradient = next((grad for grad in grads if grad is not None), None)
+        number, gradient = _first_with_gradient(ctx.terms, grads)
         if ctx.zeros is not None and gradient is not None:
             ctx.zeros.note(_terms_without_gradient(gradient.detach()))
-        return None, None, torch.full_like(count, _terms_of_first(ctx.terms, grads)), *grads
+        return None, None, torch.full_like(count, number), *grads
 
 
-def _terms_of_first(terms: Sequence[int], grads: Sequence[Tensor | None]) -> int:
-    """Return the terms of the first output that has a gradient, 0 if none has."""
+def _first_with_gradient(terms: Sequence[int], grads: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+    """Return the terms and the gradient of the first output that has one; 0 and None if none has."""
     # A second output, such as an auxiliary one, averages its terms in a loss of its own.
     # A plain loop: Dynamo of torch 2.8 does not trace next() of a generator with a default.
     for count, grad in zip(terms, grads, strict=True):
         if grad is not None:
-            return count
-    return 0
+            return count, grad
+    return 0, None
 
 
 def _terms_without_gradient(gradient: Tensor) -> Tensor:
