@@ -49,6 +49,7 @@ def train(model: nn.Module, rows: slice, name: str) -> list[torch.Tensor]:
     make = {
         "kfac": lambda: mupass.KFAC(model, 0.05, 1e-2),
         "standardized": lambda: mupass.KFAC(model, 0.05, 1e-2),
+        "adapted": lambda: mupass.KFAC(model, 0.05, 1e-2, variance_adaptation=True, kl_clip=3e-2),
         # The large layer has fewer rows than inputs: a basis of what none reaches is rounding errors.
         "ekfac": lambda: mupass.KFAC(
             model, 0.05, 1e-2, ekfac=True, sharing="reduce", root_every=2, exclude=["3.weight"]
@@ -79,7 +80,7 @@ def _worker(rank: int, port: int, name: str, path: Path) -> None:
 
 
 @pytest.mark.sample("shampoo")
-@pytest.mark.parametrize("name", ["kfac", "standardized", "ekfac", "shampoo", "soap", "muon"])
+@pytest.mark.parametrize("name", ["kfac", "standardized", "adapted", "ekfac", "shampoo", "soap", "muon"])
 def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     mp.spawn(_worker, (free_port(), name, tmp_path / "result.pt"), nprocs=2)
     apart, trained = torch.load(tmp_path / "result.pt")
@@ -159,6 +160,7 @@ def kfac(model: nn.Module, **options: bool) -> mupass.KFAC:
 SHARDED = {
     "kfac": kfac,
     "ekfac": lambda model: kfac(model, ekfac=True),
+    "adapted": lambda model: kfac(model, variance_adaptation=True),
     "code": lambda model: mupass.KFAC(model, 0.05, 1e-2, root_every=3, kl_clip=1e-2, strict=True),
     "shampoo": lambda model: mupass.Shampoo(model, 0.01, root_every=3, graft="adam", block_size=8),
     "soap": lambda model: mupass.SOAP(model, 0.01, basis_every=2, eigh_every=2, block_size=3),
