@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -424,8 +424,7 @@ class KFAC(PlannedOptimizer):
         signal = self._signal_of(directions, gradients, means, steps, ok)
         factors = self._bounds(directions, changes, means, steps, signal, clipped)
         if signal is not None:
-            for name in directions:
-                factors[name] = factors[name] * signal.to(factors[name]) if name in factors else signal
+            _shorten(factors, directions, signal)
         return _multiplied(directions, factors)
 
     def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
@@ -487,8 +486,7 @@ class KFAC(PlannedOptimizer):
             total = self._divergence(directions, means, factors, steps, clipped)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
             shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-            for name in directions:
-                factors[name] = factors[name] * shrink.to(factors[name]) if name in factors else shrink
+            _shorten(factors, directions, shrink)
         return factors
 
     def _signal_of(
@@ -732,6 +730,12 @@ class StepSize(NamedTuple):
     scale: float
     rest: float
     momentum: float
+
+
+def _shorten(factors: dict[str, Tensor], names: Iterable[str], by: Tensor) -> None:
+    """Multiply the factors of all names by a number; those that have none yet get it."""
+    for name in names:
+        factors[name] = factors[name] * by.to(factors[name]) if name in factors else by
 
 
 def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

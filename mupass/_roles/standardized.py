@@ -29,6 +29,22 @@ TOLERANCE = 1e-3
 FEWEST = 3  # a standardized row of two numbers is (1, -1) or (-1, 1)
 
 
+def standardized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows less their mean, over their length, and these lengths.
+
+    Rows that are constant have no direction, and become zeros.
+
+    Args:
+        rows: ``[..., n]``.
+
+    Returns:
+        ``[..., n]`` and ``[..., 1]``.
+    """
+    deviations = rows - rows.mean(-1, keepdim=True)
+    lengths = deviations.norm(dim=-1, keepdim=True)
+    return deviations / lengths.clamp(min=torch.finfo(rows.dtype).tiny), lengths
+
+
 def of_inputs(captured: Capture) -> set[Node]:
     """Return the nodes that depend on the inputs of the model.
 
@@ -151,12 +167,10 @@ def _row_numbers(
     result = _run(kernel, {**others, parameter: value})
     if not isinstance(result, Tensor) or result.shape != value.shape:
         return None
-    rows = value.flatten(1)
-    standardized = rows - rows.mean(1, keepdim=True)
-    standardized = standardized / standardized.norm(dim=1, keepdim=True)
+    directions, _ = standardized(value.flatten(1))
     found = result.double().flatten(1)
-    numbers = (found * standardized).sum(1, keepdim=True)
-    return numbers if _near(found, numbers * standardized) else None
+    numbers = (found * directions).sum(1, keepdim=True)
+    return numbers if _near(found, numbers * directions) else None
 
 
 def _near(first: Tensor, second: Tensor) -> bool:

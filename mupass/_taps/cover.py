@@ -168,10 +168,7 @@ class _Maker:
         # x + positions: a table with a row for each position.
         if kinds == {"table"}:
             return self._table(geometry, sites)
-        if "bag" in kinds and torch.__version__ < "2.13":
-            raise _Uncovered("bags of rows need torch 2.13: an older one compiles wrong factors for them")
-        if kinds == {"standardized"}:
-            self._check_standardized(geometry)
+        self._check_kinds(geometry, kinds)
         # All calls read the weight alike: their factors add up.
         alike = len(uses) == 1 and len({site.groups for site in sites}) == 1
         single = ({"conv"}, {"standardized"}, {"embedding"}, {"bag"}, {"grouped"})
@@ -183,12 +180,16 @@ class _Maker:
         names = ", ".join(site.operator for site in sites)
         raise _Uncovered(f"its {len(sites)} uses ({names}) have no common Kronecker form")
 
-    def _check_standardized(self, geometry: Geometry) -> None:
-        """Refuse standardized kernels whose directions could not be kept at the length of their rows.
+    def _check_kinds(self, geometry: Geometry, kinds: set[str]) -> None:
+        """Refuse bags under an old torch, and kernels whose directions could not keep the length of rows.
 
         Raises:
-            _Uncovered: This is one.
+            _Uncovered: This is one of them.
         """
+        if "bag" in kinds and torch.__version__ < "2.13":
+            raise _Uncovered("bags of rows need torch 2.13: an older one compiles wrong factors for them")
+        if kinds != {"standardized"}:
+            return
         if is_sharded(self.model.get_parameter(geometry.name)):
             raise _Uncovered("its rows are standardized, and a step needs all of them, not a shard")
         if geometry.role == "output":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mupass._roles.standardized import standardized
 from mupass._taps.correlation import patch_gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -260,22 +261,6 @@ class Standardized:
             g: Gradient of the output.
         """
         return self.convolution.output_rows(g) * self.lengths.view(self.convolution.groups, 1, 1, -1)
-
-
-def standardized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows less their mean, over their length, and these lengths.
-
-    Rows that are constant have no direction, and become zeros.
-
-    Args:
-        rows: ``[..., n]``.
-
-    Returns:
-        ``[..., n]`` and ``[..., 1]``.
-    """
-    deviations = rows - rows.mean(-1, keepdim=True)
-    lengths = deviations.norm(dim=-1, keepdim=True)
-    return deviations / lengths.clamp(min=torch.finfo(rows.dtype).tiny), lengths
 
 
 @dataclass(frozen=True)

@@ -276,12 +276,21 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     # F.layer_norm(x, shape, gain, shift)
     if func in NORMS:
         return _normed(func, by_name(NORMS[func], args, kwargs), output)
-    # x * gain; x + shift, but not torch.add(x, shift, alpha=2)
-    if func in GAINS and len(args) == 2:
-        return _elementwise(output, *args, "gain")
-    if func in SHIFTS and len(args) == 2 and not kwargs:
-        return _elementwise(output, *args, "shift")
+    kind = _kind_of_vector(func, args, kwargs)
+    if kind:
+        return _elementwise(output, args[0], args[1], kind)
     return _viewed(func, args, kwargs, output)
+
+
+def _kind_of_vector(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return what a parameter would be in a call of two operands: a gain, a shift, or neither."""
+    # x * gain
+    if func in GAINS and len(args) == 2:
+        return "gain"
+    # x + shift, but not torch.add(x, shift, alpha=2)
+    if func in SHIFTS and len(args) == 2 and not kwargs:
+        return "shift"
+    return ""
 
 
 def _standardized(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

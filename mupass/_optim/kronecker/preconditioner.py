@@ -19,10 +19,10 @@ from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, j
 from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
 from mupass._parallel import deal, largest_over_ranks
+from mupass._roles.standardized import standardized
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Cover, Factor
 from mupass._taps.factors import factor_dtype
-from mupass._taps.forms import standardized
 from mupass._taps.leaves import Sums
 
 BlockPairs = list[tuple[Block, list[Pair]]]
@@ -599,11 +599,6 @@ class Kronecker:
         power_a, power_b = self.roots.powers
         pair, groups = pairs[0], pairs[0].groups
         stack = joined([stacks[member.name] for member in pairs])
-        unit = None
-        if not pair.block.a and power_a > 0:
-            unit = joined([self.unit_rho[member.name] for member in pairs])
-        # Blocks make a step larger than a whole factor would: divided by their growth since the base width.
-        shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
         places_b = self._places([member.b for member in pairs])
         places_a = self._places([member.a for member in pairs])
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
@@ -613,8 +608,7 @@ class Kronecker:
             rows = joined([kernels[member.name].rows for member in pairs])
             stack = self.compiled(tangent, stack, rows, root_b, root_a)
         factor, rho = self._known_of_a(pair, places_a)
-        lengths = joined([longer[member.name] for member in pairs]) if pair.name in longer else None
-        numbers = unit, power_a, shrink, lengths
+        numbers = self._sizes(pairs, longer)
         direction, change = self.compiled(update, stack, root_b, root_a, factor, rho, *numbers)
         directions = direction.split(groups)
         sums: Iterable[Tensor | None] = change.view(-1, groups).sum(1).unbind()
@@ -623,6 +617,20 @@ class Kronecker:
             sums = [None for _ in pairs]
         applied = zip(directions, sums, strict=True)
         return {member.name: result for member, result in zip(pairs, applied, strict=True)}
+
+    def _sizes(
+        self, pairs: Sequence[Pair], longer: Mapping[tuple[str, int], Tensor]
+    ) -> tuple[Tensor | None, float, float, Tensor | None]:
+        """Return what the lengths of directions depend on besides roots, the last arguments of `update`."""
+        pair, power_a = pairs[0], self.roots.powers[0]
+        unit = lengths = None
+        if not pair.block.a and power_a > 0:
+            unit = joined([self.unit_rho[member.name] for member in pairs])
+        if pair.name in longer:
+            lengths = joined([longer[member.name] for member in pairs])
+        # Blocks make a step larger than a whole factor would: divided by their growth since the base width.
+        shrink = prod(more**power for more, power in zip(pair.growth, self.roots.powers, strict=True))
+        return unit, power_a, shrink, lengths
 
     def _known_of_a(self, pair: Pair, places: Places | None) -> tuple[Average | None, Tensor | None]:
         """Return what tells the change of outputs: A, where it must be multiplied by, or else its damping."""
