@@ -316,6 +316,24 @@ def test_compiled_factors_are_the_eager_ones() -> None:
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_compiled_steps_are_the_eager_ones_while_sizes_move(ekfac: bool) -> None:
+    """From the second size on the graph has sizes that are not known when it is made."""
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = mupass.transform(build(), data()[0])
+        optimizer = mupass.KFAC(net, LR, RHO, ekfac=ekfac)
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        for size in (5, 6, 7):
+            x, y = data(size)
+            optimizer.zero_grad()
+            F.cross_entropy(run(x[..., : size - 1, :size]), y).backward()
+            optimizer.step()
+        weights.append(net[2].weight.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-8, atol=1e-12)
+
+
 def test_curvature_along_a_move_is_that_of_the_kernel() -> None:
     """``d^T F d``, with F of the same factors, by what the move does to the kernel (by autograd)."""
     (x, y), net = data(), mupass.transform(build(), data()[0])

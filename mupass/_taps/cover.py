@@ -8,7 +8,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 
-import torch
 from torch import nn
 
 from mupass._errors import OptimizerError
@@ -181,13 +180,11 @@ class _Maker:
         raise _Uncovered(f"its {len(sites)} uses ({names}) have no common Kronecker form")
 
     def _check_kinds(self, geometry: Geometry, kinds: set[str]) -> None:
-        """Refuse bags under an old torch, and kernels whose directions could not keep the length of rows.
+        """Refuse kernels whose directions could not keep the length of rows.
 
         Raises:
             _Uncovered: This is one of them.
         """
-        if "bag" in kinds and torch.__version__ < "2.13":
-            raise _Uncovered("bags of rows need torch 2.13: an older one compiles wrong factors for them")
         if kinds != {"standardized"}:
             return
         if is_sharded(self.model.get_parameter(geometry.name)):

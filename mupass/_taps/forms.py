@@ -231,6 +231,18 @@ class Standardized:
     convolution: Convolution
     lengths: Tensor
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what a backward pass needs of the forward one."""
+        return (self.lengths,)
+
+    def with_tensors(self, lengths: Tensor) -> Standardized:
+        """Return the same with tensors that a backward pass has got.
+
+        Args:
+            lengths: As in the forward pass.
+        """
+        return Standardized(self.convolution, lengths)
+
     @staticmethod
     def called(kernel: Tensor, parameter: Tensor, arguments: Mapping[str, Any]) -> Standardized:
         """Describe a call of ``F.conv2d`` and the like.
@@ -299,6 +311,19 @@ class Bag:
 
     bags: Tensor
     weights: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what a backward pass needs of the forward one."""
+        return self.bags, self.weights
+
+    def with_tensors(self, bags: Tensor, weights: Tensor) -> Bag:
+        """Return the same with tensors that a backward pass has got.
+
+        Args:
+            bags: As in the forward pass.
+            weights: As in the forward pass.
+        """
+        return Bag(bags, weights)
 
     @staticmethod
     def called(arguments: Mapping[str, Any], bags: int) -> Bag:
@@ -438,6 +463,18 @@ class Sorted:
 
     ends: Tensor
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what a backward pass needs of the forward one."""
+        return (self.ends,)
+
+    def with_tensors(self, ends: Tensor) -> Sorted:
+        """Return the same with tensors that a backward pass has got.
+
+        Args:
+            ends: As in the forward pass.
+        """
+        return Sorted(ends)
+
     def counts(self) -> Tensor:
         """Return the number of rows of each group, ``[groups]``."""
         return self.ends.diff(prepend=self.ends.new_zeros(1))
@@ -498,3 +535,23 @@ class Table:
         last = list(range(-len(self.features), 0))
         rows = g.movedim(self.features, last).flatten(g.dim() - len(last)) if last else g[..., None]
         return _rows(rows * self.factor)
+
+
+# Forms that hold tensors of the forward pass. An autograd function saves these like any other tensor: what
+# reaches a compiled backward pass in another way is mistaken for a size there (torch 2.8, moving sizes).
+HOLDING = (Bag, Sorted, Standardized)
+
+
+def held(form: Form) -> tuple[Tensor, ...]:
+    """Return the tensors of a form, to be saved for the backward pass; of most forms there are none."""
+    return form.tensors() if isinstance(form, HOLDING) else ()
+
+
+def with_held(form: Form, tensors: Sequence[Tensor]) -> Form:
+    """Return a form as the backward pass uses it.
+
+    Args:
+        form: That of the forward pass.
+        tensors: Its `held` tensors, as they were saved.
+    """
+    return form.with_tensors(*tensors) if isinstance(form, HOLDING) else form

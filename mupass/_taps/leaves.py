@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mupass._errors import OptimizerError
 from mupass._parallel import whole
 from mupass._taps.factors import Layer, raw_input, raw_outputs, second_moments
-from mupass._taps.forms import Form
+from mupass._taps.forms import Form, held, with_held
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
@@ -37,38 +37,43 @@ class _Factors(torch.autograd.Function):
         tap: Tap | None,
         rows: Tensor,
         a: Tensor | None,
-        *b: Tensor | None,
+        *others: Tensor | None,
     ) -> Tensor:
-        """Pass the output on; a copy, so that an activation may work in place on it."""
+        """Pass the output on; a copy, so that an activation may work in place on it.
+
+        The others are a leaf for every matrix, and behind them what the form holds.
+        """
         ctx.layer, ctx.form, ctx.tap, ctx.dtype = layer, form, tap, rows.dtype
         # None, and not zeros, in the place of gradients that are not there.
         if tap is not None:
             ctx.set_materialize_grads(False)
             ctx.seen = []  # when passes that count have run through this call
-        ctx.save_for_backward(x)
+        ctx.matrices = len(layer.outputs)
+        ctx.save_for_backward(x, *others[ctx.matrices :])
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
         (g,) = grads
-        (x,) = ctx.saved_tensors
-        wanted, tap = ctx.needs_input_grad, ctx.tap
+        x, *kept = ctx.saved_tensors
+        wanted, tap, matrices = ctx.needs_input_grad, ctx.tap, ctx.matrices
         if tap is not None and tap.passes is not None:
             tap.passes.begin()
         if g is None:  # an output of the model that the loss does not depend on
             return (None,) * len(wanted)
         with torch.no_grad():
             # Under tensor parallelism a rank holds slices of an activation; factors are of all of it.
-            inputs, gradient = whole(x), whole(g)
+            inputs, gradient, form = whole(x), whole(g), with_held(ctx.form, kept)
             # Arguments of `forward` by their places: A is the sixth, and behind it are the Bs.
             input_factor = None
             if wanted[6]:
                 make_input = raw_input
                 if tap is not None and tap.once is not None:
                     make_input = tap.once.raw_input
-                input_factor = make_input(ctx.layer, ctx.form, inputs, ctx.dtype)
-            output_factors, count = raw_outputs(ctx.layer, ctx.form, inputs, gradient, wanted[7:], ctx.dtype)
+                input_factor = make_input(ctx.layer, form, inputs, ctx.dtype)
+            sides = wanted[7 : 7 + matrices]
+            output_factors, count = raw_outputs(ctx.layer, form, inputs, gradient, sides, ctx.dtype)
             rows = _rows(count, g.device, ctx.dtype)
             if tap is None:
                 # A compiled graph gets zeros in the place of gradients that are not there. As a product, A is
@@ -82,7 +87,7 @@ class _Factors(torch.autograd.Function):
             tap.visits.note(ctx.seen)
             if torch.is_grad_enabled():
                 g = tap.followed(g)
-        return g, None, None, None, None, rows, input_factor, *output_factors
+        return g, None, None, None, None, rows, input_factor, *output_factors, *[None] * len(kept)
 
 
 class _Moments(torch.autograd.Function):
@@ -92,24 +97,27 @@ class _Moments(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, layer: Layer, form: Form, bases: int, *tensors: Tensor
     ) -> Tensor:
-        """Pass the output on; the first of the tensors are the bases, the others the leaves."""
-        ctx.layer, ctx.form = layer, form
+        """Pass the output on; the tensors are bases, then leaves, then what the form holds."""
+        ctx.layer, ctx.form, ctx.bases = layer, form, bases
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *tensors[:bases])
+        # A leaf for every matrix: there is a basis for each of them and one for the input.
+        ctx.save_for_backward(x, *tensors[:bases], *tensors[2 * bases - 1 :])
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the moments of every matrix."""
         (g,) = grads
-        x, *bases = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        bases, kept = saved[: ctx.bases], saved[ctx.bases :]
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
-            moments = second_moments(ctx.layer, ctx.form, whole(x), whole(g), bases, bases[0].dtype)
-        # The arguments of `forward` that are no tensors, and the bases, have no gradients.
-        return g, None, None, None, None, *[None] * len(bases), *moments
+            form = with_held(ctx.form, kept)
+            moments = second_moments(ctx.layer, form, whole(x), whole(g), bases, bases[0].dtype)
+        # The arguments of `forward` that are no tensors, the bases and the form have no gradients.
+        return g, None, None, None, None, *[None] * len(bases), *moments, *[None] * len(kept)
 
 
 class Sums(NamedTuple):
@@ -247,14 +255,15 @@ class Tap:
         # A factor is a statistic: no gradient flows back through its input.
         inputs = x.detach()
         if self.bases:
-            tensors = (*self.bases, *self.moments)
+            tensors = (*self.bases, *self.moments, *held(form))
             output = _Moments.apply(output, inputs, self.layer, form, len(self.bases), *tensors)  # type: ignore[no-untyped-call]
         tap: Tap | None = self
         # A compiled graph calls nobody as it runs backwards; hooks on the leaves tell of it, see `watch`.
         if torch.compiler.is_compiling():
             tap = None
         # Last, and so first in the backward pass: it says that one has begun.
-        return _Factors.apply(output, inputs, self.layer, form, tap, self.rows, self.a, *self.b)  # type: ignore[no-any-return, no-untyped-call]
+        others = (*self.b, *held(form))
+        return _Factors.apply(output, inputs, self.layer, form, tap, self.rows, self.a, *others)  # type: ignore[no-any-return, no-untyped-call]
 
     def followed(self, gradient: Tensor) -> Tensor:
         """Return the gradient of an output, which tells when a loss that depends on it is differentiated.
