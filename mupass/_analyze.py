@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -32,6 +32,7 @@ from mupass._roles.forward_scales_search import constant_notes, find_constants
 from mupass._roles.fused import find_fusions
 from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
+from mupass._roles.scores import find_scores
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
 
@@ -204,10 +205,17 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
 
     # Factors that the code puts on activations, such as 1/sqrt(d_model): they act like multipliers.
     certain, doubtful = settle(find_constants(captured, solved), inferred.second)
-    geometries, unaccounted = account(
-        geometries, certain, captured, lambda dim: solved.engine.space.size(dim) / sizes.of_any(dim)
-    )
+
+    def growth(dim: int) -> float:
+        return solved.engine.space.size(dim) / sizes.of_any(dim)
+
+    geometries, unaccounted = account(geometries, certain, captured, growth)
     geometries = [with_feeds(geometry, captured) for geometry in geometries]
+    # Scores whose head_dim grows get a factor of their own, where some module puts out the queries.
+    named = [*unaccounted, *doubtful]
+    scores, reasons = find_scores(inferred.model, captured, solved, geometries, named, growth)
+    settled = {where for scale in scores for where in scale.where}
+    named = [constant for constant in named if constant.where not in settled]
 
     unread = tuple(f"{name} is not read by the captured forward pass" for name in solved.overlooked)
     warnings = (
@@ -215,8 +223,8 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         *notes,
         *dict.fromkeys(solved.engine.facts.warnings),
         *unread,
-        *_attention_notes(solved),
-        *constant_notes([*unaccounted, *doubtful], names.term, sizes.of_any),
+        *_attention_notes(solved, settled, reasons),
+        *constant_notes(named, names.term, sizes.of_any),
         *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
         *(_divided_note(name, operator) for name, operator in divided.items()),
     )
@@ -238,6 +246,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         branches=find_branches(captured),
         carriers=readout_carriers(captured, geometries),
         notes=report_only,
+        scores=scores,
     )
 
 
@@ -386,17 +395,28 @@ def geometry_of(
     )
 
 
-def _attention_notes(solved: Inference) -> tuple[str, ...]:
-    """Attention whose head_dim grows needs logits scaled by 1/d, which no parameter can give."""
+def _attention_notes(
+    solved: Inference, settled: Collection[str], reasons: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Say of attention whose head_dim grows that logits must scale as 1/head_dim.
+
+    Args:
+        solved: The inference.
+        settled: Places whose scores get a factor.
+        reasons: Why others get none.
+    """
     notes = {}
-    for dim, scale, where in solved.engine.facts.attention:
-        size = solved.engine.space.size(dim)
+    for kernel in solved.engine.facts.attention:
+        size, scale, where = solved.engine.space.size(kernel.dim), kernel.scale, kernel.where
         # q and k align in training, so that logits grow like head_dim (arXiv 2203.03466).
-        if solved.verdicts.grows(dim) and not (scale and math.isclose(scale, 1 / size, rel_tol=1e-5)):
-            instead = ", not 1/sqrt(head_dim)"
-            if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
-                instead = f"; see that the scale given, {scale:.6g}, does"
-            notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}"
+        by_size = scale is not None and math.isclose(scale, 1 / size, rel_tol=1e-5)
+        if where in settled or by_size or not solved.verdicts.grows(kernel.dim):
+            continue
+        instead = ", not 1/sqrt(head_dim)"
+        if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-5):
+            instead = f"; see that the scale given, {scale:.6g}, does"
+        why = f" (mupass cannot put that there: {reasons[where]})" if where in reasons else ""
+        notes[where] = f"{where}: head_dim grows, so logits must scale as 1/head_dim{instead}{why}"
     return tuple(notes.values())
 
 

@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from mupass._errors import MupassWarning, TransformError
-from mupass._records import Carrier, Geometry, Use
-from mupass._rewrite import InputMultiplier, OutputMultiplier, SaveNotice, readout_module
+from mupass._records import Carrier, Geometry, ScoreScale, Use
+from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module
 from mupass._scales.marks import unmark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
+from mupass._taps.attention import ScaledAttention
 from mupass._taps.intercept import release
 from mupass._taps.sharded import WholeHook
 from mupass._taps.taps import detach, forget_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
+MULTIPLIERS = (InputMultiplier, OutputMultiplier, PartMultiplier, ScaledAttention)
 
 
 @dataclass
@@ -33,11 +35,13 @@ class Change:
         made: Factor that holds one on what the parameter makes.
         met: Factor that undoes one on what the parameter is multiplied with.
         shift: What is added, for a parameter to which the code adds a constant.
+        parts: Factors on some of its rows: (axis, first, behind the last, factor).
     """
 
     made: float = 1.0
     met: float = 1.0
     shift: float = 0.0
+    parts: tuple[tuple[int, int, int, float], ...] = ()
 
 
 @dataclass
@@ -47,10 +51,12 @@ class Work:
     Attributes:
         changes: Parameter -> what becomes of it.
         untied: Tied parameter -> why nothing else can hold the multiplier of its readout.
+        joint: Parameters of which only the part that makes queries changes.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
+    joint: list[str] = field(default_factory=list)
 
 
 def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model:
@@ -109,6 +115,15 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
     else:
         delattr(target, ATTRIBUTE)
         unmark(target)
+    if work.joint and keep_plan:
+        warnings.warn(
+            f"mupass.fold: {', '.join(work.joint[:4])} make queries, keys and values, and only the queries "
+            "hold a factor now (their head_dim grows). Rates are for whole parameters: trained on, these "
+            "queries learn at another rate than in the transformed model. Give the result away, and train on "
+            "the transformed one; or let the queries have a layer of their own",
+            MupassWarning,
+            stacklevel=2,
+        )
     for name, reason in work.untied.items():
         modules = ", ".join(sorted({use.module for use in plan[name].geometry.readout_uses}))
         warnings.warn(
@@ -129,9 +144,11 @@ def strip(model: nn.Module) -> None:
     """
     detach(model)
     for module in model.modules():
+        if isinstance(vars(module).get("forward"), ScaledAttention):
+            del module.forward
         for table in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
             for key, hook in list(table.items()):
-                if isinstance(hook, (InputMultiplier, OutputMultiplier, SaveNotice, WholeHook)):
+                if isinstance(hook, (*MULTIPLIERS, SaveNotice, WholeHook)):
                     del table[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
     for parameter in model.parameters():
@@ -150,7 +167,8 @@ def _work(root: nn.Module, plan: Plan) -> Work:
     live: list[object] = []
     for module in root.modules():
         live += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if not any(isinstance(hook, (InputMultiplier, OutputMultiplier)) for hook in live):
+    live += [vars(module).get("forward") for module in root.modules()]
+    if not any(isinstance(hook, MULTIPLIERS) for hook in live):
         return result  # nothing to fold, or folded already
     blocked = []
     for carrier in plan.carriers:
@@ -163,6 +181,8 @@ def _work(root: nn.Module, plan: Plan) -> Work:
             blocked.append(carrier.reason)
         else:
             _hold(result.changes, carrier, factor)
+    for scale in plan.scores:
+        _hold_queries(result, scale)
     if blocked:
         raise TransformError(
             f"no parameter can hold the multiplier 1/{plan.depth:g} of {len(blocked)} residual branches: "
@@ -200,6 +220,30 @@ def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
             raise TransformError(f"{name} would have to hold two different multipliers")
 
 
+def _hold_queries(work: Work, scale: ScoreScale) -> None:
+    """Add what holds the factor on attention scores to the changes.
+
+    Raises:
+        TransformError: Nothing can hold it.
+    """
+    if not scale.parts:
+        if scale.carrier.reason:
+            raise TransformError(
+                f"no parameter can hold the factor on the queries that {scale.module} puts out: "
+                f"{scale.carrier.reason}. Let a layer of their own put them out, without an activation"
+            )
+        _hold(work.changes, scale.carrier, scale.factor)
+        return
+    if not scale.rows:
+        raise TransformError(f"{scale.module} has no parameters that could hold the factor on its queries")
+    for name, axis in scale.rows:
+        parts = tuple((axis, first, last, scale.factor) for first, last in scale.parts)
+        change = Change(parts=parts)
+        if work.changes.setdefault(name, change) != change:
+            raise TransformError(f"{name} would have to hold two different multipliers")
+        work.joint.append(name)
+
+
 def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -207,6 +251,8 @@ def _apply(model: nn.Module, work: Work, plan: Plan) -> None:
         values = {}
         for name, change in work.changes.items():
             values[name] = parameters[name] * (change.made * change.met) + change.shift
+            for axis, first, last, factor in change.parts:
+                values[name].narrow(axis, first, last - first).mul_(factor)
         # A readout that is untied gets a weight of its own, with the multiplier in it.
         readouts = {
             name: nn.Parameter(
@@ -254,7 +300,7 @@ def _folded_plan(plan: Plan, work: Work) -> Plan:
             if geometry.readout_uses:
                 geometry = replace(geometry, readout_uses=(), given=0.0)
             entries.append(_entry(plan, entry, geometry, change.made * change.met))
-    return replace(plan, entries=tuple(entries), carriers=(), branches=(), folded=True)
+    return replace(plan, entries=tuple(entries), carriers=(), branches=(), scores=(), folded=True)
 
 
 def _entry(plan: Plan, entry: Entry, geometry: Geometry, factor: float) -> Entry:

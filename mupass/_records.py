@@ -111,6 +111,58 @@ class Carrier:
 
 
 @dataclass(frozen=True)
+class ScoreScale:
+    """A factor on attention scores whose head_dim grows, put on the queries: ``1/head_dim``, not its root.
+
+    Attributes:
+        module: What puts out the queries; or, with ``attention``, the `nn.MultiheadAttention` itself.
+        growth: head_dim relative to its base size.
+        where: The operators that compute the scores.
+        parts: Where the queries are in what the module puts out, as (first, behind the last) along its
+            features; empty if that is nothing else.
+        axis: Axis of the features in what the module puts out.
+        attention: Whether the module computes queries and scores itself.
+        rows: Parameters that make the queries, with the axis of the features: what can hold the factor on
+            ``parts`` in the place of a hook.
+        carrier: What can hold it where the module puts out queries alone.
+        follows: A parameter whose fan_out grows as head_dim does, ``""`` if there is none.
+    """
+
+    module: str
+    growth: float
+    where: tuple[str, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
+    axis: int = -1
+    attention: bool = False
+    rows: tuple[tuple[str, int], ...] = ()
+    carrier: Carrier = Carrier()
+    follows: str = ""
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by: from ``1/sqrt(d)`` to ``sqrt(base)/d``."""
+        return float(self.growth**-0.5)
+
+    def note(self) -> str:
+        """Return what to write in the model where the factor is left out."""
+        return (
+            f"{', '.join(self.where)}: head_dim grows, so logits must scale as 1/head_dim, not "
+            "1/sqrt(head_dim)"
+        )
+
+    def explanation(self) -> str:
+        """Return what is changed in the forward pass, and why."""
+        what = "the queries in what" if self.parts else "what"
+        changed = f"{what} {self.module or 'the model'} puts out is multiplied by {self.factor:.6g}"
+        if self.attention:
+            changed = f"the scores inside of {self.module or 'the model'} are multiplied by {self.factor:.6g}"
+        return (
+            f"{changed} = (base head_dim / head_dim)^(1/2): head_dim grows, and scores go with 1/head_dim, "
+            f"not its root ({', '.join(self.where)}; Yang et al., arXiv 2203.03466, definition 4.1)"
+        )
+
+
+@dataclass(frozen=True)
 class Branch:
     """One branch of a residual stream, the ``f(x)`` of a sum ``x + f(x)``.
 

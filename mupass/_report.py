@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupass._errors import PlanError
 from mupass._page import aligned, column_widths, document, note
-from mupass._records import Branch, Carrier, Geometry
+from mupass._records import Branch, Carrier, Geometry, ScoreScale
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
 
@@ -61,6 +61,7 @@ class Analysis:
         branches: Residual branches, in the order of execution.
         carriers: For every tied readout, what can hold its multiplier in the place of a hook.
         notes: Those of the warnings that change no result; only the report shows them.
+        scores: Factors on attention scores whose head_dim grows.
     """
 
     geometries: tuple[Geometry, ...]
@@ -72,6 +73,7 @@ class Analysis:
     branches: tuple[Branch, ...] = ()
     carriers: tuple[Carrier, ...] = ()
     notes: tuple[str, ...] = ()
+    scores: tuple[ScoreScale, ...] = ()
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

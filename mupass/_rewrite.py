@@ -14,6 +14,7 @@ from mupass._parallel import local
 from mupass._records import Use
 from mupass._scales.marks import mark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
+from mupass._taps.attention import ScaledAttention
 
 READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -76,6 +77,49 @@ class OutputMultiplier:
         return output * self.factor
 
 
+@dataclass(frozen=True)
+class PartMultiplier:
+    """Forward hook that multiplies some features of what a module puts out: the queries of a joint layer.
+
+    Attributes:
+        factor: What they are multiplied by.
+        parts: The features, as (first, behind the last).
+        axis: Axis of the features.
+    """
+
+    factor: float
+    parts: tuple[tuple[int, int], ...]
+    axis: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """Multiply the features.
+
+        Args:
+            module: Module that has run.
+            args: Its positional arguments.
+            output: Its result.
+
+        Returns:
+            The result with these features multiplied.
+
+        Raises:
+            TransformError: The result has fewer features than the plan says, as a shard of it would.
+        """
+        size = output.shape[self.axis]
+        if size < self.parts[-1][1]:
+            raise TransformError(
+                f"the queries are features {self.parts} of what a {type(module).__name__} puts out, and here "
+                f"it puts out {size}: a layer for queries, keys and values cannot be cut over ranks; give "
+                "each a layer of its own"
+            )
+        factors = output.new_ones(size)
+        for first, last in self.parts:
+            factors[first:last] = self.factor
+        if self.axis == 1:  # [batch, channels, *positions]
+            factors = factors.view(-1, *[1] * (output.dim() - 2))
+        return output * factors
+
+
 @dataclass
 class SaveNotice:
     """State-dict hook that says once that the saved weights are right behind live multipliers only.
@@ -123,6 +167,13 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
     """
     if plan.folded:  # the weights hold everything, nothing is rewritten
         return
+    for scale in plan.scores:
+        module = model.get_submodule(scale.module)
+        if scale.attention and not isinstance(module, nn.MultiheadAttention):
+            raise TransformError(
+                f"the plan multiplies scores inside of {scale.module}, an nn.MultiheadAttention where it was "
+                f"made, and here it is a {type(module).__name__}"
+            )
     parameters = dict(model.named_parameters())
     for entry in plan.entries:
         parameter = parameters[entry.geometry.name]
@@ -138,7 +189,7 @@ def check_rewritable(model: nn.Module, plan: Plan) -> None:
 
 
 def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
-    """Insert multipliers of readouts and branches, rescale the initialization, leave the plan on the model.
+    """Insert multipliers of readouts, scores and branches, rescale initial values, leave the plan.
 
     Args:
         model: Model that passed `check_rewritable`.
@@ -163,6 +214,17 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
                 else:
                     module.register_forward_hook(hook)
                 module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+    for scale in plan.scores:
+        module = model.get_submodule(scale.module)
+        if scale.attention:
+            # Scores are computed inside of one function: no hook reaches them.
+            assert isinstance(module, nn.MultiheadAttention)
+            module.forward = ScaledAttention(module, scale.factor)  # type: ignore[method-assign]
+        elif scale.parts:
+            module.register_forward_hook(PartMultiplier(scale.factor, scale.parts, scale.axis))
+        else:
+            module.register_forward_hook(OutputMultiplier(scale.factor))
+        module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.

@@ -57,7 +57,10 @@ def stage(model: nn.Module) -> nn.Module:
     if not entries:
         raise PlanError("no parameter of the plan is left in this stage")
     branches = tuple(name for name in plan.branches if name in modules)
-    stage_plan = replace(plan, entries=tuple(entries), branches=branches, carriers=(), stage=True)
+    scores = tuple(scale for scale in plan.scores if scale.module in modules)
+    stage_plan = replace(
+        plan, entries=tuple(entries), branches=branches, carriers=(), stage=True, scores=scores
+    )
     stage_plan.check(root)
     setattr(root, ATTRIBUTE, stage_plan)
     return model

@@ -11,14 +11,14 @@ from torch import nn
 from mupass._analyze import analyze
 from mupass._errors import PlanError, TransformError, kind_of, warn
 from mupass._optim.schedules import watch_models
-from mupass._records import Carrier, Geometry
+from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
 from mupass._scales.learned import learned
 from mupass._scales.optimizers import OptimizerSpec
-from mupass._scales.other_width import at_width_of
+from mupass._scales.other_width import at_width_of, scores_at
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Plan
@@ -167,6 +167,12 @@ def make_plan(
     # Frozen parameters take no steps, so that no rate of theirs can be wrong.
     stepped = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     warnings += _ties(analysis, parameterization, trained, stepped)
+    scores: tuple[ScoreScale, ...] = ()
+    # Features are learned where the readout starts at 1/fan_in; a trained model's outputs are left alone.
+    if row(parameterization).readout_power == 1 and not trained:
+        scores = analysis.scores
+    else:
+        warnings += [scale.note() for scale in analysis.scores]
     branches: list[str] = []
     # At the base depth branches are not multiplied, and need no hook.
     if ratio != 1:
@@ -186,6 +192,7 @@ def make_plan(
         branches=tuple(branches),
         carriers=_carriers(analysis, entries, ratio),
         trained=trained,
+        scores=scores,
     )
 
 
@@ -261,7 +268,13 @@ def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) 
     entries, warnings = _entries(model, geometries, plan.optimizer, plan.parameterization, init, plan.trained)
     # Warnings about values were of the other model's values.
     warnings_kept = [warning for warning in plan.warnings if not any(mark in warning for mark in OF_VALUES)]
-    return replace(plan, width=width, entries=tuple(entries), warnings=(*warnings_kept, *warnings))
+    return replace(
+        plan,
+        width=width,
+        entries=tuple(entries),
+        warnings=(*warnings_kept, *warnings),
+        scores=scores_at(plan, geometries),
+    )
 
 
 def _ties(analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]) -> list[str]:

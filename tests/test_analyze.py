@@ -98,14 +98,11 @@ class Packed(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_second_instance_tells_whether_heads_or_head_dim_grows(device: str) -> None:
-    def grown(base: nn.Module) -> list[str]:
-        return [w for w in mupass.analyze(Packed(32, 4), X, base=base).warnings if "head_dim" in w]
-
     with torch.device(device):
         more_heads, wider_heads = Packed(16, 2), Packed(16, 4)
-    assert grown(more_heads) == []
-    (note,) = grown(wider_heads)
-    assert "head_dim grows, so logits must scale as 1/head_dim, not 1/sqrt(head_dim)" in note
+    assert mupass.analyze(Packed(32, 4), X, base=more_heads).scores == ()
+    (scale,) = mupass.analyze(Packed(32, 4), X, base=wider_heads).scores
+    assert (scale.module, scale.growth) == ("attention", 2)
 
 
 def test_copies_that_one_instance_makes_are_no_difference_to_a_second() -> None:
@@ -113,10 +110,10 @@ def test_copies_that_one_instance_makes_are_no_difference_to_a_second() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.clone())
 
-    def grown(base: nn.Module) -> list[str]:
-        return [w for w in mupass.analyze(Packed(32, 4), X, base=base).warnings if "head_dim grows" in w]
+    def grown(base: nn.Module) -> list[float]:
+        return [scale.growth for scale in mupass.analyze(Packed(32, 4), X, base=base).scores]
 
-    assert grown(Copying(16, 2)) == [] and len(grown(Copying(16, 4))) == 1
+    assert grown(Copying(16, 2)) == [] and grown(Copying(16, 4)) == [2]
 
 
 def test_a_second_instance_that_runs_other_operators_settles_parameters_only() -> None:

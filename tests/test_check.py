@@ -179,11 +179,25 @@ def test_what_a_zero_readout_hides_at_first_is_judged_at_the_next_step(build) ->
 
 @pytest.mark.slow
 def test_an_attention_scale_that_does_not_follow_head_dim_is_named() -> None:
+    class Called(TinyLM):
+        """Its code multiplies by the weight of queries itself, so that no module can give the factor."""
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids)
+            h = self.norm(x)
+            parts = (F.linear(h, self.q.weight), self.k(h), self.v(h))
+            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.head(self.last(x + self.out(y.transpose(1, 2).flatten(2))))
+
     with pytest.warns(mupass.MupassWarning, match="head_dim grows"):
-        found = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
+        found = mupass.coord_check(lambda width: Called(width, heads=2), text(), widths=[64, 128, 256, 512])
     assert found.first.site.operator == "scaled_dot_product_attention", str(found)
     assert found.first.quantity == "reach" and found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "head_dim grows (32 to 256)" in found.blame and "1/head_dim" in found.blame
+    # Where a module puts queries out, the factor is there and nothing grows.
+    reached = mupass.coord_check(lambda width: TinyLM(width, heads=2), text(), widths=[64, 128, 256, 512])
+    assert reached.ok, str(reached)
     by_heads = mupass.coord_check(
         lambda width: TinyLM(width, heads=width // 16), text(), widths=[64, 128, 256, 512], lr=0.02
     )

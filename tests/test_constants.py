@@ -103,7 +103,9 @@ class Attention(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        # The code multiplies by the weight of queries itself: no module puts them out.
+        parts = (F.linear(x, self.q.weight, self.q.bias), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         q, e = q * self.gain, q.shape[-1]
         match self.how:
             case "fused":

@@ -237,13 +237,16 @@ def flat_where_mup_is_not(kind: str) -> None:
     assert abs(theirs) >= 0.4, (ours, theirs)
 
 
-# Packed attention: mup is right while heads grow; where head_dim grows, no scale of a parameter is enough.
+# Packed attention: mup is right while heads grow; where head_dim grows, its code has to be changed for it.
 
 
 def attention_slopes(
-    optimizer: str, heads: Callable[[int], int], ours: bool, mended: bool = False
+    optimizer: str, heads: Callable[[int], int], ours: bool, mended: bool = False, beside: bool = False
 ) -> tuple[float, float]:
-    """Slopes in width of what one step changes: the output, and the logits of attention."""
+    """Slopes in width of what one step changes: the output, and the logits of attention.
+
+    ``beside`` a second instance head_dim is known to grow.
+    """
     x = torch.randn(8, 6, 8, generator=torch.Generator().manual_seed(1))
     lr = {"adam": 1e-2, "sgd": 0.1}[optimizer]
     outputs, logits = [], []
@@ -252,22 +255,24 @@ def attention_slopes(
         for seed in range(4):
             torch.manual_seed(seed)
             if ours:
-                model: Packed = mupass.transform(
-                    Packed(width, heads(width), mended=mended), x, base=WIDTHS[0]
-                )
+                base = Packed(WIDTHS[0] // 2, heads(WIDTHS[0]), mended=mended) if beside else WIDTHS[0]
+                model: Packed = mupass.transform(Packed(width, heads(width), mended=mended), x, base=base)
+                factor = math.prod(scale.factor for scale in model.mupass_plan.scores)
                 make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
                 step: torch.optim.Optimizer = make(mupass.param_groups(model, lr, optimizer=optimizer))
             else:
                 model, narrow, wide = (
                     Packed(d, heads(d), mup.MuReadout, mended) for d in (width, WIDTHS[0], 2 * WIDTHS[0])
                 )
+                factor = 1.0
                 mup.set_base_shapes(model, mup.shape.make_base_shapes(narrow, wide), do_assert=False)
                 step = {"adam": mup.optim.MuAdam, "sgd": mup.optim.MuSGD}[optimizer](
                     model.parameters(), lr=lr
                 )
             before = model.logits(x).detach()
             outputs_change = output_change(model, step, x)
-            changes.append((outputs_change, (model.logits(x) - before).square().mean().sqrt().item()))
+            change = factor * (model.logits(x) - before)
+            changes.append((outputs_change, change.square().mean().sqrt().item()))
         outputs.append(math.prod(a for a, _ in changes) ** 0.25)
         logits.append(math.prod(b for _, b in changes) ** 0.25)
     return log_slope(outputs), log_slope(logits)
@@ -281,16 +286,15 @@ def test_packed_attention_with_more_heads_is_flat_as_in_mup(optimizer: str) -> N
     assert ours == pytest.approx(theirs, abs=0.05)
 
 
-def test_packed_attention_with_wider_heads_needs_another_scale_and_is_warned_of() -> None:
-    ours = attention_slopes("adam", lambda d: 4, ours=True)
+def test_packed_attention_with_wider_heads_gets_another_scale() -> None:
+    ours = attention_slopes("adam", lambda d: 4, ours=True, beside=True)
     theirs = attention_slopes("adam", lambda d: 4, ours=False)
-    assert abs(ours[0]) <= 0.15 and abs(theirs[0]) <= 0.15  # the output, behind a softmax
-    assert ours[1] >= 0.3 and theirs[1] >= 0.3, (ours, theirs)  # both leave 1 / sqrt(head_dim)
-    warnings = mupass.analyze(Packed(128, 4), torch.randn(2, 6, 8), base=Packed(64, 4)).warnings
-    assert any("head_dim grows, so logits must scale as 1/head_dim" in w for w in warnings)
+    assert all(abs(s) <= 0.15 for s in ours), ours
+    assert abs(theirs[0]) <= 0.15  # the output, behind a softmax
+    assert theirs[1] >= 0.3, theirs  # mup leaves 1 / sqrt(head_dim)
     mended = attention_slopes("adam", lambda d: 4, ours=True, mended=True)
     assert all(abs(s) <= 0.15 for s in mended), mended
-    warnings = mupass.analyze(
+    analysis = mupass.analyze(
         Packed(128, 4, mended=True), torch.randn(2, 6, 8), base=Packed(64, 4, mended=True)
-    ).warnings
-    assert not any("1/sqrt(head_dim)" in w for w in warnings)
+    )
+    assert not analysis.scores and not any("1/sqrt(head_dim)" in w for w in analysis.warnings)

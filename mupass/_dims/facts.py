@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch.fx import Node
+
 from mupass._records import Use
 
 Origin = frozenset[tuple[str, int]]
@@ -74,6 +76,23 @@ class MadeWeight:
     kept: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Attention:
+    """A fused kernel of attention.
+
+    Attributes:
+        dim: Its head_dim.
+        scale: What it multiplies scores by; None for ``1/sqrt(head_dim)``.
+        where: Operator and module.
+        node: The operator.
+    """
+
+    dim: int
+    scale: float | None
+    where: str
+    node: Node = field(compare=False, repr=False)
+
+
 @dataclass
 class Facts:
     """What the rules have found, next to the space itself."""
@@ -119,7 +138,7 @@ class Facts:
     made_weights: list[MadeWeight] = field(default_factory=list)
     between: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # see `contract`
     mixtures: dict[int, str] = field(default_factory=dict)  # dims that count weights mixed into one
-    attention: list[tuple[int, float | None, str]] = field(default_factory=list)  # head_dim, scale, where
+    attention: list[Attention] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 

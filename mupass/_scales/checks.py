@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mupass._errors import PlanError, is_number
-from mupass._records import Geometry
+from mupass._records import Geometry, ScoreScale
 from mupass._scales.entry import Entry
 from mupass._scales.parameterizations import row
 
@@ -168,6 +168,29 @@ def check_plan(
     for entry in entries:
         for fault in (*_faults(entry), *_name_faults(entry.geometry, names)):
             raise PlanError(f"{entry.geometry.name}: {fault}")
+
+
+def check_scores(scores: Sequence[ScoreScale]) -> None:
+    """Refuse factors on attention scores that would spoil a model.
+
+    Args:
+        scores: Of a plan.
+
+    Raises:
+        PlanError: A factor is NaN, zero, negative or beyond all bounds, a module comes twice, or parts are
+            no runs of features.
+    """
+    names = [scale.module for scale in scores]
+    for scale in scores:
+        where = f"queries of {scale.module!r}"
+        _positive(f"{where}: growth", scale.growth)
+        if names.count(scale.module) > 1:
+            raise PlanError(f"{where} come twice in the plan")
+        edges = [edge for part in scale.parts for edge in part]
+        if edges != sorted(set(edges)) or any(edge < 0 for edge in edges):
+            raise PlanError(f"{where}: parts {scale.parts} are no runs of features")
+        if scale.axis not in (-1, 1):
+            raise PlanError(f"{where}: axis must be -1 or 1, not {scale.axis!r}")
 
 
 def _name_faults(geometry: Geometry, names: Sequence[str]) -> Iterator[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from math import prod
 
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._records import Fusion, Geometry, Site
+from mupass._records import Fusion, Geometry, ScoreScale, Site
 from mupass._scales.plan import Plan, refuse
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +54,32 @@ def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
         if direction is not None and direction.role == "output":
             geometries[number] = replace(geometry, m_direction=direction.m_in)
     return geometries, _width(plan, shapes, ratios)
+
+
+def scores_at(plan: Plan, geometries: Sequence[Geometry]) -> tuple[ScoreScale, ...]:
+    """Return the factors on attention scores of another instance of a plan's architecture.
+
+    Args:
+        plan: Of an instance of any width.
+        geometries: Of the other instance.
+
+    Raises:
+        PlanError: No parameter tells how large a head is there.
+    """
+    by_name = {geometry.name: geometry for geometry in geometries}
+    scores = []
+    for scale in plan.scores:
+        if not scale.follows:
+            raise PlanError(
+                f"the scores of {scale.module} have a factor that follows head_dim, and no parameter of that "
+                "size tells it at another width; transform with base= instead of plan="
+            )
+        old, new = plan[scale.follows].geometry, by_name[scale.follows]
+        # Runs of features grow with the axis that they are cut from.
+        ratio = Fraction(new.fan_out, old.fan_out)
+        parts = tuple((int(first * ratio), int(last * ratio)) for first, last in scale.parts)
+        scores.append(replace(scale, growth=new.m_out, parts=parts))
+    return tuple(scores)
 
 
 def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:

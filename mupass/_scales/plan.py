@@ -12,8 +12,8 @@ from torch import nn
 
 from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
-from mupass._records import Carrier
-from mupass._scales.checks import check_plan, read_plan
+from mupass._records import Carrier, ScoreScale
+from mupass._scales.checks import check_plan, check_scores, read_plan
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.multipliers import by_pattern, multiplier_rows
 from mupass._scales.optimizers import OPTIMIZERS, OptimizerSpec
@@ -22,7 +22,7 @@ from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 9
+VERSION = 10
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
@@ -47,6 +47,7 @@ class Plan:
         decided: Whether an optimizer was named or made; until then the print shows the rates of all.
         trained: Whether values and outputs of a trained model were left as they are.
         stage: Whether it is of a part of the model, see `mupass.stage`.
+        scores: Factors on attention scores whose head_dim grows.
 
     Raises:
         PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, a name
@@ -69,11 +70,13 @@ class Plan:
     decided: bool = field(default=True, compare=False)
     trained: bool = False
     stage: bool = False
+    scores: tuple[ScoreScale, ...] = ()
 
     def __post_init__(self) -> None:
         check_plan(
             self.parameterization, self.width, self.base_width, self.depth, self.branches, self.entries
         )
+        check_scores(self.scores)
         for name, _ in self.optimizer.exponents:
             self[name]  # an alignment measured on a parameter that is not there is refused
 
@@ -121,7 +124,7 @@ class Plan:
         if not self.decided:
             shown = [name for name, known_row in OPTIMIZERS.items() if known_row.in_summary]
             rates = {name: [entry.scales.lr for entry in self.for_optimizer(name).entries] for name in shown}
-        return table(
+        text = table(
             self.entries,
             self.optimizer,
             self.parameterization,
@@ -131,6 +134,7 @@ class Plan:
             rates,
             self.warnings,
         )
+        return "\n".join([text, *(scale.explanation() for scale in self.scores)])
 
     def explain(self, name: str) -> str:
         """Why the scales of one parameter are what they are.
@@ -141,7 +145,13 @@ class Plan:
         Returns:
             Evidence operator by operator, then each scale with its formula and source.
         """
-        return explanation(self[name], self.optimizer, self.parameterization)
+        lines = [explanation(self[name], self.optimizer, self.parameterization)]
+        entry_names = {self[name].geometry.name, *self[name].geometry.aliases}
+        for scale in self.scores:
+            made_by = {own for own, _ in scale.rows} | set(scale.carrier.parameters)
+            if made_by & entry_names:
+                lines.append(scale.explanation())
+        return "\n".join(lines)
 
     def for_optimizer(self, optimizer: str | OptimizerSpec) -> "Plan":
         """The same plan with the scales of another optimizer.
@@ -204,6 +214,9 @@ class Plan:
                 faults.append(f"{name}: not in the plan")
         modules = {name for name, _ in model.named_modules()}
         faults += [f"branch {name!r}: no such module" for name in self.branches if name not in modules]
+        for scale in self.scores:
+            if scale.module not in modules:
+                faults.append(f"queries of {scale.module!r}: no such module")
         return faults
 
     def multipliers(self) -> dict[str, Any]:
@@ -218,7 +231,8 @@ class Plan:
             damping, ``epsilon``, ``weight_decay`` for decoupled decay without the learning rate, and
             ``weight_decay_times_lr`` for decay that the optimizer multiplies by the learning rate, as
             torch's AdamW does. Under ``branches`` the factor on the output of the modules at the ends of
-            residual branches.
+            residual branches. Under ``scores`` the factor on attention scores whose head_dim grows, by the
+            module that puts out the queries.
         """
         return {
             "optimizer": str(self.optimizer),
@@ -227,6 +241,7 @@ class Plan:
             "base_width": self.base_width,
             "parameters": by_pattern(multiplier_rows(self.entries)),
             "branches": by_pattern({name: {"multiplier": 1 / self.depth} for name in self.branches}),
+            "scores": by_pattern({scale.module: {"multiplier": scale.factor} for scale in self.scores}),
         }
 
     def to_json(self) -> str:

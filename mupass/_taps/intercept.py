@@ -8,7 +8,7 @@ pickles of it are plain parameters again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -637,7 +637,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     separate = [kwargs.get(f"{letter}_proj_weight") for letter in "qkv"]
     if _all_idle(map(_taps, (packed, out, *separate))):
         return attention(*args, **kwargs)
-    projected = _projected(args[:3], packed, separate, biases)
+    projected = projections(args[:3], packed, separate, biases)
     identity = torch.eye(width, dtype=args[0].dtype, device=args[0].device)
     # Neither packed weights nor biases, and nothing to multiply the output by.
     arguments = [*projected, *args[3:5], None, None, *args[7:11], identity, None, *args[13:]]
@@ -646,8 +646,17 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _product(F.linear(attended, out, out_bias), attended, out, F.linear), scores
 
 
-def _projected(inputs: tuple[Tensor, ...], packed: Any, separate: list[Any], biases: Any) -> list[Tensor]:
-    """Return queries, keys and values, tapped."""
+def projections(
+    inputs: Sequence[Tensor], packed: Tensor | None, separate: Sequence[Any], biases: Tensor | None
+) -> list[Tensor]:
+    """Return queries, keys and values of multi-head attention, tapped.
+
+    Args:
+        inputs: What they are made of, in that order.
+        packed: All three weights in one, ``[3 * width, width]``, or None.
+        separate: The weights, where they are not packed.
+        biases: All three in one, or None.
+    """
     query, key, value = inputs
     # Self-attention: one product with all three matrices.
     if packed is not None and query is key and key is value:

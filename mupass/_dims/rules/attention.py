@@ -1,10 +1,11 @@
 """Rules for attention: fused kernels, packed projections, score functions."""
 
 from mupass._dims.call import Call, Result, one_or_all
-from mupass._dims.facts import Axis, Bilinear, Value
+from mupass._dims.facts import Attention, Axis, Bilinear, Value
 from mupass._dims.registry import rule
 from mupass._dims.rules.contract import add_bias, contract, letters
 from mupass._dims.rules.reshape import merge_axes, split_axis
+from mupass._errors import is_number
 
 
 def _scores(call: Call, query: Value, key: Value) -> Value:
@@ -40,7 +41,7 @@ def attention(call: Call) -> Result:
         call.literal(queries_per_head, "query heads for each key/value head")
         key, value = _repeat_heads(call, key, queries_per_head), _repeat_heads(call, value, queries_per_head)
     # Kept for the check of the scale: 1/sqrt(E) or 1/E.
-    call.facts.attention.append((query.axes[-1].dim, call.get("scale"), call.where))
+    call.facts.attention.append(Attention(query.axes[-1].dim, call.get("scale"), call.where, call.node))
     scores = _scores(call, query, key)
     mask = call.get("attn_mask", call.get("attn_bias"))
     if isinstance(mask, Value):  # softmax(q k^T + mask)
@@ -76,7 +77,7 @@ def packed_attention(call: Call) -> Result:
     heads, inner = split_axis(call, width, [call["num_head"], width.size // call["num_head"]])
     # Heads and head_dim meet inside of the kernel, where no operator shows it.
     call.facts.bilinear.append(Bilinear((heads.dim,), (inner.dim,), call.where))
-    call.facts.attention.append((inner.dim, None, call.where))
+    call.facts.attention.append(Attention(inner.dim, None, call.where, call.node))
     attended = Value((*query.axes[:-1], width))
     result = contract(call, "linear", [attended, call["proj_weight"]], labels, out)
     add_bias(call, result, call["proj_bias"], -1)
@@ -87,5 +88,10 @@ def packed_attention(call: Call) -> Result:
 def flex_attention(call: Call) -> Result:
     """Attention with a score function: its subgraph changes scores, not axes."""
     query, key, value = call.values[:3]
+    # flex_attention(query, key, value, score_mod, block_mask, scale): a higher-order operator has no schema.
+    scale = call.node.args[5] if len(call.node.args) > 5 else None
+    call.facts.attention.append(
+        Attention(query.axes[-1].dim, scale if is_number(scale) else None, call.where, call.node)
+    )
     result = _weighted(call, _scores(call, query, key), value)
     return (result, *map(call.unknown, call.shapes[1:]))
