@@ -22,6 +22,7 @@ from mupass._optim.checks import (
     check_number,
 )
 from mupass._optim.fallback import (
+    Fallback,
     adam_rate,
     average_state,
     averages,
@@ -97,7 +98,8 @@ class PlannedOptimizer(BoundOptimizer):
             check_number("lr", lr)
         check_number("damping", damping)
         self._training = training
-        self.momentum_of, self.fallback = training.momentum_of, training.fallback
+        self.momentum_of = training.momentum_of
+        self.fallback = Fallback.of(training.fallback, training.fallback_lr)
         self.root, plan = plan_of(model)
         self.plan: Plan = plan.for_optimizer(spec)
         # The model may have been changed since it was transformed.

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from mupass._errors import OptimizerError
+from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_flag, check_number, check_period, check_words
+from mupass._optim.checks import check_flag
 from mupass._optim.clipping import GradientScale
-from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.curvature import Curvature
 from mupass._optim.kronecker.damping import RELATIVE
 from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
-from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
+from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, Selection, Statistics
 from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
@@ -35,9 +36,7 @@ from mupass._taps.terms import TermsTap
 LR = 0.1
 DAMPING = 1e-3
 MOMENTUM = 0.8
-STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
-KL_CLIP = 1e-3
 
 IDLE_TERMS = (
     "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
@@ -169,92 +168,54 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
+    @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
     def __init__(
         self,
         model: nn.Module,
         lr: float = LR,
         damping: float | None = None,
         *,
-        e_a: float = 1.0,
-        e_b: float = 1.0,
         momentum: float = MOMENTUM,
-        momentum_of: str = "gradients",
-        weight_decay: float = 0.0,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        factor_decay: float = 0.95,
-        factor_every: int = 1,
-        root_every: int = 10,
-        stagger: bool = True,
-        damping_mode: str = "trace",
-        damping_floor: float = 0.1,
-        damping_memory: float = 0.99,
-        step_bound: float | None = STEP_BOUND,
-        kl_clip: float | None = KL_CLIP,
-        variance_adaptation: bool = False,
-        fisher: str = "empirical",
-        sharing: str = "expand",
-        ekfac: bool = False,
-        diagonal_above: int = 8192,
-        block_size: int | None = None,
-        norms: bool = True,
-        exclude: Sequence[str] = (),
-        fallback: str | Fallback = "adamw",
-        fallback_lr: float | None = None,
-        loss_terms: int | Callable[[], int] | None = None,
-        loss_reduction: str = "mean",
-        loss_scale: float | Callable[[], float] | None = None,
-        stochastic_rounding: bool = False,
-        strict: bool = False,
-        data_parallel: bool | None = None,
         compile: bool | None = None,
+        data_parallel: bool | None = None,
+        **options: Unpack[KFACOptions],
     ) -> None:
-        statistics = Statistics(factor_decay, factor_every, fisher, sharing)
-        damping_rule = Damping(damping_mode, damping_floor, damping_memory)
-        bounds = Bounds(step_bound, kl_clip)
-        self._roots = Roots(e_a, e_b, root_every, stagger, ekfac, block_size, damping_rule)
-        self._loss = Loss(loss_terms, loss_reduction)
+        keywords = Keywords(KFAC, options, OptimizerError)
+        statistics, bounds = keywords.record(Statistics), keywords.record(Bounds)
+        self._roots, self._loss = keywords.record(Roots), keywords.record(Loss)
+        selection = keywords.record(Selection)
         self._options = Options(
-            reduce=sharing == "reduce",
-            diagonal_above=check_period("diagonal_above", diagonal_above),
-            norms=check_flag("norms", norms),
-            exclude=check_words("exclude", exclude),
-            block=block_size or 0,
+            reduce=statistics.sharing == "reduce",
+            diagonal_above=selection.diagonal_above,
+            norms=selection.norms,
+            exclude=tuple(selection.exclude),
+            block=self._roots.block_size or 0,
         )
         # Those below may be changed while the model is trained; the records are for what is made once.
-        self.factor_decay, self.factor_every = float(statistics.decay), statistics.every
+        self.factor_decay, self.factor_every = float(statistics.factor_decay), statistics.factor_every
         self.sampled = statistics.fisher == "sampled"
-        self.root_every = self.report_every = self._roots.every
-        self.stagger, self.ekfac = stagger, ekfac
-        self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
-        self.step_bound, self.kl_clip = bounds.step, bounds.kl
-        self._adapts = check_flag("variance_adaptation", variance_adaptation)
+        self.root_every = self.report_every = self._roots.root_every
+        self.stagger, self.ekfac = self._roots.stagger, self._roots.ekfac
+        self.damping_mode, self.damping_memory = self._roots.damping_mode, float(self._roots.damping_memory)
+        self.step_bound, self.kl_clip = bounds.step_bound, bounds.kl_clip
+        self._adapts = bounds.variance_adaptation
         self._weights: Mapping[str, Tensor] | None = None  # of averages that are kept elsewhere
-        if loss_scale is not None and not callable(loss_scale) and not check_number("loss_scale", loss_scale):
-            raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
-        self.loss_scale = loss_scale
+        self.loss_scale = self._loss.loss_scale
         self._ranks = self._sharing(model, data_parallel)
-        if e_b and None in (loss_terms, loss_scale) and plan_of(model)[1].stage:
+        seen_alone = None in (self._loss.loss_terms, self.loss_scale)
+        if self._roots.e_b and seen_alone and plan_of(model)[1].stage:
             raise OptimizerError(
                 "a stage of a pipeline may see no loss: pass loss_terms=, the number of terms that it "
                 "averages over (samples for a classifier, tokens for a language model), and loss_scale=, the "
                 "number of micro-batches if the schedule divides gradients by it (torch's do), or else 1"
             )
         self._compiled = Compiled(compile if compile is None else check_flag("compile", compile))
-        training = Training(
-            momentum,
-            weight_decay,
-            decay,
-            overrides,
-            Fallback.of(fallback, fallback_lr),
-            stochastic_rounding,
-            strict,
-            momentum_of,
-        )
+        training = keywords.record(Training, momentum=momentum)
         # Whether the default applies, which looks at the number of rows.
-        self._by_rows = damping is None and damping_mode in RELATIVE
+        self._by_rows = damping is None and self.damping_mode in RELATIVE
         damping = DAMPING if damping is None else damping
-        super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
+        spec = OptimizerSpec("kfac", e_a=self._roots.e_a, e_b=self._roots.e_b)
+        super().__init__(model, spec, lr, damping, training)
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()

@@ -53,7 +53,7 @@ class Curvature:
         self.terms = terms
         self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
         # Terms are counted only where B is collected and the caller has not told their number.
-        if self.taps and sides[1] and loss.terms is None:
+        if self.taps and sides[1] and loss.loss_terms is None:
             terms.open(weight.device)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
@@ -229,7 +229,7 @@ class Curvature:
 
     def _count_terms(self) -> Tensor:
         """Return the number of loss terms of this rank: told, or counted."""
-        terms = self.loss.terms
+        terms = self.loss.loss_terms
         if callable(terms):
             terms = terms()
         if terms is not None:

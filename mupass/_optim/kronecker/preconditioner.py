@@ -174,7 +174,7 @@ class Kronecker:
             slots = names.get("a"), names.get("b")
             pair = Pair(block, piece, *slots, groups, inputs, outputs, by_rows=by_rows)
             shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
-            pairs.append(in_blocks(pair, shapes, self.roots.block or 0, entry.geometry))
+            pairs.append(in_blocks(pair, shapes, self.roots.block_size or 0, entry.geometry))
         return pairs
 
     def _looks_at_rows(self, block: Block, cover: Cover, entry: Entry) -> tuple[bool, bool]:
@@ -194,7 +194,7 @@ class Kronecker:
     def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
         """Return the name of the slot of one factor, which is new or that of an earlier block."""
         # Under pi-damping a factor has a root for each matrix that it goes with.
-        name = slot_name(block, factor, piece if self.roots.damping.mode == "pi" else None)
+        name = slot_name(block, factor, piece if self.roots.damping_mode == "pi" else None)
         if name not in self.slots:
             layer = cover.layers[factor.places[0]]
             shape = layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
@@ -292,7 +292,7 @@ class Kronecker:
 
     def _find_largest(self) -> None:
         """Find the largest trace of B, where damping has a floor relative to it."""
-        if self.roots.damping.has_floor:
+        if self.roots.has_floor:
             # Over all ranks: with floors of their own they would take different steps.
             largest = [self._largest(lineup) for lineup in self.lineups]
             self.largest = largest_over_ranks(largest, self.ranks.size)
@@ -381,7 +381,7 @@ class Kronecker:
             due: Result of `due`.
         """
         rho = self._damp(dampings)
-        relative = self.roots.damping.mode == "eigen"
+        relative = self.roots.damping_mode == "eigen"
         for number, slots in due.items():
             power = self.roots.power("b" if self._is_output(number) else "a")
             self._all[number].refresh(rho[number], power, slots, relative)
@@ -398,7 +398,7 @@ class Kronecker:
         for number in lineup.banks:
             factor_stack = self._all[number]
             # The memory is for B, which falls with the gradient; A does not.
-            fades = remembered and self.roots.damping.memory > 0 and self._is_output(number)
+            fades = remembered and self.roots.damping_memory > 0 and self._is_output(number)
             traces.append(factor_stack.remembered() if fades else factor_stack.traces())
         return torch.cat(traces)
 
@@ -409,22 +409,23 @@ class Kronecker:
 
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
-        settings = self.roots.damping
+        settings = self.roots
         rho: list[Tensor] = [factor_stack.state["weight"] for factor_stack in self._all]
         for lineup in self.lineups:
-            traces = self._traces(lineup, remembered=settings.mode in {"trace", "eigen"})
+            traces = self._traces(lineup, remembered=settings.damping_mode in {"trace", "eigen"})
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
             rows = self._rows(lineup) if lineup.looks_at_rows else None
             sides = lineup.sides(traces, dampings, rows)
-            rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
+            rho_a, rho_b = damp(settings.damping_mode, sides, settings.damping_floor, largest)
             # Rows of the line-up may share a slot: each slot takes the damping of its row.
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
             for number, part in zip(lineup.banks, torch.split(by_slot, lengths), strict=True):
                 # Relative to the largest eigenvalue seen, as traces are elsewhere.
-                if settings.mode == "eigen" and settings.memory > 0 and self._is_output(number):
+                fades = settings.damping_memory > 0 and self._is_output(number)
+                if settings.damping_mode == "eigen" and fades:
                     part = part * self._all[number].memory()
                 rho[number] = part
             self._keep_unit_damping(lineup, rho_a)
@@ -602,7 +603,7 @@ class Kronecker:
         places_b = self._places([member.b for member in pairs])
         places_a = self._places([member.a for member in pairs])
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
-        root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
+        root_b = self._root(places_b, power_b, self.roots.damping_memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
         if pair.block.standardized:
             rows = joined([kernels[member.name].rows for member in pairs])
@@ -683,7 +684,7 @@ class Kronecker:
             return False
         factor_stack, first, count = self.at[pair.a]
         # D A = H - rho D holds for the inverse of the whole present A with a damping that is a number.
-        plain = self.roots.powers[0] == 1 and self.roots.damping.mode != "eigen"
+        plain = self.roots.powers[0] == 1 and self.roots.damping_mode != "eigen"
         uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
         return not (plain and uncut and factor_stack.is_fresh(first, count)) or self.compiled.on(
             factor_stack.device
