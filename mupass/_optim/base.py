@@ -38,6 +38,7 @@ from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
+from mupass._optim.vocabulary import Group, Tensors
 from mupass._parallel import (
     exchange,
     from_rank,
@@ -219,13 +220,13 @@ class PlannedOptimizer(BoundOptimizer):
             "eps": fallback.eps,
         }
 
-    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _first_state(self, parameter: Tensor, group: Group) -> dict[str, Any]:
         """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
         if group["algorithm"] != self.spec.name:
             return fallback_state(parameter, group)
         return {**self._momentum_state(parameter, group), **self._own_state(self.names[parameter])}  # type: ignore[index]
 
-    def _momentum_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _momentum_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
         if not self.smooths or not group["momentum"]:
             return {}
         if self.momentum_of == "directions":
@@ -247,9 +248,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return whether it is a surprise when no parameter is taken."""
         return True
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         """Return the direction of every own parameter that has a gradient, and whose owner this rank is.
 
         Args:
@@ -436,7 +435,7 @@ class PlannedOptimizer(BoundOptimizer):
         if self._steps % self.report_every == 0 or self._watching:
             self._report()
 
-    def _own_gradients(self, ok: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _own_gradients(self, ok: Tensor) -> tuple[Tensors, Tensors]:
         """Return the whole gradients of own parameters, and their moving averages, by name."""
         gradients, means = {}, {}
         for group in self._own_groups():
@@ -451,7 +450,7 @@ class PlannedOptimizer(BoundOptimizer):
                     means[name] = self._whole(mean, parameter)
         return gradients, means
 
-    def _move_own(self, group: Mapping[str, Any], directions: Mapping[str, Tensor], ok: Tensor) -> None:
+    def _move_own(self, group: Group, directions: Tensors, ok: Tensor) -> None:
         """Move the parameters of a group that have a direction along it."""
         parameters, updates = [], []
         for parameter in _with_gradient(group):
@@ -461,7 +460,7 @@ class PlannedOptimizer(BoundOptimizer):
                 updates.append(self._own_update(parameter, direction, group, ok))
         self._move(parameters, updates, group, ok)
 
-    def _move_fallen(self, group: Mapping[str, Any], ok: Tensor) -> None:
+    def _move_fallen(self, group: Group, ok: Tensor) -> None:
         """Let the fallback move the parameters of one of its groups."""
         parameters = [parameter for parameter in _with_gradient(group) if parameter.numel()]
         if not parameters:
@@ -474,9 +473,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return the groups of the parameters that the subclass takes."""
         return [group for group in self.param_groups if group["algorithm"] == self.spec.name]
 
-    def _from_owners(
-        self, directions: dict[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _from_owners(self, directions: Tensors, gradients: Tensors) -> Tensors:
         """Return the directions that all ranks have found, of parameters that have a gradient here."""
         owner = self._owner
         if owner:
@@ -518,7 +515,7 @@ class PlannedOptimizer(BoundOptimizer):
         return whole(tensor)
 
     def _averaged(
-        self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Mapping[str, Any], ok: Tensor
+        self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Group, ok: Tensor
     ) -> list[Tensor]:
         """Return the moving averages of gradients where these are what momentum is of."""
         if not self._smooths_with(group) or self.momentum_of == "directions" or not parameters:
@@ -526,14 +523,14 @@ class PlannedOptimizer(BoundOptimizer):
         states = [self._local_state(parameter) for parameter in parameters]
         return averages(gradients, states, "momentum", group["momentum"], ok)
 
-    def _smooths_with(self, group: Mapping[str, Any]) -> bool:
+    def _smooths_with(self, group: Group) -> bool:
         """Return whether this class, not the subclass, keeps the momentum of a group."""
         return bool(self.smooths and group["momentum"])
 
     def _local_state(self, p: Tensor) -> dict[str, Tensor]:
         return {name: local(value) for name, value in self.state[p].items()}
 
-    def _own_update(self, p: Tensor, direction: Tensor, group: Mapping[str, Any], ok: Tensor) -> Tensor:
+    def _own_update(self, p: Tensor, direction: Tensor, group: Group, ok: Tensor) -> Tensor:
         """Return this rank's part of an own parameter's update, in the precision of the state."""
         # Directions are whole: each rank cuts out the shard that it has of the parameter.
         part = local(sharded_like(direction.to(state_dtype(p)), p))
@@ -542,7 +539,7 @@ class PlannedOptimizer(BoundOptimizer):
         return heavy_ball(part, self._local_state(p), group["momentum"], ok)
 
     def _move(
-        self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any], ok: Tensor
+        self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: Group, ok: Tensor
     ) -> None:
         """Subtract updates, after decay, from the parameters of a group."""
         # W <- (1 - lr decay) W - lr scale D: decay leaves the width factor out.
@@ -706,7 +703,7 @@ class PlannedOptimizer(BoundOptimizer):
                     "make it with momentum, or pass cycle_momentum=False to the scheduler"
                 )
 
-    def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
+    def _lacks_momentum(self, group: Group) -> bool:
         """Return whether momentum was switched on after the state of a group was made without."""
         # Momentum is a state of own groups and of SGD's; Adam's first beta is no momentum.
         keeps_own = group["algorithm"] == self.spec.name and self.smooths
@@ -868,7 +865,7 @@ def _checked_overrides(
     return checked
 
 
-def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
+def _with_gradient(group: Group) -> list[Tensor]:
     """Return the parameters of a group that have a gradient."""
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 

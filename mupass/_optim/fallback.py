@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import pi
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mupass._optim.checks import check_betas, check_choice, check_number
+from mupass._optim.vocabulary import Group
 
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
 EPSILON = 1e-8  # at the base width
@@ -152,7 +152,7 @@ def sum_state(parameter: Tensor) -> dict[str, Tensor]:
     return {"momentum": torch.zeros_like(real(parameter), dtype=state_dtype(parameter))}
 
 
-def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def fallback_state(parameter: Tensor, group: Group) -> dict[str, Tensor]:
     """Return the state of one parameter before its first step.
 
     Args:
@@ -205,7 +205,7 @@ def averages(
 
 
 def fallback_directions(
-    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any], ok: Tensor
+    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Group, ok: Tensor
 ) -> list[Tensor]:
     """Return the directions of a group's parameters under its fallback.
 

@@ -23,6 +23,7 @@ from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, S
 from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
+from mupass._optim.vocabulary import Tensors
 from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
 from mupass._taps.blocks import Options
@@ -199,7 +200,7 @@ class KFAC(PlannedOptimizer):
         self.damping_mode, self.damping_memory = self._roots.damping_mode, float(self._roots.damping_memory)
         self.step_bound, self.kl_clip = bounds.step_bound, bounds.kl_clip
         self._adapts = bounds.variance_adaptation
-        self._weights: Mapping[str, Tensor] | None = None  # of averages that are kept elsewhere
+        self._weights: Tensors | None = None  # of averages that are kept elsewhere
         self.loss_scale = self._loss.loss_scale
         self._ranks = self._sharing(model, data_parallel)
         seen_alone = None in (self._loss.loss_terms, self.loss_scale)
@@ -277,7 +278,7 @@ class KFAC(PlannedOptimizer):
         self._signal = SignalShare(self._of_blocks(), in_place=False)
         return Functional(self)
 
-    def _of_blocks(self) -> dict[str, Tensor]:
+    def _of_blocks(self) -> Tensors:
         """Return the parameters that K-FAC takes, those of other ranks too."""
         return {block.parameter: self._parameters[block.parameter] for block in self._cover.blocks}
 
@@ -360,9 +361,7 @@ class KFAC(PlannedOptimizer):
         if hasattr(self, "_members"):  # before the pass whose factors the new tensors' taps are to see
             self._adopt_swapped()
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         # Average, invert what is due, precondition, bound.
         kronecker = self._kronecker
         # The training loop may have clipped gradients, which the factors have not seen.
@@ -381,14 +380,14 @@ class KFAC(PlannedOptimizer):
         directions, changes = kronecker.directions(means)
         if not directions and self._sharing_ranks == 1:
             return directions
-        steps = self._step_sizes()
-        signal = self._signal_of(directions, gradients, means, steps, ok)
-        factors = self._bounds(directions, changes, means, steps, signal, clipped)
+        move = Move(directions, changes, gradients, means, self._step_sizes(), clipped)
+        signal = self._signal_of(move, ok)
+        factors = self._bounds(move, signal)
         if signal is not None:
             _shorten(factors, directions, signal)
         return _multiplied(directions, factors)
 
-    def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
+    def _average(self, gradients: Tensors, ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         scale: Tensor | float = 1.0  # `observe` was given the loss itself
         if not self.sampled:
@@ -427,44 +426,29 @@ class KFAC(PlannedOptimizer):
             scale = scale.to(factor)
         return factor * scale
 
-    def _bounds(
-        self,
-        directions: Mapping[str, Tensor],
-        changes: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        signal: Tensor | None,
-        clipped: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _bounds(self, move: Move, signal: Tensor | None) -> dict[str, Tensor]:
         """Return what directions are to be multiplied by where the step would leave its bounds.
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
         factors: dict[str, Tensor] = {}
         if self.step_bound is not None:
-            factors = self._within_step_bound(self.step_bound, changes, steps, signal)
+            factors = self._within_step_bound(self.step_bound, move, signal)
         if self.kl_clip is not None:
-            total = self._divergence(directions, means, factors, steps, clipped)
+            total = self._divergence(move, factors)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
             shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-            _shorten(factors, directions, shrink)
+            _shorten(factors, move.directions, shrink)
         return factors
 
-    def _signal_of(
-        self,
-        directions: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        ok: Tensor,
-    ) -> Tensor | None:
+    def _signal_of(self, move: Move, ok: Tensor) -> Tensor | None:
         """Return the length of the signal in the averages of gradients, in that of the averages; or None.
 
         It needs averages of several gradients, each with noise of its own.
         """
         if not self._adapts or self.momentum_of == "directions":
             return None
-        names = [name for name in directions if steps[name].momentum]
+        names = [name for name in move.directions if move.sizes[name].momentum]
         # All ranks take part in the sum, those without parameters too.
         if not names and self._sharing_ranks == 1:
             return None
@@ -472,10 +456,10 @@ class KFAC(PlannedOptimizer):
         slopes: list[list[Tensor]] = [[], [], []]
         weights, momenta = [], []
         for name in names:
-            size, direction = steps[name], directions[name].reshape(-1)
+            size, direction = move.sizes[name], move.directions[name].reshape(-1)
             fresh = (1 - size.momentum) / self._weight_of_average(name).clamp(min=1e-30)
-            found = gradients[name].to(direction).reshape(-1)
-            numbers = (torch.dot(direction, means[name].reshape(-1)), torch.dot(direction, found), fresh)
+            found = move.gradients[name].to(direction).reshape(-1)
+            numbers = (torch.dot(direction, move.means[name].reshape(-1)), torch.dot(direction, found), fresh)
             for of_kind, number in zip(slopes, numbers, strict=True):
                 of_kind.append(number.to(like))
             weights.append(size.lr**2 * size.scale)
@@ -493,27 +477,21 @@ class KFAC(PlannedOptimizer):
             return self._weights[name]
         return self._local_state(self._parameters[name])["momentum_weight"]
 
-    def _within_step_bound(
-        self,
-        bound: float,
-        changes: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        signal: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _within_step_bound(self, bound: float, move: Move, signal: Tensor | None) -> dict[str, Tensor]:
         """Return what directions are to be multiplied by so that no output changes by more than a bound.
 
         They are multiplied by the signal besides, which counts here.
         """
         factors: dict[str, Tensor] = {}
-        for (dtype, device), names in _alike(changes).items():
+        for (dtype, device), names in _alike(move.changes).items():
             rates, limits = [], []
             for name in names:
-                size = steps[name]
+                size = move.sizes[name]
                 # Changes of outputs are squares here, and so are rates and limits.
                 rates.append((size.lr * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
-            change = torch.stack([changes[name] for name in names])
+            change = torch.stack([move.changes[name] for name in names])
             if signal is not None:
                 change = change * signal.to(change).square()
             rate, limit = (self._on_device(numbers, dtype, device) for numbers in (rates, limits))
@@ -522,23 +500,16 @@ class KFAC(PlannedOptimizer):
             factors.update(zip(names, factor.unbind(), strict=True))
         return factors
 
-    def _divergence(
-        self,
-        directions: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        factors: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        clipped: Tensor | None,
-    ) -> Tensor:
+    def _divergence(self, move: Move, factors: Tensors) -> Tensor:
         """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
         # sum of lr^2 scale <direction, gradient> over parameters
         sums = []
-        for (dtype, device), names in _alike(directions).items():
+        for (dtype, device), names in _alike(move.directions).items():
             weights, products = [], []
             for name in names:
-                size = steps[name]
+                size = move.sizes[name]
                 weights.append(size.lr**2 * size.scale / size.rest**2)
-                products.append(torch.dot(directions[name].reshape(-1), means[name].reshape(-1)))
+                products.append(torch.dot(move.directions[name].reshape(-1), move.means[name].reshape(-1)))
             product = torch.stack(products)
             if factors:
                 lengths = [
@@ -547,9 +518,9 @@ class KFAC(PlannedOptimizer):
                 product = product * torch.stack(lengths)
             sums.append((product * self._on_device(weights, dtype, device)).sum())
         total = sum_of(sums or [torch.zeros((), device=self._device)], self._sharing_ranks)
-        if clipped is not None:
+        if move.clipped is not None:
             # Predictions change as they do without clipping, whose factor is in the gradients.
-            total = total / clipped.to(total)
+            total = total / move.clipped.to(total)
         return total
 
     def _on_device(self, numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -595,7 +566,7 @@ class KFAC(PlannedOptimizer):
                 self.count(kind, text)
                 names.clear()
 
-    def _refuse_unseen(self, gradients: Mapping[str, Tensor]) -> None:
+    def _refuse_unseen(self, gradients: Tensors) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
         if self._all_seen:
             return
@@ -646,10 +617,10 @@ class Functional:
         self,
         step: int,
         state: Mapping[str, Mapping[str, Tensor]],
-        gradients: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        gradients: Tensors,
+        means: Tensors,
+        weights: Tensors,
+    ) -> tuple[Tensors, dict[str, dict[str, Tensor]]]:
         """Return the directions of one step, and the state after it.
 
         What the taps have collected is taken; other numbers are read from the optimizer's groups.
@@ -693,13 +664,33 @@ class StepSize(NamedTuple):
     momentum: float
 
 
+class Move(NamedTuple):
+    """A step before it is bounded, with what bounds look at; by parameter.
+
+    Attributes:
+        directions: Preconditioned averages of gradients.
+        changes: Mean square of the change that a direction makes to an output; not of every parameter.
+        gradients: Gradients of this step.
+        means: Averages of gradients, which the directions are made of.
+        sizes: What directions are multiplied by.
+        clipped: What the training loop multiplied all gradients by; None where it left them alone.
+    """
+
+    directions: Tensors
+    changes: Tensors
+    gradients: Tensors
+    means: Tensors
+    sizes: Mapping[str, StepSize]
+    clipped: Tensor | None
+
+
 def _shorten(factors: dict[str, Tensor], names: Iterable[str], by: Tensor) -> None:
     """Multiply the factors of all names by a number; those that have none yet get it."""
     for name in names:
         factors[name] = factors[name] * by.to(factors[name]) if name in factors else by
 
 
-def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _multiplied(directions: Tensors, factors: Tensors) -> Tensors:
     """Return directions, those that have a factor multiplied by it."""
     names = [name for name in directions if name in factors]
     if not names:
@@ -709,7 +700,7 @@ def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor])
     return {**directions, **dict(zip(names, shortened, strict=True))}
 
 
-def _alike(tensors: Mapping[str, Tensor]) -> dict[tuple[torch.dtype, torch.device], list[str]]:
+def _alike(tensors: Tensors) -> dict[tuple[torch.dtype, torch.device], list[str]]:
     """Return the names of tensors by their precision and device."""
     names_of: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for name, tensor in tensors.items():

@@ -13,6 +13,7 @@ from mupass._errors import OptimizerError, is_number
 from mupass._optim.checks import check_betas, check_number, check_period
 from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
+from mupass._optim.vocabulary import Group
 from mupass._parallel import is_sharded, local, sharded_like
 
 VERSION = 5
@@ -107,7 +108,7 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
         raise OptimizerError(f"state of {saved_name or 'an unknown optimizer'}; this is {ours}")
 
 
-def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+def _check_group(where: str, theirs: Group, ours: Group) -> dict[str, Any]:
     """Return the settings of one group."""
     if len(theirs["params"]) != len(ours["params"]):
         raise OptimizerError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mupass._errors import MupassWarning
+from mupass._optim.vocabulary import Group
 from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
@@ -178,9 +179,9 @@ def _planned_models() -> list[tuple[nn.Module, Plan]]:
     return [(root, vars(root)[ATTRIBUTE]) for root in marked_models() if ATTRIBUTE in vars(root)]
 
 
-def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Group]:
     """Return the group of every parameter of an optimizer."""
-    groups: dict[Tensor, dict[str, Any]] = {}
+    groups: dict[Tensor, Group] = {}
     for group in optimizer.param_groups:
         groups.update(dict.fromkeys(group["params"], group))
     return groups
@@ -317,12 +318,12 @@ def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
     warnings.warn(text, MupassWarning, stacklevel=4)
 
 
-def _layer_factor(group: dict[str, Any]) -> float:
+def _layer_factor(group: Group) -> float:
     """Return what a schedule of timm multiplies a group's rate by."""
     return float(group.get(LAYER, 1.0))
 
 
-def _rate(group: dict[str, Any]) -> float | None:
+def _rate(group: Group) -> float | None:
     """Return a group's rate; None where it has none, or one that an accelerator would be waited for."""
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
@@ -330,7 +331,7 @@ def _rate(group: dict[str, Any]) -> float | None:
     return float(lr) if isinstance(lr, (int, float)) else None
 
 
-def _rates(groups: Sequence[dict[str, Any]]) -> dict[int, float]:
+def _rates(groups: Sequence[Group]) -> dict[int, float]:
     """Return the rates that can be read, by number of the group."""
     rates = {}
     for number, group in enumerate(groups):

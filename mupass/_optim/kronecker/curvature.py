@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.kronecker.settings import Loss
+from mupass._optim.vocabulary import Tensors
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import by_group, factor_dtype
@@ -370,7 +371,7 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     return torch.cat([t.reshape(1).to(device) for t in tensors]).tolist()  # type: ignore[no-any-return]
 
 
-def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list[Tensor]]:
+def _readers(cover: Cover, parameters: Tensors) -> dict[Place, list[Tensor]]:
     """Return tap -> the parameters whose factors it adds to."""
     readers_of: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
     for block in cover.blocks:

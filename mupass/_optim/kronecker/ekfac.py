@@ -19,6 +19,7 @@ from mupass._optim.kronecker.factor_stack import FactorStack, Slots
 from mupass._optim.kronecker.update import Root, by_eigenbasis, inverse, times
 from mupass._optim.linalg.packed import packed_size
 from mupass._optim.linalg.roots import eigenbases
+from mupass._optim.vocabulary import MatrixTensors
 from mupass._taps.blocks import Block, Place
 from mupass._taps.factors import Layer
 from mupass._taps.leaves import Sums
@@ -125,7 +126,7 @@ class Moments:
         self.at = at
         self.pairs = {pair.name: pair for pair in pairs}
         self.state: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self.overflowed: dict[tuple[str, int], Tensor] = {}
+        self.overflowed: MatrixTensors = {}
         for name, pair in self.pairs.items():
             # Precision and device of the factors.
             like = self._sides(pair)[0][0].state["weight"]

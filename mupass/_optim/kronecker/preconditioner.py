@@ -18,6 +18,7 @@ from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_u
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
+from mupass._optim.vocabulary import MatrixTensors, Tensors
 from mupass._parallel import deal, largest_over_ranks
 from mupass._roles.standardized import standardized
 from mupass._scales.plan import Entry
@@ -120,7 +121,7 @@ class Kronecker:
     def __init__(
         self,
         cover: Cover,
-        parameters: Mapping[str, Tensor],
+        parameters: Tensors,
         roots: Roots,
         entries: Mapping[str, Entry],
         ranks: Ranks,
@@ -152,6 +153,7 @@ class Kronecker:
         self.phase = phases(self._all, self._remote, roots.stagger)
         self.lineups = line_up(self.pairs, self._all, parameters, scales)
         self._damp_units(all_blocks)
+        self._longer: MatrixTensors | None = None  # since rows were counted last
         self._indices: dict[Any, Tensor] = {}  # slots that do not stand together, on their device
         self.seen: set[str] = set()  # slots with an observation
         self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
@@ -234,8 +236,8 @@ class Kronecker:
 
     def _damp_units(self, every: BlockPairs) -> None:
         """Make room for the dampings of the number 1, the input factor of vectors."""
-        self.unit_rho: dict[tuple[str, int], Tensor] = {}
-        self._remote_units: dict[tuple[str, int], Tensor] = {}
+        self.unit_rho: MatrixTensors = {}
+        self._remote_units: MatrixTensors = {}
         for lineup in self.lineups:
             for pair in lineup.pairs:
                 if not pair.block.a:
@@ -257,7 +259,7 @@ class Kronecker:
             memory: What is left of the largest trace seen so far.
             ok: 1, or 0 where the observations do not count.
         """
-        self.moved = True
+        self.moved, self._longer = True, None
         observations = self._observations(taken)
         self.seen.update(observations)
         by_bank: dict[int, dict[Any, Observation]] = defaultdict(dict)
@@ -443,9 +445,11 @@ class Kronecker:
         # Under tensor parallelism as many ranks have summed the same rows.
         return counted / self.ranks.alike
 
-    def _lengthenings(self) -> dict[tuple[str, int], Tensor]:
+    def _lengthenings(self) -> MatrixTensors:
         """Return what directions are multiplied by, an entry a group; nothing for those that stay."""
-        found: dict[tuple[str, int], Tensor] = {}
+        if self._longer is not None:
+            return self._longer
+        found = self._longer = {}
         for lineup in self.lineups:
             if not lineup.looks_at_rows:
                 continue
@@ -455,7 +459,7 @@ class Kronecker:
                     found[pair.name] = numbers
         return found
 
-    def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def directions(self, grads: Tensors) -> tuple[Tensors, Tensors]:
         """Return the preconditioned gradient of every block of this rank, and what it does to outputs.
 
         Args:
@@ -487,9 +491,9 @@ class Kronecker:
                 changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
 
-    def _matrices_of(self, grads: Mapping[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], Kernels]:
+    def _matrices_of(self, grads: Tensors) -> tuple[MatrixTensors, Kernels]:
         """Return the gradients of all matrices, by the rows of standardized kernels where these are some."""
-        stacks: dict[tuple[str, int], Tensor] = {}
+        stacks: MatrixTensors = {}
         kernels: Kernels = {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
@@ -513,7 +517,7 @@ class Kronecker:
             kernels[pair.name] = Kernel(*standardized(stack.to(factor_dtype(parameter))))
         return kernels
 
-    def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
+    def quadratic(self, moves: Tensors) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
 
         Args:
@@ -546,9 +550,7 @@ class Kronecker:
         factor = factor_stack.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
-    def _apply_all(
-        self, stacks: Mapping[tuple[str, int], Tensor], kernels: Kernels
-    ) -> dict[tuple[str, int], Applied]:
+    def _apply_all(self, stacks: MatrixTensors, kernels: Kernels) -> dict[tuple[str, int], Applied]:
         """Return the directions of all matrices, and ``tr(D A D^T)`` of each, summed over its groups.
 
         Args:
@@ -591,10 +593,10 @@ class Kronecker:
     def _apply(
         self,
         pairs: Sequence[Pair],
-        stacks: Mapping[tuple[str, int], Tensor],
+        stacks: MatrixTensors,
         kernels: Kernels,
         growths: Growths,
-        longer: Mapping[tuple[str, int], Tensor],
+        longer: MatrixTensors,
     ) -> dict[tuple[str, int], Applied]:
         """Return the directions of matrices of one kind, and ``tr(D A D^T)`` where A is known."""
         power_a, power_b = self.roots.powers
@@ -620,7 +622,7 @@ class Kronecker:
         return {member.name: result for member, result in zip(pairs, applied, strict=True)}
 
     def _sizes(
-        self, pairs: Sequence[Pair], longer: Mapping[tuple[str, int], Tensor]
+        self, pairs: Sequence[Pair], longer: MatrixTensors
     ) -> tuple[Tensor | None, float, float, Tensor | None]:
         """Return what the lengths of directions depend on besides roots, the last arguments of `update`."""
         pair, power_a = pairs[0], self.roots.powers[0]
@@ -734,7 +736,7 @@ class Kronecker:
         for name, piece in self.unit_rho:
             self.unit_rho[name, piece] = state["units"][f"{name}.{piece}"].clone()
         self.largest = state["largest"].get("trace")
-        self.rooted, self.moved = steps > 0, False
+        self.rooted, self.moved, self._longer = steps > 0, False, None
 
     def loaded(self, steps: int) -> None:
         """Take notice that the state was written from outside.
@@ -745,7 +747,7 @@ class Kronecker:
         for factor_stack in self._all:
             factor_stack.forget()
         # Roots were looked over in every step that averaged factors, unless none has yet.
-        self.rooted, self.moved = steps > 0, steps == 0
+        self.rooted, self.moved, self._longer = steps > 0, steps == 0, None
         self.seen = set()
         if steps:
             self.seen.update(self.at)

@@ -16,6 +16,7 @@ from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
 from mupass._optim.training import Training
+from mupass._optim.vocabulary import Tensors
 from mupass._parallel import deal, rank_of
 from mupass._records import Geometry
 from mupass._scales.plan import OptimizerSpec
@@ -226,9 +227,7 @@ class MatrixOptimizer(PlannedOptimizer):
             function = self._function
         return function(*arguments)
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         # Directions of other parameters come from the ranks that keep them.
         mine = [name for name in gradients if self._keeper[name] == rank_of(self._ranks)]
         blocks = {name: self._blockings[name].cut(gradients[name]) for name in mine}

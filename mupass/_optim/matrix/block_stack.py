@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.matrix.blocking import Blocking
+from mupass._optim.vocabulary import Tensors
 from mupass._taps.factors import factor_dtype
 
 Slot = tuple[str, int]  # parameter, block
@@ -104,7 +105,7 @@ class Stack:
 
 
 def make_stacks(
-    blockings: Mapping[str, Blocking], parameters: Mapping[str, Tensor], device: torch.device | None = None
+    blockings: Mapping[str, Blocking], parameters: Tensors, device: torch.device | None = None
 ) -> list[Stack]:
     """Sort the blocks of all parameters by shape, precision and device.
 
