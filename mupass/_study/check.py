@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from mupass._errors import StudyError
 from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
-from mupass._records import Geometry
+from mupass._records import PRODUCT_AND_SUM, Geometry
 from mupass._runs.batches import Batch, Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
 from mupass._runs.copies import Copies, CopyKeywords, CopyOptions, Source, Width, make_copies
@@ -29,8 +29,6 @@ from mupass._study.dimmed import dimmed_places, gradient_power, relative
 from mupass._study.probe import Probe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
-
-SUMMED = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 
 # An update that is a smaller part of the activation than this is rounding.
 FLOOR = {torch.float64: 1e-10, torch.complex128: 1e-10}
@@ -351,7 +349,7 @@ class _Judge:
         """Whether a place makes the products of ``(x * w).sum(-1)``, whose sum over a width must be flat."""
         geometry = self._geometry(site)
         uses = geometry.uses if geometry is not None else ()
-        summing = any(use.kind == SUMMED and use.module == site.module for use in uses)
+        summing = any(use.kind == PRODUCT_AND_SUM and use.module == site.module for use in uses)
         return summing and site.operator in ("mul", "multiply")
 
     def _is_starved(self, site: Site) -> bool:
