@@ -71,5 +71,7 @@ class Keywords:
             kind: The record.
             **given: Fields that are no keywords.
         """
-        names = [field.name for field in fields(kind) if field.name in self._options]
-        return kind(**{name: self._options[name] for name in names}, **given)
+        for field in fields(kind):
+            if field.name in self._options:
+                given[field.name] = self._options[field.name]
+        return kind(**given)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import MupassWarning, OptimizerError, kind_of
+from mupass._errors import MupassWarning, OptimizerError, kind_of, warn
 from mupass._optim.checks import (
     Coverage,
     Covered,
@@ -38,7 +38,7 @@ from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
-from mupass._optim.vocabulary import Group, Tensors
+from mupass._optim.vocabulary import Group, State, Tensors
 from mupass._parallel import (
     exchange,
     from_rank,
@@ -173,12 +173,11 @@ class PlannedOptimizer(BoundOptimizer):
                 fallen.append(table[-1])
         self._coverage = Coverage(table)
         if fallen and not treatments and self._wanted():
-            warnings.warn(
+            text = (
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to "
-                f"{self.fallback.name}. First reason: {fallen[0].parameter}: {fallen[0].reason}",
-                MupassWarning,
-                stacklevel=4,
+                f"{self.fallback.name}. First reason: {fallen[0].parameter}: {fallen[0].reason}"
             )
+            warn([text])
         if fallen and self._training.strict:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(fallen)))
         return [covered.parameter for covered in fallen]
@@ -226,14 +225,14 @@ class PlannedOptimizer(BoundOptimizer):
             return fallback_state(parameter, group)
         return {**self._momentum_state(parameter, group), **self._own_state(self.names[parameter])}  # type: ignore[index]
 
-    def _momentum_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
+    def _momentum_state(self, parameter: Tensor, group: Group) -> State:
         if not self.smooths or not group["momentum"]:
             return {}
         if self.momentum_of == "directions":
             return sum_state(parameter)
         return average_state(parameter, "momentum")
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
+    def _own_state(self, name: str) -> State:
         """Return the subclass's own state of a parameter, as views of what it works with.
 
         On the meta device where another rank keeps it.
@@ -527,7 +526,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return whether this class, not the subclass, keeps the momentum of a group."""
         return bool(self.smooths and group["momentum"])
 
-    def _local_state(self, p: Tensor) -> dict[str, Tensor]:
+    def _local_state(self, p: Tensor) -> State:
         return {name: local(value) for name, value in self.state[p].items()}
 
     def _own_update(self, p: Tensor, direction: Tensor, group: Group, ok: Tensor) -> Tensor:

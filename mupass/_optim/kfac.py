@@ -23,7 +23,7 @@ from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, S
 from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
-from mupass._optim.vocabulary import Tensors
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
 from mupass._taps.blocks import Options
@@ -183,39 +183,38 @@ class KFAC(PlannedOptimizer):
     ) -> None:
         keywords = Keywords(KFAC, options, OptimizerError)
         statistics, bounds = keywords.record(Statistics), keywords.record(Bounds)
-        self._roots, self._loss = keywords.record(Roots), keywords.record(Loss)
-        selection = keywords.record(Selection)
+        selection, training = keywords.record(Selection), keywords.record(Training, momentum=momentum)
+        roots = self._roots = keywords.record(Roots)
+        loss = self._loss = keywords.record(Loss)
         self._options = Options(
             reduce=statistics.sharing == "reduce",
             diagonal_above=selection.diagonal_above,
             norms=selection.norms,
             exclude=tuple(selection.exclude),
-            block=self._roots.block_size or 0,
+            block=roots.block_size or 0,
         )
         # Those below may be changed while the model is trained; the records are for what is made once.
         self.factor_decay, self.factor_every = float(statistics.factor_decay), statistics.factor_every
         self.sampled = statistics.fisher == "sampled"
-        self.root_every = self.report_every = self._roots.root_every
-        self.stagger, self.ekfac = self._roots.stagger, self._roots.ekfac
-        self.damping_mode, self.damping_memory = self._roots.damping_mode, float(self._roots.damping_memory)
+        self.root_every = self.report_every = roots.root_every
+        self.stagger, self.ekfac = roots.stagger, roots.ekfac
+        self.damping_mode, self.damping_memory = roots.damping_mode, float(roots.damping_memory)
         self.step_bound, self.kl_clip = bounds.step_bound, bounds.kl_clip
         self._adapts = bounds.variance_adaptation
         self._weights: Tensors | None = None  # of averages that are kept elsewhere
-        self.loss_scale = self._loss.loss_scale
+        self.loss_scale = loss.loss_scale
         self._ranks = self._sharing(model, data_parallel)
-        seen_alone = None in (self._loss.loss_terms, self.loss_scale)
-        if self._roots.e_b and seen_alone and plan_of(model)[1].stage:
+        if roots.e_b and None in (loss.loss_terms, loss.loss_scale) and plan_of(model)[1].stage:
             raise OptimizerError(
                 "a stage of a pipeline may see no loss: pass loss_terms=, the number of terms that it "
                 "averages over (samples for a classifier, tokens for a language model), and loss_scale=, the "
                 "number of micro-batches if the schedule divides gradients by it (torch's do), or else 1"
             )
         self._compiled = Compiled(compile if compile is None else check_flag("compile", compile))
-        training = keywords.record(Training, momentum=momentum)
         # Whether the default applies, which looks at the number of rows.
         self._by_rows = damping is None and self.damping_mode in RELATIVE
         damping = DAMPING if damping is None else damping
-        spec = OptimizerSpec("kfac", e_a=self._roots.e_a, e_b=self._roots.e_b)
+        spec = OptimizerSpec("kfac", e_a=roots.e_a, e_b=roots.e_b)
         super().__init__(model, spec, lr, damping, training)
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
@@ -282,7 +281,7 @@ class KFAC(PlannedOptimizer):
         """Return the parameters that K-FAC takes, those of other ranks too."""
         return {block.parameter: self._parameters[block.parameter] for block in self._cover.blocks}
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
+    def _own_state(self, name: str) -> State:
         entries = self._kronecker.entries(name)
         if self._adapts:
             entries |= self._signal.entries(name)
@@ -616,11 +615,11 @@ class Functional:
     def directions(
         self,
         step: int,
-        state: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, State],
         gradients: Tensors,
         means: Tensors,
         weights: Tensors,
-    ) -> tuple[Tensors, dict[str, dict[str, Tensor]]]:
+    ) -> tuple[Tensors, dict[str, State]]:
         """Return the directions of one step, and the state after it.
 
         What the taps have collected is taken; other numbers are read from the optimizer's groups.
@@ -643,7 +642,7 @@ class Functional:
         counts = torch.ones((), device=optimizer._device)
         return optimizer._directions(gradients, means, counts), self._state()
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
+    def _state(self) -> dict[str, State]:
         signal = {"numbers": self._optimizer._signal.state}
         return {**self._optimizer._kronecker.state(), "signal": signal}
 

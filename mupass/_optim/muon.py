@@ -20,6 +20,7 @@ from mupass._optim.linalg.spectral import with_norm_of
 from mupass._optim.matrix.base import Layout, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
@@ -203,7 +204,7 @@ class Muon(MatrixOptimizer):
             return sqrt(max(1.0, rows / columns))
         return ADAM_RMS * sqrt(max(rows, columns))
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {"average": stack.zeros(*stack.shape)}
         if self.adaptive:
             state |= {"square": stack.zeros(*stack.shape), "weight": stack.zeros()}

@@ -22,6 +22,7 @@ from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.blocking import Blocking
 from mupass._optim.matrix.mode_products import SIDES, Schedule, active_sides, add_weight, along, observe
 from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.optimizers import GRAFTS
 from mupass._scales.plan import OptimizerSpec
 
@@ -231,7 +232,7 @@ class Shampoo(MatrixOptimizer):
             return ()
         return active_sides(self.sides, stack.shape)
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {"weight": stack.zeros()}
         for side in self._active(stack):
             packed = packed_size(stack.shape[side])

@@ -20,6 +20,7 @@ from mupass._optim.matrix.base import Layout, LayoutOptions, MatrixOptimizer, wi
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.mode_products import Schedule, add_weight, along, observe
 from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.plan import OptimizerSpec
 
 
@@ -146,7 +147,7 @@ class SOAP(MatrixOptimizer):
         # Slots that have a basis.
         self._started: list[set[int]] = [set() for _ in self._stacks]
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {name: stack.zeros(*stack.shape) for name in ("mean", "square")}
         state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
         for side, size in enumerate(stack.shape):

@@ -7,4 +7,5 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]  # by name of a parameter
 MatrixTensors = dict[tuple[str, int], Tensor]  # by name of a parameter, and number of the matrix in it
+State = dict[str, Tensor]  # by name of an entry: of a parameter's state, or of a stack's
 Group = Mapping[str, Any]  # a parameter group of an optimizer: its members and their settings

@@ -18,7 +18,7 @@ from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_u
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
-from mupass._optim.vocabulary import MatrixTensors, Tensors
+from mupass._optim.vocabulary import MatrixTensors, State, Tensors
 from mupass._parallel import deal, largest_over_ranks
 from mupass._roles.standardized import standardized
 from mupass._scales.plan import Entry
@@ -692,7 +692,7 @@ class Kronecker:
             factor_stack.device
         )
 
-    def entries(self, parameter: str) -> dict[str, Tensor]:
+    def entries(self, parameter: str) -> State:
         """Return the state that is kept at a parameter, as views; on meta where another rank has it.
 
         Args:
@@ -714,7 +714,7 @@ class Kronecker:
                 state_of[f"unit{piece}.rho"] = rho
         return state_of
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, State]:
         """Return all that changes from step to step, without second moments: tensors by part and name."""
         parts = {f"bank{number}": dict(factor_stack.state) for number, factor_stack in enumerate(self._all)}
         parts["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
@@ -723,7 +723,7 @@ class Kronecker:
             parts["largest"]["trace"] = self.largest
         return parts
 
-    def take_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+    def take_state(self, state: Mapping[str, State], steps: int) -> None:
         """Go on from a state, whose tensors are not written to if the banks write to none.
 
         Args:

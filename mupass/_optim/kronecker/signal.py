@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.fallback import state_dtype
-from mupass._optim.vocabulary import Tensors
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import sum_over_ranks
 
 # What a step leaves of the sums that the share is a quotient of, and the smallest share that is believed.
@@ -72,7 +72,7 @@ class SignalShare:
         self.state = torch.zeros(3, len(self._at), dtype=dtype, device=device)
         self._places: dict[tuple[str, ...], Tensor] = {}
 
-    def entries(self, name: str) -> dict[str, Tensor]:
+    def entries(self, name: str) -> State:
         """Return the numbers of a parameter, as a view; nothing for one that is not there.
 
         Args:

@@ -16,7 +16,7 @@ from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
 from mupass._optim.training import Training
-from mupass._optim.vocabulary import Tensors
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import deal, rank_of
 from mupass._records import Geometry
 from mupass._scales.plan import OptimizerSpec
@@ -150,8 +150,8 @@ class MatrixOptimizer(PlannedOptimizer):
         if name in self._parameters:
             self._parameters[name] = new
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
-        entries: dict[str, Tensor] = {}
+    def _own_state(self, name: str) -> State:
+        entries: State = {}
         for stack in (*self._stacks, *self._remote):
             entries |= stack.entries(name)
         return entries
@@ -167,7 +167,7 @@ class MatrixOptimizer(PlannedOptimizer):
             return f"its role is {geometry.role}; roles={', '.join(sorted(self.roles)) or 'none'}"
         return ""
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         """Return what is remembered of the blocks of a stack, before the first step."""
         raise NotImplementedError
 

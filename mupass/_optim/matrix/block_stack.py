@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.matrix.blocking import Blocking
-from mupass._optim.vocabulary import Tensors
+from mupass._optim.vocabulary import State, Tensors
 from mupass._taps.factors import factor_dtype
 
 Slot = tuple[str, int]  # parameter, block
@@ -36,7 +36,7 @@ class Stack:
         self, slots: Sequence[Slot], shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots, self.shape, self.dtype, self.device = list(slots), shape, dtype, device
-        self.state: dict[str, Tensor] = {}
+        self.state: State = {}
         self.incidents: dict[tuple[str, str], Tensor] = {}
 
     def zeros(self, *shape: int) -> Tensor:
@@ -91,7 +91,7 @@ class Stack:
             self.incidents[kind, place] = self.zeros()
         self.incidents[kind, place][at] += happened
 
-    def entries(self, name: str) -> dict[str, Tensor]:
+    def entries(self, name: str) -> State:
         """Return a parameter's part of the state, as views.
 
         Args:
