@@ -19,6 +19,7 @@ BEGIN, END = "<!-- rooms: written by benchmarks/architecture.py -->", "<!-- end 
 # From the ground up: a room imports from itself and from those before it in this list.
 ROOMS = (
     "_errors",
+    "_keywords",
     "_files",
     "_page",
     "_records",

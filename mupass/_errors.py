@@ -6,8 +6,9 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from contextvars import ContextVar
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeGuard
 
@@ -55,6 +56,17 @@ def kind_of(thing: object) -> str:
         thing: What was given.
     """
     return "None" if thing is None else repr(thing) if isinstance(thing, str) else f"a {type(thing).__name__}"
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return ``; did you mean ...?``, or nothing where no word is near.
+
+    Args:
+        word: What was written.
+        known: What may be written.
+    """
+    matches = get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -7,6 +7,7 @@ from math import prod
 from typing import Literal
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
+PRODUCT_AND_SUM = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 
 
 @dataclass(frozen=True)

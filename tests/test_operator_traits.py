@@ -38,6 +38,11 @@ MORE = {
     "flip": ([0],),
     "roll": ([1], [0]),
     "repeat": ([2, 1],),
+    "broadcast_to": ([2, 4, 6],),
+    "split": (3,),
+    "split_with_sizes": ([3, 1],),
+    "chunk": (2,),
+    "tensor_split": (2,),
     "repeat_interleave": (2,),
     "tile": ([2, 1],),
     "dropout": (0.5, False),
@@ -106,6 +111,27 @@ def test_a_reshape_has_the_entries_of_its_operand(name):
         torch.testing.assert_close(result.flatten(), ROWS.flatten())
     elif name not in {"expand", "expand_as"}:  # these repeat whole matrices, and keep the order of each
         assert not torch.equal(result.flatten(), ROWS.flatten())
+
+
+@pytest.mark.parametrize("name", [name for name in named(Trait.PICKS) if name != "getitem"])
+def test_what_is_picked_is_entries_of_the_operand_in_other_places(name):
+    result = call(name, ROWS)
+    assert torch.isin(result, ROWS).all()
+    assert result.shape != ROWS.shape or not torch.equal(result, ROWS)
+
+
+@pytest.mark.parametrize("name", named(Trait.SPREADS))
+def test_what_is_spread_has_every_entry_twice(name):
+    result = call(name, ROWS)
+    entries, counts = result.unique(return_counts=True)
+    torch.testing.assert_close(entries, ROWS.unique())
+    assert (counts == 2).all()
+
+
+@pytest.mark.parametrize("name", named(Trait.SHAPE_OF_SECOND))
+def test_values_of_a_second_operand_whose_shape_is_read_do_not_matter(name):
+    operator, second = getattr(torch.ops.aten, name), MORE[name][0]
+    assert torch.equal(operator(ROWS, second), operator(ROWS, torch.full_like(second, torch.nan)))
 
 
 @pytest.mark.parametrize("name", named(Trait.LINEAR_AT_ZERO))

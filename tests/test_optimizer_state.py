@@ -153,6 +153,30 @@ def test_what_is_no_state_is_refused(bad: Any) -> None:
     assert same(optimizer.state_dict(), before)
 
 
+def test_numbers_of_rows_come_with_a_loaded_state_between_two_collections() -> None:
+    def train(model: nn.Module, optimizer: Any, rows: int, steps: int) -> None:
+        for _ in range(steps):
+            x = torch.linspace(-1, 1, 6 * rows, dtype=torch.float64).reshape(rows, 6).sin()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    # Directions are longer where steps have fewer than 256 rows. Factors are collected at steps 0, 4 and 8.
+    runs = []
+    for rows in (8, 512):
+        model = build()
+        optimizer = mupass.KFAC(model, factor_every=4, root_every=4)
+        train(model, optimizer, rows, 6)
+        runs.append((model, optimizer))
+    (few, its_optimizer), (many, other_optimizer) = runs
+    many.load_state_dict(few.state_dict())
+    other_optimizer.load_state_dict(its_optimizer.state_dict())
+    for model, optimizer in runs:
+        train(model, optimizer, 8, 2)
+    for parameter, same_parameter in zip(few.parameters(), many.parameters(), strict=True):
+        assert torch.equal(parameter, same_parameter)
+
+
 # Ranks -----------------------------------------------------------------------------------------------------
 
 RANKED: dict[str, Callable[[nn.Module], Any]] = {

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._cli.suggest import suggestion
-from mupass._errors import MupassError
+from mupass._errors import MupassError, suggestion
 
 FAMILIES = (
     "AutoModelForCausalLM",

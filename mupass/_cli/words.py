@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mupass import __version__
-from mupass._cli.suggest import suggestion
-from mupass._errors import MupassError
+from mupass._errors import MupassError, suggestion
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.parameterizations import PARAMETERIZATIONS
 

@@ -17,6 +17,9 @@ class Trait(Flag):
             differ from device to device.
         DETACHES: ``x`` as it is, and no gradient passes.
         RESHAPES: The entries of ``x`` in other axes.
+        PICKS: Entries of ``x`` in other places: some of them, or some several times.
+        SPREADS: All entries of ``x`` several times.
+        SHAPE_OF_SECOND: Nothing but the shape, or the type, is read of the second operand.
         KEEPS_ORDER: The entries of ``x`` in their row-major order, under another shape.
         DROPS_OUT: ``x`` with some entries zero and the others larger.
         LIMITS: ``x`` within bounds that keep it from zero or from infinity.
@@ -41,6 +44,9 @@ class Trait(Flag):
     COPIES = auto()
     DETACHES = auto()
     RESHAPES = auto()
+    PICKS = auto()
+    SPREADS = auto()
+    SHAPE_OF_SECOND = auto()
     KEEPS_ORDER = auto()
     DROPS_OUT = auto()
     LIMITS = auto()
@@ -61,7 +67,8 @@ class Trait(Flag):
     BENDS = auto()
 
 
-# By name, without namespace, overload and the underscore of operators that work in place.
+# By name, without namespace, overload and the underscore of operators that work in place. A name has the
+# traits of all rows that it is in.
 _TABLE: tuple[tuple[Trait, str], ...] = (
     # The same values, in another type or place.
     (Trait.COPIES | Trait.HOMOGENEOUS, "to _to_copy type_as contiguous clone alias lift_fresh_copy"),
@@ -83,6 +90,14 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
         "slice select narrow diagonal index index_select gather take_along_dim flip roll tril triu "
         "repeat repeat_interleave tile pixel_shuffle pixel_unshuffle",
     ),
+    (
+        Trait.PICKS,
+        "getitem slice select narrow index index_select gather take_along_dim broadcast_to repeat tile "
+        "repeat_interleave mT adjoint flip roll split split_with_sizes chunk tensor_split unbind",
+    ),
+    (Trait.SPREADS, "expand expand_as broadcast_to repeat tile"),
+    # The shape of another one, or its type.
+    (Trait.SHAPE_OF_SECOND, "reshape_as view_as expand_as type_as"),
     # Several results.
     (Trait.SAME_ORDER, "getitem chunk split split_with_sizes unbind"),
     # Dropout.
@@ -134,7 +149,8 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
 )
 TRAITS: dict[str, Trait] = {}
 for _traits, _names in _TABLE:
-    TRAITS.update(dict.fromkeys(_names.split(), _traits))
+    for _name in _names.split():
+        TRAITS[_name] = TRAITS.get(_name, Trait.NONE) | _traits
 # Products by the same names: the positions of their two factors, and of what is added to the product.
 PRODUCT_ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
     "linear": (0, 1, 2),
@@ -156,6 +172,15 @@ PRODUCT_ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
     "mv": (0, 1, None),
     "_grouped_mm": (0, 1, None),
 }
+
+
+def having(trait: Trait) -> list[str]:
+    """Return the names of the operators that have a trait, or one of several.
+
+    Args:
+        trait: The trait.
+    """
+    return [name for name, found in TRAITS.items() if found & trait]
 
 
 def traits(operator: str) -> Trait:

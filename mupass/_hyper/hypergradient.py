@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from typing_extensions import Unpack
 
 from mupass._errors import StudyError
-from mupass._hyper.implicit import implicit
+from mupass._hyper.implicit import Solver, SolverKeywords, implicit
 from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
 from mupass._hyper.run import Unrolled, dual, parts, twice
+from mupass._keywords import Keywords, takes
 from mupass._runs.batches import Batch, Data, Loss, cross_entropy, move, read_batches
 from mupass._runs.checks import check_counts, check_functions, check_point
 from mupass._runs.copies import Copies
@@ -109,6 +111,7 @@ class HyperGradient(Tabular):
         return "\n".join([*lines, *self.notes])
 
 
+@takes(SolverKeywords, Solver)
 def hypergradient(
     model: nn.Module,
     data: Data,
@@ -120,10 +123,8 @@ def hypergradient(
     evaluate: Evaluate | None = None,
     form: str = "unrolled",
     mode: str = "reverse",
-    solver: str = "cg",
-    terms: int = 1000,
-    tolerance: float = 1e-4,
     seed: int = 0,
+    **options: Unpack[SolverKeywords],
 ) -> HyperGradient:
     """Differentiate the score of a training run by its hyperparameters.
 
@@ -170,6 +171,7 @@ def hypergradient(
         >>> list(found.logarithmic)
         ['lr']
     """
+    solver = Keywords(hypergradient, options, StudyError).record(Solver)
     for option, choice, choices in (("form", form, FORMS), ("mode", mode, MODES)):
         if choice not in choices:
             raise StudyError(f"unknown {option} {choice!r}; known: {', '.join(choices)}")
@@ -201,10 +203,7 @@ def hypergradient(
     numbers = read_numbers(work.make, trained, point)
     with twice(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        score, slopes = implicit(
-            trained, work.batches, loss, numbers.rule, numbers.values, evaluate, solver=solver, terms=terms,
-            tolerance=tolerance,
-        )  # fmt: skip
+        score, slopes = implicit(trained, work.batches, loss, numbers.rule, numbers.values, evaluate, solver)
     return replace(_result(score, dict(point), numbers, slopes), notes=notes)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,36 @@ Vector = list[Tensor]
 Product = Callable[[Vector], Vector]
 
 
+class SolverKeywords(TypedDict, total=False):
+    """Keywords of `mupass.hypergradient` that `Solver` holds, for type checkers and editors."""
+
+    solver: str
+    terms: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the linear system of an implicit hypergradient is solved.
+
+    Attributes:
+        solver: One of `SOLVERS`.
+        terms: Largest number of products with the Hessian.
+        tolerance: Largest norm of F relative to its parts, and of what the solver leaves of the right side.
+
+    Raises:
+        StudyError: An unknown solver.
+    """
+
+    solver: str = "cg"
+    terms: int = 1000
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise StudyError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+
+
 def implicit(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -26,10 +58,7 @@ def implicit(
     rule: Rule,
     numbers: Mapping[Key, float],
     evaluate: Evaluate,
-    *,
-    solver: str,
-    terms: int,
-    tolerance: float,
+    solver: Solver,
 ) -> tuple[float, dict[Key, float]]:
     """Differentiate the score at a stationary point by the numbers that enter it.
 
@@ -46,9 +75,7 @@ def implicit(
         rule: How the optimizer steps.
         numbers: Entries of groups by which to differentiate.
         evaluate: Score of the model.
-        solver: One of `SOLVERS`.
-        terms: Largest number of products with the Hessian.
-        tolerance: Largest norm of F relative to its parts, and of what the solver leaves of the right side.
+        solver: How v is solved for.
 
     Returns:
         The score and its derivatives.
@@ -57,8 +84,6 @@ def implicit(
         StudyError: The optimizer's stationary point is not known, or a number does not enter it, or the model
             is not there, or the solver does not converge.
     """
-    if solver not in SOLVERS:
-        raise StudyError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     _refuse_numbers(rule, numbers)
     # Leaves of their own, so that the model keeps its parameters.
     weights = {
@@ -76,7 +101,7 @@ def implicit(
     flat = list(weights.values())
     # weight_decay * parameters, the other half of the balance at a stationary point.
     pull = [factor * weight.detach() for factor, weight in zip(decay, flat, strict=True)]
-    _check_stationary([slope.detach() for slope in slopes], pull, tolerance)
+    _check_stationary([slope.detach() for slope in slopes], pull, solver.tolerance)
     score = score_of(model, evaluate, weights, buffers)
     # The right side of (Hessian + weight_decay) v = d score.
     right = _or_zeros(torch.autograd.grad(score, flat, allow_unused=True), flat)
@@ -90,10 +115,11 @@ def implicit(
             for image, factor, part in zip(images, decay, vector, strict=True)
         ]
 
-    if solver == "cg":
-        solution = conjugate_gradients(product, right, terms, tolerance)
+    if solver.solver == "cg":
+        solution = conjugate_gradients(product, right, solver.terms, solver.tolerance)
     else:
-        solution = neumann(product, right, [group["lr"] for group in groups], terms, tolerance)
+        rates = [group["lr"] for group in groups]
+        solution = neumann(product, right, rates, solver.terms, solver.tolerance)
     # d score / d weight_decay = -v . parameters, group by group
     by_number = dict.fromkeys(numbers, 0.0)
     for name, part, weight in zip(weights, solution, flat, strict=True):

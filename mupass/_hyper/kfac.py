@@ -117,7 +117,7 @@ class KFACRule(PlannedRule):
                 "no layer that KFAC takes took part in the loss, so a step has no factors and cannot be "
                 "differentiated; use every layer in each step, or leave them out with exclude=[...]"
             )
-        return directions
+        return dict(directions)
 
     def _fill(self, watched: list[Tensor | None]) -> None:
         """Put factors and the number of loss terms where a backward pass would leave them."""

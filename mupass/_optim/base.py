@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import MupassWarning, OptimizerError, kind_of
+from mupass._errors import MupassWarning, OptimizerError, kind_of, warn
 from mupass._optim.checks import (
     Coverage,
     Covered,
@@ -22,6 +22,7 @@ from mupass._optim.checks import (
     check_number,
 )
 from mupass._optim.fallback import (
+    Fallback,
     adam_rate,
     average_state,
     averages,
@@ -37,6 +38,7 @@ from mupass._optim.model_bound import BoundOptimizer
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
+from mupass._optim.vocabulary import Group, State, Tensors
 from mupass._parallel import (
     exchange,
     from_rank,
@@ -97,7 +99,8 @@ class PlannedOptimizer(BoundOptimizer):
             check_number("lr", lr)
         check_number("damping", damping)
         self._training = training
-        self.momentum_of, self.fallback = training.momentum_of, training.fallback
+        self.momentum_of = training.momentum_of
+        self.fallback = Fallback.of(training.fallback, training.fallback_lr)
         self.root, plan = plan_of(model)
         self.plan: Plan = plan.for_optimizer(spec)
         # The model may have been changed since it was transformed.
@@ -170,12 +173,11 @@ class PlannedOptimizer(BoundOptimizer):
                 fallen.append(table[-1])
         self._coverage = Coverage(table)
         if fallen and not treatments and self._wanted():
-            warnings.warn(
+            text = (
                 f"mupass.{type(self).__name__} can take no parameter of this model; all go to "
-                f"{self.fallback.name}. First reason: {fallen[0].parameter}: {fallen[0].reason}",
-                MupassWarning,
-                stacklevel=4,
+                f"{self.fallback.name}. First reason: {fallen[0].parameter}: {fallen[0].reason}"
             )
+            warn([text])
         if fallen and self._training.strict:
             raise OptimizerError("strict=True, but these fall back:\n" + str(Coverage(fallen)))
         return [covered.parameter for covered in fallen]
@@ -217,20 +219,20 @@ class PlannedOptimizer(BoundOptimizer):
             "eps": fallback.eps,
         }
 
-    def _first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _first_state(self, parameter: Tensor, group: Group) -> dict[str, Any]:
         """Return a parameter's state before the first step: a distributed checkpoint is loaded into it."""
         if group["algorithm"] != self.spec.name:
             return fallback_state(parameter, group)
         return {**self._momentum_state(parameter, group), **self._own_state(self.names[parameter])}  # type: ignore[index]
 
-    def _momentum_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _momentum_state(self, parameter: Tensor, group: Group) -> State:
         if not self.smooths or not group["momentum"]:
             return {}
         if self.momentum_of == "directions":
             return sum_state(parameter)
         return average_state(parameter, "momentum")
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
+    def _own_state(self, name: str) -> State:
         """Return the subclass's own state of a parameter, as views of what it works with.
 
         On the meta device where another rank keeps it.
@@ -245,9 +247,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return whether it is a surprise when no parameter is taken."""
         return True
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         """Return the direction of every own parameter that has a gradient, and whose owner this rank is.
 
         Args:
@@ -434,7 +434,7 @@ class PlannedOptimizer(BoundOptimizer):
         if self._steps % self.report_every == 0 or self._watching:
             self._report()
 
-    def _own_gradients(self, ok: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _own_gradients(self, ok: Tensor) -> tuple[Tensors, Tensors]:
         """Return the whole gradients of own parameters, and their moving averages, by name."""
         gradients, means = {}, {}
         for group in self._own_groups():
@@ -449,7 +449,7 @@ class PlannedOptimizer(BoundOptimizer):
                     means[name] = self._whole(mean, parameter)
         return gradients, means
 
-    def _move_own(self, group: Mapping[str, Any], directions: Mapping[str, Tensor], ok: Tensor) -> None:
+    def _move_own(self, group: Group, directions: Tensors, ok: Tensor) -> None:
         """Move the parameters of a group that have a direction along it."""
         parameters, updates = [], []
         for parameter in _with_gradient(group):
@@ -459,7 +459,7 @@ class PlannedOptimizer(BoundOptimizer):
                 updates.append(self._own_update(parameter, direction, group, ok))
         self._move(parameters, updates, group, ok)
 
-    def _move_fallen(self, group: Mapping[str, Any], ok: Tensor) -> None:
+    def _move_fallen(self, group: Group, ok: Tensor) -> None:
         """Let the fallback move the parameters of one of its groups."""
         parameters = [parameter for parameter in _with_gradient(group) if parameter.numel()]
         if not parameters:
@@ -472,9 +472,7 @@ class PlannedOptimizer(BoundOptimizer):
         """Return the groups of the parameters that the subclass takes."""
         return [group for group in self.param_groups if group["algorithm"] == self.spec.name]
 
-    def _from_owners(
-        self, directions: dict[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _from_owners(self, directions: Tensors, gradients: Tensors) -> Tensors:
         """Return the directions that all ranks have found, of parameters that have a gradient here."""
         owner = self._owner
         if owner:
@@ -516,7 +514,7 @@ class PlannedOptimizer(BoundOptimizer):
         return whole(tensor)
 
     def _averaged(
-        self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Mapping[str, Any], ok: Tensor
+        self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Group, ok: Tensor
     ) -> list[Tensor]:
         """Return the moving averages of gradients where these are what momentum is of."""
         if not self._smooths_with(group) or self.momentum_of == "directions" or not parameters:
@@ -524,14 +522,14 @@ class PlannedOptimizer(BoundOptimizer):
         states = [self._local_state(parameter) for parameter in parameters]
         return averages(gradients, states, "momentum", group["momentum"], ok)
 
-    def _smooths_with(self, group: Mapping[str, Any]) -> bool:
+    def _smooths_with(self, group: Group) -> bool:
         """Return whether this class, not the subclass, keeps the momentum of a group."""
         return bool(self.smooths and group["momentum"])
 
-    def _local_state(self, p: Tensor) -> dict[str, Tensor]:
+    def _local_state(self, p: Tensor) -> State:
         return {name: local(value) for name, value in self.state[p].items()}
 
-    def _own_update(self, p: Tensor, direction: Tensor, group: Mapping[str, Any], ok: Tensor) -> Tensor:
+    def _own_update(self, p: Tensor, direction: Tensor, group: Group, ok: Tensor) -> Tensor:
         """Return this rank's part of an own parameter's update, in the precision of the state."""
         # Directions are whole: each rank cuts out the shard that it has of the parameter.
         part = local(sharded_like(direction.to(state_dtype(p)), p))
@@ -540,7 +538,7 @@ class PlannedOptimizer(BoundOptimizer):
         return heavy_ball(part, self._local_state(p), group["momentum"], ok)
 
     def _move(
-        self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: Mapping[str, Any], ok: Tensor
+        self, parameters: Sequence[Tensor], updates: Sequence[Tensor], group: Group, ok: Tensor
     ) -> None:
         """Subtract updates, after decay, from the parameters of a group."""
         # W <- (1 - lr decay) W - lr scale D: decay leaves the width factor out.
@@ -704,7 +702,7 @@ class PlannedOptimizer(BoundOptimizer):
                     "make it with momentum, or pass cycle_momentum=False to the scheduler"
                 )
 
-    def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
+    def _lacks_momentum(self, group: Group) -> bool:
         """Return whether momentum was switched on after the state of a group was made without."""
         # Momentum is a state of own groups and of SGD's; Adam's first beta is no momentum.
         keeps_own = group["algorithm"] == self.spec.name and self.smooths
@@ -866,7 +864,7 @@ def _checked_overrides(
     return checked
 
 
-def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
+def _with_gradient(group: Group) -> list[Tensor]:
     """Return the parameters of a group that have a gradient."""
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import pi
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mupass._optim.checks import check_betas, check_choice, check_number
+from mupass._optim.vocabulary import Group, State
 
 FALLBACKS = ("adamw", "adam_atan2", "sgd")
 EPSILON = 1e-8  # at the base width
@@ -128,7 +128,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(real(parameter).dtype, torch.float32)
 
 
-def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
+def average_state(parameter: Tensor, *names: str) -> State:
     """Return averages before the first step: zeros, and the total weight of what was averaged.
 
     An average is corrected for its start from zero as it is made: it is the mean of what it has seen.
@@ -143,7 +143,7 @@ def average_state(parameter: Tensor, *names: str) -> dict[str, Tensor]:
     return state | {f"{name}_weight": torch.zeros((), dtype=dtype, device=real_view.device) for name in names}
 
 
-def sum_state(parameter: Tensor) -> dict[str, Tensor]:
+def sum_state(parameter: Tensor) -> State:
     """Return a sum of directions before the first step.
 
     Args:
@@ -152,7 +152,7 @@ def sum_state(parameter: Tensor) -> dict[str, Tensor]:
     return {"momentum": torch.zeros_like(real(parameter), dtype=state_dtype(parameter))}
 
 
-def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def fallback_state(parameter: Tensor, group: Group) -> State:
     """Return the state of one parameter before its first step.
 
     Args:
@@ -167,7 +167,7 @@ def fallback_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Ten
 
 
 def averages(
-    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], name: str, beta: float, ok: Tensor
+    gradients: Sequence[Tensor], states: Sequence[State], name: str, beta: float, ok: Tensor
 ) -> list[Tensor]:
     """Add gradients to their moving averages, and return these: the very tensors of the state.
 
@@ -205,7 +205,7 @@ def averages(
 
 
 def fallback_directions(
-    gradients: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any], ok: Tensor
+    gradients: Sequence[Tensor], states: Sequence[State], group: Group, ok: Tensor
 ) -> list[Tensor]:
     """Return the directions of a group's parameters under its fallback.
 
@@ -238,7 +238,7 @@ def fallback_directions(
     return list(torch._foreach_div(means, roots))
 
 
-def heavy_ball(direction: Tensor, state: Mapping[str, Tensor], momentum: float, ok: Tensor) -> Tensor:
+def heavy_ball(direction: Tensor, state: State, momentum: float, ok: Tensor) -> Tensor:
     """Accumulate directions: ``buffer = momentum * buffer + direction``, as `torch.optim.SGD` does.
 
     Returns the buffer itself.

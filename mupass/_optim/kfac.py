@@ -7,21 +7,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from mupass._errors import OptimizerError
+from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_flag, check_number, check_period, check_words
+from mupass._optim.checks import check_flag
 from mupass._optim.clipping import GradientScale
-from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.curvature import Curvature
 from mupass._optim.kronecker.damping import RELATIVE
 from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
-from mupass._optim.kronecker.settings import Bounds, Damping, Loss, Roots, Statistics
+from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, Selection, Statistics
 from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
 from mupass._taps.blocks import Options
@@ -35,9 +37,7 @@ from mupass._taps.terms import TermsTap
 LR = 0.1
 DAMPING = 1e-3
 MOMENTUM = 0.8
-STEP_BOUND = 0.2
 NUMBERS_KEPT = 8  # sets of step sizes on the device: a schedule makes new ones in every step
-KL_CLIP = 1e-3
 
 IDLE_TERMS = (
     "more than a quarter of the rows of the model's output have a gradient of exactly zero, and count as "
@@ -169,92 +169,53 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
+    @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
     def __init__(
         self,
         model: nn.Module,
         lr: float = LR,
         damping: float | None = None,
         *,
-        e_a: float = 1.0,
-        e_b: float = 1.0,
         momentum: float = MOMENTUM,
-        momentum_of: str = "gradients",
-        weight_decay: float = 0.0,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        factor_decay: float = 0.95,
-        factor_every: int = 1,
-        root_every: int = 10,
-        stagger: bool = True,
-        damping_mode: str = "trace",
-        damping_floor: float = 0.1,
-        damping_memory: float = 0.99,
-        step_bound: float | None = STEP_BOUND,
-        kl_clip: float | None = KL_CLIP,
-        variance_adaptation: bool = False,
-        fisher: str = "empirical",
-        sharing: str = "expand",
-        ekfac: bool = False,
-        diagonal_above: int = 8192,
-        block_size: int | None = None,
-        norms: bool = True,
-        exclude: Sequence[str] = (),
-        fallback: str | Fallback = "adamw",
-        fallback_lr: float | None = None,
-        loss_terms: int | Callable[[], int] | None = None,
-        loss_reduction: str = "mean",
-        loss_scale: float | Callable[[], float] | None = None,
-        stochastic_rounding: bool = False,
-        strict: bool = False,
-        data_parallel: bool | None = None,
         compile: bool | None = None,
+        data_parallel: bool | None = None,
+        **options: Unpack[KFACOptions],
     ) -> None:
-        statistics = Statistics(factor_decay, factor_every, fisher, sharing)
-        damping_rule = Damping(damping_mode, damping_floor, damping_memory)
-        bounds = Bounds(step_bound, kl_clip)
-        self._roots = Roots(e_a, e_b, root_every, stagger, ekfac, block_size, damping_rule)
-        self._loss = Loss(loss_terms, loss_reduction)
+        keywords = Keywords(KFAC, options, OptimizerError)
+        statistics, bounds = keywords.record(Statistics), keywords.record(Bounds)
+        selection, training = keywords.record(Selection), keywords.record(Training, momentum=momentum)
+        roots = self._roots = keywords.record(Roots)
+        loss = self._loss = keywords.record(Loss)
         self._options = Options(
-            reduce=sharing == "reduce",
-            diagonal_above=check_period("diagonal_above", diagonal_above),
-            norms=check_flag("norms", norms),
-            exclude=check_words("exclude", exclude),
-            block=block_size or 0,
+            reduce=statistics.sharing == "reduce",
+            diagonal_above=selection.diagonal_above,
+            norms=selection.norms,
+            exclude=tuple(selection.exclude),
+            block=roots.block_size or 0,
         )
         # Those below may be changed while the model is trained; the records are for what is made once.
-        self.factor_decay, self.factor_every = float(statistics.decay), statistics.every
+        self.factor_decay, self.factor_every = float(statistics.factor_decay), statistics.factor_every
         self.sampled = statistics.fisher == "sampled"
-        self.root_every = self.report_every = self._roots.every
-        self.stagger, self.ekfac = stagger, ekfac
-        self.damping_mode, self.damping_memory = damping_rule.mode, float(damping_rule.memory)
-        self.step_bound, self.kl_clip = bounds.step, bounds.kl
-        self._adapts = check_flag("variance_adaptation", variance_adaptation)
-        self._weights: Mapping[str, Tensor] | None = None  # of averages that are kept elsewhere
-        if loss_scale is not None and not callable(loss_scale) and not check_number("loss_scale", loss_scale):
-            raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
-        self.loss_scale = loss_scale
+        self.root_every = self.report_every = roots.root_every
+        self.stagger, self.ekfac = roots.stagger, roots.ekfac
+        self.damping_mode, self.damping_memory = roots.damping_mode, float(roots.damping_memory)
+        self.step_bound, self.kl_clip = bounds.step_bound, bounds.kl_clip
+        self._adapts = bounds.variance_adaptation
+        self._weights: Tensors | None = None  # of averages that are kept elsewhere
+        self.loss_scale = loss.loss_scale
         self._ranks = self._sharing(model, data_parallel)
-        if e_b and None in (loss_terms, loss_scale) and plan_of(model)[1].stage:
+        if roots.e_b and None in (loss.loss_terms, loss.loss_scale) and plan_of(model)[1].stage:
             raise OptimizerError(
                 "a stage of a pipeline may see no loss: pass loss_terms=, the number of terms that it "
                 "averages over (samples for a classifier, tokens for a language model), and loss_scale=, the "
                 "number of micro-batches if the schedule divides gradients by it (torch's do), or else 1"
             )
         self._compiled = Compiled(compile if compile is None else check_flag("compile", compile))
-        training = Training(
-            momentum,
-            weight_decay,
-            decay,
-            overrides,
-            Fallback.of(fallback, fallback_lr),
-            stochastic_rounding,
-            strict,
-            momentum_of,
-        )
         # Whether the default applies, which looks at the number of rows.
-        self._by_rows = damping is None and damping_mode in RELATIVE
+        self._by_rows = damping is None and self.damping_mode in RELATIVE
         damping = DAMPING if damping is None else damping
-        super().__init__(model, OptimizerSpec("kfac", e_a=e_a, e_b=e_b), lr, damping, training)
+        spec = OptimizerSpec("kfac", e_a=roots.e_a, e_b=roots.e_b)
+        super().__init__(model, spec, lr, damping, training)
         self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
@@ -316,11 +277,11 @@ class KFAC(PlannedOptimizer):
         self._signal = SignalShare(self._of_blocks(), in_place=False)
         return Functional(self)
 
-    def _of_blocks(self) -> dict[str, Tensor]:
+    def _of_blocks(self) -> Tensors:
         """Return the parameters that K-FAC takes, those of other ranks too."""
         return {block.parameter: self._parameters[block.parameter] for block in self._cover.blocks}
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
+    def _own_state(self, name: str) -> State:
         entries = self._kronecker.entries(name)
         if self._adapts:
             entries |= self._signal.entries(name)
@@ -399,9 +360,7 @@ class KFAC(PlannedOptimizer):
         if hasattr(self, "_members"):  # before the pass whose factors the new tensors' taps are to see
             self._adopt_swapped()
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         # Average, invert what is due, precondition, bound.
         kronecker = self._kronecker
         # The training loop may have clipped gradients, which the factors have not seen.
@@ -420,14 +379,14 @@ class KFAC(PlannedOptimizer):
         directions, changes = kronecker.directions(means)
         if not directions and self._sharing_ranks == 1:
             return directions
-        steps = self._step_sizes()
-        signal = self._signal_of(directions, gradients, means, steps, ok)
-        factors = self._bounds(directions, changes, means, steps, signal, clipped)
+        move = Move(directions, changes, gradients, means, self._step_sizes(), clipped)
+        signal = self._signal_of(move, ok)
+        factors = self._bounds(move, signal)
         if signal is not None:
             _shorten(factors, directions, signal)
         return _multiplied(directions, factors)
 
-    def _average(self, gradients: Mapping[str, Tensor], ok: Tensor, clipped: Tensor | None) -> None:
+    def _average(self, gradients: Tensors, ok: Tensor, clipped: Tensor | None) -> None:
         """Add what the taps summed to the averages, and let go of it before roots need the memory."""
         scale: Tensor | float = 1.0  # `observe` was given the loss itself
         if not self.sampled:
@@ -466,44 +425,29 @@ class KFAC(PlannedOptimizer):
             scale = scale.to(factor)
         return factor * scale
 
-    def _bounds(
-        self,
-        directions: Mapping[str, Tensor],
-        changes: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        signal: Tensor | None,
-        clipped: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _bounds(self, move: Move, signal: Tensor | None) -> dict[str, Tensor]:
         """Return what directions are to be multiplied by where the step would leave its bounds.
 
         Where directions add up, each of them is held to the part of the bound that their sum then keeps.
         """
         factors: dict[str, Tensor] = {}
         if self.step_bound is not None:
-            factors = self._within_step_bound(self.step_bound, changes, steps, signal)
+            factors = self._within_step_bound(self.step_bound, move, signal)
         if self.kl_clip is not None:
-            total = self._divergence(directions, means, factors, steps, clipped)
+            total = self._divergence(move, factors)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
             shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
-            _shorten(factors, directions, shrink)
+            _shorten(factors, move.directions, shrink)
         return factors
 
-    def _signal_of(
-        self,
-        directions: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        ok: Tensor,
-    ) -> Tensor | None:
+    def _signal_of(self, move: Move, ok: Tensor) -> Tensor | None:
         """Return the length of the signal in the averages of gradients, in that of the averages; or None.
 
         It needs averages of several gradients, each with noise of its own.
         """
         if not self._adapts or self.momentum_of == "directions":
             return None
-        names = [name for name in directions if steps[name].momentum]
+        names = [name for name in move.directions if move.sizes[name].momentum]
         # All ranks take part in the sum, those without parameters too.
         if not names and self._sharing_ranks == 1:
             return None
@@ -511,10 +455,10 @@ class KFAC(PlannedOptimizer):
         slopes: list[list[Tensor]] = [[], [], []]
         weights, momenta = [], []
         for name in names:
-            size, direction = steps[name], directions[name].reshape(-1)
+            size, direction = move.sizes[name], move.directions[name].reshape(-1)
             fresh = (1 - size.momentum) / self._weight_of_average(name).clamp(min=1e-30)
-            found = gradients[name].to(direction).reshape(-1)
-            numbers = (torch.dot(direction, means[name].reshape(-1)), torch.dot(direction, found), fresh)
+            found = move.gradients[name].to(direction).reshape(-1)
+            numbers = (torch.dot(direction, move.means[name].reshape(-1)), torch.dot(direction, found), fresh)
             for of_kind, number in zip(slopes, numbers, strict=True):
                 of_kind.append(number.to(like))
             weights.append(size.lr**2 * size.scale)
@@ -532,27 +476,21 @@ class KFAC(PlannedOptimizer):
             return self._weights[name]
         return self._local_state(self._parameters[name])["momentum_weight"]
 
-    def _within_step_bound(
-        self,
-        bound: float,
-        changes: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        signal: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _within_step_bound(self, bound: float, move: Move, signal: Tensor | None) -> dict[str, Tensor]:
         """Return what directions are to be multiplied by so that no output changes by more than a bound.
 
         They are multiplied by the signal besides, which counts here.
         """
         factors: dict[str, Tensor] = {}
-        for (dtype, device), names in _alike(changes).items():
+        for (dtype, device), names in _alike(move.changes).items():
             rates, limits = [], []
             for name in names:
-                size = steps[name]
+                size = move.sizes[name]
                 # Changes of outputs are squares here, and so are rates and limits.
                 rates.append((size.lr * size.scale) ** 2)
                 # What fold put into a parameter is in its change, too.
                 limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
-            change = torch.stack([changes[name] for name in names])
+            change = torch.stack([move.changes[name] for name in names])
             if signal is not None:
                 change = change * signal.to(change).square()
             rate, limit = (self._on_device(numbers, dtype, device) for numbers in (rates, limits))
@@ -561,23 +499,16 @@ class KFAC(PlannedOptimizer):
             factors.update(zip(names, factor.unbind(), strict=True))
         return factors
 
-    def _divergence(
-        self,
-        directions: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        factors: Mapping[str, Tensor],
-        steps: Mapping[str, StepSize],
-        clipped: Tensor | None,
-    ) -> Tensor:
+    def _divergence(self, move: Move, factors: Tensors) -> Tensor:
         """Return what `kl_clip` bounds, of directions that are each multiplied by a factor."""
         # sum of lr^2 scale <direction, gradient> over parameters
         sums = []
-        for (dtype, device), names in _alike(directions).items():
+        for (dtype, device), names in _alike(move.directions).items():
             weights, products = [], []
             for name in names:
-                size = steps[name]
+                size = move.sizes[name]
                 weights.append(size.lr**2 * size.scale / size.rest**2)
-                products.append(torch.dot(directions[name].reshape(-1), means[name].reshape(-1)))
+                products.append(torch.dot(move.directions[name].reshape(-1), move.means[name].reshape(-1)))
             product = torch.stack(products)
             if factors:
                 lengths = [
@@ -586,9 +517,9 @@ class KFAC(PlannedOptimizer):
                 product = product * torch.stack(lengths)
             sums.append((product * self._on_device(weights, dtype, device)).sum())
         total = sum_of(sums or [torch.zeros((), device=self._device)], self._sharing_ranks)
-        if clipped is not None:
+        if move.clipped is not None:
             # Predictions change as they do without clipping, whose factor is in the gradients.
-            total = total / clipped.to(total)
+            total = total / move.clipped.to(total)
         return total
 
     def _on_device(self, numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -634,7 +565,7 @@ class KFAC(PlannedOptimizer):
                 self.count(kind, text)
                 names.clear()
 
-    def _refuse_unseen(self, gradients: Mapping[str, Tensor]) -> None:
+    def _refuse_unseen(self, gradients: Tensors) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
         if self._all_seen:
             return
@@ -684,11 +615,11 @@ class Functional:
     def directions(
         self,
         step: int,
-        state: Mapping[str, Mapping[str, Tensor]],
-        gradients: Mapping[str, Tensor],
-        means: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        state: Mapping[str, State],
+        gradients: Tensors,
+        means: Tensors,
+        weights: Tensors,
+    ) -> tuple[Tensors, dict[str, State]]:
         """Return the directions of one step, and the state after it.
 
         What the taps have collected is taken; other numbers are read from the optimizer's groups.
@@ -711,7 +642,7 @@ class Functional:
         counts = torch.ones((), device=optimizer._device)
         return optimizer._directions(gradients, means, counts), self._state()
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
+    def _state(self) -> dict[str, State]:
         signal = {"numbers": self._optimizer._signal.state}
         return {**self._optimizer._kronecker.state(), "signal": signal}
 
@@ -732,13 +663,33 @@ class StepSize(NamedTuple):
     momentum: float
 
 
+class Move(NamedTuple):
+    """A step before it is bounded, with what bounds look at; by parameter.
+
+    Attributes:
+        directions: Preconditioned averages of gradients.
+        changes: Mean square of the change that a direction makes to an output; not of every parameter.
+        gradients: Gradients of this step.
+        means: Averages of gradients, which the directions are made of.
+        sizes: What directions are multiplied by.
+        clipped: What the training loop multiplied all gradients by; None where it left them alone.
+    """
+
+    directions: Tensors
+    changes: Tensors
+    gradients: Tensors
+    means: Tensors
+    sizes: Mapping[str, StepSize]
+    clipped: Tensor | None
+
+
 def _shorten(factors: dict[str, Tensor], names: Iterable[str], by: Tensor) -> None:
     """Multiply the factors of all names by a number; those that have none yet get it."""
     for name in names:
         factors[name] = factors[name] * by.to(factors[name]) if name in factors else by
 
 
-def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _multiplied(directions: Tensors, factors: Tensors) -> Tensors:
     """Return directions, those that have a factor multiplied by it."""
     names = [name for name in directions if name in factors]
     if not names:
@@ -748,7 +699,7 @@ def _multiplied(directions: Mapping[str, Tensor], factors: Mapping[str, Tensor])
     return {**directions, **dict(zip(names, shortened, strict=True))}
 
 
-def _alike(tensors: Mapping[str, Tensor]) -> dict[tuple[torch.dtype, torch.device], list[str]]:
+def _alike(tensors: Tensors) -> dict[tuple[torch.dtype, torch.device], list[str]]:
     """Return the names of tensors by their precision and device."""
     names_of: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for name, tensor in tensors.items():

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from mupass._errors import OptimizerError
+from mupass._keywords import Keywords, takes
 from mupass._optim.checks import check_choice, check_flag, check_number, check_period
-from mupass._optim.fallback import Fallback
 from mupass._optim.linalg.polar import Quintic, orthogonalize, product_dtype, quintics
 from mupass._optim.linalg.spectral import with_norm_of
 from mupass._optim.matrix.base import Layout, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
-from mupass._optim.training import Training
+from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.plan import OptimizerSpec
 
 EPSILON = 1e-7  # at the base width; of the norm that a matrix is divided by
@@ -25,6 +28,50 @@ ADAPTIVE_EPSILON = 1e-8
 LR = 0.04  # chosen by `benchmarks/defaults.py`
 ADJUST = ("spectral", "original", "match_rms_adamw")
 ADAM_RMS = 0.2  # root mean square of AdamW's usual updates (Liu et al., arXiv 2502.16982)
+
+
+class MuonOptions(TrainingOptions, total=False):
+    """Keywords of `Muon` that records hold, for type checkers and editors."""
+
+    adaptive: bool
+    normuon: bool
+    beta2: float
+    adjust: str | None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What is done to the entries of an orthogonal matrix.
+
+    Attributes:
+        adaptive: AdaMuon: each is divided by its own average size.
+        normuon: NorMuon: each row is.
+        beta2: Weight of the past in these averages of squares.
+        adjust: One of `ADJUST`: how long steps of a shape are; None for the usual.
+    """
+
+    adaptive: bool = False
+    normuon: bool = False
+    beta2: float = 0.95
+    adjust: str | None = None
+
+    def __post_init__(self) -> None:
+        check_flag("adaptive", self.adaptive)
+        check_flag("normuon", self.normuon)
+        check_number("beta2", self.beta2, 0, 1)
+        if self.adaptive and (self.normuon or self.adjust not in (None, "spectral")):
+            raise OptimizerError(
+                "adaptive=True is AdaMuon, which brings every entry to 1 and has Adam's rates already: leave "
+                "out normuon and adjust, or adaptive"
+            )
+        check_choice("adjust", self.adjusted, ADJUST)
+
+    @property
+    def adjusted(self) -> str:
+        """One of `ADJUST`."""
+        if self.adjust is not None:
+            return self.adjust
+        return "spectral" if self.adaptive else "original"
 
 
 class Muon(MatrixOptimizer):
@@ -95,6 +142,7 @@ class Muon(MatrixOptimizer):
 
     smooths = False  # the momentum is in the stacks
 
+    @takes(MuonOptions, Entries, Training)
     def __init__(
         self,
         model: nn.Module,
@@ -103,45 +151,20 @@ class Muon(MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         steps: int = 4,
-        adaptive: bool = False,
-        normuon: bool = False,
-        beta2: float = 0.95,
-        adjust: str | None = None,
         roles: Collection[str] = ("hidden",),
         product_dtype: torch.dtype | None = None,
-        weight_decay: float = 0.0,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        fallback: str | Fallback = "adamw",
-        fallback_lr: float | None = None,
         compile: bool | None = None,
-        stochastic_rounding: bool = False,
-        strict: bool = False,
+        **options: Unpack[MuonOptions],
     ) -> None:
         self.nesterov = check_flag("nesterov", nesterov)
-        self.adaptive = check_flag("adaptive", adaptive)
-        self.normuon = check_flag("normuon", normuon)
+        keywords = Keywords(Muon, options, OptimizerError)
+        entries = keywords.record(Entries)
+        self.adaptive, self.normuon, self.beta2 = entries.adaptive, entries.normuon, float(entries.beta2)
+        self.adjust = entries.adjusted
         self.product_dtype = product_dtype
-        if adaptive and (normuon or adjust not in (None, "spectral")):
-            raise OptimizerError(
-                "adaptive=True is AdaMuon, which brings every entry to 1 and has Adam's rates already: leave "
-                "out normuon and adjust, or adaptive"
-            )
-        if adjust is None:
-            adjust = "spectral" if adaptive else "original"
-        self.adjust = check_choice("adjust", adjust, ADJUST)
-        self.beta2 = check_number("beta2", beta2, 0, 1)
         self._polynomials = quintics(check_period("steps", steps))
-        training = Training(
-            momentum,
-            weight_decay,
-            decay,
-            overrides,
-            Fallback.of(fallback, fallback_lr),
-            stochastic_rounding,
-            strict,
-        )
-        spec = OptimizerSpec("adamuon" if adaptive else "muon")
+        training = keywords.record(Training, momentum=momentum)
+        spec = OptimizerSpec("adamuon" if self.adaptive else "muon")
         super().__init__(model, spec, lr, training, Layout(roles, compile))
 
     def _default_rate(self) -> float:
@@ -181,7 +204,7 @@ class Muon(MatrixOptimizer):
             return sqrt(max(1.0, rows / columns))
         return ADAM_RMS * sqrt(max(rows, columns))
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {"average": stack.zeros(*stack.shape)}
         if self.adaptive:
             state |= {"square": stack.zeros(*stack.shape), "weight": stack.zeros()}

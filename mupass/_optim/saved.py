@@ -13,6 +13,7 @@ from mupass._errors import OptimizerError, is_number
 from mupass._optim.checks import check_betas, check_number, check_period
 from mupass._optim.schedules import watch_rates
 from mupass._optim.training import BOUNDS
+from mupass._optim.vocabulary import Group, State
 from mupass._parallel import is_sharded, local, sharded_like
 
 VERSION = 5
@@ -47,7 +48,7 @@ def saved_kind(name: str, spec: str) -> str:
 
 def check_state(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: Any
-) -> tuple[list[dict[str, Any]], dict[Tensor, Mapping[str, Tensor]]]:
+) -> tuple[list[dict[str, Any]], dict[Tensor, State]]:
     """Return the settings of every group and the state of every parameter, after all was found to fit.
 
     Args:
@@ -107,7 +108,7 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
         raise OptimizerError(f"state of {saved_name or 'an unknown optimizer'}; this is {ours}")
 
 
-def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+def _check_group(where: str, theirs: Group, ours: Group) -> dict[str, Any]:
     """Return the settings of one group."""
     if len(theirs["params"]) != len(ours["params"]):
         raise OptimizerError(
@@ -144,7 +145,7 @@ def _same(theirs: Any, ours: Any) -> bool:
     return bool(type(theirs) is type(ours) and theirs == ours)
 
 
-def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
+def _check_entry(name: str, theirs: Any, ours: State) -> None:
     """Check the state of one parameter, tensor by tensor."""
     if not isinstance(theirs, Mapping):
         raise OptimizerError(f"the state of {name} is damaged: {type(theirs).__name__} instead of a dict")
@@ -177,7 +178,7 @@ def _check_entry(name: str, theirs: Any, ours: Mapping[str, Tensor]) -> None:
 def copy_state(
     optimizer: torch.optim.Optimizer,
     settings: list[dict[str, Any]],
-    states: Mapping[Tensor, Mapping[str, Tensor]],
+    states: Mapping[Tensor, State],
 ) -> None:
     """Copy a state that was checked into an optimizer; its tensors stay the same objects.
 

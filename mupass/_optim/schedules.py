@@ -8,8 +8,7 @@ before each step; it compares a few numbers.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mupass._errors import MupassWarning
+from mupass._errors import warn
+from mupass._optim.vocabulary import Group
 from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
@@ -178,9 +178,9 @@ def _planned_models() -> list[tuple[nn.Module, Plan]]:
     return [(root, vars(root)[ATTRIBUTE]) for root in marked_models() if ATTRIBUTE in vars(root)]
 
 
-def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Group]:
     """Return the group of every parameter of an optimizer."""
-    groups: dict[Tensor, dict[str, Any]] = {}
+    groups: dict[Tensor, Group] = {}
     for group in optimizer.param_groups:
         groups.update(dict.fromkeys(group["params"], group))
     return groups
@@ -196,21 +196,30 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
     (other,), (own,) = made_for, exact
     groups = _groups_of(optimizer)
     for root, plan in _planned_models():
-        planned = plan.for_optimizer(own)
-        for parameter_name, parameter in root.named_parameters():
-            group = groups.get(parameter)
-            if group is None or SCALE not in group or parameter_name not in planned:
-                continue
-            right = planned[parameter_name].scales.lr
-            if not _equal([right, float(group[SCALE])]):
-                warnings.warn(
-                    f"{name} is given groups that mupass.param_groups made for {other}: {parameter_name} has "
-                    f"the rate times {float(group[SCALE]):.3g}, and {own} wants {right:.3g}. Write "
-                    f'mupass.param_groups(model, lr=..., optimizer="{own}")',
-                    MupassWarning,
-                    stacklevel=5,
-                )
-                return
+        difference = _difference(root, plan.for_optimizer(own), groups)
+        if difference is not None:
+            parameter, given, wanted = difference
+            text = (
+                f"{name} is given groups that mupass.param_groups made for {other}: {parameter} has the rate "
+                f"times {given:.3g}, and {own} wants {wanted:.3g}. Write "
+                f'mupass.param_groups(model, lr=..., optimizer="{own}")'
+            )
+            warn([text])
+            return
+
+
+def _difference(
+    root: nn.Module, plan: Plan, groups: Mapping[Tensor, Group]
+) -> tuple[str, float, float] | None:
+    """Return the first parameter whose group has another width factor than a plan, and both factors."""
+    for name, parameter in root.named_parameters():
+        group = groups.get(parameter, {})
+        if SCALE not in group or name not in plan:
+            continue
+        given, wanted = float(group[SCALE]), plan[name].scales.lr
+        if not _equal([given, wanted]):
+            return name, given, wanted
+    return None
 
 
 def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
@@ -228,13 +237,12 @@ def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
             continue
         names = [n for n, p in now.items() if n in plan and p not in members and p.grad is not None]
         if names:
-            warnings.warn(
+            text = (
                 f"{type(optimizer).__name__}: {', '.join(names)} came into the {type(root).__name__} in the "
                 "place of what was there when its groups were made, and is not trained: make the optimizer "
-                "anew",
-                MupassWarning,
-                stacklevel=4,
+                "anew"
             )
+            warn([text])
 
 
 def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
@@ -263,13 +271,12 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
     watch.strangers = seen
     if unmoved:
         watch.told.update(unmoved)
-        warnings.warn(
+        text = (
             f"{type(optimizer).__name__}: {', '.join(unmoved)} came into the model after its groups were "
             "made, and no optimizer trains it: transform the model with all its layers and make the groups "
-            "anew, or add a group for it",
-            MupassWarning,
-            stacklevel=4,
+            "anew, or add a group for it"
         )
+        warn([text])
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
@@ -286,14 +293,13 @@ def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: 
     # The smallest and the largest factor show how far apart the plan wants them.
     low = min(factors, key=factors.__getitem__)
     high = max(factors, key=factors.__getitem__)
-    warnings.warn(
+    text = (
         f"{name} gives parameters of a transformed {type(root).__name__} one learning rate where its plan "
         f"has several ({low}: times {factors[low]:.3g}, {high}: times {factors[high]:.3g}): its "
         f"width factors are lost. Write {name}(mupass.param_groups(model, lr=...), ...) instead of "
-        "model.parameters()",
-        MupassWarning,
-        stacklevel=4,
+        "model.parameters()"
     )
+    warn([text])
 
 
 def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
@@ -314,15 +320,15 @@ def _tell_lost(optimizer: torch.optim.Optimizer, own: bool) -> None:
             'OneCycleLR(optimizer, max_lr=[lr * g["mupass_scale"] for g in optimizer.param_groups], ...); '
             'g["lr"] = lr * g["mupass_scale"]'
         )
-    warnings.warn(text, MupassWarning, stacklevel=4)
+    warn([text])
 
 
-def _layer_factor(group: dict[str, Any]) -> float:
+def _layer_factor(group: Group) -> float:
     """Return what a schedule of timm multiplies a group's rate by."""
     return float(group.get(LAYER, 1.0))
 
 
-def _rate(group: dict[str, Any]) -> float | None:
+def _rate(group: Group) -> float | None:
     """Return a group's rate; None where it has none, or one that an accelerator would be waited for."""
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
@@ -330,7 +336,7 @@ def _rate(group: dict[str, Any]) -> float | None:
     return float(lr) if isinstance(lr, (int, float)) else None
 
 
-def _rates(groups: Sequence[dict[str, Any]]) -> dict[int, float]:
+def _rates(groups: Sequence[Group]) -> dict[int, float]:
     """Return the rates that can be read, by number of the group."""
     rates = {}
     for number, group in enumerate(groups):

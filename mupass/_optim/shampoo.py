@@ -2,33 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from mupass._errors import OptimizerError
+from mupass._keywords import Keywords, takes
 from mupass._optim.checks import check_choice, check_flag, check_number, check_period
-from mupass._optim.fallback import Fallback
 from mupass._optim.kronecker.factor_stack import AT_ONCE, growth
 from mupass._optim.linalg.packed import pack, packed_diagonal, packed_size, unpack
 from mupass._optim.linalg.roots import inverse_roots
 from mupass._optim.linalg.spectral import with_norm_of
-from mupass._optim.matrix.base import ROLES, Layout, MatrixOptimizer, wide
+from mupass._optim.matrix.base import Layout, LayoutOptions, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.blocking import Blocking
 from mupass._optim.matrix.mode_products import SIDES, Schedule, active_sides, add_weight, along, observe
-from mupass._optim.training import Training
+from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.optimizers import GRAFTS
 from mupass._scales.plan import OptimizerSpec
 
 MODES = ("relative", "absolute", "trace")
-KERNELS = ("matrix", "modes")
 ADAPTIVE = {"adam", "rmsprop"}  # grafts that average squares
 # Default rates of grafts that are not Adam's, chosen by `benchmarks/defaults.py`.
 RATES = {"none": 0.04, "spectral": 0.02, "sgd": 0.1}
+
+
+class ShampooOptions(TrainingOptions, LayoutOptions, total=False):
+    """Keywords of `Shampoo` that records hold, for type checkers and editors."""
+
+    momentum_of: str
+    factor_decay: float
+    root_every: int
+    staggered: bool
+    damping_mode: str
+    damping_memory: float
+    sides: str
+    graft: str
+    graft_beta2: float
+    graft_eps: float
+    start_step: int
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How factors are averaged and damped, and when they become roots.
+
+    Attributes:
+        factor_decay: Weight of the past in the averages; 1 sums without forgetting.
+        root_every: Steps between recomputations of a root.
+        staggered: Whether roots are spread over the steps of a period.
+        damping_mode: One of `MODES`: what damping is relative to.
+        damping_memory: What a step leaves of the largest trace seen so far, to which damping is relative.
+        sides: One of `SIDES`: those that are preconditioned.
+    """
+
+    factor_decay: float = 0.95
+    root_every: int = 10
+    staggered: bool = True
+    damping_mode: str = "relative"
+    damping_memory: float = 0.99
+    sides: str = "both"
+
+    def __post_init__(self) -> None:
+        check_number("factor_decay", self.factor_decay, 0, 1.0000001)
+        check_period("root_every", self.root_every)
+        check_flag("staggered", self.staggered)
+        check_choice("damping_mode", self.damping_mode, MODES)
+        check_number("damping_memory", self.damping_memory, 0, 1)
+        check_choice("sides", self.sides, SIDES)
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Whose norm an update has.
+
+    Attributes:
+        graft: One of `GRAFTS`; ``none`` for Shampoo's own norm.
+        graft_beta2: Weight of the past in the squares of Adam's and RMSprop's.
+        graft_eps: Their epsilon at the base width.
+        start_step: Number of first steps that are the graft's own.
+    """
+
+    graft: str = "adam"
+    graft_beta2: float = 0.999
+    graft_eps: float = 1e-8
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("graft", self.graft, GRAFTS)
+        check_number("graft_beta2", self.graft_beta2, 0, 1)
+        check_number("graft_eps", self.graft_eps)
+        if not self.start_step:
+            return
+        check_period("start_step", self.start_step)
+        if self.graft not in {"sgd", "adam", "rmsprop"}:
+            raise OptimizerError(
+                f"until start_step the step is the graft's, and graft={self.graft!r} has none of its own: "
+                "use adam, rmsprop or sgd"
+            )
 
 
 class Shampoo(MatrixOptimizer):
@@ -103,6 +179,7 @@ class Shampoo(MatrixOptimizer):
         {'steps': 1}
     """
 
+    @takes(ShampooOptions, Factors, Graft, Layout, Training)
     def __init__(
         self,
         model: nn.Module,
@@ -111,69 +188,23 @@ class Shampoo(MatrixOptimizer):
         *,
         e: float = 0.5,
         momentum: float = 0.9,
-        momentum_of: str = "gradients",
-        weight_decay: float = 0.0,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        factor_decay: float = 0.95,
-        root_every: int = 10,
-        staggered: bool = True,
-        damping_mode: str = "relative",
-        damping_memory: float = 0.99,
         block_size: int = 1024,
-        sides: str = "both",
-        kernels: str = "matrix",
-        graft: str = "adam",
-        graft_beta2: float = 0.999,
-        graft_eps: float = 1e-8,
-        start_step: int = 0,
-        roles: Collection[str] = ROLES,
-        fallback: str | Fallback = "adamw",
-        fallback_lr: float | None = None,
-        compile: bool | None = None,
-        data_parallel: bool | None = None,
-        stochastic_rounding: bool = False,
-        strict: bool = False,
+        **options: Unpack[ShampooOptions],
     ) -> None:
         check_number("e", e)
-        self.factor_decay = check_number("factor_decay", factor_decay, 0, 1.0000001)
-        self.root_every = self.report_every = check_period("root_every", root_every)
-        self.damping_mode = check_choice("damping_mode", damping_mode, MODES)
-        self.damping_memory = check_number("damping_memory", damping_memory, 0, 1)
-        self.sides = check_choice("sides", sides, SIDES)
-        self._staggered = check_flag("staggered", staggered)
-        check_choice("kernels", kernels, KERNELS)
-        check_choice("graft", graft, GRAFTS)
-        self.graft_beta2 = check_number("graft_beta2", graft_beta2, 0, 1)
-        self._graft_eps = check_number("graft_eps", graft_eps)
-        self.start_step = 0
-        if start_step:
-            self.start_step = check_period("start_step", start_step)
-            if graft not in {"sgd", "adam", "rmsprop"}:
-                raise OptimizerError(
-                    f"until start_step the step is the graft's, and graft={graft!r} has none of its own: use "
-                    "adam, rmsprop or sgd"
-                )
-        self._needs_gradient = graft == "rmsprop"
-        layout = Layout(
-            roles,
-            compile,
-            data_parallel,
-            check_period("block_size", block_size),
-            modes=kernels == "modes",
-            spectral=graft == "spectral",
-        )
-        training = Training(
-            momentum,
-            weight_decay,
-            decay,
-            overrides,
-            Fallback.of(fallback, fallback_lr),
-            stochastic_rounding,
-            strict,
-            momentum_of,
-        )
-        super().__init__(model, OptimizerSpec("shampoo", e=e, graft=graft), lr, training, layout, damping)
+        keywords = Keywords(Shampoo, options, OptimizerError)
+        factors, graft = keywords.record(Factors), keywords.record(Graft)
+        self.factor_decay, self.damping_memory = float(factors.factor_decay), float(factors.damping_memory)
+        self.root_every = self.report_every = factors.root_every
+        self.damping_mode, self._staggered = factors.damping_mode, factors.staggered
+        self.sides = factors.sides
+        self.graft_beta2, self._graft_eps = float(graft.graft_beta2), float(graft.graft_eps)
+        self.start_step = graft.start_step
+        self._needs_gradient = graft.graft == "rmsprop"
+        layout = keywords.record(Layout, block_size=block_size, spectral=graft.graft == "spectral")
+        training = keywords.record(Training, momentum=momentum)
+        spec = OptimizerSpec("shampoo", e=e, graft=graft.graft)
+        super().__init__(model, spec, lr, training, layout, damping)
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         super()._set_up(parameters)
@@ -201,7 +232,7 @@ class Shampoo(MatrixOptimizer):
             return ()
         return active_sides(self.sides, stack.shape)
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {"weight": stack.zeros()}
         for side in self._active(stack):
             packed = packed_size(stack.shape[side])

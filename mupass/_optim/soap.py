@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from mupass._optim.checks import check_choice, check_flag, check_number, check_period
-from mupass._optim.fallback import EPSILON, Fallback
+from mupass._errors import OptimizerError
+from mupass._keywords import Keywords, takes
+from mupass._optim.checks import check_flag, check_number, check_period
+from mupass._optim.fallback import EPSILON
 from mupass._optim.linalg.packed import packed_size, unpack
 from mupass._optim.linalg.roots import eigenbases
-from mupass._optim.matrix.base import ROLES, Layout, MatrixOptimizer, wide
+from mupass._optim.matrix.base import Layout, LayoutOptions, MatrixOptimizer, wide
 from mupass._optim.matrix.block_stack import Stack
 from mupass._optim.matrix.mode_products import Schedule, add_weight, along, observe
-from mupass._optim.shampoo import KERNELS
-from mupass._optim.training import Training
+from mupass._optim.training import Training, TrainingOptions
+from mupass._optim.vocabulary import State
 from mupass._scales.plan import OptimizerSpec
+
+
+class SOAPOptions(TrainingOptions, LayoutOptions, total=False):
+    """Keywords of `SOAP` that records hold, for type checkers and editors."""
+
+    spectral: bool
+    factor_decay: float
+    basis_every: int
+    eigh_every: int
+    staggered: bool
+
+
+@dataclass(frozen=True)
+class Bases:
+    """How factors are averaged, and when bases follow them.
+
+    Attributes:
+        factor_decay: Weight of the past in the averages.
+        basis_every: Steps between orthogonal iterations.
+        eigh_every: After how many of these a basis is computed anew; 0 is never.
+        staggered: Whether bases are spread over the steps of a period.
+    """
+
+    factor_decay: float = 0.95
+    basis_every: int = 10
+    eigh_every: int = 0
+    staggered: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("factor_decay", self.factor_decay, 0, 1)
+        check_period("basis_every", self.basis_every)
+        if self.eigh_every:
+            check_period("eigh_every", self.eigh_every)
+        check_flag("staggered", self.staggered)
 
 
 class SOAP(MatrixOptimizer):
@@ -80,6 +118,7 @@ class SOAP(MatrixOptimizer):
 
     smooths = False  # the momentum is in the stacks
 
+    @takes(SOAPOptions, Bases, Layout, Training)
     def __init__(
         self,
         model: nn.Module,
@@ -87,50 +126,17 @@ class SOAP(MatrixOptimizer):
         *,
         momentum: float = 0.95,
         beta2: float = 0.95,
-        factor_decay: float = 0.95,
-        basis_every: int = 10,
-        eigh_every: int = 0,
-        staggered: bool = True,
         block_size: int = 256,
-        kernels: str = "matrix",
-        spectral: bool = False,
-        roles: Collection[str] = ROLES,
-        weight_decay: float = 0.0,
-        decay: str = "all",
-        overrides: Mapping[str, Mapping[str, float]] | None = None,
-        fallback: str | Fallback = "adamw",
-        fallback_lr: float | None = None,
-        compile: bool | None = None,
-        data_parallel: bool | None = None,
-        stochastic_rounding: bool = False,
-        strict: bool = False,
+        **options: Unpack[SOAPOptions],
     ) -> None:
         self.beta2 = check_number("beta2", beta2, 0, 1)
-        self.factor_decay = check_number("factor_decay", factor_decay, 0, 1)
-        self.basis_every = check_period("basis_every", basis_every)
-        self.eigh_every = 0
-        if eigh_every:
-            self.eigh_every = check_period("eigh_every", eigh_every)
-        check_choice("kernels", kernels, KERNELS)
-        self._staggered = check_flag("staggered", staggered)
-        self.report_every = self.basis_every
-        layout = Layout(
-            roles,
-            compile,
-            data_parallel,
-            check_period("block_size", block_size),
-            modes=kernels == "modes",
-            spectral=spectral,
-        )
-        training = Training(
-            momentum,
-            weight_decay,
-            decay,
-            overrides,
-            Fallback.of(fallback, fallback_lr),
-            stochastic_rounding,
-            strict,
-        )
+        keywords = Keywords(SOAP, options, OptimizerError)
+        bases = keywords.record(Bases)
+        self.factor_decay, self.eigh_every = float(bases.factor_decay), bases.eigh_every
+        self.basis_every = self.report_every = bases.basis_every
+        self._staggered = bases.staggered
+        layout = keywords.record(Layout, block_size=block_size)
+        training = keywords.record(Training, momentum=momentum)
         super().__init__(model, OptimizerSpec("soap"), lr, training, layout)
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
@@ -141,7 +147,7 @@ class SOAP(MatrixOptimizer):
         # Slots that have a basis.
         self._started: list[set[int]] = [set() for _ in self._stacks]
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         state = {name: stack.zeros(*stack.shape) for name in ("mean", "square")}
         state |= {"weight": stack.zeros(), "weights": stack.zeros(2)}
         for side, size in enumerate(stack.shape):

@@ -191,7 +191,7 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
     """Yield every operator that reads the result of one that shows the parameter."""
     for reader in at.reader.users:
         # x.reshape_as(w) reads no entry of w.
-        blind = _name(reader) in standardized.SHAPE_OF_SECOND and at.reader not in reader.args[:1]
+        blind = traits(_name(reader)) & Trait.SHAPE_OF_SECOND and at.reader not in reader.args[:1]
         if blind or reader.op == "output":
             continue
         reading = replace(at, reader=reader, operand=at.reader)
@@ -559,7 +559,8 @@ def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
         query, key = _shape(others[0]), _shape(others[1])
         return (*query[:-1], key[-2])
     # What is copied for every sample is an activation itself, whoever reads it.
-    spread = any(_name(operator) in (*tables.SPREADING, *tables.AFFINE) for operator in _moving(reading))
+    names = [_name(operator) for operator in _moving(reading)]
+    spread = any(traits(name) & Trait.SPREADS or name in tables.AFFINE for name in names)
     return _shape(reading.operand) if spread and not writes else None
 
 

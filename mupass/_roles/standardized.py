@@ -22,8 +22,6 @@ from mupass._dims.graph import operator_name, shape_of
 from mupass._dims.operator_traits import Trait, traits
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
-# Operators that take nothing but the shape, or the type, of their second operand.
-SHAPE_OF_SECOND = ("aten.reshape_as", "aten.view_as", "aten.expand_as", "aten.type_as")
 # An epsilon beside a deviation of 1 is below this, and what other rows do to a row is above.
 TOLERANCE = 1e-3
 FEWEST = 3  # a standardized row of two numbers is (1, -1) or (-1, 1)
@@ -97,7 +95,8 @@ def _kernels(
         source = waiting.pop()
         for operator in source.users:
             # x.reshape_as(w) reads no entry of w. What runs backwards is a use that is seen forwards.
-            blind = operator_name(operator.target) in SHAPE_OF_SECOND and operator.args[0] is not source
+            takes_shape = traits(operator_name(operator.target)) & Trait.SHAPE_OF_SECOND
+            blind = takes_shape and operator.args[0] is not source
             if blind or operator in captured.derivatives or operator in made:
                 continue
             # F.conv2d(x, S(w), bias)

@@ -16,19 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from mupass._dims.graph import is_getitem, operator_name, shape_of
+from mupass._dims.graph import operator_name, shape_of
 from mupass._dims.operator_traits import Trait, traits
 
-# Operators whose result has copies of entries of their first operand, and nothing else.
-_NAMES = (
-    "slice select narrow index index_select gather take_along_dim expand expand_as broadcast_to repeat tile",
-    "repeat_interleave reshape reshape_as view view_as _unsafe_view flatten unflatten squeeze unsqueeze t",
-    "numpy_T mT adjoint transpose swapaxes swapdims permute movedim moveaxis flip roll split",
-    "split_with_sizes chunk tensor_split unbind",
-)
-COPYING = frozenset(f"aten.{name}" for name in " ".join(_NAMES).split())
-# Those among them that make several copies of an entry.
-SPREADING = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.repeat", "aten.tile")
 # 1 + w, w * c, -w: the gradient of w is that of the result times a number.
 AFFINE = ("aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.neg")
 # Operators that join tensors entry by entry, each of them copied to the shape of the result.
@@ -42,9 +32,8 @@ def copies_entries(operator: Node, operand: Node) -> bool:
         operator: The operator.
         operand: What it reads.
     """
-    if operator.args[:1] != (operand,):
-        return False
-    return is_getitem(operator) or operator_name(operator.target) in COPYING
+    moves = traits(operator_name(operator.target)) & (Trait.RESHAPES | Trait.PICKS)
+    return bool(moves) and operator.args[:1] == (operand,)
 
 
 def is_affine(operator: Node, operand: Node) -> bool:

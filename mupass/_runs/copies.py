@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -26,9 +26,18 @@ Prepare = Callable[[nn.Module], nn.Module]
 SMALLEST = 64  # below, effects of finite width are as large as a wrong power
 
 
+class CopyKeywords(TypedDict, total=False):
+    """What `coord_check`, `sweep` and `transfer` all take, for type checkers and editors."""
+
+    parameterization: str
+    dims: Mapping[str, str] | None
+    prepare: Prepare | None
+    init: InitChoice
+
+
 @dataclass(frozen=True)
 class CopyOptions:
-    """How every copy of a model is transformed: what `coord_check`, `sweep` and `transfer` are given alike.
+    """How every copy of a model is transformed.
 
     Attributes:
         parameterization: As for `mupass.transform`.

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from mupass._errors import StudyError
+from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
-from mupass._records import Geometry
+from mupass._records import PRODUCT_AND_SUM, Geometry
 from mupass._runs.batches import Batch, Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
-from mupass._runs.copies import Copies, CopyOptions, Prepare, Source, Width, make_copies
+from mupass._runs.copies import Copies, CopyKeywords, CopyOptions, Source, Width, make_copies
 from mupass._runs.plain import untransformed
 from mupass._runs.recipes import Make, check_names, optimizer_of, recipe
-from mupass._scales.init import InitChoice
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
@@ -28,8 +29,6 @@ from mupass._study.dimmed import dimmed_places, gradient_power, relative
 from mupass._study.probe import Probe
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
-
-SUMMED = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 
 # An update that is a smaller part of the activation than this is rounding.
 FLOOR = {torch.float64: 1e-10, torch.complex128: 1e-10}
@@ -40,6 +39,7 @@ Key = tuple[Site, str, int]  # place, quantity, step
 Values = list[list[float]]  # for each width those of all seeds
 
 
+@takes(CopyKeywords, CopyOptions)
 def coord_check(
     model: Source,
     data: Data,
@@ -50,13 +50,10 @@ def coord_check(
     widths: Sequence[Width] | None = None,
     steps: int = 3,
     seeds: int = 3,
-    parameterization: str = "mup",
     base: Any = None,
-    dims: Mapping[str, str] | None = None,
-    init: InitChoice = "auto",
     tolerance: float = 0.25,
-    prepare: Prepare | None = None,
     dtype: torch.dtype | None = torch.float64,
+    **options: Unpack[CopyKeywords],
 ) -> CoordCheck:
     """Train resized copies of a model for a few steps, and fit how the update of every parameter scales.
 
@@ -109,14 +106,15 @@ def coord_check(
         >>> mupass.coord_check(model, data, widths=[64, 128, 256]).ok
         True
     """
+    keywords = Keywords(coord_check, options, StudyError)
     check_counts(steps=steps, seeds=seeds)
     check_functions(loss=loss)
     make = recipe(optimizer, for_check=True)
     model, notes = untransformed(model)
     hyperparameters = {} if lr is None else {"lr": lr}
     check_names(make, hyperparameters)
-    options = CopyOptions(parameterization, base, dims, prepare, init, dtype)
-    copies, batches = make_copies(model, widths, read_batches(data, steps), options)
+    copying = keywords.record(CopyOptions, base=base, dtype=dtype)
+    copies, batches = make_copies(model, widths, read_batches(data, steps), copying)
     if len(copies.widths) * seeds < 3:
         raise StudyError("an interval needs three points: more widths or more seeds")
     runs = _Runs(copies, batches, loss, steps)
@@ -133,7 +131,7 @@ def coord_check(
     checked = CoordCheck(
         widths=copies.widths,
         optimizer=optimizer if isinstance(optimizer, str) else type(instance).__name__,
-        parameterization=parameterization,
+        parameterization=copying.parameterization,
         steps=steps,
         seeds=seeds,
         tolerance=tolerance,
@@ -351,7 +349,7 @@ class _Judge:
         """Whether a place makes the products of ``(x * w).sum(-1)``, whose sum over a width must be flat."""
         geometry = self._geometry(site)
         uses = geometry.uses if geometry is not None else ()
-        summing = any(use.kind == SUMMED and use.module == site.module for use in uses)
+        summing = any(use.kind == PRODUCT_AND_SUM and use.module == site.module for use in uses)
         return summing and site.operator in ("mul", "multiply")
 
     def _is_starved(self, site: Site) -> bool:

@@ -160,13 +160,13 @@ class Recorder(TorchFunctionMode):
             strictly: Whether to leave out those that none of the others depends on.
         """
         ends = {node for node, places in self.origins.items() if not sites.isdisjoint(places)}
-        pending = list(ends)
+        visited = ends
         # Strictly below: what the others were computed from, and not these themselves.
         if strictly:
-            pending = [parent for node in ends for parent in _parents(node)]
+            visited = set[Any]().union(*map(_parents, ends))
         # Walk down the graph of autograd, whose nodes point to what they were computed from.
         dependencies: set[Site] = set()
-        visited = set(pending)
+        pending = list(visited)
         while pending:
             node = pending.pop()
             dependencies.update(self.origins.get(node, ()))

@@ -11,23 +11,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from mupass._errors import StudyError, is_number
+from mupass._keywords import Keywords, takes
 from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts, check_functions
-from mupass._runs.copies import Copies, CopyOptions, Prepare, Source, Width, make_copies
+from mupass._runs.copies import Copies, CopyKeywords, CopyOptions, Source, Width, make_copies
 from mupass._runs.fingerprint import called, digest
 from mupass._runs.jobs import Evaluate, Identity, Job, Work, bar_of, check_jobs, run_all
 from mupass._runs.plain import untransformed
 from mupass._runs.recipes import Make, check_names, recipe
 from mupass._runs.store import Store
-from mupass._scales.init import InitChoice
 from mupass._study.sweep_result import Sweep
 from mupass._study.trials import Point, Trial
 
 Grid = Mapping[str, Sequence[float]] | Sequence[float]
 
 
+class StudyKeywords(CopyKeywords, total=False):
+    """What `sweep` and `transfer` both take, for type checkers and editors."""
+
+    store: str | Path | None
+    jobs: int | Executor
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where the runs of a study are made and kept.
+
+    Attributes:
+        store: File that keeps results; None for none.
+        jobs: Number of processes, or what runs them.
+        progress: Whether to show progress.
+    """
+
+    store: str | Path | None = None
+    jobs: int | Executor = 1
+    progress: bool = True
+
+
+@takes(StudyKeywords, CopyOptions, Running)
 def sweep(
     model: Source,
     data: Data,
@@ -39,15 +64,9 @@ def sweep(
     steps: int = 100,
     seeds: int = 1,
     evaluate: Evaluate | None = None,
-    parameterization: str = "mup",
     base: Any = None,
-    dims: Mapping[str, str] | None = None,
-    prepare: Prepare | None = None,
-    init: InitChoice = "auto",
-    store: str | Path | None = None,
-    jobs: int | Executor = 1,
-    progress: bool = True,
     dtype: torch.dtype | None = None,
+    **options: Unpack[StudyKeywords],
 ) -> Sweep:
     """Train resized copies of a model over a grid of hyperparameters, and find the optimum of each width.
 
@@ -98,18 +117,19 @@ def sweep(
         >>> found.best()
         {'lr': 0.1}
     """
+    keywords = Keywords(sweep, options, StudyError)
     training = Training(loss, optimizer, steps, evaluate)
-    options = CopyOptions(parameterization, base, dims, prepare, init, dtype)
-    study = Study.of(model, data, widths, training, options)
+    copying, running = keywords.record(CopyOptions, base=base, dtype=dtype), keywords.record(Running)
+    study = Study.of(model, data, widths, training, copying)
     check_counts(seeds=seeds)
-    check_jobs(jobs)
+    check_jobs(running.jobs)
     points = study.points(grid)
     plan = []
     for index in range(len(study.copies.widths)):
         plan += all_seeds(index, points, seeds)
-    with Store(store) as opened:
+    with Store(running.store) as opened:
         study.claim(opened)
-        trials = study.run(plan, opened, jobs, progress)
+        trials = study.run(plan, opened, running.jobs, running.progress)
     return study.result(trials)
 
 

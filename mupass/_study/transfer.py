@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from mupass._analyze import analyze
 from mupass._errors import StudyError, each_matter_once
 from mupass._files import write_text
+from mupass._keywords import Keywords, takes
 from mupass._page import folded, listing
 from mupass._resize.resize import resize
 from mupass._runs.batches import Data, Loss, cross_entropy, read_batches
 from mupass._runs.checks import check_counts
-from mupass._runs.copies import CopyOptions, Prepare, Width, halved
+from mupass._runs.copies import CopyOptions, Width, halved
 from mupass._runs.jobs import Evaluate, check_jobs
 from mupass._runs.plain import undo, untransformed
 from mupass._runs.recipes import Make, optimizer_of
 from mupass._runs.store import Store
 from mupass._runs.tabular import Tabular
-from mupass._scales.init import InitChoice
 from mupass._scales.plan import plan_of
 from mupass._study.page import Page, write
 from mupass._study.search import Search, search
-from mupass._study.sweep import Grid, Study, Training
+from mupass._study.sweep import Grid, Running, Study, StudyKeywords, Training
 from mupass._study.sweep_result import Sweep, facts_of, figure, sections
 from mupass._transform import transform
 
@@ -123,6 +123,7 @@ class Transfer(Tabular):
 
 
 @each_matter_once()
+@takes(StudyKeywords, CopyOptions, Running)
 def transfer(
     model: nn.Module,
     data: Data,
@@ -137,13 +138,7 @@ def transfer(
     evaluate: Evaluate | None = None,
     driver: str = "grid",
     trials: int = 32,
-    parameterization: str = "mup",
-    dims: Mapping[str, str] | None = None,
-    prepare: Prepare | None = None,
-    init: InitChoice = "auto",
-    store: str | Path | None = None,
-    jobs: int | Executor = 1,
-    progress: bool = True,
+    **options: Unpack[StudyKeywords],
 ) -> Transfer:
     """Tune hyperparameters on a narrow copy of a model, and make the full model and its optimizer with them.
 
@@ -193,18 +188,19 @@ def transfer(
         >>> ready.proxy_width, ready.width, ready.hyperparameters
         (64, 256, {'lr': 0.1})
     """
-    check_jobs(jobs)
+    keywords = Keywords(transfer, options, StudyError)
+    copying, running = keywords.record(CopyOptions), keywords.record(Running)
+    check_jobs(running.jobs)
     # Of a transformed model a copy is tuned, with the transform undone.
     original = model
     model, notes = untransformed(model)
-    if parameterization == "standard":
+    if copying.parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
     check_counts(seeds=seeds, trials=trials)
     inputs = read_batches(data, 1)[0].inputs
-    width = analyze(model, inputs, dims=dims).width
+    width = analyze(model, inputs, dims=copying.dims).width
     training = Training(loss, optimizer, steps, evaluate)
-    options = CopyOptions(parameterization, dims=dims, prepare=prepare, init=init)
-    study = Study.of(model, data, [halved(width) if proxy is None else proxy], training, options)
+    study = Study.of(model, data, [halved(width) if proxy is None else proxy], training, copying)
     proxy_width = study.copies.widths[0]
     full_width = width if target is None else target
     if isinstance(full_width, int) and full_width <= proxy_width:
@@ -212,8 +208,8 @@ def transfer(
             f"the proxy (width {proxy_width}) must be narrower than the full model (width {full_width}); "
             "give proxy=, or tune the model itself with mupass.sweep"
         )
-    with Store(store) as opened:
-        settings = Search(driver, trials, seeds, opened, jobs, progress)
+    with Store(running.store) as opened:
+        settings = Search(driver, trials, seeds, opened, running.jobs, running.progress)
         searched = replace(search(study, grid, settings), notes=notes)
     best = searched.best()
     if not searched.optimum(proxy_width, searched.names[0]).loss < math.inf:
@@ -222,16 +218,23 @@ def transfer(
         )
     # A model of another width is built anew from this one, with weights of its own.
     if target is not None:
-        model = resize(model, target, example_inputs=inputs, dims=dims, init=init, seed=0, fresh=True)
+        model = resize(
+            model, target, example_inputs=inputs, dims=copying.dims, init=copying.init, seed=0, fresh=True
+        )
     elif notes:
         # `model` is the copy that the study took; the caller's own is what is asked for.
         undo(original)
         model = original
     # The narrow copy is the base: what was found there is used as it is.
     full_model = transform(
-        model, inputs, base=study.copies.narrow, parameterization=parameterization, init=init, inplace=True
+        model,
+        inputs,
+        base=study.copies.narrow,
+        parameterization=copying.parameterization,
+        init=copying.init,
+        inplace=True,
     )
-    if prepare is not None:
-        full_model = prepare(full_model)
+    if copying.prepare is not None:
+        full_model = copying.prepare(full_model)
     trainer = optimizer_of(study.work.make, full_model, best)
     return Transfer(full_model, trainer, best, proxy_width, plan_of(full_model)[1].width, searched)

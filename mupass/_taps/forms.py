@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mupass._roles.standardized import standardized
 from mupass._taps.correlation import patch_gram
 
+Args = tuple[Any, ...]  # of a torch function: those that are given by place
+Kwargs = Mapping[str, Any]  # those that are given by name
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Arguments of a convolution with a number for each position axis, and what they are where they are not given.
@@ -57,7 +59,7 @@ class Convolution:
     transposed: bool
 
     @staticmethod
-    def called(weight: Tensor, arguments: Mapping[str, Any], transposed: bool) -> Convolution:
+    def called(weight: Tensor, arguments: Kwargs, transposed: bool) -> Convolution:
         """Describe a call of ``F.conv2d`` and the like.
 
         Args:
@@ -157,9 +159,7 @@ class Convolution:
         return rows.contiguous().permute(0, 2, 3, 1)  # copied in long runs of memory, as above
 
 
-def _described(
-    kernel: tuple[int, ...], outputs: int, arguments: Mapping[str, Any], transposed: bool
-) -> Convolution:
+def _described(kernel: tuple[int, ...], outputs: int, arguments: Kwargs, transposed: bool) -> Convolution:
     """Return the form of a convolution that pads with zeros.
 
     Args:
@@ -244,7 +244,7 @@ class Standardized:
         return Standardized(self.convolution, lengths)
 
     @staticmethod
-    def called(kernel: Tensor, parameter: Tensor, arguments: Mapping[str, Any]) -> Standardized:
+    def called(kernel: Tensor, parameter: Tensor, arguments: Kwargs) -> Standardized:
         """Describe a call of ``F.conv2d`` and the like.
 
         Args:
@@ -326,7 +326,7 @@ class Bag:
         return Bag(bags, weights)
 
     @staticmethod
-    def called(arguments: Mapping[str, Any], bags: int) -> Bag:
+    def called(arguments: Kwargs, bags: int) -> Bag:
         """Describe a call of ``F.embedding_bag``.
 
         Args:

@@ -16,17 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.variables.torch import get_overridable_functions
 
-from mupass._dims.operator_traits import TRAITS, Trait
+from mupass._dims.operator_traits import Trait, having
 from mupass._errors import OptimizerError
 from mupass._parallel import is_sharded
 from mupass._roles.contraction import Contraction, einsum, linear, matmul, reordered
 from mupass._taps import recurrent, tables
 from mupass._taps.forms import (
+    Args,
     Bag,
     Convolution,
     Elementwise,
     Features,
     Form,
+    Kwargs,
     Lookup,
     Scaled,
     Sorted,
@@ -88,34 +90,19 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 CALLED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments, in order
 CALLED_TRANSPOSED = (*CALLED[:5], "output_padding", "groups", "dilation")
 SHIFTS = (torch.add, T.add, T.__add__, T.__radd__)  # type: ignore[attr-defined]
-# Copies and conversions: code that keeps weights in float32 and multiplies in bfloat16, say.
-SAME = (T.to, T.contiguous, T.float, T.double, T.half, T.bfloat16, T.type_as, T.type, T.clone, torch.clone)
 TWO_AXES = (T.t, torch.t, T.T.__get__, T.mT.__get__)  # type: ignore[attr-defined]
-SHAPE_OF_SECOND = (T.reshape_as, T.view_as, T.expand_as, T.type_as)
+SHAPE_OF_SECOND = tables.functions(*having(Trait.SHAPE_OF_SECOND))
 SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
-
-
-def _functions(trait: Trait) -> tuple[Any, ...]:
-    """Return the functions of torch and the methods of tensors that do what a trait says."""
-    found = []
-    for name, what in TRAITS.items():
-        if what & trait:
-            found += [getattr(holder, name) for holder in (T, torch) if hasattr(holder, name)]
-    return tuple(found)
-
-
-# w.reshape(...), torch.flatten(w, 1). A tuple of functions, for Dynamo does not follow a look-up of traits.
-RESHAPES = _functions(Trait.KEEPS_ORDER)
+# w.reshape(...), torch.flatten(w, 1)
+RESHAPES = tables.functions(*having(Trait.KEEPS_ORDER))
 
 
 class _Intercepted:
     """What both tensor classes below do with a torch function."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Run the function on plain tensors, and tap its output."""
         # Dynamo cannot call this one here.
         if func is T.__rsub__:
@@ -253,7 +240,7 @@ def _view(weight: Tensor) -> tuple[int, ...]:
     return getattr(weight, VIEW, None) or tuple(range(weight.dim()))
 
 
-def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+def _tapped(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Return the output of a function, tapped where a parameter was its weight."""
     # S(w) on its way to F.conv2d(x, S(w)), whatever S is written with
     parameter = _standardized(args, kwargs)
@@ -282,7 +269,7 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     return _viewed(func, args, kwargs, output)
 
 
-def _kind_of_vector(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _kind_of_vector(func: Any, args: Args, kwargs: Kwargs) -> str:
     """Return what a parameter would be in a call of two operands: a gain, a shift, or neither."""
     # x * gain
     if func in GAINS and len(args) == 2:
@@ -293,7 +280,7 @@ def _kind_of_vector(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return ""
 
 
-def _standardized(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _standardized(args: Args, kwargs: Kwargs) -> Tensor | None:
     """Return the parameter with standardized rows that arguments are made of, while someone asks for it."""
     for value in (*args, *kwargs.values()):
         tap = (_taps(value) or {}).get("standardized")
@@ -303,7 +290,7 @@ def _standardized(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | 
     return None
 
 
-def _standardizing(func: Any, args: tuple[Any, ...], output: Any, parameter: Tensor) -> Any:
+def _standardizing(func: Any, args: Args, output: Any, parameter: Tensor) -> Any:
     """Return a result of one of the functions between a parameter and its standardized kernel.
 
     It knows the parameter, and so do results made of it, up to the convolution.
@@ -323,7 +310,7 @@ def _standardizing(func: Any, args: tuple[Any, ...], output: Any, parameter: Ten
     return tapped
 
 
-def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+def _viewed(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Return the output of a function; of ``w.t()``, ``w.float()``, ``w[:]`` as a view that knows its tap.
 
     What comes out of these is still the parameter to those who read it.
@@ -343,7 +330,7 @@ def _viewed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     return _shown(output, source, tuple(_view(source)[axis] for axis in order))
 
 
-def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+def _tapped_product(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Return the output of a product of two tensors, or of a look-up in a table, tapped."""
     left, right = _operands(args, kwargs, OPERANDS[func])
     # F.embedding(tokens, table). A table that was transposed on the way is not followed.
@@ -362,7 +349,7 @@ def _tapped_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return _product(output, left, right, func, kwargs.get("alpha", 1))
 
 
-def _bagged(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+def _bagged(args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
     """Return the output of ``F.embedding_bag(tokens, table)``, tapped where the table is a parameter."""
     bound = by_name(BAG, args, kwargs)
     taps = _taps(bound["weight"])
@@ -378,7 +365,7 @@ def _takes_all(source: Tensor, index: Any, output: Tensor) -> bool:
     return spans and output.shape == source.shape
 
 
-def _tapped_einsum(args: tuple[Any, ...], output: Any) -> Any:
+def _tapped_einsum(args: Args, output: Any) -> Any:
     """Return the output of einsum(equation, x, w) or einsum(equation, [x, w]), tapped."""
     operands = args[1:]
     if isinstance(operands[0], (tuple, list)):
@@ -388,7 +375,7 @@ def _tapped_einsum(args: tuple[Any, ...], output: Any) -> Any:
     return _product(output, *operands, args[0])
 
 
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Operands) -> list[Any]:
+def _operands(args: Args, kwargs: Kwargs, places: Operands) -> list[Any]:
     """Return the two factors of a product, given by their places or by one of their names."""
     found: list[Any] = []
     for place, names in places:
@@ -520,9 +507,7 @@ def _all_idle(found: Iterable[dict[str, Tap] | None]) -> bool:
     return True
 
 
-def _order(
-    func: Any, source: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> tuple[int, ...] | None:
+def _order(func: Any, source: Any, rest: Args, kwargs: Kwargs, output: Any) -> tuple[int, ...] | None:
     """Return the order in which a copy or a transpose has the axes of a tensor, None for other functions.
 
     Args:
@@ -532,7 +517,7 @@ def _order(
         kwargs: Its keyword arguments.
         output: What it returned.
     """
-    if func in SAME or (func is T.__getitem__ and _takes_all(source, rest[0], output)):
+    if func in tables.SAME or (func is T.__getitem__ and _takes_all(source, rest[0], output)):
         return tuple(range(source.dim()))
     # w.t(), w.T, w.mT: the last two axes change places; a vector stays as it is.
     if func in TWO_AXES:
@@ -581,7 +566,7 @@ def _reshaped(output: Tensor, weight: Tensor) -> Tensor:
     return _shown(output, weight, in_order if output.shape == shape else RESHAPED)
 
 
-def _grouped(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+def _grouped(args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
     """Return the output of ``F.grouped_mm(x, w, offs)``, tapped where w is a parameter, transposed or not."""
     bound = by_name(("input", "weight", "offs"), args[:3], kwargs)
     x, weight, ends = bound["input"], bound["weight"], bound.get("offs")
@@ -593,7 +578,7 @@ def _grouped(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -
     return _through(output, x, _taps(weight), key, Sorted(ends))
 
 
-def _convolved(transposed: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+def _convolved(transposed: bool, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
     """Return the output of ``F.conv2d`` and the like, tapped where the kernel or the bias is a parameter."""
     names = CALLED_TRANSPOSED if transposed else CALLED
     bound = by_name(names, args, kwargs)
@@ -623,7 +608,7 @@ def _shifted(output: Tensor, x: Any, bias: Any, axis: int) -> Tensor:
     return output if _taps(bias) is None else _through(output, x, _taps(bias), "shift", Elementwise(axis))
 
 
-def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _attention(args: Args, kwargs: dict[str, Any]) -> Any:
     """Run multi-head attention with its projections outside of it, where they can be tapped.
 
     Only while factors are collected: inside, identity matrices stand for the projections then, which
@@ -675,7 +660,7 @@ def projections(
     return projected
 
 
-def _recurrence(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _recurrence(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Run a recurrence, as written steps while factors are collected: fused operators do not show them."""
     weights = recurrent.weights_of(func, args, kwargs)
     # Fused kernels are much faster: passes that collect nothing keep them.

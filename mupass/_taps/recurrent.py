@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupass._taps.forms import Features
+from mupass._taps.forms import Features, Kwargs
 from mupass._taps.leaves import Tap
 
 States = tuple[Tensor, ...]  # the hidden state; of an LSTM also the cell
@@ -220,7 +220,7 @@ def _tapped(output: Tensor, x: Tensor, tap: Tap | None, form: Any) -> Tensor:
     return output if tap is None else tap.through(output, x, form)
 
 
-def weights_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def weights_of(func: Any, args: Sequence[Any], kwargs: Kwargs) -> list[Tensor]:
     """Return the weights and biases that a recurrence is given.
 
     Args:
@@ -234,7 +234,7 @@ def weights_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     return [bound[name] for name in ONE_STEP[2:] if bound.get(name) is not None]
 
 
-def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], taps: TapOf) -> Any:
+def run(func: Any, args: Sequence[Any], kwargs: Kwargs, taps: TapOf) -> Any:
     """Run a recurrence as written steps, with the values and outputs of the fused operator.
 
     Args:
@@ -250,7 +250,7 @@ def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], taps: TapOf) 
     return outputs, *states
 
 
-def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bound(func: Any, args: Sequence[Any], kwargs: Kwargs) -> dict[str, Any]:
     """Return arguments by name."""
     if func in CELLS:
         names = ONE_STEP
@@ -261,7 +261,7 @@ def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return by_name(names, args, kwargs)
 
 
-def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Kwargs) -> dict[str, Any]:
     """Return all arguments of a call by their names.
 
     Args:
@@ -276,7 +276,7 @@ def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
     return bound
 
 
-def _one_step(step: Step, bound: Mapping[str, Any], taps: TapOf) -> Any:
+def _one_step(step: Step, bound: Kwargs, taps: TapOf) -> Any:
     """Run a cell."""
     x, w_ih, w_hh = bound["input"], bound["w_ih"], bound["w_hh"]
     states = _as_states(bound["hx"])
@@ -290,7 +290,7 @@ def _one_step(step: Step, bound: Mapping[str, Any], taps: TapOf) -> Any:
     return stepped[0] if isinstance(bound["hx"], Tensor) else stepped
 
 
-def _sequence(step: Step, bound: Mapping[str, Any], taps: TapOf) -> tuple[Tensor, States]:
+def _sequence(step: Step, bound: Kwargs, taps: TapOf) -> tuple[Tensor, States]:
     """Run all layers and directions over a sequence, padded or packed."""
     batch_first, is_packed = bound.get("batch_first", False), "data" in bound
     # pack_padded_sequence gives rows, and the number of running samples at every step.

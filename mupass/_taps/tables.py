@@ -7,7 +7,7 @@ shape: the gradient of what is spread is that of every single reading of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -16,46 +16,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mupass._taps.forms import Table
+from mupass._dims.operator_traits import Trait, having
+from mupass._taps.forms import Args, Kwargs, Table
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 
 
-def _functions(names: str) -> dict[Any, None]:
+def functions(*names: str) -> dict[Any, None]:
     """Return the functions of torch and the methods of tensors that have these names.
 
-    They are the keys of a dict: Dynamo of torch 2.8 cannot trace that a function is in a frozenset.
+    They are the keys of a dict: Dynamo of torch 2.8 cannot trace that a function is in a frozenset, and none
+    follows a look-up of traits.
+
+    Args:
+        *names: The names, or texts of several.
     """
     found: dict[Any, None] = {}
-    for name in names.split():
+    for name in " ".join(names).split():
         for owner in (torch, Tensor):
-            if hasattr(owner, name):
-                found[getattr(owner, name)] = None
+            function = getattr(owner, name, None)
+            if callable(function):  # torch.half is a type, and Tensor.mT a property
+                found[function] = None
     return found
 
 
 # Functions whose results are copies of entries of their first argument.
-COPYING = _functions(
-    "__getitem__ select narrow index_select gather take_along_dim expand expand_as broadcast_to repeat tile "
-    "repeat_interleave reshape reshape_as view view_as flatten unflatten squeeze unsqueeze t adjoint "
-    "transpose swapaxes swapdims permute movedim moveaxis flip roll split split_with_sizes chunk "
-    "tensor_split unbind"
-) | dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__))  # type: ignore[attr-defined]
-SPREADING = _functions("expand expand_as broadcast_to repeat tile")
-# Copies of all entries in another type or place.
-SAME = _functions("to contiguous float double half bfloat16 type_as type clone")
+COPYING = functions("__getitem__", *having(Trait.RESHAPES | Trait.PICKS))
+COPYING |= dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__))  # type: ignore[attr-defined]
+SPREADING = functions(*having(Trait.SPREADS))
+# Copies of all entries in another type or place: code that keeps weights in float32 and multiplies in
+# bfloat16, say.
+SAME = functions("to contiguous float double half bfloat16 type_as type clone")
 # 1 + w, w - 1, 1 - w, 2 * w, w / 2, -w with numbers.
-SUMS = _functions("add __add__ __radd__")
-ADDING = SUMS | _functions("sub subtract __sub__")
-TAKING = _functions("rsub __rsub__ neg negative __neg__")
-SCALING = _functions("mul multiply __mul__ __rmul__")
-DIVIDING = _functions("div divide true_divide __truediv__ __div__")
+SUMS = functions("add __add__ __radd__")
+ADDING = SUMS | functions("sub subtract __sub__")
+TAKING = functions("rsub __rsub__ neg negative __neg__")
+SCALING = functions("mul multiply __mul__ __rmul__")
+DIVIDING = functions("div divide true_divide __truediv__ __div__")
 # Functions that join tensors entry by entry, some of them into the first one.
-WRITING = _functions("add_ __iadd__ sub_ __isub__ mul_ __imul__ div_ __itruediv__ addcmul_ lerp_")
-JOINING = ADDING | SCALING | DIVIDING | _functions("rsub __rsub__ __rtruediv__ where addcmul lerp") | WRITING
-BATCHED = _functions("baddbmm")
+WRITING = functions("add_ __iadd__ sub_ __isub__ mul_ __imul__ div_ __itruediv__ addcmul_ lerp_")
+JOINING = ADDING | SCALING | DIVIDING | functions("rsub __rsub__ __rtruediv__ where addcmul lerp") | WRITING
+BATCHED = functions("baddbmm")
 # They tell of a tensor, and do not read it.
-BLIND = _functions(
+BLIND = functions(
     "size dim stride numel nelement is_contiguous new_zeros new_ones new_full new_empty new_tensor "
     "zeros_like ones_like empty_like full_like rand_like randn_like __len__ element_size data_ptr get_device"
 )
@@ -104,8 +107,8 @@ class Copies:
 
 def copied(
     func: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     known_of: Callable[[Any], Copies | None],
     wrap: Callable[[Tensor, Copies], Tensor],
 ) -> Any:
@@ -141,9 +144,7 @@ def copied(
     return tuple([wrap(part, replace(known, rows=numbers, spread=spread)) for part, numbers in parts])
 
 
-def _shifted(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], known_of: Callable[[Any], Copies | None]
-) -> int | None:
+def _shifted(func: Any, args: Args, kwargs: Kwargs, known_of: Callable[[Any], Copies | None]) -> int | None:
     """Return which argument is the table of a sum with what has no gradient, a mask or data; else None."""
     if func not in ADDING or len(args) != 2 or kwargs:
         return None
@@ -155,7 +156,7 @@ def _shifted(
     return None
 
 
-def _slope(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+def _slope(func: Any, args: Args, kwargs: Kwargs) -> float | None:
     """Return what a function multiplies its first argument by, to which it joins numbers alone; else None."""
     numbers = args[1:]
     if any(not isinstance(number, (int, float)) for number in (*numbers, *kwargs.values())):
@@ -170,8 +171,8 @@ def _slope(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float
 
 
 def joined(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[Any], Copies | None]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    func: Any, args: Args, kwargs: Kwargs, known: Callable[[Any], Copies | None]
+) -> tuple[Args, dict[str, Any]]:
     """Return the arguments of a function; copies of tables tapped, in the shape of what they are joined to.
 
     Args:
@@ -221,9 +222,7 @@ def _leaves(values: tuple[Any, ...] | list[Any]) -> Iterator[Any]:
             yield value
 
 
-def has_tables(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Callable[[Any], Copies | None]
-) -> bool:
+def has_tables(args: Args, kwargs: Kwargs, known: Callable[[Any], Copies | None]) -> bool:
     """Return whether copies of tables are among arguments.
 
     Args:

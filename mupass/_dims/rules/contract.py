@@ -9,6 +9,7 @@ from mupass._dims.graph import summed_axes
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast, is_matrix, pointwise
 from mupass._dims.rules.reshape import merge_axes
+from mupass._records import PRODUCT_AND_SUM
 
 Labels = Sequence[str]
 
@@ -329,7 +330,7 @@ def _record_summed(call: Call) -> bool:
     # Only a sum over an axis that both have is a contraction.
     if not any(_is_wide(weight, int(label)) for label in shared.difference(out)):
         return False
-    contract(call, "product and sum", operands, labels, out)
+    contract(call, PRODUCT_AND_SUM, operands, labels, out)
     return True
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.kronecker.settings import Loss
+from mupass._optim.vocabulary import Tensors
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import by_group, factor_dtype
@@ -53,7 +54,7 @@ class Curvature:
         self.terms = terms
         self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
         # Terms are counted only where B is collected and the caller has not told their number.
-        if self.taps and sides[1] and loss.terms is None:
+        if self.taps and sides[1] and loss.loss_terms is None:
             terms.open(weight.device)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
@@ -229,7 +230,7 @@ class Curvature:
 
     def _count_terms(self) -> Tensor:
         """Return the number of loss terms of this rank: told, or counted."""
-        terms = self.loss.terms
+        terms = self.loss.loss_terms
         if callable(terms):
             terms = terms()
         if terms is not None:
@@ -370,7 +371,7 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     return torch.cat([t.reshape(1).to(device) for t in tensors]).tolist()  # type: ignore[no-any-return]
 
 
-def _readers(cover: Cover, parameters: Mapping[str, Tensor]) -> dict[Place, list[Tensor]]:
+def _readers(cover: Cover, parameters: Tensors) -> dict[Place, list[Tensor]]:
     """Return tap -> the parameters whose factors it adds to."""
     readers_of: dict[Place, list[Tensor]] = {place: [] for place in cover.layers}
     for block in cover.blocks:

@@ -19,6 +19,7 @@ from mupass._optim.kronecker.factor_stack import FactorStack, Slots
 from mupass._optim.kronecker.update import Root, by_eigenbasis, inverse, times
 from mupass._optim.linalg.packed import packed_size
 from mupass._optim.linalg.roots import eigenbases
+from mupass._optim.vocabulary import MatrixTensors, State
 from mupass._taps.blocks import Block, Place
 from mupass._taps.factors import Layer
 from mupass._taps.leaves import Sums
@@ -43,7 +44,7 @@ class EigenStack(FactorStack):
         super().__init__(keys, shape, dtype, device)
         self.turned: dict[int, Tensor] = {}
 
-    def _matrices(self) -> dict[str, Tensor]:
+    def _matrices(self) -> State:
         return {
             "factor": self._zeros(packed_size(self.size)),
             "vectors": self._zeros(self.size, self.size),
@@ -124,8 +125,8 @@ class Moments:
     def __init__(self, pairs: Sequence[Pair], at: At) -> None:
         self.at = at
         self.pairs = {pair.name: pair for pair in pairs}
-        self.state: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self.overflowed: dict[tuple[str, int], Tensor] = {}
+        self.state: dict[tuple[str, int], State] = {}
+        self.overflowed: MatrixTensors = {}
         for name, pair in self.pairs.items():
             # Precision and device of the factors.
             like = self._sides(pair)[0][0].state["weight"]

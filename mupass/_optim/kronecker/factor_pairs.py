@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mupass._optim.kronecker.damping import Sides, few_rows
 from mupass._optim.kronecker.factor_stack import FactorStack
+from mupass._optim.vocabulary import Tensors
 from mupass._records import Geometry
 from mupass._scales.scales import Scales
 from mupass._taps.blocks import Block, Factor
@@ -186,7 +187,7 @@ class Lineup:
 def line_up(
     pairs: Sequence[Pair],
     banks: Sequence[FactorStack],
-    parameters: Mapping[str, Tensor],
+    parameters: Tensors,
     scales: Mapping[str, Scales],
 ) -> list[Lineup]:
     """Line up what damping needs, for the pairs of each precision and device.

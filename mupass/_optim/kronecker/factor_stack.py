@@ -11,6 +11,7 @@ from torch import Tensor
 from mupass._optim.kronecker.update import Average, Root, by_root, whole
 from mupass._optim.linalg.packed import blend, pack, packed_diagonal, packed_size
 from mupass._optim.linalg.roots import diagonal_roots, inverse_roots
+from mupass._optim.vocabulary import State
 
 # Entries of the matrices that are inverted together: large ones gain nothing from company, and each needs
 # room for several copies of itself.
@@ -66,7 +67,7 @@ class FactorStack:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(len(self.keys), *shape, dtype=self.dtype, device=self.device)
 
-    def _matrices(self) -> dict[str, Tensor]:
+    def _matrices(self) -> State:
         """Return the averages and roots before the first step."""
         numbers = self.size if self.diagonal else packed_size(self.size)
         return {"factor": self._zeros(numbers), "root": self._zeros(numbers)}

@@ -18,6 +18,7 @@ from mupass._optim.kronecker.factor_pairs import Lineup, Pair, in_blocks, line_u
 from mupass._optim.kronecker.factor_stack import IN_CACHE, FactorStack, Slots, joined
 from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
+from mupass._optim.vocabulary import MatrixTensors, State, Tensors
 from mupass._parallel import deal, largest_over_ranks
 from mupass._roles.standardized import standardized
 from mupass._scales.plan import Entry
@@ -120,7 +121,7 @@ class Kronecker:
     def __init__(
         self,
         cover: Cover,
-        parameters: Mapping[str, Tensor],
+        parameters: Tensors,
         roots: Roots,
         entries: Mapping[str, Entry],
         ranks: Ranks,
@@ -152,6 +153,7 @@ class Kronecker:
         self.phase = phases(self._all, self._remote, roots.stagger)
         self.lineups = line_up(self.pairs, self._all, parameters, scales)
         self._damp_units(all_blocks)
+        self._longer: MatrixTensors | None = None  # since rows were counted last
         self._indices: dict[Any, Tensor] = {}  # slots that do not stand together, on their device
         self.seen: set[str] = set()  # slots with an observation
         self.largest: Tensor | None = None  # trace of B at the base width, over all ranks
@@ -174,7 +176,7 @@ class Kronecker:
             slots = names.get("a"), names.get("b")
             pair = Pair(block, piece, *slots, groups, inputs, outputs, by_rows=by_rows)
             shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
-            pairs.append(in_blocks(pair, shapes, self.roots.block or 0, entry.geometry))
+            pairs.append(in_blocks(pair, shapes, self.roots.block_size or 0, entry.geometry))
         return pairs
 
     def _looks_at_rows(self, block: Block, cover: Cover, entry: Entry) -> tuple[bool, bool]:
@@ -194,7 +196,7 @@ class Kronecker:
     def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
         """Return the name of the slot of one factor, which is new or that of an earlier block."""
         # Under pi-damping a factor has a root for each matrix that it goes with.
-        name = slot_name(block, factor, piece if self.roots.damping.mode == "pi" else None)
+        name = slot_name(block, factor, piece if self.roots.damping_mode == "pi" else None)
         if name not in self.slots:
             layer = cover.layers[factor.places[0]]
             shape = layer.input_shape() if side == "a" else layer.output_shapes()[factor.piece]
@@ -234,8 +236,8 @@ class Kronecker:
 
     def _damp_units(self, every: BlockPairs) -> None:
         """Make room for the dampings of the number 1, the input factor of vectors."""
-        self.unit_rho: dict[tuple[str, int], Tensor] = {}
-        self._remote_units: dict[tuple[str, int], Tensor] = {}
+        self.unit_rho: MatrixTensors = {}
+        self._remote_units: MatrixTensors = {}
         for lineup in self.lineups:
             for pair in lineup.pairs:
                 if not pair.block.a:
@@ -257,7 +259,7 @@ class Kronecker:
             memory: What is left of the largest trace seen so far.
             ok: 1, or 0 where the observations do not count.
         """
-        self.moved = True
+        self.moved, self._longer = True, None
         observations = self._observations(taken)
         self.seen.update(observations)
         by_bank: dict[int, dict[Any, Observation]] = defaultdict(dict)
@@ -292,7 +294,7 @@ class Kronecker:
 
     def _find_largest(self) -> None:
         """Find the largest trace of B, where damping has a floor relative to it."""
-        if self.roots.damping.has_floor:
+        if self.roots.has_floor:
             # Over all ranks: with floors of their own they would take different steps.
             largest = [self._largest(lineup) for lineup in self.lineups]
             self.largest = largest_over_ranks(largest, self.ranks.size)
@@ -381,7 +383,7 @@ class Kronecker:
             due: Result of `due`.
         """
         rho = self._damp(dampings)
-        relative = self.roots.damping.mode == "eigen"
+        relative = self.roots.damping_mode == "eigen"
         for number, slots in due.items():
             power = self.roots.power("b" if self._is_output(number) else "a")
             self._all[number].refresh(rho[number], power, slots, relative)
@@ -398,7 +400,7 @@ class Kronecker:
         for number in lineup.banks:
             factor_stack = self._all[number]
             # The memory is for B, which falls with the gradient; A does not.
-            fades = remembered and self.roots.damping.memory > 0 and self._is_output(number)
+            fades = remembered and self.roots.damping_memory > 0 and self._is_output(number)
             traces.append(factor_stack.remembered() if fades else factor_stack.traces())
         return torch.cat(traces)
 
@@ -409,22 +411,23 @@ class Kronecker:
 
     def _damp(self, dampings: Mapping[str, float | Tensor]) -> list[Tensor]:
         """Return the damping of every slot of every bank, and keep that of the vectors' input side."""
-        settings = self.roots.damping
+        settings = self.roots
         rho: list[Tensor] = [factor_stack.state["weight"] for factor_stack in self._all]
         for lineup in self.lineups:
-            traces = self._traces(lineup, remembered=settings.mode in {"trace", "eigen"})
+            traces = self._traces(lineup, remembered=settings.damping_mode in {"trace", "eigen"})
             largest = None
             if self.largest is not None:
                 largest = self.largest.to(traces)
             rows = self._rows(lineup) if lineup.looks_at_rows else None
             sides = lineup.sides(traces, dampings, rows)
-            rho_a, rho_b = damp(settings.mode, sides, settings.floor, largest)
+            rho_a, rho_b = damp(settings.damping_mode, sides, settings.damping_floor, largest)
             # Rows of the line-up may share a slot: each slot takes the damping of its row.
             by_slot = torch.cat([rho_a, rho_b])[lineup.row]
             lengths = [len(self._all[number].keys) for number in lineup.banks]
             for number, part in zip(lineup.banks, torch.split(by_slot, lengths), strict=True):
                 # Relative to the largest eigenvalue seen, as traces are elsewhere.
-                if settings.mode == "eigen" and settings.memory > 0 and self._is_output(number):
+                fades = settings.damping_memory > 0 and self._is_output(number)
+                if settings.damping_mode == "eigen" and fades:
                     part = part * self._all[number].memory()
                 rho[number] = part
             self._keep_unit_damping(lineup, rho_a)
@@ -442,9 +445,11 @@ class Kronecker:
         # Under tensor parallelism as many ranks have summed the same rows.
         return counted / self.ranks.alike
 
-    def _lengthenings(self) -> dict[tuple[str, int], Tensor]:
+    def _lengthenings(self) -> MatrixTensors:
         """Return what directions are multiplied by, an entry a group; nothing for those that stay."""
-        found: dict[tuple[str, int], Tensor] = {}
+        if self._longer is not None:
+            return self._longer
+        found = self._longer = {}
         for lineup in self.lineups:
             if not lineup.looks_at_rows:
                 continue
@@ -454,7 +459,7 @@ class Kronecker:
                     found[pair.name] = numbers
         return found
 
-    def directions(self, grads: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def directions(self, grads: Tensors) -> tuple[Tensors, Tensors]:
         """Return the preconditioned gradient of every block of this rank, and what it does to outputs.
 
         Args:
@@ -486,9 +491,9 @@ class Kronecker:
                 changes[block.parameter] = sum(known[1:], start=known[0]) / outputs
         return directions, changes
 
-    def _matrices_of(self, grads: Mapping[str, Tensor]) -> tuple[dict[tuple[str, int], Tensor], Kernels]:
+    def _matrices_of(self, grads: Tensors) -> tuple[MatrixTensors, Kernels]:
         """Return the gradients of all matrices, by the rows of standardized kernels where these are some."""
-        stacks: dict[tuple[str, int], Tensor] = {}
+        stacks: MatrixTensors = {}
         kernels: Kernels = {}
         for block, pairs in self.blocks:
             gradient = grads.get(block.parameter)
@@ -512,7 +517,7 @@ class Kronecker:
             kernels[pair.name] = Kernel(*standardized(stack.to(factor_dtype(parameter))))
         return kernels
 
-    def quadratic(self, moves: Mapping[str, Tensor]) -> Tensor:
+    def quadratic(self, moves: Tensors) -> Tensor:
         """Return ``d^T F d``, with the averages of the factors or second moments for F and no damping.
 
         Args:
@@ -545,9 +550,7 @@ class Kronecker:
         factor = factor_stack.value(slice(first, first + count))
         return times(stack.to(factor.dtype), factor, side == "b")
 
-    def _apply_all(
-        self, stacks: Mapping[tuple[str, int], Tensor], kernels: Kernels
-    ) -> dict[tuple[str, int], Applied]:
+    def _apply_all(self, stacks: MatrixTensors, kernels: Kernels) -> dict[tuple[str, int], Applied]:
         """Return the directions of all matrices, and ``tr(D A D^T)`` of each, summed over its groups.
 
         Args:
@@ -590,10 +593,10 @@ class Kronecker:
     def _apply(
         self,
         pairs: Sequence[Pair],
-        stacks: Mapping[tuple[str, int], Tensor],
+        stacks: MatrixTensors,
         kernels: Kernels,
         growths: Growths,
-        longer: Mapping[tuple[str, int], Tensor],
+        longer: MatrixTensors,
     ) -> dict[tuple[str, int], Applied]:
         """Return the directions of matrices of one kind, and ``tr(D A D^T)`` where A is known."""
         power_a, power_b = self.roots.powers
@@ -602,7 +605,7 @@ class Kronecker:
         places_b = self._places([member.b for member in pairs])
         places_a = self._places([member.a for member in pairs])
         # A gradient that jumps would be divided by what B was before: only B's roots follow jumps.
-        root_b = self._root(places_b, power_b, self.roots.damping.memory > 0, growths)
+        root_b = self._root(places_b, power_b, self.roots.damping_memory > 0, growths)
         root_a = self._root(places_a, power_a, False, growths)
         if pair.block.standardized:
             rows = joined([kernels[member.name].rows for member in pairs])
@@ -619,7 +622,7 @@ class Kronecker:
         return {member.name: result for member, result in zip(pairs, applied, strict=True)}
 
     def _sizes(
-        self, pairs: Sequence[Pair], longer: Mapping[tuple[str, int], Tensor]
+        self, pairs: Sequence[Pair], longer: MatrixTensors
     ) -> tuple[Tensor | None, float, float, Tensor | None]:
         """Return what the lengths of directions depend on besides roots, the last arguments of `update`."""
         pair, power_a = pairs[0], self.roots.powers[0]
@@ -683,13 +686,13 @@ class Kronecker:
             return False
         factor_stack, first, count = self.at[pair.a]
         # D A = H - rho D holds for the inverse of the whole present A with a damping that is a number.
-        plain = self.roots.powers[0] == 1 and self.roots.damping.mode != "eigen"
+        plain = self.roots.powers[0] == 1 and self.roots.damping_mode != "eigen"
         uncut = pair.blocks[0] == 1 and pair.growth[0] == 1
         return not (plain and uncut and factor_stack.is_fresh(first, count)) or self.compiled.on(
             factor_stack.device
         )
 
-    def entries(self, parameter: str) -> dict[str, Tensor]:
+    def entries(self, parameter: str) -> State:
         """Return the state that is kept at a parameter, as views; on meta where another rank has it.
 
         Args:
@@ -711,7 +714,7 @@ class Kronecker:
                 state_of[f"unit{piece}.rho"] = rho
         return state_of
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, State]:
         """Return all that changes from step to step, without second moments: tensors by part and name."""
         parts = {f"bank{number}": dict(factor_stack.state) for number, factor_stack in enumerate(self._all)}
         parts["units"] = {f"{name}.{piece}": rho for (name, piece), rho in self.unit_rho.items()}
@@ -720,7 +723,7 @@ class Kronecker:
             parts["largest"]["trace"] = self.largest
         return parts
 
-    def take_state(self, state: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
+    def take_state(self, state: Mapping[str, State], steps: int) -> None:
         """Go on from a state, whose tensors are not written to if the banks write to none.
 
         Args:
@@ -733,7 +736,7 @@ class Kronecker:
         for name, piece in self.unit_rho:
             self.unit_rho[name, piece] = state["units"][f"{name}.{piece}"].clone()
         self.largest = state["largest"].get("trace")
-        self.rooted, self.moved = steps > 0, False
+        self.rooted, self.moved, self._longer = steps > 0, False, None
 
     def loaded(self, steps: int) -> None:
         """Take notice that the state was written from outside.
@@ -744,7 +747,7 @@ class Kronecker:
         for factor_stack in self._all:
             factor_stack.forget()
         # Roots were looked over in every step that averaged factors, unless none has yet.
-        self.rooted, self.moved = steps > 0, steps == 0
+        self.rooted, self.moved, self._longer = steps > 0, steps == 0, None
         self.seen = set()
         if steps:
             self.seen.update(self.at)

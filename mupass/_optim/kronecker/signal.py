@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mupass._optim.fallback import state_dtype
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import sum_over_ranks
 
 # What a step leaves of the sums that the share is a quotient of, and the smallest share that is believed.
@@ -61,7 +62,7 @@ class SignalShare:
             ``<D m, m>`` and of its signal S, both of which fade. They begin with a share of 1.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], in_place: bool = True) -> None:
+    def __init__(self, parameters: Tensors, in_place: bool = True) -> None:
         self._in_place = in_place
         self._at = {name: place for place, name in enumerate(parameters)}
         dtype, device = torch.float32, torch.device("cpu")
@@ -71,7 +72,7 @@ class SignalShare:
         self.state = torch.zeros(3, len(self._at), dtype=dtype, device=device)
         self._places: dict[tuple[str, ...], Tensor] = {}
 
-    def entries(self, name: str) -> dict[str, Tensor]:
+    def entries(self, name: str) -> State:
         """Return the numbers of a parameter, as a view; nothing for one that is not there.
 
         Args:

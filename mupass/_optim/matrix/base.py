@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from mupass._errors import OptimizerError
 from mupass._optim.base import PlannedOptimizer
-from mupass._optim.checks import check_flag, check_words
+from mupass._optim.checks import check_choice, check_flag, check_period, check_words
 from mupass._optim.linalg.spectral import with_unit_norm
 from mupass._optim.matrix.block_stack import Slot, Stack, compiled, compiles, make_stacks
 from mupass._optim.matrix.blocking import WHOLE, Blocking
 from mupass._optim.training import Training
+from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import deal, rank_of
 from mupass._records import Geometry
 from mupass._scales.plan import OptimizerSpec
 
+KERNELS = ("matrix", "modes")
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
 AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
 Blocks = Mapping[str, Sequence[Tensor]]  # parameter -> its blocks
+
+
+class LayoutOptions(TypedDict, total=False):
+    """Keywords of `mupass.Shampoo` and `mupass.SOAP` that `Layout` holds, for type checkers and editors."""
+
+    roles: Collection[str]
+    kernels: str
+    compile: bool | None
+    data_parallel: bool | None
 
 
 @dataclass(frozen=True)
@@ -34,18 +45,18 @@ class Layout:
         compile: Whether the update of each shape is compiled; None where it gains.
         data_parallel: Whether ranks share the work; None where there are several.
         block_size: Largest side of a block.
-        modes: Whether every axis of a convolution's kernel is a side of its own.
+        kernels: One of `KERNELS`: axes of a convolution's kernel are part of a matrix, or sides of their own.
         spectral: Whether every block of the update is divided by its spectral norm.
 
     Raises:
-        OptimizerError: Unknown roles.
+        OptimizerError: An argument is out of range, or a word is unknown.
     """
 
     roles: Collection[str] = ROLES
     compile: bool | None = None
     data_parallel: bool | None = None
     block_size: int = WHOLE
-    modes: bool = False
+    kernels: str = "matrix"
     spectral: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +65,8 @@ class Layout:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
         if self.compile is not None:
             check_flag("compile", self.compile)
+        check_period("block_size", self.block_size)
+        check_choice("kernels", self.kernels, KERNELS)
         check_flag("spectral", self.spectral)
 
 
@@ -75,7 +88,8 @@ class MatrixOptimizer(PlannedOptimizer):
         layout: Layout,
         damping: float = 0.0,
     ) -> None:
-        self.roles, self.block_size, self.modes = frozenset(layout.roles), layout.block_size, layout.modes
+        self.roles, self.block_size = frozenset(layout.roles), layout.block_size
+        self.modes = layout.kernels == "modes"
         self._ranks = self._sharing(model, layout.data_parallel)
         self._layout = layout
         self._blockings: dict[str, Blocking] = {}
@@ -136,8 +150,8 @@ class MatrixOptimizer(PlannedOptimizer):
         if name in self._parameters:
             self._parameters[name] = new
 
-    def _own_state(self, name: str) -> dict[str, Tensor]:
-        entries: dict[str, Tensor] = {}
+    def _own_state(self, name: str) -> State:
+        entries: State = {}
         for stack in (*self._stacks, *self._remote):
             entries |= stack.entries(name)
         return entries
@@ -153,7 +167,7 @@ class MatrixOptimizer(PlannedOptimizer):
             return f"its role is {geometry.role}; roles={', '.join(sorted(self.roles)) or 'none'}"
         return ""
 
-    def _first_stack_state(self, stack: Stack) -> dict[str, Tensor]:
+    def _first_stack_state(self, stack: Stack) -> State:
         """Return what is remembered of the blocks of a stack, before the first step."""
         raise NotImplementedError
 
@@ -213,9 +227,7 @@ class MatrixOptimizer(PlannedOptimizer):
             function = self._function
         return function(*arguments)
 
-    def _directions(
-        self, gradients: Mapping[str, Tensor], means: Mapping[str, Tensor], ok: Tensor
-    ) -> dict[str, Tensor]:
+    def _directions(self, gradients: Tensors, means: Tensors, ok: Tensor) -> Tensors:
         # Directions of other parameters come from the ranks that keep them.
         mine = [name for name in gradients if self._keeper[name] == rank_of(self._ranks)]
         blocks = {name: self._blockings[name].cut(gradients[name]) for name in mine}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mupass._optim.matrix.blocking import Blocking
+from mupass._optim.vocabulary import State, Tensors
 from mupass._taps.factors import factor_dtype
 
 Slot = tuple[str, int]  # parameter, block
@@ -35,7 +36,7 @@ class Stack:
         self, slots: Sequence[Slot], shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots, self.shape, self.dtype, self.device = list(slots), shape, dtype, device
-        self.state: dict[str, Tensor] = {}
+        self.state: State = {}
         self.incidents: dict[tuple[str, str], Tensor] = {}
 
     def zeros(self, *shape: int) -> Tensor:
@@ -90,7 +91,7 @@ class Stack:
             self.incidents[kind, place] = self.zeros()
         self.incidents[kind, place][at] += happened
 
-    def entries(self, name: str) -> dict[str, Tensor]:
+    def entries(self, name: str) -> State:
         """Return a parameter's part of the state, as views.
 
         Args:
@@ -104,7 +105,7 @@ class Stack:
 
 
 def make_stacks(
-    blockings: Mapping[str, Blocking], parameters: Mapping[str, Tensor], device: torch.device | None = None
+    blockings: Mapping[str, Blocking], parameters: Tensors, device: torch.device | None = None
 ) -> list[Stack]:
     """Sort the blocks of all parameters by shape, precision and device.
 
