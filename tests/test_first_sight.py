@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -247,6 +248,33 @@ def test_a_first_convolution_that_is_wider_than_what_follows_is_marked() -> None
     x = randn(2, 3, 8, 8)
     assert set(doubted(mobile(32), x)) == {"0.weight:0", "0.bias:0", "2.weight:1"}
     assert doubted(mobile(16), x) == {}
+
+
+@dataclass
+class Settings:
+    """Settings of a network; the multiplier holds for any width."""
+
+    width: int
+    inner: int
+    multiplier: float = 32**-0.5
+
+
+class Configured(nn.Module):
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.enter, self.inner = nn.Linear(5, settings.width), nn.Linear(settings.width, settings.inner)
+        self.head = nn.Linear(settings.inner, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.enter(x).relu()).relu()) * self.settings.multiplier
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 32**-0.5), ({"multiplier": 64**-0.5}, 128**-0.5)])
+def test_a_default_multiplier_is_no_root_of_a_width(given: dict[str, float], expected: float) -> None:
+    model = Configured(Settings(64, 32, **given))
+    resized = mupass.resize(model, scale=2, example_inputs=randn(2, 5))
+    assert resized.settings == Settings(128, 64, expected)
 
 
 def test_resize_says_which_sizes_follow_a_policy() -> None:
