@@ -298,3 +298,71 @@ def test_resize_says_which_sizes_follow_a_policy() -> None:
     finite = {r"body\.2\.weight:0": "finite"}
     assert mupass.resize(Ranked(), 64, example_inputs=x, dims=finite).body[2].out_features == 4
     mupass.resize(Ranked(), 32, example_inputs=x)
+
+
+class Caching(nn.Module):
+    """Tables that the first pass makes and later ones take: an attribute, an entry of a dict, of a list."""
+
+    def __init__(self, branches: bool, d: int = 24) -> None:
+        super().__init__()
+        self.branches, self.codes = branches, nn.Parameter(torch.randn(6, d))
+        self.register_buffer("count", torch.full((6, 1), 2.0))
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(6, 3)
+        self.mean: Tensor | None = None
+        self.tables: dict[str, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = self.codes / self.count
+        if "turned" not in self.tables:
+            self.tables["turned"] = self.mean.t()
+            self.seen.append(self.mean)
+        h = self.enter(x)
+        if self.branches and float(h.detach().sum()) > 1e9:
+            h = -h
+        return self.head((h @ self.tables["turned"]).relu())
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+def test_what_a_pass_caches_is_taken_back(branches: bool) -> None:
+    model, x = Caching(branches), randn(4, 5)
+    first = mupass.analyze(model, x)
+    assert model.mean is None and not model.tables and not model.seen
+    assert first["codes"].infinite == mupass.analyze(model, x)["codes"].infinite
+    model(x).sum().backward()
+    assert model.codes.grad is not None
+    # What was there before stays.
+    kept = model.mean
+    mupass.analyze(model, x)
+    assert model.mean is kept and list(model.tables) == ["turned"] and len(model.seen) == 1
+
+
+class Streams(nn.Module):
+    """The hidden state several times; weights say how much of each copy is read and written."""
+
+    def __init__(self, d: int, copies: int = 3) -> None:
+        super().__init__()
+        self.copies, self.enter, self.layer, self.head = (
+            copies,
+            nn.Linear(5, d),
+            nn.Linear(d, d),
+            nn.Linear(d, 4),
+        )
+        self.read, self.write = nn.Linear(copies * d, copies), nn.Linear(copies * d, copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).unsqueeze(2).expand(-1, -1, self.copies, -1)
+        for _ in range(2):
+            flat = x.flatten(2)
+            inner = (self.read(flat).sigmoid().unsqueeze(-1) * x).sum(2)
+            x = x + self.write(flat).tanh().unsqueeze(-1) * self.layer(inner).relu().unsqueeze(2)
+        return self.head(x.sum(2))
+
+
+def test_the_number_of_copies_of_a_hidden_state_is_fixed_and_marked() -> None:
+    analysis = mupass.analyze(Streams(32), randn(2, 6, 5))
+    assert analysis["read.weight"].infinite == analysis["write.weight"].infinite == (False, True)
+    assert analysis["read.weight"].ambiguous[0] and analysis["write.bias"].ambiguous[0]
+    assert base_shapes(lambda k: Streams(16 * k), (randn(2, 6, 5),)) == shapes(Streams(16))

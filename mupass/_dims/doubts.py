@@ -137,7 +137,10 @@ def _broad_starts(wiring: Wiring) -> Found:
         if wiring.space.size(dim) >= BROAD * max(results):
             yield dim, f"it is far wider than what is made of it ({_of(0, results)})"
         elif wiring.by_kernel(dim) and wiring.space.size(dim) >= STEM_OVER * max(results):
-            yield dim, f"it is a first convolution, and wider than what is made of it ({_of(0, results)})"
+            # Generators start wide too, but what they make only gets narrower.
+            later = chain.from_iterable(map(wiring.results, wiring.grown_results(dim)))
+            if max(later, default=0) > max(results):
+                yield dim, f"it is a first convolution, and wider than what is made of it ({_of(0, results)})"
 
 
 def _repeated_sizes(wiring: Wiring) -> Found:

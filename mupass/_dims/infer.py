@@ -260,6 +260,7 @@ def decide(
     policies.settle_alternatives(verdicts)
     policies.settle_mixtures(verdicts)
     policies.settle_routers(verdicts)
+    policies.settle_copies(verdicts)
     policies.settle_adapters(verdicts)
     policies.settle_inserted(verdicts)
     policies.settle_rests(verdicts)

@@ -237,6 +237,26 @@ def settle_routers(verdicts: Verdicts) -> None:
             verdicts.settle([dim], Verdict(False, reason, True))
 
 
+def settle_copies(verdicts: Verdicts) -> None:
+    """Policy: copies that the code makes of a width stay as many, though weights make a coefficient for each.
+
+    Streams of hyper-connections (arXiv 2409.19606): the hidden state several times, read side by side.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    made, read = space.find_all(facts.fan_out), space.find_all(facts.fan_in)
+    for dim, operator in facts.repeated.items():
+        root = space.find(dim)
+        if root not in made or root in read:
+            continue
+        # x[:, :, None].expand(-1, -1, n, -1).flatten(2), which weights read: n x width
+        beside: set[int] = set()
+        for whole, members in space.terms("product"):
+            if root in members and whole in read:
+                beside.update(member for member in members if member != root)
+        if beside & (made | read):
+            verdicts.settle([dim], Verdict(False, f"policy: it counts copies of a width ({operator})", True))
+
+
 def settle_adapters(verdicts: Verdicts) -> None:
     """Policy: the rank of an adapter is fixed: two weights in a row, beside one that joins the same widths.
 
