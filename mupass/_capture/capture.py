@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from mupass._capture.draws import settled_draws
 from mupass._capture.graph import (
     Capture,
+    attributes_kept,
     number_in,
     parameter_names,
     path_text,
@@ -72,7 +73,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: Keyword inputs.
     """
     canonical, aliases = parameter_names(model)
-    with quiet(), settled_draws(), plain_outputs(model), right_lstm_states():
+    with quiet(), settled_draws(), attributes_kept(model), plain_outputs(model), right_lstm_states():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     return _from_export(program, canonical, aliases)
 

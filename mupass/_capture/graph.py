@@ -138,6 +138,39 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+# The tables of a module itself, which captures leave as they are.
+TABLES = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Take back what a forward pass writes into modules: a tensor that it caches belongs to the trace.
+
+    Args:
+        model: Attributes of its modules, and what is in their dicts and lists, are as before afterwards.
+    """
+    kept = []
+    for module in model.modules():
+        attributes = {name: value for name, value in vars(module).items() if name not in TABLES}
+        # self.cache[device] = table writes into the very dict.
+        containers = {name: copy.copy(v) for name, v in attributes.items() if type(v) in (dict, list)}
+        kept.append((module, attributes, containers))
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            for name in vars(module).keys() - TABLES - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            for name, contents in containers.items():
+                attributes[name].clear()
+                # Both take what they held.
+                if isinstance(contents, dict):
+                    attributes[name].update(contents)
+                else:
+                    attributes[name].extend(contents)
+
+
 def path_text(path: Any) -> str:
     """Name an output by its place in what the model returns, such as ``logits``; a single one is ``output``.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mupass._capture.graph import attributes_kept
 from mupass._errors import CaptureError
 
 BATCH, LENGTH = 2, 8
@@ -76,7 +77,7 @@ def try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]), attributes_kept(model):
             fake: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
             inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             torch.func.functional_call(model, fake, *inputs, tie_weights=True)

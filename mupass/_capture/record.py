@@ -19,7 +19,16 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mupass._capture.draws import settled_draws
-from mupass._capture.graph import Capture, fresh_copy, number_in, path_text, plain_outputs, quiet, runs_vmap
+from mupass._capture.graph import (
+    Capture,
+    attributes_kept,
+    fresh_copy,
+    number_in,
+    path_text,
+    plain_outputs,
+    quiet,
+    runs_vmap,
+)
 from mupass._capture.whole_slices import drop_whole_slices
 from mupass._errors import CaptureError
 
@@ -84,7 +93,7 @@ def record(
         )
         # Some operators have derivatives of second order only where gradients are enabled.
         with quiet(), settled_draws(), plain_outputs(model), torch.set_grad_enabled(not pre_dispatch):
-            with _callers(model, callers), _run_backwards(backward):
+            with attributes_kept(model), _callers(model, callers), _run_backwards(backward):
                 module = tracer(state, buffers, [leaves[i] for i in tensors])
         return _Recording(module, callers, backward, not pre_dispatch)
 

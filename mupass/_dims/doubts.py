@@ -24,6 +24,7 @@ NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
 SHORT = 2  # steps of ordinary convolutions, whatever widths there are
 BROAD = 16  # a first layer far above all that read it
+STEM_OVER = 2  # the same for a first convolution: mobile networks keep its channels, or scale them
 
 
 def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None:
@@ -35,7 +36,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     """
     wiring = Wiring(verdicts)
     # First where a choice among several axes made a width: the rules below look at firm widths only.
-    for dim, reason in [*_several_axes(wiring), *_several_factors(wiring)]:
+    for dim, reason in [*_several_axes(wiring), *_several_factors(wiring), *_uneven_products(wiring)]:
         verdicts.question(dim, reason)
     _follow(verdicts)
     rules: tuple[Callable[[Wiring], Found], ...] = (
@@ -46,6 +47,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _repeated_sizes,
         _unread,
         _competing,
+        _categorical,
         _mixing,
         _mixed_weights,
     )
@@ -130,16 +132,29 @@ def _broad_starts(wiring: Wiring) -> Found:
     """A side network on data (coordinates, say) whose inner width is far above what it computes."""
     for dim in wiring.widths:
         results = wiring.results(dim)
-        if wiring.source(dim) == 0 and results and wiring.space.size(dim) >= BROAD * max(results):
+        if wiring.source(dim) != 0 or not results:
+            continue
+        if wiring.space.size(dim) >= BROAD * max(results):
             yield dim, f"it is far wider than what is made of it ({_of(0, results)})"
+        elif wiring.by_kernel(dim) and wiring.space.size(dim) >= STEM_OVER * max(results):
+            # Generators start wide too, but what they make only gets narrower.
+            later = chain.from_iterable(map(wiring.results, wiring.grown_results(dim)))
+            if max(later, default=0) > max(results):
+                yield dim, f"it is a first convolution, and wider than what is made of it ({_of(0, results)})"
 
 
 def _repeated_sizes(wiring: Wiring) -> Found:
     """A size that stays the same at places where all widths around it are larger by one factor."""
     places: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)  # size -> (dim, sizes around)
+    holders: dict[int, int] = {}
     for dim in wiring.widths:
         source, results = wiring.source(dim), wiring.results(dim)
-        if source is not None and results and not wiring.returns(dim):
+        # heads x head_dim, which is made with two others as 3 x heads x head_dim
+        holder = wiring.holder(dim)
+        if source is None and holder is not None:
+            holders[dim] = holder
+            source = wiring.source(holder)
+        if source is not None and results:
             places[wiring.space.size(dim)].append((dim, (source, *sorted(set(results)))))
     for size, places_of_size in places.items():
         # The sizes around each place, where they are not just this number again.
@@ -148,7 +163,8 @@ def _repeated_sizes(wiring: Wiring) -> Found:
             continue
         for dim, around in places_of_size:
             if _proportional(around, others[0]):
-                yield dim, f"it is {size} at several places whose widths differ"
+                for repeated in filter(wiring.verdicts.is_firm, (dim, holders.get(dim, dim))):
+                    yield repeated, f"it is {size} at several places whose widths differ"
 
 
 def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
@@ -194,6 +210,27 @@ def _competing(wiring: Wiring) -> Found:
     for dim in wiring.widths:
         if dim in competing and wiring.source(dim) is not None:
             yield dim, competing[dim]
+
+
+def _categorical(wiring: Wiring) -> Found:
+    """Codes: a width that is so many draws from so many classes, which compete in a softmax."""
+    verdicts, space = wiring.verdicts, wiring.space
+    competing = space.find_all(verdicts.facts.softmaxed)
+    # Sizes per head compete in some forms of linear attention, and are summed there.
+    for product in verdicts.facts.bilinear:
+        competing -= space.find_all(product.inner)
+    made = space.find_all(verdicts.facts.fan_out)
+    products = list(space.terms("product"))
+    # logits = draws x classes, as one weight makes them
+    codes = {members for whole, members in products if whole in made and competing.intersection(members)}
+    for whole, members in products:
+        draws = wiring.grown(members)
+        # Another weight reads the draws side by side.
+        if members in codes and any(map(wiring.readers, draws)) and competing.isdisjoint(draws):
+            sizes = " x ".join(str(space.size(member)) for member in members)
+            reason = f"it may count codes ({sizes}), since a softmax weighs one of the factors"
+            for dim in filter(verdicts.is_firm, (whole, *draws)):
+                yield dim, reason
 
 
 def _mixing(wiring: Wiring) -> Found:
@@ -248,6 +285,25 @@ def _several_factors(wiring: Wiring) -> Found:
                 yield member, f"policy: of the factors {sizes} of a width, this one grows"
             for member in undecided:
                 yield member, f"policy: of the factors {sizes} of a width, another grows"
+
+
+def _uneven_products(wiring: Wiring) -> Found:
+    """A product that holds one factor of a width more often than the other: which grows tells its power."""
+    verdicts, space = wiring.verdicts, wiring.space
+    products = [(whole, members) for whole, members in space.terms("product") if len(members) > 1]
+    others: dict[int, set[int]] = defaultdict(set)  # of two factors of a width: one that grows -> the other
+    for whole, members in products:
+        if whole in wiring.fans and len(members) == 2:
+            for grown, fixed in (members, members[::-1]):
+                if verdicts.grows(grown) and verdicts.by_policy(fixed):
+                    others[grown].add(fixed)
+    for whole, members in products:
+        for grown in wiring.grown(members):
+            beside = [member for member in members if member in others[grown]]
+            # heads x head_dim x head_dim, a matrix for each head: by 2 with the heads, by 4 with head_dim
+            if len(beside) > members.count(grown):
+                sizes = " x ".join(str(space.size(member)) for member in members)
+                yield whole, f"policy: of its factors {sizes} the {space.size(grown)} grows, and no other"
 
 
 def _follow(verdicts: Verdicts) -> None:

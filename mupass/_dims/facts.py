@@ -125,6 +125,7 @@ class Facts:
     # What counts things apart from each other.
     enumerated: dict[int, str] = field(default_factory=dict)  # finite dims, positions are separate things
     picks: list[tuple[int, int, str]] = field(default_factory=list)  # dim, the one position taken, where
+    repeated: dict[int, str] = field(default_factory=dict)  # dims that count copies of an axis of length 1
     stacked: set[int] = field(default_factory=set)  # dims that count the tensors of a stack
     spread: set[int] = field(default_factory=set)  # dims of vectors in outer products with data: frequencies
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions

@@ -23,6 +23,7 @@ from mupass._dims.doubts import raise_doubts
 from mupass._dims.engine import Engine
 from mupass._dims.facts import NOWHERE, Facts, Origin, Value
 from mupass._dims.graph import shape_of
+from mupass._dims.remainders import Remainder, find_remainders
 from mupass._dims.space import SizeConflict, Space
 from mupass._dims.verdicts import Verdict, Verdicts
 from mupass._errors import InferenceError
@@ -50,6 +51,7 @@ class Inference:
         uses: Parameter name -> operators that read it.
         overlooked: Parameters that the captured forward pass never reads.
         settled: Verdicts that the caller gave, which stand whatever the graph says.
+        remainders: Dimensions that are a fixed number less than a width.
     """
 
     engine: Engine
@@ -58,6 +60,7 @@ class Inference:
     uses: Mapping[str, tuple[Use, ...]]
     overlooked: tuple[str, ...]
     settled: Mapping[tuple[str, int], tuple[bool, str]]
+    remainders: Mapping[int, Remainder]
 
     def verdict(self, parameter: str, axis: int) -> Verdict:
         """Return the verdict on one axis of one parameter."""
@@ -190,7 +193,22 @@ def infer(
     # An unused placeholder: nothing in the graph reads that parameter.
     read_parameters = {name for node, name in captured.parameters.items() if node.users}
     overlooked = tuple(name for name in dims if name not in read_parameters)
-    return Inference(engine, verdicts, dims, uses, overlooked, overrides)
+    remainders = find_remainders(verdicts)
+    _doubt_remainders(verdicts, remainders)
+    return Inference(engine, verdicts, dims, uses, overlooked, overrides, remainders)
+
+
+def _doubt_remainders(verdicts: Verdicts, remainders: Mapping[int, Remainder]) -> None:
+    """Mark dimensions of which the size alone tells that they are less than a width."""
+    size = verdicts.space.size
+    for dim, remainder in remainders.items():
+        if not remainder.certain:
+            fixed = sum(map(size, remainder.fixed))
+            reason = (
+                f"policy: taken for a width of {size(remainder.width)} less {fixed}, since the {fixed} fixed "
+                "features that it is joined to make it as wide as others are"
+            )
+            verdicts.question(dim, reason)
 
 
 def _made(dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]) -> list[int]:
@@ -242,6 +260,7 @@ def decide(
     policies.settle_alternatives(verdicts)
     policies.settle_mixtures(verdicts)
     policies.settle_routers(verdicts)
+    policies.settle_copies(verdicts)
     policies.settle_adapters(verdicts)
     policies.settle_inserted(verdicts)
     policies.settle_rests(verdicts)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 
-from mupass._dims.facts import Facts
+from mupass._dims.facts import Facts, ParameterUse
 from mupass._dims.space import Space
 from mupass._dims.verdicts import Verdict, Verdicts
 
@@ -36,6 +36,38 @@ def settle_heads(verdicts: Verdicts) -> None:
         if heads and inner:
             fixed = Verdict(False, f"policy: fixed size per head ({product.where})", True)
             verdicts.settle([*inner, *_beside(verdicts, heads)], fixed)
+    _settle_shared_keys(verdicts)
+
+
+def _settle_shared_keys(verdicts: Verdicts) -> None:
+    """The same where keys are without heads: one key a position, that all heads of the queries meet."""
+    space, facts = verdicts.space, verdicts.facts
+    made = space.find_all(facts.fan_out)
+    read = verdicts.kin(facts.fan_in)
+    # What a weight makes as queries is heads x head_dim, and what it makes as keys is head_dim alone.
+    queries: list[tuple[int, set[int]]] = []
+    for whole, members in space.terms("product"):
+        if whole in made and len(members) == 2:
+            for head, size_per_head in (members, members[::-1]):
+                queries.append((head, _rejoined(space, size_per_head)))
+    for product in facts.bilinear:
+        inner = space.find_all(filter(verdicts.is_open, product.inner))
+        # scores[b, l, h, s] = sum_e q[b, l, h, e] k[b, s, e], of which no weight reads e
+        for head, sizes in queries:
+            is_key = not sizes.isdisjoint(made) and sizes.isdisjoint(read) and head not in sizes
+            if head in inner and is_key and not sizes.isdisjoint(inner):
+                reason = f"policy: fixed size per head, whose keys all heads share ({product.where})"
+                verdicts.settle(sizes, Verdict(False, reason, True))
+
+
+def _rejoined(space: Space, dim: int) -> set[int]:
+    """Return a dimension with all that have the same parts: what is cut and joined again."""
+    rejoined = {dim}
+    own_terms = set(space.terms_of(dim, "sum"))
+    for whole, members in space.terms("sum"):
+        if members in own_terms:
+            rejoined.add(whole)
+    return rejoined
 
 
 def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
@@ -132,9 +164,11 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     A weight between two activations may count matrices along one of them: experts under a softmax.
 
     What is read flattened, so many features for each of those that a softmax weighs, are the features.
+    What trained weights make and frozen ones alone read are bins, each with a value of its own.
     """
     space, facts = verdicts.space, verdicts.facts
     read_by_weights = verdicts.relatives(facts.fan_in)
+    valued = _read_by_frozen_alone(verdicts)
     direct = space.find_all(facts.fan_in)
     between: set[int] = set()
     for sides in facts.between:
@@ -144,8 +178,28 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     for dim, reason in facts.alternatives.items():
         root = space.find(dim)
         flattened = dim in facts.softmaxed and root not in direct and root in counts
-        if root not in read_by_weights or root in between or flattened:
+        if root not in read_by_weights or root in between or root in valued or flattened:
             verdicts.settle([dim], Verdict(False, f"policy: {reason}", True))
+
+
+def _read_by_frozen_alone(verdicts: Verdicts) -> set[int]:
+    """Return what trained weights make and none of them reads, though frozen ones do."""
+    facts = verdicts.facts
+    trained = [use for use in facts.uses if use.parameter not in facts.frozen]
+    frozen = [use for use in facts.uses if use.parameter in facts.frozen]
+    # sum_k softmax(x)_k v_k with v frozen: the expected value over bins, as distribution focal loss has it
+    read_by_frozen = verdicts.relatives(_dims_of(facts, frozen, "fan_in"))
+    made_by_trained = verdicts.relatives(_dims_of(facts, trained, "fan_out"))
+    return read_by_frozen & made_by_trained - verdicts.relatives(_dims_of(facts, trained, "fan_in"))
+
+
+def _dims_of(facts: Facts, uses: Iterable[ParameterUse], side: str) -> list[int]:
+    """Return the dims that parameters contract (``fan_in``) or make (``fan_out``) in some uses."""
+    dims: list[int] = []
+    for parameter_use in uses:
+        axes = parameter_use.use.fan_in if side == "fan_in" else parameter_use.use.fan_out
+        dims += [facts.carried[parameter_use.parameter, axis] for axis in axes]
+    return dims
 
 
 def _counts(verdicts: Verdicts) -> set[int]:
@@ -181,6 +235,26 @@ def settle_routers(verdicts: Verdicts) -> None:
         if coefficients and all(space.size(dim) in map(space.size, atoms) for atoms in results):
             reason = "policy: as many as the separate tensors whose coefficients are made of it"
             verdicts.settle([dim], Verdict(False, reason, True))
+
+
+def settle_copies(verdicts: Verdicts) -> None:
+    """Policy: copies that the code makes of a width stay as many, though weights make a coefficient for each.
+
+    Streams of hyper-connections (arXiv 2409.19606): the hidden state several times, read side by side.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    made, read = space.find_all(facts.fan_out), space.find_all(facts.fan_in)
+    for dim, operator in facts.repeated.items():
+        root = space.find(dim)
+        if root not in made or root in read:
+            continue
+        # x[:, :, None].expand(-1, -1, n, -1).flatten(2), which weights read: n x width
+        beside: set[int] = set()
+        for whole, members in space.terms("product"):
+            if root in members and whole in read:
+                beside.update(member for member in members if member != root)
+        if beside & (made | read):
+            verdicts.settle([dim], Verdict(False, f"policy: it counts copies of a width ({operator})", True))
 
 
 def settle_adapters(verdicts: Verdicts) -> None:
@@ -249,12 +323,8 @@ def _around_trained(verdicts: Verdicts) -> tuple[dict[int, set[int]], dict[int, 
     for parameter_use in facts.uses:
         if parameter_use.parameter in facts.frozen:
             continue
-        fan_in = space.find_all(
-            facts.carried[parameter_use.parameter, axis] for axis in parameter_use.use.fan_in
-        )
-        fan_out = space.find_all(
-            facts.carried[parameter_use.parameter, axis] for axis in parameter_use.use.fan_out
-        )
+        fan_in = space.find_all(_dims_of(facts, [parameter_use], "fan_in"))
+        fan_out = space.find_all(_dims_of(facts, [parameter_use], "fan_out"))
         for dim in fan_out:
             made_of[dim] |= fan_in
         for dim in fan_in:

@@ -48,9 +48,15 @@ class Scaled:
             return self.given[root]
         if not grows(root):
             return size
+        remainder = self.solved.remainders.get(root)
+        if remainder is not None:  # d - 3, beside 3 coordinates
+            rest = self.exact(remainder.width) - sum(map(self.exact, remainder.fixed))
+            return rest if rest > 0 else size * self.factor
         # What is made of others follows from them: d_model = heads x head_dim.
         for kind in ("product", "sum"):
             for members in self.terms(root, kind):
+                if self._leaves_remainder(root, members):
+                    continue
                 if any(grows(member) or member in self.given for member in members):
                     return float(COMBINE[kind]([self.exact(member) for member in members]))
         source = self._sources.get(root)
@@ -60,6 +66,11 @@ class Scaled:
         if size % source_size == 0 or source_size % size == 0:  # pooled: by ratio
             return size * other_size / source_size
         return size + other_size - source_size  # padded: by difference
+
+    def _leaves_remainder(self, root: int, members: Members) -> bool:
+        """Whether a member follows from the whole, and so the whole not from its members."""
+        remainders = [self.solved.remainders[dim] for dim in members if dim in self.solved.remainders]
+        return any(self.solved.engine.space.find(remainder.width) == root for remainder in remainders)
 
     @cached_property
     def _sources(self) -> dict[int, int]:

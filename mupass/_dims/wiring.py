@@ -108,6 +108,18 @@ class Wiring:
         (dims,) = grown
         return self.space.size(dims[0]) if dims else 0
 
+    def holder(self, dim: int) -> int | None:
+        """Return the one product that weights make and that holds all factors of a dimension.
+
+        So 3 x heads x head_dim holds heads x head_dim: queries, keys and values in one.
+        """
+        holders: set[int] = set()
+        for factors in self.space.terms_of(dim, "product"):
+            of_all = [self._wholes[factor] for factor in factors]
+            holders |= set.intersection(*of_all) - {dim}
+        made = list(filter(self.sources, holders))
+        return made[0] if len(made) == 1 else None
+
     def results(self, dim: int) -> list[int]:
         """Return the sizes of the widths that are made of a dimension; separate matrices count apart."""
         return list(map(self._matrix_size, self.grown_results(dim)))
@@ -191,6 +203,12 @@ class Wiring:
     def is_position(self, dim: int) -> bool:
         """Whether a convolution slides along it."""
         return dim in self._positions
+
+    def by_kernel(self, dim: int) -> bool:
+        """Whether a convolution with a kernel of several entries makes it."""
+        windows = self.space.find_all(dim for dim, _ in self.verdicts.facts.windows)
+        kernels = {window for window in windows if self.space.size(window) > 1}
+        return any(not kernels.isdisjoint(side) for side in self.sources(dim))
 
     def looked_up(self, dim: int) -> bool:
         """Whether it is the width of a lookup table."""

@@ -7,6 +7,7 @@ option is right is decided by running the result, in `mupass._resize.rebuild`.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections import Counter, defaultdict
@@ -271,10 +272,24 @@ def _rewritten(value: Any, path: str, holder: str, name: str, pick: Pick, done: 
     if _is_config(value) and id(value) not in done:
         done.add(id(value))
         for key, entry in list(vars(value).items()):
+            # A multiplier that the class gives for any width is no root of one, though it may equal it.
+            if type(entry) is float and entry == _default(type(value), key):
+                continue
             new_entry = _rewritten(entry, path, type(value).__name__, key, pick, done)
             if new_entry is not entry:
                 vars(value)[key] = new_entry
     return value
+
+
+def _default(kind: type, name: str) -> Any:
+    """Return the value that a class of configurations gives to an entry; None where it gives none."""
+    if name in vars(kind):  # a dataclass
+        return vars(kind)[name]
+    try:
+        parameter = inspect.signature(kind).parameters.get(name)
+    except (TypeError, ValueError):  # a class of C, which tells no arguments
+        return None
+    return None if parameter is None else parameter.default
 
 
 def _is_config(value: Any) -> bool:

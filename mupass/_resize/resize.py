@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
 from mupass._dims.solve import solve
-from mupass._errors import ResizeError
+from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes, handled_dims
 from mupass._resize.builders import by_config, by_copy, has_constructor
 from mupass._resize.draw import Draw, initialize
@@ -22,6 +22,8 @@ from mupass._resize.rebuild import rebuild
 from mupass._resize.reinfer import check_anew
 from mupass._resize.sizes import NewSizes
 from mupass._scales.init import InitChoice
+
+NAMED = 6  # matters that a warning tells
 
 
 def resize(
@@ -89,6 +91,7 @@ def resize(
     else:
         target_device = torch.device("cpu") if home.type == "meta" else home
     target = target_of(model, captured, sizes, (args, kwargs), target_device)
+    _warn_of_policies(model, sizes, target.shapes)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     draw = Draw(model, captured, sizes, init, fresh, generator)
     # A Hugging Face constructor knows its own initialization, and what else follows from a configuration.
@@ -113,6 +116,32 @@ def resize(
         initialize(resized, seed)
     check_anew(resized, sizes, target.inputs, dims)
     return resized
+
+
+def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Say which axes got their size by a policy alone, which one model cannot settle."""
+    if not sizes.changes:
+        return
+    axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
+    for name, parameter in model.named_parameters():
+        for axis, before in enumerate(parameter.shape):
+            dim = sizes.solved.engine.space.find(sizes.solved.dims[name][axis])
+            verdict = sizes.solved.verdict(name, axis)
+            # What the caller sizes by name is settled.
+            if verdict.policy and before > 1 and dim not in sizes.given:
+                matter = dim, verdict.why.removeprefix("policy: ")
+                axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {shapes[name][axis]})")
+    matters = []
+    for (_, reason), axes in axes_of.items():
+        remainder = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
+        matters.append(f"{axes[0]}{remainder}: {reason}")
+    if matters:
+        unnamed = f"; and {len(matters) - NAMED} more" if len(matters) > NAMED else ""
+        message = (
+            "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} or "
+            f"'infinite' to settle them: {'; '.join(matters[:NAMED])}{unnamed}"
+        )
+        warn([message])
 
 
 def _check_seed(seed: int | None) -> None:

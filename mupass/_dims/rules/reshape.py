@@ -235,6 +235,7 @@ def _with_leading_ones(call: Call, source: Value) -> list[Axis]:
 def _repeat_count(call: Call, count: int) -> Axis:
     axis = call.new(count)
     call.literal(axis, "a repeat count")
+    call.facts.repeated.setdefault(axis.dim, call.where)
     return axis
 
 

@@ -1,0 +1,368 @@
+"""Kinds of sizes that inference got wrong without a word at the first sight of 81 new architectures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_doubts import doubted
+from torch import Tensor, nn
+from zoo.case import randn
+
+import mupass
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def base_shapes(
+    build: Callable[[int], nn.Module], inputs: tuple[Tensor, ...]
+) -> dict[str, tuple[float, ...]]:
+    """Return base shapes of the model of multiplier 2, where its width has half the size."""
+    width = mupass.analyze(build(2), inputs).width
+    analysis = mupass.analyze(build(2), inputs, base=width // 2)
+    return {geometry.name: geometry.base_shape for geometry in analysis.geometries}
+
+
+class Pitch(nn.Module):
+    """A distribution over bins of pitch, and its mean by a weight that holds the pitch of every bin."""
+
+    def __init__(self, d: int, frozen: bool, bins: int = 6) -> None:
+        super().__init__()
+        self.bins = bins
+        self.enter, self.low, self.high = (
+            nn.Conv1d(4, d, 3, padding=1),
+            nn.Linear(d, 2 * bins),
+            nn.Linear(d, d),
+        )
+        self.again = nn.Linear(d, 2 * bins)
+        self.mean = nn.Linear(bins, 1, bias=False).requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x).relu().transpose(1, 2)
+        both = torch.cat([self.low(h), self.again(self.high(h).relu())], 1)
+        return self.mean(both.unflatten(-1, (2, self.bins)).softmax(-1))[..., 0]
+
+
+def test_bins_of_which_a_frozen_weight_takes_the_mean_are_fixed_and_marked() -> None:
+    analysis = mupass.analyze(Pitch(32, frozen=True), randn(2, 4, 9))
+    for name, axis in (("low.weight", 0), ("low.bias", 0), ("again.weight", 0), ("mean.weight", 1)):
+        assert not analysis[name].infinite[axis] and analysis[name].ambiguous[axis]
+    assert analysis["again.weight"].infinite == (False, True)
+    assert base_shapes(lambda k: Pitch(16 * k, True), (randn(2, 4, 9),)) == shapes(Pitch(16, True))
+    # What is trained may be any layer behind a softmax.
+    assert mupass.analyze(Pitch(32, frozen=False), randn(2, 4, 9))["mean.weight"].infinite == (False, True)
+
+
+class Discrete(nn.Module):
+    """A state of several draws of a class each, straight through, which the next layer reads."""
+
+    def __init__(self, d: int, draws: int = 3, classes: int = 5) -> None:
+        super().__init__()
+        self.draws, self.classes = draws, classes
+        self.enter, self.logits = nn.Linear(7, d), nn.Linear(d, draws * classes)
+        self.leave, self.head = nn.Linear(draws * classes + 2, d), nn.Linear(d, 7)
+
+    def forward(self, x: Tensor, action: Tensor) -> Tensor:
+        logits = self.logits(self.enter(x).relu()).view(-1, self.draws, self.classes)
+        soft = logits.softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), self.classes).to(soft.dtype)
+        state = (hard + soft - soft.detach()).flatten(1)
+        return self.head(self.leave(torch.cat([state, action], 1)).relu())
+
+
+class SoftKeys(nn.Module):
+    """Attention without a softmax over positions: entries of each head of the queries compete instead."""
+
+    def __init__(self, d: int = 32, size: int = 8) -> None:
+        super().__init__()
+        self.size = size
+        self.enter, self.qkv, self.out, self.head = (
+            nn.Linear(*n) for n in ((5, d), (d, 3 * d), (d, d), (d, 3))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.enter(x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
+        context = k.softmax(-2).mT @ v
+        return self.head(self.out((q.softmax(-1) @ context).transpose(1, 2).flatten(2)))
+
+
+def test_codes_of_classes_are_marked_and_heads_of_linear_attention_are_not() -> None:
+    found = doubted(Discrete(32), randn(4, 7), randn(4, 2))
+    assert set(found) == {"logits.weight:0", "logits.bias:0", "leave.weight:1"}
+    assert all("codes (3 x 5)" in reason for reason in found.values())
+    assert doubted(SoftKeys(), randn(2, 6, 5)) == {}
+
+
+class Matrices(nn.Module):
+    """A matrix for each head, all of them in one vector."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        d = heads * size
+        self.left, self.right, self.head = nn.Linear(6, d), nn.Linear(6, d), nn.Linear(d, 2)
+        self.forms = nn.Parameter(torch.randn(heads * size * size) / size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).relu(), self.right(x).relu()
+        matrices = self.forms.view(self.heads, self.size, self.size)
+        a, b = (y.view(-1, self.heads, self.size) for y in (left, right))
+        scores = ((a.unsqueeze(2) @ matrices).squeeze(2) * b).sum(-1, keepdim=True)
+        return self.head((scores * a).flatten(1) + left)
+
+
+def test_a_product_that_holds_one_factor_twice_is_marked() -> None:
+    analysis = mupass.analyze(Matrices(4, 6), randn(3, 6))
+    assert analysis["forms"].infinite == (True,) and analysis["forms"].ambiguous == (True,)
+    assert "grows, and no other" in analysis["forms"].evidence[0]
+
+
+class Distance(nn.Module):
+    """A distance field: coordinates are put in again where a layer leaves room for them."""
+
+    def __init__(self, d: int, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.enter, self.narrow, self.wide = nn.Linear(3, d), nn.Linear(d, d - 3), nn.Linear(d, d)
+        self.head = nn.Linear(d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.enter(x).relu()
+        h = torch.cat([self.narrow(first).relu(), x], -1)
+        if self.form == "residual":
+            h = h + first
+        return self.head(self.wide(h).relu())
+
+
+@pytest.mark.parametrize("form", ["plain", "residual"])
+@pytest.mark.parametrize(("source", "target"), [(24, 48), (48, 24)])
+def test_a_width_less_the_data_that_joins_it_keeps_that_difference(
+    form: str, source: int, target: int
+) -> None:
+    x = randn(5, 3)
+    analysis = mupass.analyze(Distance(source, form), x, base=target)
+    want = Distance(target, form)
+    assert {geometry.name: geometry.base_shape for geometry in analysis.geometries} == shapes(want)
+    # A sum with what has the whole width proves it; without one the sizes alone tell, which is marked.
+    assert analysis["narrow.weight"].ambiguous == (form == "plain", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mupass.MupassWarning)
+        resized = mupass.resize(Distance(source, form), target, example_inputs=x)
+    assert shapes(resized) == shapes(want)
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(x), want(x))
+
+
+class Joined(nn.Module):
+    """Coordinates beside features that other layers read too: the width is the features' own."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.enter, self.beside, self.again = nn.Linear(4, d), nn.Linear(d + 3, d + 3), nn.Linear(d, d)
+        self.head = nn.Linear(2 * d + 3, 2)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        h = self.enter(x).relu()
+        both = torch.cat([h, places], -1)
+        return self.head(torch.cat([both + self.beside(both).relu(), self.again(h).relu()], -1))
+
+
+def test_features_that_are_read_alone_too_are_no_remainder() -> None:
+    inputs = randn(5, 4), randn(5, 3)
+    assert base_shapes(lambda k: Joined(16 * k), inputs) == shapes(Joined(16))
+
+
+class Indexer(nn.Module):
+    """Positions are weighed by scores of several heads, whose keys are the same for all heads."""
+
+    def __init__(self, d: int, heads: int, size: int = 6) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.enter, self.queries, self.keys = nn.Linear(5, d), nn.Linear(d, heads * size), nn.Linear(d, size)
+        self.norm, self.weights, self.value = nn.LayerNorm(size), nn.Linear(d, heads), nn.Linear(d, d)
+        self.head = nn.Linear(d, 3)
+
+    def turn(self, x: Tensor) -> Tensor:
+        left, right, kept = x.split([2, 2, self.size - 4], -1)
+        return torch.cat([left * 0.6 - right * 0.8, right * 0.6 + left * 0.8, kept], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        q = self.turn(self.queries(x).unflatten(-1, (self.heads, self.size)))
+        k = self.turn(self.norm(self.keys(x)))
+        scores = torch.einsum("blhe,bse->blhs", q, k).relu()
+        mixed = torch.einsum("blhs,blh->bls", scores, self.weights(x)).softmax(-1)
+        return self.head(mixed @ self.value(x) + x)
+
+
+def test_keys_that_all_heads_share_have_the_size_of_a_head() -> None:
+    analysis = mupass.analyze(Indexer(32, 4), randn(2, 7, 5))
+    assert analysis["keys.weight"].infinite == (False, True)
+    assert analysis["keys.weight"].ambiguous == (True, False)
+    assert analysis["queries.weight"].infinite == (True, True)
+    inputs = (randn(2, 7, 5),)
+    assert base_shapes(lambda k: Indexer(16 * k, 4 * k), inputs) == shapes(Indexer(16, 4))
+
+
+class Stage(nn.Module):
+    """Attention in which heads and their size are numbers of the code, on tokens of any width."""
+
+    def __init__(self, d: int, inner: int, size: int = 8) -> None:
+        super().__init__()
+        self.size, self.norm = size, nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * inner), nn.Linear(inner, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self.size))
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def staged(first: int, second: int) -> nn.Module:
+    stages = Stage(24, first), nn.Linear(24, 48), nn.GELU(), Stage(48, second)
+    return nn.Sequential(nn.Linear(5, 24), *stages, nn.Linear(48, 3))
+
+
+def test_an_inner_width_of_attention_that_is_one_number_everywhere_is_marked() -> None:
+    x = randn(2, 6, 5)
+    found = doubted(staged(32, 32), x)
+    expected = {
+        f"{stage}.{axis}" for stage in (1, 4) for axis in ("qkv.weight:0", "qkv.bias:0", "out.weight:1")
+    }
+    assert set(found) == expected
+    assert doubted(staged(24, 48), x) == {}
+
+
+def test_a_first_convolution_that_is_wider_than_what_follows_is_marked() -> None:
+    def mobile(stem: int) -> nn.Module:
+        rest = nn.ReLU(), nn.Conv2d(stem, 16, 1), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten()
+        return nn.Sequential(nn.Conv2d(3, stem, 3, 2), *rest, nn.Linear(24, 10))
+
+    x = randn(2, 3, 8, 8)
+    assert set(doubted(mobile(32), x)) == {"0.weight:0", "0.bias:0", "2.weight:1"}
+    assert doubted(mobile(16), x) == {}
+
+
+@dataclass
+class Settings:
+    """Settings of a network; the multiplier holds for any width."""
+
+    width: int
+    inner: int
+    multiplier: float = 32**-0.5
+
+
+class Configured(nn.Module):
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.enter, self.inner = nn.Linear(5, settings.width), nn.Linear(settings.width, settings.inner)
+        self.head = nn.Linear(settings.inner, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.enter(x).relu()).relu()) * self.settings.multiplier
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 32**-0.5), ({"multiplier": 64**-0.5}, 128**-0.5)])
+def test_a_default_multiplier_is_no_root_of_a_width(given: dict[str, float], expected: float) -> None:
+    model = Configured(Settings(64, 32, **given))
+    resized = mupass.resize(model, scale=2, example_inputs=randn(2, 5))
+    assert resized.settings == Settings(128, 64, expected)
+
+
+def test_resize_says_which_sizes_follow_a_policy() -> None:
+    def ranked(k: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(6, 32 * k), nn.ReLU(), nn.Linear(32 * k, 4), nn.Linear(4, 32 * k), nn.ReLU()
+        )
+
+    class Ranked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = ranked(1), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x))
+
+    x = randn(2, 6)
+    with pytest.warns(mupass.MupassWarning, match=r"body\.2\.weight:0 \(4 to 8\) and 2 more: a width like"):
+        assert mupass.resize(Ranked(), 64, example_inputs=x).body[2].out_features == 8
+    # What is settled, or does not change, asks nothing; warnings are errors here.
+    finite = {r"body\.2\.weight:0": "finite"}
+    assert mupass.resize(Ranked(), 64, example_inputs=x, dims=finite).body[2].out_features == 4
+    mupass.resize(Ranked(), 32, example_inputs=x)
+
+
+class Caching(nn.Module):
+    """Tables that the first pass makes and later ones take: an attribute, an entry of a dict, of a list."""
+
+    def __init__(self, branches: bool, d: int = 24) -> None:
+        super().__init__()
+        self.branches, self.codes = branches, nn.Parameter(torch.randn(6, d))
+        self.register_buffer("count", torch.full((6, 1), 2.0))
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(6, 3)
+        self.mean: Tensor | None = None
+        self.tables: dict[str, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = self.codes / self.count
+        if "turned" not in self.tables:
+            self.tables["turned"] = self.mean.t()
+            self.seen.append(self.mean)
+        h = self.enter(x)
+        if self.branches and float(h.detach().sum()) > 1e9:
+            h = -h
+        return self.head((h @ self.tables["turned"]).relu())
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+def test_what_a_pass_caches_is_taken_back(branches: bool) -> None:
+    model, x = Caching(branches), randn(4, 5)
+    first = mupass.analyze(model, x)
+    assert model.mean is None and not model.tables and not model.seen
+    assert first["codes"].infinite == mupass.analyze(model, x)["codes"].infinite
+    model(x).sum().backward()
+    assert model.codes.grad is not None
+    # What was there before stays.
+    kept = model.mean
+    mupass.analyze(model, x)
+    assert model.mean is kept and list(model.tables) == ["turned"] and len(model.seen) == 1
+
+
+class Streams(nn.Module):
+    """The hidden state several times; weights say how much of each copy is read and written."""
+
+    def __init__(self, d: int, copies: int = 3) -> None:
+        super().__init__()
+        self.copies, self.enter, self.layer, self.head = (
+            copies,
+            nn.Linear(5, d),
+            nn.Linear(d, d),
+            nn.Linear(d, 4),
+        )
+        self.read, self.write = nn.Linear(copies * d, copies), nn.Linear(copies * d, copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).unsqueeze(2).expand(-1, -1, self.copies, -1)
+        for _ in range(2):
+            flat = x.flatten(2)
+            inner = (self.read(flat).sigmoid().unsqueeze(-1) * x).sum(2)
+            x = x + self.write(flat).tanh().unsqueeze(-1) * self.layer(inner).relu().unsqueeze(2)
+        return self.head(x.sum(2))
+
+
+def test_the_number_of_copies_of_a_hidden_state_is_fixed_and_marked() -> None:
+    analysis = mupass.analyze(Streams(32), randn(2, 6, 5))
+    assert analysis["read.weight"].infinite == analysis["write.weight"].infinite == (False, True)
+    assert analysis["read.weight"].ambiguous[0] and analysis["write.bias"].ambiguous[0]
+    assert base_shapes(lambda k: Streams(16 * k), (randn(2, 6, 5),)) == shapes(Streams(16))
