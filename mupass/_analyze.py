@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -22,7 +22,7 @@ from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError, is_number
-from mupass._records import Geometry
+from mupass._records import Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
@@ -32,7 +32,7 @@ from mupass._roles.forward_scales_search import constant_notes, find_constants
 from mupass._roles.fused import find_fusions
 from mupass._roles.normalized import find_normalized
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
-from mupass._roles.scores import find_scores
+from mupass._roles.scores import find_scores, settled_places, without_settled
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
 
@@ -211,11 +211,8 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
 
     geometries, unaccounted = account(geometries, certain, captured, growth)
     geometries = [with_feeds(geometry, captured) for geometry in geometries]
-    # Scores whose head_dim grows get a factor of their own, where some module puts out the queries.
     named = [*unaccounted, *doubtful]
     scores, reasons = find_scores(inferred.model, captured, solved, geometries, named, growth)
-    settled = {where for scale in scores for where in scale.where}
-    named = [constant for constant in named if constant.where not in settled]
 
     unread = tuple(f"{name} is not read by the captured forward pass" for name in solved.overlooked)
     warnings = (
@@ -223,8 +220,8 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         *notes,
         *dict.fromkeys(solved.engine.facts.warnings),
         *unread,
-        *_attention_notes(solved, settled, reasons),
-        *constant_notes(named, names.term, sizes.of_any),
+        *_attention_notes(solved, scores, reasons),
+        *constant_notes(without_settled(named, scores), names.term, sizes.of_any),
         *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
         *(_divided_note(name, operator) for name, operator in divided.items()),
     )
@@ -396,16 +393,17 @@ def geometry_of(
 
 
 def _attention_notes(
-    solved: Inference, settled: Collection[str], reasons: Mapping[str, str]
+    solved: Inference, scores: Iterable[ScoreScale], reasons: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Say of attention whose head_dim grows that logits must scale as 1/head_dim.
 
     Args:
         solved: The inference.
-        settled: Places whose scores get a factor.
+        scores: Those that get a factor.
         reasons: Why others get none.
     """
     notes = {}
+    settled = settled_places(scores)
     for kernel in solved.engine.facts.attention:
         size, scale, where = solved.engine.space.size(kernel.dim), kernel.scale, kernel.where
         # q and k align in training, so that logits grow like head_dim (arXiv 2203.03466).

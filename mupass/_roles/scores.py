@@ -115,6 +115,29 @@ def find_scores(
     return tuple(scales), reasons
 
 
+def settled_places(scores: Iterable[ScoreScale]) -> set[str]:
+    """Return the places, operator and module, whose scores get a factor.
+
+    Args:
+        scores: The factors.
+    """
+    places: set[str] = set()
+    for scale in scores:
+        places.update(scale.where)
+    return places
+
+
+def without_settled(constants: Iterable[Constant], scores: Iterable[ScoreScale]) -> list[Constant]:
+    """Return the numbers in a forward pass that are still to be told of.
+
+    Args:
+        constants: Powers of a width.
+        scores: Factors that make up for some of them.
+    """
+    settled = settled_places(scores)
+    return [constant for constant in constants if constant.where not in settled]
+
+
 def _is_attention(model: nn.Module, name: str) -> bool:
     """Return whether a module is `nn.MultiheadAttention` with the forward that it comes with."""
     module = model.get_submodule(name)
