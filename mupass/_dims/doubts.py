@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain, combinations
 from math import prod
 
 from mupass._dims.policies import mixed
@@ -138,8 +138,10 @@ def _broad_starts(wiring: Wiring) -> Found:
             yield dim, f"it is far wider than what is made of it ({_of(0, results)})"
         elif wiring.by_kernel(dim) and wiring.space.size(dim) >= STEM_OVER * max(results):
             # Generators start wide too, but what they make only gets narrower.
-            later = chain.from_iterable(map(wiring.results, wiring.grown_results(dim)))
-            if max(later, default=0) > max(results):
+            made = wiring.grown_results(dim)
+            later = chain.from_iterable(map(wiring.results, made))
+            # A narrow code is in doubt itself, and the convolution before it is not.
+            if max(later, default=0) > max(results) and all(map(wiring.verdicts.is_firm, made)):
                 yield dim, f"it is a first convolution, and wider than what is made of it ({_of(0, results)})"
 
 
@@ -159,10 +161,12 @@ def _repeated_sizes(wiring: Wiring) -> Found:
     for size, places_of_size in places.items():
         # The sizes around each place, where they are not just this number again.
         others = sorted({around for _, around in places_of_size if size not in around})
-        if not any(_proportional(first, second) for first, second in pairwise(others)):
-            continue
+        differing: list[tuple[int, ...]] = []  # those that are others' times one factor
+        for first, second in combinations(others, 2):
+            if _proportional(first, second):
+                differing += [first, second]
         for dim, around in places_of_size:
-            if _proportional(around, others[0]):
+            if any(_proportional(around, other) for other in differing):
                 for repeated in filter(wiring.verdicts.is_firm, (dim, holders.get(dim, dim))):
                     yield repeated, f"it is {size} at several places whose widths differ"
 
