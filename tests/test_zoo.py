@@ -22,9 +22,6 @@ PLAIN = {**BLIND, **BLINDER, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 PARAMETRIZED = {"normalized_weights"}
 SOME = [name for name in list(PLAIN)[::8] if name not in PARAMETRIZED]
 
-# In training its codes are drawn by Gumbel's softmax; nothing speaks against their number as a width then.
-UNMARKED = {"train": {"wav2vec2_pretraining"}, "eval": set()}
-
 
 def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
     """Say where the analysis differs from the truth; axes that are a convention count only when asked."""
@@ -55,7 +52,7 @@ def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
 def one_model_tells(case: Case, mode: str) -> None:
     analysis = alone(case, 1, mode)
     assert not wrong(case, analysis, conventional=False)
-    assert case.name in UNMARKED[mode] or not unmarked(case, analysis)
+    assert not unmarked(case, analysis)
 
 
 @pytest.mark.sample(*SOME)

@@ -119,7 +119,7 @@ def resize(
 
 
 def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Say which axes got their size by a policy alone, which one model cannot settle."""
+    """Say which axes got another size by a policy alone, which one model cannot settle."""
     if not sizes.changes:
         return
     axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
@@ -127,10 +127,11 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
         for axis, before in enumerate(parameter.shape):
             dim = sizes.solved.engine.space.find(sizes.solved.dims[name][axis])
             verdict = sizes.solved.verdict(name, axis)
-            # What the caller sizes by name is settled.
-            if verdict.policy and before > 1 and dim not in sizes.given:
+            after = shapes[name][axis]
+            # What stays as it is changes nothing, and what the caller sizes by name is settled.
+            if verdict.policy and before != after and dim not in sizes.given:
                 matter = dim, verdict.why.removeprefix("policy: ")
-                axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {shapes[name][axis]})")
+                axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {after})")
     matters = []
     for (_, reason), axes in axes_of.items():
         remainder = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
@@ -138,8 +139,8 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
     if matters:
         unnamed = f"; and {len(matters) - NAMED} more" if len(matters) > NAMED else ""
         message = (
-            "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} or "
-            f"'infinite' to settle them: {'; '.join(matters[:NAMED])}{unnamed}"
+            "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} of "
+            f"those that stay: {'; '.join(matters[:NAMED])}{unnamed}"
         )
         warn([message])
 
