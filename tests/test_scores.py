@@ -43,6 +43,13 @@ def rotated(x: Tensor) -> Tensor:
     return x * angles.cos() + turned * angles.sin()
 
 
+def turned(x: Tensor) -> Tensor:
+    """Rotary positions as products of complex numbers."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * torch.ones(pairs.shape[-1], dtype=x.dtype)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
 class Attention(nn.Module):
     """Attention, with ``extra`` as a factor on scores that the code itself has.
 
@@ -52,7 +59,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, made: str = "apart", compared: str = "fused", extra: float = 1.0) -> None:
         super().__init__()
         self.made, self.compared, self.extra = made, compared, extra
-        if made in ("joint", "heads", "rotary"):
+        if made in ("joint", "heads", "rotary", "complex"):
             self.qkv = nn.Linear(width, 3 * width)
         elif made == "transposed":
             self.qkv = Conv1D(width, 3 * width)
@@ -72,7 +79,7 @@ class Attention(nn.Module):
                 return list(packed.chunk(3, -1))
             case "convolved":
                 parts = self.qkv(x.mT).mT.chunk(3, -1)
-            case "joint" | "rotary" | "transposed":
+            case "joint" | "rotary" | "complex" | "transposed":
                 parts = self.qkv(x).chunk(3, -1)
             case "called":  # the code itself multiplies by the weight
                 parts = F.linear(x, self.q.weight), self.k(x), self.v(x)
@@ -88,6 +95,8 @@ class Attention(nn.Module):
         q, k, v = (part.view(batch, positions, HEADS, -1).transpose(1, 2) for part in parts)
         if self.made == "rotary":
             q, k = rotated(q), rotated(k)
+        if self.made == "complex":
+            q, k = turned(q), turned(k)
         if self.made == "normed":
             q, k = self.q_norm(q), self.k_norm(k)
         return [q, k, v]
@@ -183,6 +192,7 @@ REACHED: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     "joint": ("attend.qkv", ((0, WIDTH),)),
     "joint, behind": ("attend.qkv", ((0, WIDTH),)),
     "rotary": ("attend.qkv", ((0, WIDTH),)),
+    "complex": ("attend.qkv", ((0, WIDTH),)),
     "heads": ("attend.qkv", ((0, 8), (24, 32))),
     "transposed": ("attend.qkv", ((0, WIDTH),)),
     "convolved, ahead": ("attend.qkv", ((0, WIDTH),)),
@@ -406,6 +416,26 @@ def test_a_folded_model_trains_on_as_before() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
+def test_tied_queries_have_no_way_into_plain_weights() -> None:
+    """Two layers with one joint weight, of which one makes queries: it is not changed for the other."""
+
+    class Twice(Attention):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, "joint")
+            self.other = nn.Linear(width, 3 * width)
+            self.other.weight = self.qkv.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.other(x)[..., : x.shape[-1]]
+
+    net = mupass.transform(build(Twice), batch()[0], base=build(Twice, BASE))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(mupass.TransformError, match="no parameters that could hold the factor"):
+        mupass.fold(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.mupass_plan.scores
+
+
 def test_saving_says_that_a_factor_is_live() -> None:
     with pytest.warns(mupass.MupassWarning, match=r"right behind its multipliers only \(the one of attend.q"):
         transformed("apart").state_dict()

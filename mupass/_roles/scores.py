@@ -140,7 +140,7 @@ def without_settled(constants: Iterable[Constant], scores: Iterable[ScoreScale])
 
 def _is_attention(model: nn.Module, name: str) -> bool:
     """Return whether a module is `nn.MultiheadAttention` with the forward that it comes with."""
-    module = model.get_submodule(name)
+    module = dict(model.named_modules()).get(name)
     return isinstance(module, nn.MultiheadAttention) and (
         type(module).forward is nn.MultiheadAttention.forward
     )
@@ -154,9 +154,11 @@ def _of_attention(
     assert isinstance(module, nn.MultiheadAttention)
     width, prefix = module.embed_dim, f"{name}." if name else ""
     # The first rows of packed weights and biases make the queries.
-    rows = [(f"{prefix}{own}", 0) for own in ("in_proj_weight", "in_proj_bias", "q_proj_weight")]
-    rows = [(own, axis) for own, axis in rows if own in geometries]
-    scale = ScoreScale(name, place.growth, (place.where,), ((0, width),), attention=True, rows=tuple(rows))
+    names = [f"{prefix}{own}" for own in ("in_proj_weight", "in_proj_bias", "q_proj_weight")]
+    rows = tuple((own, 0) for own in names if own in geometries)
+    if any(geometries[own].aliases for own, _ in rows):  # another module reads them too
+        rows = ()
+    scale = ScoreScale(name, place.growth, (place.where,), ((0, width),), attention=True, rows=rows)
     return replace(scale, follows=_follows(scale, geometries))
 
 
@@ -186,18 +188,16 @@ def _of_modules(
 
 
 def _rows(model: nn.Module, feed: _Feed, geometries: Mapping[str, Geometry]) -> tuple[tuple[str, int], ...]:
-    """Return the parameters of a layer, with the axis of each that its features are along."""
+    """Return the parameters of a layer, with the axis of each that its features are along; none if tied."""
     module = model.get_submodule(feed.module)
     rows = []
     for own, parameter in module.named_parameters(recurse=False):
         name = f"{feed.module}.{own}"
         geometry = geometries.get(name)
+        if geometry is None or geometry.aliases:  # another module reads it too
+            return ()
         # A weight has its features on an axis that it makes; of a bias they are all that there is.
-        if geometry is None or parameter.dim() == 1:
-            axis = 0
-        else:
-            axis = geometry.fan_out_axes[0]
-        rows.append((name, axis))
+        rows.append((name, 0 if parameter.dim() == 1 else geometry.fan_out_axes[0]))
     return tuple(rows)
 
 
@@ -280,6 +280,9 @@ class _Search:
                 return self._tried(place, sources)
             except _Unreachable as reason:
                 first_reason = first_reason or str(reason)
+            except Exception as error:  # any operator may fail on numbers that it was not written for
+                failed = f"its queries cannot be computed apart ({type(error).__name__})"
+                first_reason = first_reason or failed
             entered.update(sources)
 
     def _sources(self, place: _Place, entered: set[Node]) -> dict[Node, str]:
@@ -310,11 +313,8 @@ class _Search:
         if flatten(place.reader.args).count(place.queries) > 1:
             raise _Unreachable("queries and keys are one tensor")
         inner = _between(sources, place.queries)
-        try:
-            trial = _Trial(sources, inner)
-            made, again = trial.value(place.queries, 1.0), trial.value(place.queries, 0.5)
-        except Exception as error:  # any operator may fail on numbers that it was not written for
-            raise _Unreachable(f"its queries cannot be computed apart ({type(error).__name__})") from error
+        trial = _Trial(sources, inner)
+        made, again = trial.value(place.queries, 1.0), trial.value(place.queries, 0.5)
         # f(x / 2) = f(x) / 2 is exact in floating point where f is linear.
         if not torch.allclose(again, 0.5 * made, rtol=1e-3, atol=0.0) or not bool(made.any()):
             names = ", ".join(dict.fromkeys(sources.values()))
@@ -439,7 +439,14 @@ class _Trial:
         try:
             with torch.enable_grad():
                 value = self._run(1.0, nodes)[end]
-                total = sum((part * torch.randn_like(part)).sum() for part in flatten([value]))
+                parts = [part for part in flatten([value]) if isinstance(part, Tensor) and part.requires_grad]
+                total = leaf.new_zeros(())
+                for part in parts:
+                    numbers = torch.view_as_real(part) if part.is_complex() else part
+                    total = total + (numbers * torch.randn_like(numbers)).sum()
+            # Of what is cut off from gradients, or is no number, nothing is told apart: all counts.
+            if not parts:
+                return torch.ones_like(leaf, dtype=torch.bool)
             (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
         finally:
             leaf.requires_grad_(False)
