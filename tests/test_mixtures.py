@@ -155,7 +155,9 @@ def test_a_kernel_over_all_of_an_embedding_grows_with_it(width: int) -> None:
     narrow = {n: tuple(p.shape) for n, p in Texts(8).named_parameters()}
     assert {g.name: tuple(g.base_shape) for g in analysis.geometries} == narrow
     assert analysis["convs.0.weight"].role == "hidden"
-    wide = mupass.resize(Texts(width), scale=2, example_inputs=ids)
+    # No nonlinearity parts the table from the kernel: whether its width grows one model cannot tell.
+    with pytest.warns(mupass.MupassWarning, match="sizes that one model cannot settle"):
+        wide = mupass.resize(Texts(width), scale=2, example_inputs=ids)
     assert {n: p.shape for n, p in wide.named_parameters()} == {
         n: p.shape for n, p in Texts(2 * width).named_parameters()
     }
