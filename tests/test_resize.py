@@ -271,6 +271,7 @@ def test_the_command_line_prints_and_saves(tmp_path, capsys) -> None:
 
 
 @pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle:mupass.MupassWarning")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_a_resized_hugging_face_model_is_saved_and_loaded(family: str, tmp_path) -> None:
     hf = pytest.importorskip("transformers")

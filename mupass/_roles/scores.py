@@ -159,7 +159,7 @@ def _of_attention(
     if any(geometries[own].aliases for own, _ in rows):  # another module reads them too
         rows = ()
     scale = ScoreScale(name, place.growth, (place.where,), ((0, width),), attention=True, rows=rows)
-    return replace(scale, follows=_follows(scale, geometries))
+    return replace(scale, follows=_follows(scale, model, geometries))
 
 
 def _of_modules(
@@ -183,7 +183,7 @@ def _of_modules(
         scale = ScoreScale(feed.module, growth, where, feed.parts, feed.axis, rows=rows)
         if not feed.parts:
             scale = replace(scale, carrier=carrier)
-        scales.append(replace(scale, follows=_follows(scale, geometries)))
+        scales.append(replace(scale, follows=_follows(scale, model, geometries)))
     return scales
 
 
@@ -201,10 +201,12 @@ def _rows(model: nn.Module, feed: _Feed, geometries: Mapping[str, Geometry]) -> 
     return tuple(rows)
 
 
-def _follows(scale: ScoreScale, geometries: Mapping[str, Geometry]) -> str:
+def _follows(scale: ScoreScale, model: nn.Module, geometries: Mapping[str, Geometry]) -> str:
     """Return a parameter that makes the queries and whose fan_out grows as head_dim does."""
-    for name in (*(name for name, _ in scale.rows), *scale.carrier.parameters):
-        if isclose(geometries[name].m_out, scale.growth, rel_tol=1e-9):
+    module, prefix = model.get_submodule(scale.module), f"{scale.module}." if scale.module else ""
+    own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
+    for name in (*own, *scale.carrier.parameters):
+        if name in geometries and isclose(geometries[name].m_out, scale.growth, rel_tol=1e-9):
             return name
     return ""
 
