@@ -213,6 +213,15 @@ def like(net: Net, make: Callable[[int], nn.Module]) -> Net:
     return plain
 
 
+def take_off(net: nn.Module) -> None:
+    """Take the factor on scores off a transformed model; its plan stays."""
+    for module in net.modules():
+        vars(module).pop("forward", None)
+        for key, hook in list(module._forward_hooks.items()):
+            if "Multiplier" in type(hook).__name__:
+                del module._forward_hooks[key]
+
+
 def told(net: Net) -> list[str]:
     """Return what the plan says of head_dim."""
     return [warning for warning in net.mupass_plan.warnings if "head_dim grows" in warning]
@@ -347,11 +356,7 @@ def test_steps_are_those_of_a_model_that_is_written_so(kind: str, optimizer: str
     # The same model with the factor in its code has the plan of the first, without it.
     make = make_of(kind, extra=0.5**0.5)
     written = mupass.transform(build(make), batch()[0], base=build(make, BASE))
-    for module in written.modules():
-        module.__dict__.pop("forward", None)
-        for key, hook in list(module._forward_hooks.items()):
-            if "Multiplier" in type(hook).__name__:
-                del module._forward_hooks[key]
+    take_off(written)
     if kind in PACKED:
         attention = written.attend.attention
         taken = type(attention).forward
@@ -552,11 +557,7 @@ def slopes(make: Callable[[int], nn.Module], optimizer: str, scaled: bool) -> tu
             net = mupass.transform(net, **settled)
             plan = net.mupass_plan
             if not scaled:
-                for module in net.modules():
-                    vars(module).pop("forward", None)
-                    for key, hook in list(module._forward_hooks.items()):
-                        if "Multiplier" in type(hook).__name__:
-                            del module._forward_hooks[key]
+                take_off(net)
             steps = OPTIMIZERS[optimizer](net)
             before = scores_of(net, x), net(x).detach()
             for _ in range(3):

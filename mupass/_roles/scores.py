@@ -101,7 +101,7 @@ def find_scores(
     for place in search.places(constants, growth):
         owner = captured.owners.get(place.reader, "")
         # nn.MultiheadAttention projects and compares inside of one function.
-        if _is_attention(model, owner):
+        if _is_attention(search.modules.get(owner)):
             whole[owner] = place
             continue
         try:
@@ -138,9 +138,8 @@ def without_settled(constants: Iterable[Constant], scores: Iterable[ScoreScale])
     return [constant for constant in constants if constant.where not in settled]
 
 
-def _is_attention(model: nn.Module, name: str) -> bool:
+def _is_attention(module: nn.Module | None) -> bool:
     """Return whether a module is `nn.MultiheadAttention` with the forward that it comes with."""
-    module = dict(model.named_modules()).get(name)
     return isinstance(module, nn.MultiheadAttention) and (
         type(module).forward is nn.MultiheadAttention.forward
     )
@@ -215,7 +214,7 @@ class _Search:
     """Looks for modules behind the factors of scores."""
 
     def __init__(self, model: nn.Module, captured: Capture, solved: Inference):
-        self.model, self.captured, self.owners = model, captured, captured.owners
+        self.modules, self.owners = dict(model.named_modules()), captured.owners
         self.solved, self.space = solved, solved.engine.space
         self.weighted = _made_of(captured.parameters, captured)
 
@@ -342,7 +341,7 @@ class _Search:
         """
         if not bool(foreign.any()):
             return _Feed(node, module)
-        layer = self.model.get_submodule(module)
+        layer = self.modules[module]
         axis = 1 if isinstance(layer, CONVOLUTIONS) else -1
         queries, others = _along(reached, axis), _along(foreign, axis)
         if bool((queries & others).any()):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
+from itertools import chain
 from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -161,13 +162,22 @@ def check_plan(
     names: list[str] = []
     for entry in entries:
         names += (entry.geometry.name, *entry.geometry.aliases)
-    for what, all_names in (("parameter", names), ("branch", branches)):
-        repeated = [name for name, count in Counter(all_names).items() if count > 1]
-        if repeated:
-            raise PlanError(f"{what} {repeated[0]!r} comes twice in the plan")
+    _refuse_repeated("parameter", names)
+    _refuse_repeated("branch", branches)
     for entry in entries:
         for fault in (*_faults(entry), *_name_faults(entry.geometry, names)):
             raise PlanError(f"{entry.geometry.name}: {fault}")
+
+
+def _refuse_repeated(what: str, names: Iterable[str]) -> None:
+    """Refuse a plan in which a name comes twice.
+
+    Raises:
+        PlanError: One does.
+    """
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise PlanError(f"{what} {repeated[0]!r} comes twice in the plan")
 
 
 def check_scores(scores: Sequence[ScoreScale]) -> None:
@@ -180,13 +190,11 @@ def check_scores(scores: Sequence[ScoreScale]) -> None:
         PlanError: A factor is NaN, zero, negative or beyond all bounds, a module comes twice, or parts are
             no runs of features.
     """
-    names = [scale.module for scale in scores]
+    _refuse_repeated("module of queries", [scale.module for scale in scores])
     for scale in scores:
         where = f"queries of {scale.module!r}"
         _positive(f"{where}: growth", scale.growth)
-        if names.count(scale.module) > 1:
-            raise PlanError(f"{where} come twice in the plan")
-        edges = [edge for part in scale.parts for edge in part]
+        edges = list(chain.from_iterable(scale.parts))
         if edges != sorted(set(edges)) or any(edge < 0 for edge in edges):
             raise PlanError(f"{where}: parts {scale.parts} are no runs of features")
         if scale.axis not in (-1, 1):
