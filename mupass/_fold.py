@@ -167,7 +167,7 @@ def _work(root: nn.Module, plan: Plan) -> Work:
     live: list[object] = []
     for module in root.modules():
         live += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    live += [vars(module).get("forward") for module in root.modules()]
+        live.append(vars(module).get("forward"))
     if not any(isinstance(hook, MULTIPLIERS) for hook in live):
         return result  # nothing to fold, or folded already
     blocked = []
