@@ -15,6 +15,7 @@ from test_taps import BASE, DENSE, WIDTH, dense_factors, ids, normal, squares
 from torch import Tensor, nn
 
 import mupass
+from mupass._optim.kronecker.slope import UNIT
 
 ONE = {**PLAIN, "damping_floor": 0.0}
 
@@ -257,19 +258,24 @@ def test_damping_follows_the_quality_of_the_model(lr: float, falls: bool) -> Non
 
 
 def test_clipping_bounds_the_move_of_the_predictions() -> None:
+    """The bound is told for a squared gradient of UNIT by the outputs, and goes with it."""
     case = DENSE["linear"]
-    steps = []
+    steps, slopes = [], []
     for bound in (None, 1e-3, 1e9):
         (x, y), net = case.batch(), case.net()
         optimizer = mupass.KFAC(net, LR, RHO, **{**ONE, "kl_clip": bound})
-        case.terms(net(x), y).mean().backward()
+        outputs = net(x)
+        outputs.retain_grad()
+        case.terms(outputs, y).mean().backward()
+        # The mean over samples of the squared gradient of each sample's loss.
+        slopes.append(float((len(x) * outputs.grad).square().sum(1).mean()))
         grads = {n: p.grad.clone() for n, p in net.named_parameters()}  # type: ignore[union-attr]
         steps.append((moved(net, optimizer.step), grads))
     free, grads = steps[0]
     move = -LR * sum(float((free[n] * grads[n]).sum()) for n in free)
     assert move > 1e-3  # the scales of K-FAC are all 1
     for n, d in free.items():
-        torch.testing.assert_close(steps[1][0][n], d * math.sqrt(1e-3 / move))
+        torch.testing.assert_close(steps[1][0][n], d * math.sqrt(1e-3 * slopes[1] / UNIT / move))
         torch.testing.assert_close(steps[2][0][n], d)
 
 

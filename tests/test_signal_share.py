@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -184,14 +185,14 @@ def test_without_averages_of_gradients_nothing_is_adapted(options: dict[str, Any
 
 def test_noisy_regression_comes_closer_than_without() -> None:
     """Steps of one length stay on a plateau of noise, which those that are adapted leave."""
-    losses = {}
-    for adapted in (False, True):
-        torch.manual_seed(0)
+    losses = {False: 0.0, True: 0.0}
+    for adapted, seed in product((False, True), range(3)):
+        torch.manual_seed(seed)
         x = torch.randn(512, 8)
         y = torch.tanh(x[:, :1] + x[:, 1:2])
         net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
         net = mupass.transform(net, x[:2], base=32)
-        optimizer = mupass.KFAC(net, variance_adaptation=adapted, kl_clip=3e-2 if adapted else 1e-3)
+        optimizer = mupass.KFAC(net, variance_adaptation=adapted)
         batches = torch.Generator().manual_seed(0)
         for _ in range(150):
             rows = torch.randint(512, (16,), generator=batches)
@@ -199,5 +200,5 @@ def test_noisy_regression_comes_closer_than_without() -> None:
             (net(x[rows]) - y[rows]).square().mean().backward()
             optimizer.step()
         with torch.no_grad():
-            losses[adapted] = float((net(x) - y).square().mean())
-    assert losses[True] < 0.7 * losses[False], losses
+            losses[adapted] += float((net(x) - y).square().mean())
+    assert losses[True] < 0.85 * losses[False], losses

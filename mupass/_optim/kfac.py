@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, Selection, Statistics
 from mupass._optim.kronecker.signal import SignalShare, Slopes
+from mupass._optim.kronecker.slope import OutputSlope, has_fixed_outputs, readout_factors
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
 from mupass._optim.vocabulary import State, Tensors
@@ -28,6 +30,7 @@ from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
 from mupass._taps.blocks import Options
 from mupass._taps.cover import cover
+from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import ranks_of_a_batch
@@ -228,9 +231,11 @@ class KFAC(PlannedOptimizer):
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
-        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
+        readouts = readout_factors(self._cover, self.plan)
+        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks, readouts)
         self._kronecker = self._factors(FactorStack)
         self._signal = SignalShare(self._of_blocks())
+        self._slope = self._output_slope()
         self._curvature.rescale(self._kronecker.moments.bases())
         self._watch_clipping()
         self._all_seen = False
@@ -259,6 +264,19 @@ class KFAC(PlannedOptimizer):
             self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled, by_rows
         )
 
+    def _output_slope(self, in_place: bool = True) -> OutputSlope | None:
+        """Return what `kl_clip` is measured by; None where it is a bound as it stands.
+
+        Targets that are drawn from the model tell the Fisher itself. A stage of a pipeline may see gradients
+        of activations instead of outputs, and those of outputs that grow fall with the width.
+        """
+        told = self.sampled or self.plan.stage or not has_fixed_outputs(self.plan)
+        if told or not self._cover.blocks:
+            return None
+        dtypes = [factor_dtype(parameter) for parameter in self._of_blocks().values()]
+        precision = reduce(torch.promote_types, dtypes)
+        return OutputSlope(precision, self._device, self.spec.e_b, in_place)
+
     def _watch_clipping(self) -> None:
         self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
 
@@ -276,6 +294,7 @@ class KFAC(PlannedOptimizer):
         self._compiled = Compiled(False)
         self._kronecker = self._factors(bank)
         self._signal = SignalShare(self._of_blocks(), in_place=False)
+        self._slope = self._output_slope(in_place=False)
         return Functional(self)
 
     def _of_blocks(self) -> Tensors:
@@ -286,6 +305,9 @@ class KFAC(PlannedOptimizer):
         entries = self._kronecker.entries(name)
         if self._adapts:
             entries |= self._signal.entries(name)
+        # One for the whole model, the same on all ranks: kept at the first parameter.
+        if self._slope is not None and name == self._cover.blocks[0].parameter:
+            entries["slope"] = self._slope.numbers
         return entries
 
     @property
@@ -409,6 +431,8 @@ class KFAC(PlannedOptimizer):
         # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every
         self._kronecker.average(observed, self.factor_decay, memory, ok)
+        if self._slope is not None and self._curvature.slope is not None:
+            self._slope.note(self._curvature.slope, self.factor_decay, ok > 0)
         self._due = False
         self._refuse_unseen(gradients)
 
@@ -437,7 +461,10 @@ class KFAC(PlannedOptimizer):
         if self.kl_clip is not None:
             total = self._divergence(move, factors)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
-            shrink = (self.kl_clip / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
+            bound: Tensor | float = self.kl_clip
+            if self._slope is not None:
+                bound = bound * self._slope.factor().to(total)
+            shrink = (bound / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             _shorten(factors, move.directions, shrink)
         return factors
 
@@ -635,6 +662,8 @@ class Functional:
         optimizer, kronecker = self._optimizer, self._optimizer._kronecker
         kronecker.take_state(state, step)
         optimizer._signal.state, optimizer._weights = state["signal"]["numbers"], weights
+        if optimizer._slope is not None:
+            optimizer._slope.numbers = state["slope"]["numbers"]
         optimizer._steps, optimizer._amp_scale = step, 1.0
         optimizer._due = bool(optimizer._cover.blocks) and step % optimizer.factor_every == 0
         own_parameters = optimizer._parameters
@@ -644,8 +673,11 @@ class Functional:
         return optimizer._directions(gradients, means, counts), self._state()
 
     def _state(self) -> dict[str, State]:
-        signal = {"numbers": self._optimizer._signal.state}
-        return {**self._optimizer._kronecker.state(), "signal": signal}
+        optimizer = self._optimizer
+        state = {**optimizer._kronecker.state(), "signal": {"numbers": optimizer._signal.state}, "slope": {}}
+        if optimizer._slope is not None:
+            state["slope"]["numbers"] = optimizer._slope.numbers
+        return state
 
 
 class StepSize(NamedTuple):

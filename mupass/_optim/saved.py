@@ -16,7 +16,7 @@ from mupass._optim.training import BOUNDS
 from mupass._optim.vocabulary import Group, State
 from mupass._parallel import is_sharded, local, sharded_like
 
-VERSION = 5
+VERSION = 6
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
@@ -33,6 +33,7 @@ POSITIVE = (
     "rho",
     "values",
     "sum",
+    "slope",
 )
 
 

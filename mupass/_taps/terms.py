@@ -1,4 +1,4 @@
-"""How many terms a mean loss averages over: counted at the model's output, as the gradient of a leaf."""
+"""How many terms a mean loss averages over, and its gradient by the model's output: as gradient of a leaf."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mupass._parallel import whole
 from mupass._taps.leaves import under_transform
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
 
 class _Terms(torch.autograd.Function):
-    """Identity on the model's outputs; its backward pass tells how many loss terms they feed."""
+    """Identity on the model's outputs; its backward pass tells how many loss terms they feed.
+
+    It tells the sum of squares of their gradients, too.
+    """
 
     @staticmethod
     def forward(
@@ -30,14 +34,15 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the outputs' gradients, and as gradient of the leaf the terms of the first that has one."""
+        """Return the outputs' gradients; that of the leaf: terms of the first that has one, and squares."""
         if ctx.passes is not None:
             ctx.passes.begin()
         (count,) = ctx.saved_tensors
         number, gradient = _first_with_gradient(ctx.terms, grads)
         if ctx.zeros is not None and gradient is not None:
             ctx.zeros.note(_terms_without_gradient(gradient.detach()))
-        return None, None, torch.full_like(count, number), *grads
+        squares = _sum_of_squares(grads, count).detach()
+        return None, None, torch.stack([torch.full_like(squares, number), squares]), *grads
 
 
 def _first_with_gradient(terms: Sequence[int], grads: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
@@ -48,6 +53,22 @@ def _first_with_gradient(terms: Sequence[int], grads: Sequence[Tensor | None]) -
         if grad is not None:
             return count, grad
     return 0, None
+
+
+def _sum_of_squares(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Return the sum of squares of the entries of all gradients.
+
+    Args:
+        grads: By the outputs; None where the loss does not depend on one.
+        like: Of the precision, and on the device, of the sum.
+    """
+    total = torch.zeros_like(like[0])
+    for grad in grads:
+        if grad is not None:
+            # In the precision of the sum: squares of half precision overflow.
+            real = torch.view_as_real(grad) if grad.is_complex() else grad
+            total = total + whole(real.to(like.dtype).square().sum()).to(like.device)
+    return total
 
 
 def _terms_without_gradient(gradient: Tensor) -> Tensor:
@@ -96,9 +117,10 @@ class TermsTap:
     """Counts loss terms at the root module (see `terms_hook`); idle until K-FAC opens it.
 
     The count travels as the gradient of a leaf like the factors do, so that it adds up over micro-batches.
+    With it goes the sum of squares of the loss's gradient by the outputs.
 
     Attributes:
-        count: The leaf; None while idle.
+        count: The leaf, ``[terms, squares]``; None while idle.
         passes: Told of forward and backward passes of the model while factors are collected.
         collecting: Whether they are.
         zeros: Numbers of terms without a gradient in the backward pass that runs.
@@ -162,20 +184,23 @@ class TermsTap:
             gradients: Those of the outputs; None where the loss does not depend on one.
         """
         uses, self.uses = self.uses or (), None
-        terms = []
+        terms = 0
         for (output,), gradient in zip(uses, gradients, strict=True):
             if gradient is not None:
-                terms.append(loss_terms(output.shape))
+                terms += loss_terms(output.shape)
         if self.count is not None and terms:
-            self.count.grad = torch.full_like(self.count, sum(terms), requires_grad=False)
+            # The caller differentiates by what the gradients depend on, so that squares keep their graph.
+            squares = _sum_of_squares(gradients, self.count.detach())
+            self.count.grad = torch.stack([torch.full_like(squares, terms), squares])
 
-    def open(self, device: torch.device) -> None:
+    def open(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the leaf.
 
         Args:
             device: Device of the model.
+            dtype: Precision of the leaf.
         """
-        self.count = torch.zeros((), device=device, requires_grad=True)
+        self.count = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
         self.count.register_hook(self._count_zeros)  # type: ignore[no-untyped-call]
         self.count.requires_grad_(False)
 
@@ -191,7 +216,7 @@ class TermsTap:
     @property
     def counted(self) -> Tensor | None:
         """The count since it was taken last, or None."""
-        return None if self.count is None else self.count.grad
+        return None if self.count is None or self.count.grad is None else self.count.grad[0]
 
     def collect(self, on: bool) -> None:
         """Count in the passes that follow, or stop.
@@ -204,10 +229,10 @@ class TermsTap:
             self.count.requires_grad_(on)
 
     def take(self) -> Tensor | None:
-        """Take out the count since the last call, or None when the loss did not pass through the output."""
-        counted = self.counted
+        """Take out the leaf's gradient since the last call; None when no loss passed through the output."""
+        gradient = None if self.count is None else self.count.grad
         self.clear()
-        return counted
+        return gradient
 
     def clear(self) -> None:
         """Forget the count."""

@@ -24,10 +24,22 @@ MANY = 0.25  # part of the loss terms that may be without a gradient by chance
 
 
 class Curvature:
-    """Taps of a model, and the factors that they see."""
+    """Taps of a model, and the factors that they see.
+
+    Attributes:
+        slope: Mean over loss terms of the squared gradient by the model's output, of the step whose factors
+            were taken last: the sum over all entries of the output. Where the model returns its loss, or the
+            caller tells the number of terms, that by the outputs of readouts. None where neither is seen.
+    """
 
     def __init__(
-        self, root: nn.Module, cover: Cover, sides: tuple[bool, bool], loss: Loss, ranks: int
+        self,
+        root: nn.Module,
+        cover: Cover,
+        sides: tuple[bool, bool],
+        loss: Loss,
+        ranks: int,
+        readouts: Sequence[Factor],
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
@@ -52,10 +64,13 @@ class Curvature:
         if terms is None:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
+        self.readouts = readouts
+        self.slope: Tensor | None = None
         self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
         # Terms are counted only where B is collected and the caller has not told their number.
-        if self.taps and sides[1] and loss.loss_terms is None:
-            terms.open(weight.device)
+        self._counts = bool(self.taps) and sides[1] and loss.loss_terms is None
+        if self._counts:
+            terms.open(weight.device, factor_dtype(weight))
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
@@ -124,20 +139,53 @@ class Curvature:
         if not sums:
             self.terms.clear()
             return {}
-        terms = torch.ones(())
+        terms, squares = torch.ones(()), torch.zeros(())
         if self.sides[1]:
-            terms = self._count_terms()
+            terms, squares = self._count_terms()
         if self.ranks > 1:
-            sums, terms, before = self._over_ranks(sums, terms, before)
+            sums, terms, squares, before = self._over_ranks(sums, terms, squares, before)
             if not float(terms):
                 raise _no_terms()
+        if self._counts:
+            # As what taps see, but without the clipping that came later.
+            self.slope = squares * self._per_term(terms, scale, squares)
         for place, raw in sums.items():
             own_terms = terms
             # Terms of passes that a tap has forgotten are none of its own.
             if place in before:
                 own_terms = terms - before[place].to(terms)
             self._average(raw, own_terms, scale, clipped)
+        if not self._counts and self.sides[1]:
+            self.slope = self._slope_of_readouts(sums, clipped)
         return sums
+
+    def _slope_of_readouts(self, sums: Mapping[Place, Sums], clipped: Tensor | None) -> Tensor | None:
+        """Return the mean squared gradient of a loss term by the outputs of readouts; None without one."""
+        traces = []
+        for factor in self.readouts:
+            for place in factor.places:
+                matrix = sums[place].b[factor.piece] if place in sums else None
+                if matrix is not None:
+                    traces.append(_trace(matrix))
+        if not traces:
+            return None
+        total = _sum(traces)
+        return total if clipped is None else total / clipped.to(total)
+
+    def _per_term(self, terms: Tensor, scale: Tensor | float, like: Tensor) -> Any:
+        """Return what turns a sum of squared gradients of the loss into a mean over squares of its terms.
+
+        Args:
+            terms: Number of terms.
+            scale: What the loss was multiplied by.
+            like: Of the precision of the result.
+        """
+        count = _like(terms, like)
+        # The gradient of a mean over T terms is 1/T of that of each: T^2 / T.
+        # Each rank's mean divides by its own share of terms.
+        factor = count / self.ranks**2 if self.loss.mean else 1 / count
+        # A loss that is scaled by s has gradients that are s times as large, and B goes with s^2.
+        return factor / _like(scale, like) ** 2
 
     def _average(self, sums: Sums, terms: Tensor, scale: Tensor | float, clipped: Tensor | None) -> None:
         """Divide sums by numbers of rows and of loss terms.
@@ -153,12 +201,7 @@ class Curvature:
             if matrix is None:
                 continue
             if factor is None:
-                count = _like(terms, matrix)
-                # The gradient of a mean over T terms is 1/T of that of each: T^2 / T.
-                # Each rank's mean divides by its own share of terms.
-                factor = count / self.ranks**2 if self.loss.mean else 1 / count
-                # A loss that is scaled by s has gradients that are s times as large, and B goes with s^2.
-                factor = factor / _like(scale, matrix) ** 2
+                factor = self._per_term(terms, scale, matrix)
                 if clipped is not None:
                     factor = factor * clipped.to(matrix)
             matrix.mul_(factor)
@@ -192,16 +235,16 @@ class Curvature:
         }
 
     def _over_ranks(
-        self, sums: Mapping[Place, Sums], terms: Tensor, before: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Sums], Tensor, dict[Place, Tensor]]:
-        """Sum raw factors, rows and loss terms over all ranks: the factors of the whole batch."""
+        self, sums: Mapping[Place, Sums], terms: Tensor, squares: Tensor, before: Mapping[Place, Tensor]
+    ) -> tuple[dict[Place, Sums], Tensor, Tensor, dict[Place, Tensor]]:
+        """Sum raw factors, rows, loss terms and squares over all ranks: those of the whole batch."""
         copies = self._copies(sums)
         # All in one message: factors, rows, and the numbers of terms.
         rows = next(iter(sums.values())).rows
         # Which taps forgot passes may differ between ranks: one number for each, most often 0.
-        total, *dropped = _numbers([terms, *before.values()])
+        total, square, *dropped = _numbers([terms, squares, *before.values()])
         dropped_by_place = dict(zip(before, dropped, strict=True))
-        counts = rows.new_tensor([total, *(dropped_by_place.get(place, 0.0) for place in sums)])
+        counts = rows.new_tensor([total, square, *(dropped_by_place.get(place, 0.0) for place in sums)])
         message: list[Tensor] = []
         for place, raw in sums.items():
             if raw.a is not None and place not in copies:
@@ -225,26 +268,27 @@ class Curvature:
         # What was left out of the message is a copy of what was sent for the other tap.
         for place, other in copies.items():
             summed[place] = summed[place]._replace(a=summed[other].a.clone())  # type: ignore[union-attr]
-        all_terms, *dropped_by_all = counts.unbind()
-        return summed, all_terms, dict(zip(sums, dropped_by_all, strict=True))
+        all_terms, all_squares, *dropped_by_all = counts.unbind()
+        return summed, all_terms, all_squares, dict(zip(sums, dropped_by_all, strict=True))
 
-    def _count_terms(self) -> Tensor:
-        """Return the number of loss terms of this rank: told, or counted."""
+    def _count_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the number of loss terms of this rank, told or counted, and the squares at the output."""
         terms = self.loss.loss_terms
         if callable(terms):
             terms = terms()
         if terms is not None:
-            return torch.tensor(float(terms), dtype=torch.float64)
+            return torch.tensor(float(terms), dtype=torch.float64), torch.zeros(())
         left_out = self.terms.left_out
         counted = self.terms.take()
         if counted is not None:
             if left_out is not None:
-                many = (left_out > MANY * counted).to(torch.float32)
+                many = (left_out > MANY * counted[0]).to(torch.float32)
                 self.idle_terms = many if self.idle_terms is None else self.idle_terms + many
-            return counted
+            number, squares = counted.unbind()
+            return number, squares
         if self.ranks == 1:
             raise _no_terms()
-        return torch.zeros(())  # another rank may have some
+        return torch.zeros(()), torch.zeros(())  # another rank may have some
 
 
 def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
