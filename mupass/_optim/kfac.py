@@ -114,10 +114,12 @@ class KFAC(PlannedOptimizer):
             widths. Parameters without a factor A (``e_a=0``) have none. None turns it off.
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
-            it. Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
-            is a usual value, with ``variance_adaptation`` 3e-2; None turns it off. Where it sets the length
-            of steps, the rate has no part in it, and a schedule that lowers the rate none at first. It takes
-            a squared error for that of targets with noise of size 1: divide targets by their deviation.
+            it. It is told for a squared gradient of 0.5 by the model's output (of one loss term, all entries
+            together), and goes with that: a number that multiplies the loss changes no step. Where it is
+            below a quarter of its largest the bound falls with it once more (`mupass` docs: scale table).
+            Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
+            is a usual value; None turns it off. Where it sets the length of steps, the rate has no part in
+            it, and a schedule that lowers the rate none at first.
         variance_adaptation: Whether steps are as long as the signal in the average of gradients, in the
             metric of the factors: the slopes along a direction by the average and by its last gradient alone
             tell what is signal and what the noise of batches. Directions are multiplied by the root of the

@@ -550,10 +550,11 @@ def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
     places, others = reading.places(arguments), reading.others(arguments)
     name = reading.name.removesuffix("_")
     writes = reading.name != name and places == [0]
-    active = any(_of_inputs(other, reading.captured) for other in others)
-    if name in (*tables.JOINING, "aten.baddbmm") and len(places) == 1 and active and not writes:
-        # Of baddbmm(bias, x, w) the bias is added; x and w are factors.
-        return _shape(reading.reader) if name != "aten.baddbmm" or places == [0] else None
+    if name in (*tables.JOINING, "aten.baddbmm") and len(places) == 1 and not writes:
+        # Joined to what does not depend on the inputs it stays a table.
+        if any(_of_inputs(other, reading.captured) for other in others):
+            # Of baddbmm(bias, x, w) the bias is added; x and w are factors.
+            return _shape(reading.reader) if name != "aten.baddbmm" or places == [0] else None
     # F.scaled_dot_product_attention(q, k, v, mask): the mask is added to the scores of every sample.
     if name == "aten.scaled_dot_product_attention" and reading.argument("attn_mask") is reading.operand:
         query, key = _shape(others[0]), _shape(others[1])

@@ -21,6 +21,8 @@ from mupass._taps.forms import Args, Kwargs, Table
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 
+Shape = tuple[int, ...]
+
 
 def functions(*names: str) -> dict[Any, None]:
     """Return the functions of torch and the methods of tensors that have these names.
@@ -185,12 +187,8 @@ def joined(
         return args, dict(kwargs)
     if func in WRITING and known(args[0]) is not None:  # into the table itself
         return args, dict(kwargs)
-    shape: tuple[int, ...] | None = None
-    if func in JOINING:
-        tensors = [a for a in _leaves((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        shape = tuple(torch.broadcast_shapes(*[tensor.shape for tensor in tensors]))  # type: ignore[no-untyped-call]
 
-    def enter(value: Any, wanted: tuple[int, ...] | None) -> Any:
+    def enter(value: Any, wanted: Shape | None) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)([enter(part, wanted) for part in value])
         copies = known(value)
@@ -199,7 +197,26 @@ def joined(
             return value
         return copies.entered(value, tuple(value.shape) if wanted is None else wanted)
 
-    places, names = [shape] * len(args), dict.fromkeys(kwargs, shape)
+    places, names = _joins(func, args, kwargs)
+    entered = [enter(value, wanted) for value, wanted in zip(args, places, strict=True)]
+    return tuple(entered), {name: enter(value, names[name]) for name, value in kwargs.items()}
+
+
+def _joins(func: Any, args: Args, kwargs: Kwargs) -> tuple[list[Shape | None], dict[str, Shape | None]]:
+    """Return the shapes in which a function joins its arguments to others; None for those that it does not.
+
+    Args:
+        func: The function.
+        args: Its arguments.
+        kwargs: Its named arguments.
+    """
+    shape: Shape | None = None
+    if func in JOINING:
+        tensors = [value for value in _leaves((*args, *kwargs.values())) if isinstance(value, Tensor)]
+        shape = tuple(torch.broadcast_shapes(*[tensor.shape for tensor in tensors]))  # type: ignore[no-untyped-call]
+    places = [shape] * len(args)
+    names: dict[str, Shape | None] = dict.fromkeys(kwargs, shape)
+    # A mask is added to the scores of every sample.
     if func is F.scaled_dot_product_attention:
         bound = by_name(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs)
         names["attn_mask"] = (*bound["query"].shape[:-1], bound["key"].shape[-2])
@@ -207,10 +224,10 @@ def joined(
     if func is F.multi_head_attention_forward:
         query, key, heads = args[0], args[1], args[4]
         names["attn_mask"] = (query.shape[1] * heads, query.shape[0], key.shape[0])
+    # baddbmm(bias, x, w): the bias is added to the products.
     if func in BATCHED and len(args) > 2:
         places[0] = (*args[1].shape[:2], args[2].shape[-1])
-    entered = [enter(value, wanted) for value, wanted in zip(args, places, strict=True)]
-    return tuple(entered), {name: enter(value, names[name]) for name, value in kwargs.items()}
+    return places, names
 
 
 def _leaves(values: tuple[Any, ...] | list[Any]) -> Iterator[Any]:

@@ -448,15 +448,7 @@ def _layer(
     """
     moving = [position for position, value in enumerate(operands) if not value.parametric]
     for weight, value in enumerate(operands):
-        if not value.parametric:
-            continue
-        others = [position for position in range(len(operands)) if position != weight]
-        following = [
-            position
-            for position in others
-            if operands[position].parametric and set(labels[position]) & set(labels[weight])
-        ]
-        if before_others and not following:
+        if not value.parametric or (before_others and not _followed(weight, operands, labels)):
             continue
         # einsum("bi,i,io->bo", x, gain, w): a gain has no label of its own.
         multiplied = [activation for activation in moving if set(labels[weight]) <= set(labels[activation])]
@@ -467,6 +459,14 @@ def _layer(
         if len(acted_on) == 1:
             return acted_on[0], weight
     return None
+
+
+def _followed(weight: int, operands: Sequence[Value], labels: Sequence[Labels]) -> bool:
+    """Return whether a further weight shares a label with one, as v does with u in ``x u v``."""
+    for position, value in enumerate(operands):
+        if position != weight and value.parametric and set(labels[position]) & set(labels[weight]):
+            return True
+    return False
 
 
 def _summed_by(first: int, second: int, labels: Sequence[Labels], out: Labels) -> set[str]:
