@@ -159,6 +159,28 @@ def test_how_the_gradient_is_made_changes_nothing(way: str, told: int | None) ->
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex128], ids=str)
+def test_of_outputs_in_another_precision_it_is_the_same(dtype: torch.dtype) -> None:
+    """Half precision: gradients whose squares are beyond its range; complex: both parts of them."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).to(dtype)
+
+    x, _ = classes()
+    net = transformed(Cast(), x)
+    optimizer = mupass.KFAC(net)
+    parts = torch.view_as_real(net(x)) if dtype.is_complex else net(x)
+    (4096.0 / 12 * parts.double().sum()).backward()
+    wanted = 3 * 4096.0**2 * (2 if dtype.is_complex else 1)
+    optimizer.step()
+    assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_a_compiled_model_tells_the_same() -> None:
     torch._dynamo.reset()
     x, y = classes()

@@ -65,9 +65,12 @@ def _sum_of_squares(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
     total = torch.zeros_like(like[0])
     for grad in grads:
         if grad is not None:
-            # In the precision of the sum: squares of half precision overflow.
             real = torch.view_as_real(grad) if grad.is_complex() else grad
-            total = total + whole(real.to(like.dtype).square().sum()).to(like.device)
+            # In the precision of the sum, in which squares of half precision do not overflow, without a
+            # copy of the gradient, which may be that of all words of a vocabulary.
+            precision = torch.promote_types(real.dtype, like.dtype)
+            norm = whole(torch.linalg.vector_norm(real, dtype=precision))
+            total = total + norm.square().to(like)
     return total
 
 
