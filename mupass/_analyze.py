@@ -244,6 +244,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         carriers=readout_carriers(captured, geometries),
         notes=report_only,
         scores=scores,
+        open_output=any(solved.grows(dim) for dim in solved.output),
     )
 
 

@@ -62,6 +62,7 @@ class Analysis:
         carriers: For every tied readout, what can hold its multiplier in the place of a hook.
         notes: Those of the warnings that change no result; only the report shows them.
         scores: Factors on attention scores whose head_dim grows.
+        open_output: Whether what the model puts out first grows with its width.
     """
 
     geometries: tuple[Geometry, ...]
@@ -74,6 +75,7 @@ class Analysis:
     carriers: tuple[Carrier, ...] = ()
     notes: tuple[str, ...] = ()
     scores: tuple[ScoreScale, ...] = ()
+    open_output: bool = False
 
     def __getitem__(self, name: str) -> Geometry:
         """Return the geometry of a parameter, by any of its names.

@@ -193,6 +193,7 @@ def make_plan(
         carriers=_carriers(analysis, entries, ratio),
         trained=trained,
         scores=scores,
+        open_output=analysis.open_output,
     )
 
 

@@ -115,7 +115,7 @@ def test_clipping_bounds_the_step_that_is_taken(of: str) -> None:
         sizes[bound] = -sum(float((step[n] * grads[n].grad).sum()) for n in step)  # type: ignore[operator]
     # A step of r directions has the quadratic form r^2 <direction, gradient>.
     assert sizes[None] > 1e-3
-    bound = 1e-6 * float(run.optimizer._slope.factor())  # type: ignore[union-attr]
+    bound = 1e-6 * float(run.optimizer._slope.factor())
     assert sizes[1e-6] ** 2 / sizes[None] == pytest.approx(bound, rel=1e-3)
 
 

@@ -52,6 +52,7 @@ class Inference:
         overlooked: Parameters that the captured forward pass never reads.
         settled: Verdicts that the caller gave, which stand whatever the graph says.
         remainders: Dimensions that are a fixed number less than a width.
+        output: Dimensions of the first output that a loss may see.
     """
 
     engine: Engine
@@ -61,6 +62,16 @@ class Inference:
     overlooked: tuple[str, ...]
     settled: Mapping[tuple[str, int], tuple[bool, str]]
     remainders: Mapping[int, Remainder]
+    output: tuple[int, ...] = ()
+
+    def grows(self, dim: int) -> bool:
+        """Return whether a dimension grows with the width.
+
+        Args:
+            dim: Any dimension.
+        """
+        verdict = self.verdicts.get(dim)
+        return verdict is not None and verdict.infinite
 
     def verdict(self, parameter: str, axis: int) -> Verdict:
         """Return the verdict on one axis of one parameter."""
@@ -195,7 +206,9 @@ def infer(
     overlooked = tuple(name for name in dims if name not in read_parameters)
     remainders = find_remainders(verdicts)
     _doubt_remainders(verdicts, remainders)
-    return Inference(engine, verdicts, dims, uses, overlooked, overrides, remainders)
+    return Inference(
+        engine, verdicts, dims, uses, overlooked, overrides, remainders, _first_output(captured, engine)
+    )
 
 
 def _doubt_remainders(verdicts: Verdicts, remainders: Mapping[int, Remainder]) -> None:
@@ -319,6 +332,15 @@ def _outputs(captured: Capture, engine: Engine) -> list[tuple[int, str]]:
         if isinstance(value, Value) and not HIDDEN_OUTPUTS.search(path):
             outputs += _described(value, f"output {path}")
     return outputs
+
+
+def _first_output(captured: Capture, engine: Engine) -> tuple[int, ...]:
+    """Return the dimensions of the first output that a loss may see."""
+    for path, node in captured.outputs:
+        value = engine.env.get(node)
+        if isinstance(value, Value) and not HIDDEN_OUTPUTS.search(path):
+            return tuple(axis.dim for axis in value.axes)
+    return ()
 
 
 def _is_tensor(node: Node) -> bool:

@@ -77,6 +77,7 @@ class PlannedOptimizer(BoundOptimizer):
     _step_supports_amp_scaling = True
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
+    state_format = 5  # that of states which are loaded
     _ranks = 1
 
     @staticmethod
@@ -287,7 +288,7 @@ class PlannedOptimizer(BoundOptimizer):
             if not group["params"]:
                 group["algorithm"] = algorithm
                 group["mupass_scale"], group["mupass_epsilon"] = scale, scales.epsilon
-                group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec))
+                group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec), self.state_format)
                 group["mupass_steps"] = 0
                 if self._seed is not None:
                     group["mupass_seed"] = self._seed

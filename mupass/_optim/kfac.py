@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
 from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, Selection, Statistics
 from mupass._optim.kronecker.signal import SignalShare, Slopes
-from mupass._optim.kronecker.slope import OutputSlope, has_fixed_outputs, readout_factors
+from mupass._optim.kronecker.slope import OutputSlope
 from mupass._optim.kronecker.update import Compiled
 from mupass._optim.training import Training
 from mupass._optim.vocabulary import State, Tensors
@@ -115,8 +114,10 @@ class KFAC(PlannedOptimizer):
         kl_clip: Bound on ``sum over parameters of lr^2 scale <direction, gradient>``, about twice the KL
             divergence between the predictions before and after the step; directions are shortened to meet
             it. It is told for a squared gradient of 0.5 by the model's output (of one loss term, all entries
-            together), and goes with that: a number that multiplies the loss changes no step. Where it is
-            below a quarter of its largest the bound falls with it once more (`mupass` docs: scale table).
+            together), and goes with that: predictions change by as much whatever multiplies the loss. Where
+            it is below a quarter of its largest (of 0.5 at most) the bound falls with it once more (`mupass`
+            docs: scale table). It is the bound itself where the model returns its loss, puts out a size
+            that grows, or is a stage of a pipeline, and with ``fisher="sampled"``.
             Every term is Theta(1) in width under ``mup``, so a bound means the same at all widths. 1e-3
             is a usual value; None turns it off. Where it sets the length of steps, the rate has no part in
             it, and a schedule that lowers the rate none at first.
@@ -174,6 +175,8 @@ class KFAC(PlannedOptimizer):
         >>> print(optimizer.coverage()[0])
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
+
+    state_format = 6
 
     @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
     def __init__(
@@ -233,8 +236,7 @@ class KFAC(PlannedOptimizer):
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
-        readouts = readout_factors(self._cover, self.plan)
-        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks, readouts)
+        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
         self._kronecker = self._factors(FactorStack)
         self._signal = SignalShare(self._of_blocks())
         self._slope = self._output_slope()
@@ -266,18 +268,21 @@ class KFAC(PlannedOptimizer):
             self._cover, self._parameters, self._roots, entries, ranks, bank, self._compiled, by_rows
         )
 
-    def _output_slope(self, in_place: bool = True) -> OutputSlope | None:
-        """Return what `kl_clip` is measured by; None where it is a bound as it stands.
+    def _output_slope(self, in_place: bool = True) -> OutputSlope:
+        """Return what `kl_clip` is measured by."""
+        precision = torch.float32
+        for parameter in self._of_blocks().values():
+            precision = torch.promote_types(precision, factor_dtype(parameter))
+        return OutputSlope(precision, self._device, self.spec.e_b, in_place)
+
+    @property
+    def _bound_stands(self) -> bool:
+        """Whether `kl_clip` is the bound itself, whatever the gradients at the output.
 
         Targets that are drawn from the model tell the Fisher itself. A stage of a pipeline may see gradients
         of activations instead of outputs, and those of outputs that grow fall with the width.
         """
-        told = self.sampled or self.plan.stage or not has_fixed_outputs(self.plan)
-        if told or not self._cover.blocks:
-            return None
-        dtypes = [factor_dtype(parameter) for parameter in self._of_blocks().values()]
-        precision = reduce(torch.promote_types, dtypes)
-        return OutputSlope(precision, self._device, self.spec.e_b, in_place)
+        return self.sampled or self.plan.stage or self.plan.open_output
 
     def _watch_clipping(self) -> None:
         self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
@@ -308,7 +313,7 @@ class KFAC(PlannedOptimizer):
         if self._adapts:
             entries |= self._signal.entries(name)
         # One for the whole model, the same on all ranks: kept at the first parameter.
-        if self._slope is not None and name == self._cover.blocks[0].parameter:
+        if name == self._cover.blocks[0].parameter:
             entries["slope"] = self._slope.numbers
         return entries
 
@@ -433,7 +438,7 @@ class KFAC(PlannedOptimizer):
         # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every
         self._kronecker.average(observed, self.factor_decay, memory, ok)
-        if self._slope is not None and self._curvature.slope is not None:
+        if not self._bound_stands:
             self._slope.note(self._curvature.slope, self.factor_decay, ok > 0)
         self._due = False
         self._refuse_unseen(gradients)
@@ -463,9 +468,7 @@ class KFAC(PlannedOptimizer):
         if self.kl_clip is not None:
             total = self._divergence(move, factors)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
-            bound: Tensor | float = self.kl_clip
-            if self._slope is not None:
-                bound = bound * self._slope.factor().to(total)
+            bound = self.kl_clip * self._slope.factor().to(total)
             shrink = (bound / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             _shorten(factors, move.directions, shrink)
         return factors
@@ -664,8 +667,7 @@ class Functional:
         optimizer, kronecker = self._optimizer, self._optimizer._kronecker
         kronecker.take_state(state, step)
         optimizer._signal.state, optimizer._weights = state["signal"]["numbers"], weights
-        if optimizer._slope is not None:
-            optimizer._slope.numbers = state["slope"]["numbers"]
+        optimizer._slope.numbers = state["slope"]["numbers"]
         optimizer._steps, optimizer._amp_scale = step, 1.0
         optimizer._due = bool(optimizer._cover.blocks) and step % optimizer.factor_every == 0
         own_parameters = optimizer._parameters
@@ -676,10 +678,8 @@ class Functional:
 
     def _state(self) -> dict[str, State]:
         optimizer = self._optimizer
-        state = {**optimizer._kronecker.state(), "signal": {"numbers": optimizer._signal.state}, "slope": {}}
-        if optimizer._slope is not None:
-            state["slope"]["numbers"] = optimizer._slope.numbers
-        return state
+        signal, slope = {"numbers": optimizer._signal.state}, {"numbers": optimizer._slope.numbers}
+        return {**optimizer._kronecker.state(), "signal": signal, "slope": slope}
 
 
 class StepSize(NamedTuple):

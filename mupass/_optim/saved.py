@@ -16,7 +16,6 @@ from mupass._optim.training import BOUNDS
 from mupass._optim.vocabulary import Group, State
 from mupass._parallel import is_sharded, local, sharded_like
 
-VERSION = 6
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
@@ -37,14 +36,15 @@ POSITIVE = (
 )
 
 
-def saved_kind(name: str, spec: str) -> str:
+def saved_kind(name: str, spec: str, version: int) -> str:
     """Return what a saved state must have in common with an optimizer.
 
     Args:
         name: Its class.
         spec: Its spec.
+        version: Format of its state.
     """
-    return f"{name} {spec}, format {VERSION}"
+    return f"{name} {spec}, format {version}"
 
 
 def check_state(

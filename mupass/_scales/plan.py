@@ -22,7 +22,7 @@ from mupass._scales.table import explanation, table
 
 __all__ = ["ATTRIBUTE", "VERSION", "Entry", "OptimizerSpec", "Plan", "Scales", "plan_of"]
 
-VERSION = 10
+VERSION = 11
 ATTRIBUTE = "mupass_plan"  # plain attribute of the transformed root module
 
 
@@ -48,6 +48,7 @@ class Plan:
         trained: Whether values and outputs of a trained model were left as they are.
         stage: Whether it is of a part of the model, see `mupass.stage`.
         scores: Factors on attention scores whose head_dim grows.
+        open_output: Whether what the model puts out first grows with its width, as features do.
 
     Raises:
         PlanError: A factor is NaN, zero, negative or beyond all bounds, fields contradict each other, a name
@@ -71,6 +72,7 @@ class Plan:
     trained: bool = False
     stage: bool = False
     scores: tuple[ScoreScale, ...] = ()
+    open_output: bool = False
 
     def __post_init__(self) -> None:
         check_plan(

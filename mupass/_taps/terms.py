@@ -19,7 +19,7 @@ from mupass._taps.watcher import Watcher
 class _Terms(torch.autograd.Function):
     """Identity on the model's outputs; its backward pass tells how many loss terms they feed.
 
-    It tells the sum of squares of their gradients, too.
+    It tells the sum of squares of the gradient that terms are counted on, too.
     """
 
     @staticmethod
@@ -41,7 +41,9 @@ class _Terms(torch.autograd.Function):
         number, gradient = _first_with_gradient(ctx.terms, grads)
         if ctx.zeros is not None and gradient is not None:
             ctx.zeros.note(_terms_without_gradient(gradient.detach()))
-        squares = _sum_of_squares(grads, count).detach()
+        squares = torch.zeros_like(count[0])
+        if gradient is not None:
+            squares = _sum_of_squares(gradient, count).detach()
         return None, None, torch.stack([torch.full_like(squares, number), squares]), *grads
 
 
@@ -55,23 +57,19 @@ def _first_with_gradient(terms: Sequence[int], grads: Sequence[Tensor | None]) -
     return 0, None
 
 
-def _sum_of_squares(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Return the sum of squares of the entries of all gradients.
+def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return the sum of squares of the entries of a gradient.
 
     Args:
-        grads: By the outputs; None where the loss does not depend on one.
+        gradient: By an output.
         like: Of the precision, and on the device, of the sum.
     """
-    total = torch.zeros_like(like[0])
-    for grad in grads:
-        if grad is not None:
-            real = torch.view_as_real(grad) if grad.is_complex() else grad
-            # In the precision of the sum, in which squares of half precision do not overflow, without a
-            # copy of the gradient, which may be that of all words of a vocabulary.
-            precision = torch.promote_types(real.dtype, like.dtype)
-            norm = whole(torch.linalg.vector_norm(real, dtype=precision))
-            total = total + norm.square().to(like)
-    return total
+    real = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    # In the precision of the sum, in which squares of half precision do not overflow, without a copy of the
+    # gradient, which may be that of all words of a vocabulary.
+    precision = torch.promote_types(real.dtype, like.dtype)
+    norm = whole(torch.linalg.vector_norm(real, dtype=precision))
+    return norm.square().to(like)
 
 
 def _terms_without_gradient(gradient: Tensor) -> Tensor:
@@ -120,10 +118,11 @@ class TermsTap:
     """Counts loss terms at the root module (see `terms_hook`); idle until K-FAC opens it.
 
     The count travels as the gradient of a leaf like the factors do, so that it adds up over micro-batches.
-    With it goes the sum of squares of the loss's gradient by the outputs.
+    With it goes the sum of squares of the loss's gradient by that output.
 
     Attributes:
         count: The leaf, ``[terms, squares]``; None while idle.
+        counts: Whether the number of terms is asked for, and not told by the caller.
         passes: Told of forward and backward passes of the model while factors are collected.
         collecting: Whether they are.
         zeros: Numbers of terms without a gradient in the backward pass that runs.
@@ -135,6 +134,7 @@ class TermsTap:
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
+        self.counts = True
         self.passes: Watcher | None = None
         self.collecting = False
         self.zeros: Visits[Tensor] = Visits()
@@ -187,22 +187,25 @@ class TermsTap:
             gradients: Those of the outputs; None where the loss does not depend on one.
         """
         uses, self.uses = self.uses or (), None
-        terms = 0
+        terms, squares = 0, []
         for (output,), gradient in zip(uses, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and self.count is not None:
                 terms += loss_terms(output.shape)
-        if self.count is not None and terms:
-            # The caller differentiates by what the gradients depend on, so that squares keep their graph.
-            squares = _sum_of_squares(gradients, self.count.detach())
-            self.count.grad = torch.stack([torch.full_like(squares, terms), squares])
+                squares.append(_sum_of_squares(gradient, self.count.detach()))
+        if self.count is not None and squares:
+            # The caller differentiates by what gradients depend on: squares keep their graph.
+            total = torch.stack(squares).sum()
+            self.count.grad = torch.stack([torch.full_like(total, terms, requires_grad=False), total])
 
-    def open(self, device: torch.device, dtype: torch.dtype) -> None:
+    def open(self, device: torch.device, dtype: torch.dtype, counts: bool) -> None:
         """Make the leaf.
 
         Args:
             device: Device of the model.
             dtype: Precision of the leaf.
+            counts: Whether the number of terms is asked for.
         """
+        self.counts = counts
         self.count = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
         self.count.register_hook(self._count_zeros)  # type: ignore[no-untyped-call]
         self.count.requires_grad_(False)
@@ -218,8 +221,10 @@ class TermsTap:
 
     @property
     def counted(self) -> Tensor | None:
-        """The count since it was taken last, or None."""
-        return None if self.count is None or self.count.grad is None else self.count.grad[0]
+        """The count since it was taken last; None where there is none, or the caller tells it."""
+        if self.count is None or self.count.grad is None or not self.counts:
+            return None
+        return self.count.grad[0]
 
     def collect(self, on: bool) -> None:
         """Count in the passes that follow, or stop.

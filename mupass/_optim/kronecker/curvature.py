@@ -28,18 +28,12 @@ class Curvature:
 
     Attributes:
         slope: Mean over loss terms of the squared gradient by the model's output, of the step whose factors
-            were taken last: the sum over all entries of the output. Where the model returns its loss, or the
-            caller tells the number of terms, that by the outputs of readouts. None where neither is seen.
+            were taken last: the sum over all entries of the output that terms are counted on. 0 where no loss
+            passed through it, as where the model returns its loss.
     """
 
     def __init__(
-        self,
-        root: nn.Module,
-        cover: Cover,
-        sides: tuple[bool, bool],
-        loss: Loss,
-        ranks: int,
-        readouts: Sequence[Factor],
+        self, root: nn.Module, cover: Cover, sides: tuple[bool, bool], loss: Loss, ranks: int
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
@@ -64,13 +58,11 @@ class Curvature:
         if terms is None:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
-        self.readouts = readouts
-        self.slope: Tensor | None = None
+        self.slope = torch.zeros(())
         self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
-        # Terms are counted only where B is collected and the caller has not told their number.
-        self._counts = bool(self.taps) and sides[1] and loss.loss_terms is None
-        if self._counts:
-            terms.open(weight.device, factor_dtype(weight))
+        # Outputs are looked at only where B is collected.
+        if self.taps and sides[1]:
+            terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
@@ -146,31 +138,15 @@ class Curvature:
             sums, terms, squares, before = self._over_ranks(sums, terms, squares, before)
             if not float(terms):
                 raise _no_terms()
-        if self._counts:
-            # As what taps see, but without the clipping that came later.
-            self.slope = squares * self._per_term(terms, scale, squares)
+        # As what taps see, but without the clipping that came later.
+        self.slope = squares * self._per_term(terms, scale, squares)
         for place, raw in sums.items():
             own_terms = terms
             # Terms of passes that a tap has forgotten are none of its own.
             if place in before:
                 own_terms = terms - before[place].to(terms)
             self._average(raw, own_terms, scale, clipped)
-        if not self._counts and self.sides[1]:
-            self.slope = self._slope_of_readouts(sums, clipped)
         return sums
-
-    def _slope_of_readouts(self, sums: Mapping[Place, Sums], clipped: Tensor | None) -> Tensor | None:
-        """Return the mean squared gradient of a loss term by the outputs of readouts; None without one."""
-        traces = []
-        for factor in self.readouts:
-            for place in factor.places:
-                matrix = sums[place].b[factor.piece] if place in sums else None
-                if matrix is not None:
-                    traces.append(_trace(matrix))
-        if not traces:
-            return None
-        total = _sum(traces)
-        return total if clipped is None else total / clipped.to(total)
 
     def _per_term(self, terms: Tensor, scale: Tensor | float, like: Tensor) -> Any:
         """Return what turns a sum of squared gradients of the loss into a mean over squares of its terms.
@@ -273,22 +249,21 @@ class Curvature:
 
     def _count_terms(self) -> tuple[Tensor, Tensor]:
         """Return the number of loss terms of this rank, told or counted, and the squares at the output."""
+        left_out, seen = self.terms.left_out, self.terms.take()
+        counted, squares = (None, torch.zeros(())) if seen is None else seen.unbind()
         terms = self.loss.loss_terms
         if callable(terms):
             terms = terms()
         if terms is not None:
-            return torch.tensor(float(terms), dtype=torch.float64), torch.zeros(())
-        left_out = self.terms.left_out
-        counted = self.terms.take()
-        if counted is not None:
-            if left_out is not None:
-                many = (left_out > MANY * counted[0]).to(torch.float32)
-                self.idle_terms = many if self.idle_terms is None else self.idle_terms + many
-            number, squares = counted.unbind()
-            return number, squares
-        if self.ranks == 1:
-            raise _no_terms()
-        return torch.zeros(()), torch.zeros(())  # another rank may have some
+            return torch.tensor(float(terms), dtype=torch.float64), squares
+        if counted is None:
+            if self.ranks == 1:
+                raise _no_terms()
+            return torch.zeros(()), squares  # another rank may have some
+        if left_out is not None:
+            many = (left_out > MANY * counted).to(torch.float32)
+            self.idle_terms = many if self.idle_terms is None else self.idle_terms + many
+        return counted, squares
 
 
 def _like(number: Tensor | float, like: Tensor) -> Tensor | float:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mupass._scales.plan import Plan
-from mupass._taps.blocks import Block, Cover, Factor
-
 # The slope at which `kl_clip` is the bound as it stands: that of a classifier in the middle of its training.
 UNIT = 0.5
 # Part of the largest slope below which a bound falls with the slope once more. Picked by benchmarks.
@@ -24,7 +21,8 @@ class OutputSlope:
         bound = kl_clip * (G / UNIT) * min(1, G / (FALLEN * min(largest G, UNIT)))
 
     With the first factor the change of predictions is bounded, whatever multiplies the loss. The second one
-    makes it fall with the error, once this is well below what it was: a Gauss-Newton step does so, too.
+    makes it fall with the error, once this is well below what it was: a Gauss-Newton step does so, too. A
+    slope above UNIT at the start, as of outputs that are far too large, counts as UNIT there.
     It is Theta(1) in width under ``mup`` where the model's outputs do not grow.
 
     Where B has another power than 1, its direction holds that power of G, and so does the factor.
@@ -54,10 +52,13 @@ class OutputSlope:
             counts: Whether the step counts.
         """
         mean, weight, largest = self.numbers
+        # Nothing is told by a step without a sample, or whose outputs have gradients that overflow or are
+        # NaN where no parameter sees it (rows that a mask takes out behind the loss).
+        counts = counts.to(slope.device) & slope.isfinite() & (slope > 0)
         seen = decay * mean + (1 - decay) * slope.to(mean)
         seen_weight = decay * weight + (1 - decay)
         new = torch.stack([seen, seen_weight, torch.maximum(largest, seen / seen_weight.clamp(min=1e-30))])
-        numbers = torch.where(counts.to(self.numbers.device), new, self.numbers)
+        numbers = torch.where(counts.to(mean.device), new, self.numbers)
         if self._in_place:
             self.numbers.copy_(numbers)
         else:
@@ -69,43 +70,5 @@ class OutputSlope:
         slope = mean / weight.clamp(min=1e-30)
         usual = FALLEN * largest.clamp(max=UNIT)
         fallen = (slope / usual.clamp(min=1e-30)).clamp(max=1.0)
-        # A slope of zero, as of a hinge loss that is met, is no bound: there is no step then.
         size = (slope / UNIT * fallen).clamp(min=1e-30) ** self._power
         return torch.where(weight > 0, size, torch.ones_like(size))
-
-
-def readout_factors(cover: Cover, plan: Plan) -> list[Factor]:
-    """Return the factors B at the outputs of readouts, each once.
-
-    Args:
-        cover: What K-FAC takes of the model.
-        plan: The model's.
-    """
-    found: dict[Factor, None] = {}
-    for block in cover.blocks:
-        for factor in _outputs_of(block, cover, plan):
-            found[factor] = None
-    return list(found)
-
-
-def _outputs_of(block: Block, cover: Cover, plan: Plan) -> tuple[Factor, ...]:
-    """Return the factors B of a block at outputs of fixed size."""
-    geometry = plan[block.parameter].geometry
-    if block.tied is not None:
-        # A table that is looked up, and multiplied by at the end: that product is the readout.
-        both = (block.tied.first[1], block.tied.second[1])
-        return tuple(factor for factor in both if cover.layers[factor.places[0]].kind != "embedding")
-    # Biases share the factor of their weight.
-    return block.b if geometry.role == "output" and block.a else ()
-
-
-def has_fixed_outputs(plan: Plan) -> bool:
-    """Return whether a model puts out sizes that do not grow with its width, as far as its weights tell.
-
-    Args:
-        plan: The model's.
-    """
-    geometries = [entry.geometry for entry in plan.entries]
-    if not any(any(geometry.infinite) for geometry in geometries):
-        return True
-    return any(geometry.role == "output" or geometry.readout_uses for geometry in geometries)
