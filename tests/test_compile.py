@@ -253,3 +253,29 @@ def test_a_plain_model_of_the_class_does_not_lend_its_graph(plain_first: bool) -
         if not plain_first:
             plain()
     assert optimizer.stats() == {"steps": 2}
+
+
+@pytest.mark.parametrize("kind", [mupass.KFAC, mupass.Shampoo, mupass.SOAP, mupass.Muon])
+def test_a_training_step_that_is_compiled_as_a_whole_moves_as_an_eager_one(kind: Any) -> None:
+    """Dynamo breaks at the backward pass and traces what is around it."""
+    torch._dynamo.reset()
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    moved = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        net = mupass.transform(mlp(WIDTH), x, base=BASE)
+        optimizer = kind(net)
+
+        def step(net: nn.Module = net, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+        start = [p.detach().clone() for p in net.parameters()]
+        run = torch.compile(step, backend="eager") if whole else step
+        for _ in range(3):
+            run()
+        moved.append([p.detach() - q for p, q in zip(net.parameters(), start, strict=True)])
+    for eager, compiled in zip(*moved, strict=True):
+        assert eager.any()
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)

@@ -376,6 +376,8 @@ class PlannedOptimizer(BoundOptimizer):
     def _make_up(self) -> None:
         """Do at the next step what was due at steps that were skipped."""
 
+    # Traced with the loop around it, K-FAC would find no factors; `compile=` compiles what is worth it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step.
