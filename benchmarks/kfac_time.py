@@ -120,7 +120,9 @@ def overhead_table(model: str, batches: Sequence[int], names: Sequence[str], cyc
 
 def tensor_bytes() -> int:
     """Return the bytes of all tensors alive, each storage once."""
-    gc.collect()
+    # What a collection frees may have kept other garbage alive.
+    for _ in range(4):
+        gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated things answer isinstance with a warning
         alive = [t for t in gc.get_objects() if isinstance(t, Tensor)]
