@@ -204,24 +204,19 @@ def test_of_outputs_in_another_precision_it_is_the_same(dtype: torch.dtype) -> N
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_compiled_model_tells_the_same() -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["model", "loss"])
+def test_a_compiled_model_and_one_within_a_larger_graph_tell_the_same(whole: bool) -> None:
     torch._dynamo.reset()
     x, y = classes()
     net = transformed(mlp(), x)
     optimizer = mupass.KFAC(net)
     wanted = expected(net(x), y)
-    cross_entropy(torch.compile(net)(x), y).backward()
-    optimizer.step()
-    assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_a_wrapped_model_that_is_compiled_within_a_larger_graph_tells_the_same() -> None:
-    torch._dynamo.reset()
-    x, y = classes()
-    net = transformed(mlp(), x)
-    optimizer = mupass.KFAC(net)
-    wanted = expected(net(x), y)
-    torch.compile(lambda: cross_entropy(net(x), y))().backward()
+    loss = (
+        torch.compile(lambda: cross_entropy(net(x), y))()
+        if whole
+        else cross_entropy(torch.compile(net)(x), y)
+    )
+    loss.backward()
     optimizer.step()
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-9)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,7 +62,7 @@ class Inference:
     overlooked: tuple[str, ...]
     settled: Mapping[tuple[str, int], tuple[bool, str]]
     remainders: Mapping[int, Remainder]
-    output: tuple[int, ...] = ()
+    output: tuple[int, ...]
 
     def grows(self, dim: int) -> bool:
         """Return whether a dimension grows with the width.
@@ -327,20 +327,24 @@ def _run(
 def _outputs(captured: Capture, engine: Engine) -> list[tuple[int, str]]:
     """Return the axes of the outputs that a loss may see, each with its description."""
     outputs: list[tuple[int, str]] = []
-    for path, node in captured.outputs:
-        value = engine.env.get(node)
-        if isinstance(value, Value) and not HIDDEN_OUTPUTS.search(path):
-            outputs += _described(value, f"output {path}")
+    for path, value in _seen(captured, engine):
+        outputs += _described(value, f"output {path}")
     return outputs
 
 
 def _first_output(captured: Capture, engine: Engine) -> tuple[int, ...]:
     """Return the dimensions of the first output that a loss may see."""
+    for _, value in _seen(captured, engine):
+        return tuple(axis.dim for axis in value.axes)
+    return ()
+
+
+def _seen(captured: Capture, engine: Engine) -> Iterator[tuple[str, Value]]:
+    """Yield the outputs that a loss may see, each with its path."""
     for path, node in captured.outputs:
         value = engine.env.get(node)
         if isinstance(value, Value) and not HIDDEN_OUTPUTS.search(path):
-            return tuple(axis.dim for axis in value.axes)
-    return ()
+            yield path, value
 
 
 def _is_tensor(node: Node) -> bool:

@@ -560,9 +560,13 @@ def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
         query, key = _shape(others[0]), _shape(others[1])
         return (*query[:-1], key[-2])
     # What is copied for every sample is an activation itself, whoever reads it.
+    return _shape(reading.operand) if not writes and _is_spread(reading) else None
+
+
+def _is_spread(reading: _Reading) -> bool:
+    """Return whether entries of a table are copied for every sample before they are read."""
     names = [_name(operator) for operator in _moving(reading)]
-    spread = any(traits(name) & Trait.SPREADS or name in tables.AFFINE for name in names)
-    return _shape(reading.operand) if spread and not writes else None
+    return any(traits(name) & Trait.SPREADS or name in tables.AFFINE for name in names)
 
 
 def _of_inputs(node: Node, captured: Capture) -> bool:
