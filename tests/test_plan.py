@@ -98,6 +98,14 @@ def damage(plan: Plan, change: Any) -> str:
         (lambda d: d["entries"][0]["scales"].update(extra=1), "incomplete or damaged"),
         (lambda d: d["optimizer"].update(name="lion"), "unknown optimizer 'lion'"),
         (lambda d: d.update(entries=3), "damaged: plan.entries must be a list"),
+        (
+            lambda d: d["entries"][0]["geometry"]["shape"].__setitem__(0, 10**400),
+            "shape has more numbers than any tensor can hold",
+        ),
+        (
+            lambda d: d["entries"][0]["geometry"].update(shape=[0, 10**400]),
+            "shape has more numbers than any tensor can hold",
+        ),
     ],
 )
 def test_damaged_json_is_refused(change: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from itertools import chain
-from math import isfinite
+from math import isfinite, prod
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ Record = TypeVar("Record")
 MATRICES = ("linear", "contraction", "grouped", "conv", "standardized", "embedding", "bag")
 NAMED = {"linear": "linear", "conv": "conv", "embedding": "embedding", "bag": "embedding_bag"}
 SITES = (*MATRICES, "gain", "shift", "norm gain", "norm shift", "table", "bias", "")
+MOST_NUMBERS = 2**63 - 1  # that a tensor holds
 LARGEST = 1e20  # of a factor; widths a million times the base, to the power of 3, stay below
 
 
@@ -232,6 +233,8 @@ def _geometry_faults(geometry: Geometry) -> Iterator[str]:
             yield f"{field} has {len(getattr(geometry, field))} items for {axes} axes"
     if any(size < 0 for size in geometry.shape):
         yield f"shape {geometry.shape} has a negative size"
+    if prod(size or 1 for size in geometry.shape) > MOST_NUMBERS:
+        yield "shape has more numbers than any tensor can hold"
     for size, base_size in zip(geometry.shape, geometry.base_shape, strict=False):
         if size and not 0 < base_size < LARGEST:
             yield f"base_shape must hold positive numbers, not {base_size!r}"
