@@ -8,7 +8,15 @@ from torch import Tensor
 
 from mupass._optim.kronecker import factor_stack
 from mupass._optim.linalg.newton import largest_eigenvalues, newton_roots, root_index
-from mupass._optim.linalg.packed import LOOKED_UP, blend, pack, packed_diagonal, packed_size, unpack
+from mupass._optim.linalg.packed import (
+    LOOKED_UP,
+    blend,
+    pack,
+    packed_diagonal,
+    packed_size,
+    squared_lengths,
+    unpack,
+)
 from mupass._optim.linalg.roots import inverse_roots
 
 N = 48
@@ -127,3 +135,7 @@ def test_packed_matrices_are_the_whole_ones(n: int) -> None:
     weight = torch.tensor([0.25, 1.0], dtype=torch.float64)
     blend(packed, other, weight)
     torch.testing.assert_close(unpack(packed, n), whole.lerp(other, weight[:, None, None]))
+    # Rows of several matrices, in a memory of another order too.
+    rows = torch.randn(2, n, 3, dtype=torch.float64).mT
+    wanted = torch.einsum("kmi,kij,kmj->k", rows, unpack(packed, n), rows)
+    torch.testing.assert_close(squared_lengths(rows, packed, n), wanted)

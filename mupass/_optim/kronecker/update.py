@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mupass._optim.linalg.packed import unpack
+from mupass._optim.linalg.packed import squared_lengths, unpack
 from mupass._optim.matrix.block_stack import compiled, compiles
 from mupass._taps.pieces import cut, paste
 
@@ -89,8 +89,7 @@ def update(
         change = _inner(direction, direction)
     # A has changed since its root, or the root is no plain inverse: multiply by A.
     elif factor is not None:
-        average = whole(factor.kept, factor.size)
-        change = _inner(direction, times(direction, average, False)) / _first_of_each(factor.weight, stack)
+        change = _output_change(direction, factor) / _first_of_each(factor.weight, stack)
     else:
         assert rho is not None
         # <D, D A> with D A = H - rho D
@@ -147,6 +146,13 @@ def _followed(root: Root | None, stack: Tensor) -> Tensor:
     if root is None:
         return stack.new_ones(len(stack))
     return _first_of_each(root.grown, stack).pow(root.power)
+
+
+def _output_change(direction: Tensor, factor: Average) -> Tensor:
+    """Return ``tr(D A D^T)`` of each direction, for what is kept of A before its weight."""
+    if factor.size and len(factor.kept) == len(direction):
+        return squared_lengths(direction, factor.kept, factor.size)
+    return _inner(direction, times(direction, whole(factor.kept, factor.size), False))
 
 
 def _first_of_each(numbers: Tensor, stack: Tensor) -> Tensor:

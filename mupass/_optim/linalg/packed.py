@@ -99,6 +99,28 @@ def _by_bands(packed: Tensor, n: int) -> Tensor:
     return matrices
 
 
+def squared_lengths(rows: Tensor, packed: Tensor, n: int) -> Tensor:
+    """Return ``tr(X A X^T)``, the sum over rows x of ``x A x^T``, for every matrix A, ``[K]``.
+
+    Large matrices are not unpacked: what is kept is little more than half of the product.
+
+    Args:
+        rows: X, ``[K, m, n]``.
+        packed: ``[K, packed_size(n)]``.
+        n: Size of the matrices.
+    """
+    if _looks_up(packed, n) or torch.compiler.is_compiling():
+        return (rows * (rows @ unpack(packed, n))).sum((1, 2))
+    products = torch.zeros_like(rows)
+    for start, end, band in bands(packed, n):
+        columns = rows[:, :, start:end]
+        # What is left of the tile stands for what is above it too, and so counts twice.
+        if start:
+            products[:, :, :start].baddbmm_(columns, band[:, :, :start], alpha=2)
+        products[:, :, start:end].baddbmm_(columns, band[:, :, start:])
+    return (rows * products).sum((1, 2))
+
+
 def pack(whole: Tensor) -> Tensor:
     """Return packed matrices, ``[K, packed_size(n)]``; what is above the diagonal tiles is left out.
 
