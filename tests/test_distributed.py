@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -242,25 +243,34 @@ def _parallel_block() -> nn.Module:
     return mupass.transform(Parallel(8).double(), torch.zeros(2, 8, dtype=torch.float64), base=4)
 
 
-def _train_parallel(model: nn.Module, name: str, rows: slice) -> list[torch.Tensor]:
+def _train_parallel(
+    model: nn.Module, name: str, rows: slice, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> list[torch.Tensor]:
     optimizer, draw = MESHES[name](model), torch.Generator().manual_seed(1)
     for _ in range(8):
         x = torch.randn(64, 8, generator=draw, dtype=torch.float64)
         optimizer.zero_grad()
-        F.cross_entropy(model(x[rows]), x.argmax(1)[rows]).backward()
+        with around():
+            F.cross_entropy(model(x[rows]), x.argmax(1)[rows]).backward()
         optimizer.step()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return [p.detach().clone() for p in whole]
 
 
 # Data parallelism on one axis of the mesh, and what happens on the other.
-LAYOUTS = {"tensor": (1, 2), "shards and tensor": (2, 2), "hybrid shards": (2, 2)}
+LAYOUTS = {"tensor": (1, 2), "classes": (1, 2), "shards and tensor": (2, 2), "hybrid shards": (2, 2)}
 
 
 def _mesh_worker(rank: int, port: int, names: Sequence[str], layout: str, path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        loss_parallel,
+        parallelize_module,
+    )
 
     sizes = LAYOUTS[layout]
     ranks = sizes[0] * sizes[1]
@@ -275,11 +285,14 @@ def _mesh_worker(rank: int, port: int, names: Sequence[str], layout: str, path: 
                 part = slice(rank, None, ranks)
             else:
                 plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                if layout == "classes":  # logits stay in shards, and so does the loss
+                    plan["out"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
                 parallelize_module(model, mesh["inner"], plan)
             if layout == "shards and tensor":
                 fully_shard(model, mesh=mesh["data"])
                 part = slice(rank // 2, None, 2)
-            trained[name] = _train_parallel(model, name, part)
+            around = loss_parallel if layout == "classes" else nullcontext
+            trained[name] = _train_parallel(model, name, part, around)
         if rank == 0:
             torch.save(trained, path)
 

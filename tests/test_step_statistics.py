@@ -492,6 +492,29 @@ def test_forces_beside_an_energy_are_told_and_what_no_loss_depends_on_is_not() -
         optimizer.step()
 
 
+@pytest.mark.parametrize("settings", [{}, {"ekfac": True}], ids=["kfac", "ekfac"])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_jacobian_beside_the_step_changes_nothing(vectorize: bool, settings: dict[str, Any]) -> None:
+    """Its gradients come one by one, or all in one batch, of which no statistics are taken."""
+    outcomes = []
+    for looks in (False, True):
+        net = transformed(Attention)
+        optimizer = kfac(net, **settings)
+        for i in range(3):
+            x, y = batch(i)
+            if looks:
+                jacobian: Any = torch.autograd.functional.jacobian(
+                    lambda at, net=net: net(at).sum(0), x, vectorize=vectorize
+                )
+                assert jacobian.shape == (CLASSES, *x.shape)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        outcomes.append([parameter.detach() for parameter in net.parameters()])
+    for looked, plain in zip(*outcomes, strict=True):
+        assert torch.equal(looked, plain)
+
+
 # Operators on other paths
 
 

@@ -56,8 +56,10 @@ class _Factors(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
         (g,) = grads
-        x, *kept = ctx.saved_tensors
         wanted, tap, matrices = ctx.needs_input_grad, ctx.tap, ctx.matrices
+        if g is not None and is_batched(g):
+            return g, *[None] * (len(wanted) - 1)
+        x, *kept = ctx.saved_tensors
         if tap is not None and tap.passes is not None:
             tap.passes.begin()
         if g is None:  # an output of the model that the loss does not depend on
@@ -109,10 +111,10 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the output's gradient, and as gradients of the leaves the moments of every matrix."""
         (g,) = grads
+        if g is None or is_batched(g):
+            return g, *[None] * (len(ctx.needs_input_grad) - 1)
         x, *saved = ctx.saved_tensors
         bases, kept = saved[: ctx.bases], saved[ctx.bases :]
-        if g is None:
-            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             form = with_held(ctx.form, kept)
             moments = second_moments(ctx.layer, form, whole(x), whole(g), bases, bases[0].dtype)
@@ -139,6 +141,17 @@ class Sums(NamedTuple):
 def under_transform() -> bool:
     """Return whether a transform of torch.func runs (vmap, grad, jvp): taps cannot see what it does."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Return whether a gradient stands for several at once, as in a Jacobian by ``is_grads_batched=True``.
+
+    Autograd hands such gradients to the caller and adds them to no parameter, so no step sees them.
+
+    Args:
+        gradient: As a backward pass gets it.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 class Once:

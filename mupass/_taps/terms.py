@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._parallel import whole
-from mupass._taps.leaves import under_transform
+from mupass._taps.leaves import is_batched, under_transform
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
@@ -35,12 +35,14 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the outputs' gradients; that of the leaf: terms of the first that has one, and squares."""
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            return None, None, None, *grads
         if ctx.passes is not None:
             ctx.passes.begin()
         (count,) = ctx.saved_tensors
         number, gradient = _first_with_gradient(ctx.terms, grads)
         if ctx.zeros is not None and gradient is not None:
-            ctx.zeros.note(_terms_without_gradient(gradient.detach()))
+            ctx.zeros.note(whole(_terms_without_gradient(gradient.detach())))
         squares = torch.zeros_like(count[0])
         if gradient is not None:
             squares = _sum_of_squares(gradient, count).detach()
