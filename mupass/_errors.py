@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,6 +76,16 @@ def is_number(value: object) -> TypeGuard[float]:
         value: What was given.
     """
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return a few names, and how many more there are.
+
+    Args:
+        names: All names.
+    """
+    remainder = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + remainder
 
 
 _PACKAGE = str(Path(__file__).parent / "_")[:-1]

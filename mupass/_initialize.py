@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from math import log
 
 import torch
 from torch import nn
 
-from mupass._errors import TransformError, warn
-from mupass._parallel import whole
+from mupass._errors import TransformError, some, warn
 from mupass._rewrite import rescale
+from mupass._scales.drawn_again import scaled_already
 from mupass._scales.init import InitChoice, plan_init, told_laws
 from mupass._scales.learned import learned
-from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
-from mupass._transform import some
+from mupass._scales.plan import ATTRIBUTE, Plan, plan_of
 
 
 def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
@@ -59,7 +56,7 @@ def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
     _refuse_empty(parameters)
     _refuse_trained(parameters, plan, init)
     # Layers that were drawn anew have their own law's size; others may hold the plan's already.
-    scaled_before = _scaled_already(parameters, plan)
+    scaled_before = scaled_already(parameters, plan)
     # What the user's law gave, also where it is scaled already.
     drawn = dict(parameters)
     for name, entry in scaled_before.items():
@@ -105,33 +102,3 @@ def _refuse_trained(parameters: Mapping[str, torch.Tensor], plan: Plan, init: In
         f"{some(suspects)} look trained: no initialization law draws such values. A checkpoint of a "
         f"transformed model needs no call; init={{pattern: law}} if these are initial values{ranks}"
     )
-
-
-def _scaled_already(parameters: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, Entry]:
-    """Return the parameters whose values have the plan's size rather than that before scaling.
-
-    Modules are drawn as a whole, and what a few entries cannot tell the others of their module do: the size
-    under which all of them are likelier counts.
-    """
-    # Parameters whose size can tell: it is known, and scaling changed it.
-    telling = {
-        entry.geometry.name: entry for entry in plan.entries if entry.init_factor != 1 and entry.init_std
-    }
-    evidence: dict[str, float] = defaultdict(float)
-    for name, entry in telling.items():
-        assert entry.init_std is not None
-        # Ranks hold shards: the size of a parameter is that of all of them.
-        values = whole(parameters[name])
-        if values.is_complex():
-            values = torch.view_as_real(values)
-        square = values.float().square().mean().item() / entry.init_std**2
-        # Log-likelihoods of normal entries with the plan's std, and with the one before scaling.
-        scaled, unscaled = -square / 2, log(entry.init_factor) - square * entry.init_factor**2 / 2
-        # A module's parameters are drawn together, so their evidence adds up.
-        evidence[_owner(name)] += values.numel() * (scaled - unscaled)
-    return {name: entry for name, entry in telling.items() if evidence[_owner(name)] > 0}
-
-
-def _owner(name: str) -> str:
-    """Return the module that a parameter belongs to."""
-    return name.rpartition(".")[0]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mupass._analyze import analyze
-from mupass._errors import PlanError, TransformError, kind_of, warn
+from mupass._errors import PlanError, TransformError, kind_of, some, warn
 from mupass._optim.schedules import watch_models
 from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
@@ -425,13 +425,3 @@ def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
         "what was learned. Transform the model as it is built and load the checkpoint after that; or give "
         "trained=True to fine-tune it as it is; or init={pattern: law} if these are initial values"
     ]
-
-
-def some(names: Sequence[str]) -> str:
-    """Return a few names, and how many more there are.
-
-    Args:
-        names: All names.
-    """
-    remainder = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + remainder

@@ -20,7 +20,7 @@ from test_zoo import PLAIN
 from torch import Tensor, nn
 
 import mupass
-from mupass._scales.learned import _mark, learned
+from mupass._scales.learned import learned, looks_trained
 from mupass._scales.own_draws import own_draws
 
 X = torch.randn(256, 10, generator=torch.Generator().manual_seed(0))
@@ -164,6 +164,52 @@ def test_a_second_call_and_layers_that_were_not_drawn_again_stay() -> None:
     torch.testing.assert_close(model[4].weight, fresh.weight * 8**-0.5)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        mupass.KFAC,
+        mupass.Muon,
+        lambda model: mupass.param_groups(model, 1e-3),
+    ],
+    ids=["kfac", "muon", "groups"],
+)
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_layers_drawn_behind_a_transform_are_told_when_an_optimizer_is_made(place: str, make: Any) -> None:
+    with torch.device(place):
+        model = mlp(256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on meta it says that initialize is to be called
+        model = mupass.transform(model, X.to(place), base=32)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    for layer in model[::2]:
+        layer.reset_parameters()
+    with pytest.warns(mupass.MupassWarning, match=r"initialization is lost in 4.weight: .*initialize"):
+        make(model)
+    mupass.initialize(model)
+    assert raised(lambda: make(model)) == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 10, 200])
+def test_a_checkpoint_of_a_transformed_model_is_no_draw(steps: int) -> None:
+    model = mupass.transform(mlp(256), X, base=32)
+    for _ in range(steps):
+        F.cross_entropy(model(X), Y).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= 0.05 * parameter.grad.sign()
+                parameter.grad = None
+    # Of the size that a draw would have, by accident.
+    readout = model.get_submodule("4")
+    if steps:
+        with torch.no_grad():
+            readout.weight *= (3 * 256 * readout.weight.square().mean()).rsqrt()
+    loaded = mupass.transform(mlp(256), X, base=32)
+    loaded.load_state_dict(model.state_dict())
+    assert raised(lambda: mupass.KFAC(loaded)) == []
+
+
 def test_the_law_may_be_told() -> None:
     late = on_meta(lambda: SmallGPT(256), IDS, 64)
     own = late.up.weight.detach().clone()
@@ -304,7 +350,8 @@ def test_no_draw_of_a_known_law_bears_a_mark(law: str) -> None:
             warnings.simplefilter("ignore", mupass.MupassWarning)
             plan = mupass.transform(model, X, base=64 + 16 * seed).mupass_plan
         marks = {
-            e.geometry.name: _mark(model.get_parameter(e.geometry.name), e.geometry) for e in plan.entries
+            e.geometry.name: looks_trained(model.get_parameter(e.geometry.name), e.geometry)
+            for e in plan.entries
         }
         assert not any(marks.values()), (seed, marks)
 

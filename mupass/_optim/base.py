@@ -49,6 +49,7 @@ from mupass._parallel import (
     whole,
     world_size,
 )
+from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.plan import OptimizerSpec, Plan, plan_of
 from mupass._scales.scales import rounded
 
@@ -106,6 +107,7 @@ class PlannedOptimizer(BoundOptimizer):
         self.plan: Plan = plan.for_optimizer(spec)
         # The model may have been changed since it was transformed.
         self.plan.check(self.root)
+        tell_drawn_again(self.root, self.plan)
         self.spec = spec
         self._steps = 0
         self._stats: Counter[str] = Counter()

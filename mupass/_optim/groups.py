@@ -10,6 +10,7 @@ from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number
 from mupass._optim.schedules import FAMILY, SCALE
+from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
 from mupass._scales.scales import Scales, rounded
@@ -84,6 +85,7 @@ def param_groups(
     root, plan = plan_of(model)
     plan = plan.for_optimizer(spec)
     plan.check(root)
+    tell_drawn_again(root, plan)
     if not any(p.requires_grad for p in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}

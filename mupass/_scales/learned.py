@@ -37,15 +37,20 @@ def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> li
     """
     marked, judged = [], 0
     for geometry in geometries:
-        mark = _mark(tensors[geometry.name], geometry)
+        mark = looks_trained(tensors[geometry.name], geometry)
         judged += mark is not None
         marked += [geometry.name] if mark else []
     has_matrix = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
     return marked if has_matrix and len(marked) >= SHARE * judged else []
 
 
-def _mark(tensor: Tensor, geometry: Geometry) -> bool | None:
-    """Return whether a parameter bears a mark of training; None where it cannot be told."""
+def looks_trained(tensor: Tensor, geometry: Geometry) -> bool | None:
+    """Return whether a parameter bears a mark of training; None where it cannot be told.
+
+    Args:
+        tensor: Its values.
+        geometry: Its axes and uses.
+    """
     tensor = tensor.detach()
     if tensor.is_meta or not tensor.is_floating_point():
         return None
