@@ -30,7 +30,9 @@ from mupass._roles.feeds import with_feeds
 from mupass._roles.forward_scales import account, settle
 from mupass._roles.forward_scales_search import constant_notes, find_constants
 from mupass._roles.fused import find_fusions
+from mupass._roles.nodes import place_of
 from mupass._roles.normalized import find_normalized
+from mupass._roles.one_sided import find_one_sided
 from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.scores import find_scores, settled_places, without_settled
 from mupass._roles.sites import find_sites
@@ -222,6 +224,7 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         *unread,
         *_attention_notes(solved, scores, reasons),
         *constant_notes(without_settled(named, scores), names.term, sizes.of_any),
+        *_one_sided_notes(captured, solved, geometries),
         *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
         *(_divided_note(name, operator) for name, operator in divided.items()),
     )
@@ -246,6 +249,22 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         scores=scores,
         open_output=any(solved.grows(dim) for dim in solved.output),
     )
+
+
+def _one_sided_notes(captured: Capture, solved: Inference, geometries: Iterable[Geometry]) -> list[str]:
+    """Name weights that sum over a side that grows after a function has given their entries a mean."""
+    notes = []
+    for geometry in geometries:
+        if geometry.role not in ("hidden", "output") or geometry.shape == geometry.base_shape:
+            continue
+        function = find_one_sided(captured, solved, geometry.name, geometry.fan_in)
+        if function is not None:
+            notes.append(
+                f"{place_of(function, captured.owners)}: gives the entries of {geometry.name} a mean, so "
+                "sums over them grow with the width, whatever the size of the weight; divide the product by "
+                "the number of its terms, or take a function with f(-w) = -f(w), such as tanh"
+            )
+    return notes
 
 
 def _ratio_to_base(geometries: Iterable[Geometry], width: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mupass._analyze import analyze
 from mupass._errors import PlanError, TransformError, kind_of, some, warn
@@ -16,7 +16,7 @@ from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.init import Init, InitChoice, plan_init, told_laws
-from mupass._scales.learned import learned
+from mupass._scales.learned import has_a_mean, learned, looks_trained
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.other_width import at_width_of, scores_at
 from mupass._scales.own_draws import own_draws
@@ -27,7 +27,7 @@ from mupass._taps.taps import attach
 Model = TypeVar("Model", bound=nn.Module)
 UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
 # Words of warnings about the values of one instance.
-OF_VALUES = ("initialization law in doubt", "on the meta device")
+OF_VALUES = ("initialization law in doubt", "on the meta device", "initial values with a mean")
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -220,6 +220,7 @@ def _entries(
     warnings = _doubts(inits)
     if not trained:
         warnings += _late(model, entries)
+        warnings += _one_sided(tensors, geometries)
     return entries, warnings
 
 
@@ -393,6 +394,23 @@ def _doubts(inits: Mapping[str, Init]) -> list[str]:
     return [
         f"{OF_VALUES[0]} for {some(doubtful)}: settle it with init={{pattern: law}}, "
         "or transform a model of the base width, where it does not matter"
+    ]
+
+
+def _one_sided(tensors: Mapping[str, Tensor], geometries: Iterable[Geometry]) -> list[str]:
+    """Say which weights start with a mean, so that their sums follow no root of the number of terms."""
+    names = []
+    for geometry in geometries:
+        sums = geometry.role in ("hidden", "output") and geometry.shape != geometry.base_shape
+        values = tensors[geometry.name]
+        # Trained values have means of their own, and are told as trained.
+        if sums and has_a_mean(values, geometry) and not looks_trained(values, geometry):
+            names.append(geometry.name)
+    if not names:
+        return []
+    return [
+        f"{OF_VALUES[2]} in {some(names)}: a sum over a side that grows goes with the width, not with its "
+        "root, for which initialization and rates are scaled; draw values around zero"
     ]
 
 

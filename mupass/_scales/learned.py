@@ -23,6 +23,7 @@ SHARE = 1 / 3  # of the matrices and shifts must bear a mark, a matrix among the
 DEVIATIONS = 6.0  # standard errors of a moment that chance is allowed
 KOLMOGOROV = 2.0  # distance between distributions, times sqrt(entries), that chance is allowed
 ITERATIONS = 12
+LEADS = 0.25  # mean of a sum over its deviation, from which on the mean is told
 
 
 def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> list[str]:
@@ -58,12 +59,35 @@ def looks_trained(tensor: Tensor, geometry: Geometry) -> bool | None:
     # A norm's shift starts as a constant: values that differ have been trained.
     if geometry.sites and all(site.kind == "norm shift" for site in geometry.sites):
         return len(torch.unique(tensor)) > 1 if tensor.numel() > 1 else None
-    matrix = _matrix(tensor, geometry)
+    matrix = random_matrix(tensor, geometry)
     return None if matrix is None else bears_a_mark(matrix, geometry.fan_in)
 
 
-def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor | None:
-    """Return fan_out x fan_in values, or None for what is no matrix, too small, or not random."""
+def has_a_mean(tensor: Tensor, geometry: Geometry) -> bool:
+    """Return whether the mean of a random matrix leads its sums, which have ``fan_in`` terms.
+
+    Args:
+        tensor: Its values.
+        geometry: Its axes.
+    """
+    if tensor.is_meta or not tensor.is_floating_point():
+        return False
+    matrix = random_matrix(tensor.detach(), geometry)
+    if matrix is None:
+        return False
+    size, deviation = matrix.mean().abs().item(), matrix.std().item()
+    # More than chance gives, and large enough to be seen in a sum of terms of either sign.
+    certain = size * sqrt(matrix.numel()) > DEVIATIONS * deviation
+    return certain and size * sqrt(geometry.fan_in) > LEADS * deviation
+
+
+def random_matrix(tensor: Tensor, geometry: Geometry) -> Tensor | None:
+    """Return fan_out x fan_in values, or None for what is no matrix, too small, or not random.
+
+    Args:
+        tensor: Values of a parameter.
+        geometry: Its axes.
+    """
     if tensor.numel() < FEWEST or not geometry.fan_in_axes or not geometry.fan_out_axes:
         return None
     axis_order = (*geometry.fan_out_axes, *geometry.fan_in_axes)
