@@ -140,6 +140,19 @@ def test_damaged_groups_are_refused(key: str, value: Any) -> None:
     assert same(optimizer.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", ["kfac", "shampoo"])
+def test_a_state_from_before_a_scheduler_takes_what_that_added_away(name: str) -> None:
+    """As finders of a rate do: they save, try rates by a scheduler of their own, and load."""
+    net, optimizer = trained(name)
+    saved = copy.deepcopy(optimizer.state_dict())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    assert "initial_lr" in optimizer.param_groups[0]
+    optimizer.load_state_dict(saved)
+    assert same(optimizer.state_dict()["param_groups"], saved["param_groups"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule.get_last_lr() == [group["lr"] / 2 for group in saved["param_groups"]]
+
+
 @pytest.mark.parametrize("bad", [None, [], {}, {"state": {}}, {"state": [], "param_groups": []}], ids=repr)
 def test_what_is_no_state_is_refused(bad: Any) -> None:
     _, optimizer = trained("muon", 1)

@@ -199,6 +199,8 @@ class PlannedOptimizer(BoundOptimizer):
         settings = self._fallback_settings(self._training.weight_decay)
         groups += self._groups(self.fallback.name, fallen, settings)
         super().__init__(groups, defaults)
+        # What schedulers add later, such as initial_lr, may be missing in a state.
+        self._settings = frozenset().union(*self.param_groups)
         self._members: list[list[str]] = []
         for group in self.param_groups:
             self._members.append([self.names[p] for p in group["params"]])
@@ -831,7 +833,7 @@ class PlannedOptimizer(BoundOptimizer):
         if isinstance(groups, list) and len(groups) > len(self.param_groups):
             self._adopt_thawed(len(groups) - len(self.param_groups))
         # All is checked before anything is copied.
-        copy_state(self, *check_state(self, self.names, state_dict))
+        copy_state(self, *check_state(self, self.names, self._settings, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
         self._loaded()
         self._prepare_next()

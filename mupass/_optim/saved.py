@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,13 +48,14 @@ def saved_kind(name: str, spec: str, version: int) -> str:
 
 
 def check_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: Any
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], needed: Collection[str], saved: Any
 ) -> tuple[list[dict[str, Any]], dict[Tensor, State]]:
     """Return the settings of every group and the state of every parameter, after all was found to fit.
 
     Args:
         optimizer: The optimizer that is to take it over.
         names: Of its parameters.
+        needed: Settings of groups that a state must have, where this optimizer's group has them.
         saved: The state.
 
     Raises:
@@ -84,7 +85,7 @@ def check_state(
     # Keys of the state are those that the groups list as their parameters.
     settings, listed_keys, states = [], set(), {}
     for number, (saved_group, own_group) in enumerate(zip(groups, own_groups, strict=True)):
-        settings.append(_check_group(f"group {number}", saved_group, own_group))
+        settings.append(_check_group(f"group {number}", saved_group, own_group, needed))
         for key, parameter in zip(saved_group["params"], own_group["params"], strict=True):
             listed_keys.add(key)
             states[parameter] = saved["state"].get(key, {})
@@ -109,7 +110,7 @@ def _check_kind(where: str, group: Any, ours: str) -> None:
         raise OptimizerError(f"state of {saved_name or 'an unknown optimizer'}; this is {ours}")
 
 
-def _check_group(where: str, theirs: Group, ours: Group) -> dict[str, Any]:
+def _check_group(where: str, theirs: Group, ours: Group, needed: Collection[str]) -> dict[str, Any]:
     """Return the settings of one group."""
     if len(theirs["params"]) != len(ours["params"]):
         raise OptimizerError(
@@ -117,7 +118,7 @@ def _check_group(where: str, theirs: Group, ours: Group) -> dict[str, Any]:
             f"{len(ours['params'])}: other parameters, groups or factors"
         )
     for key in ours:
-        if key != "params" and key not in theirs:
+        if key in needed and key not in theirs:
             raise OptimizerError(f"{where} of the state lacks {key!r}")
     for key in FIXED:
         if not _same(theirs[key], ours[key]):
@@ -189,6 +190,9 @@ def copy_state(
         states: Of every parameter.
     """
     for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
+        # As in torch: what a scheduler has added since goes, or the next one would begin from it.
+        for key in group.keys() - own_settings.keys() - {"params"}:
+            del group[key]
         group.update(own_settings)
     watch_rates(optimizer)  # their ratios are those of the state now
     for parameter, saved in states.items():
