@@ -145,10 +145,10 @@ class KFAC(PlannedOptimizer):
         fallback: ``adamw``, ``adam_atan2`` or ``sgd``, for parameters that K-FAC does not take (see
             `coverage`). A `Fallback` sets betas, epsilon, momentum and decay, too.
         fallback_lr: Learning rate of the fallback at the base width.
-        loss_terms: Number of terms that the loss averages over, or a function of no arguments giving it. By
-            default counted on the model's first output, its class axis left out: samples for a classifier,
-            tokens for a language model. Needed where the model returns its loss, or where the loss skips
-            many entries (``ignore_index``).
+        loss_terms: Number of terms that the loss of a step averages over, or a function of no arguments
+            giving it: those of this rank, accumulated passes together. By default counted on the model's
+            first output, its class axis left out: samples for a classifier, tokens for a language model.
+            Needed where the model returns its loss, or where the loss skips many entries (``ignore_index``).
         loss_reduction: ``mean`` or ``sum``.
         loss_scale: What the loss is multiplied by before ``backward``, or a function giving it.
         stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
