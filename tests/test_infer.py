@@ -189,6 +189,30 @@ def test_only_fixed_parts_of_a_table_are_read() -> None:
     assert analysis["positions"].infinite == (False, True)
 
 
+@pytest.mark.parametrize("how", ["two axes", "one axis", "second axis"])
+def test_rows_that_a_mask_keeps_have_the_axes_of_all_rows(how: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.hidden, self.head = nn.Linear(5, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            h = torch.relu(self.enter(x))
+            if how == "two axes":  # [2, 6, 24] -> [kept, 24]
+                h = h[keep]
+            elif how == "one axis":
+                h = h.flatten(0, 1)[keep.flatten()]
+            elif how == "second axis":
+                h = h[:, keep[0]]
+            return self.head(torch.relu(self.hidden(h)))
+
+    keep = torch.arange(12).view(2, 6) % 3 > 0
+    analysis = mupass.analyze(Masked(), (randn(2, 6, 5), keep))
+    hidden = analysis["hidden.weight"]
+    assert (hidden.role, hidden.infinite, hidden.ambiguous) == ("hidden", (True, True), (False, False))
+    assert analysis["enter.weight"].infinite == (True, False) and analysis["head.weight"].role == "output"
+
+
 def test_unknown_operators_are_named() -> None:
     class Odd(nn.Module):
         def __init__(self):
