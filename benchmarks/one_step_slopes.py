@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,27 @@ class Damping(NamedTuple):
     shampoo: float
 
 
+class Lion(torch.optim.Optimizer):
+    """Chen et al., arXiv 2302.06675, program 1; ``torch.optim`` has none."""
+
+    def __init__(self, params: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            of_step, of_average = group["betas"]
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                p *= 1 - group["lr"] * group["weight_decay"]
+                p -= group["lr"] * average.lerp(p.grad, 1 - of_step).sign()
+                average.lerp_(p.grad, 1 - of_average)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module, Damping], torch.optim.Optimizer]] = {
     "sgd": lambda m, d: torch.optim.SGD(mupass.param_groups(m, 1e-2, optimizer="sgd")),
     "adam": lambda m, d: torch.optim.Adam(mupass.param_groups(m, 1e-3, optimizer="adam")),
+    "lion": lambda m, d: Lion(mupass.param_groups(m, 1e-4, optimizer="lion")),
     "kfac (1,1)": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, momentum=0, **KFAC),
     # Only the new moments: averaged with what they start from, half of the step would be K-FAC's.
     "ekfac": lambda m, d: mupass.KFAC(m, 1e-2, d.kfac, ekfac=True, factor_decay=0, momentum=0, **KFAC),

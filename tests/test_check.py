@@ -448,7 +448,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
     for message, call in {
         "at least 2 different widths": lambda: mupass.coord_check(model, (x, y), widths=[64]),
         "no batch": lambda: mupass.coord_check(model, []),
-        "unknown optimizer 'lion'": lambda: mupass.coord_check(model, (x, y), optimizer="lion"),
+        "unknown optimizer 'sophia'": lambda: mupass.coord_check(model, (x, y), optimizer="sophia"),
         "at least 1": lambda: mupass.coord_check(model, (x, y), steps=0),
         "class numbers": lambda: mupass.coord_check(model, (x, torch.randn(16, 5))),
         "must be batches": lambda: mupass.coord_check(model, x),

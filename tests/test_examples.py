@@ -223,7 +223,7 @@ def test_missing_data_ends_with_code_2(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    ["--lrs 0", "--lrs nan", "--lrs -1", "--lrs 2^x", "--widths 0", "--epochs -1", "--optimizer lion"],
+    ["--lrs 0", "--lrs nan", "--lrs -1", "--lrs 2^x", "--widths 0", "--epochs -1", "--optimizer sophia"],
 )
 def test_bad_arguments(words, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -259,8 +259,15 @@ class Settings:
     multiplier: float = 32**-0.5
 
 
+class Ordinary:
+    """The same as an ordinary class, which gives its defaults in its signature."""
+
+    def __init__(self, width: int, inner: int, multiplier: float = 32**-0.5) -> None:
+        self.width, self.inner, self.multiplier = width, inner, multiplier
+
+
 class Configured(nn.Module):
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings | Ordinary) -> None:
         super().__init__()
         self.settings = settings
         self.enter, self.inner = nn.Linear(5, settings.width), nn.Linear(settings.width, settings.inner)
@@ -271,10 +278,13 @@ class Configured(nn.Module):
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 32**-0.5), ({"multiplier": 64**-0.5}, 128**-0.5)])
-def test_a_default_multiplier_is_no_root_of_a_width(given: dict[str, float], expected: float) -> None:
-    model = Configured(Settings(64, 32, **given))
+@pytest.mark.parametrize("kind", [Settings, Ordinary])
+def test_a_default_multiplier_is_no_root_of_a_width(
+    kind: type[Settings | Ordinary], given: dict[str, float], expected: float
+) -> None:
+    model = Configured(kind(64, 32, **given))
     resized = mupass.resize(model, scale=2, example_inputs=randn(2, 5))
-    assert resized.settings == Settings(128, 64, expected)
+    assert vars(resized.settings) == {"width": 128, "inner": 64, "multiplier": expected}
 
 
 def test_resize_says_which_sizes_follow_a_policy() -> None:

@@ -95,6 +95,53 @@ def test_blocks_grow_in_number_and_experts_do_not() -> None:
     assert analysis["gate.weight"].ambiguous == (True, False)
 
 
+class JoinedBlocks(nn.Module):
+    """Unequal parts of a width, a matrix each: in one block-diagonal matrix, or in products of their own."""
+
+    def __init__(self, joined: bool, widths: tuple[int, int] = (16, 24)):
+        super().__init__()
+        self.joined, self.widths = joined, widths
+        self.enter, self.head = nn.Linear(5, sum(widths)), nn.Linear(sum(widths), 3)
+        self.blocks = nn.ParameterList(torch.randn(width, width) / width**0.5 for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x))
+        if self.joined:
+            h = h @ torch.block_diag(*self.blocks)
+        else:
+            parts = h.split(self.widths, -1)
+            h = torch.cat([part @ block for part, block in zip(parts, self.blocks, strict=True)], -1)
+        return self.head(torch.tanh(h))
+
+
+def test_a_block_diagonal_matrix_is_a_product_for_each_block() -> None:
+    joined, apart = (mupass.analyze(JoinedBlocks(how), randn(4, 5)) for how in (True, False))
+    for right in apart.geometries:
+        found = joined[right.name]
+        for verdict in ("infinite", "ambiguous", "role", "fan_in_axes", "fan_out_axes", "fusions", "dims"):
+            assert getattr(found, verdict) == getattr(right, verdict), (right.name, verdict)
+    # Only the second block is wider than in the base: its own fans count, not those of the whole.
+    analysis = mupass.analyze(JoinedBlocks(True), randn(4, 5), base=JoinedBlocks(True, (16, 8)))
+    assert [(g.m_in, g.m_out) for g in analysis.geometries if "blocks" in g.name] == [(1, 1), (3, 3)]
+
+
+def test_vectors_and_data_on_a_block_diagonal() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.head = nn.Linear(5, 24), nn.Linear(48, 3)
+            self.row = nn.Parameter(torch.randn(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            # [4, 24], [24] and a number: 4 + 1 + 1 rows of data, 24 + 24 + 1 columns
+            h = torch.block_diag(torch.tanh(self.enter(x)), self.row, x.sum())
+            return self.head(torch.tanh(h[:, :-1]))
+
+    analysis = mupass.analyze(Rows(), randn(4, 5))
+    assert analysis["row"].infinite == (True,) and analysis["enter.weight"].infinite == (True, False)
+    assert analysis["head.weight"].infinite == (False, True)
+
+
 class HeadWeights(nn.Module):
     """A weight a head, for queries that all heads read from one activation; and one that each reads alone."""
 
@@ -140,6 +187,30 @@ def test_only_fixed_parts_of_a_table_are_read() -> None:
 
     analysis = mupass.analyze(Relative(), randn(2, 5, 3))
     assert analysis["positions"].infinite == (False, True)
+
+
+@pytest.mark.parametrize("how", ["two axes", "one axis", "second axis"])
+def test_rows_that_a_mask_keeps_have_the_axes_of_all_rows(how: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.hidden, self.head = nn.Linear(5, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            h = torch.relu(self.enter(x))
+            if how == "two axes":  # [2, 6, 24] -> [kept, 24]
+                h = h[keep]
+            elif how == "one axis":
+                h = h.flatten(0, 1)[keep.flatten()]
+            elif how == "second axis":
+                h = h[:, keep[0]]
+            return self.head(torch.relu(self.hidden(h)))
+
+    keep = torch.arange(12).view(2, 6) % 3 > 0
+    analysis = mupass.analyze(Masked(), (randn(2, 6, 5), keep))
+    hidden = analysis["hidden.weight"]
+    assert (hidden.role, hidden.infinite, hidden.ambiguous) == ("hidden", (True, True), (False, False))
+    assert analysis["enter.weight"].infinite == (True, False) and analysis["head.weight"].role == "output"
 
 
 def test_unknown_operators_are_named() -> None:

@@ -16,9 +16,14 @@ import torch.nn.functional as F
 from ranks import free_port, one_of_two
 from test_optim import OPTIONS, assert_equal, every, make, train
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mupass
+from mupass._optim.saved import copy_state
 
 Entry = dict[str, Tensor]
 
@@ -268,3 +273,21 @@ def test_ranks_share_the_preconditioner_and_states_go_from_two_to_one_and_back(
     for p, q, r, s in zip(want, restored_model.parameters(), through, others, strict=True):
         for other in (q.detach(), r, s):
             torch.testing.assert_close(other, p, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("saved_as", ["whole", "shard"])
+def test_a_state_of_all_ranks_is_cut_to_the_part_of_each(saved_as: str) -> None:
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())  # the second of two, alone
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        whole = torch.arange(12.0).view(4, 3)
+        parameter = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)], src_data_rank=None))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        momentum = optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        saved = whole
+        if saved_as == "shard":
+            saved = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        copy_state(optimizer, [{}], {parameter: {"momentum_buffer": saved}})
+        assert torch.equal(momentum.to_local(), whole[2:])
+    finally:
+        dist.destroy_process_group()

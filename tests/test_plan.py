@@ -96,7 +96,7 @@ def damage(plan: Plan, change: Any) -> str:
         (lambda d: d["entries"][0].pop("scales"), "incomplete or damaged"),
         (lambda d: d["entries"][0]["geometry"].pop("role"), "geometry.role is missing"),
         (lambda d: d["entries"][0]["scales"].update(extra=1), "incomplete or damaged"),
-        (lambda d: d["optimizer"].update(name="lion"), "unknown optimizer 'lion'"),
+        (lambda d: d["optimizer"].update(name="sophia"), "unknown optimizer 'sophia'"),
         (lambda d: d.update(entries=3), "damaged: plan.entries must be a list"),
         (
             lambda d: d["entries"][0]["geometry"]["shape"].__setitem__(0, 10**400),

@@ -179,7 +179,7 @@ def test_alignment_is_the_table_of_everett_et_al(
 
 
 def test_full_alignment_is_mup_itself() -> None:
-    for optimizer in ("sgd", "adam", "adamw", "adam_atan2", "adafactor"):
+    for optimizer in ("sgd", "adam", "adamw", "adam_atan2", "adafactor", "lion"):
         for row in ROWS.values():
             aligned = scales(row, OptimizerSpec(optimizer, alignment="full"))
             assert aligned == scales(row, OptimizerSpec(optimizer)), optimizer
@@ -228,9 +228,9 @@ def test_bad_powers_are_refused(field: str, power: object) -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        mupass.PlanError, match="known: sgd, adam, adamw, adam_atan2, adamuon, adafactor, kfac, foof"
+        mupass.PlanError, match="known: sgd, adam, adamw, adam_atan2, adamuon, adafactor, lion, kfac, foof"
     ):
-        OptimizerSpec("lion")
+        OptimizerSpec("sophia")
     with pytest.raises(mupass.PlanError, match="known: mup, standard, ntk, mean_field"):
         scales(ROWS["hidden"], OptimizerSpec("sgd"), "mupp")
     with pytest.raises(mupass.PlanError, match="foof fixes"):

@@ -110,6 +110,16 @@ def test_hashes_tell_what_a_result_depends_on(kind: str) -> None:
     assert digest(make(first)) != digest(make(second))
 
 
+@pytest.mark.parametrize("module", ["networkx", "torch.nn", "json", "__main__", "study_settings"])
+def test_code_of_installed_packages_is_told_by_its_name(module: str) -> None:
+    first, second = with_global(1.0), with_global(2.0)
+    for function in (first, second):
+        function.__module__ = module
+    # What the caller has written is told by all that it reads.
+    own = module in ("__main__", "study_settings")
+    assert (digest(first) != digest(second)) == own
+
+
 @pytest.mark.parametrize(
     "thing",
     [lambda: iter([1]), lambda: (i for i in range(3)), lambda: open(os.devnull)],

@@ -47,6 +47,15 @@ def test_coord_check_takes_either() -> None:
     assert given.mupass_plan.base_width == 32
 
 
+def test_coord_check_takes_batches_in_their_order() -> None:
+    def powers(*batches: tuple[torch.Tensor, torch.Tensor]) -> list[dict[str, Any]]:
+        return mupass.coord_check(mlp(), list(batches), steps=3, seeds=2, widths=[32, 64]).records()
+
+    first, second = ((X.roll(shift, 1), X[:, :3].argmax(1)) for shift in range(2))
+    # After the last one comes the first again.
+    assert powers(first, second) == powers(first, second, first) != powers(first)
+
+
 def test_sweep_takes_either() -> None:
     a, b = sweep(mlp()), sweep(torch.compile(done(), backend="eager"))
     assert [t.loss for t in a.trials] == pytest.approx([t.loss for t in b.trials], rel=1e-4)

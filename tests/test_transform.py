@@ -295,7 +295,7 @@ def test_tied_readout_without_a_module_says_what_to_write() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"optimizer": "lion"}, mupass.PlanError),
+        ({"optimizer": "sophia"}, mupass.PlanError),
         ({"parameterization": "mupp"}, mupass.PlanError),
         ({"init": "kaiming"}, mupass.PlanError),
         ({"base": -1}, mupass.MupassError),

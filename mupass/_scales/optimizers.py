@@ -234,6 +234,15 @@ _ROWS = (
         options=("alignment",),
         torch_class="Adafactor",
     ),
+    OptimizerRow(
+        "lion",
+        source="Chen et al., arXiv 2302.06675, program 1: the sign of a mean of gradients, Adam's step",
+        step=SIGN,
+        columns=RATE_ONLY,
+        options=("alignment",),
+        epsilon=None,
+        torch_class="Lion",
+    ),
     replace(
         _KFAC,
         in_summary=True,
@@ -308,10 +317,10 @@ class OptimizerSpec:
     """An optimizer as a plan sees it: its row, by name, and the powers that the caller may choose.
 
     Attributes:
-        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``adafactor``, ``kfac``, ``foof``,
-            ``shampoo``, ``soap``, ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions the input
-            side only: it fixes ``e_a = 1`` and ``e_b = 0``. ``adafactor`` is Adam times the root mean
-            square of the weight.
+        name: ``sgd``, ``adam``, ``adamw``, ``adam_atan2``, ``adafactor``, ``lion``, ``kfac``,
+            ``foof``, ``shampoo``, ``soap``, ``muon`` or ``adamuon``. ``foof`` is K-FAC that preconditions
+            the input side only: it fixes ``e_a = 1`` and ``e_b = 0``. ``adafactor`` is Adam times the root
+            mean square of the weight.
         e_a: K-FAC power of the input factor A.
         e_b: K-FAC power of the output factor B.
         e: Shampoo's TOTAL power, ``e/2`` on each side; 1/2 is the usual quarter power a side.

@@ -51,6 +51,29 @@ def cat(call: Call) -> Result:
     return call.value(axes)
 
 
+@rule("aten.block_diag")
+def block_diag(call: Call) -> Result:
+    """Join matrices along both axes: rows become the sum of their rows, columns that of their columns."""
+    rows, columns = [], []
+    for block in call.values:
+        # A vector is a block of one row, a number one of one entry.
+        missing = [call.new(1) for _ in range(2 - len(block.axes))]
+        row, column = [*missing, *block.axes]
+        rows.append(row)
+        columns.append(column)
+    joined = []
+    for size, parts in zip(call.shape, (rows, columns), strict=True):
+        if len(parts) == 1:  # a lone matrix is joined to nothing
+            joined.append(parts[0])
+            continue
+        origin = NOWHERE.union(*(part.origin for part in parts))
+        joined.append(_joined_axis(call, parts, size, origin))
+        # block_diag(w_1, w_2) of parameters: one weight, whose parts are weights.
+        if call.static and all(part.origin for part in parts):
+            call.facts.joined.append(joined[-1].dim)
+    return call.value(joined)
+
+
 @rule("aten.stack")
 def stack(call: Call) -> Result:
     """Join along a new axis."""
