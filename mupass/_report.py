@@ -91,6 +91,18 @@ class Analysis:
                 return geometry
         raise PlanError(f"no parameter {name!r} in this analysis")
 
+    def __iter__(self) -> Iterator[str]:
+        """Return an iterator over names, in the order of ``named_parameters()``; aliases left out."""
+        return (geometry.name for geometry in self.geometries)
+
+    def __len__(self) -> int:
+        """Return the number of distinct parameters."""
+        return len(self.geometries)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a parameter goes by that name."""
+        return any(name == geometry.name or name in geometry.aliases for geometry in self.geometries)
+
     def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
         """Return the readable report: text, HTML, or a networkx graph.
 

@@ -34,6 +34,13 @@ def test_an_override_by_name_reaches_a_factor_that_no_parameter_carries() -> Non
     assert [g.infinite for g in grown.geometries] == [g.infinite for g in fixed.geometries]
 
 
+def test_an_analysis_is_read_like_a_plan() -> None:
+    model = Heads()
+    found = mupass.analyze(model, X)
+    assert list(found) == [name for name, _ in model.named_parameters()] and len(found) == len(list(found))
+    assert "qkv.weight" in found and "kqv.weight" not in found and 0 not in found
+
+
 def test_an_override_by_parameter_axis() -> None:
     net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3))
     found = mupass.analyze(net, dims={r"2\.weight:0": "finite"})
