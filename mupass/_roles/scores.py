@@ -481,17 +481,18 @@ def _made_of(sources: Iterable[Node], captured: Capture) -> set[Node]:
 
 def _between(sources: Iterable[Node], end: Node) -> list[Node]:
     """Return the operators on the way from some values to another, that one included, in order."""
+    ahead = set(sources)
+    # Behind the sources nothing can be on the way: in a deep network that is most of the graph.
     behind: set[Node] = set()
     waiting = [end]
     while waiting:
         node = waiting.pop()
-        if node not in behind:
+        if node not in behind and node not in ahead:
             behind.add(node)
             waiting += node.all_input_nodes
-    ahead = set(sources)
     found = []
-    for node in end.graph.nodes:
-        if node in behind and node not in ahead and not ahead.isdisjoint(node.all_input_nodes):
+    for node in sorted(behind):  # in the order of the graph
+        if not ahead.isdisjoint(node.all_input_nodes):
             ahead.add(node)
             found.append(node)
     return found
