@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_doubts import doubted
+from test_zoo import PLAIN
 from torch import Tensor, nn
 from zoo.case import randn
 
@@ -580,3 +581,11 @@ def test_a_group_norm_over_heads_gets_as_many_groups_as_there_are_heads(source: 
     assert resized.norm.num_groups == want.norm.num_groups
     want.load_state_dict(resized.state_dict())
     torch.testing.assert_close(resized(x), want(x))
+
+
+@pytest.mark.parametrize("case", ["deep_speech", "xdeepfm", "s4d", "tree_lstm"])
+def test_gates_halves_and_tables_raise_no_doubt(case: str) -> None:
+    model, inputs = PLAIN[case].build(1).eval(), PLAIN[case].inputs()
+    marked = {g.name.split(".")[0] for g in mupass.analyze(model, inputs).geometries if any(g.ambiguous)}
+    # Gates of recurrent layers are no heads, of a gated layer one half is made, tables may be narrower.
+    assert marked.isdisjoint({"gru", "attention", "out", "table"})

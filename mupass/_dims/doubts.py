@@ -19,6 +19,7 @@ from mupass._dims.wiring import Wiring
 Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
 STRAIGHT = 1.25  # a linear bottleneck is one when it is narrower than its neighbours by this factor
+TABLE = 1.5  # the same for the rows of a lookup table
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
 NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
@@ -79,7 +80,7 @@ def _is_narrow(wiring: Wiring, dim: int, source: int, results: Sequence[int]) ->
     size = wiring.space.size(dim)
     # First layers often start narrow, and embeddings do not: it takes more to doubt the former.
     if source == 0:  # made of data
-        factor = STRAIGHT if wiring.looked_up(dim) else STEM
+        factor = TABLE if wiring.looked_up(dim) else STEM
         return size * factor <= min(results, default=0)
     return size * STRAIGHT <= min([source, *results])
 
@@ -107,7 +108,10 @@ def _wide_heads(wiring: Wiring) -> Found:
         size, source = wiring.space.size(dim), wiring.source(dim)
         # features -> WIDE x features -> classes, as in MobileNet. A pointwise convolution at the end is there
         # to widen, and its channels are a number of their own at any factor.
-        widened = size > source and wiring.by_pointwise(dim) if source else False
+        widened = False
+        if source:
+            # Of a gated convolution one half is what it makes.
+            widened = wiring.matrix_size(dim) > source and wiring.by_pointwise(dim)
         if not source or size < WIDE * source and not widened:
             continue
         doubtful = [
@@ -211,6 +215,9 @@ def _other_heads(wiring: Wiring, dim: int) -> set[int]:
     """
     space = wiring.space
     for term in space.terms_of(dim, "product"):
+        # heads x head_dim, and not 3 gates x width
+        if not any(map(wiring.is_per_head, term)):
+            continue
         sizes_per_head: set[int] = set()
         of_read: set[int] = set()
         related: set[int] = set()

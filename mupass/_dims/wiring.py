@@ -128,7 +128,7 @@ class Wiring:
 
     def results(self, dim: int) -> list[int]:
         """Return the sizes of the widths that are made of a dimension; separate matrices count apart."""
-        return list(map(self._matrix_size, self.grown_results(dim)))
+        return list(map(self.matrix_size, self.grown_results(dim)))
 
     def before(self, dim: int, factor: float) -> int | None:
         """Return the first source wider by a factor, back along weights that follow each other straight."""
@@ -159,7 +159,7 @@ class Wiring:
             results = self.results(dim)
         return results
 
-    def _matrix_size(self, dim: int) -> int:
+    def matrix_size(self, dim: int) -> int:
         """Return the size of one matrix: the largest part, and without counts such as gates or branches."""
         # q, k and v, or gate and up, in one weight: the largest of them is one matrix.
         sums = self.space.terms_of(dim, "sum")
