@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_doubts import doubted
+from test_zoo import PLAIN
 from torch import Tensor, nn
 from zoo.case import randn
 
@@ -376,3 +377,225 @@ def test_the_number_of_copies_of_a_hidden_state_is_fixed_and_marked() -> None:
     assert analysis["read.weight"].infinite == analysis["write.weight"].infinite == (False, True)
     assert analysis["read.weight"].ambiguous[0] and analysis["write.bias"].ambiguous[0]
     assert base_shapes(lambda k: Streams(16 * k), (randn(2, 6, 5),)) == shapes(Streams(16))
+
+
+class Experts(nn.Module):
+    """All experts run on all tokens; a table of the best two weighs them."""
+
+    def __init__(self, d: int, experts: int = 6) -> None:
+        super().__init__()
+        self.experts, self.table = experts, nn.Embedding(20, d)
+        self.gate, self.head = nn.Linear(d, experts, bias=False), nn.Linear(d, 20)
+        self.up = nn.Parameter(torch.randn(experts, d, 3 * d) / d**0.5)
+        self.down = nn.Parameter(torch.randn(experts, 3 * d, d) / (3 * d) ** 0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        best, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        weights = torch.zeros(*ids.shape, self.experts).scatter(-1, chosen, best)
+        y = torch.einsum("blef,efd->bled", torch.einsum("bld,edf->blef", x, self.up).relu(), self.down)
+        return self.head(x + (y * weights[..., None]).sum(2))
+
+
+class Capsules(nn.Module):
+    """Blocks of channels at every position, each with matrices of its own."""
+
+    def __init__(self, d: int, size: int = 4) -> None:
+        super().__init__()
+        self.size, self.enter, self.head = size, nn.Conv2d(1, d, 3, stride=2), nn.Linear(30, d)
+        self.forms, self.leave = nn.Parameter(torch.randn(d // size * 9, 5, size, 6)), nn.Linear(d, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.enter(x).relu().unflatten(1, (-1, self.size)).flatten(3).transpose(2, 3).flatten(1, 2)
+        votes = torch.einsum("bni,njio->bnjo", u, self.forms)
+        return self.leave(
+            self.head((votes * votes.sum(-1, keepdim=True).softmax(2)).sum(1).flatten(1)).relu()
+        )
+
+
+class Sampled(nn.Module):
+    """Deformable attention: every head looks at points of its own."""
+
+    def __init__(self, d: int, size: int = 8, points: int = 3) -> None:
+        super().__init__()
+        self.size, self.points, heads = size, points, d // size
+        self.enter, self.query = nn.Conv2d(3, d, 4, stride=4), nn.Parameter(torch.randn(5, d))
+        self.near, self.offsets, self.weigh = (
+            nn.Linear(d, n) for n in (2, heads * points * 2, heads * points)
+        )
+        self.leave, self.head = nn.Linear(d, d), nn.Linear(d, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.enter(x)
+        b, d, h, w = values.shape
+        q = self.query.expand(b, -1, -1)
+        places = self.offsets(q).view(b, 5, -1, self.points, 2) + self.near(q)[:, :, None, None]
+        weights = self.weigh(q).view(b, 5, -1, self.points).softmax(-1).transpose(1, 2).flatten(0, 1)
+        grid = places.transpose(1, 2).flatten(0, 1)
+        found = F.grid_sample(values.reshape(-1, self.size, h, w), grid, align_corners=False)
+        mixed = (found * weights[:, None]).sum(-1).view(b, d, 5).transpose(1, 2)
+        return self.head(self.leave(mixed))
+
+
+def test_matrices_that_read_the_same_are_experts() -> None:
+    ids = torch.arange(12).view(2, 6)
+    analysis = mupass.analyze(Experts(32), ids)
+    assert analysis["up"].infinite == (False, True, True) and analysis["up"].ambiguous[0]
+    assert base_shapes(lambda k: Experts(16 * k), (ids,)) == shapes(Experts(16))
+
+
+def test_capsules_become_more_with_the_channels() -> None:
+    analysis = mupass.analyze(Capsules(16), randn(2, 1, 7, 7))
+    assert analysis["forms"].infinite == (True, False, False, True)
+    # How long a capsule of the second layer is, and so what reads all of them, one model cannot tell.
+    assert analysis["forms"].ambiguous[3] and analysis["head.weight"].ambiguous == (False, True)
+
+
+def test_coordinates_of_a_sampling_grid_are_fixed() -> None:
+    inputs = (randn(2, 3, 16, 16),)
+    assert mupass.analyze(Sampled(32), inputs)["near.weight"].infinite == (False, True)
+    assert base_shapes(lambda k: Sampled(16 * k), inputs) == shapes(Sampled(16))
+
+
+class Mixed(nn.Module):
+    """A mix of each position with the one before, by a narrow pair of weights; or a gate of a sample."""
+
+    def __init__(self, pooled: bool, d: int = 32, rank: int = 4) -> None:
+        super().__init__()
+        self.pooled, self.enter, self.head = pooled, nn.Linear(5, d), nn.Linear(d, 3)
+        self.down, self.up = nn.Linear(d, rank), nn.Linear(rank, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.pooled:
+            return self.head(x * self.up(self.down(x.mean(1)).relu()).sigmoid()[:, None])
+        return self.head(x + self.up(self.down(x).tanh()) * (x.roll(1, 1) - x))
+
+
+def test_a_narrow_place_at_every_position_is_marked_and_a_gate_of_a_sample_is_not() -> None:
+    x = randn(2, 6, 5)
+    found = doubted(Mixed(pooled=False), x)
+    assert set(found) == {"down.weight:0", "down.bias:0", "up.weight:1"}
+    assert all("far narrower" in reason for reason in found.values())
+    assert doubted(Mixed(pooled=True), x) == {}
+
+
+class Latent(nn.Module):
+    """Keys and values come of a latent that is kept in a cache, empty before the first token."""
+
+    def __init__(self, d: int = 48, rank: int = 16) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(5, d), nn.Linear(d, 3)
+        self.down, self.up = nn.Linear(d, rank, bias=False), nn.Linear(rank, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        latent = self.down(x)
+        return self.head(
+            self.up(torch.cat([latent.new_empty(len(x), 0, latent.shape[-1]), latent], 1)).relu()
+        )
+
+
+def test_a_latent_behind_an_empty_cache_is_marked() -> None:
+    assert set(doubted(Latent(), randn(2, 6, 5))) == {"down.weight:0", "up.weight:1"}
+
+
+class SingleHead(nn.Module):
+    """One head on a part of the width, with queries and keys of a size of their own, all from one layer."""
+
+    def __init__(self, d: int, size: int = 16) -> None:
+        super().__init__()
+        self.parts = size, size, d // 2
+        self.enter, self.norm, self.qkv = (
+            nn.Linear(5, d),
+            nn.LayerNorm(d // 2),
+            nn.Linear(d // 2, sum(self.parts)),
+        )
+        self.leave, self.head = nn.Linear(d, d), nn.Linear(d, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, rest = self.enter(x).relu().chunk(2, -1)
+        q, k, v = self.qkv(self.norm(part)).split(self.parts, -1)
+        mixed = (q @ k.transpose(1, 2) * 0.25).softmax(-1) @ v
+        return self.head(self.leave(torch.cat([mixed, rest], -1).relu()))
+
+
+def test_queries_and_keys_of_one_head_as_long_as_its_values_are_marked() -> None:
+    for d in (32, 64):  # at 32 queries, keys and values are equally long
+        analysis = mupass.analyze(SingleHead(d), randn(2, 6, 5))
+        assert analysis["qkv.weight"].infinite == (True, True)
+        assert analysis["qkv.weight"].ambiguous == (True, False)
+
+
+class Talking(nn.Module):
+    """Heads are mixed before and after the softmax; values have another size per head than queries."""
+
+    def __init__(self, d: int = 32, heads: int = 4, size: int = 8, values: int = 16) -> None:
+        super().__init__()
+        self.heads, self.enter, self.head = heads, nn.Linear(5, d), nn.Linear(d, 3)
+        self.q, self.k, self.v = (nn.Linear(d, heads * n, bias=False) for n in (size, size, values))
+        self.before, self.after = nn.Conv2d(heads, heads, 1), nn.Conv2d(heads, heads, 1)
+        self.leave = nn.Linear(heads * values, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = self.after(self.before(q @ k.mT * 0.3).softmax(-1))
+        return self.head(x + self.leave((scores @ v).transpose(1, 2).flatten(2)))
+
+
+def test_talking_heads_with_values_of_another_size_are_marked() -> None:
+    found = doubted(Talking(), randn(2, 6, 5))
+    whole = {f"{name}.weight:0" for name in ("q", "k", "v", "before", "after")}
+    assert whole | {"before.weight:1", "after.weight:1", "leave.weight:1"} <= set(found)
+
+
+class Widened(nn.Module):
+    """A pointwise convolution that widens before the readout, or an ordinary one."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.enter, self.body = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)
+        self.last, self.head = nn.Conv2d(32, 40, kernel), nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.body(self.enter(x).relu()).relu()).relu().mean((2, 3)))
+
+
+def test_a_pointwise_convolution_that_widens_for_the_readout_is_marked() -> None:
+    x = randn(2, 3, 12, 12)
+    assert set(doubted(Widened(1), x)) == {"last.weight:0", "last.bias:0", "head.weight:1"}
+    assert doubted(Widened(3), x) == {}
+
+
+class Normed(nn.Module):
+    """Attention of which each head's results are normalized by themselves."""
+
+    def __init__(self, d: int, size: int = 8) -> None:
+        super().__init__()
+        self.size, self.enter, self.head = size, nn.Linear(5, d), nn.Linear(d, 3)
+        self.qkv, self.norm = nn.Linear(d, 3 * d), nn.GroupNorm(d // size, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        q, k, v = (t.unflatten(-1, (-1, self.size)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x + self.norm(mixed.flatten(0, 1)).view_as(x))
+
+
+@pytest.mark.parametrize(("source", "target"), [(32, 64), (64, 32)])
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle")
+def test_a_group_norm_over_heads_gets_as_many_groups_as_there_are_heads(source: int, target: int) -> None:
+    x = randn(2, 6, 5)
+    resized, want = mupass.resize(Normed(source), target, example_inputs=x), Normed(target)
+    assert resized.norm.num_groups == want.norm.num_groups
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(x), want(x))
+
+
+@pytest.mark.parametrize("case", ["deep_speech", "xdeepfm", "s4d", "tree_lstm"])
+def test_gates_halves_and_tables_raise_no_doubt(case: str) -> None:
+    model, inputs = PLAIN[case].build(1).eval(), PLAIN[case].inputs()
+    marked = {g.name.split(".")[0] for g in mupass.analyze(model, inputs).geometries if any(g.ambiguous)}
+    # Gates of recurrent layers are no heads, of a gated layer one half is made, tables may be narrower.
+    assert marked.isdisjoint({"gru", "attention", "out", "table"})

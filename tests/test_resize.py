@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mupass
 from benchmarks import resize_meta
@@ -310,3 +310,35 @@ def test_the_benchmark_of_a_giant_runs(capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["resize_meta", "--layers", "1"])
     resize_meta.main()
     assert "| 1 | 1,379,950,592 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_whose_constructor_sets_hooks_is_built_anew() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Hooked(transformers.BertPreTrainedModel):
+        """A layer of 40 units is a number of the code."""
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.enter, self.fixed = nn.Linear(5, config.hidden_size), nn.Linear(config.hidden_size, 40)
+            self.head, self.seen = nn.Linear(40, 3), []
+            self.fixed.register_forward_hook(self.keep)
+            self.post_init()
+
+        def keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+            self.seen = [output]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fixed(self.enter(x).relu()).relu())
+
+    model = Hooked(transformers.BertConfig(hidden_size=32, num_attention_heads=4))
+    x = torch.randn(4, 5)
+    with pytest.raises(ResizeError, match=r"fixed.weight has shape \(40, 64\)"):
+        mupass.resize(model, scale=2, example_inputs=x)
+    resized = mupass.resize(model, scale=2, example_inputs=x, dims={r"fixed\.weight:0": "finite"})
+    assert resized.fixed.weight.shape == (40, 64) and resized.config.hidden_size == 64
+    # A hook of the user is kept, so that such a model is copied.
+    model.enter.register_forward_hook(lambda *_: None)
+    resized = mupass.resize(model, scale=2, example_inputs=x, dims={r"fixed\.weight:0": "finite"})
+    assert resized.enter._forward_hooks

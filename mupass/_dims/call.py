@@ -11,7 +11,7 @@ from torch.fx import Node
 from mupass._dims.facts import NOWHERE, Axis, Facts, Origin, ParameterUse, Value, bare
 from mupass._dims.graph import flatten, operator_name, output_shapes
 from mupass._dims.space import Space
-from mupass._records import Use
+from mupass._records import PRODUCT_AND_SUM, Use
 
 Result = Any  # a Value, or a tuple or list of results, or None for outputs that are no tensors
 # Operators with an argument that lends its type, device or shape, and none of its values.
@@ -182,6 +182,11 @@ class Call:
             (facts.basis if basis else facts.fan_in).setdefault(dim, self.where)
         for dim in produced:
             facts.fan_out.setdefault(dim, self.where)
+        # [batch, position, units]: beside the units there are several axes.
+        axes_of_result = [size for size in self.shape if size > 1]
+        units = [axis for axis in fan_out if axis.size > 1]
+        if kind != PRODUCT_AND_SUM and len(axes_of_result) - len(units) > 1:
+            facts.at_positions.update(produced)
         # A weight may be computed from several parameters: each has the axes that are still its own.
         inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
         for parameter in _origins(weight.axes):

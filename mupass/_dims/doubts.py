@@ -18,7 +18,8 @@ from mupass._dims.wiring import Wiring
 
 Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
-STRAIGHT = 1.5  # a linear bottleneck is one when it is narrower than its neighbours by this factor
+STRAIGHT = 1.25  # a linear bottleneck is one when it is narrower than its neighbours by this factor
+TABLE = 1.5  # the same for the rows of a lookup table
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
 NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
@@ -79,19 +80,25 @@ def _is_narrow(wiring: Wiring, dim: int, source: int, results: Sequence[int]) ->
     size = wiring.space.size(dim)
     # First layers often start narrow, and embeddings do not: it takes more to doubt the former.
     if source == 0:  # made of data
-        factor = STRAIGHT if wiring.looked_up(dim) else STEM
+        factor = TABLE if wiring.looked_up(dim) else STEM
         return size * factor <= min(results, default=0)
     return size * STRAIGHT <= min([source, *results])
 
 
 def _bottlenecks(wiring: Wiring) -> Found:
-    """A width far below those around it, unless it is a branch that returns to where it left."""
+    """A width far below those around it, unless it is a gate or a branch that returns to where it left.
+
+    Gates of whole samples (squeeze and excitation) are narrow by a ratio that people keep. What a weight
+    makes at every position anew is a rank more often than not: adapters, the mixes and decays of RWKV.
+    """
     for dim in wiring.widths:
         source, results = wiring.source(dim), wiring.results(dim)
         if not source or not results:
             continue
         # x + up(relu(down(x))) returns to where it left.
-        if min([source, *results]) >= NARROW * wiring.space.size(dim) and not wiring.returns(dim):
+        if min([source, *results]) < NARROW * wiring.space.size(dim):
+            continue
+        if not wiring.returns(dim) or wiring.at_positions(dim):
             yield dim, f"it is far narrower than the widths around it ({_of(source, results)})"
 
 
@@ -99,8 +106,13 @@ def _wide_heads(wiring: Wiring) -> Found:
     """A last width far above the one before it, which only readouts see."""
     for dim in wiring.widths:
         size, source = wiring.space.size(dim), wiring.source(dim)
-        # features -> WIDE x features -> classes, as in MobileNet
-        if not source or size < WIDE * source:
+        # features -> WIDE x features -> classes, as in MobileNet. A pointwise convolution at the end is there
+        # to widen, and its channels are a number of their own at any factor.
+        widened = False
+        if source:
+            # Of a gated convolution one half is what it makes.
+            widened = wiring.matrix_size(dim) > source and wiring.by_pointwise(dim)
+        if not source or size < WIDE * source and not widened:
             continue
         doubtful = [
             source_dim for source_dim in wiring.grown_sources(dim) if not wiring.verdicts.is_firm(source_dim)
@@ -187,25 +199,52 @@ def _unread(wiring: Wiring) -> Found:
     for dim in filter(verdicts.is_firm, sorted(wiring.space.find_all(facts.fan_out))):
         if dim not in read_by_weights:
             yield dim, "no weight reads it again"
-        elif not wiring.readers(dim) and _own_heads(wiring, dim):
-            yield dim, "weights meet only its number of heads, and that at another size per head"
+        elif not wiring.read_whole(dim):
+            related = _other_heads(wiring, dim)
+            if related:
+                yield dim, "weights meet only its number of heads, and that at another size per head"
+            # Queries, keys and values have one number of heads: none of them says that it grows.
+            for width in sorted(filter(verdicts.is_firm, related)):
+                yield width, "it has the heads of queries and keys that are of another size per head"
 
 
-def _own_heads(wiring: Wiring, dim: int) -> bool:
-    """Whether a width of heads has another size per head than all of the same heads that weights read."""
+def _other_heads(wiring: Wiring, dim: int) -> set[int]:
+    """Return all that has the heads of a width, where what weights read of them has another size per head.
+
+    Heads that weights make of these heads are among it.
+    """
     space = wiring.space
     for term in space.terms_of(dim, "product"):
+        # heads x head_dim, and not 3 gates x width
+        if not any(map(wiring.is_per_head, term)):
+            continue
         sizes_per_head: set[int] = set()
         of_read: set[int] = set()
+        related: set[int] = set()
         for member in term:
             if not wiring.verdicts.grows(member):
                 sizes_per_head.update(map(space.size, (member, *wiring.parts(member))))
                 continue
-            for width in filter(wiring.readers, wiring.around(member)):
-                of_read.update(map(space.size, space.members_of(width, "product")))
+            heads = _talking_heads(wiring, member)
+            for width in set(chain.from_iterable(map(wiring.around, heads))) - heads:
+                if width in wiring.fans:
+                    related |= {width, *heads}
+                if wiring.read_whole(width):
+                    of_read.update(map(space.size, space.members_of(width, "product")))
         if of_read and of_read.isdisjoint(sizes_per_head):
-            return True
-    return False
+            return related
+    return set()
+
+
+def _talking_heads(wiring: Wiring, heads: int) -> set[int]:
+    """Return heads with those that weights make of them, as many, before they meet the values."""
+    reached, frontier = {heads}, [heads]
+    while frontier:
+        for made in wiring.grown_results(frontier.pop()):
+            if made not in reached and wiring.space.size(made) == wiring.space.size(heads):
+                reached.add(made)
+                frontier.append(made)
+    return reached
 
 
 def _competing(wiring: Wiring) -> Found:
@@ -318,21 +357,35 @@ def _follow(verdicts: Verdicts) -> None:
         changed = False
         for kind in ("product", "sum"):
             for whole, members in verdicts.space.terms(kind):
-                if _doubt_whole(verdicts, whole, members):
+                if _doubt_whole(verdicts, kind, whole, members):
                     changed = True
                 elif kind == "sum" and _doubt_parts(verdicts, whole, members):
                     changed = True
 
 
-def _doubt_whole(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
+def _doubt_whole(verdicts: Verdicts, kind: str, whole: int, members: Iterable[int]) -> bool:
     """Doubt what grows by its members only, if all that grow do so by a policy and the rest is certain."""
     of_members = list(map(verdicts.get, members))
-    reasons = [verdict.why for verdict in of_members if verdict and verdict.infinite]
-    as_wanted = all(verdict and verdict.infinite == verdict.policy for verdict in of_members)
-    if not as_wanted or not reasons or not verdicts.is_firm(whole):
+    growing = [verdict for verdict in of_members if verdict and verdict.infinite]
+    if not growing or not all(verdict.policy for verdict in growing) or not verdicts.is_firm(whole):
         return False
-    verdicts.question(whole, reasons[0])
+    fixed_for_certain = all(verdict and (verdict.infinite or not verdict.policy) for verdict in of_members)
+    # What a weight makes as a whole is a width, whichever of its factors it grows by. By how much a sum grows
+    # depends on which of its parts do.
+    if kind == "product" and not fixed_for_certain and _made_whole(verdicts, whole, members):
+        return False
+    verdicts.question(whole, growing[0].why)
     return True
+
+
+def _made_whole(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:
+    """Whether a weight makes a product as one axis, or one that holds all of its members."""
+    space = verdicts.space
+    made = verdicts.parts_of(verdicts.facts.fan_out)
+    if whole in made:
+        return True
+    factors = set(members)
+    return any(other in made and factors <= set(others) for other, others in space.terms("product"))
 
 
 def _doubt_parts(verdicts: Verdicts, whole: int, members: Iterable[int]) -> bool:

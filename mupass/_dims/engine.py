@@ -122,7 +122,11 @@ class Engine:
         if not call.shapes and not graphs:
             return None
         if any(0 in value.sizes for value in call.values):
-            return self._empty(call)
+            # A cache before its first token is joined to what it will hold: that is as straight as it was.
+            result = self._empty(call)
+            if straight and call.operator == "aten.cat":
+                self._straight.add(node)
+            return result
         known_weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)

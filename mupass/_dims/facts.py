@@ -113,6 +113,7 @@ class Facts:
     straight: set[int] = field(default_factory=set)  # dims that a weight reads just as another made them
     bent: set[int] = field(default_factory=set)  # dims that a weight reads behind a nonlinearity
     positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
+    at_positions: set[int] = field(default_factory=set)  # dims that weights make at each position
     ranked: list[int] = field(default_factory=list)  # dims of which the best entries are picked
     windows: list[tuple[int, int]] = field(default_factory=list)  # dim of a kernel or window, its step
     reordered: list[tuple[int, int]] = field(

@@ -272,6 +272,7 @@ def decide(
     policies.settle_groups(verdicts)
     policies.settle_alternatives(verdicts)
     policies.settle_mixtures(verdicts)
+    policies.settle_experts(verdicts)
     policies.settle_routers(verdicts)
     policies.settle_copies(verdicts)
     policies.settle_adapters(verdicts)

@@ -13,6 +13,8 @@ from mupass._dims.facts import Facts, ParameterUse
 from mupass._dims.space import Space
 from mupass._dims.verdicts import Verdict, Verdicts
 
+CODE_FEATURES = "policy: features of the code"  # what the verdicts on fixed ones say first
+
 
 def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
@@ -94,6 +96,9 @@ def settle_blocks(verdicts: Verdicts) -> None:
     # y[b, g, o] = sum_i x[b, g, i] W[g, i, o], where the width is g x i.
     for product in verdicts.facts.blocks:
         counts = space.find_all(filter(verdicts.is_open, product.batch))
+        # Capsules: blocks of the channels at every position, (count x positions) matrices.
+        for count in tuple(counts):
+            counts.update(filter(verdicts.is_open, space.members_of(count, "product")))
         reason = f"policy: fixed size per block ({product.where})"
         block_sizes = []
         for dim in filter(verdicts.is_open, product.inner):
@@ -133,10 +138,10 @@ def settle_unmade(verdicts: Verdicts, features: Mapping[int, str]) -> None:
     atoms_first = sorted(features, key=lambda dim: bool(space.terms_of(dim, "product")))
     for dim in atoms_first:
         grows = space.size(dim) in widths
-        reason = (
-            "as many features of the code as the first layer has units" if grows else "features of the code"
-        )
-        verdicts.settle([dim], Verdict(grows, f"policy: {reason} ({features[dim]})", True))
+        reason = CODE_FEATURES
+        if grows:
+            reason = "policy: as many features of the code as the first layer has units"
+        verdicts.settle([dim], Verdict(grows, f"{reason} ({features[dim]})", True))
 
 
 def _first_widths(verdicts: Verdicts, features: Mapping[int, str]) -> set[int]:
@@ -515,8 +520,11 @@ def settle_cuts(verdicts: Verdicts) -> None:
             halves = set(map(space.size, filter(verdicts.grows, parts)))
             reason = f"a part of a width that is cut ({of_whole.why})"
             for part in sorted(still_open):
-                if part in joined or part not in carried and space.size(part) in halves:
+                if part in joined:
                     verdicts.settle([part], Verdict(True, reason))
+                elif part not in carried and space.size(part) in halves:
+                    # Only its size says that it is a half.
+                    verdicts.settle([part], Verdict(True, f"policy: {reason}, as long as another", True))
                 else:
                     verdicts.settle([part], Verdict(False, f"policy: {reason}", True))
             settled = True
@@ -583,6 +591,26 @@ def settle_mixtures(verdicts: Verdicts) -> None:
     for dim, operator in verdicts.facts.mixtures.items():
         reason = f"policy: it counts weights that are mixed into one ({operator})"
         verdicts.settle([dim], Verdict(False, reason, True))
+
+
+def settle_experts(verdicts: Verdicts) -> None:
+    """Policy: the number of matrices that read the same, whose results meet a matrix each again, is fixed.
+
+    Experts that all run: ``einsum("bd,edf->bef", x, w1)``, then ``einsum("bef,efd->bed", h, w2)`` and a sum
+    over e. Heads that such weights make are contracted with the rest of the width.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    contracted = verdicts.kin(facts.fan_in)
+    one_each: dict[int, str] = {}  # dims that count matrices, one for each entry -> where
+    for product in facts.blocks:
+        one_each.update(dict.fromkeys(map(space.find, product.batch), product.where))
+    for _, fan_out in facts.weights:
+        made = space.find_all(fan_out)
+        if len(made) < 2:
+            continue
+        for dim in sorted(made & one_each.keys() - contracted):
+            reason = f"policy: it counts matrices that read the same and are not read again ({one_each[dim]})"
+            verdicts.settle([dim], Verdict(False, reason, True))
 
 
 def settle_basis(verdicts: Verdicts) -> None:

@@ -172,6 +172,10 @@ class Verdicts:
         dims = tuple(dims)
         return self._reach(dims, _whole_of_term) | self._reach(dims, _parts_below)
 
+    def parts_of(self, dims: Iterable[int]) -> set[int]:
+        """Return dimensions with all that is part of them."""
+        return self._reach(dims, _parts_below)
+
     def _reach(self, dims: Iterable[int], step: Callable[[int, int, Members], Iterable[int]]) -> set[int]:
         """Return the classes reached from dimensions by steps within terms.
 

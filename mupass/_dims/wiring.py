@@ -25,6 +25,7 @@ class Wiring:
         self._straight = find_all(facts.straight) - find_all(facts.bent)
         self._ranked = find_all(facts.ranked)
         self._positions = find_all(facts.positions)
+        self._at_positions = find_all(facts.at_positions)
         self._looked_up = find_all(facts.rows)
         self._parts: dict[str, dict[int, set[int]]] = {"product": defaultdict(set), "sum": defaultdict(set)}
         self._wholes: dict[int, set[int]] = defaultdict(set)
@@ -85,6 +86,11 @@ class Wiring:
             produced |= self._read_into[relative]
         return produced
 
+    def read_whole(self, dim: int) -> bool:
+        """Whether a weight contracts the dimension, a whole or a part of it, and not a factor alone."""
+        relatives = self.wholes(dim) | self._parts["sum"][dim]
+        return any(self._read_into[relative] for relative in relatives)
+
     def grown(self, dims: Iterable[int]) -> list[int]:
         """Return those of some dimensions that grow."""
         return list(filter(self.verdicts.grows, dims))
@@ -122,7 +128,7 @@ class Wiring:
 
     def results(self, dim: int) -> list[int]:
         """Return the sizes of the widths that are made of a dimension; separate matrices count apart."""
-        return list(map(self._matrix_size, self.grown_results(dim)))
+        return list(map(self.matrix_size, self.grown_results(dim)))
 
     def before(self, dim: int, factor: float) -> int | None:
         """Return the first source wider by a factor, back along weights that follow each other straight."""
@@ -153,7 +159,7 @@ class Wiring:
             results = self.results(dim)
         return results
 
-    def _matrix_size(self, dim: int) -> int:
+    def matrix_size(self, dim: int) -> int:
         """Return the size of one matrix: the largest part, and without counts such as gates or branches."""
         # q, k and v, or gate and up, in one weight: the largest of them is one matrix.
         sums = self.space.terms_of(dim, "sum")
@@ -204,11 +210,20 @@ class Wiring:
         """Whether a convolution slides along it."""
         return dim in self._positions
 
+    def at_positions(self, dim: int) -> bool:
+        """Whether a weight makes it at every position of a sample, and not once for the sample."""
+        return not self._at_positions.isdisjoint(self.wholes(dim))
+
     def by_kernel(self, dim: int) -> bool:
         """Whether a convolution with a kernel of several entries makes it."""
         windows = self.space.find_all(dim for dim, _ in self.verdicts.facts.windows)
         kernels = {window for window in windows if self.space.size(window) > 1}
         return any(not kernels.isdisjoint(side) for side in self.sources(dim))
+
+    def by_pointwise(self, dim: int) -> bool:
+        """Whether a convolution with a kernel of one entry makes it."""
+        windows = self.space.find_all(dim for dim, _ in self.verdicts.facts.windows)
+        return not self.by_kernel(dim) and any(not windows.isdisjoint(side) for side in self.sources(dim))
 
     def looked_up(self, dim: int) -> bool:
         """Whether it is the width of a lookup table."""

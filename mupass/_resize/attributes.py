@@ -25,7 +25,7 @@ from mupass._resize.sizes import NewSizes
 
 # Names of attributes that seldom hold a width, that often do, and that scale with one; they order options.
 FIXED_NAMES = re.compile(
-    r"^num_(?!\w*(heads|features|channels|filters))|head_dim|d_kv|image|img|patch|grid|vocab|labels|classes|position|length|distance|groups|kernel|stride|window|bucket|"
+    r"^num_(?!\w*(heads|features|channels|filters))|head_dim|d_kv|image|img|patch|tubelet|frame|grid|vocab|labels|classes|position|length|distance|groups|kernel|stride|window|bucket|"
     r"state|layers|depth|_id|padding|num_embeddings|rank|rope|expert"
 )
 SIZE_NAMES = re.compile(

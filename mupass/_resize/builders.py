@@ -52,10 +52,7 @@ def has_constructor(model: nn.Module) -> bool:
         model: The module.
     """
     config = getattr(model, "config", None)
-    # Hooks of the user would be lost with a new object.
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    of_family = hasattr(model, "_init_weights") and type(config).__module__.split(".")[0] == "transformers"
-    if hooked or not of_family:
+    if not hasattr(model, "_init_weights") or type(config).__module__.split(".")[0] != "transformers":
         return False
     try:
         # On the meta device: names and shapes tell whether the constructor makes this very model.
@@ -63,7 +60,8 @@ def has_constructor(model: nn.Module) -> bool:
             twin = type(model)(copy.deepcopy(config))  # type: ignore[call-arg]
     except Exception:  # whatever its constructor wants, it is not the configuration alone
         return False
-    return _layout(twin) == _layout(model)
+    # Hooks of the user would be lost with a new object; those of the constructor itself are made again.
+    return _layout(twin) == _layout(model) and _hooks(twin) == _hooks(model)
 
 
 def by_config(
@@ -106,6 +104,17 @@ class _Broken(nn.Module):
     def __init__(self, error: Exception):
         super().__init__()
         self.error = error
+
+
+def _hooks(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """Return for every module that has hooks of its forward pass the names of their functions."""
+    hooks = []
+    for path, module in model.named_modules():
+        functions = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        names = [getattr(function, "__qualname__", type(function).__qualname__) for function in functions]
+        if names:
+            hooks.append((path, names))
+    return hooks
 
 
 def _layout(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

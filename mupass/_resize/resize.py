@@ -11,12 +11,14 @@ from torch.utils._pytree import tree_map
 
 from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
+from mupass._dims.policies import CODE_FEATURES
 from mupass._dims.solve import solve
 from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes, handled_dims
 from mupass._resize.builders import by_config, by_copy, has_constructor
 from mupass._resize.draw import Draw, initialize
 from mupass._resize.gains import follow_fan_in
+from mupass._resize.norm_groups import follow_heads
 from mupass._resize.prediction import target_of
 from mupass._resize.rebuild import rebuild
 from mupass._resize.reinfer import check_anew
@@ -107,7 +109,8 @@ def resize(
         build = by_config(model, attributes, tensors, target_device, seed)
     else:
         # Of a copy all numbers are rewritten, buffers included.
-        attributes = Attributes(sizes, handled, known=follow_fan_in(model, target.shapes))
+        known = follow_fan_in(model, target.shapes) | follow_heads(model, captured, sizes)
+        attributes = Attributes(sizes, handled, known=known)
         for name, buffer in draw.buffers(attributes).items():
             tensors[name] = buffer.to(target_device)
         build = by_copy(model, attributes, tensors)
@@ -123,6 +126,7 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
     if not sizes.changes:
         return
     axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
+    kept: list[str] = []  # axes that features of the code fix
     for name, parameter in model.named_parameters():
         for axis, before in enumerate(parameter.shape):
             dim = sizes.solved.engine.space.find(sizes.solved.dims[name][axis])
@@ -132,6 +136,9 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
             if verdict.policy and before != after and dim not in sizes.given:
                 matter = dim, verdict.why.removeprefix("policy: ")
                 axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {after})")
+            # Sinusoids of so many features, which the code may as well make as many as the width has units.
+            if verdict.why.startswith(CODE_FEATURES) and before == after and dim not in sizes.given:
+                kept.append(f"{name}:{axis} ({before})")
     matters = []
     for (_, reason), axes in axes_of.items():
         remainder = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
@@ -141,6 +148,13 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
         message = (
             "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} of "
             f"those that stay: {'; '.join(matters[:NAMED])}{unnamed}"
+        )
+        warn([message])
+    if kept:
+        unnamed = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""
+        message = (
+            "features of the code stay as many as they are, which one model cannot settle; say "
+            f"dims={{'PARAMETER:AXIS': 'infinite'}} of those that grow: {', '.join(kept[:NAMED])}{unnamed}"
         )
         warn([message])
 

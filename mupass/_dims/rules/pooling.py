@@ -60,6 +60,7 @@ def grid_sample(call: Call) -> Result:
     """Channels of the input, positions of the grid."""
     source, grid = call["input"], call["grid"]
     call.unify(source.axes[0], grid.axes[0])
+    call.finite(grid.axes[-1], "coordinates of a sampling grid")
     return call.value([*source.axes[:2], *bare(grid.axes[1:-1])])
 
 
