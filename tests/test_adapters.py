@@ -199,7 +199,7 @@ def slopes(build: Callable[[int], nn.Module], optimizer: str, **options: Any) ->
 
 
 @pytest.mark.filterwarnings("ignore:mupass.* can take no parameter of this model")
-@pytest.mark.sample("lora-adam", "lora-kfac", "gains-adam", "prompt-sgd", "biases-sgd")
+@pytest.mark.sample("lora-adam", "gains-adam", "prompt-sgd", "biases-sgd")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_what_is_trained_moves_its_layer_by_as_much_at_every_width(kind: str, optimizer: str) -> None:

@@ -416,6 +416,7 @@ def test_muon_takes_the_hidden_matrices() -> None:
     assert found == [f"blocks.0.{part}.weight" for part in ("qkv", "proj", "up", "down")]
 
 
+@pytest.mark.slow
 def test_bytes_a_parameter_are_those_of_the_state() -> None:
     count = partial(optimizer_peers.bytes_a_parameter, "peer", to="", width=32, steps=2)
     assert count(lambda m: [torch.optim.SGD(m.parameters(), 0.1)]) == 0

@@ -141,6 +141,7 @@ class TwoHeads(nn.Module):
         return self.first(h), self.second(h)
 
 
+@pytest.mark.sample("eager")
 @pytest.mark.parametrize("whole", [False, True], ids=["eager", "in a larger graph"])
 def test_of_several_outputs_it_is_that_of_the_one_that_terms_are_counted_on(whole: bool) -> None:
     torch._dynamo.reset()
@@ -204,6 +205,7 @@ def test_of_outputs_in_another_precision_it_is_the_same(dtype: torch.dtype) -> N
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.sample("model")
 @pytest.mark.parametrize("whole", [False, True], ids=["model", "loss"])
 def test_a_compiled_model_and_one_within_a_larger_graph_tell_the_same(whole: bool) -> None:
     torch._dynamo.reset()

@@ -229,6 +229,7 @@ def test_update_equals_the_dense_formula(name: str, sharing: str) -> None:
     check_update(lambda: Sequence(name), of_sequence(name), sharing, lambda net: net)
 
 
+@pytest.mark.sample("eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_update_of_cells_equals_the_dense_formula(compiled: bool) -> None:
     def run(net: nn.Module) -> Any:

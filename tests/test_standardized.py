@@ -281,6 +281,7 @@ def test_means_and_lengths_of_rows_stay(options: dict[str, Any]) -> None:
         assert step.mean(1).abs().max() < 1e-10 * step.norm()
 
 
+@pytest.mark.sample("eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_size_and_mean_of_rows_do_not_matter(compiled: bool) -> None:
     """The same function, with rows of V longer and shifted, is trained alike: damping and bounds included."""
@@ -316,6 +317,7 @@ def test_compiled_factors_are_the_eager_ones() -> None:
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.sample("False")
 @pytest.mark.parametrize("ekfac", [False, True])
 def test_compiled_steps_are_the_eager_ones_while_sizes_move(ekfac: bool) -> None:
     """From the second size on the graph has sizes that are not known when it is made."""
