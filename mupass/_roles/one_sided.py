@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.fx import Node, map_arg
 
 from mupass._capture.graph import Capture
-from mupass._dims.facts import Value
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
-from mupass._roles.nodes import placeholders_of
+from mupass._roles.nodes import all_static, placeholders_of
 
 COUNT = 1024  # entries that are tried out
 WIDER = 4  # by how much more terms in a second trial
@@ -47,14 +46,17 @@ def find_one_sided(captured: Capture, solved: Inference, parameter: str, fan_in:
     entries = torch.stack([normal, normal / sqrt(WIDER)])
     # What the entries are in each tensor that is made of the weight, and the function that gave them a mean.
     followed: dict[Node, tuple[Tensor, Node | None]] = {}
+    waiting: set[Node] = set()
     for placeholder in placeholders_of(captured, parameter):
         followed[placeholder] = entries, None
-    for operator in captured.nodes:
+        waiting.update(placeholder.users)
+    while waiting:
+        operator = min(waiting)  # in the order of the graph
+        waiting.remove(operator)
         sources = [source for source in _operands(operator) if source in followed]
-        if not sources:
+        if not sources or operator not in solved.engine.env:
             continue
-        value = solved.engine.env.get(operator)
-        if isinstance(value, Value) and not value.static:
+        if not all_static([solved.engine.env[operator]]):
             # It meets an activation: a sum of products, or anything else.
             culprit = followed[sources[0]][1]
             if culprit is not None and _sums_products(operator):
@@ -66,6 +68,7 @@ def find_one_sided(captured: Capture, solved: Inference, parameter: str, fan_in:
             if _is_one_sided(became):
                 culprit = followed[sources[0]][1] or operator
             followed[operator] = became, culprit
+            waiting.update(operator.users)
     return None
 
 

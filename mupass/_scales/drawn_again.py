@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from mupass._errors import some, warn
 from mupass._parallel import is_sharded, whole
 from mupass._scales.entry import Entry
-from mupass._scales.learned import looks_trained
+from mupass._scales.learned import FEWEST, looks_trained
 from mupass._scales.plan import Plan
 
-FEWEST = 256  # entries of a parameter below which its size says little
 LEAST = 1.1  # factor on the mean square that can be told from chance and from a few steps
 TOLERANCE = 0.02  # of the mean square, beside what chance makes of it
 DEVIATIONS = 5.0  # standard errors of a mean square that chance is allowed
