@@ -122,22 +122,21 @@ class Engine:
         if not call.shapes and not graphs:
             return None
         if any(0 in value.sizes for value in call.values):
-            # A cache before its first token is joined to what it will hold: that is as straight as it was.
-            result = self._empty(call)
-            if straight and call.operator == "aten.cat":
-                self._straight.add(node)
-            return result
+            return self._empty(call)
         known_weights = len(self.facts.weights)
         result = self._nested(call, graphs) if graphs else self._apply(call)
         self._check(call, result)
         # buffer[:, t].copy_(x): the buffer is no constant any more
         if isinstance(result, Value) and not result.static:
             self._unsettle(written(node))
-        # A line of linear operators starts at a weight and ends at the first nonlinearity.
-        makes_axes = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
-        if (makes_axes or straight) and self._is_linear(call):
-            self._straight.add(node)
+        self._keep_straight(call, known_weights)
         return result
+
+    def _keep_straight(self, call: Call, known_weights: int) -> None:
+        """Follow a line of linear operators, which starts at a weight and ends at the first nonlinearity."""
+        makes_axes = any(fan_out for _, fan_out in self.facts.weights[known_weights:])
+        if (makes_axes or call.straight) and self._is_linear(call):
+            self._straight.add(call.node)
 
     def _is_linear(self, call: Call) -> bool:
         """Whether an operator on data is linear in its operands."""
@@ -157,7 +156,9 @@ class Engine:
     def _empty(self, call: Call) -> Result:
         """An empty tensor says nothing; joined to others it is left out, and no weight may act on it."""
         not_empty = [value for value in call.values if 0 not in value.sizes]
-        # torch.cat([empty, x]), a cache of keys and values before its first token: it is x.
+        # torch.cat([empty, x]), a cache of keys and values before its first token: it is x, and as straight.
+        if call.operator == "aten.cat" and call.straight:
+            self._straight.add(call.node)
         if call.operator == "aten.cat" and not_empty:
             call.arguments = {**call.arguments, "tensors": not_empty}
             return self._apply(call)

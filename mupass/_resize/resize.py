@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def resize(
 
 
 def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Say which axes got another size by a policy alone, which one model cannot settle."""
+    """Say which axes got another size, or kept theirs, by a policy alone, which one model cannot settle."""
     if not sizes.changes:
         return
     axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
@@ -130,33 +130,46 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
     for name, parameter in model.named_parameters():
         for axis, before in enumerate(parameter.shape):
             dim = sizes.solved.engine.space.find(sizes.solved.dims[name][axis])
+            if dim in sizes.given:  # what the caller sizes by name is settled
+                continue
             verdict = sizes.solved.verdict(name, axis)
             after = shapes[name][axis]
-            # What stays as it is changes nothing, and what the caller sizes by name is settled.
-            if verdict.policy and before != after and dim not in sizes.given:
+            # What stays as it is changes nothing.
+            if verdict.policy and before != after:
                 matter = dim, verdict.why.removeprefix("policy: ")
                 axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {after})")
             # Sinusoids of so many features, which the code may as well make as many as the width has units.
-            if verdict.why.startswith(CODE_FEATURES) and before == after and dim not in sizes.given:
+            if verdict.why.startswith(CODE_FEATURES) and before == after:
                 kept.append(f"{name}:{axis} ({before})")
+    if axes_of:
+        warn(
+            [
+                "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} "
+                f"of those that stay: {_first(_matters(axes_of), '; ', ';')}"
+            ]
+        )
+    if kept:
+        warn(
+            [
+                "features of the code stay as many as they are, which one model cannot settle; say "
+                f"dims={{'PARAMETER:AXIS': 'infinite'}} of those that grow: {_first(kept, ', ', '')}"
+            ]
+        )
+
+
+def _matters(axes_of: Mapping[tuple[int, str], Sequence[str]]) -> list[str]:
+    """Return for every dimension its first axis, how many more it has, and its policy."""
     matters = []
     for (_, reason), axes in axes_of.items():
         remainder = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
         matters.append(f"{axes[0]}{remainder}: {reason}")
-    if matters:
-        unnamed = f"; and {len(matters) - NAMED} more" if len(matters) > NAMED else ""
-        message = (
-            "sizes that one model cannot settle follow policies; say dims={'PARAMETER:AXIS': 'finite'} of "
-            f"those that stay: {'; '.join(matters[:NAMED])}{unnamed}"
-        )
-        warn([message])
-    if kept:
-        unnamed = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""
-        message = (
-            "features of the code stay as many as they are, which one model cannot settle; say "
-            f"dims={{'PARAMETER:AXIS': 'infinite'}} of those that grow: {', '.join(kept[:NAMED])}{unnamed}"
-        )
-        warn([message])
+    return matters
+
+
+def _first(items: Sequence[str], separator: str, end: str) -> str:
+    """Return the first items as a list, and behind its end how many more there are."""
+    unnamed = f"{end} and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return separator.join(items[:NAMED]) + unnamed
 
 
 def _check_seed(seed: int | None) -> None:

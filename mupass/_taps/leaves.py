@@ -57,7 +57,7 @@ class _Factors(torch.autograd.Function):
         """Return the output's gradient, and as gradients of the leaves the row count, A and the Bs."""
         (g,) = grads
         wanted, tap, matrices = ctx.needs_input_grad, ctx.tap, ctx.matrices
-        if g is not None and is_batched(g):
+        if is_batched(g):
             return g, *[None] * (len(wanted) - 1)
         x, *kept = ctx.saved_tensors
         if tap is not None and tap.passes is not None:
@@ -143,15 +143,17 @@ def under_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def is_batched(gradient: Tensor) -> bool:
+def is_batched(gradient: Tensor | None) -> bool:
     """Return whether a gradient stands for several at once, as in a Jacobian by ``is_grads_batched=True``.
 
     Autograd hands such gradients to the caller and adds them to no parameter, so no step sees them.
 
     Args:
-        gradient: As a backward pass gets it.
+        gradient: As a backward pass gets it; None where there is none.
     """
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
+    if gradient is None or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 class Once:

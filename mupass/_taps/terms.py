@@ -35,7 +35,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the outputs' gradients; that of the leaf: terms of the first that has one, and squares."""
-        if any(grad is not None and is_batched(grad) for grad in grads):
+        if any(map(is_batched, grads)):
             return None, None, None, *grads
         if ctx.passes is not None:
             ctx.passes.begin()
