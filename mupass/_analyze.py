@@ -255,7 +255,7 @@ def _one_sided_notes(captured: Capture, solved: Inference, geometries: Iterable[
     """Name weights that sum over a side that grows after a function has given their entries a mean."""
     notes = []
     for geometry in geometries:
-        if geometry.role not in ("hidden", "output") or geometry.shape == geometry.base_shape:
+        if not geometry.sums_change:
             continue
         function = find_one_sided(captured, solved, geometry.name, geometry.fan_in)
         if function is not None:

@@ -251,6 +251,11 @@ class Geometry:
         return prod(self.shape[i] for i in self.fan_out_axes)
 
     @property
+    def sums_change(self) -> bool:
+        """Whether its sums run over a side that grows, at a width other than the base."""
+        return self.role in ("hidden", "output") and self.shape != self.base_shape
+
+    @property
     def m_in(self) -> float:
         """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
         return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes) if self.fan_in else 1.0

@@ -401,10 +401,9 @@ def _one_sided(tensors: Mapping[str, Tensor], geometries: Iterable[Geometry]) ->
     """Say which weights start with a mean, so that their sums follow no root of the number of terms."""
     names = []
     for geometry in geometries:
-        sums = geometry.role in ("hidden", "output") and geometry.shape != geometry.base_shape
         values = tensors[geometry.name]
         # Trained values have means of their own, and are told as trained.
-        if sums and has_a_mean(values, geometry) and not looks_trained(values, geometry):
+        if geometry.sums_change and has_a_mean(values, geometry) and not looks_trained(values, geometry):
             names.append(geometry.name)
     if not names:
         return []
