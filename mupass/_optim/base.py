@@ -495,18 +495,17 @@ class PlannedOptimizer(BoundOptimizer):
     @staticmethod
     def _parts(parameters: Sequence[Tensor], ok: Tensor) -> list[Tensor]:
         """Return this rank's parts of gradients in the precision of the state; zeros in a skipped step."""
-        on_device: dict[Any, tuple[Tensor, Tensor]] = {}
         parts = []
-        for parameter in parameters:
+        numbers_of: dict[Any, list[int]] = {}
+        for number, parameter in enumerate(parameters):
             assert parameter.grad is not None
             # A gradient in bfloat16 is averaged in float32: small parts would be lost.
             part = real(local(parameter.grad)).to(state_dtype(parameter))
-            kind = (part.dtype, part.device)
-            if kind not in on_device:
-                on_device[kind] = ok.to(part.device) > 0, part.new_zeros(())
-            counts, zero = on_device[kind]
-            # NaN times zero is NaN: a step that does not count selects zeros instead.
-            parts.append(torch.where(counts, part, zero))
+            # NaN times zero is NaN. On a CPU this takes a quarter of the time of `torch.where`.
+            parts.append(part.nan_to_num(0.0, 0.0, 0.0))
+            numbers_of.setdefault((part.device, part.dtype), []).append(number)
+        for kind, numbers in numbers_of.items():
+            torch._foreach_mul_([parts[number] for number in numbers], ok.to(*kind))
         return parts
 
     @staticmethod
@@ -549,28 +548,29 @@ class PlannedOptimizer(BoundOptimizer):
     ) -> None:
         """Subtract updates, after decay, from the parameters of a group."""
         # W <- (1 - lr decay) W - lr scale D: decay leaves the width factor out.
-        rate, decay = group["lr"] * group["mupass_scale"], group["lr"] * group["weight_decay"]
-        factors: dict[Any, tuple[Tensor, Tensor]] = {}
+        rate = group["lr"] * group["mupass_scale"]
+        decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else None
+        # Weights that have the precision of their updates are moved together.
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for parameter, update in zip(parameters, updates, strict=True):
-            weight, kind = real(local(parameter)), (update.device, update.dtype)
-            if kind not in factors:
-                # Rate and decay as tensors on the device: `ok` is zero for a step that does not count.
-                count = ok.to(*kind)
-                factors[kind] = (1 - decay * count, rate * count)
-            kept, step = factors[kind]
+            weight = real(local(parameter))
+            if weight.dtype == update.dtype:
+                weights, own_updates = alike.setdefault((update.device, update.dtype), ([], []))
+                weights.append(weight)
+                own_updates.append(update)
+                continue
             # Half precision knows no factor between 0.998 and 1: it is rounded once, after the whole step.
-            moved = weight.to(update.dtype)  # the weight itself where it has this precision
-            if group["weight_decay"]:
-                moved.mul_(kept)
-            moved.addcmul_(update, step, value=-1)
+            moved = weight.to(update.dtype)
+            _subtract([moved], [update], rate, decay, ok)
             if weight.dtype == torch.bfloat16 and "mupass_seed" in group:
                 # A seed of the step and the parameter: the same on all ranks, and after a restart.
                 turn = (self._steps, self._numbers[self.names[parameter]])
                 moved = to_bfloat16(moved, mixed(int(group["mupass_seed"]), turn))
             if weight.dtype == torch.float16:
                 moved = self._in_range(moved, weight, self.names[parameter])
-            if moved is not weight:
-                weight.copy_(moved)
+            weight.copy_(moved)
+        for weights, own_updates in alike.values():
+            _subtract(weights, own_updates, rate, decay, ok)
 
     def _in_range(self, moved: Tensor, weight: Tensor, name: str) -> Tensor:
         """Return a weight after a step in float16, or as it was where an entry would leave its range."""
@@ -874,6 +874,26 @@ def _checked_overrides(
 def _with_gradient(group: Group) -> list[Tensor]:
     """Return the parameters of a group that have a gradient."""
     return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def _subtract(
+    weights: list[Tensor], updates: list[Tensor], rate: float, decay: float | None, ok: Tensor
+) -> None:
+    """Subtract updates from weights in place, all on one device and in one precision.
+
+    Args:
+        weights: The weights.
+        updates: What is subtracted, times the rate.
+        rate: Learning rate with its width factor.
+        decay: Which part of a weight a step takes first; None for nothing.
+        ok: 1, or 0 for a step that does not count.
+    """
+    # As tensors on the device, nothing of which is read here.
+    count = ok.to(updates[0])
+    if decay is not None:
+        torch._foreach_mul_(weights, 1 - decay * count)
+    step = rate * count
+    torch._foreach_addcmul_(weights, updates, [step] * len(updates), value=-1)
 
 
 def _extremes(gradients: list[Tensor]) -> list[Tensor]:

@@ -304,6 +304,7 @@ def _divided(turned: Tensor, square: Tensor, squares: Squares) -> Tensor:
     """Add squares to their average, and divide by its root."""
     squares.average.lerp_(square, 1 - wide(squares.beta2, turned))
     squares.weight.lerp_(torch.ones_like(squares.weight), 1 - squares.beta2)
-    # turned / (sqrt(average / weight) + epsilon)
-    root = (squares.average / wide(squares.weight, turned)).sqrt()
+    # turned / (sqrt(average / weight) + epsilon); before the first step that counts the weight is zero
+    weight = squares.weight.clamp(min=torch.finfo(turned.dtype).tiny)
+    root = (squares.average / wide(weight, turned)).sqrt()
     return turned / (root + wide(squares.epsilon, turned))

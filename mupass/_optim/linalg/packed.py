@@ -40,11 +40,10 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
         packed: ``[K, packed_size(n)]``.
         n: Size of the matrices.
     """
-    offset, count = 0, packed.shape[0]
-    for start, end in _edges(n):
-        size = (end - start) * end
-        yield start, end, packed[:, offset : offset + size].view(count, end - start, end)
-        offset += size
+    edges, count = _edges(n), packed.shape[0]
+    parts = torch.split(packed, [(end - start) * end for start, end in edges], 1)
+    for (start, end), part in zip(edges, parts, strict=True):
+        yield start, end, part.view(count, end - start, end)
 
 
 def _looks_up(tensor: Tensor, n: int) -> bool:

@@ -62,7 +62,13 @@ def inverse_roots(
     usable = finite & ~empty
     root, solved = _solve(bank, torch.where(usable, damping, 1.0), usable, power, relative, method)
     solved = solved & usable & root.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-    return torch.where(solved[:, None, None], root, 0.0), ~(solved | empty)
+    return _only(root, solved), ~(solved | empty)
+
+
+def _only(matrices: Tensor, chosen: Tensor) -> Tensor:
+    """Return matrices ``[K, n, n]``, those that are not chosen zero; NaN among these does no harm."""
+    # On a CPU this takes half of the time of `torch.where`.
+    return matrices.nan_to_num(0.0, 0.0, 0.0) * chosen[:, None, None]
 
 
 Solved = tuple[Tensor, Tensor]  # roots, and which of them were found
@@ -75,8 +81,8 @@ def _solve(bank: Tensor, rho: Tensor, usable: Tensor, power: float, relative: bo
     if power == 1 and not relative and method == "auto":
         return _cholesky(bank, rho)
     # What cannot be solved is replaced by the identity, so that it does no harm to the others of its batch.
-    eye = torch.eye(bank.shape[-1], dtype=bank.dtype, device=bank.device)
-    bank = torch.where(usable[:, None, None], bank, eye)
+    bank = _only(bank, usable)
+    bank.diagonal(dim1=-2, dim2=-1).add_((~usable)[:, None])
     if p and (method == "newton" or (method == "auto" and bank.device.type != "cpu")):
         return _newton(bank, rho, p, relative)
     return _eigh(bank, rho, power, relative)

@@ -310,6 +310,5 @@ def wide(weights: Tensor, like: Tensor) -> Tensor:
 
 
 def _masked(blocks: Tensor, counts: Tensor) -> Tensor:
-    """Return blocks ``[k, *shape]`` with zeros for those that do not count."""
-    zero = torch.zeros((), dtype=blocks.dtype, device=blocks.device)
-    return torch.where(wide(counts, blocks) > 0, blocks, zero)
+    """Return directions ``[k, *shape]``, which are finite, with zeros for those that do not count."""
+    return blocks * wide(counts, blocks)
