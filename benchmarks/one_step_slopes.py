@@ -245,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
                     f"({time.perf_counter() - start:.0f}s)",
                     flush=True,
                 )
+    print(f"{time.process_time() / 60:.0f} CPU minutes")
     print("PASS" if ok else "FAIL")
     return 0 if ok else 1
 

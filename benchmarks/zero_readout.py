@@ -11,6 +11,7 @@ learning rates, averaged over seeds.
 
 import argparse
 import sys
+import time
 import warnings
 
 import torch
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'':10} {'loss':8}"
             + "".join(f"{a - b:11.2f}  " for a, b in zip(rows[False], rows[True], strict=True))
         )
+    print(f"{time.process_time() / 60:.0f} CPU minutes")
     return 0
 
 

@@ -15,6 +15,8 @@ NARROWEST = 16  # rows; narrower bands cost more in overhead than they save
 LOOKED_UP = 512
 # Up to this size a product of so many rows, added to several bands, is faster than a thin one for each.
 TILED, TILE = 256, 64
+# Up to so many entries of whole matrices, one product and one lookup are faster than thin products by bands.
+FEW = 2**17
 
 
 def _edges(n: int) -> list[tuple[int, int]]:
@@ -41,7 +43,7 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
         n: Size of the matrices.
     """
     edges, count = _edges(n), packed.shape[0]
-    parts = torch.split(packed, [(end - start) * end for start, end in edges], 1)
+    parts = torch.split_with_sizes(packed, [(end - start) * end for start, end in edges], 1)
     for (start, end), part in zip(edges, parts, strict=True):
         yield start, end, part.view(count, end - start, end)
 
@@ -173,7 +175,7 @@ def packed_diagonal(packed: Tensor, n: int) -> Tensor:
 def add_gram(packed: Tensor, rows: Tensor, fresh: float) -> None:
     """Add ``fresh * rows rows^T`` to packed matrices, in place.
 
-    Only what is kept is computed, little more than half of the product.
+    Of large matrices only what is kept is computed, little more than half of the product.
 
     Args:
         packed: ``[K, packed_size(n)]``.
@@ -181,6 +183,9 @@ def add_gram(packed: Tensor, rows: Tensor, fresh: float) -> None:
         fresh: Factor on the product.
     """
     n = rows.shape[1]
+    if _looks_up(rows, n) and len(rows) * n * n <= FEW:
+        packed.add_(pack(rows @ rows.mT), alpha=fresh)
+        return
     if n > TILED:
         for start, end, band in bands(packed, n):
             band.baddbmm_(rows[:, start:end], rows[:, :end].mT, alpha=fresh)
