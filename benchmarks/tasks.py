@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import GPT, CharacterLSTM, ViT, cnn, mlp, plain_cnn, resnet
-from examples.data import fashion_mnist, python_text
+from examples.data import fashion_mnist, python_text, signs
 
 HEAD = 16
 IMAGES = 32_000  # more than any run here sees
@@ -157,12 +157,6 @@ def noisy_teacher(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, y + 0.1 * torch.randn(n, 4, generator=generator)
 
 
-def staircase(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random signs, and a sum of products of the first one, two and three of them."""
-    x = 2.0 * torch.randint(2, (n, 128), generator=generator) - 1
-    return x, x[:, :3].cumprod(1).sum(1, keepdim=True) / sqrt(3)
-
-
 def pairs_of(x: Tensor, signs: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random pairs of images side by side ``[n, 2 d]``, and the products of their signs ``[n, 1]``."""
     left, right = torch.randint(len(x), (2, n), generator=generator)
@@ -221,7 +215,7 @@ TASKS: dict[str, tuple[int, Callable[[int, str | None], Task]]] = {
     "vit": (32, lambda base, folder: images(folder, vit, base, size=28)),
     "lstm": (32, lambda base, folder: characters(CharacterLSTM, base)),
     "regression": (32, lambda base, folder: made(noisy_teacher, partial(mlp, inputs=32, outputs=4), base)),
-    "staircase": (64, lambda base, folder: made(staircase, partial(mlp, inputs=128, outputs=1), base)),
+    "staircase": (64, lambda base, folder: made(signs, partial(mlp, inputs=128, outputs=1), base)),
     "mlp_28": (128, lambda base, folder: images(folder, mlp, base, size=28, flat=True)),
     "cnn_28": (32, lambda base, folder: images(folder, plain_cnn, base, size=28)),
     "gpt_64": (64, lambda base, folder: characters(partial(gpt, layers=2, length=64), base, 64)),

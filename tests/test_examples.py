@@ -1,10 +1,12 @@
 """The example, the sweep by hand beside it and the data loader, on files written here in the idx format."""
 
 import gzip
+import math
 import re
 import sqlite3
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,13 +154,44 @@ def test_example_checks_sweeps_and_transfers(tmp_path, capsys, optimizer):
     printed = capsys.readouterr().out
     verdicts = re.findall(r"^(mup|standard): (PASS|FAIL)", printed, re.M)
     assert code == 0 and verdicts == [("mup", "PASS"), ("standard", "FAIL")]
-    assert len(re.findall(r"width 64 +width 128", printed)) == 2
+    assert re.search(
+        r"held-out loss with lr = 0\.007812, .*\n +width +mup +standard\n +64 .*\n +256 ", printed
+    )
+    assert len(re.findall(r"width 64 +width 256", printed)) == 2
     assert "tuned at width 64, for a model of width 128" in printed
     assert float(re.search(r"test accuracy ([\d.]+) %", printed)[1]) > 20
     for parameterization in ("mup", "standard"):
         assert (tmp_path / f"curves_{parameterization}.png").read_bytes().startswith(b"\x89PNG")
-    with sqlite3.connect(store) as runs:  # three rates, two widths, two parameterizations; the proxy is known
-        assert runs.execute("select count(*) from runs").fetchone() == (12,)
+    # Three rates, two widths, two parameterizations, and one rate of the first study; the proxy is known.
+    with sqlite3.connect(store) as runs:
+        assert runs.execute("select count(*) from runs").fetchone() == (12 + 4,)
+
+
+def losses_at(widths: dict[int, float], lr: float) -> SimpleNamespace:
+    """A sweep over one rate."""
+    return SimpleNamespace(best=lambda width: {"lr": lr}, curve=lambda width, name: {lr: [widths[width]]})
+
+
+@pytest.mark.parametrize(
+    ("mup", "standard", "holds"),
+    [
+        ({64: 0.001, 256: 0.002, 1024: 0.0012}, {64: 0.001, 256: 0.002, 1024: 0.0025}, True),
+        ({64: 0.001, 256: 0.001, 1024: 0.0009}, {64: 0.001, 256: 0.01, 1024: math.inf}, True),
+        ({64: 0.001, 256: 0.001, 1024: 0.0013}, {64: 0.001, 256: 0.01, 1024: 0.01}, False),  # mup is worse
+        ({64: 0.001, 256: 0.001, 1024: 0.0010}, {64: 0.001, 256: 0.01, 1024: 0.0019}, False),  # both are good
+    ],
+)
+def test_example_tells_whether_the_rate_transfers(monkeypatch, capsys, mup, standard, holds):
+    found = {"mup": losses_at(mup, 2.0**-7), "standard": losses_at(standard, 2.0**-6)}
+    monkeypatch.setattr(
+        fashion_mnist.mupass, "sweep", lambda *_, parameterization, **__: found[parameterization]
+    )
+    monkeypatch.setattr(found["standard"], "curve", lambda width, name: {2.0**-7: [standard[width]]})
+    options = fashion_mnist.parse([])
+    options.signs_steps = 1
+    assert fashion_mnist.same_rate(options)[1] == holds
+    printed = capsys.readouterr().out
+    assert ("diverged" in printed) == math.isinf(standard[1024])
 
 
 def test_example_without_data_ends_with_code_2(tmp_path, capsys):

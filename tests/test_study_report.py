@@ -108,5 +108,7 @@ def test_sweeps_of_different_things_are_not_laid_side_by_side() -> None:
         progress=False,
         evaluate=lambda m: m(batches()[0][0]).sum(),
     )
-    assert comparable([rates, rates]) == [rates, rates]
+    assert comparable([rates, rates]) == [[rates, rates]]
     assert comparable([rates, losses]) == [] and comparable([rates]) == []
+    # Two tasks on one page: each has axes of its own.
+    assert comparable([losses, rates, losses, rates]) == [[losses, losses], [rates, rates]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -55,9 +56,8 @@ def report(path: str | Path, *studies: Reported, title: str = "mupass") -> str:
         articles.append(f'<article id="study{number}">{page.html()}</article>')
     summary = f"<nav><ol>{''.join(links)}</ol></nav>"
     # Sweeps of one hyperparameter are drawn side by side, on the same axes.
-    sweeps = comparable(studies)
-    if sweeps:
-        summary += section("Sweeps side by side", drawing(lambda: overlaid(sweeps)))
+    for sweeps in comparable(studies):
+        summary += section("Sweeps side by side", drawing(partial(overlaid, sweeps)))
     body = f"<h1>{html.escape(title)}</h1>{summary}{''.join(articles)}"
     write_text(path, document(title, body), StudyError)
     return str(path)

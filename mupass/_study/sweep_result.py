@@ -417,17 +417,19 @@ def _explain(axis: Any, sweep: Sweep, name: str) -> None:
     )  # fmt: skip
 
 
-def comparable(studies: Sequence[Any]) -> list[Sweep]:
-    """Return the sweeps among studies if there are several, all over one and the same hyperparameter.
+def comparable(studies: Sequence[Any]) -> list[list[Sweep]]:
+    """Return the sweeps among studies that can be drawn on the same axes, in sets of several.
+
+    They are over one and the same hyperparameter, and have the same score.
 
     Args:
         studies: Studies of any kind.
     """
-    sweeps = [study for study in studies if isinstance(study, Sweep)]
-    kinds = {(sweep.names, sweep.score) for sweep in sweeps}
-    if len(sweeps) < 2 or len(kinds) > 1 or len(sweeps[0].names) > 1:
-        return []
-    return sweeps
+    alike: dict[tuple[str, str], list[Sweep]] = {}
+    for study in studies:
+        if isinstance(study, Sweep) and len(study.names) == 1:
+            alike.setdefault((study.names[0], study.score), []).append(study)
+    return [sweeps for sweeps in alike.values() if len(sweeps) > 1]
 
 
 def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:
