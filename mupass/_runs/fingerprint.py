@@ -294,4 +294,6 @@ def called(function: Any) -> str:
     Args:
         function: The function.
     """
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+    name = str(getattr(function, "__qualname__", type(function).__qualname__))
+    # Of a function in a function, without where it is.
+    return name.rpartition("<locals>.")[2]
