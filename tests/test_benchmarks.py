@@ -15,7 +15,7 @@ from test_examples import write
 from torch import Tensor
 
 import mupass
-from benchmarks import contestants, kfac_parity, kfac_time, paper, to_target
+from benchmarks import contestants, kfac_parity, kfac_time, paper, speedup, to_target
 from benchmarks.false_alarms import interval
 from benchmarks.floor import Floor
 from benchmarks.parity_cases import CASES, MID, WIDTH, Experts
@@ -280,3 +280,38 @@ def test_paper_figures_at_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_paper_slope_and_interval() -> None:
     assert paper.slope({64: 3.0, 128: 6.0, 512: 24.0}) == pytest.approx(1.0)
     assert paper.interval([1.0, 3.0]) == "+2.00 ± 12.71"
+
+
+# Steps to AdamW's loss with a rate tuned narrow -------------------------------------------------------------
+
+
+def test_gains_count_steps_and_seconds_to_the_target() -> None:
+    adam = {"final": 2.0, "curve": [2.0] * 10, "cpu_seconds": 10.0}
+    # The mean over the last five of ten buckets of ten steps is at 2.0 after eight: (3 + 2 + 2 + 2 + 1) / 5.
+    faster = {"curve": [9.0, 9.0, 9.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0], "cpu_seconds": 20.0}
+    in_steps, in_seconds = speedup.gains(faster, adam, 100)
+    assert in_steps == pytest.approx(100 / 80)
+    assert in_seconds == pytest.approx(10.0 / (20.0 * 0.8))
+    never = {**faster, "curve": [9.0] * 10}
+    assert speedup.gains(never, adam, 100) == (0.0, 0.0)
+    assert speedup.gains(faster, {**adam, "final": math.inf}, 100) == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_speedup_tunes_narrow_trains_wide_and_goes_on(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "runs.jsonl"
+    words = ["--widths", "128", "--seeds", "1", "--optimizers", "adamw", "muon", "--steps", "50"]
+    speedup.main([*words, "--minutes", "-1", "--out", str(out)])
+    assert "to be continued" in capsys.readouterr().out
+    speedup.main([*words, "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for optimizer in ("adamw", "muon"):
+        own = [row for row in rows if row["optimizer"] == optimizer]
+        tuned = {row["lr"]: row["final"] for row in own if row["width"] == 64}
+        best = min(tuned, key=tuned.__getitem__)
+        assert {best / 2, best * 2} <= tuned.keys()
+        wide = [row for row in own if row["width"] == 128]
+        assert {(row["parameterization"], row["lr"]) for row in wide} == {("mup", best), ("standard", best)}
+    table = capsys.readouterr().out
+    speedup.main([*words, "--table", "--out", str(out)])
+    assert capsys.readouterr().out == table and len(out.read_text().splitlines()) == len(rows)
