@@ -320,6 +320,10 @@ def test_a_batch_without_samples_changes_nothing(reduction: str) -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+# A loss that is multiplied is warned of; here it is what is tried.
+MULTIPLIED = pytest.mark.filterwarnings("ignore:mupass.KFAC. summed loss:UserWarning")
+
+
 def trained(scale: float, steps: int = 6, **options: Any) -> dict[str, Tensor]:
     """Weights after some steps whose length the bound sets."""
     torch.manual_seed(0)
@@ -334,6 +338,7 @@ def trained(scale: float, steps: int = 6, **options: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+@MULTIPLIED
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"e_a": 0.5, "e_b": 0.5}], ids=str)
 @pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
 def test_a_number_that_multiplies_the_loss_changes_no_step(scale: float, options: dict[str, Any]) -> None:
@@ -342,6 +347,7 @@ def test_a_number_that_multiplies_the_loss_changes_no_step(scale: float, options
         torch.testing.assert_close(scaled[name], weight, rtol=1e-6, atol=1e-8)
 
 
+@MULTIPLIED
 def test_without_it_steps_are_as_much_shorter_as_the_loss_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OutputSlope, "factor", lambda self: torch.ones((), dtype=torch.float64))
     torch.manual_seed(0)

@@ -47,6 +47,13 @@ IDLE_TERMS = (
     "too large: pass loss_terms=, a function that returns the number of terms that it averages over, or that "
     "number"
 )
+SUMMED = (
+    "the gradient at the model's output is that of a cross-entropy which is summed, or multiplied, and not "
+    "averaged over the terms that the output has: B is too large, and steps are too short where kl_clip does "
+    "not set their length. With reduction='sum' pass loss_reduction='sum'; where the loss divides by another "
+    "number, as by samples instead of tokens, pass it as loss_terms=; where it is multiplied, pass that as "
+    "loss_scale="
+)
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
@@ -581,10 +588,15 @@ class KFAC(PlannedOptimizer):
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         incidents, counts = self._kronecker.incidents()
-        idle_terms, self._curvature.idle_terms = self._curvature.idle_terms, None
-        if idle_terms is not None:
-            incidents.append(("idle_loss_terms", IDLE_TERMS))
-            counts.append(idle_terms.reshape(1))
+        curvature = self._curvature
+        for kind, text, number in (
+            ("idle_loss_terms", IDLE_TERMS, curvature.idle_terms),
+            ("summed_loss", SUMMED, curvature.summed),
+        ):
+            if number is not None:
+                incidents.append((kind, text))
+                counts.append(number.reshape(1))
+        curvature.idle_terms = curvature.summed = None
         return incidents, counts
 
     def _tell_passes(self) -> None:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mupass._parallel import whole
+from mupass._parallel import is_sharded, whole
 from mupass._taps.leaves import is_batched, under_transform
+from mupass._taps.loss_form import first_rows, multiple_of_a_mean
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
+
+LOOKED_AT = 3  # passes whose loss is looked at: its form does not change
+
+
+class Told(NamedTuple):
+    """What an eager backward pass tells besides the numbers that the leaf's gradient holds.
+
+    Attributes:
+        left_out: Number of terms without a gradient.
+        multiple: How many times a mean of cross-entropies the loss is; 0 for another loss, None where the
+            pass was not looked at.
+    """
+
+    left_out: Tensor
+    multiple: Tensor | None
 
 
 class _Terms(torch.autograd.Function):
@@ -24,11 +40,17 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, passes: Watcher | None, zeros: Visits[Tensor] | None, count: Tensor, *outputs: Tensor
+        ctx: Any,
+        passes: Watcher | None,
+        told: Visits[Told] | None,
+        looked_at: bool,
+        count: Tensor,
+        *outputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.passes, ctx.zeros, ctx.terms = passes, zeros, [loss_terms(output.shape) for output in outputs]
-        ctx.save_for_backward(count)
+        ctx.passes, ctx.told, ctx.terms = passes, told, [loss_terms(output.shape) for output in outputs]
+        rows = [_first_rows(output) for output in outputs] if looked_at else []
+        ctx.save_for_backward(count, *rows)
         ctx.set_materialize_grads(False)
         return tuple(output.clone() for output in outputs)
 
@@ -36,27 +58,53 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the outputs' gradients; that of the leaf: terms of the first that has one, and squares."""
         if any(map(is_batched, grads)):
-            return None, None, None, *grads
+            return None, None, None, None, *grads
         if ctx.passes is not None:
             ctx.passes.begin()
-        (count,) = ctx.saved_tensors
-        number, gradient = _first_with_gradient(ctx.terms, grads)
-        if ctx.zeros is not None and gradient is not None:
-            ctx.zeros.note(whole(_terms_without_gradient(gradient.detach())))
+        count, *rows = ctx.saved_tensors
+        number, gradient, logits = _first_with_gradient(ctx.terms, grads, rows or [None] * len(grads))
+        if ctx.told is not None and gradient is not None:
+            ctx.told.note(_told(gradient.detach(), number, logits))
         squares = torch.zeros_like(count[0])
         if gradient is not None:
             squares = _sum_of_squares(gradient, count).detach()
-        return None, None, torch.stack([torch.full_like(squares, number), squares]), *grads
+        return None, None, None, torch.stack([torch.full_like(squares, number), squares]), *grads
 
 
-def _first_with_gradient(terms: Sequence[int], grads: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
-    """Return the terms and the gradient of the first output that has one; 0 and None if none has."""
+def _first_with_gradient(
+    terms: Sequence[int], grads: Sequence[Tensor | None], rows: Sequence[Tensor | None]
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Return the terms, gradient and rows of the first output that has one; 0 and None if none has."""
     # A second output, such as an auxiliary one, averages its terms in a loss of its own.
     # A plain loop: Dynamo of torch 2.8 does not trace next() of a generator with a default.
-    for count, grad in zip(terms, grads, strict=True):
+    for count, grad, some in zip(terms, grads, rows, strict=True):
         if grad is not None:
-            return count, grad
-    return 0, None
+            return count, grad, some
+    return 0, None, None
+
+
+def _first_rows(output: Tensor) -> Tensor | None:
+    """Return some terms of an output whose gradient tells the form of the loss; None where it would not."""
+    # A shard of the outputs has the gradients of that shard only.
+    if output.dim() < 2 or is_sharded(output):
+        return None
+    return first_rows(output, _class_axis(output.shape))
+
+
+def _told(gradient: Tensor, terms: int, logits: Tensor | None) -> Told:
+    """Return what the gradient by an output tells of the loss.
+
+    Args:
+        gradient: The gradient.
+        terms: Number of terms of the output.
+        logits: Its first rows, where the form of the loss is asked for.
+    """
+    left_out = whole(_terms_without_gradient(gradient))
+    if logits is None:
+        return Told(left_out, None)
+    rows = first_rows(gradient, _class_axis(gradient.shape))
+    assert rows is not None
+    return Told(left_out, multiple_of_a_mean(logits, rows, terms - left_out))
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -127,8 +175,11 @@ class TermsTap:
         counts: Whether the number of terms is asked for, and not told by the caller.
         passes: Told of forward and backward passes of the model while factors are collected.
         collecting: Whether they are.
-        zeros: Numbers of terms without a gradient in the backward pass that runs.
-        left_out: Their sum over the passes since the count was taken last; None without a pass.
+        told: What the backward pass that runs has told.
+        left_out: Number of terms without a gradient since the count was taken last; None without a pass.
+        multiple: How many times a mean of cross-entropies the loss of a pass was since then, the largest;
+            None where none was looked at.
+        to_look_at: How many more passes are looked at.
         uses: Outputs since it was set to an empty list, see `fill`. While it is a list the leaf is left out.
     """
 
@@ -139,8 +190,10 @@ class TermsTap:
         self.counts = True
         self.passes: Watcher | None = None
         self.collecting = False
-        self.zeros: Visits[Tensor] = Visits()
+        self.told: Visits[Told] = Visits()
         self.left_out: Tensor | None = None
+        self.multiple: Tensor | None = None
+        self.to_look_at = LOOKED_AT
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Send the output through the tap, as a forward hook does.
@@ -172,8 +225,9 @@ class TermsTap:
         if self.uses is None:
             # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
             passes = self.passes if eager else None
-            zeros = self.zeros if eager else None
-            tapped = _Terms.apply(passes, zeros, self.count, *outputs)  # type: ignore[no-untyped-call]
+            told = self.told if eager else None
+            looked_at = eager and self.counts and self.to_look_at > 0
+            tapped = _Terms.apply(passes, told, looked_at, self.count, *outputs)  # type: ignore[no-untyped-call]
         else:
             # The caller makes the gradients itself, and has the terms counted by `fill`.
             self.uses.append((outputs[0],))
@@ -209,17 +263,21 @@ class TermsTap:
         """
         self.counts = counts
         self.count = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
-        self.count.register_hook(self._count_zeros)  # type: ignore[no-untyped-call]
+        self.count.register_hook(self._add_up)  # type: ignore[no-untyped-call]
         self.count.requires_grad_(False)
 
-    def _count_zeros(self, gradient: Tensor) -> None:
-        """Add up the terms that a pass which counts has left out.
+    def _add_up(self, gradient: Tensor) -> None:
+        """Add up what a pass which counts has told.
 
         Args:
             gradient: That of the leaf, which is left alone.
         """
-        for number in self.zeros.take():
-            self.left_out = number if self.left_out is None else self.left_out + number
+        for left_out, multiple in self.told.take():
+            self.left_out = left_out if self.left_out is None else self.left_out + left_out
+            if multiple is not None:
+                self.to_look_at -= 1
+                largest = multiple if self.multiple is None else torch.maximum(multiple, self.multiple)
+                self.multiple = largest
 
     @property
     def counted(self) -> Tensor | None:
@@ -246,7 +304,7 @@ class TermsTap:
 
     def clear(self) -> None:
         """Forget the count."""
-        self.left_out = None
+        self.left_out = self.multiple = None
         if self.count is not None:
             self.count.grad = None
 

@@ -20,6 +20,7 @@ from mupass._taps.passes import Passes
 from mupass._taps.taps import tap_of
 from mupass._taps.terms import terms_tap_of
 
+SUMMED = 2.0  # a loss that is more than so many means of cross-entropies is summed, or multiplied
 MANY = 0.25  # part of the loss terms that may be without a gradient by chance
 
 
@@ -59,7 +60,9 @@ class Curvature:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
         self.slope = torch.zeros(())
-        self.idle_terms: Tensor | None = None  # steps in which many terms had no gradient, on the device
+        # Steps in which many terms had no gradient, and those whose loss was no mean, on the device.
+        self.idle_terms: Tensor | None = None
+        self.summed: Tensor | None = None
         # Outputs are looked at only where B is collected.
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
@@ -133,6 +136,7 @@ class Curvature:
             return {}
         terms, squares = torch.ones(()), torch.zeros(())
         if self.sides[1]:
+            self._look_at_the_loss(scale)
             terms, squares = self._count_terms()
         if self.ranks > 1:
             sums, terms, squares, before = self._over_ranks(sums, terms, squares, before)
@@ -246,6 +250,18 @@ class Curvature:
             summed[place] = summed[place]._replace(a=summed[other].a.clone())  # type: ignore[union-attr]
         all_terms, all_squares, *dropped_by_all = counts.unbind()
         return summed, all_terms, all_squares, dict(zip(sums, dropped_by_all, strict=True))
+
+    def _look_at_the_loss(self, scale: Tensor | float) -> None:
+        """Note whether the loss is a sum where its mean is expected; the form of a few losses tells.
+
+        Args:
+            scale: What the loss was multiplied by.
+        """
+        multiple = self.terms.multiple
+        if multiple is None or not self.loss.mean:
+            return
+        summed = (multiple / _like(scale, multiple) > SUMMED).to(torch.float32)
+        self.summed = summed if self.summed is None else self.summed + summed
 
     def _count_terms(self) -> tuple[Tensor, Tensor]:
         """Return the number of loss terms of this rank, told or counted, and the squares at the output."""

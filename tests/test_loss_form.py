@@ -1,0 +1,99 @@
+"""A loss that is summed where K-FAC expects a mean is told by its gradient at the model's output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mupass
+from mupass._taps.loss_form import first_rows, multiple_of_a_mean
+
+X, CLASSES = torch.randn(24, 8, generator=torch.Generator().manual_seed(0)), 5
+Y = torch.arange(24) % CLASSES
+BINARY = (torch.arange(24 * CLASSES).view(24, CLASSES) % 3 == 0).float()
+Loss = Callable[[Tensor], Tensor]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return mupass.transform(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, CLASSES)), X)
+
+
+def told(loss: Loss, steps: int = 4, **options: object) -> tuple[int, str]:
+    """Train, and return how many steps were told to be of a summed loss, and what was warned of."""
+    model = net()
+    optimizer = mupass.KFAC(model, root_every=1, **options)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(model(X)).backward()
+            optimizer.step()
+    return optimizer.stats().get("summed_loss", 0), "\n".join(str(warning.message) for warning in caught)
+
+
+SUMMED: dict[str, Loss] = {
+    "sum": lambda out: F.cross_entropy(out, Y, reduction="sum"),
+    "sum of log-probabilities": lambda out: -F.log_softmax(out, 1)[torch.arange(24), Y].sum(),
+    "multiplied": lambda out: 10 * F.cross_entropy(out, Y),
+    "binary, summed": lambda out: F.binary_cross_entropy_with_logits(out, BINARY, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("loss", SUMMED.values(), ids=SUMMED)
+def test_a_summed_loss_is_warned_of_by_name(loss: Loss) -> None:
+    steps, text = told(loss)
+    assert steps == 3  # the form of a loss does not change: three passes are looked at
+    assert "loss_reduction='sum'" in text and "loss_terms=" in text and "loss_scale=" in text
+
+
+USUAL: dict[str, Loss] = {
+    "mean": lambda out: F.cross_entropy(out, Y),
+    "two losses": lambda out: F.cross_entropy(out, Y) + 0.5 * F.cross_entropy(out, (Y + 1) % CLASSES),
+    "weights of classes": lambda out: F.cross_entropy(out, Y, weight=torch.tensor([1.0, 9, 1, 1, 1])),
+    "smoothed": lambda out: F.cross_entropy(out, Y, label_smoothing=0.1),
+    "temperature": lambda out: F.cross_entropy(out / 0.05, Y),
+    "binary": lambda out: F.binary_cross_entropy_with_logits(out, BINARY),
+    "large targets": lambda out: F.mse_loss(out, 100 * BINARY),
+    "some left out": lambda out: F.cross_entropy(out, torch.where(torch.arange(24) < 4, -100, Y)),
+}
+
+
+@pytest.mark.parametrize("loss", USUAL.values(), ids=USUAL)
+def test_other_losses_are_not(loss: Loss) -> None:
+    assert told(loss) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_reduction": "sum"}, {"loss_terms": 1}, {"loss_scale": 24.0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_loss_that_the_caller_describes_is_not(options: dict[str, object]) -> None:
+    assert told(SUMMED["sum"], **options) == (0, "")
+
+
+def test_the_scale_of_mixed_precision_is_taken_out() -> None:
+    scale = 2.0**12
+    assert told(lambda out: scale * F.cross_entropy(out, Y), loss_scale=scale) == (0, "")
+    assert told(lambda out: scale * SUMMED["sum"](out), loss_scale=scale)[0] == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 7, 4), (2, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_the_multiple_is_that_of_autograd(shape: tuple[int, ...], factor: float) -> None:
+    axis = 1 if len(shape) == 4 else -1
+    out = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    classes = torch.randint(4, out.movedim(axis, -1).shape[:-1])
+    loss = F.cross_entropy(out.movedim(axis, -1).reshape(-1, 4), classes.flatten())
+    (gradient,) = torch.autograd.grad(factor * loss, out)
+    rows, of_them = first_rows(out, axis % len(shape)), first_rows(gradient, axis % len(shape))
+    assert rows is not None and of_them is not None
+    found = multiple_of_a_mean(rows, of_them, torch.tensor(classes.numel()))
+    assert float(found) == pytest.approx(factor, rel=1e-12)
+    assert float(multiple_of_a_mean(rows, of_them + 1e-2, torch.tensor(classes.numel()))) == 0
