@@ -44,6 +44,7 @@ class Capture:
             that the forward operators among ``nodes`` use already.
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
         frozen: Names of the parameters that are not trained.
+        written: Parameter -> sizes that the code around its layer writes out, and the class that does.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +61,7 @@ class Capture:
     derivatives: frozenset[Node] = frozenset()
     transformed: bool = False
     frozen: frozenset[str] = frozenset()
+    written: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @property
     def trained(self) -> set[Node]:

@@ -308,6 +308,10 @@ def _run(
         # A tied parameter has several placeholders, all of one parameter.
         for first, second in zip(dims.setdefault(name, own_dims), own_dims, strict=True):
             engine.space.unify(first, second)
+        written = captured.written.get(name, {})
+        for axis in value.axes:
+            if axis.size in written:
+                engine.facts.written.setdefault(axis.dim, written[axis.size])
     for node in filter(_is_tensor, captured.states):
         engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
     for node, name in captured.inputs.items():
