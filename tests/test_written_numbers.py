@@ -125,8 +125,8 @@ def test_code_without_source_and_sizes_of_arguments_are_no_numbers() -> None:
     assert written_sizes(names["Net"](3)) == {}
     # 18 is the width here, and still only the stem's number.
     sizes = written_sizes(Picture(18))
-    assert 18 in sizes["stem.conv.weight"] and sizes["head.weight"].keys() == {5}
-    assert all(18 not in sizes.get(name, {}) for name in ("body.1.conv.weight", "inner.up.weight"))
+    assert sizes["stem.conv.weight"] == {18: "Picture"} and sizes["inner.up.weight"] == {40: "Inner"}
+    assert sizes["head.weight"] == {5: "Picture"} and "body.1.conv.weight" not in sizes
 
 
 class Gated(nn.Module):
@@ -162,3 +162,74 @@ def test_gates_of_which_some_are_rounded_are_marked_and_exact_ones_are_not() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mupass.resize(Gated((48, 96), 4), scale=2, example_inputs=IMAGE)
+
+
+class Flow(nn.Module):
+    """Couplings on data whose entries are put in another order, or of which some are chosen."""
+
+    def __init__(self, d: int, order: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order))
+        self.half = len(order) // 2
+        self.nets = nn.ModuleList()
+        for _ in range(2):
+            self.nets.append(nn.Sequential(nn.Linear(self.half, d), nn.ReLU(), nn.Linear(d, 2 * self.half)))
+        self.scale = nn.Parameter(torch.ones(self.half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, self.order]
+        for net in self.nets:
+            left, right = x[:, : self.half], x[:, self.half :]
+            shift, slope = net(left).chunk(2, -1)
+            x = torch.cat([right * (self.scale * slope.tanh()).exp() + shift, left], -1)
+        return x
+
+
+@pytest.mark.parametrize("order", [[3, 1, 0, 2, 5, 4], [7, 1, 0, 2]])
+def test_data_in_another_order_is_data(order: list[int]) -> None:
+    x = randn(5, 6 if len(order) == 6 else 8)
+    analysis = mupass.analyze(Flow(32, order), x)
+    assert analysis["scale"].infinite == (False,)
+    assert analysis["nets.0.0.weight"].infinite == (True, False)
+    assert analysis["nets.1.2.weight"].infinite == (False, True)
+    assert doubted(Flow(32, order), x) == {}
+
+
+class Shuffled(nn.Module):
+    """Units of a width in another order, by a fixed index."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, d), nn.Linear(d, 3)
+        self.register_buffer("order", torch.arange(d).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x).relu()[:, self.order])
+
+
+def test_units_in_another_order_are_units() -> None:
+    analysis = mupass.analyze(Shuffled(32), randn(4, 5))
+    assert analysis["enter.weight"].infinite == (True, False)
+    assert analysis["leave.weight"].infinite == (False, True)
+
+
+class Hyper(nn.Module):
+    """A small net makes a layer of a code that is a parameter itself."""
+
+    def __init__(this, d: int, code: int = 6) -> None:  # noqa: N805
+        super().__init__()
+        this.code, this.enter = nn.Parameter(torch.randn(code)), nn.Linear(5, 24)
+        this.first, this.second = nn.Linear(code, d), nn.Linear(d, 24)
+        this.leave = nn.Linear(24, d)
+        this.head = nn.Linear(d, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.second(self.first(self.code).relu())
+        return self.head(self.leave(self.enter(x).relu() * made).relu())
+
+
+def test_codes_that_are_parameters_are_marked_whatever_a_method_calls_its_object() -> None:
+    found = doubted(Hyper(32), randn(4, 5))
+    assert {"code:0", "first.weight:1"} <= set(found) and "only parameters hold it" in found["code:0"]
+    assert "the code of Hyper writes the number 24" in found["enter.weight:0"]
+    assert not {"first.weight:0", "second.weight:1", "head.weight:1"} & set(found)

@@ -44,7 +44,7 @@ class Capture:
             that the forward operators among ``nodes`` use already.
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
         frozen: Names of the parameters that are not trained.
-        written: Parameter -> sizes that the code around its layer writes out, and the class that does.
+        written: Parameter -> sizes that the code writes out for what its layer makes, and where.
     """
 
     nodes: tuple[Node, ...]

@@ -12,8 +12,8 @@ import inspect
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -26,11 +26,10 @@ Expression = ast.expr | None  # None for what is assigned in a way that is not r
 
 DEPTH = 8  # constructors within constructors
 MANY = 16  # values of one expression
-# Arguments of the layers of torch.nn that are sizes of features.
-SIZES = frozenset(
-    "in_channels out_channels in_features out_features in1_features in2_features num_features num_channels "
-    "normalized_shape embedding_dim input_size hidden_size proj_size embed_dim kdim vdim d_model "
-    "dim_feedforward".split()
+# Arguments of the layers of torch.nn that say how many features they make.
+MADE = frozenset(
+    "out_channels out_features num_features num_channels normalized_shape embedding_dim hidden_size "
+    "proj_size embed_dim d_model dim_feedforward".split()
 )
 ROUNDING = (int, round, math.floor, math.ceil)
 ADDING = ("append", "extend", "insert", "add_module")  # methods that put a layer into a list of layers
@@ -45,7 +44,7 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 def written_sizes(model: nn.Module) -> dict[str, dict[int, str]]:
-    """Return for every parameter the sizes that the code around its layer writes out, and where.
+    """Return for every parameter the sizes that the code writes out for what its layer makes, and its class.
 
     Args:
         model: The module.
@@ -53,8 +52,8 @@ def written_sizes(model: nn.Module) -> dict[str, dict[int, str]]:
     found: dict[Path, dict[int, str]] = defaultdict(dict)
     reader = _Reader()
     for name, module in model.named_modules():
-        for path, size, where in reader.constructor(type(module), {}):
-            found[_path(name) + path].setdefault(size, where)
+        for written in reader.constructor(type(module), {}):
+            found[_path(name) + written.path].setdefault(written.size, written.where)
     sizes: dict[str, dict[int, str]] = {}
     for name, _ in model.named_parameters():
         path = _path(name)
@@ -73,14 +72,11 @@ def _path(name: str) -> Path:
 
 @dataclass(frozen=True)
 class _Written:
-    """A size, and the attribute under which its layer is kept."""
+    """A size, the attribute under which its layer is kept, and the class that writes it."""
 
     path: Path
     size: int
     where: str
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.path, self.size, self.where))
 
 
 @cache
@@ -93,10 +89,26 @@ def _tree(file: str) -> dict[tuple[str, int], ast.FunctionDef]:
         return {}
     functions = {}
     for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    _call_it_self(method)
         if isinstance(node, ast.FunctionDef):
             first_line = min([node.lineno, *[decorator.lineno for decorator in node.decorator_list]])
             functions[node.name, first_line] = node
     return functions
+
+
+def _call_it_self(method: ast.FunctionDef) -> None:
+    """Give the first parameter of a method the name that most authors give it."""
+    parameters = [*method.args.posonlyargs, *method.args.args]
+    own = parameters[0].arg if parameters and not method.decorator_list else "self"
+    if own == "self":
+        return
+    parameters[0].arg = "self"
+    for node in ast.walk(method):
+        if isinstance(node, ast.Name) and node.id == own:
+            node.id = "self"
 
 
 def _definition(function: Any) -> ast.FunctionDef | None:
@@ -236,6 +248,12 @@ class _Scope:
             self._asked.discard(asked)
 
 
+def _attributes_in(target: ast.expr) -> list[ast.Attribute]:
+    """Return the attributes of the object under construction that an assignment sets."""
+    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+    return [part for part in parts if isinstance(part, ast.Attribute) and _is_self(part)]
+
+
 def _is_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
@@ -303,20 +321,34 @@ class _Reader:
             self._read[key] = ()  # ends a constructor that calls itself
             function = inspect.unwrap(vars(home)["__init__"])
             scope = _Scope(kind, function, tree, _parameters(tree, bound), {}, depth)
-            self._read[key] = tuple(dict.fromkeys(self._statements(scope, (), home)))
+            self._read[key] = tuple(dict.fromkeys(self._statements(scope, [()], home)))
         return self._read[key]
 
-    def _statements(self, scope: _Scope, place: Path, home: type | None) -> Iterator[_Written]:
-        """Yield what the statements of a function write out; what it returns is kept at a place."""
+    def _statements(self, scope: _Scope, places: Sequence[Path], home: type | None) -> Iterator[_Written]:
+        """Yield what the statements of a function write out; what it returns is kept at some places."""
         for node in ast.walk(scope.tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                for attribute in filter(_is_self, ast.walk(ast.Module([ast.Expr(t) for t in targets], []))):
-                    yield from self._layers(scope, node.value, (attribute.attr,), set())  # type: ignore[attr-defined]
+                attributes = [(name.attr,) for target in targets for name in _attributes_in(target)]
+                if attributes:
+                    yield from self._kept(scope, node.value, attributes)
             elif isinstance(node, ast.Return) and node.value is not None:
-                yield from self._layers(scope, node.value, place, set())
+                yield from self._kept(scope, node.value, places)
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                yield from self._statement_call(scope, node.value, place, home)
+                yield from self._statement_call(scope, node.value, places[0], home)
+
+    def _kept(self, scope: _Scope, value: ast.expr, places: Sequence[Path]) -> Iterator[_Written]:
+        """Yield what a value writes out that is kept at a place, or its parts at one place each."""
+        parts = value.elts if isinstance(value, ast.Tuple) else []
+        if len(parts) == len(places):  # self.stem, self.head = Stem(), Head()
+            for part, place in zip(parts, places, strict=True):
+                yield from self._layers(scope, part, place, set())
+        elif len(places) > 1 and isinstance(value, ast.Call) and _is_self(value.func):
+            # self.stem, self.head = self._make()
+            yield from self._method(scope, value, places)
+        else:
+            for place in places:
+                yield from self._layers(scope, value, place, set())
 
     def _statement_call(
         self, scope: _Scope, call: ast.Call, place: Path, home: type | None
@@ -357,9 +389,8 @@ class _Reader:
         """Yield what one call writes out: of a layer, of a module with a constructor, or of a function."""
         if scope.depth >= DEPTH:
             return
-        if _is_self(call.func) and scope.kind is not None:
-            method = inspect.getattr_static(scope.kind, call.func.attr, None)  # type: ignore[attr-defined]
-            yield from self._function(scope, call, method, place, scope.kind)
+        if _is_self(call.func):
+            yield from self._method(scope, call, [place])
             return
         for callee in scope.values(call.func) or ():
             if isinstance(callee, type) and issubclass(callee, nn.Module):
@@ -368,16 +399,21 @@ class _Reader:
                     yield from _sizes(scope, callee, bound, place)
                 else:
                     passed = _passed(scope, call)
-                    for path, size, where in self.constructor(callee, bound, scope.depth + 1):
-                        # ConvBN(3, 32): the number stands here, and not where the layer is made.
-                        yield _Written((*place, *path), size, _owner(scope) if size in passed else where)
+                    for written in self.constructor(callee, bound, scope.depth + 1):
+                        yield _here(scope, passed, replace(written, path=place + written.path))
             elif callee is nn.Parameter:
                 yield from _parameter_sizes(scope, call, place)
             elif isinstance(callee, FunctionType) and not _from_torch(callee):
-                yield from self._function(scope, call, callee, place, None)
+                yield from self._function(scope, call, callee, [place], None)
+
+    def _method(self, scope: _Scope, call: ast.Call, places: Sequence[Path]) -> Iterator[_Written]:
+        """Yield what a method of the object under construction writes out."""
+        if scope.kind is not None:
+            method = inspect.getattr_static(scope.kind, call.func.attr, None)  # type: ignore[attr-defined]
+            yield from self._function(scope, call, method, places, scope.kind)
 
     def _function(
-        self, scope: _Scope, call: ast.Call, function: Any, place: Path, kind: type | None
+        self, scope: _Scope, call: ast.Call, function: Any, places: Sequence[Path], kind: type | None
     ) -> Iterator[_Written]:
         """Yield what a method or a function writes out that makes layers."""
         function = function.__func__ if isinstance(function, (staticmethod, classmethod)) else function
@@ -386,15 +422,15 @@ class _Reader:
             return
         skip = 1 if kind is not None and tree.args.args and tree.args.args[0].arg in ("self", "cls") else 0
         bound = _parameters(tree, _bound(scope, call, function, skip))
-        key = (function, place), str(sorted(bound.items(), key=str))
+        key = (function, tuple(places)), str(sorted(bound.items(), key=str))
         if key not in self._read:
             self._read[key] = ()  # ends a function that calls itself
             attributes = scope.attributes if kind is not None else {}
             inner = _Scope(kind, inspect.unwrap(function), tree, bound, attributes, scope.depth + 1)
-            self._read[key] = tuple(dict.fromkeys(self._statements(inner, place, None)))
+            self._read[key] = tuple(dict.fromkeys(self._statements(inner, places, None)))
         passed = _passed(scope, call)
-        for path, size, where in self._read[key]:
-            yield _Written(path, size, _owner(scope) if size in passed else where)
+        for written in self._read[key]:
+            yield _here(scope, passed, written)
 
 
 def _parameters(tree: ast.FunctionDef, bound: Mapping[str, Candidates]) -> dict[str, Candidates]:
@@ -454,7 +490,7 @@ def _keys(scope: _Scope, expression: ast.expr) -> list[str]:
 def _sizes(scope: _Scope, layer: type, bound: Mapping[str, Candidates], place: Path) -> Iterator[_Written]:
     """Yield the sizes that a call of a layer of torch.nn writes out."""
     for name, values in bound.items():
-        if name in SIZES:
+        if name in MADE:
             yield from _numbers(scope, values, place)
 
 
@@ -464,6 +500,11 @@ def _parameter_sizes(scope: _Scope, call: ast.Call, place: Path) -> Iterator[_Wr
         if isinstance(inner, ast.Call) and inner is not call:
             for argument in inner.args:
                 yield from _numbers(scope, scope.values(argument), place)
+
+
+def _here(scope: _Scope, passed: set[Any], written: _Written) -> _Written:
+    """Return a size with the class that writes it: ConvBN(3, 32) does, and not where the layer is made."""
+    return replace(written, where=_owner(scope)) if written.size in passed else written
 
 
 def _passed(scope: _Scope, call: ast.Call) -> set[Any]:

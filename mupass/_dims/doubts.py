@@ -44,6 +44,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     rules: tuple[Callable[[Wiring], Found], ...] = (
         _linear_bottlenecks,
         _bottlenecks,
+        _learned_codes,
         _wide_heads,
         _broad_starts,
         _repeated_sizes,
@@ -103,6 +104,17 @@ def _bottlenecks(wiring: Wiring) -> Found:
             continue
         if not wiring.returns(dim) or wiring.at_positions(dim):
             yield dim, f"it is far narrower than the widths around it ({_of(source, results)})"
+
+
+def _learned_codes(wiring: Wiring) -> Found:
+    """Codes that are parameters themselves, as rows of a table are: narrower than what is made of them."""
+    for dim in wiring.widths:
+        # nn.Parameter(torch.randn(layers, 6)), which a weight reads: nothing makes that size, of nothing else
+        if wiring.sources(dim) or wiring.around(dim) != {dim}:
+            continue
+        results = wiring.results(dim)
+        if results and wiring.space.size(dim) * TABLE <= min(results):
+            yield dim, f"only parameters hold it ({_of(0, results)})"
 
 
 def _wide_heads(wiring: Wiring) -> Found:

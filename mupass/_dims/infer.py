@@ -196,6 +196,7 @@ def infer(
     uses: dict[str, tuple[Use, ...]] = {}
     for parameter_use in engine.facts.uses:
         uses[parameter_use.parameter] = (*uses.get(parameter_use.parameter, ()), parameter_use.use)
+    _note_written(captured, engine, dims, uses)
     # What the caller says of an axis holds for all that is the same dimension.
     settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
     settled.update(by_dim or {})
@@ -209,6 +210,20 @@ def infer(
     return Inference(
         engine, verdicts, dims, uses, overlooked, overrides, remainders, _first_output(captured, engine)
     )
+
+
+def _note_written(
+    captured: Capture, engine: Engine, dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]
+) -> None:
+    """Record the dimensions whose sizes the code writes out, as what a layer makes."""
+    for name, sizes in captured.written.items():
+        contracted: set[int] = set()
+        for use in uses.get(name, ()):
+            contracted.update(use.fan_in)
+        for axis, dim in enumerate(dims[name]):
+            size = engine.space.size(dim)
+            if size in sizes and axis not in contracted:
+                engine.facts.written.setdefault(dim, sizes[size])
 
 
 def _doubt_remainders(verdicts: Verdicts, remainders: Mapping[int, Remainder]) -> None:
@@ -308,10 +323,6 @@ def _run(
         # A tied parameter has several placeholders, all of one parameter.
         for first, second in zip(dims.setdefault(name, own_dims), own_dims, strict=True):
             engine.space.unify(first, second)
-        written = captured.written.get(name, {})
-        for axis in value.axes:
-            if axis.size in written:
-                engine.facts.written.setdefault(axis.dim, written[axis.size])
     for node in filter(_is_tensor, captured.states):
         engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
     for node, name in captured.inputs.items():
