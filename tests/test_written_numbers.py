@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -32,9 +33,11 @@ class Inner(nn.Module):
 
     expansion = 2
 
-    def __init__(self, d: int, inner: int = 40) -> None:
+    def __init__(self, d: int, inner: int | None = None, linear: bool = False) -> None:
         super().__init__()
-        self.up, self.down = nn.Conv2d(d, inner, 1), nn.Conv2d(inner, d, 1)
+        inner = inner or 40
+        layer = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.up, self.down = layer(d, inner), layer(inner, d)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.up(x).relu())
@@ -233,3 +236,45 @@ def test_codes_that_are_parameters_are_marked_whatever_a_method_calls_its_object
     assert {"code:0", "first.weight:1"} <= set(found) and "only parameters hold it" in found["code:0"]
     assert "the code of Hyper writes the number 24" in found["enter.weight:0"]
     assert not {"first.weight:0", "second.weight:1", "head.weight:1"} & set(found)
+
+
+class Table(nn.Module):
+    """A table of positions for each head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(heads, 6, 6))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores + self.table
+
+
+class Stage(nn.Module):
+    """Attention with a table of positions for each head."""
+
+    def __init__(self, d: int, size: int = 8) -> None:
+        super().__init__()
+        self.size, self.qkv, self.out = size, nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.scores = Table(d // size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.size)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = self.scores(q @ k.mT * self.size**-0.5).softmax(-1)
+        return x + self.out((scores @ v).transpose(1, 2).flatten(2))
+
+
+def test_one_head_is_asked_about_where_other_blocks_have_several() -> None:
+    x = randn(2, 6, 5)
+    stages = Stage(8), nn.Linear(8, 16), Stage(16)
+    model = nn.Sequential(nn.Linear(5, 8), *stages, nn.Linear(16, 3))
+    table = mupass.analyze(model, x)["1.scores.table"]
+    assert not table.infinite[0] and table.ambiguous[0] and "in 3.scores.table they grow" in table.evidence[0]
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        mupass.resize(model, scale=2, example_inputs=x)
+    texts = [str(warning.message) for warning in recorded]
+    assert any("axes of one entry, such as one head" in text and "1.scores.table:0" in text for text in texts)
+    # Where no other block has several, and in a readout of one unit, nothing speaks for growth.
+    assert "1.scores.table:0" not in doubted(nn.Sequential(nn.Linear(5, 8), Stage(8), nn.Linear(8, 3)), x)
+    readout = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    assert doubted(readout, x) == {}

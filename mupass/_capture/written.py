@@ -14,7 +14,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -191,6 +191,8 @@ class _Scope:
                 return self._of_list(elements)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
                 return _combined(ARITHMETIC[type(op)], self.values(left), self.values(right))
+            case ast.BoolOp(op=ast.Or(), values=[*alternatives]):
+                return self._first_set(alternatives)
             case ast.IfExp(body=body, orelse=orelse):
                 return _joined([self.values(body), self.values(orelse)])
             case ast.Call(func=function, args=[number]):
@@ -205,6 +207,32 @@ class _Scope:
             case ast.Subscript(value=holder, slice=index):
                 return _entries(self.values(holder), self.values(index))
         return None
+
+    def _first_set(self, alternatives: Sequence[ast.expr]) -> Candidates:
+        """Return the values of ``inner or dim``: those of the first alternative that may be set."""
+        found: list[Candidates] = []
+        for alternative in alternatives:
+            values = self.values(alternative)
+            found.append(None if values is None else tuple(filter(None, values)))
+            if values is None or all(values):  # what follows is never asked
+                break
+        return _joined(found)
+
+    def callees(self, expression: ast.expr, depth: int = 0) -> list[Any]:
+        """Return what a call may call, as far as it is known: ``nn.Linear`` in one branch, say."""
+        match expression:
+            case _ if depth > DEPTH:
+                return []
+            case ast.IfExp(body=body, orelse=orelse):
+                return self.callees(body, depth + 1) + self.callees(orelse, depth + 1)
+            case ast.Name(id=name) if name in self.assigned:
+                found = list(self.bound.get(name) or ())
+                for value in self.assigned[name]:
+                    found += [] if value is None else self.callees(value, depth + 1)
+                return found
+            case ast.Call(func=function, args=[first, *_]) if self.values(function) == (partial,):
+                return self.callees(first, depth + 1)
+        return list(self.values(expression) or ())
 
     def _rounded(self, function: ast.expr, number: ast.expr) -> Candidates:
         """Return the values of ``int(4.0 * 32)`` and its like."""
@@ -223,8 +251,8 @@ class _Scope:
         return (tuple(entries),)
 
     def _of_name(self, name: str) -> Candidates:
-        if name in self._asked:  # n = n + 1
-            return None
+        if name in self._asked:  # n = n or 64, with the n before; n = n + 1 of its own stays unknown
+            return self.bound.get(name)
         self._asked.add(name)
         try:
             if name in self.bound or name in self.assigned:
@@ -392,7 +420,7 @@ class _Reader:
         if _is_self(call.func):
             yield from self._method(scope, call, [place])
             return
-        for callee in scope.values(call.func) or ():
+        for callee in scope.callees(call.func):
             if isinstance(callee, type) and issubclass(callee, nn.Module):
                 bound = _bound(scope, call, callee.__init__, skip=1)
                 if _from_torch(callee):
