@@ -16,6 +16,7 @@ import mupass
 from mupass._capture.written import written_sizes
 
 CHANNELS = [6, 12]
+SCALE = torch.tensor([1.0, 2.0])
 
 
 class Step(nn.Sequential):
@@ -23,6 +24,8 @@ class Step(nn.Sequential):
 
     def __init__(self, channels: int, made: int, kernel: int = 3, **kwargs: object) -> None:
         options = {"bias": False}
+        scale = SCALE or SCALE if not kernel else SCALE
+        self.scale, self.name = scale, "step" * kernel
         super().__init__()
         self.add_module("conv", nn.Conv2d(channels, made, kernel, padding=kernel // 2, **options, **kwargs))
         self.add_module("norm", nn.BatchNorm2d(made))
@@ -278,3 +281,21 @@ def test_one_head_is_asked_about_where_other_blocks_have_several() -> None:
     assert "1.scores.table:0" not in doubted(nn.Sequential(nn.Linear(5, 8), Stage(8), nn.Linear(8, 3)), x)
     readout = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
     assert doubted(readout, x) == {}
+
+
+class Normal(nn.Module):
+    """A mean and a deviation, one number each, of one layer."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.enter, self.both = nn.Linear(5, d), nn.Linear(d, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.both(self.enter(x).relu())
+        return both[..., :1], nn.functional.softplus(both[..., 1:])
+
+
+def test_outputs_of_one_entry_each_make_up_an_output() -> None:
+    analysis = mupass.analyze(Normal(32), randn(4, 5))
+    assert analysis["both.weight"].infinite == (False, True) and not any(analysis["both.weight"].ambiguous)
+    assert mupass.resize(Normal(32), 64, example_inputs=randn(4, 5)).both.out_features == 2

@@ -8,6 +8,7 @@ run, and what is not understood counts as an argument.
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import math
 import operator
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ Expression = ast.expr | None  # None for what is assigned in a way that is not r
 
 DEPTH = 8  # constructors within constructors
 MANY = 16  # values of one expression
+LARGE = 10**6  # numbers that no size is made of
 # Arguments of the layers of torch.nn that say how many features they make.
 MADE = frozenset(
     "out_channels out_features num_features num_channels normalized_shape embedding_dim hidden_size "
@@ -39,7 +41,6 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Pow: operator.pow,
 }
 
 
@@ -201,9 +202,8 @@ class _Scope:
                 return self._of_attribute(expression.attr)
             case ast.Attribute(value=holder, attr=name):
                 # nn.Conv2d, or the expansion of a block's class
-                holders = self.values(holder) or ()
-                found = [getattr(item, name) for item in holders if hasattr(item, name)]
-                return tuple(found) or None
+                found = [_attribute(item, name) for item in self.values(holder) or ()]
+                return tuple(filter(_is_plain, found)) or None
             case ast.Subscript(value=holder, slice=index):
                 return _entries(self.values(holder), self.values(index))
         return None
@@ -260,9 +260,9 @@ class _Scope:
                 return _joined([*found, *[self.values(value) for value in self.assigned.get(name, ())]])
         finally:
             self._asked.discard(name)
-        for table in (self.function.__globals__, vars(__import__("builtins"))):
+        for table in (self.function.__globals__, vars(builtins)):
             if name in table:
-                return (table[name],)
+                return (table[name],) if _is_plain(table[name]) else None
         return None
 
     def _of_attribute(self, name: str) -> Candidates:
@@ -274,6 +274,21 @@ class _Scope:
             return _joined([scope.values(value) for scope, value in self.attributes[name]])
         finally:
             self._asked.discard(asked)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether sizes are made of a value or layers called by it; tensors and the like are not looked at."""
+    if isinstance(value, (tuple, list)):
+        return len(value) <= MANY and all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, type, ModuleType, FunctionType, BuiltinFunctionType))
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """Return an attribute of a module or a class, None where it has none."""
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # a module that imports its parts when asked may fail to
+        return None
 
 
 def _attributes_in(target: ast.expr) -> list[ast.Attribute]:
@@ -299,9 +314,13 @@ def _joined(alternatives: list[Candidates]) -> Candidates:
 def _combined(function: Callable[[Any, Any], Any], left: Candidates, right: Candidates) -> Candidates:
     if left is None or right is None or len(left) * len(right) > MANY:
         return None
+    numbers = [value for value in (*left, *right) if value is not None]
+    # Sizes are small: no text is multiplied, and no power is a matter of time.
+    if not all(isinstance(value, (int, float)) and abs(value) < LARGE for value in numbers):
+        return None
     try:
         return tuple(function(first, second) for first in left for second in right)
-    except (TypeError, ValueError, ArithmeticError):  # values that are no numbers
+    except (TypeError, ValueError, ArithmeticError):  # None, or a division by zero
         return None
 
 
@@ -478,7 +497,8 @@ def _bound(scope: _Scope, call: ast.Call, function: Any, skip: int) -> dict[str,
     bound: dict[str, Candidates] = {}
     for parameter in parameters:
         default = parameter.default
-        bound[parameter.name] = None if default is parameter.empty else (default,)
+        known = default is None or _is_plain(default) and default is not parameter.empty
+        bound[parameter.name] = (default,) if known else None
     positional = [parameter.name for parameter in parameters if parameter.kind < parameter.VAR_POSITIONAL]
     passed = [keyword.arg for keyword in call.keywords]
     for place, argument in enumerate(call.args):
