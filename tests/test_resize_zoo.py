@@ -27,6 +27,7 @@ ROUNDED = {
     "timm_ghostnet",
     "timm_mobilenet_v3",
     "timm_regnet",
+    "timm_repvit",
     "timm_resnest",
     "timm_naflexvit",
     "tv_mnasnet",

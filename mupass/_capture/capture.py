@@ -26,6 +26,7 @@ from mupass._capture.inline import inline_contexts
 from mupass._capture.lstm_states import right_lstm_states
 from mupass._capture.record import record
 from mupass._capture.whole_slices import drop_whole_slices
+from mupass._capture.written import written_sizes
 from mupass._errors import CaptureError
 
 
@@ -61,7 +62,7 @@ def capture(
         captured = record(model, args, kwargs, canonical, aliases, error)
     # Frozen parameters are in the graph as all others; optimizers ask for them by name.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return replace(captured, frozen=frozenset(frozen))
+    return replace(captured, frozen=frozenset(frozen), written=written_sizes(model))
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:

@@ -44,6 +44,7 @@ class Capture:
             that the forward operators among ``nodes`` use already.
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
         frozen: Names of the parameters that are not trained.
+        written: Parameter -> sizes that the code writes out for what its layer makes, and where.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +61,7 @@ class Capture:
     derivatives: frozenset[Node] = frozenset()
     transformed: bool = False
     frozen: frozenset[str] = frozenset()
+    written: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @property
     def trained(self) -> set[Node]:

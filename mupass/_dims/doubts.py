@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from itertools import chain, combinations
-from math import prod
+from math import gcd, prod
 
 from mupass._dims.policies import mixed
 from mupass._dims.verdicts import Verdicts
@@ -43,14 +44,17 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     rules: tuple[Callable[[Wiring], Found], ...] = (
         _linear_bottlenecks,
         _bottlenecks,
+        _learned_codes,
         _wide_heads,
         _broad_starts,
         _repeated_sizes,
+        _rounded,
         _unread,
         _competing,
         _categorical,
         _mixing,
         _mixed_weights,
+        _written,
     )
     for rule in rules:
         for dim, reason in list(rule(wiring)):
@@ -100,6 +104,17 @@ def _bottlenecks(wiring: Wiring) -> Found:
             continue
         if not wiring.returns(dim) or wiring.at_positions(dim):
             yield dim, f"it is far narrower than the widths around it ({_of(source, results)})"
+
+
+def _learned_codes(wiring: Wiring) -> Found:
+    """Codes that are parameters themselves, as rows of a table are: narrower than what is made of them."""
+    for dim in wiring.widths:
+        # nn.Parameter(torch.randn(layers, 6)), which a weight reads: nothing makes that size, of nothing else
+        if wiring.sources(dim) or wiring.around(dim) != {dim}:
+            continue
+        results = wiring.results(dim)
+        if results and wiring.space.size(dim) * TABLE <= min(results):
+            yield dim, f"only parameters hold it ({_of(0, results)})"
 
 
 def _wide_heads(wiring: Wiring) -> Found:
@@ -189,6 +204,28 @@ def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
         return False
     # Ratios are compared as products, which are exact.
     return all(left * second[-1] == right * first[-1] for left, right in zip(first, second, strict=True))
+
+
+def _rounded(wiring: Wiring) -> Found:
+    """Narrow places that keep one ratio to their widths only up to multiples of a number: builders round."""
+    places: list[tuple[int, int, int]] = []  # dim, its size, the width that it leaves and returns to
+    for dim in wiring.widths:
+        source, size = wiring.source(dim), wiring.space.size(dim)
+        if source and size < source and wiring.returns(dim):
+            places.append((dim, size, source))
+    step = gcd(*[size for _, size, _ in places])
+    if step == 1:
+        return
+    for _, size, source in places:
+        ratio = Fraction(size, source)
+        uneven = [place for place in places if ratio * place[2] != place[1]]
+        # 24 of 96 and 16 of 48: a quarter each, to the next multiple of 8
+        to_multiples = [abs(ratio * place[2] - place[1]) < step for place in places]
+        if uneven and all(to_multiples) and all(ratio * place[2] % step for place in uneven):
+            for dim, own_size, own_source in places:
+                reason = f"it is {own_size} of {own_source}, and all such places are {ratio} of their widths "
+                yield dim, f"{reason}only to multiples of {step}, so its builder may round it"
+            return
 
 
 def _unread(wiring: Wiring) -> Found:
@@ -299,6 +336,19 @@ def _mixed_weights(wiring: Wiring) -> Found:
                 continue
             for dim in filter(verdicts.is_firm, map(space.find, side)):
                 yield dim, "a weight stands between it and a wider one, so it may count matrices"
+
+
+def _written(wiring: Wiring) -> Found:
+    """A number that the code writes out for a layer, where most widths follow an argument."""
+    verdicts, space = wiring.verdicts, wiring.space
+    written = {space.find(dim): where for dim, where in verdicts.facts.written.items()}
+    carried = wiring.grown(map(space.find, verdicts.facts.carried.values()))
+    numbers = [dim for dim in carried if dim in written]
+    # Where most of a model is numbers, they say nothing of what its author would widen.
+    if 2 * len(numbers) > len(carried):
+        return
+    for dim in sorted(filter(verdicts.is_firm, set(numbers) & wiring.fans)):
+        yield dim, f"the code of {written[dim]} writes the number {space.size(dim)}"
 
 
 def _several_axes(wiring: Wiring) -> Found:

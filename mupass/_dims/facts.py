@@ -103,6 +103,7 @@ class Facts:
     parts: list[int] = field(default_factory=list)  # dims of what activations are joined of
     carried: dict[tuple[str, int], int] = field(default_factory=dict)  # parameter axis -> dim
     frozen: frozenset[str] = frozenset()  # those that are not trained
+    written: dict[int, str] = field(default_factory=dict)  # dims of sizes that code writes out -> its class
 
     # Evidence on single dimensions; strings say where it was met, or why it counts.
     finite: dict[int, str] = field(default_factory=dict)  # certain

@@ -33,6 +33,8 @@ IN_TRANSFORMS = (
     "The forward pass runs transforms of torch.func (vmap, grad, jvp), which this operator comes from: "
     "analyse a module that returns the function's value, and take the derivative outside of it, in the loss"
 )
+# One head in the first stage and two in the second: the verdict on an axis of length 1 says this first.
+ONE_ENTRY = "policy: one entry, which tells nothing"
 # Names of outputs in Hugging Face and timm that no loss looks at.
 HIDDEN_OUTPUTS = re.compile(
     r"past_key_values|hidden_state|projected|pool(er|ed)_output|attentions|cache_params|mems|features|embeds\b",
@@ -84,6 +86,9 @@ class Inference:
             return verdict
         if parameter in self.overlooked and self.engine.space.size(dim) > 1:
             return self._by_analogy(parameter, axis)
+        counterpart = self._growing.get(_place(parameter, axis))
+        if counterpart is not None and self.engine.space.size(dim) == 1 and self._made(parameter, axis):
+            return Verdict(False, f"{ONE_ENTRY}, and in {counterpart} they grow", True)
         return Verdict(False, "no weight is contracted along it")
 
     def _sizes(self, parameter: str) -> list[int]:
@@ -104,6 +109,20 @@ class Inference:
         if self._sizes(parameter)[axis] in self._unread_widths:
             return Verdict(True, "policy: nothing reads it; others that nothing reads have that size", True)
         return Verdict(False, "policy: nothing reads it", True)
+
+    @cached_property
+    def _growing(self) -> dict[tuple[str, ...], str]:
+        """Place of an axis that grows -> its parameter, for those in numbered blocks."""
+        growing: dict[tuple[str, ...], str] = {}
+        for name, dims in self.dims.items():
+            for axis, dim in enumerate(dims):
+                if self.engine.space.size(dim) > 1 and self.verdicts.grows(dim):
+                    growing.setdefault(_place(name, axis), name)
+        return growing
+
+    def _made(self, parameter: str, axis: int) -> bool:
+        """Whether no use of a parameter contracts one of its axes."""
+        return all(axis not in use.fan_in for use in self.uses.get(parameter, ()))
 
     @cached_property
     def _read(self) -> list[str]:
@@ -164,6 +183,17 @@ class Inference:
         return frozenset(widths)
 
 
+def _place(parameter: str, axis: int) -> tuple[str, ...]:
+    """Return what an axis has in common with its twins in other blocks: names and position, not numbers.
+
+    A layer that is itself one of a numbered list has no twin there: ``net.0`` and ``net.2`` differ in kind.
+    """
+    *modules, leaf = parameter.split(".")
+    last = len(modules) - 1
+    names = [name if place == last or not name.isdigit() else "#" for place, name in enumerate(modules)]
+    return (*names, leaf, str(axis))
+
+
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
@@ -196,6 +226,7 @@ def infer(
     uses: dict[str, tuple[Use, ...]] = {}
     for parameter_use in engine.facts.uses:
         uses[parameter_use.parameter] = (*uses.get(parameter_use.parameter, ()), parameter_use.use)
+    _note_written(captured, engine, dims, uses)
     # What the caller says of an axis holds for all that is the same dimension.
     settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
     settled.update(by_dim or {})
@@ -209,6 +240,20 @@ def infer(
     return Inference(
         engine, verdicts, dims, uses, overlooked, overrides, remainders, _first_output(captured, engine)
     )
+
+
+def _note_written(
+    captured: Capture, engine: Engine, dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]
+) -> None:
+    """Record the dimensions whose sizes the code writes out, as what a layer makes."""
+    for name, sizes in captured.written.items():
+        contracted: set[int] = set()
+        for use in uses.get(name, ()):
+            contracted.update(use.fan_in)
+        for axis, dim in enumerate(dims[name]):
+            size = engine.space.size(dim)
+            if size in sizes and axis not in contracted:
+                engine.facts.written.setdefault(dim, sizes[size])
 
 
 def _doubt_remainders(verdicts: Verdicts, remainders: Mapping[int, Remainder]) -> None:

@@ -6,7 +6,7 @@ Every policy marks what it decides, so that a report can say so and the caller o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 
 from mupass._dims.facts import Facts, ParameterUse
@@ -16,7 +16,7 @@ from mupass._dims.verdicts import Verdict, Verdicts
 CODE_FEATURES = "policy: features of the code"  # what the verdicts on fixed ones say first
 
 
-def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> dict[int, str]:
+def settle_outputs(verdicts: Verdicts, outputs: Sequence[tuple[int, str]]) -> dict[int, str]:
     """Classes or data are output axes that no weight reads; return the others, which may be hidden state."""
     # What a weight reads, or is a part or a whole of that, may be hidden state.
     hidden = verdicts.kin(verdicts.facts.fan_in)
@@ -26,6 +26,12 @@ def settle_outputs(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> di
             verdicts.settle([dim], Verdict(False, description))
         elif verdicts.is_open(dim):
             read_again.setdefault(dim, description)
+    # mean, deviation = y[..., :1], y[..., 1:]: parts of one entry settle nothing, and make up all of y
+    described = {verdicts.space.find(dim): description for dim, description in outputs}
+    for whole, parts in verdicts.space.terms("sum"):
+        single = all(verdicts.space.size(part) == 1 and part in described for part in parts)
+        if single and whole not in hidden:
+            verdicts.settle([whole], Verdict(False, described[parts[0]]))
     return read_again
 
 

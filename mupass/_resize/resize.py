@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
+from mupass._dims.infer import ONE_ENTRY
 from mupass._dims.policies import CODE_FEATURES
 from mupass._dims.solve import solve
 from mupass._errors import ResizeError, warn
@@ -127,6 +128,7 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
         return
     axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
     kept: list[str] = []  # axes that features of the code fix
+    single: list[str] = []  # axes of one entry that have several in other blocks, where they grow
     for name, parameter in model.named_parameters():
         for axis, before in enumerate(parameter.shape):
             dim = sizes.solved.engine.space.find(sizes.solved.dims[name][axis])
@@ -141,6 +143,8 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
             # Sinusoids of so many features, which the code may as well make as many as the width has units.
             if verdict.why.startswith(CODE_FEATURES) and before == after:
                 kept.append(f"{name}:{axis} ({before})")
+            if verdict.why.startswith(ONE_ENTRY):
+                single.append(f"{name}:{axis}")
     if axes_of:
         warn(
             [
@@ -153,6 +157,13 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
             [
                 "features of the code stay as many as they are, which one model cannot settle; say "
                 f"dims={{'PARAMETER:AXIS': 'infinite'}} of those that grow: {_first(kept, ', ', '')}"
+            ]
+        )
+    if single:
+        warn(
+            [
+                "axes of one entry, such as one head, stay so, though they grow in other blocks; resize a "
+                f"model that has several there if these should grow too: {_first(single, ', ', '')}"
             ]
         )
 

@@ -68,6 +68,75 @@ def timm_res2net(k: int) -> nn.Module:
     )
 
 
+# The stems of the next three have a number of channels of their own, as their code says.
+@CASES(image(64), ambiguous=r"^stem\.0\..*:0|^stages\.0\.0\.conv\.weight:1")
+def timm_starnet(k: int) -> nn.Module:
+    from timm.models.starnet import StarNet
+
+    return StarNet(base_dim=24 * k, depths=[1, 1, 1], num_classes=10)
+
+
+@CASES(
+    image(64),
+    ambiguous=r"^stem\..*:0|^stem\.1\.conv\.weight:1|^blocks\.0\.stack\.conv1\.(conv|bn)_dw\.\w+:0|"
+    r"^blocks\.0\.(shortcut|stack\.conv1)\.conv(_pw)?\.weight:1",
+)
+def timm_xception_aligned(k: int) -> nn.Module:
+    from timm.models.xception_aligned import XceptionAligned
+
+    exit_flow = {"no_skip": True, "start_with_relu": False}
+    blocks = [
+        {"in_chs": 64, "out_chs": 96 * k, "stride": 2},
+        {"in_chs": 96 * k, "out_chs": 96 * k, "stride": 1},
+        {"in_chs": 96 * k, "out_chs": (96 * k, 120 * k, 120 * k), "stride": 1, **exit_flow},
+    ]
+    return XceptionAligned(blocks, num_classes=10)
+
+
+# The second convolution and the head have numbers of their own.
+@CASES(
+    image(64),
+    ambiguous=r"^conv2\.weight:0|^bn2\.\w+:0|^layer1\.0\.(conv1|downsample\.0)\.weight:1|"
+    r"^(incre|downsamp)_modules\..*\.\w+:0|^incre_modules\.\d\.0\.conv[23]\.weight:1|"
+    r"^downsamp_modules\.\d\.0\.weight:1|^final_layer\.[01]\.\w+:0|^final_layer\.0\.weight:1|"
+    r"^classifier\.weight:1",
+)
+def timm_hrnet(k: int) -> nn.Module:
+    from timm.models.hrnet import HighResolutionNet
+
+    def stage(count: int, kind: str, *channels: int) -> dict[str, object]:
+        return {
+            "num_modules": 1,
+            "num_branches": count,
+            "block_type": kind,
+            "num_blocks": (2,) * count,
+            "num_channels": channels,
+            "fuse_method": "SUM",
+        }
+
+    config = {"stem_width": 64 * k, "stage1": stage(1, "BOTTLENECK", 32 * k)}
+    for number, count in ((2, 2), (3, 3), (4, 4)):
+        config[f"stage{number}"] = stage(count, "BASIC", *[18 * k * 2**branch for branch in range(count)])
+    return HighResolutionNet(config, num_classes=10)
+
+
+# The gates are rounded to multiples of 8; both axes that one model cannot tell are those of one size.
+@CASES(image(64))
+def timm_repvit(k: int) -> nn.Module:
+    from timm.models.repvit import RepVit
+
+    return RepVit(embed_dim=(48 * k, 96 * k), depth=(2, 2), num_classes=10)
+
+
+@CASES(image(224), ambiguous=r"token_mixer\.(qkv\.\w+:0|proj\.weight:1|attention_biases:0)")
+def timm_efficientformer(k: int) -> nn.Module:
+    from timm.models.efficientformer import EfficientFormer
+
+    return EfficientFormer(
+        depths=(1, 1, 1, 2), embed_dims=(16 * k, 24 * k, 32 * k, 48 * k), num_vit=1, num_classes=10
+    )
+
+
 @CASES(keywords(pixel_values=lambda: randn(2, 3, 32, 32)))
 def cvt(k: int) -> nn.Module:
     return hf.CvtForImageClassification(

@@ -43,8 +43,9 @@ def contract(
     for value, names in zip(operands, labels, strict=True):
         terms.append(Operand(value, dict(zip(names, value.axes, strict=True))))
     axes = _unify_labels(call, terms)
-    # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight
-    if call.static and any(map(_is_constant_vector, operands)):
+    # mv(W, v), v a buffer: the power iteration of spectral norm, which is no use of the weight. A layer that
+    # reads a vector of its own is none: a net that makes weights of a learned code.
+    if call.static and kind != "linear" and any(map(_is_constant_vector, operands)):
         return call.value(bare(axes[label] for label in out))
     weights = [term for term in terms if term.value.parametric]
     for weight in weights:

@@ -93,6 +93,12 @@ def _pick_by_index(call: Call, source: Value, axis: Axis, index: Value) -> None:
             call.facts.reordered.append((axis.dim, index.axes[0].dim))
         other_axes = [other for other in source.axes if other.dim != axis.dim]
         call.use("embedding", [axis], other_axes, source)
+    elif not source.static and index.static and len(index.axes) == 1:
+        # x[:, permutation] is as long as x; of x[:, chosen] as many are chosen as x has for a fixed index.
+        if index.sizes == (axis.size,):
+            call.unify(index.axes[0], axis)
+        elif index.axes[0].size > 1 and axis.size > 1:
+            call.space.derived.append((index.axes[0].dim, axis.dim))
 
 
 @rule("aten.index_select")
