@@ -7,6 +7,7 @@ fits so well that features are never learned. Every cell is the best test accura
 learning rates, averaged over seeds.
 
     python -m benchmarks.zero_readout
+    python -m benchmarks.zero_readout --optimizers kfac --damping-floor 0 --unbounded   # the paper's K-FAC
 """
 
 import argparse
@@ -34,9 +35,11 @@ def accuracy(
         torch.nn.init.zeros_(model[-1].weight)
         torch.nn.init.zeros_(model[-1].bias)
     if optimizer == "kfac":
+        bounds = {"kl_clip": None, "step_bound": None} if options.unbounded else {}
         steps = mupass.KFAC(
-            model, lr, options.damping, momentum=0.0, damping_floor=options.damping_floor, fallback="sgd"
-        )
+            model, lr, options.damping, momentum=0.0, damping_floor=options.damping_floor, fallback="sgd",
+            **bounds,
+        )  # fmt: skip
     else:
         steps = torch.optim.SGD(mupass.param_groups(model, lr, optimizer="sgd"), momentum=0.9)
     # Steps fall with the batch, so epochs rise with its root: large batches are not just undertrained.
@@ -53,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--damping", type=float, default=1e-2)
     parser.add_argument("--damping-floor", type=float, default=0.1, help="of K-FAC; 0 is the paper's rule")
+    parser.add_argument(
+        "--unbounded", action="store_true", help="K-FAC without bounds on a step, as the paper's"
+    )
     parser.add_argument("--data")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
