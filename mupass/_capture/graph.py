@@ -44,6 +44,7 @@ class Capture:
             that the forward operators among ``nodes`` use already.
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
         frozen: Names of the parameters that are not trained.
+        permutations: Placeholders of buffers that are permutation matrices, identities among them.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +61,7 @@ class Capture:
     derivatives: frozenset[Node] = frozenset()
     transformed: bool = False
     frozen: frozenset[str] = frozenset()
+    permutations: frozenset[Node] = frozenset()
 
     @property
     def trained(self) -> set[Node]:
