@@ -1,0 +1,178 @@
+"""Kinds of faults met at the first sight of 72 programs as people write them for themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_doubts import doubted
+from torch import Tensor, nn
+from zoo.case import randn
+
+import mupass
+
+
+def wrong(build: Callable[[int], nn.Module], inputs: tuple[Tensor, ...]) -> list[str]:
+    """Return the axes without a mark whose verdict is not that of two instances."""
+    analysis = mupass.analyze(build(1), inputs)
+    wide = dict(build(2).named_parameters())
+    found = []
+    for name, parameter in build(1).named_parameters():
+        for axis, size in enumerate(parameter.shape):
+            geometry = analysis[name]
+            is_right = geometry.infinite[axis] == (size != wide[name].shape[axis])
+            if not is_right and not geometry.ambiguous[axis]:
+                found.append(f"{name}:{axis} {geometry.evidence[axis]}")
+    return found
+
+
+class Scan(nn.Module):
+    """A selective scan whose decay rates times step sizes are written as einsum."""
+
+    def __init__(self, d: int, state: int = 16, by_einsum: bool = True) -> None:
+        super().__init__()
+        self.splits, self.by_einsum = [d // 16, state, state], by_einsum
+        self.enter, self.project = nn.Linear(5, d), nn.Linear(d, d // 16 + 2 * state, bias=False)
+        self.step, self.leave = nn.Linear(d // 16, d), nn.Linear(d, 3)
+        self.rates = nn.Parameter(torch.randn(d, state))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.enter(x))
+        low, write, read = self.project(h).split(self.splits, -1)
+        step = F.softplus(self.step(low))
+        rates = -torch.exp(self.rates)
+        decay = torch.einsum("bld,dn->bldn", step, rates) if self.by_einsum else step[..., None] * rates
+        state, outputs = torch.zeros_like(decay[:, 0]), []
+        for t in range(x.shape[1]):
+            state = decay[:, t].exp() * state + h[:, t, :, None] * write[:, t, None]
+            outputs.append(torch.einsum("bdn,bn->bd", state, read[:, t]))
+        return self.leave(torch.stack(outputs, 1))
+
+
+@pytest.mark.parametrize("by_einsum", [True, False])
+def test_a_product_entry_by_entry_makes_no_width(by_einsum: bool) -> None:
+    def build(k: int) -> nn.Module:
+        return Scan(96 * k, by_einsum=by_einsum)
+
+    assert not wrong(build, randn(2, 4, 5))
+    assert mupass.analyze(build(1), randn(2, 4, 5))["rates"].role == "vector"
+
+
+class Upsampled(nn.Module):
+    """A convolution with a kernel a sample that also doubles the size, as in the generator of StyleGAN 2."""
+
+    def __init__(self, d: int, style: int = 8) -> None:
+        super().__init__()
+        self.start, self.style = nn.Parameter(torch.randn(1, 2 * d, 4, 4)), nn.Linear(style, 2 * d)
+        self.weight, self.bias = nn.Parameter(torch.randn(1, d, 2 * d, 3, 3)), nn.Parameter(torch.zeros(d))
+        self.head = nn.Conv2d(d, 3, 1)
+        self.register_buffer("blur", torch.ones(1, 1, 2, 2) / 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        batch, (_, n_out, n_in, *kernel) = len(z), self.weight.shape
+        kernels = self.weight * self.style(z).view(batch, 1, n_in, 1, 1)
+        kernels = kernels.transpose(1, 2).reshape(batch * n_in, n_out, *kernel)
+        x = self.start.repeat(batch, 1, 1, 1).view(1, batch * n_in, 4, 4)
+        x = F.conv_transpose2d(x, kernels, stride=2, groups=batch)
+        x = F.conv2d(x.view(batch * n_out, 1, *x.shape[-2:]), self.blur)
+        x = x.view(batch, n_out, *x.shape[-2:])
+        return self.head(F.leaky_relu(x + self.bias[:, None, None], 0.2))
+
+
+def test_what_a_transposed_convolution_with_a_kernel_a_sample_makes_can_be_cut_into_samples() -> None:
+    assert not wrong(lambda k: Upsampled(16 * k), randn(3, 8))
+    analysis = mupass.analyze(Upsampled(16), randn(3, 8))
+    assert analysis["bias"].dims[0] == analysis["weight"].dims[1]  # the bias lies along what the kernels make
+
+
+class Invertible(nn.Module):
+    """A matrix between channels of the data, by its factors, and a coupling: one step of Glow."""
+
+    def __init__(self, d: int, channels: int = 6, written: bool = False) -> None:
+        super().__init__()
+        whole = torch.linalg.qr(torch.randn(channels, channels))[0]
+        order, lower, upper = torch.linalg.lu(whole)
+        self.written = written  # the identity in the forward pass, not in a buffer
+        self.register_buffer("order", order)
+        self.register_buffer("eye", torch.eye(channels))
+        self.lower, self.upper = nn.Parameter(lower), nn.Parameter(upper.triu(1))
+        self.scales = nn.Parameter(upper.diagonal().abs().log())
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.coupling = nn.Sequential(
+            nn.Conv2d(channels // 2, d, 3, padding=1), nn.ReLU(), nn.Conv2d(d, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        eye = torch.eye(len(self.lower)) if self.written else self.eye
+        lower = self.lower.tril(-1) + eye
+        weight = self.order @ lower @ (self.upper.triu(1) + torch.diag(self.scales.exp()))
+        kept, changed = (F.conv2d(x, weight[:, :, None, None]) + self.shift).chunk(2, 1)
+        scale, shift = self.coupling(kept).chunk(2, 1)
+        return torch.cat([kept, (changed + shift) * torch.sigmoid(scale)], 1)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_square_matrix_between_channels_of_the_data_is_fixed_on_both_sides(written: bool) -> None:
+    x = randn(2, 6, 4, 4)
+
+    def build(k: int) -> nn.Module:
+        return nn.Sequential(Invertible(16 * k, written=written), Invertible(16 * k, written=written))
+
+    assert not wrong(build, x)
+    analysis = mupass.analyze(build(1), x)
+    names = [f"{step}.{factor}" for step in (0, 1) for factor in ("lower", "upper", "scales", "shift")]
+    assert not any(any(analysis[name].infinite) or any(analysis[name].ambiguous) for name in names)
+
+
+class Board(nn.Module):
+    """A trunk with a head of few channels that is read position by position, or pooled."""
+
+    def __init__(self, d: int, few: int = 3, pooled: bool = False) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.trunk, self.mix = nn.Conv2d(3, d, 3, padding=1), nn.Conv2d(d, d, 3, padding=1)
+        self.narrow, self.norm = nn.Conv2d(d, few, 1), nn.BatchNorm2d(few)
+        self.value = nn.Linear(few if pooled else few * 42, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.trunk(x).relu()
+        h = self.norm(self.narrow(h + self.mix(h).relu())).relu()
+        return self.value(h.mean((2, 3)) if self.pooled else h.flatten(1)).tanh()
+
+
+def test_few_channels_that_are_read_position_by_position_are_marked() -> None:
+    x = randn(2, 3, 6, 7)
+    marked = {"narrow.weight:0", "narrow.bias:0", "norm.weight:0", "norm.bias:0", "value.weight:1"}
+    assert set(doubted(Board(24), x)) == marked
+    # As many as before, or more: the channels of the last layer.
+    assert doubted(Board(24, few=24), x) == {}
+    assert doubted(Board(24, few=20, pooled=True), x) == {}
+
+
+class Fixed(nn.Module):
+    """Linear attention whose inner width is one number at stages of different width."""
+
+    def __init__(self, d: int, heads: int = 2, size: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Conv2d(d, 3 * heads * size, 1, bias=False), nn.Conv2d(heads * size, d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.reshape(len(x), self.heads, -1, x[0, 0].numel()) for t in self.qkv(x).chunk(3, 1))
+        mixed = torch.einsum("bhdn,bhen->bhde", k.softmax(-1), v)
+        mixed = torch.einsum("bhde,bhdn->bhen", mixed, q.softmax(-2))
+        return x + self.out(mixed.reshape(len(x), -1, *x.shape[2:]))
+
+
+def test_queries_and_keys_are_marked_with_the_values_of_one_weight() -> None:
+    def build(k: int) -> nn.Module:
+        d = 16 * k
+        enter, down, leave = nn.Conv2d(3, d, 1), nn.Conv2d(d, 2 * d, 3), nn.Conv2d(2 * d, 3, 1)
+        return nn.Sequential(enter, nn.ReLU(), Fixed(d), down, nn.ReLU(), Fixed(2 * d), leave)
+
+    x = randn(2, 3, 6, 6)
+    assert not wrong(build, x)
+    found = doubted(build(1), x)
+    assert {"2.qkv.weight:0", "2.out.weight:1", "5.qkv.weight:0", "5.out.weight:1"} == set(found)
