@@ -391,7 +391,8 @@ def einsum(call: Call) -> Result:
     # einsum("ij,jk", a, b), without an arrow.
     out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
     if _is_entrywise(operands, labels, out):
-        return pointwise_of(call, [_spread_out(call, *term, out) for term in zip(operands, labels, strict=True)])
+        terms = zip(operands, labels, strict=True)
+        return pointwise_of(call, [_spread_out(call, value, names, out) for value, names in terms])
     # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
     while len(operands) > 2:
         pair = (
