@@ -176,3 +176,37 @@ def test_queries_and_keys_are_marked_with_the_values_of_one_weight() -> None:
     assert not wrong(build, x)
     found = doubted(build(1), x)
     assert {"2.qkv.weight:0", "2.out.weight:1", "5.qkv.weight:0", "5.out.weight:1"} == set(found)
+
+
+class Codebook(nn.Module):
+    """Vector quantization as in VQGAN: distances by a product with the table, of which the least counts."""
+
+    def __init__(self, d: int, codes: int = 12, scored: bool = False) -> None:
+        super().__init__()
+        self.enter, self.leave, self.scored = nn.Linear(5, d), nn.Linear(d, 3), scored
+        self.table = nn.Embedding(codes, d)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        z, table = self.enter(x).relu(), self.table.weight
+        product = torch.einsum("bd,dn->bn", z, table.t())
+        distance = z.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * product
+        nearest = self.table(distance.argmin(1))
+        loss = (nearest.detach() - z).square().mean() + (nearest - z.detach()).square().mean()
+        found = self.leave(z + (nearest - z).detach())
+        return (found, loss, distance) if self.scored else (found, loss)
+
+
+def test_a_codebook_of_which_the_nearest_row_is_picked_is_no_readout() -> None:
+    x, dims = torch.randn(7, 5), {"table.weight:1": "infinite"}
+    torch.manual_seed(0)
+    model = mupass.transform(Codebook(32), x, base=8, dims=dims)
+    geometry = mupass.plan_of(model)[1]["table.weight"].geometry
+    assert geometry.role == "input" and not geometry.readout_uses
+    optimizer = mupass.KFAC(model, loss_terms=7)
+    found, loss = model(x)
+    (found.square().mean() + loss).backward()
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    # Distances that are put out have gradients, and a multiplier would change them.
+    with pytest.raises(mupass.TransformError, match="also the readout"):
+        mupass.transform(Codebook(32, scored=True), x, base=8, dims=dims)
