@@ -210,3 +210,57 @@ def test_a_codebook_of_which_the_nearest_row_is_picked_is_no_readout() -> None:
     # Distances that are put out have gradients, and a multiplier would change them.
     with pytest.raises(mupass.TransformError, match="also the readout"):
         mupass.transform(Codebook(32, scored=True), x, base=8, dims=dims)
+
+
+class ByLambda(nn.Module):
+    """A block whose second half is a function in an attribute, as in minGPT."""
+
+    def __init__(self, d: int, how: str) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, d), nn.Linear(d, 3)
+        self.block = nn.ModuleDict({"up": nn.Linear(d, 4 * d), "down": nn.Linear(4 * d, d)})
+        block = self.block
+
+        def inner(x: Tensor) -> Tensor:
+            return torch.relu(block["up"](x))
+
+        if how == "closure":
+            self.run = lambda x: block["down"](torch.relu(block["up"](x)))
+        elif how == "default":
+            self.run = lambda x, m=block: m["down"](torch.relu(m["up"](x)))
+        elif how == "nested":
+            self.run = lambda x: self.block["down"](inner(x))
+        else:
+            self.run = lambda x: x
+            self.enter.register_forward_hook(lambda module, args, h: h + block["down"](inner(h)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        return self.leave(torch.relu(h + self.run(h)))
+
+
+@pytest.mark.parametrize("how", ["closure", "default", "nested", "hook"])
+def test_functions_in_attributes_of_a_copy_run_the_modules_of_the_copy(how: str) -> None:
+    x, model, wide = torch.randn(4, 5), ByLambda(16, how), ByLambda(32, how)
+    resized = mupass.resize(model, scale=2, example_inputs=x)
+    resized.load_state_dict(wide.state_dict())
+    torch.testing.assert_close(resized(x), wide(x))
+    same = mupass.resize(model, scale=1, example_inputs=x)
+    same(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in same.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(same(x), model(x))
+
+
+def test_studies_train_the_copies_of_models_with_functions_in_attributes() -> None:
+    models: dict[int, ByLambda] = {}
+
+    def build(width: int) -> nn.Module:
+        torch.manual_seed(0)
+        models[width] = ByLambda(width, "closure")
+        return models[width]
+
+    x = torch.randn(16, 5)
+    mupass.coord_check(build, [(x, torch.zeros(16, dtype=torch.long))], widths=[8, 16], optimizer="sgd")
+    for model in models.values():
+        assert all(parameter.grad is None for parameter in model.parameters())
