@@ -20,6 +20,7 @@ CANONICAL = {
 }
 KINDS = tuple(CANONICAL)
 ROUNDING = 4e-3  # of half precision
+MANY = 1024  # entries of which the largest tells a bound to 2 %
 FEW = 64  # a tensor with fewer entries follows the others rather than speaking for a law
 
 
@@ -95,21 +96,15 @@ class Sample:
 
     @property
     def drawn_exactly(self) -> bool:
-        """Whether its largest entry is that of a flat law with a gain that people use.
+        """Whether its largest entry is the bound of PyTorch's default, ``1/sqrt(fan_in)``.
 
-        The largest of n entries is within 20/n of the bound (but for once in 10^8 times), which tells much
-        more than their std.
+        The largest of n entries is within 20/n of the bound (but for once in 10^8 times), which tells more
+        than their std where there are many.
         """
-        if not self.uniform or self.count < FEW:
+        if not self.uniform or self.count < MANY or self.fans.fan_in is None:
             return False
-        for kind, gains in CANONICAL.items():
-            denominator = self.fans.denominator(kind)
-            if denominator is None:
-                continue
-            shares = [self.bound * sqrt(denominator / 3) / gain for gain in gains]
-            if any(1 - 20 / self.count - ROUNDING <= share <= 1 + ROUNDING for share in shares):
-                return True
-        return False
+        share = self.bound * sqrt(self.fans.fan_in)
+        return 1 - 20 / self.count - ROUNDING <= share <= 1 + ROUNDING
 
     @property
     def tolerance(self) -> float:
