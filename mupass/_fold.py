@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import isclose
 from typing import TypeVar
@@ -12,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from mupass._capture.copying import deepcopy
 from mupass._errors import MupassWarning, TransformError
 from mupass._records import Carrier, Geometry, ScoreScale, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module

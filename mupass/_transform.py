@@ -1,7 +1,6 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mupass._analyze import analyze
+from mupass._capture.copying import deepcopy
 from mupass._errors import PlanError, TransformError, kind_of, some, warn
 from mupass._optim.schedules import watch_models
 from mupass._records import Carrier, Geometry, ScoreScale

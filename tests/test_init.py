@@ -195,6 +195,39 @@ def test_embedding_and_default_linear_layers_are_told_apart() -> None:
     assert found["up.weight"].law == found["head.weight"].law == "fan_in, gain 0.577 (uniform)"
 
 
+class Tagged(nn.Module):
+    """An LSTM as PyTorch draws it, between layers that are drawn by a constant near to its own std."""
+
+    def __init__(self, d: int = 64):
+        super().__init__()
+        self.table = nn.Embedding(40, d // 2)
+        self.enter, self.rnn = nn.Linear(d // 2, 2 * d), nn.LSTM(2 * d, d, batch_first=True)
+        self.mix, self.head = nn.Linear(d, 3 * d), nn.Linear(3 * d, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h, _ = self.rnn(torch.relu(self.enter(self.table(ids))))
+        logits: Tensor = self.head(torch.relu(self.mix(h)))
+        return logits
+
+
+def test_the_bound_of_a_flat_law_outvotes_a_std_that_others_share() -> None:
+    torch.manual_seed(0)
+    model = Tagged()
+    std = UNIFORM / 64**0.5  # of U(+-1/sqrt(64))
+    for layer in (model.enter, model.mix, model.head):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    # Near to U(+-1/sqrt(fan_out)) by its std, and not flat.
+    nn.init.normal_(model.table.weight, std=0.1)
+    found = plan(model, IDS)
+    assert found["rnn.weight_hh_l0"].law == "fan_in, gain 0.577 (uniform)"
+    assert found["rnn.weight_ih_l0"].law.startswith("fan_in of rnn.weight_hh_l0, gain 0.577")
+    for name in ("enter.weight", "mix.weight", "head.weight", "table.weight"):
+        assert found[name].law.startswith("constant std")
+    # What it would be at width 16, by the law that drew it.
+    assert found["rnn.weight_hh_l0"].std == pytest.approx(std, rel=0.01)
+
+
 def test_a_law_in_doubt_is_said_and_can_be_settled() -> None:
     model = mlp()
     nn.init.normal_(model.get_parameter("2.weight"), std=0.0437)

@@ -17,7 +17,7 @@ from mupass._optim.linalg.packed import (
     squared_lengths,
     unpack,
 )
-from mupass._optim.linalg.roots import inverse_roots
+from mupass._optim.linalg.roots import eigenbases, inverse_roots
 
 N = 48
 
@@ -99,6 +99,34 @@ def test_a_failure_is_told_and_a_zero_matrix_is_none() -> None:
         assert failed.tolist() == [True, False, False]
         assert (found[:2] == 0).all()
         torch.testing.assert_close(found[2], torch.eye(N))
+
+
+@pytest.mark.parametrize("fault", ["NaN", "error"])
+def test_what_single_precision_does_not_decompose_is_decomposed_in_double(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """LAPACK fails on some matrices of low rank in single precision, at times without an error."""
+    eigh = torch.linalg.eigh
+    rows = torch.randn(3, 4, 9)
+    bank = rows.mT @ rows
+    lost = torch.zeros(9, 9)  # fails in double precision too
+
+    def failing(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(matrices)
+        for number, matrix in enumerate(matrices):
+            fails = matrix.count_nonzero() == 0 or matrix.dtype == torch.float32 and matrix.equal(bank[1])
+            if fails and fault == "error":
+                raise torch.linalg.LinAlgError("the algorithm failed to converge")  # type: ignore[attr-defined]
+            if fails:
+                values[number] = torch.nan
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors, found = eigenbases(torch.cat([bank, lost[None]]))
+    assert found.tolist() == [True, True, True, False]
+    assert not values[3].any() and not vectors[3].any()
+    torch.testing.assert_close(vectors[:3] @ values[:3].diag_embed() @ vectors[:3].mT, bank)
+    torch.testing.assert_close(vectors[:3].mT @ vectors[:3], torch.eye(9).expand(3, 9, 9), atol=1e-5, rtol=0)
 
 
 def test_only_whole_roots_are_iterated() -> None:

@@ -169,6 +169,16 @@ def masked_attention(h: Tensor, t: Tensor) -> Tensor:
     return found[0].transpose(0, 1)
 
 
+def queries(h: Tensor, t: Tensor) -> Tensor:
+    q = t.transpose(0, 1)
+    eye, width = torch.eye(h.shape[-1], dtype=h.dtype), h.shape[-1]
+    weights = torch.cat([eye, eye, eye])
+    found = F.multi_head_attention_forward(
+        q, q, q, width, 2, weights, None, None, None, False, 0.0, eye, None, need_weights=False
+    )
+    return h.mean(1, keepdim=True) + found[0].transpose(0, 1)
+
+
 def attended(h: Tensor, t: Tensor) -> Tensor:
     q = h.unflatten(2, (-1, 2)).transpose(1, 2)
     return h + F.scaled_dot_product_attention(q, q, q, attn_mask=t).transpose(1, 2).flatten(2)
@@ -190,6 +200,7 @@ READINGS: dict[str, tuple[tuple[int, ...], Any, Any]] = {
     "permuted": ((5, 1, WIDTH), lambda m, t, x: t.permute(1, 0, 2), plus),
     "token": ((1, 1, WIDTH), lambda m, t, x: t.expand(len(x), -1, -1), before),
     "tokens": ((2, WIDTH), lambda m, t, x: t[None].repeat(len(x), 1, 1), before),
+    "queries of attention": ((5, WIDTH), lambda m, t, x: t[None].repeat(len(x), 1, 1), queries),
     "one for all": ((1, 1, WIDTH), lambda m, t, x: t.expand(len(x), 5, -1), masked),
     "split features": ((WIDTH,), lambda m, t, x: t.view(1, -1, 1, 2).permute(0, 2, 1, 3).flatten(2), plus),
     "of numbers": ((5, WIDTH), lambda m, t, x: 3 - 2 * t, lambda h, t: h * t),
@@ -255,6 +266,37 @@ def test_readings_equal_the_dense_formula(kind: str, compiled: bool, options: di
     rho_a, rho_b = damping(options.get("damping_mode", "trace"), a, b, 1, grows)
     want = -LR * power(b, rho_b, 1) @ gradient.T @ power(a, rho_a, 1)
     assert want.norm() > 0 and (by_features(kind, got).T - want).norm() < 1e-8 * want.norm()
+
+
+class Queries(nn.Module):
+    """Learned queries that attend to each other, as in the first layer of DETR's decoder."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.added = added
+        self.queries, self.inp = nn.Parameter(torch.randn(5, WIDTH)), nn.Linear(3, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.out = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, q = self.inp(x).mean(1, keepdim=True), self.queries[None].repeat(len(x), 1, 1)
+        if self.added:  # the same numbers, as an activation
+            q = q + 0 * h
+        return self.out(torch.tanh(h + self.attention(q, q, q, need_weights=False)[0]).mean(1))
+
+
+def test_a_table_that_attends_to_itself_is_one_input() -> None:
+    x, steps = torch.randn(4, 6, 3, dtype=torch.float64), []
+    for added in (False, True):
+        torch.manual_seed(0)
+        net = mupass.transform(Queries(added).double(), x)
+        optimizer = mupass.KFAC(net, lr=LR)
+        (terms(net, x).sum() / len(x)).backward()
+        steps.append(moved(net, optimizer.step))
+    for name, want in steps[1].items():
+        if "attention" in name:
+            torch.testing.assert_close(steps[0][name], want, rtol=1e-9, atol=1e-12)
+    assert steps[0]["attention.in_proj_weight"].norm() > 0
 
 
 REFUSED: dict[str, tuple[tuple[int, ...], Any, str]] = {

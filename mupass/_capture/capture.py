@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -28,6 +29,8 @@ from mupass._capture.record import record
 from mupass._capture.whole_slices import drop_whole_slices
 from mupass._capture.written import written_sizes
 from mupass._errors import CaptureError
+
+LARGEST = 4096  # sides of matrices whose entries are looked at
 
 
 def capture(
@@ -62,7 +65,28 @@ def capture(
         captured = record(model, args, kwargs, canonical, aliases, error)
     # Frozen parameters are in the graph as all others; optimizers ask for them by name.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return replace(captured, frozen=frozenset(frozen), written=written_sizes(model))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    permutations = [node for node, name in captured.buffers.items() if is_permutation(buffers.get(name))]
+    return replace(
+        captured,
+        frozen=frozenset(frozen),
+        permutations=frozenset(permutations),
+        written=written_sizes(model),
+    )
+
+
+def is_permutation(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is a matrix of zeros with a single one in each row and column.
+
+    Args:
+        tensor: A buffer, or None.
+    """
+    if tensor is None or tensor.dim() != 2 or len(set(tensor.shape)) > 1 or not 2 <= len(tensor) <= LARGEST:
+        return False
+    if tensor.device.type == "meta" or isinstance(tensor, FakeTensor) or tensor.is_complex():
+        return False
+    ones = tensor == 1
+    return bool(((tensor == 0) | ones).all() and (ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())
 
 
 def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:

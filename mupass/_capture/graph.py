@@ -45,6 +45,7 @@ class Capture:
         transformed: Whether the forward pass runs transforms of torch.func (vmap, grad, jvp).
         frozen: Names of the parameters that are not trained.
         written: Parameter -> sizes that the code writes out for what its layer makes, and where.
+        permutations: Placeholders of buffers that are permutation matrices, identities among them.
     """
 
     nodes: tuple[Node, ...]
@@ -62,6 +63,7 @@ class Capture:
     transformed: bool = False
     frozen: frozenset[str] = frozenset()
     written: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    permutations: frozenset[Node] = frozenset()
 
     @property
     def trained(self) -> set[Node]:

@@ -45,6 +45,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _linear_bottlenecks,
         _bottlenecks,
         _learned_codes,
+        _narrow_ends,
         _wide_heads,
         _broad_starts,
         _repeated_sizes,
@@ -115,6 +116,17 @@ def _learned_codes(wiring: Wiring) -> Found:
         results = wiring.results(dim)
         if results and wiring.space.size(dim) * TABLE <= min(results):
             yield dim, f"only parameters hold it ({_of(0, results)})"
+
+
+def _narrow_ends(wiring: Wiring) -> Found:
+    """Channels that a convolution narrows to, of which every position is read by itself.
+
+    Heads of policies and values (AlphaZero) have a few channels at any width of what they read.
+    """
+    for dim in wiring.widths:
+        source = wiring.source(dim)
+        if source and wiring.space.size(dim) * STRAIGHT <= source and wiring.laid_out(dim):
+            yield dim, f"it is narrower than the {source} before it, and its positions are read one by one"
 
 
 def _wide_heads(wiring: Wiring) -> Found:
@@ -194,8 +206,19 @@ def _repeated_sizes(wiring: Wiring) -> Found:
                 differing += [first, second]
         for dim, around in places_of_size:
             if any(_proportional(around, other) for other in differing):
-                for repeated in filter(wiring.verdicts.is_firm, (dim, holders.get(dim, dim))):
+                holder = holders.get(dim, dim)
+                for repeated in filter(wiring.verdicts.is_firm, (dim, holder, *_made_beside(wiring, holder))):
                     yield repeated, f"it is {size} at several places whose widths differ"
+
+
+def _made_beside(wiring: Wiring, dim: int) -> list[int]:
+    """Return what is made as several parts as long as a dimension and holds it: q, k and v of one weight."""
+    wholes = []
+    for whole, parts in wiring.space.terms("sum"):
+        sizes = set(map(wiring.space.size, parts))
+        if dim in parts and sizes == {wiring.space.size(dim)} and whole in wiring.fans:
+            wholes.append(whole)
+    return wholes
 
 
 def _proportional(first: tuple[int, ...], second: tuple[int, ...]) -> bool:

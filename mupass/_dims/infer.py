@@ -354,7 +354,10 @@ def _run(
         for first, second in zip(dims.setdefault(name, own_dims), own_dims, strict=True):
             engine.space.unify(first, second)
     for node in filter(_is_tensor, captured.states):
-        engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
+        value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=True)
+        # The axes of an identity or of another permutation are one.
+        if node in captured.permutations:
+            engine.space.unify(*(axis.dim for axis in value.axes))
     for node, name in captured.inputs.items():
         if _is_tensor(node):
             value = engine.placeholder(node, shape_of(node.meta["val"]), None, static=False)

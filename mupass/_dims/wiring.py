@@ -114,6 +114,14 @@ class Wiring:
         (dims,) = grown
         return self.space.size(dims[0]) if dims else 0
 
+    def laid_out(self, dim: int) -> bool:
+        """Whether weights read it with positions only: channels x height x width as one axis."""
+        if self._read_into[dim]:
+            return False
+        read = [whole for whole in self.wholes(dim) if self._read_into[whole]]
+        beside = set(chain.from_iterable(self._parts["product"][whole] for whole in read)) - {dim}
+        return bool(beside) and all(map(self.is_position, beside))
+
     def holder(self, dim: int) -> int | None:
         """Return the one product that weights make and that holds all factors of a dimension.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
+from mupass._capture.copying import deepcopy
 from mupass._errors import StudyError
 from mupass._hyper.implicit import Solver, SolverKeywords, implicit
 from mupass._hyper.numbers import Numbers, read_numbers

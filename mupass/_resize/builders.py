@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mupass._capture.copying import deepcopy
 from mupass._capture.graph import quiet
 from mupass._errors import ResizeError
 from mupass._resize.attributes import Attributes, Slot, rewrite_config, rewrite_modules
@@ -35,7 +36,7 @@ def by_copy(model: nn.Module, attributes: Attributes, tensors: Mapping[str, Tens
                 if isinstance(value, Tensor) and not value.is_leaf:
                     memo[id(value)] = value.detach().clone()
         try:
-            candidate = copy.deepcopy(model, memo)
+            candidate = deepcopy(model, memo)
         except (TypeError, RuntimeError) as error:
             raise ResizeError(f"{type(model).__name__} cannot be copied: {error}") from error
         # The copy has the new tensors; what is left are the numbers of its modules.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from mupass._capture.graph import Capture
 from mupass._records import Geometry, Use
 from mupass._roles.branches import modules_behind, why_shared
@@ -19,10 +21,32 @@ def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
     """
     if not geometry.readout_uses:
         return geometry
-    fed_use = {use: _fed(geometry.name, use, captured) for use in geometry.readout_uses}
+    fed_use: dict[Use, Use] = {}
+    for use in geometry.readout_uses:
+        # (z @ codebook.T).argmin(-1) tells a place, which no multiplier changes, and has no gradient.
+        if not _only_ranked(geometry.name, use, captured):
+            fed_use[use] = _fed(geometry.name, use, captured)
     # A readout use is one of all uses: both records are to say the same.
     uses = tuple(fed_use.get(use, use) for use in geometry.uses)
-    return replace(geometry, uses=uses, readout_uses=tuple(map(fed_use.__getitem__, geometry.readout_uses)))
+    return replace(geometry, uses=uses, readout_uses=tuple(fed_use.values()))
+
+
+def _only_ranked(parameter: str, use: Use, captured: Capture) -> bool:
+    """Whether nothing but places of the largest or smallest entries comes of a use."""
+    outputs = {node for _, node in captured.outputs}
+    frontier = [reader for reader, _ in readers_of(captured, parameter, use)]
+    visited = set(frontier)
+    found = bool(frontier)
+    while frontier and found:
+        node = frontier.pop()
+        value = node.meta.get("val")
+        # argmin, argmax, argsort: whole numbers, behind which there is no gradient
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+            continue
+        found = node not in outputs
+        frontier += [user for user in node.users if user not in visited]
+        visited.update(node.users)
+    return found
 
 
 def _fed(parameter: str, use: Use, captured: Capture) -> Use:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from mupass._analyze import analyze
+from mupass._capture.copying import deepcopy
 from mupass._errors import StudyError, each_matter_once
 from mupass._resize.resize import resize
 from mupass._runs.batches import Batch, in_precision, move

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
+from mupass._capture.copying import deepcopy
 from mupass._errors import StudyError
 from mupass._fold import strip
 from mupass._scales.marks import unmark

@@ -269,8 +269,9 @@ def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
     # Of a single draw its size is all there is to see.
     std = abs(smallest) / sqrt(3) if single_draw else values.std(correction=0).item()
     # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s.
-    uniform = max(largest, -smallest) <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
-    return replace(empty, std=std, uniform=uniform)
+    bound = max(largest, -smallest)
+    uniform = bound <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
+    return replace(empty, std=std, uniform=uniform, bound=bound)
 
 
 def _fixed(value: float) -> Init:

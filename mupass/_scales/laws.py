@@ -19,6 +19,8 @@ CANONICAL = {
     "fan_avg": (1.0, sqrt(2)),  # Xavier, Xavier with ReLU gain
 }
 KINDS = tuple(CANONICAL)
+ROUNDING = 4e-3  # of half precision
+MANY = 1024  # entries of which the largest tells a bound to 2 %
 FEW = 64  # a tensor with fewer entries follows the others rather than speaking for a law
 
 
@@ -66,6 +68,8 @@ class Fans:
 class Sample:
     """Statistics of one tensor: number of entries, std (None on the meta device), flat distribution.
 
+    The ``bound`` is the largest of its entries by size, where it was measured.
+
     A tensor that the forward pass does not read has no fans, so it ``speaks`` for no law. What a tensor
     without values will hold may be ``promised`` by the model's own code.
     """
@@ -77,6 +81,7 @@ class Sample:
     fans: Fans
     speaks: bool = True
     promised: bool = False
+    bound: float = 0.0
 
     def gain(self, kind: str) -> float | None:
         """Return the gain that the law needs to give this tensor's std."""
@@ -88,6 +93,18 @@ class Sample:
     def drawn_by_default(self) -> bool:
         """Whether the std is that of ``U(+-1/sqrt(fan_in))``."""
         return _Hypothesis("fan_in", DEFAULT_GAIN, True, 0.0).explains(self)
+
+    @property
+    def drawn_exactly(self) -> bool:
+        """Whether its largest entry is the bound of PyTorch's default, ``1/sqrt(fan_in)``.
+
+        The largest of n entries is within 20/n of the bound (but for once in 10^8 times), which tells more
+        than their std where there are many.
+        """
+        if not self.uniform or self.count < MANY or self.fans.fan_in is None:
+            return False
+        share = self.bound * sqrt(self.fans.fan_in)
+        return 1 - 20 / self.count - ROUNDING <= share <= 1 + ROUNDING
 
     @property
     def tolerance(self) -> float:
@@ -136,6 +153,12 @@ class _Hypothesis:
 
     def explains(self, sample: Sample) -> bool:
         gain = sample.gain(self.kind)
+        # A gain of 1/sqrt(3) makes the bound of a flat law 1/sqrt(fan); no one draws normal numbers so.
+        if self.canonical and self.gain == DEFAULT_GAIN and not sample.uniform and sample.count >= FEW:
+            return False
+        # The bound of a flat law says more than a std that others happen to have.
+        if not self.canonical and sample.drawn_exactly:
+            return False
         # Within four standard errors of a standard deviation measured on so many entries.
         return gain is not None and abs(gain / self.gain - 1) <= sample.tolerance + self.slack
 

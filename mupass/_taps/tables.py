@@ -188,6 +188,9 @@ def joined(
     if func in WRITING and known(args[0]) is not None:  # into the table itself
         return args, dict(kwargs)
 
+    # attention(x, x, x) of one tensor stays so: its code asks whether they are the same.
+    entered_before: list[tuple[Tensor, Shape | None, Tensor]] = []
+
     def enter(value: Any, wanted: Shape | None) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)([enter(part, wanted) for part in value])
@@ -195,7 +198,12 @@ def joined(
         # A copy for every sample is an activation itself, whoever reads it.
         if copies is None or not (wanted is not None or copies.spread):
             return value
-        return copies.entered(value, tuple(value.shape) if wanted is None else wanted)
+        for other, shape_of_other, tapped in entered_before:
+            if other is value and shape_of_other == wanted:
+                return tapped
+        tapped = copies.entered(value, tuple(value.shape) if wanted is None else wanted)
+        entered_before.append((value, wanted, tapped))
+        return tapped
 
     places, names = _joins(func, args, kwargs)
     entered = [enter(value, wanted) for value, wanted in zip(args, places, strict=True)]

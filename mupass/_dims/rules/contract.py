@@ -7,7 +7,7 @@ from mupass._dims.call import Call, Result
 from mupass._dims.facts import NOWHERE, Axis, Bilinear, MadeWeight, Value, bare
 from mupass._dims.graph import summed_axes
 from mupass._dims.registry import rule
-from mupass._dims.rules.elementwise import broadcast, is_matrix, pointwise
+from mupass._dims.rules.elementwise import broadcast, is_matrix, pointwise, pointwise_of
 from mupass._dims.rules.reshape import merge_axes
 from mupass._records import PRODUCT_AND_SUM
 
@@ -391,6 +391,9 @@ def einsum(call: Call) -> Result:
         labels.append(names)
     # einsum("ij,jk", a, b), without an arrow.
     out = _spell(output, len(call.shape)) if arrow else _implied_output(labels)
+    if _is_entrywise(operands, labels, out):
+        terms = zip(operands, labels, strict=True)
+        return pointwise_of(call, [_spread_out(call, value, names, out) for value, names in terms])
     # einsum("lhe,she,shd->lhd", q, k, v) is einsum("lhs,shd->lhd", einsum("lhe,she->lhs", q, k), v).
     while len(operands) > 2:
         pair = (
@@ -402,6 +405,20 @@ def einsum(call: Call) -> Result:
             break
         operands, labels = _contract_pair(call, operands, labels, out, pair)
     return contract(call, "einsum", operands, labels, out)
+
+
+def _is_entrywise(operands: Sequence[Value], labels: Sequence[Labels], out: Labels) -> bool:
+    """Whether a parameter multiplies an activation entry by entry: ``einsum("bld,dn->bldn", delta, a)``."""
+    if len(operands) != 2 or [value.parametric for value in operands].count(True) != 1:
+        return False
+    # A shared axis that stays, and none that is summed; einsum("b,n->bn", x, w) shares none.
+    return bool(set(labels[0]) & set(labels[1])) and set(labels[0]).union(labels[1]) == set(out)
+
+
+def _spread_out(call: Call, value: Value, names: Labels, out: Labels) -> Value:
+    """Return a tensor in the order of an output, with single entries where it lacks an axis of it."""
+    axes = dict(zip(names, value.axes, strict=True))
+    return Value(tuple(axes.get(label) or call.new(1) for label in out), value.static)
 
 
 def _spell(term: str, rank: int) -> list[str]:
@@ -586,6 +603,11 @@ def _transposed_channels(call: Call, channels: Axis, fan_in: Axis, fan_out: Axis
     call.unify(channels, fan_in)
     whole = call.new(groups * fan_out.size)
     call.space.groups(whole.dim, (group_count.dim, fan_out.dim))
+    # conv_transpose2d(x.view(1, batch * channels, ...), kernels, groups=batch): a view merged the groups into
+    # the channels, and another may cut them out of what is made.
+    for count, *_ in call.space.terms_of(channels.dim, "product"):
+        if call.space.size(count) == groups:
+            call.space.product(whole.dim, (count, fan_out.dim))
     return Axis(whole.dim, whole.size, fan_out.origin)
 
 

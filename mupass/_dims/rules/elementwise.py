@@ -133,7 +133,16 @@ def broadcast(call: Call, values: Sequence[Value], rank: int) -> list[Axis]:
 )
 def pointwise(call: Call) -> Result:
     """Every axis is kept; operands broadcast against each other."""
-    values = call.values
+    return pointwise_of(call, call.values)
+
+
+def pointwise_of(call: Call, values: Sequence[Value]) -> Result:
+    """Return the result of an operator that works entry by entry.
+
+    Args:
+        call: The operator call.
+        values: Its operands, as they are broadcast against each other.
+    """
     moving = [value for value in values if not value.static]
     # mul(w, s): a matrix times one number of the data, or one a sample or a matrix, is still that matrix.
     if moving and any(value.parametric and is_matrix(value, moving) for value in values):

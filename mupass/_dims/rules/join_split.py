@@ -176,13 +176,13 @@ def diagonal(call: Call) -> Result:
     """Read or write a diagonal: the two axes are one."""
     source = call.values[0]
     if len(call.shape) > len(source.axes):  # a vector onto a diagonal
-        return call.value([*source.axes, call.derive(source.axes[-1], call.shape[-1])])
+        return call.value([*source.axes, call.resized(source.axes[-1], call.shape[-1])])
     first = call.get("dim1", 0) % len(source.axes)
     second = call.get("dim2", 1) % len(source.axes)
     remaining = [axis for position, axis in enumerate(source.axes) if position not in (first, second)]
     if len(call.shape) == len(remaining):  # a trace
         return call.value(remaining)
-    return call.value([*remaining, call.derive(source.axes[first], call.shape[-1])])
+    return call.value([*remaining, call.resized(source.axes[first], call.shape[-1])])
 
 
 @rule(

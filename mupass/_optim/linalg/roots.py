@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -174,22 +176,44 @@ def divided_differences(x: Tensor, power: float) -> Tensor:
 def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of every matrix of a bank.
 
+    In single precision LAPACK fails now and then on matrices of low rank, and at times returns NaN without a
+    word. These are decomposed again in double precision.
+
     Args:
         bank: ``[K, n, n]`` symmetric and finite.
 
     Returns:
         Values ``[K, n]``, vectors ``[K, n, n]`` and a mask ``[K]`` of successes; zeros where it failed.
     """
+    values, vectors = _decomposed(bank)
+    found = _finite(values, vectors)
+    if all(found.tolist()):
+        return values, vectors, found
+    if bank.dtype == torch.float32:
+        again = ~found
+        in_double = _decomposed(bank[again].double())
+        values[again], vectors[again] = (part.to(bank.dtype) for part in in_double)
+        found = _finite(values, vectors)
+    return torch.where(found[:, None], values, 0.0), _only(vectors, found), found
+
+
+def _decomposed(bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors, NaN for a matrix of which LAPACK says that it failed."""
     try:
         values, vectors = torch.linalg.eigh(bank)
     # Raised for the whole batch: find out which one it was.
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if len(bank) == 1:
-            return torch.zeros_like(bank[:, 0]), torch.zeros_like(bank), torch.zeros_like(bank[:, 0, 0]) > 0
-        parts = [eigenbases(matrix[None]) for matrix in bank]
-        values, vectors, converged = (torch.cat(part) for part in zip(*parts, strict=True))
-        return values, vectors, converged
-    return values, vectors, torch.ones_like(values[:, 0]) > 0
+            return torch.full_like(bank[:, 0], math.nan), torch.full_like(bank, math.nan)
+        parts = [_decomposed(matrix[None]) for matrix in bank]
+        values, vectors = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, vectors
+
+
+def _finite(values: Tensor, vectors: Tensor) -> Tensor:
+    """Return a mask ``[K]`` of the decompositions without NaN."""
+    # A NaN in a column of vectors is one in the sum of all.
+    return values.sum(1).isfinite() & vectors.sum((1, 2)).isfinite()
 
 
 def diagonal_roots(bank: Tensor, damping: Tensor, power: float) -> Tensor:
