@@ -187,9 +187,11 @@ def eigenbases(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     values, vectors = _decomposed(bank)
     found = _finite(values, vectors)
-    if all(found.tolist()):
+    # Only the CPU's own results are looked at, so that no device is waited for.
+    on_cpu = bank.device.type == "cpu"
+    if on_cpu and all(found.tolist()):
         return values, vectors, found
-    if bank.dtype == torch.float32:
+    if on_cpu and bank.dtype == torch.float32:
         again = ~found
         in_double = _decomposed(bank[again].double())
         values[again], vectors[again] = (part.to(bank.dtype) for part in in_double)
