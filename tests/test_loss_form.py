@@ -60,6 +60,9 @@ USUAL: dict[str, Loss] = {
     "temperature": lambda out: F.cross_entropy(out / 0.05, Y),
     "binary": lambda out: F.binary_cross_entropy_with_logits(out, BINARY),
     "large targets": lambda out: F.mse_loss(out, 100 * BINARY),
+    "one target": lambda out: (out - 1).square().sum(),
+    "signs": lambda out: (out - 2 * BINARY + 1).square().sum(),
+    "one of many": lambda out: (out - F.one_hot(Y, CLASSES)).square().sum(),
     "some left out": lambda out: F.cross_entropy(out, torch.where(torch.arange(24) < 4, -100, Y)),
 }
 
@@ -97,3 +100,18 @@ def test_the_multiple_is_that_of_autograd(shape: tuple[int, ...], factor: float)
     found = multiple_of_a_mean(rows, of_them, torch.tensor(classes.numel()))
     assert float(found) == pytest.approx(factor, rel=1e-12)
     assert float(multiple_of_a_mean(rows, of_them + 1e-2, torch.tensor(classes.numel()))) == 0
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("classes", [2, 5, 500])
+def test_a_squared_error_is_none_at_any_size_of_the_outputs(size: float, classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    out = (size * torch.randn(8, classes, generator=generator)).requires_grad_()
+    for targets in (F.one_hot(torch.arange(8) % classes, classes), torch.ones(8, classes)):
+        (gradient,) = torch.autograd.grad((out - targets).square().sum(), out)
+        assert float(multiple_of_a_mean(out.detach(), gradient, torch.tensor(8))) == 0
+    # The same outputs under a sum of cross-entropies, in half precision too.
+    loss = F.cross_entropy(out, torch.arange(8) % classes, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, out)
+    for found in (gradient, gradient.bfloat16()):
+        assert float(multiple_of_a_mean(out.detach(), found, torch.tensor(8))) == pytest.approx(8, rel=0.01)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROWS = 8  # of a batch that are looked at: the form is exact in every one
-FORM = 0.02  # how far entries may be off it, relative to the largest one; half precision rounds by less
+FORM = 0.02  # how far entries may be off it, relatively; half precision rounds by less
 
 
 def first_rows(output: Tensor, class_axis: int) -> Tensor | None:
@@ -41,17 +41,36 @@ def multiple_of_a_mean(logits: Tensor, gradient: Tensor, terms: Tensor) -> Tenso
     gradient = gradient.to(logits)
     # Terms that the loss leaves out say nothing.
     alive = (gradient != 0).any(-1, keepdim=True)
+    multiple = torch.maximum(_of_softmax(logits, gradient, alive), _of_logistic(logits, gradient, alive))
+    return multiple * terms.to(logits)
+
+
+def _of_softmax(logits: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
+    """Return what multiple of ``p - y`` a gradient is, with p the softmax and y one class; 0 for none."""
     # The right class is the only one whose logit the loss would have larger.
     classes = torch.zeros_like(logits).scatter_(-1, gradient.argmin(-1, keepdim=True), 1.0)
-    softmax = _multiple(torch.softmax(logits, -1) - classes, gradient, alive)
-    binary = _multiple(torch.sigmoid(logits) - (gradient < 0).to(logits), gradient, alive)
-    return torch.maximum(softmax, binary) * terms.to(logits)
+    softmax = torch.softmax(logits, -1)
+    multiple, error = _fitted((softmax - classes) * alive, gradient)
+    # The other classes have the softmax itself, which is small where there are many: a squared error of few
+    # ones among zeros is told by them.
+    others = (1 - classes) * alive
+    largest = (softmax * others).amax()
+    fits = ((error * others).amax() <= FORM * multiple * largest) & (error.amax() <= FORM * multiple)
+    return torch.where(fits, multiple, 0.0)
 
 
-def _multiple(form: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
-    """Return what a gradient is a multiple of its form by, or 0 where it has another form."""
-    form = form * alive
+def _of_logistic(logits: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
+    """Return what multiple of ``p - y`` a gradient is, with p a logistic function and y 0 or 1; else 0."""
+    p = torch.sigmoid(logits)
+    multiple, error = _fitted((p - (gradient < 0).to(p)) * alive, gradient)
+    # Where logits are alike, so are gradients of any loss: the form shows in how they differ.
+    spread = torch.where(alive, p, -torch.inf).amax() - torch.where(alive, p, torch.inf).amin()
+    return torch.where(error.amax() < FORM * multiple * spread, multiple, 0.0)
+
+
+def _fitted(form: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the multiple of a form that is nearest to a gradient, and how far its entries are off."""
     multiple = (form * gradient).sum() / form.square().sum().clamp(min=torch.finfo(form.dtype).tiny)
-    largest = gradient.abs().amax()
-    fits = (gradient - multiple * form).abs().amax() <= FORM * largest
-    return torch.where(fits & (largest > 0) & multiple.isfinite(), multiple, 0.0)
+    # Of nothing, and of what is not finite, no form is told.
+    multiple = torch.where(multiple.isfinite() & (multiple > 0), multiple, 0.0)
+    return multiple, (gradient - multiple * form).abs()
