@@ -183,12 +183,11 @@ def train(name: str, who: str, lr: float, seed: int, setup: Setup) -> dict[str, 
     batches = work.batches(TASKS[name], seed)
     losses = list(training(model, optimizers, work, batches, setup.steps, BLOWN_UP))
     seconds = time.process_time() - start
-    whole = len(losses) == setup.steps and losses[-1] <= BLOWN_UP
-    curve = [statistics.fmean(losses[i : i + BUCKET]) for i in range(0, len(losses), BUCKET)]
+    final, curve = outcome(losses, setup.steps)
     return {
         **setup.key("run", name, who, lr, seed),
-        "final": trailing(curve, len(curve)) if whole else math.inf,
-        "test": work.evaluate(model) if whole else math.inf,
+        "final": final,
+        "test": work.evaluate(model) if math.isfinite(final) else math.inf,
         "curve": curve,
         "cpu_seconds": round(seconds, 2),
         "commit": commit(),
@@ -308,6 +307,13 @@ class Comparison:
     def __str__(self) -> str:
         word = "yes" if self.holds else "NO"
         return f"{self.mean:+8.4f} +- {self.error:.4f} ({100 * self.mean / self.peer:+5.1f} %) {word:>4}"
+
+
+def outcome(losses: Sequence[float], steps: int) -> tuple[float, list[float]]:
+    """Return the final loss of a run, infinite where it ended early, and its mean losses by buckets."""
+    curve = [statistics.fmean(losses[i : i + BUCKET]) for i in range(0, len(losses), BUCKET)]
+    whole = len(losses) == steps and losses[-1] <= BLOWN_UP
+    return trailing(curve, len(curve)) if whole else math.inf, curve
 
 
 def trailing(curve: Sequence[float], end: int) -> float:

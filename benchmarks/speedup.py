@@ -40,7 +40,7 @@ import torch
 import mupass
 from benchmarks.char_transfer import search
 from benchmarks.log import RESULTS, Log, commit
-from benchmarks.quality import BLOWN_UP, BUCKET, reaches, trailing
+from benchmarks.quality import BLOWN_UP, BUCKET, LAST, Late, outcome, reaches
 from benchmarks.tasks import task, training
 
 NAME, BATCH, BASE, STEPS = "gpt_64", 8, 64, 300
@@ -68,10 +68,6 @@ class Setup:
     out: Path
 
 
-class Late(RuntimeError):
-    """Time is up."""
-
-
 def run(
     optimizer: str, parameterization: str, width: int, lr: float, seed: int, setup: Setup
 ) -> dict[str, Any]:
@@ -96,11 +92,10 @@ def run(
     start = time.process_time()
     losses = list(training(model, [steps_with], work, work.batches(BATCH, seed), setup.steps, BLOWN_UP))
     seconds = time.process_time() - start
-    whole = len(losses) == setup.steps and losses[-1] <= BLOWN_UP
-    curve = [statistics.fmean(losses[i : i + BUCKET]) for i in range(0, len(losses), BUCKET)]
+    final, curve = outcome(losses, setup.steps)
     row = {
         **key,
-        "final": trailing(curve, len(curve)) if whole else math.inf,
+        "final": final,
         "curve": curve,
         "cpu_seconds": round(seconds, 2),
         "commit": commit(),
@@ -166,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only what was run")
     parser.add_argument("--out", type=Path, default=RESULTS / "speedup.jsonl")
     options = parser.parse_args(arguments)
-    if options.steps % BUCKET or options.steps < 50:
-        parser.error(f"--steps {options.steps}: a multiple of {BUCKET}, from 50")
+    if options.steps % BUCKET or options.steps < LAST:
+        parser.error(f"--steps {options.steps}: a multiple of {BUCKET}, from {LAST}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     until = -math.inf if options.table else time.time() + 60 * options.minutes

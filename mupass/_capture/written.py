@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import product, starmap
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -319,7 +320,7 @@ def _combined(function: Callable[[Any, Any], Any], left: Candidates, right: Cand
     if not all(isinstance(value, (int, float)) and abs(value) < LARGE for value in numbers):
         return None
     try:
-        return tuple(function(first, second) for first in left for second in right)
+        return tuple(starmap(function, product(left, right)))
     except (TypeError, ValueError, ArithmeticError):  # None, or a division by zero
         return None
 
@@ -374,15 +375,23 @@ class _Reader:
     def _statements(self, scope: _Scope, places: Sequence[Path], home: type | None) -> Iterator[_Written]:
         """Yield what the statements of a function write out; what it returns is kept at some places."""
         for node in ast.walk(scope.tree):
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                attributes = [(name.attr,) for target in targets for name in _attributes_in(target)]
-                if attributes:
-                    yield from self._kept(scope, node.value, attributes)
-            elif isinstance(node, ast.Return) and node.value is not None:
-                yield from self._kept(scope, node.value, places)
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                yield from self._statement_call(scope, node.value, places[0], home)
+            match node:
+                case ast.Assign(targets=targets, value=value):
+                    yield from self._assigned(scope, targets, value)
+                case ast.AnnAssign(target=target, value=ast.expr() as value):
+                    yield from self._assigned(scope, [target], value)
+                case ast.Return(value=ast.expr() as value):
+                    yield from self._kept(scope, value, places)
+                case ast.Expr(value=ast.Call() as call):
+                    yield from self._statement_call(scope, call, places[0], home)
+
+    def _assigned(self, scope: _Scope, targets: list[ast.expr], value: ast.expr) -> Iterator[_Written]:
+        """Yield what a value writes out that is assigned to attributes of the object under construction."""
+        places: list[Path] = []
+        for target in targets:
+            places += [(name.attr,) for name in _attributes_in(target)]
+        if places:
+            yield from self._kept(scope, value, places)
 
     def _kept(self, scope: _Scope, value: ast.expr, places: Sequence[Path]) -> Iterator[_Written]:
         """Yield what a value writes out that is kept at a place, or its parts at one place each."""
@@ -494,29 +503,38 @@ def _bound(scope: _Scope, call: ast.Call, function: Any, skip: int) -> dict[str,
         parameters = list(inspect.signature(function).parameters.values())[skip:]
     except (TypeError, ValueError):  # a class of C, which tells no arguments
         return {}
-    bound: dict[str, Candidates] = {}
-    for parameter in parameters:
-        default = parameter.default
-        known = default is None or _is_plain(default) and default is not parameter.empty
-        bound[parameter.name] = (default,) if known else None
-    positional = [parameter.name for parameter in parameters if parameter.kind < parameter.VAR_POSITIONAL]
-    passed = [keyword.arg for keyword in call.keywords]
-    for place, argument in enumerate(call.args):
-        if isinstance(argument, ast.Starred):  # any number of them
-            bound.update(dict.fromkeys(positional[place:]))
-            break
-        if place < len(positional):
-            bound[positional[place]] = scope.values(argument)
-            passed.append(positional[place])
+    names = [parameter.name for parameter in parameters if parameter.kind < parameter.VAR_POSITIONAL]
+    passed = _by_place(scope, call, names)
+    passed |= {
+        keyword.arg: scope.values(keyword.value) for keyword in call.keywords if keyword.arg is not None
+    }
+    bound = {parameter.name: _default(parameter) for parameter in parameters} | passed
     for keyword in call.keywords:
         if keyword.arg is not None:
-            bound[keyword.arg] = scope.values(keyword.value)
             continue
         # **kwargs may set any parameter, unless the keys are written out: dd = {"device": device}
-        for name in _keys(scope, keyword.value) or bound:
-            if name not in passed:
-                bound[name] = None
+        chosen = _keys(scope, keyword.value) or list(bound)
+        bound.update(dict.fromkeys(name for name in chosen if name not in passed))
     return bound
+
+
+def _default(parameter: inspect.Parameter) -> Candidates:
+    """Return the default of a parameter as its values; None where it has none that is a number or a layer."""
+    default = parameter.default
+    known = default is None or (_is_plain(default) and default is not parameter.empty)
+    return (default,) if known else None
+
+
+def _by_place(scope: _Scope, call: ast.Call, names: Sequence[str]) -> dict[str, Candidates]:
+    """Return the values of the parameters that a call passes by their place."""
+    passed: dict[str, Candidates] = {}
+    for place, argument in enumerate(call.args):
+        if isinstance(argument, ast.Starred):  # any number of them
+            passed.update(dict.fromkeys(names[place:]))
+            break
+        if place < len(names):
+            passed[names[place]] = scope.values(argument)
+    return passed
 
 
 def _keys(scope: _Scope, expression: ast.expr) -> list[str]:

@@ -87,7 +87,7 @@ class Inference:
         if parameter in self.overlooked and self.engine.space.size(dim) > 1:
             return self._by_analogy(parameter, axis)
         counterpart = self._growing.get(_place(parameter, axis))
-        if counterpart is not None and self.engine.space.size(dim) == 1 and self._made(parameter, axis):
+        if counterpart is not None and self.engine.space.size(dim) == 1 and self._is_made(parameter, axis):
             return Verdict(False, f"{ONE_ENTRY}, and in {counterpart} they grow", True)
         return Verdict(False, "no weight is contracted along it")
 
@@ -120,9 +120,9 @@ class Inference:
                     growing.setdefault(_place(name, axis), name)
         return growing
 
-    def _made(self, parameter: str, axis: int) -> bool:
+    def _is_made(self, parameter: str, axis: int) -> bool:
         """Whether no use of a parameter contracts one of its axes."""
-        return all(axis not in use.fan_in for use in self.uses.get(parameter, ()))
+        return axis not in _contracted(self.uses.get(parameter, ()))
 
     @cached_property
     def _read(self) -> list[str]:
@@ -242,14 +242,20 @@ def infer(
     )
 
 
+def _contracted(uses: Iterable[Use]) -> set[int]:
+    """Return the axes of a parameter that its uses contract."""
+    contracted: set[int] = set()
+    for use in uses:
+        contracted.update(use.fan_in)
+    return contracted
+
+
 def _note_written(
     captured: Capture, engine: Engine, dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]
 ) -> None:
     """Record the dimensions whose sizes the code writes out, as what a layer makes."""
     for name, sizes in captured.written.items():
-        contracted: set[int] = set()
-        for use in uses.get(name, ()):
-            contracted.update(use.fan_in)
+        contracted = _contracted(uses.get(name, ()))
         for axis, dim in enumerate(dims[name]):
             size = engine.space.size(dim)
             if size in sizes and axis not in contracted:
@@ -273,10 +279,8 @@ def _made(dims: Mapping[str, Iterable[int]], uses: Mapping[str, Iterable[Use]]) 
     """Return the axes that parameters bring into the computation: all but those that they contract."""
     made: list[int] = []
     for parameter, parameter_dims in dims.items():
-        contracted: set[int] = set()
         # A dimension that one use contracts may be made by another: F.linear(x, w.T) beside F.linear(x, w).
-        for use in uses.get(parameter, ()):
-            contracted.update(use.fan_in)
+        contracted = _contracted(uses.get(parameter, ()))
         made += [dim for axis, dim in enumerate(parameter_dims) if axis not in contracted]
     return made
 

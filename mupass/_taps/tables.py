@@ -187,27 +187,44 @@ def joined(
         return args, dict(kwargs)
     if func in WRITING and known(args[0]) is not None:  # into the table itself
         return args, dict(kwargs)
-
-    # attention(x, x, x) of one tensor stays so: its code asks whether they are the same.
-    entered_before: list[tuple[Tensor, Shape | None, Tensor]] = []
-
-    def enter(value: Any, wanted: Shape | None) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)([enter(part, wanted) for part in value])
-        copies = known(value)
-        # A copy for every sample is an activation itself, whoever reads it.
-        if copies is None or not (wanted is not None or copies.spread):
-            return value
-        for other, shape_of_other, tapped in entered_before:
-            if other is value and shape_of_other == wanted:
-                return tapped
-        tapped = copies.entered(value, tuple(value.shape) if wanted is None else wanted)
-        entered_before.append((value, wanted, tapped))
-        return tapped
-
+    enter = _Entering(known)
     places, names = _joins(func, args, kwargs)
     entered = [enter(value, wanted) for value, wanted in zip(args, places, strict=True)]
     return tuple(entered), {name: enter(value, names[name]) for name, value in kwargs.items()}
+
+
+class _Entering:
+    """Taps the copies of tables among the arguments of one call, each tensor once.
+
+    ``attention(x, x, x)`` of one tensor stays so: its code asks whether they are the same.
+
+    Args:
+        known: Returns what an argument knows of its entries, None for other arguments.
+    """
+
+    def __init__(self, known: Callable[[Any], Copies | None]) -> None:
+        self._known = known
+        self._before: list[tuple[Tensor, Shape | None, Tensor]] = []
+
+    def __call__(self, value: Any, wanted: Shape | None) -> Any:
+        """Return an argument, tapped where it is copies of a table.
+
+        Args:
+            value: The argument.
+            wanted: Shape in which it is joined to others, None where it is not.
+        """
+        if isinstance(value, (tuple, list)):
+            return type(value)([self(part, wanted) for part in value])
+        copies = self._known(value)
+        # A copy for every sample is an activation itself, whoever reads it.
+        if copies is None or not (wanted is not None or copies.spread):
+            return value
+        for other, shape_of_other, tapped in self._before:
+            if other is value and shape_of_other == wanted:
+                return tapped
+        tapped = copies.entered(value, tuple(value.shape) if wanted is None else wanted)
+        self._before.append((value, wanted, tapped))
+        return tapped
 
 
 def _joins(func: Any, args: Args, kwargs: Kwargs) -> tuple[list[Shape | None], dict[str, Shape | None]]:

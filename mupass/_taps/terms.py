@@ -221,20 +221,22 @@ class TermsTap:
         positions = _positions_of_outputs(leaves, only_first=not eager or self.uses is not None)
         if not positions:
             return None
-        outputs = [leaves[position] for position in positions]
-        if self.uses is None:
-            # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
-            passes = self.passes if eager else None
-            told = self.told if eager else None
-            looked_at = eager and self.counts and self.to_look_at > 0
-            tapped = _Terms.apply(passes, told, looked_at, self.count, *outputs)  # type: ignore[no-untyped-call]
-        else:
-            # The caller makes the gradients itself, and has the terms counted by `fill`.
-            self.uses.append((outputs[0],))
-            tapped = [outputs[0].clone()]
+        tapped = self._tapped([leaves[position] for position in positions], eager)
         for position, tensor in zip(positions, tapped, strict=True):
             leaves[position] = tensor
         return tree_unflatten(leaves, spec)
+
+    def _tapped(self, outputs: Sequence[Tensor], eager: bool) -> Sequence[Tensor]:
+        """Return outputs whose backward pass counts their terms, or which `fill` will count."""
+        if self.uses is not None:
+            # The caller makes the gradients itself, and has the terms counted by `fill`.
+            self.uses.append((outputs[0],))
+            return [outputs[0].clone()]
+        # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
+        passes = self.passes if eager else None
+        told = self.told if eager else None
+        looked_at = eager and self.counts and self.to_look_at > 0
+        return _Terms.apply(passes, told, looked_at, self.count, *outputs)  # type: ignore[no-any-return, no-untyped-call]
 
     def fill(self, gradients: Sequence[Tensor | None]) -> None:
         """Count the terms of `uses` where a backward pass would, and forget these.
