@@ -81,6 +81,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shampoo": (mupass.Shampoo, {}),
     "shampoo_constant": (mupass.Shampoo, {"damping_mode": "absolute"}),
     "soap": (mupass.SOAP, {}),
+    "soap_256": (mupass.SOAP, {"block_size": 256}),  # the default of the first results
     "muon": (mupass.Muon, {}),
     "adamw": (torch.optim.AdamW, {}),
     "sgd": (torch.optim.SGD, {}),

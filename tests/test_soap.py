@@ -107,6 +107,75 @@ def test_rates_and_epsilons_are_those_of_blocks(size: int) -> None:
             assert optimizer._epsilon(name) == pytest.approx((now / base) / grows), name
 
 
+def stack(width: int, inputs: int = 20) -> nn.Module:
+    """Return a multilayer perceptron with the base widths 64 and 256."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, 3)
+    )
+    return mupass.transform(net.double(), torch.randn(4, inputs, dtype=torch.float64), base=256)
+
+
+def shapes_of_blocks(optimizer: mupass.SOAP | mupass.Shampoo) -> dict[str, list[tuple[int, ...]]]:
+    return {name: [tuple(s) for s in blocking.shapes()] for name, blocking in optimizer._blockings.items()}
+
+
+@pytest.mark.parametrize("kind", [mupass.SOAP, mupass.Shampoo])
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_blocks_are_those_of_the_base_width(width: int, kind: Any) -> None:
+    found = shapes_of_blocks(kind(stack(width), block_size="base"))
+    times = width // 64
+    assert found == {
+        "0.weight": [(64, 20)] * times,
+        "2.weight": [(256, 64)] * times**2,
+        "4.weight": [(3, 256)] * times,
+    }
+
+
+def test_long_sides_are_cut_into_equal_parts_and_short_ones_are_not() -> None:
+    # 784 = 4 * 196 <= 4 * 256
+    found = shapes_of_blocks(mupass.SOAP(stack(128, inputs=784)))
+    assert found["0.weight"] == [(64, 196)] * 8
+    # A base width of 8 has blocks of 32, where there is room for them.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    found = shapes_of_blocks(mupass.SOAP(mupass.transform(net, torch.randn(4, 5), base=8)))
+    assert found == {"0.weight": [(32, 5)] * 2, "2.weight": [(32, 32)] * 4, "4.weight": [(3, 32)] * 2}
+
+
+def test_steps_in_blocks_of_the_base_width_are_those_of_that_number() -> None:
+    moves = []
+    for size in ("base", 64):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 3))
+        mupass.transform(net.double(), torch.randn(4, 20, dtype=torch.float64), base=64)
+        optimizer = mupass.SOAP(net, LR, block_size=size)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            net(torch.randn(40, 20, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        moves.append([p.detach().clone() for p in net.parameters()])
+    for ours, wanted in zip(*moves, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", [mupass.SOAP, mupass.Shampoo])
+def test_no_rate_follows_the_number_of_blocks_under_the_standard_parameterization(kind: Any) -> None:
+    net = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    mupass.transform(net, torch.randn(4, 5), base=6, parameterization="standard")
+    options = {"graft": "none"} if kind is mupass.Shampoo else {}
+    optimizer = kind(net, LR, block_size=6, **options)
+    assert {group["mupass_scale"] for group in optimizer.param_groups} == {1.0}
+
+
+@pytest.mark.parametrize("kind", [mupass.SOAP, mupass.Shampoo])
+def test_other_words_for_a_block_size_are_refused(kind: Any) -> None:
+    net, _ = make("mlp")
+    with pytest.raises(mupass.OptimizerError, match="block_size"):
+        kind(net, LR, block_size="whole")
+
+
 def test_the_first_gradient_starts_the_basis_and_moves_nothing() -> None:
     net, x = make("mlp")
     optimizer = mupass.SOAP(net, LR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,9 @@ class Shampoo(MatrixOptimizer):
         damping_mode: ``relative``, ``absolute`` (times the plan's factor) or ``trace``.
         damping_memory: What a step leaves of the largest trace of a factor seen so far. Damping is larger by
             the ratio of this trace to the present one, ``absolute`` damping excepted. 0 forgets at once.
-        block_size: Largest side of a block.
+        block_size: Largest side of a block. ``base`` makes blocks as large as the matrices are at the base
+            width, so that they are the same at all widths; sides above 256 are cut into equal parts, and
+            blocks are not made smaller than 32.
         sides: ``both``, ``left`` (fan_out), ``right`` (fan_in) or ``smaller``.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a factor of its own, with powers that add up to the same ``e``.
@@ -188,7 +190,7 @@ class Shampoo(MatrixOptimizer):
         *,
         e: float = 0.5,
         momentum: float = 0.9,
-        block_size: int = 1024,
+        block_size: int | Literal["base"] = 1024,
         **options: Unpack[ShampooOptions],
     ) -> None:
         check_number("e", e)
@@ -246,7 +248,7 @@ class Shampoo(MatrixOptimizer):
         # Adam's and SGD's norms of all blocks make up that of the whole; spectral norms of 1 do not.
         # (blocks at base width / blocks)^power; Qiu et al., arXiv 2512.05620.
         power = {"none": self.spec.e, "spectral": 0.5}.get(self.spec.graft, 0.0)
-        return float(self._blockings[name].growth() ** -power)
+        return float(self._growth(name) ** -power)
 
     def _update(self) -> Callable[..., Tensor]:
         update_of: dict[str, Callable[..., Tensor]] = {
@@ -364,7 +366,7 @@ class Shampoo(MatrixOptimizer):
 
         def scale(name: str) -> float:
             # A block's gradient is one of so many: its factors are smaller by their number.
-            return float(getattr(self.plan[name].scales, key) / self._blockings[name].growth())
+            return float(getattr(self.plan[name].scales, key) / self._growth(name))
 
         return stack.each(scale)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,9 @@ class SOAP(MatrixOptimizer):
     axes, whatever the layout; fused parameters (qkv) are split into their matrices.
 
     Blocks of fixed size keep Adam's rate ``1/m_in``. In general it is ``sqrt(b_out b_in) / d_in`` for blocks
-    ``b_out x b_in`` (Qiu et al., arXiv 2512.05620). Without blocks the rows of one step hold, but rates do
-    not transfer over training: keep ``block_size`` small and the same at all widths, or set ``spectral``.
+    ``b_out x b_in`` (Qiu et al., arXiv 2512.05620). Blocks that grow with the width follow this for one step,
+    but rates do not transfer over training: leave ``block_size`` at ``base``, or give the same number at all
+    widths that is no larger than the base width, or set ``spectral``.
 
     Args:
         model: A transformed model, compiled or wrapped or not.
@@ -79,7 +80,9 @@ class SOAP(MatrixOptimizer):
         basis_every: Steps between orthogonal iterations.
         eigh_every: After how many orthogonal iterations the basis is computed anew; 0 is never.
         staggered: Whether bases are spread over ``basis_every`` steps, a part of the blocks at each.
-        block_size: Largest side of a block.
+        block_size: Largest side of a block. ``base`` makes blocks as large as the matrices are at the base
+            width, so that they are the same at all widths; sides above 256 are cut into equal parts, and
+            blocks are not made smaller than 32.
         kernels: ``matrix`` flattens the kernel axes of a convolution into fan_in; ``modes`` gives every
             axis a basis of its own.
         spectral: Whether every block of the update is divided by its spectral norm. It is then no larger than
@@ -126,7 +129,7 @@ class SOAP(MatrixOptimizer):
         *,
         momentum: float = 0.95,
         beta2: float = 0.95,
-        block_size: int = 256,
+        block_size: int | Literal["base"] = "base",
         **options: Unpack[SOAPOptions],
     ) -> None:
         self.beta2 = check_number("beta2", beta2, 0, 1)
@@ -156,11 +159,11 @@ class SOAP(MatrixOptimizer):
         return state
 
     def _correction(self, name: str) -> float:
-        return float(self._blockings[name].growth() ** -0.5)
+        return float(self._growth(name) ** -0.5)
 
     def _epsilon(self, name: str) -> float:
         # The norm of a block's gradient is that of the whole over the root of the number of blocks.
-        return float(self.plan[name].scales.epsilon * self._blockings[name].growth() ** -0.5)
+        return float(self.plan[name].scales.epsilon * self._growth(name) ** -0.5)
 
     def _update(self) -> Callable[..., Tensor]:
         return _turned_adam

@@ -293,9 +293,7 @@ _ROWS = (
         epsilon=GRADIENT_NORM,
         has_fallback=True,
         in_summary=True,
-        recipe=Recipe(
-            "mupass._optim.soap:SOAP", {"lr": 1e-3}, for_check={"block_size": 32}, fallback_at_lr=True
-        ),
+        recipe=Recipe("mupass._optim.soap:SOAP", {"lr": 1e-3}, fallback_at_lr=True),
     ),
     OptimizerRow(
         "muon",

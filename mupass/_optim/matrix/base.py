@@ -23,6 +23,7 @@ from mupass._scales.plan import OptimizerSpec
 
 KERNELS = ("matrix", "modes")
 ROLES = ("input", "hidden", "output", "scalar")  # of matrices; scalar: no axis grows with width
+LONGEST = 256  # side of a block where blocks are as long as at the base width
 AT_A_TIME = 1 << 18  # entries, 1 MiB in float32
 Blocks = Mapping[str, Sequence[Tensor]]  # parameter -> its blocks
 
@@ -44,7 +45,7 @@ class Layout:
         roles: Roles of parameters, of `ROLES`.
         compile: Whether the update of each shape is compiled; None where it gains.
         data_parallel: Whether ranks share the work; None where there are several.
-        block_size: Largest side of a block.
+        block_size: Largest side of a block; ``base`` for sides as long as at the base width.
         kernels: One of `KERNELS`: axes of a convolution's kernel are part of a matrix, or sides of their own.
         spectral: Whether every block of the update is divided by its spectral norm.
 
@@ -55,7 +56,7 @@ class Layout:
     roles: Collection[str] = ROLES
     compile: bool | None = None
     data_parallel: bool | None = None
-    block_size: int = WHOLE
+    block_size: int | str = WHOLE
     kernels: str = "matrix"
     spectral: bool = False
 
@@ -65,7 +66,10 @@ class Layout:
             raise OptimizerError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
         if self.compile is not None:
             check_flag("compile", self.compile)
-        check_period("block_size", self.block_size)
+        if isinstance(self.block_size, str):
+            check_choice("block_size", self.block_size, ("base",))
+        else:
+            check_period("block_size", self.block_size)
         check_choice("kernels", self.kernels, KERNELS)
         check_flag("spectral", self.spectral)
 
@@ -103,15 +107,27 @@ class MatrixOptimizer(PlannedOptimizer):
             if reason:
                 reasons[name] = reason
                 continue
-            # A kernel's axes may be sides of their own; other weights have two sides.
             kernel = any(use.kind == "conv" for use in geometry.uses)
-            self._blockings[name] = Blocking(geometry, self.block_size, self.modes and kernel)
+            self._blockings[name] = self._blocking(geometry, kernel)
             preconditioned[name], treatments[name] = parameter, self.spec.name
             count = len(self._blockings[name].shapes())
             if count > 1:
                 treatments[name] += f" x{count}"
         self._set_up(preconditioned)
         return treatments, reasons
+
+    def _blocking(self, geometry: Geometry, kernel: bool) -> Blocking:
+        """Return how a parameter is cut; the axes of a kernel may be sides of their own."""
+        modes = self.modes and kernel
+        if isinstance(self.block_size, str):
+            return Blocking(geometry, LONGEST, modes, as_at_base=True)
+        return Blocking(geometry, self.block_size, modes)
+
+    def _growth(self, name: str) -> float:
+        """Return the number of blocks relative to the base width; 1 where no rate follows the width."""
+        if self.plan.parameterization == "standard":
+            return 1.0
+        return self._blockings[name].growth()
 
     def _set_up(self, parameters: dict[str, Tensor]) -> None:
         """Make the stacks, each parameter's on the rank that keeps it."""

@@ -15,6 +15,7 @@ from mupass._roles.fused import split
 from mupass._roles.matrices import Matrices
 
 WHOLE = 1 << 62  # a block size that no matrix reaches
+SHORTEST = 32  # blocks of a narrow base width; smaller ones cost more in overhead than in arithmetic
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class Blocking:
             change with the number of blocks.
         modes: Whether every axis is a side of its own, instead of two sides fan_out and fan_in; axes of
             length 1 are left out. For kernels of convolutions.
+        as_at_base: Whether sides are no longer than at the base width, either. Those that are longer than
+            ``size`` there are cut into equal parts.
     """
 
     geometry: Geometry
     size: int = WHOLE
     modes: bool = False
+    as_at_base: bool = False
 
     @cached_property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
@@ -91,40 +95,65 @@ class Blocking:
     def _cut(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Return the blocks of all matrices, as views."""
         blocks: list[Tensor] = []
-        for stack in stacks:
+        for stack, longest in zip(stacks, self._longest, strict=True):
             for matrix in stack:
-                blocks += _tiles(matrix, self.size)
+                blocks += _tiles(matrix, longest)
         return blocks
 
-    def growth(self) -> float:
-        """Return the number of blocks relative to that at the base width."""
+    @cached_property
+    def _lengths(self) -> list[tuple[list[float], list[float]]]:
+        """Return the sides of the matrices of every fused piece, here and at the base width."""
         geometry = self.geometry
         # A fused axis holds as many matrices at any width, so its pieces shrink as the whole does.
         axes = list(zip(geometry.base_shape, geometry.shape, strict=True))
-        count = at_base = 0
+        lengths = []
         for piece in split(torch.empty(geometry.shape, device="meta"), geometry.fusions):
             # The same model at the base width has the same pieces, each smaller.
-            count += self._count(piece.shape)
-            at_base += self._count(
-                [
-                    length * base_size / size
-                    for length, (base_size, size) in zip(piece.shape, axes, strict=True)
-                ]
-            )
+            at_base = [
+                length * base_size / size for length, (base_size, size) in zip(piece.shape, axes, strict=True)
+            ]
+            lengths.append((self._side_lengths(piece.shape), self._side_lengths(at_base)))
+        return lengths
+
+    def _side_lengths(self, shape: Sequence[float]) -> list[float]:
+        return [prod(shape[axis] for axis in axes) for axes in self._sides]
+
+    @cached_property
+    def _longest(self) -> list[list[int]]:
+        """Return the longest side of a block, for every fused piece and every side of its matrices."""
+        longest = []
+        for _, at_base in self._lengths:
+            longest.append([self._longest_at(length) for length in at_base])
+        return longest
+
+    def _longest_at(self, base_length: float) -> int:
+        if not self.as_at_base:
+            return self.size
+        whole = max(SHORTEST, round(base_length))
+        # Equal parts, so that the same ones fit into sides that grow.
+        return ceil(whole / ceil(whole / self.size))
+
+    def growth(self) -> float:
+        """Return the number of blocks relative to that at the base width."""
+        count = at_base = 0
+        for (here, there), longest in zip(self._lengths, self._longest, strict=True):
+            count += _count(here, longest)
+            at_base += _count(there, longest)
         return count / at_base
 
-    def _count(self, shape: Sequence[float]) -> int:
-        """Return the number of blocks of one matrix."""
-        return prod(ceil(prod(shape[i] for i in axes) / self.size) for axes in self._sides)
+
+def _count(lengths: Sequence[float], longest: Sequence[int]) -> int:
+    """Return the number of blocks of a matrix, given its sides and the longest side of a block."""
+    return prod(ceil(length / most) for length, most in zip(lengths, longest, strict=True))
 
 
-def _tiles(tensor: Tensor, size: int, axis: int = 0) -> list[Tensor]:
+def _tiles(tensor: Tensor, longest: Sequence[int], axis: int = 0) -> list[Tensor]:
     """Return blocks of a tensor, the first axis outermost."""
     if axis == tensor.dim():
         return [tensor]
     # The last block of a side may be smaller than the others.
-    parts = torch.split(tensor, size, axis) if tensor.shape[axis] > size else (tensor,)
+    parts = torch.split(tensor, longest[axis], axis) if tensor.shape[axis] > longest[axis] else (tensor,)
     tiles = []
     for part in parts:
-        tiles += _tiles(part, size, axis + 1)
+        tiles += _tiles(part, longest, axis + 1)
     return tiles
