@@ -65,7 +65,7 @@ def test_the_page_says_what_the_script_does() -> None:
 def test_the_core_is_a_part_of_the_whole() -> None:
     core, whole = Setup(), Setup(long=True)
     assert set(core.rows()) < set(whole.rows())
-    assert len(core.rows()) == 2 * 3 * 2 and len(whole.rows()) == 3 * 9 * 3
+    assert len(core.rows()) == 2 * 3 * 2 and len(whole.rows()) == 3 * 10 * 3
     assert core.widths_of("staircase") == [64, 128, 256, 512] and core.widths_of("image_pairs") == []
     assert core.spread_of("staircase") == [64, 512]
     assert core.spread_of("gpt_64") == []  # there is nothing to compare width 64 with
