@@ -199,7 +199,7 @@ def slopes(build: Callable[[int], nn.Module], optimizer: str, **options: Any) ->
 
 
 @pytest.mark.filterwarnings("ignore:mupass.* can take no parameter of this model")
-@pytest.mark.sample("lora-adam", "gains-adam", "prompt-sgd", "biases-sgd")
+@pytest.mark.sample("lora-adam")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_what_is_trained_moves_its_layer_by_as_much_at_every_width(kind: str, optimizer: str) -> None:
@@ -210,6 +210,7 @@ def test_what_is_trained_moves_its_layer_by_as_much_at_every_width(kind: str, op
     assert found and max(map(abs, found.values())) < bound, found
 
 
+@pytest.mark.slow
 def test_without_scales_an_adapter_moves_its_layer_more_the_wider_it_is() -> None:
     found = slopes(Net, "adam", parameterization="standard")
     for name, power in found.items():

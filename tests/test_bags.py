@@ -16,6 +16,8 @@ import mupass
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 WIDTH, BASE, WORDS = 8, 4, 6
 OPTIONS: dict[str, Any] = {"damping_floor": 0.0, **PLAIN}
+# In the short tier eager models; a graph for every case takes a second each.
+COMPILED = [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
 IDS = torch.tensor([[3, 1, 0, 1], [5, 5, 2, 0], [0, 4, 1, 2]])
 FLAT, STARTS = torch.tensor([3, 1, 0, 1, 5, 2, 0]), torch.tensor([0, 2, 6])
 WEIGHTS = torch.linspace(0.5, 2, len(FLAT), dtype=torch.float64)
@@ -48,7 +50,7 @@ def terms(out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", BAGS)
 def test_update_equals_that_of_a_look_up_with_a_sum_behind_it(
     kind: str, compiled: bool, options: dict[str, Any]
@@ -86,6 +88,7 @@ def test_update_equals_that_of_a_look_up_with_a_sum_behind_it(
     assert (got - want).norm() < 1e-8 * want.norm()
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_eager_ones_while_sizes_move() -> None:
     """From the second size on the graph has sizes that are not known when it is made."""
     torch._dynamo.reset()  # other tests have compiled the same code, and Dynamo counts

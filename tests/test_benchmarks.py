@@ -154,6 +154,7 @@ def test_an_incident_makes_a_timing_void() -> None:
         step.check()
 
 
+@pytest.mark.slow
 def test_memory_counts_what_the_optimizer_keeps() -> None:
     class Queue(list[object]):
         put = list.append
@@ -257,6 +258,7 @@ def test_intervals_of_a_rate_are_exact() -> None:
     assert interval(20, 20) == (pytest.approx(0.025 ** (1 / 20)), 1.0)
 
 
+@pytest.mark.slow
 def test_paper_figures_at_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     torch.manual_seed(0)
     data = torch.randn(1024, 12), torch.nn.functional.one_hot(torch.arange(1024) % 10, 10).float() - 0.1

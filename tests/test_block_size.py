@@ -118,6 +118,7 @@ def mlp(w: int) -> nn.Module:
     return nn.Sequential(nn.Linear(16, w), nn.Tanh(), nn.Linear(w, w), nn.Tanh(), nn.Linear(w, 8))
 
 
+@pytest.mark.slow
 def test_the_update_of_an_activation_keeps_its_order_in_width() -> None:
     """Blocks of 32 at widths 64 to 512; RMS of the change of every layer's output by its weight."""
     widths, sizes = (64, 128, 256, 512), {}

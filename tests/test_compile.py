@@ -143,6 +143,7 @@ def test_two_graphs_no_break_and_eager_parameters(name: str) -> None:
     assert all(not torch.allclose(p, before[n], rtol=1e-3) for n, p in twin.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_number_of_graphs_follows_factor_every(every: int) -> None:
     counter = CompileCounterWithBackend("aot_eager")
@@ -172,7 +173,7 @@ class Wrapper(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.sample("mlp")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "transformer"])
 def test_a_transformed_part_of_a_larger_graph(name: str) -> None:
     eager = make(name)
@@ -198,6 +199,7 @@ def test_an_idle_model_compiles_without_a_trace_of_the_taps() -> None:
     assert len([n for n in graph.graph.nodes if n.op in ("call_function", "call_module")]) == 5
 
 
+@pytest.mark.slow
 def test_evaluation_between_steps_adds_one_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     net = torch.compile(make("mlp"), fullgraph=True, backend=counter)
@@ -233,6 +235,7 @@ class Shared(nn.Module):
         return self.out(torch.tanh(self.inp(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain_first", [True, False])
 def test_a_plain_model_of_the_class_does_not_lend_its_graph(plain_first: bool) -> None:
     torch._dynamo.reset()
@@ -255,6 +258,7 @@ def test_a_plain_model_of_the_class_does_not_lend_its_graph(plain_first: bool) -
     assert optimizer.stats() == {"steps": 2}
 
 
+@pytest.mark.sample("KFAC")
 @pytest.mark.parametrize("kind", [mupass.KFAC, mupass.Shampoo, mupass.SOAP, mupass.Muon])
 def test_a_training_step_that_is_compiled_as_a_whole_moves_as_an_eager_one(kind: Any) -> None:
     """Dynamo breaks at the backward pass and traces what is around it."""

@@ -217,7 +217,9 @@ class Heads(nn.Module):
         return self.out(torch.tanh(y).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_heads_along_an_axis_of_one_are_one_matrix(compiled: bool) -> None:
     """Blocks of a growing number would take larger steps the more there are."""
     steps = []
@@ -513,7 +515,7 @@ class Apart(ByFunction):
         return self.out(torch.tanh(self.o(attended)))
 
 
-@pytest.mark.sample("experts")
+@pytest.mark.slow
 @pytest.mark.parametrize("make_net", [Raw, Experts, Attend], ids=["raw", "experts", "attention"])
 def test_two_graphs_over_a_run_with_schedules(make_net: type[nn.Module]) -> None:
     torch.manual_seed(0)

@@ -356,6 +356,7 @@ def run(faults: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, dict[str,
     return sum(tail) / len(tail) - least, {**counts, "steps": last["steps"]}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mupass.KFAC. (skipped steps|failed roots|overflowed factors)")
 def test_two_hundred_steps_with_faults_end_where_clean_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     clean, healthy = run(False, monkeypatch)

@@ -20,6 +20,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.eye(10)[(x[:, :10]).argmax(1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kfac", "shampoo"])
 def test_rules_agree_at_the_base_width_and_differ_beyond(name: str) -> None:
     x, y = data()

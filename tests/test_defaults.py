@@ -154,6 +154,7 @@ def test_a_cell_goes_on_until_its_best_rate_is_inside() -> None:
 WORDS = "--only ^adamw/regression/32/16 --steps 16".split()
 
 
+@pytest.mark.slow
 def test_a_benchmark_goes_on_where_it_was(tmp_path: Path, capsys) -> None:
     path = tmp_path / "defaults.jsonl"
     words = [*WORDS, "--out", str(path)]
@@ -208,6 +209,7 @@ class Bare(mupass.Muon):
         super().__init__(model, lr)
 
 
+@pytest.mark.slow
 def test_at_the_default_an_optimizer_is_given_the_model_alone(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(defaults.OPTIMIZERS, "muon", (Counted, {}))
     monkeypatch.setattr(Counted, "given", [])
@@ -259,6 +261,7 @@ def test_words_that_mean_nothing_are_refused(word: str, capsys) -> None:
     assert "kfac" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_estimates_count_what_is_left(tmp_path: Path, capsys) -> None:
     words = [*WORDS, "--out", str(tmp_path / "log")]
     assert defaults.main([*words, "--estimate"]) == 0
@@ -324,6 +327,7 @@ def test_contestants_see_the_same_weights_and_batches(setup: quality.Setup) -> N
     assert other != pytest.approx(curves[0], rel=1e-2)
 
 
+@pytest.mark.slow
 @needs_torch_muon
 def test_quality_is_tuned_timed_and_goes_on(setup: quality.Setup, monkeypatch, capsys) -> None:
     words = [

@@ -101,6 +101,7 @@ def test_other_operators_may_not_end_a_branch() -> None:
     assert not found.modules and "it ends with aten.tanh in the root module" in found.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_a_transformer_has_two_branches_a_layer(train: bool) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)

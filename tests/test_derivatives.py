@@ -50,6 +50,7 @@ class Energy(nn.Module):
 WAYS = ["vmap", "jvp", "vjp", "grad", "jacrev", "jacfwd", "hessian", "autograd.grad"]
 
 
+@pytest.mark.sample("vmap", "autograd.grad")
 @pytest.mark.parametrize("how", WAYS)
 def test_a_derivative_leaves_every_verdict_as_it_is(how: str) -> None:
     x = randn(2, 5, 3)
@@ -60,6 +61,7 @@ def test_a_derivative_leaves_every_verdict_as_it_is(how: str) -> None:
         assert (other.base_shape, other.readout_uses) == (one.base_shape, ()), one.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["jvp", "grad"])
 def test_the_depth_of_a_model_that_takes_derivatives_is_refused_by_name(how: str) -> None:
     x = randn(2, 5, 3)

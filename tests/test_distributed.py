@@ -201,7 +201,7 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
             torch.save((want, through, resumed), path / "result.pt")
 
 
-@pytest.mark.sample("kfac")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
     mp.spawn(_sharded_worker, (free_port(), name, tmp_path), nprocs=2)
@@ -301,7 +301,7 @@ def _mesh_worker(rank: int, port: int, names: Sequence[str], layout: str, path: 
 FIRST, OTHERS = ("kfac",), ("ekfac", "shampoo", "soap", "muon", "adamw")
 
 
-@pytest.mark.sample("tensor-kfac")
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [FIRST, OTHERS], ids=["kfac", "others"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mesh_equals_one_process(names: Sequence[str], layout: str, tmp_path: Path) -> None:

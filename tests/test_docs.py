@@ -92,6 +92,7 @@ def test_the_report_in_the_readme_is_real():
     assert mupass.analyze(model, base=64).report("sgd").text() == shown.rstrip()
 
 
+@pytest.mark.slow
 def test_the_evidence_on_the_concept_page_is_real():
     quoted = next(b for b in blocks("docs/concept.md", "text") if "evidence" in b).rstrip().splitlines()
     _, *facts = quoted

@@ -371,7 +371,7 @@ def test_moments_that_overflow_are_left_out_and_counted() -> None:
     assert len(moments) == 3 and all(own["sum"].isfinite().all() for own in moments)
 
 
-@pytest.mark.sample("mlp")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_two_graphs_no_break_and_eager_parameters(name: str) -> None:
     options = {"lr": 0.01, "damping": 0.1, "factor_every": 5, "ekfac": True, "sharing": "reduce"}

@@ -135,6 +135,7 @@ def test_a_run_that_blows_up_counts_as_untrained(tmp_path: Path) -> None:
     assert evidence_report.loss_of(line) == line["initial"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(evidence, "CORE_KERNELS", (64,))
     monkeypatch.setattr(evidence_report, "KERNELS", (64,))

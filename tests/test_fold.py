@@ -265,6 +265,7 @@ def test_a_copy_leaves_the_model_in_training_alone() -> None:
     assert not torch.equal(model(x), before) and torch.allclose(copied(x), before, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saving_with_live_multipliers_warns_once_and_only_then() -> None:
     model, x = made("tied and deep")
     with pytest.warns(mupass.MupassWarning, match=r"mupass\.fold"):
@@ -293,6 +294,7 @@ def test_the_plan_of_a_folded_model_goes_on_in_another_process() -> None:
     assert lrs == [g["lr"] for g in mupass.param_groups(model, lr=1.0)]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows() -> None:
     model, x = made("tied and deep")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -311,6 +313,7 @@ assert torch.allclose(model(x), y, atol=1e-5), (model(x) - y).abs().max()
 """
 
 
+@pytest.mark.slow
 def test_without_the_plan_the_whole_module_is_read_where_mupass_is_missing(tmp_path: Any) -> None:
     model = nn.Sequential(nn.Embedding(23, 64), nn.LayerNorm(64), nn.Linear(64, 23, bias=False))
     model[2].weight = model[0].weight

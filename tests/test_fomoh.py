@@ -64,6 +64,7 @@ def test_slopes_and_curvature_are_those_of_autograd(build: Callable[[], nn.Modul
     assert torch.allclose(optimizer.curvature, v @ hessian @ v.T, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_with_all_directions_it_is_newtons_step() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2, bias=False)).double()
@@ -96,6 +97,7 @@ def test_a_plane_step_is_the_minimum_of_the_plane() -> None:
     assert torch.allclose(step, -torch.tensor([1 / 3, 1 / 2]).double())
 
 
+@pytest.mark.slow
 def test_it_trains_and_never_raises_the_loss() -> None:
     model = mlp()
     optimizer = mupass.FoMoH(model, directions=4, damping=1e-2)

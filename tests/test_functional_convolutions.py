@@ -112,7 +112,9 @@ class Matrix(nn.Module):
         return self.out(torch.tanh(x).mean(2))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_kernels_in_another_shape_are_the_modules(compiled: bool) -> None:
     x = data(3, 2, 6)
     (_, want, _), (net, got, optimizer) = (stepped(lambda p=p: Matrix(p), x, compiled) for p in (True, False))
@@ -141,7 +143,9 @@ class Squared(nn.Module):
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_a_bias_beside_a_weight_that_is_not_taken_has_its_own_factor(compiled: bool, sharing: str) -> None:
     x = data(3, 2, 6)
     (_, want, _), (_, got, optimizer) = (

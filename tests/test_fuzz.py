@@ -329,6 +329,7 @@ def test_no_damaged_plan_ends_in_a_raw_error(data: Any) -> None:
     judge_plan(json.dumps(damaged(PLAN, path, how_to_damage(data))))
 
 
+@pytest.mark.slow
 @budget(60)
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from(["", "\0", "}", "NaN", "1e999", '"']))
 def test_no_torn_plan_ends_in_a_raw_error(cut: int, word: str) -> None:
@@ -457,6 +458,7 @@ def test_no_damaged_store_ends_in_a_raw_error(complete: bytes, tmp_path: Path) -
     run()
 
 
+@pytest.mark.slow
 @budget(60)
 @hypothesis.given(
     st.sampled_from(["studies", "runs"]), st.lists(st.sampled_from("abcd"), unique=True, min_size=1)

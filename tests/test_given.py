@@ -63,7 +63,7 @@ def slope(values: dict[int, list[float]]) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
-@pytest.mark.sample("kfac")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_outputs_and_updates_do_not_scale_with_width(optimizer: str) -> None:
     names = ("mid", "conv", "gain", "head")

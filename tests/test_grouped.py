@@ -99,6 +99,7 @@ def test_grouped_experts_move_as_layers_of_their_own(options: dict[str, Any]) ->
         assert (mine["inp.weight"] - theirs["inp.weight"]).norm() < 2e-4 * theirs["inp.weight"].norm()
 
 
+@pytest.mark.slow
 def test_grouped_products_compile_in_one_graph() -> None:
     """In half precision, which is all that torch compiles them for."""
     found = []

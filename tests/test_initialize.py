@@ -104,6 +104,7 @@ def test_meta_then_initialize_is_the_transform_of_the_same_values(law: str) -> N
     torch.testing.assert_close(late(IDS), usual(IDS))
 
 
+@pytest.mark.slow
 def test_a_meta_plan_has_the_factors_of_the_models_own_code() -> None:
     # A constant std is the one at the base width: 0.02 at width 64 is 0.01 at width 256.
     for law, factor in (("normal", 0.5), ("cut", 0.5), ("xavier", 1.0)):
@@ -289,7 +290,7 @@ def train(model: nn.Module, name: str, lr: float, steps: int, x: Tensor = X, y: 
         optimizer.step()
 
 
-@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("width", [64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "lr", "steps"),
     [("SGD", 0.5, 100), ("SGD", 0.01, 500), ("Adam", 1e-2, 10), ("Adam", 1e-3, 100), ("AdamW", 1e-3, 1000)],
@@ -301,6 +302,7 @@ def test_trained_weights_are_told(width: int, name: str, lr: float, steps: int) 
     assert "look trained" in str(found.message) and "trained=True" in str(found.message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Encoder, lambda: ResNet(8)], ids=["vit", "resnet"])
 def test_trained_vision_models_are_told(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -314,6 +316,7 @@ def _transformed(model: nn.Module) -> nn.Module:
     return mupass.transform(model, IMAGES, base=4, inplace=False)
 
 
+@pytest.mark.sample(*sorted(PLAIN)[::5])
 @pytest.mark.parametrize("name", sorted(PLAIN))
 def test_no_initial_weights_of_the_zoo_look_trained(name: str) -> None:
     case = PLAIN[name]
@@ -337,7 +340,7 @@ LAWS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.sample("kaiming", "cut")
+@pytest.mark.slow
 @pytest.mark.parametrize("law", list(LAWS))
 def test_no_draw_of_a_known_law_bears_a_mark(law: str) -> None:
     for seed in range(20):

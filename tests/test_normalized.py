@@ -120,6 +120,7 @@ def test_the_check_fails_a_mask_behind_a_norm(optimizer: str) -> None:
     assert "mask.weight" in check.blame
 
 
+@pytest.mark.slow
 def test_the_check_passes_a_readout_of_what_is_normalized() -> None:
     class Before(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -156,6 +157,7 @@ def slopes(power: float, optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     return dict(zip(("hidden", "readout", "output"), found.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_no_start_of_a_normalized_readout_is_flat(power: float) -> None:
     """At 1/m its own step is not, at 1/sqrt(m) the step of the layer below is not, or the output's."""

@@ -98,6 +98,7 @@ def damages(entry: Entry) -> list[tuple[str, str, Callable[[Entry], Any]]]:
     return found
 
 
+@pytest.mark.sample("kfac", "soap")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
     net, optimizer = trained(name)
@@ -247,7 +248,7 @@ def _rank(rank: int, port: int, name: str, path: Path) -> None:
         torch.save((state, through, others, held(optimizer)), path / f"rank{rank}.pt")
 
 
-@pytest.mark.sample("kfac")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANKED)
 def test_ranks_share_the_preconditioner_and_states_go_from_two_to_one_and_back(
     name: str, tmp_path: Path

@@ -87,6 +87,7 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], Tensor, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sample("gpt", "cnn")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
 def test_the_plan_of_a_narrow_model_is_that_of_the_wide_one(name: str) -> None:

@@ -205,7 +205,7 @@ def test_of_outputs_in_another_precision_it_is_the_same(dtype: torch.dtype) -> N
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.sample("model")
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["model", "loss"])
 def test_a_compiled_model_and_one_within_a_larger_graph_tell_the_same(whole: bool) -> None:
     torch._dynamo.reset()

@@ -197,6 +197,7 @@ def test_no_alarm_where_nothing_is_lost() -> None:
         assert train(model, optimizer) == []
 
 
+@pytest.mark.slow
 def test_models_and_optimizers_are_not_kept_alive() -> None:
     import gc
 

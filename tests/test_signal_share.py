@@ -183,6 +183,7 @@ def test_without_averages_of_gradients_nothing_is_adapted(options: dict[str, Any
             assert torch.equal(one[name], other[name])
 
 
+@pytest.mark.slow
 def test_noisy_regression_comes_closer_than_without() -> None:
     """Steps of one length stay on a plateau of noise, which those that are adapted leave."""
     losses = {False: 0.0, True: 0.0}

@@ -84,6 +84,7 @@ def hidden(width: int, **options: Any) -> float:
     return total / 3
 
 
+@pytest.mark.slow
 def test_soap_without_blocks_does_not_grow_with_width() -> None:
     slopes = {}
     for spectral in (False, True):

@@ -302,6 +302,7 @@ def test_size_and_mean_of_rows_do_not_matter(compiled: bool) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_compiled_factors_are_the_eager_ones() -> None:
     (x, y), steps = data(), []
     for compiled in (False, True):
@@ -317,7 +318,7 @@ def test_compiled_factors_are_the_eager_ones() -> None:
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.sample("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("ekfac", [False, True])
 def test_compiled_steps_are_the_eager_ones_while_sizes_move(ekfac: bool) -> None:
     """From the second size on the graph has sizes that are not known when it is made."""
@@ -442,6 +443,7 @@ def slopes(
     return ((at - at.mean()) @ (values - values.mean(0))) / (at - at.mean()).square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ekfac", [False, True], ids=["kfac", "ekfac"])
 @pytest.mark.parametrize("make", [by_batch_norm, by_scaled_batch_norm])
 def test_steps_of_standardized_layers_are_flat_in_width(make: Any, ekfac: bool) -> None:
@@ -449,6 +451,7 @@ def test_steps_of_standardized_layers_are_flat_in_width(make: Any, ekfac: bool) 
     assert found.abs().max() < 0.1, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [by_batch_norm, by_scaled_batch_norm])
 def test_steps_are_not_flat_under_the_standard_parameterization(make: Any) -> None:
     found = slopes(make, False, "standard", (64, 128, 256))

@@ -326,6 +326,7 @@ def test_a_cleared_pass_leaves_no_statistics(how: str, options: Any, order: str)
     assert_same(*(with_passes(extra, how, options, order, False) for extra in (False, True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "order"), [("model.zero_grad", "before"), ("in place", "before"), ("by hand", "behind")]
 )
@@ -830,6 +831,7 @@ def test_a_forward_pass_with_torch_func_is_analysed(name: str) -> None:
     assert not any(g.readout_uses for g in analysis.geometries)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
@@ -849,6 +851,7 @@ def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     assert_same(eager, twin)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_an_output_that_the_loss_leaves_out_takes_no_part_when_compiled() -> None:
     """Its gradients are zeros in a graph."""
@@ -871,6 +874,7 @@ def test_an_output_that_the_loss_leaves_out_takes_no_part_when_compiled() -> Non
         assert torch.equal(bank.state[name][first], kept[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_compiled_products_of_one_activation_are_one() -> None:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition

@@ -138,6 +138,7 @@ def test_what_cannot_be_hashed_is_refused_by_name(thing: Callable[[], Any]) -> N
         held.close()
 
 
+@pytest.mark.slow
 def test_a_hash_is_the_same_in_another_process() -> None:
     code = "import test_store as t; print(*[t.digest(m(a)) for n, (m, a, b) in t.PAIRS.items()])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}

@@ -119,7 +119,7 @@ class Waiting(Executor):
         return future
 
 
-@pytest.mark.sample("threads", "inline", "waiting")
+@pytest.mark.sample("threads")
 @pytest.mark.parametrize("kind", ["threads", "inline", "waiting", "processes"])
 def test_any_executor_gives_the_same_table(kind: str) -> None:
     expected = sweep(mlp())

@@ -268,6 +268,7 @@ def test_grids_that_make_no_sense_are_refused(grid) -> None:
         mupass.sweep(mlp(), data(), grid, **SMALL)
 
 
+@pytest.mark.sample("sgd", "soap")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "soap", "muon", lambda model, lr: None])
 def test_hyperparameters_that_the_optimizer_does_not_take_are_refused(optimizer) -> None:
     wanted = {"lr": [0.1], "damping": [0.1]}

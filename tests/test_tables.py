@@ -17,6 +17,8 @@ import mupass
 # Dynamo instantiates the class to trace it, on torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 WIDTH, BASE = 8, 4
+# In the short tier eager models; a graph for every case takes a second each.
+COMPILED = [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
 OPTIONS: dict[str, Any] = {"damping_floor": 0.0, **PLAIN}
 # Shape of the table, its features and its rows, and what it is joined to.
 TABLES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]] = {
@@ -79,7 +81,7 @@ def step_of_table(
 
 
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", TABLES)
 def test_update_equals_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
     x, (_, features, rows, _) = data(kind), TABLES[kind]
@@ -235,7 +237,7 @@ def by_features(kind: str, tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", READINGS)
 def test_readings_equal_the_dense_formula(kind: str, compiled: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(1)

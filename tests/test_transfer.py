@@ -24,6 +24,7 @@ GRID = {"lr": [2.0**p for p in range(-10, -2)]}
 QUICK = {"steps": 10, "proxy": 32, "progress": False}
 
 
+@pytest.mark.slow
 def test_the_full_model_has_the_hyperparameters_of_the_proxy() -> None:
     model = mlp()
     found = mupass.transfer(model, data(), grid=GRID, optimizer="adam", **QUICK)
@@ -120,6 +121,7 @@ def test_gradients_find_what_a_grid_finds(optimizer: Any, grid: dict[str, list[f
         assert min(values) * 0.999 <= searched.hyperparameters[name] <= max(values) * 1.001
 
 
+@pytest.mark.slow
 def test_a_gradient_search_goes_on_after_a_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"grid": GRID, "optimizer": "adam", "driver": "gradient", "seeds": 2, **QUICK}
     store = tmp_path / "runs.db"
@@ -139,6 +141,7 @@ def test_a_gradient_search_leaves_what_diverges() -> None:
     assert math.isinf(losses[0]) and math.isfinite(min(losses)) and min(losses) < 1.3
 
 
+@pytest.mark.slow
 def test_the_initial_law_can_be_stated() -> None:
     before = mlp()[2].weight.std()
     settings = {"grid": [0.01, 0.02], "optimizer": "sgd", **QUICK}

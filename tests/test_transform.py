@@ -175,7 +175,7 @@ def logit_change(d: int, optimizer: str, parameterization: str) -> float:
     return sum(changes) / len(changes)
 
 
-@pytest.mark.sample("adam")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_tied_model_learns_at_the_same_speed_at_all_widths(optimizer: str) -> None:
     # From 256 on: below, the overlap of random embeddings still adds to their length.
@@ -185,6 +185,7 @@ def test_tied_model_learns_at_the_same_speed_at_all_widths(optimizer: str) -> No
         assert low <= slope <= high, (parameterization, moved)
 
 
+@pytest.mark.slow
 def test_ntk_warns_of_a_tied_readout_whose_logits_grow() -> None:
     size = {}
     for name in ("mup", "ntk"):

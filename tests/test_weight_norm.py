@@ -62,6 +62,7 @@ def moved(
         return [(h @ c.T).square().mean().sqrt().log().item() for h, c in zip(inputs, changes, strict=True)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("optimizer", MAKERS)
 @pytest.mark.parametrize("form", FORMS)
