@@ -160,6 +160,20 @@ def test_steps_in_blocks_of_the_base_width_are_those_of_that_number() -> None:
         assert torch.equal(ours, wanted)
 
 
+def test_a_state_of_other_blocks_is_refused_by_name() -> None:
+    net = stack(128)
+    whole = mupass.SOAP(net, block_size=256)
+    net(torch.randn(4, 20, dtype=torch.float64)).square().mean().backward()
+    whole.step()
+    saved = whole.state_dict()
+    optimizer = mupass.SOAP(stack(128))
+    before = optimizer.state_dict()
+    with pytest.raises(mupass.OptimizerError, match="block_size"):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    mupass.SOAP(stack(128), block_size=256).load_state_dict(saved)
+
+
 @pytest.mark.parametrize("kind", [mupass.SOAP, mupass.Shampoo])
 def test_no_rate_follows_the_number_of_blocks_under_the_standard_parameterization(kind: Any) -> None:
     net = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
