@@ -385,6 +385,7 @@ def tables(setup: Setup) -> str:
 # The picture -----------------------------------------------------------------------------------------------
 
 
+COLUMNS = 5  # panels beside each other
 COLORS = {"mup": "#1f77b4", "standard": "#d62728", "ntk": "#7f7f7f"}
 
 
@@ -404,9 +405,15 @@ def draw(setup: Setup, path: Path, name: str = "staircase") -> None:
     shown = [optimizer for optimizer in OPTIMIZERS if f"{name}/{optimizer}/mup" in found]
     if not shown:
         raise ValueError(f"{setup.out} has no complete rows of {name} under mup: run them first")
-    size = (3.2 * len(shown) + 0.8, 3.4)
-    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, optimizer in zip(axes[0], shown, strict=True):
+    columns = min(len(shown), COLUMNS)
+    rows = math.ceil(len(shown) / columns)
+    size = (3.2 * columns + 0.8, 2.9 * rows + 0.5)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for empty in axes.flat[len(shown) :]:
+        empty.set_axis_off()
+    for axis, optimizer in zip(axes.flat, shown, strict=False):
         for kind in PARAMETERIZATIONS:
             cells = found.get(f"{name}/{optimizer}/{kind}", {})
             losses = {w: [loss_of(line) for line in c.transferred.values()] for w, c in cells.items()}
@@ -419,10 +426,12 @@ def draw(setup: Setup, path: Path, name: str = "staircase") -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_title(optimizer)
-        axis.set_xlabel("width")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("held-out loss")
+    for axis in axes[-1]:
+        axis.set_xlabel("width")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("held-out loss")
     axes[0][0].legend(frameon=False)
     figure.suptitle(f"{name}: same rate, tuned at width {BASE}, in wider networks")
     figure.savefig(path)
