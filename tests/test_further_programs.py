@@ -1,0 +1,111 @@
+"""Kinds of faults met at the first sight of 58 more architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_own_programs import wrong
+from torch import Tensor, nn
+from zoo.case import randint, randn
+
+import mupass
+
+
+class Between(nn.Module):
+    """A function between two layers that keeps features apart from positions."""
+
+    def __init__(self, d: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = [function]
+        self.enter, self.mix, self.leave = nn.Linear(5, d), nn.Linear(d, d), nn.Linear(d, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.mix(self.function[0](self.enter(x))).relu())
+
+
+LENGTHS = torch.tensor([2, 4])
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad_sequence": lambda x: nn.utils.rnn.pad_sequence([x[0], x[1, :4]], batch_first=True),
+    "pad_sequence of steps": lambda x: nn.utils.rnn.pad_sequence([x[0, :4], x[1]]),
+    "segment_reduce": lambda x: torch.segment_reduce(x[0], "sum", lengths=LENGTHS, axis=0),
+    "combinations": lambda x: x[:, torch.combinations(torch.arange(6))].sum(2),
+    "cumulative_trapezoid": lambda x: torch.cumulative_trapezoid(x, dim=1),
+    "msort": lambda x: x.msort(),
+    "gradient": lambda x: torch.gradient(x, dim=1)[0],
+    "gradient of samples": lambda x: sum(torch.gradient(x, dim=(0, 1))),
+    "chunk": lambda x: x.chunk(1)[0],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_operators_on_positions_leave_features_alone(name: str) -> None:
+    assert not wrong(lambda k: Between(16 * k, FUNCTIONS[name]), (randn(2, 6, 5),))
+
+
+@torch.library.custom_op("mupass_tests::listed", mutates_args=())
+def listed(x: Tensor) -> list[Tensor]:
+    return [2 * x]
+
+
+@listed.register_fake
+def _(x: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x)]
+
+
+def test_an_operator_without_a_rule_may_return_a_list_of_one() -> None:
+    analysis = mupass.analyze(Between(16, lambda x: listed(x)[0]), randn(2, 6, 5))
+    assert analysis["mix.weight"].infinite == (True, True)
+
+
+class Messages(nn.Module):
+    """Messages along edges, added up where an index says, which is spread over their features."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.d, self.enter, self.mix, self.leave = d, nn.Linear(5, d), nn.Linear(d, d), nn.Linear(d, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h, (source, target) = self.enter(x).relu(), edges
+        places = target[:, None].expand(-1, self.d)
+        sums = torch.zeros_like(h).scatter_add(0, places, self.mix(h[source]))
+        return self.leave(sums.relu())
+
+
+def test_an_index_that_is_spread_over_features_has_as_many_at_another_width() -> None:
+    inputs = randn(7, 5), randint(7, 2, 11)
+    resized, want = mupass.resize(Messages(16), 32, example_inputs=inputs), Messages(32)
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(*inputs), want(*inputs))
+
+
+class Agents(nn.Module):
+    """A recurrence for every agent of every sample; a net of the state weighs their values: QMIX."""
+
+    def __init__(self, d: int, agents: int = 3) -> None:
+        super().__init__()
+        self.d, self.agents = d, agents
+        self.enter, self.cell, self.values = nn.Linear(5, d), nn.GRUCell(d, d), nn.Linear(d, 4)
+        self.first, self.shift = nn.Linear(6, agents * d), nn.Linear(6, d)
+        self.second = nn.Linear(6, d)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        batch, steps, agents, features = x.shape
+        h, values = torch.zeros(batch * agents, self.d), []
+        for t in range(steps):
+            h = self.cell(self.enter(x[:, t].reshape(batch * agents, features)).relu(), h)
+            values.append(self.values(h).view(batch, agents, -1).amax(-1))
+        chosen, state = torch.stack(values, 1).view(-1, 1, agents), state.flatten(0, 1)
+        mixed = chosen @ self.first(state).abs().view(-1, self.agents, self.d) + self.shift(state)[:, None]
+        return mixed.relu() @ self.second(state).abs().unsqueeze(2)
+
+
+def test_rows_of_a_recurrent_cell_are_those_of_its_input() -> None:
+    analysis = mupass.analyze(Agents(16), (randn(2, 2, 3, 5), randn(2, 2, 6)))
+    assert not wrong(lambda k: Agents(16 * k), (randn(2, 2, 3, 5), randn(2, 2, 6)))
+    for name in ("first", "shift", "second"):
+        assert analysis[f"{name}.weight"].infinite == (True, False)
+    # Three for each unit: the agents, which are an axis of the data.
+    wide = mupass.analyze(Agents(16), (randn(2, 2, 3, 5), randn(2, 2, 6)), base=32)
+    assert wide["first.weight"].base_shape == (96, 6)
