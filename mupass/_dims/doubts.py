@@ -365,12 +365,13 @@ def _written(wiring: Wiring) -> Found:
     """A number that the code writes out for a layer, where most widths follow an argument."""
     verdicts, space = wiring.verdicts, wiring.space
     written = {space.find(dim): where for dim, where in verdicts.facts.written.items()}
-    carried = wiring.grown(map(space.find, verdicts.facts.carried.values()))
+    # What is in doubt already is asked about anyway.
+    carried = list(filter(verdicts.is_firm, map(space.find, verdicts.facts.carried.values())))
     numbers = [dim for dim in carried if dim in written]
     # Where most of a model is numbers, they say nothing of what its author would widen.
     if 2 * len(numbers) > len(carried):
         return
-    for dim in sorted(filter(verdicts.is_firm, set(numbers) & wiring.fans)):
+    for dim in sorted(set(numbers) & wiring.fans):
         yield dim, f"the code of {written[dim]} writes the number {space.size(dim)}"
 
 

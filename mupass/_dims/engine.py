@@ -107,7 +107,8 @@ class Engine:
         if isinstance(results, (tuple, list)) and isinstance(index, int):
             return results[index]
         # An operator without a rule that returns a list of one tensor.
-        return results if isinstance(results, Value) and len(output_shapes(source)) == 1 else None
+        is_lone = isinstance(results, Value) and isinstance(source, Node) and len(output_shapes(source)) == 1
+        return results if is_lone else None
 
     def _call(self, node: Node) -> Result:
         """Apply the rule of an operator, and follow what it does to values."""
