@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from test_doubts import doubted
 from test_own_programs import wrong
 from torch import Tensor, nn
 from zoo.case import randint, randn
@@ -109,3 +111,49 @@ def test_rows_of_a_recurrent_cell_are_those_of_its_input() -> None:
     # Three for each unit: the agents, which are an axis of the data.
     wide = mupass.analyze(Agents(16), (randn(2, 2, 3, 5), randn(2, 2, 6)), base=32)
     assert wide["first.weight"].base_shape == (96, 6)
+
+
+def drawn(how: str, mean: Tensor, deviation: Tensor) -> Tensor:
+    if how == "distribution":
+        return torch.distributions.Normal(mean, deviation).rsample()
+    if how == "in place":
+        return mean + deviation * torch.empty_like(mean).normal_()
+    return torch.randn_like(mean) * deviation + mean
+
+
+class Belief(nn.Module):
+    """A latent that a prior and a posterior make: recurrent state space models, hierarchical VAEs."""
+
+    def __init__(self, d: int, latent: int, how: str = "noise", by_kernel: bool = False) -> None:
+        super().__init__()
+        self.how, layer = how, nn.Linear
+        if by_kernel:
+            layer = partial(nn.Conv1d, kernel_size=1)
+        self.enter, self.again, self.mix = layer(5, d), layer(latent + d, d), layer(d, d)
+        self.prior, self.posterior = layer(d, 2 * latent), layer(2 * d, 2 * latent)
+        self.leave = layer(d, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.enter(x).relu()
+        mean, deviation = self.prior(self.mix(h).relu()).chunk(2, 1)
+        of_both, narrow = self.posterior(torch.cat([h, self.mix(h).relu()], 1)).chunk(2, 1)
+        loss = (mean - of_both).square() + deviation - narrow.exp()
+        z = drawn(self.how, of_both, nn.functional.softplus(narrow) + 0.1)
+        return self.leave(self.again(torch.cat([z, h], 1)).relu()), loss.sum(1)
+
+
+@pytest.mark.parametrize("how", ["noise", "in place", "distribution"])
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+def test_a_latent_that_several_nets_draw_is_marked(how: str) -> None:
+    x = randn(4, 5)
+    assert not wrong(lambda k: Belief(24 * k, 10, how), (x,))
+    found = doubted(Belief(24, 10, how), x)
+    assert set(found) == {f"{net}.{kind}:0" for net in ("prior", "posterior") for kind in ("weight", "bias")}
+    assert all("drawn at random, and narrower than the 24" in reason for reason in found.values())
+
+
+def test_channels_that_are_drawn_are_marked_and_wide_layers_with_noise_are_not() -> None:
+    x = randn(4, 5, 7)
+    assert not wrong(lambda k: Belief(24 * k, 10, by_kernel=True), (x,))
+    # As wide as what it is made of: a layer of a Bayesian network.
+    assert doubted(Belief(24, 24, by_kernel=True), x) == {}

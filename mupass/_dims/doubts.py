@@ -45,6 +45,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _linear_bottlenecks,
         _bottlenecks,
         _learned_codes,
+        _drawn_codes,
         _narrow_ends,
         _wide_heads,
         _broad_starts,
@@ -116,6 +117,17 @@ def _learned_codes(wiring: Wiring) -> Found:
         results = wiring.results(dim)
         if results and wiring.space.size(dim) * TABLE <= min(results):
             yield dim, f"only parameters hold it ({_of(0, results)})"
+
+
+def _drawn_codes(wiring: Wiring) -> Found:
+    """Latents: drawn at random by a mean and a deviation, and narrower than all that these are made of.
+
+    Several nets may make them, as the prior and the posterior of a state.
+    """
+    for dim in filter(wiring.verdicts.is_firm, sorted(wiring.space.find_all(wiring.verdicts.facts.drawn))):
+        sources = list(map(wiring.space.size, wiring.grown_sources(dim)))
+        if sources and wiring.space.size(dim) * STRAIGHT <= min(sources):
+            yield dim, f"it is drawn at random, and narrower than the {min(sources)} that it is made of"
 
 
 def _narrow_ends(wiring: Wiring) -> Found:
