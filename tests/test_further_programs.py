@@ -157,3 +157,32 @@ def test_channels_that_are_drawn_are_marked_and_wide_layers_with_noise_are_not()
     assert not wrong(lambda k: Belief(24 * k, 10, by_kernel=True), (x,))
     # As wide as what it is made of: a layer of a Bayesian network.
     assert doubted(Belief(24, 24, by_kernel=True), x) == {}
+
+
+class Pooling(nn.Module):
+    """Rows are assigned to clusters by layers of which the last two have a unit for each: DiffPool."""
+
+    def __init__(self, d: int, clusters: int, before: int) -> None:
+        super().__init__()
+        self.enter, self.deep, self.offsets = nn.Linear(5, d), nn.Linear(d, d), nn.Linear(3, before)
+        self.narrow, self.assign = nn.Linear(2 * d, clusters), nn.Linear(d + clusters, clusters)
+        self.spread, self.leave = nn.Linear(before, d), nn.Linear(d, 2)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        first = self.enter(x).relu()
+        h = self.deep(first).relu()
+        inner = self.narrow(torch.cat([first, h], -1)).relu()
+        shares = self.assign(torch.cat([h, inner], -1)).softmax(-1)
+        h = h + self.spread(self.offsets(places).relu())
+        return self.leave((shares.mT @ h).relu())
+
+
+def test_narrow_layers_with_as_many_units_as_data_or_outputs_are_marked() -> None:
+    inputs = randn(2, 9, 5), randn(2, 9, 3)
+    assert not wrong(lambda k: Pooling(24 * k, 6, 3), inputs)
+    found = doubted(Pooling(24, 6, 3), *inputs)
+    assert "as many units as its readout" in found["narrow.weight:0"]
+    assert "as many units as the data" in found["offsets.weight:0"] and "spread.weight:1" in found
+    assert "offsets.weight:0" not in doubted(Pooling(24, 6, 12), *inputs)
+    narrowing = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 6))
+    assert doubted(narrowing, inputs[0]) == {}

@@ -46,6 +46,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _bottlenecks,
         _learned_codes,
         _drawn_codes,
+        _as_many,
         _narrow_ends,
         _wide_heads,
         _broad_starts,
@@ -128,6 +129,22 @@ def _drawn_codes(wiring: Wiring) -> Found:
         sources = list(map(wiring.space.size, wiring.grown_sources(dim)))
         if sources and wiring.space.size(dim) * STRAIGHT <= min(sources):
             yield dim, f"it is drawn at random, and narrower than the {min(sources)} that it is made of"
+
+
+def _as_many(wiring: Wiring) -> Found:
+    """Narrow layers with as many units as the outputs that are made of them, or as the data they are made of.
+
+    So are the inner layers of DiffPool's assignments, and ``Linear(3, 3)`` on offsets of points.
+    """
+    for dim in wiring.widths:
+        size, source, results = wiring.space.size(dim), wiring.source(dim), wiring.results(dim)
+        outputs = set(chain.from_iterable(wiring.readers(dim)))
+        if source and size * STRAIGHT <= source and not wiring.grown(outputs):
+            if size in map(wiring.space.size, outputs):
+                yield dim, f"it is narrower than the {source} before it, and has as many units as its readout"
+        elif source == 0 and size * STEM <= min(results, default=0) and not wiring.by_kernel(dim):
+            if wiring.as_many_as_data(dim):
+                yield dim, f"it has as many units as the data that it is made of ({_of(0, results)})"
 
 
 def _narrow_ends(wiring: Wiring) -> Found:
