@@ -148,7 +148,9 @@ def test_a_latent_that_several_nets_draw_is_marked(how: str) -> None:
     x = randn(4, 5)
     assert not wrong(lambda k: Belief(24 * k, 10, how), (x,))
     found = doubted(Belief(24, 10, how), x)
-    assert set(found) == {f"{net}.{kind}:0" for net in ("prior", "posterior") for kind in ("weight", "bias")}
+    made = {f"{net}.{kind}:0" for net in ("prior", "posterior") for kind in ("weight", "bias")}
+    # What reads it beside a width grows for certain, and by how much is in doubt with it.
+    assert set(found) == made | {"again.weight:1"}
     assert all("drawn at random, and narrower than the 24" in reason for reason in found.values())
 
 

@@ -19,6 +19,9 @@ from mupass._dims.wiring import Wiring
 
 Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
+# These start the reasons of what may not grow at all.
+DOUBTED = "policy: a width like the others, though"
+HIDDEN = "policy: hidden state, since weights read it again"
 STRAIGHT = 1.25  # a linear bottleneck is one when it is narrower than its neighbours by this factor
 TABLE = 1.5  # the same for the rows of a lookup table
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
@@ -61,10 +64,11 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     )
     for rule in rules:
         for dim, reason in list(rule(wiring)):
-            verdicts.question(dim, f"policy: a width like the others, though {reason}")
+            verdicts.question(dim, f"{DOUBTED} {reason}")
         _follow(verdicts)
     for dim, reason in [*_wide_outputs(wiring, outputs), *_wide_windows(wiring), *_picked_widths(wiring)]:
         verdicts.question(dim, reason)
+    _doubt_sizes(verdicts)
 
 
 def _linear_bottlenecks(wiring: Wiring) -> Found:
@@ -464,6 +468,20 @@ def _follow(verdicts: Verdicts) -> None:
                     changed = True
                 elif kind == "sum" and _doubt_parts(verdicts, whole, members):
                     changed = True
+
+
+def _doubt_sizes(verdicts: Verdicts) -> None:
+    """Doubt what grows for certain, but by how much only its members tell: cat([features, latent])."""
+    terms = [*verdicts.space.terms("sum"), *verdicts.space.terms("product")]
+    changed = True
+    while changed:
+        changed = False
+        for whole, members in filter(lambda term: verdicts.is_firm(term[0]), terms):
+            reasons = [verdict.why for verdict in map(verdicts.get, members) if verdict and verdict.infinite]
+            doubted = [reason for reason in reasons if reason.startswith((DOUBTED, HIDDEN))]
+            if doubted:
+                verdicts.question(whole, doubted[0])
+                changed = True
 
 
 def _doubt_whole(verdicts: Verdicts, kind: str, whole: int, members: Iterable[int]) -> bool:

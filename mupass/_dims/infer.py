@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims import policies
-from mupass._dims.doubts import raise_doubts
+from mupass._dims.doubts import HIDDEN, raise_doubts
 from mupass._dims.engine import Engine
 from mupass._dims.facts import NOWHERE, Facts, Origin, Value
 from mupass._dims.graph import operator_name, shape_of
@@ -354,7 +354,7 @@ def decide(
     policies.settle_cuts(verdicts)
     for dim, reason in hidden.items():
         if verdicts.grows(dim):
-            verdicts.question(dim, f"policy: hidden state, since weights read it again ({reason})")
+            verdicts.question(dim, f"{HIDDEN} ({reason})")
     raise_doubts(verdicts, outputs)
     return verdicts
 
