@@ -299,3 +299,80 @@ def test_outputs_of_one_entry_each_make_up_an_output() -> None:
     analysis = mupass.analyze(Normal(32), randn(4, 5))
     assert analysis["both.weight"].infinite == (False, True) and not any(analysis["both.weight"].ambiguous)
     assert mupass.resize(Normal(32), 64, example_inputs=randn(4, 5)).both.out_features == 2
+
+
+class Cross(nn.Module):
+    """Parameters of a rank that is a default, and a gate that is no narrower than a number."""
+
+    def __init__(self, d: int, rank: int = 4) -> None:
+        super().__init__()
+        self.left = nn.ParameterList(nn.Parameter(torch.randn(d, rank)) for _ in range(2))
+        self.right = nn.ParameterList(nn.Parameter(torch.randn(rank, d)) for _ in range(2))
+        self.gate = Inner(d, max(d // 4, 10), linear=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for left, right in zip(self.left, self.right, strict=True):
+            x = x + x * ((x @ left).tanh() @ right)
+        return self.gate(x)
+
+
+class Inside(nn.Module):
+    """A gate whose size is set by its caller, or else a part of its width."""
+
+    def __init__(self, d: int, inner: int | None = None) -> None:
+        super().__init__()
+        if inner is None:
+            inner = math.ceil(d / 4)
+        self.down, self.up = nn.Linear(d, inner), nn.Linear(inner, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.up(self.down(x).relu()).sigmoid()
+
+
+class World(nn.Module):
+    """A recurrent state, and a latent of a size that its caller may choose and has not."""
+
+    def __init__(self, d: int, latent: int = 6, slots: int = 3) -> None:
+        super().__init__()
+        self.lengths = [latent, 1, slots]
+        self.enter, self.state = nn.Linear(latent + 2, d), nn.GRUCell(d, d)
+        self.control, self.cross = nn.Linear(d, sum([latent, 1, slots])), Cross(d)
+        self.set, self.free = Inside(d, 10), Inside(d)
+        self.leave = nn.Linear(d + latent, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, z = torch.zeros(len(x), self.state.hidden_size), torch.zeros(len(x), self.lengths[0])
+        for t in range(x.shape[1]):
+            h = self.state(self.enter(torch.cat([z, x[:, t]], -1)).relu(), h)
+            key, strength, slots = self.control(self.free(self.set(self.cross(h)))).split(self.lengths, -1)
+            z = key.tanh() * strength.sigmoid() * slots.softmax(-1).square().sum(-1, keepdim=True)
+        return self.leave(torch.cat([h, z], -1))
+
+
+def test_defaults_bounds_and_shapes_of_parameters_are_numbers() -> None:
+    x = randn(2, 3, 2)
+    found = doubted(World(40), x)
+    for name in ("cross.left.0:1", "cross.right.1:0", "cross.gate.up.weight:0", "set.down.weight:0"):
+        assert "writes the number" in found[name]
+    # The whole of it is marked by the part that grows.
+    assert {"control.weight:0", "enter.weight:1"} <= set(found)
+    assert not {"state.weight_hh:1", "free.down.weight:0", "leave.weight:0"} & set(found)
+    # A gate that follows its width, and a latent that the caller chose.
+    assert "cross.gate.up.weight:0" not in doubted(World(64), x)
+    assert not {"control.weight:0", "enter.weight:1"} & set(doubted(World(40, 8), x))
+
+
+class Open(nn.Module):
+    """Every argument has a default: any of them may be the width."""
+
+    def __init__(self, inner: int = 24, deep: int = 40, last: int = 16) -> None:
+        super().__init__()
+        self.enter, self.deep = nn.Linear(7, inner), nn.Linear(inner, deep)
+        self.last, self.leave = nn.Linear(deep, last), nn.Linear(last, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.last(self.deep(self.enter(x).relu()).relu()).relu())
+
+
+def test_defaults_of_a_class_that_asks_for_nothing_are_no_numbers() -> None:
+    assert not any("writes the number" in reason for reason in doubted(Open(last=64), randn(4, 7)).values())

@@ -53,19 +53,33 @@ def written_sizes(model: nn.Module) -> dict[str, dict[int, str]]:
     """
     found: dict[Path, dict[int, str]] = defaultdict(dict)
     reader = _Reader()
+    outermost = _outermost(model)
     for name, module in model.named_modules():
-        for written in reader.constructor(type(module), {}):
+        kind = type(module)
+        # Of what the caller makes, the code sees no call. A size that is a default's may be one he has left.
+        bound = _defaults(kind) if name in outermost else {}
+        for written in (*reader.constructor(kind, {}), *reader.constructor(kind, bound)):
             found[_path(name) + written.path].setdefault(written.size, written.where)
     sizes: dict[str, dict[int, str]] = {}
     for name, _ in model.named_parameters():
         path = _path(name)
         of_name: dict[int, str] = {}
         # A list of layers has one name in the code, so what is written in it may be any of them.
-        for length in range(len(path)):
+        for length in range(len(path) + 1):
             of_name |= found.get(path[:length], {})
         if of_name:
             sizes[name] = of_name
     return sizes
+
+
+def _outermost(model: nn.Module) -> set[str]:
+    """Return the names of modules that no constructor of the model's own code makes: it, parts of lists."""
+    if not _from_torch(type(model)):
+        return {""}
+    names = {""}
+    for name, module in model.named_children():
+        names.update(f"{name}.{inner}".rstrip(".") for inner in _outermost(module))
+    return names
 
 
 def _path(name: str) -> Path:
@@ -147,11 +161,14 @@ class _Scope:
     depth: int
     assigned: dict[str, list[Expression]] = field(default_factory=lambda: defaultdict(list))
     added: dict[str, list[ast.expr]] = field(default_factory=lambda: defaultdict(list))
+    fallbacks: set[int] = field(default_factory=set)  # values for what a caller has not set
     _asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Assign):
+            if isinstance(node, ast.If):
+                self.fallbacks.update(_fallbacks(node))
+            elif isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._assign(target, node.value)
             elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -199,6 +216,8 @@ class _Scope:
                 return _joined([self.values(body), self.values(orelse)])
             case ast.Call(func=function, args=[number]):
                 return self._rounded(function, number)
+            case ast.Call(func=function, args=[_, _, *_] as numbers, keywords=[]):
+                return self._bounded(function, numbers)
             case ast.Attribute() if _is_self(expression):
                 return self._of_attribute(expression.attr)
             case ast.Attribute(value=holder, attr=name):
@@ -236,11 +255,21 @@ class _Scope:
         return list(self.values(expression) or ())
 
     def _rounded(self, function: ast.expr, number: ast.expr) -> Candidates:
-        """Return the values of ``int(4.0 * 32)`` and its like."""
+        """Return the values of ``int(4.0 * 32)``, ``sum([6, 1, 3])`` and their like."""
         functions, numbers = self.values(function), self.values(number)
-        if functions is None or numbers is None or functions[0] not in ROUNDING:
+        if functions is None or numbers is None or functions[0] not in (*ROUNDING, sum):
             return None
+        if functions[0] is sum:
+            parts = [value for value in numbers if isinstance(value, tuple) and all(map(_is_number, value))]
+            return tuple(map(sum, parts)) or None
         return _combined(lambda value, _: functions[0](value), numbers, (None,))
+
+    def _bounded(self, function: ast.expr, numbers: list[ast.expr]) -> Candidates:
+        """Return the numbers that bound ``max(dim // 4, 64)``: it may be 64, whatever the argument is."""
+        if self.values(function) not in ((max,), (min,)):
+            return None
+        known = [value for number in numbers for value in self.values(number) or () if _is_number(value)]
+        return tuple(known) or None
 
     def _of_list(self, elements: list[ast.expr]) -> Candidates:
         entries = []
@@ -258,7 +287,10 @@ class _Scope:
         try:
             if name in self.bound or name in self.assigned:
                 found = [self.bound[name]] if name in self.bound else []
-                return _joined([*found, *[self.values(value) for value in self.assigned.get(name, ())]])
+                values = self.assigned.get(name, [])
+                if found and found[0] and all(found[0]):
+                    values = [value for value in values if id(value) not in self.fallbacks]
+                return _joined([*found, *[self.values(value) for value in values]])
         finally:
             self._asked.discard(name)
         for table in (self.function.__globals__, vars(builtins)):
@@ -275,6 +307,25 @@ class _Scope:
             return _joined([scope.values(value) for scope, value in self.attributes[name]])
         finally:
             self._asked.discard(asked)
+
+
+def _fallbacks(condition: ast.If) -> Iterator[int]:
+    """Yield the values that a name gets where it is not set: ``if not inner: inner = dim // 4``."""
+    match condition.test:
+        case ast.UnaryOp(op=ast.Not(), operand=ast.Name(id=name)):
+            pass
+        case ast.Compare(left=ast.Name(id=name), ops=[ast.Is()], comparators=[ast.Constant(value=None)]):
+            pass
+        case _:
+            return
+    for statement in condition.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=assigned)], value=value) if assigned == name:
+                yield id(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_plain(value: Any) -> bool:
@@ -518,6 +569,33 @@ def _bound(scope: _Scope, call: ast.Call, function: Any, skip: int) -> dict[str,
     return bound
 
 
+def _defaults(kind: type) -> dict[str, Candidates]:
+    """Return the defaults of a class of modules that asks its callers for sizes of other layers.
+
+    Where all sizes have defaults, any of them may be the width; so may lists of numbers, one for each stage.
+    """
+    function = inspect.unwrap(kind.__init__)  # type: ignore[misc]
+    tree = _definition(function)
+    if tree is None:
+        return {}
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    scope = _Scope(kind, function, tree, _parameters(tree, {}), {}, 0)
+    if not any(_takes_size(scope, node, required) for node in ast.walk(tree)):
+        return {}
+    chosen = [parameter for parameter in parameters if isinstance(parameter.default, (tuple, list))]
+    return {parameter.name: _default(parameter) for parameter in parameters if parameter not in chosen}
+
+
+def _takes_size(scope: _Scope, node: ast.AST, names: set[str]) -> bool:
+    """Whether an expression is a layer of torch.nn that takes one of some names: ``nn.Linear(5, d)``."""
+    if not isinstance(node, ast.Call):
+        return False
+    named = any(isinstance(argument, ast.Name) and argument.id in names for argument in node.args)
+    layers = [callee for callee in scope.callees(node.func) if isinstance(callee, type)] if named else []
+    return any(issubclass(layer, nn.Module) and _from_torch(layer) for layer in layers)
+
+
 def _default(parameter: inspect.Parameter) -> Candidates:
     """Return the default of a parameter as its values; None where it has none that is a number or a layer."""
     default = parameter.default
@@ -588,5 +666,5 @@ def _owner(scope: _Scope) -> str:
 def _numbers(scope: _Scope, values: Candidates, place: Path) -> Iterator[_Written]:
     for value in values or ():
         for entry in value if isinstance(value, tuple) else (value,):
-            if isinstance(entry, int) and not isinstance(entry, bool) and entry > 1:
+            if isinstance(entry, int) and _is_number(entry) and entry > 1:
                 yield _Written(place, entry, _owner(scope))

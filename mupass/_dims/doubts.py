@@ -19,6 +19,9 @@ from mupass._dims.wiring import Wiring
 
 Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
+# These start the reasons of what may not grow at all.
+DOUBTED = "policy: a width like the others, though"
+HIDDEN = "policy: hidden state, since weights read it again"
 STRAIGHT = 1.25  # a linear bottleneck is one when it is narrower than its neighbours by this factor
 TABLE = 1.5  # the same for the rows of a lookup table
 STEM = 2.5  # the same for one that is computed from data: first layers often start narrow
@@ -45,6 +48,8 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _linear_bottlenecks,
         _bottlenecks,
         _learned_codes,
+        _drawn_codes,
+        _as_many,
         _narrow_ends,
         _wide_heads,
         _broad_starts,
@@ -59,10 +64,11 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
     )
     for rule in rules:
         for dim, reason in list(rule(wiring)):
-            verdicts.question(dim, f"policy: a width like the others, though {reason}")
+            verdicts.question(dim, f"{DOUBTED} {reason}")
         _follow(verdicts)
     for dim, reason in [*_wide_outputs(wiring, outputs), *_wide_windows(wiring), *_picked_widths(wiring)]:
         verdicts.question(dim, reason)
+    _doubt_sizes(verdicts)
 
 
 def _linear_bottlenecks(wiring: Wiring) -> Found:
@@ -116,6 +122,33 @@ def _learned_codes(wiring: Wiring) -> Found:
         results = wiring.results(dim)
         if results and wiring.space.size(dim) * TABLE <= min(results):
             yield dim, f"only parameters hold it ({_of(0, results)})"
+
+
+def _drawn_codes(wiring: Wiring) -> Found:
+    """Latents: drawn at random by a mean and a deviation, and narrower than all that these are made of.
+
+    Several nets may make them, as the prior and the posterior of a state.
+    """
+    for dim in filter(wiring.verdicts.is_firm, sorted(wiring.space.find_all(wiring.verdicts.facts.drawn))):
+        sources = list(map(wiring.space.size, wiring.grown_sources(dim)))
+        if sources and wiring.space.size(dim) * STRAIGHT <= min(sources):
+            yield dim, f"it is drawn at random, and narrower than the {min(sources)} that it is made of"
+
+
+def _as_many(wiring: Wiring) -> Found:
+    """Narrow layers with as many units as the outputs that are made of them, or as the data they are made of.
+
+    So are the inner layers of DiffPool's assignments, and ``Linear(3, 3)`` on offsets of points.
+    """
+    for dim in wiring.widths:
+        size, source, results = wiring.space.size(dim), wiring.source(dim), wiring.results(dim)
+        outputs = set(chain.from_iterable(wiring.readers(dim)))
+        if source and size * STRAIGHT <= source and not wiring.grown(outputs):
+            if size in map(wiring.space.size, outputs):
+                yield dim, f"it is narrower than the {source} before it, and has as many units as its readout"
+        elif source == 0 and size * STEM <= min(results, default=0) and not wiring.by_kernel(dim):
+            if wiring.as_many_as_data(dim):
+                yield dim, f"it has as many units as the data that it is made of ({_of(0, results)})"
 
 
 def _narrow_ends(wiring: Wiring) -> Found:
@@ -365,12 +398,13 @@ def _written(wiring: Wiring) -> Found:
     """A number that the code writes out for a layer, where most widths follow an argument."""
     verdicts, space = wiring.verdicts, wiring.space
     written = {space.find(dim): where for dim, where in verdicts.facts.written.items()}
-    carried = wiring.grown(map(space.find, verdicts.facts.carried.values()))
+    # What is in doubt already is asked about anyway.
+    carried = list(filter(verdicts.is_firm, map(space.find, verdicts.facts.carried.values())))
     numbers = [dim for dim in carried if dim in written]
     # Where most of a model is numbers, they say nothing of what its author would widen.
     if 2 * len(numbers) > len(carried):
         return
-    for dim in sorted(filter(verdicts.is_firm, set(numbers) & wiring.fans)):
+    for dim in sorted(set(numbers) & wiring.fans):
         yield dim, f"the code of {written[dim]} writes the number {space.size(dim)}"
 
 
@@ -434,6 +468,20 @@ def _follow(verdicts: Verdicts) -> None:
                     changed = True
                 elif kind == "sum" and _doubt_parts(verdicts, whole, members):
                     changed = True
+
+
+def _doubt_sizes(verdicts: Verdicts) -> None:
+    """Doubt what grows for certain, but by how much only its members tell: cat([features, latent])."""
+    terms = [*verdicts.space.terms("sum"), *verdicts.space.terms("product")]
+    changed = True
+    while changed:
+        changed = False
+        for whole, members in filter(lambda term: verdicts.is_firm(term[0]), terms):
+            reasons = [verdict.why for verdict in map(verdicts.get, members) if verdict and verdict.infinite]
+            doubted = [reason for reason in reasons if reason.startswith((DOUBTED, HIDDEN))]
+            if doubted:
+                verdicts.question(whole, doubted[0])
+                changed = True
 
 
 def _doubt_whole(verdicts: Verdicts, kind: str, whole: int, members: Iterable[int]) -> bool:

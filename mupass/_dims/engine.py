@@ -21,6 +21,7 @@ from mupass._dims.graph import (
     graph_of,
     is_getitem,
     keeps_straight,
+    output_shapes,
     subgraphs,
     viewed,
     written,
@@ -105,7 +106,9 @@ class Engine:
         results = self._lookup(source)
         if isinstance(results, (tuple, list)) and isinstance(index, int):
             return results[index]
-        return None
+        # An operator without a rule that returns a list of one tensor.
+        is_lone = isinstance(results, Value) and isinstance(source, Node) and len(output_shapes(source)) == 1
+        return results if is_lone else None
 
     def _call(self, node: Node) -> Result:
         """Apply the rule of an operator, and follow what it does to values."""

@@ -116,6 +116,7 @@ class Facts:
     positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
     at_positions: set[int] = field(default_factory=set)  # dims that weights make at each position
     ranked: list[int] = field(default_factory=list)  # dims of which the best entries are picked
+    drawn: set[int] = field(default_factory=set)  # dims of deviations that normal noise is multiplied with
     windows: list[tuple[int, int]] = field(default_factory=list)  # dim of a kernel or window, its step
     reordered: list[tuple[int, int]] = field(
         default_factory=list

@@ -19,10 +19,11 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims import policies
-from mupass._dims.doubts import raise_doubts
+from mupass._dims.doubts import HIDDEN, raise_doubts
 from mupass._dims.engine import Engine
 from mupass._dims.facts import NOWHERE, Facts, Origin, Value
-from mupass._dims.graph import shape_of
+from mupass._dims.graph import operator_name, shape_of
+from mupass._dims.operator_traits import Trait, traits
 from mupass._dims.remainders import Remainder, find_remainders
 from mupass._dims.space import SizeConflict, Space
 from mupass._dims.verdicts import Verdict, Verdicts
@@ -33,6 +34,7 @@ IN_TRANSFORMS = (
     "The forward pass runs transforms of torch.func (vmap, grad, jvp), which this operator comes from: "
     "analyse a module that returns the function's value, and take the derivative outside of it, in the loss"
 )
+NORMAL_DRAWS = ("aten.randn", "aten.randn_like", "aten.normal", "aten.normal_", "aten.normal_functional")
 # One head in the first stage and two in the second: the verdict on an axis of length 1 says this first.
 ONE_ENTRY = "policy: one entry, which tells nothing"
 # Names of outputs in Hugging Face and timm that no loss looks at.
@@ -227,6 +229,7 @@ def infer(
     for parameter_use in engine.facts.uses:
         uses[parameter_use.parameter] = (*uses.get(parameter_use.parameter, ()), parameter_use.use)
     _note_written(captured, engine, dims, uses)
+    _note_drawn(captured, engine)
     # What the caller says of an axis holds for all that is the same dimension.
     settled = {dims[parameter][axis]: verdict for (parameter, axis), verdict in overrides.items()}
     settled.update(by_dim or {})
@@ -260,6 +263,19 @@ def _note_written(
             size = engine.space.size(dim)
             if size in sizes and axis not in contracted:
                 engine.facts.written.setdefault(dim, sizes[size])
+
+
+def _note_drawn(captured: Capture, engine: Engine) -> None:
+    """Record the axes of what is drawn by a deviation that the model computes: mean + std * noise."""
+    for node in captured.nodes:
+        if not traits(operator_name(node.target)) & Trait.MULTIPLIES:
+            continue
+        factors = node.all_input_nodes
+        deviations = [factor for factor in factors if operator_name(factor.target) not in NORMAL_DRAWS]
+        values = map(engine.env.get, deviations if len(deviations) < len(factors) else ())
+        for value in values:
+            if isinstance(value, Value) and not value.static:
+                engine.facts.drawn.update(axis.dim for axis in value.axes)
 
 
 def _doubt_remainders(verdicts: Verdicts, remainders: Mapping[int, Remainder]) -> None:
@@ -338,7 +354,7 @@ def decide(
     policies.settle_cuts(verdicts)
     for dim, reason in hidden.items():
         if verdicts.grows(dim):
-            verdicts.question(dim, f"policy: hidden state, since weights read it again ({reason})")
+            verdicts.question(dim, f"{HIDDEN} ({reason})")
     raise_doubts(verdicts, outputs)
     return verdicts
 

@@ -154,7 +154,16 @@ def scatter(call: Call) -> Result:
     source = call.get("src", call.get("source", call.get("values", call.get("value"))))
     if isinstance(source, Value) and source.axes:
         _match_written(call, target, source)
+        _match_index(call, source)
     return call.value(target.axes)
+
+
+def _match_index(call: Call, source: Value) -> None:
+    """An index of every entry that is written has the axes of what is written: a scatter over edges."""
+    index = call.get("index")
+    if call.operator.startswith("aten.scatter") and isinstance(index, Value):
+        for axis, index_axis in zip(source.axes, index.axes, strict=False):
+            call.unify(axis, index_axis)
 
 
 def _match_written(call: Call, target: Value, source: Value) -> None:

@@ -87,6 +87,22 @@ def stack(call: Call) -> Result:
     return call.value(axes)
 
 
+@rule("aten.pad_sequence")
+def pad_sequence(call: Call) -> Result:
+    """Join sequences of any lengths along a new axis; the longest tells how many positions there are."""
+    sequences = call.values
+    longest = max(sequences, key=lambda sequence: sequence.axes[0].size)
+    for sequence in sequences:
+        for features, others in zip(longest.axes[1:], sequence.axes[1:], strict=True):
+            call.unify(features, others)
+    count = call.new(len(sequences))
+    call.finite(count, "a stack of separate tensors")
+    axes = [longest.axes[0], count, *longest.axes[1:]]
+    if call.get("batch_first"):
+        axes[:2] = axes[1::-1]
+    return call.value(axes)
+
+
 @rule("aten.hstack", "aten.vstack", "aten.dstack", "aten.column_stack")
 def numpy_stack(call: Call) -> Result:
     """Join along an old axis, as numpy does, or along a new one where tensors have too few."""
@@ -197,9 +213,10 @@ def diagonal(call: Call) -> Result:
     "aten._pad_circular",
     "aten._pad_enum",
     "aten.diff",
+    "aten.cumulative_trapezoid",
 )
 def pad(call: Call) -> Result:
-    """Pad: a padded axis grows when the axis did."""
+    """Pad, or leave an entry out: the axis grows when it did before."""
     return call.value(map(call.resized, call.values[0].axes, call.shape))
 
 

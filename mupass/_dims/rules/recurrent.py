@@ -45,6 +45,8 @@ def recurrent(call: Call) -> Result:
         # The next layer reads the outputs of both directions side by side.
         features = outputs[0] if directions == 1 else _join(call, outputs)
     results = [call.value([*source.axes[:-1], features])]
+    if not packed and len(source.axes) == len(states[0].axes) == 3:  # samples of a batch
+        call.unify(source.axes[0 if call["batch_first"] else 1], states[0].axes[1])
     for state, width in zip(states, (hidden, cell), strict=False):
         batch = states[0].axes[: len(state.axes) - 1]
         results.append(call.value([*bare(batch), width]))
@@ -130,6 +132,9 @@ def recurrent_cell(call: Call) -> Result:
         if isinstance(call.get(name), Value):
             parameters.append(call[name])
     hidden, _ = _cell(call, parameters, call["input"].axes[-1])
+    rows = call["input"].axes[:-1]
     for state in states:
         call.unify(state.axes[-1], hidden)
-    return one_or_all([call.value([*states[0].axes[:-1], hidden]) for _ in states])
+        for row, state_row in zip(rows, state.axes, strict=False):
+            call.unify(row, state_row)
+    return one_or_all([call.value([*rows, hidden]) for _ in states])

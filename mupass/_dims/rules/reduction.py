@@ -121,6 +121,14 @@ def matrix_norm(call: Call) -> Result:
     return reduce(call)
 
 
+@rule("aten.segment_reduce")
+def segment_reduce(call: Call) -> Result:
+    """Rows of a segment become one row."""
+    axes = list(call["data"].axes)
+    axes[call["axis"]] = call.new(call.shape[call["axis"]])
+    return call.value(axes)
+
+
 @rule("aten.dist")
 def distance(call: Call) -> Result:
     """One number for two tensors that agree."""
@@ -144,7 +152,8 @@ def select_by_value(call: Call) -> Result:
     source = call.values[0]
     if not source.axes:
         return one_or_all([call.value(()) for _ in call.shapes])
-    dim = call.get("dim", -1) % len(source.axes)
+    last = 0 if call.operator == "aten.msort" else -1
+    dim = call.get("dim", last) % len(source.axes)
     ranked = source.axes[dim]
     _rank(call, ranked)
     outputs = []

@@ -73,7 +73,13 @@ def broadcast_tensors(call: Call) -> Result:
     return [call.value(axes) for _ in values]
 
 
-@rule("aten.cartesian_prod")
+@rule("aten.gradient")
+def gradient(call: Call) -> Result:
+    """Differences along one axis or several, each as large as the tensor."""
+    return [call.value(call["self"].axes) for _ in call.shapes]
+
+
+@rule("aten.cartesian_prod", "aten.combinations")
 def cartesian_product(call: Call) -> Result:
     """All combinations of entries, one a row."""
     return call.unknown(call.shape)
