@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,10 +179,15 @@ def reference(net: nn.Module, loss: Loss) -> dict[str, Tensor]:
 
 
 def assert_step(net: nn.Module, optimizer: mupass.KFAC, loss: Loss) -> None:
+    optimizer.zero_grad()
+    assert_taken(net, optimizer, loss)
+
+
+def assert_taken(net: nn.Module, optimizer: mupass.KFAC, loss: Loss, run: nn.Module | None = None) -> None:
+    """Let the model, or its compiled form, run; nothing is cleared before."""
     want = reference(net, loss)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer.zero_grad()
-    loss(net).backward()
+    loss(net if run is None else run).backward()
     optimizer.step()
     for name, p in net.named_parameters():
         torch.testing.assert_close(
@@ -370,6 +376,131 @@ def test_gradients_that_are_cleared_behind_the_last_pass_have_no_statistics() ->
     assert optimizer.stats() == {"steps": 0}
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
     assert_step(net, optimizer, cross_entropy(x, y))
+
+
+@pytest.mark.parametrize("how", ["frozen", "lent", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_pass_through_weights_without_gradients_leaves_no_statistics(how: str) -> None:
+    """A critic that is frozen while it scores, and a teacher whose weights run in the student's modules."""
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    run = torch.compile(net) if how == "compiled" else net
+    teacher = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    for i in range(3):
+        x, y = batch(i)
+        drawn = (3 * x).requires_grad_(True)  # what a generator made
+        if how == "lent":
+            F.cross_entropy(torch.func.functional_call(net, teacher, (drawn,)), y).backward()
+        else:
+            net.requires_grad_(False)
+            F.cross_entropy(run(drawn), y).backward()
+            net.requires_grad_(True)
+        assert_taken(net, optimizer, cross_entropy(x, y), run)
+        net.zero_grad()
+
+
+class Failing(torch.autograd.Function):
+    """Identity whose backward pass fails, as one that runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("at", ["stem", "head"])
+def test_a_pass_that_an_exception_stopped_leaves_no_statistics(at: str, to_none: bool) -> None:
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    for i in range(3):
+        x, y = batch(i)
+        fails = net.get_submodule(at).register_forward_hook(lambda module, args, out: Failing.apply(out))  # type: ignore[no-untyped-call]
+        loss = F.cross_entropy(net(5 * x), y)
+        fails.remove()
+        with pytest.raises(MemoryError):
+            loss.backward()
+        net.zero_grad(set_to_none=to_none)
+        assert_taken(net, optimizer, cross_entropy(x, y))
+        net.zero_grad(set_to_none=to_none)
+
+
+def test_an_input_may_be_written_to_behind_torch() -> None:
+    """Layers that read one buffer share its factor, in one pass; NumPy's writes change no version."""
+    net, other = transformed(Branches), transformed(Branches)
+    optimizer, twin = kfac(net), kfac(other)
+    buffer = np.zeros((SAMPLES, 5))
+    shown = torch.from_numpy(buffer)
+    for i in range(2):
+        x, y = batch(i)
+        buffer[:] = x.numpy()
+        F.cross_entropy(net(shown), y).backward()
+        F.cross_entropy(other(x), y).backward()
+    optimizer.step()
+    twin.step()
+    assert_same(net, other)
+
+
+class Branches(nn.Module):
+    """Two layers that read the input."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(5, w), nn.Linear(5, w), nn.Linear(w, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.one(x)) * torch.tanh(self.two(x)))
+
+
+class Written(nn.Module):
+    """Weights and a gain in code; or in modules, whose taps see the forward pass alone."""
+
+    def __init__(self, modules: bool = False, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head, self.modules_ = nn.Linear(5, w), nn.Linear(w, CLASSES), modules
+        if modules:
+            self.mid = nn.Linear(w, w, bias=False)
+            self.norm = nn.LayerNorm(w, bias=False)
+        else:
+            self.w = nn.Parameter(torch.empty(w, w).uniform_(-0.3, 0.3))
+            self.gain = nn.Parameter(torch.ones(w))
+
+    @property
+    def parts(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return (self.mid.weight, self.norm.weight) if self.modules_ else (self.w, self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        if self.modules_:
+            return self.head(torch.tanh(self.norm(self.mid(z))))
+        return self.head(torch.tanh(F.layer_norm(F.linear(z, self.w), [WIDTH]) * self.gain))
+
+
+def test_a_penalty_on_weights_is_no_use_of_them() -> None:
+    nets = []
+    for modules in (False, True):
+        net = transformed(lambda modules=modules: Written(modules))
+        with torch.no_grad():
+            for number, p in enumerate(net.parts):
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p) + number)
+        for module in (net.stem, net.head):
+            nn.init.constant_(module.bias, 0.1)
+            nn.init.eye_(module.weight)
+        optimizer = kfac(net)
+        assert all(c.treatment.startswith("kfac") for c in optimizer.coverage())
+        for i in range(2):
+            x, y = batch(i)
+            w, gain = net.parts
+            loss = F.cross_entropy(net(x), y)
+            loss = loss + 0.1 * (w @ w.T - torch.eye(WIDTH)).square().mean() + 0.1 * (gain * gain).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        nets.append(net)
+    for one, other in zip(nets[0].parts, nets[1].parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("between", ["nothing", "scaled", "replaced"])

@@ -216,7 +216,10 @@ def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
 
 
 def _taps(value: Any) -> dict[str, Tap] | None:
-    return getattr(value, ATTRIBUTE, None) if isinstance(value, _Intercepted) else None
+    """Return the taps of a parameter that a gradient reaches; None of one that is frozen, and of all else."""
+    if isinstance(value, _Intercepted) and value.requires_grad:  # type: ignore[attr-defined]
+        return getattr(value, ATTRIBUTE, None)
+    return None
 
 
 def _copies(value: Any) -> tables.Copies | None:
@@ -427,6 +430,9 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
         weight, activation, weight_at = right, left, 1
     if _taps(weight) is None or not isinstance(activation, Tensor):
         return output
+    # w @ w.T, as in a penalty on weights: no activation is multiplied.
+    if _taps(weight) is _taps(activation):
+        return output
     # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
     if view == RESHAPED:
@@ -458,6 +464,9 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     if _taps(right) is not None:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
+        return output
+    # gain * gain, as in a penalty on gains: no activation is multiplied.
+    if _taps(weight) is _taps(activation):
         return output
     rank = weight.dim()
     # Converted or reshaped it may be, but not transposed.

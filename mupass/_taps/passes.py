@@ -138,9 +138,27 @@ class Passes:
 
     def enter(self) -> None:
         """Look for cleared gradients: the model runs forward, so no pass that counts is under way."""
+        # Inside of a backward pass it is a checkpoint that runs forward.
+        stopped = self._running and torch._C._current_graph_task_id() == -1
         self._running = False
         if self.watching:
             self.drop_cleared()
+            if stopped:
+                self._drop_stopped()
+
+    def _drop_stopped(self) -> None:
+        """Make taps forget what a pass summed that an exception stopped, if its gradients were cleared.
+
+        Such a pass has marked nothing.
+        """
+        for place, tap in self.taps.items():
+            if not tap.has_sums or place in self._marks:
+                continue
+            gradients = [parameter.grad for parameter in self.readers[place] if parameter.grad is not None]
+            if not any(bool(gradient.any()) for gradient in gradients):
+                tap.clear()
+        if not any(tap.has_sums for tap in self.taps.values()):
+            self.terms.clear()
 
     def begin_late(self, gradient: Tensor) -> None:
         """Begin from a hook on a leaf, which runs behind all of a compiled graph.

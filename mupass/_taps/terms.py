@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
-from mupass._taps.leaves import is_batched, under_transform
+from mupass._taps.leaves import is_batched, is_trained, under_transform
 from mupass._taps.loss_form import first_rows, multiple_of_a_mean
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
@@ -215,6 +215,9 @@ class TermsTap:
         if eager and self.collecting and self.passes is not None:
             self.passes.enter()
         if self.count is None or (self.uses is None and not self.count.requires_grad):
+            return None
+        # A frozen model, as a critic that only scores, has no gradients for its terms to be counted with.
+        if not is_trained(module.parameters()):
             return None
         leaves, spec = tree_flatten(output)
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
