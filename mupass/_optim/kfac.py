@@ -33,7 +33,7 @@ from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import ranks_of_a_batch
-from mupass._taps.terms import TermsTap
+from mupass._taps.terms import TermsTap, terms_tap_of
 
 # Chosen by `benchmarks/defaults.py`.
 LR = 0.1
@@ -183,7 +183,8 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
-    state_format = 6
+    state_format = 7
+    _due = True
 
     @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
     def __init__(
@@ -232,7 +233,6 @@ class KFAC(PlannedOptimizer):
         damping = DAMPING if damping is None else damping
         spec = OptimizerSpec("kfac", e_a=roots.e_a, e_b=roots.e_b)
         super().__init__(model, spec, lr, damping, training)
-        self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
 
@@ -431,6 +431,7 @@ class KFAC(PlannedOptimizer):
         observed = self._curvature.take(scale, clipped)
         self._tell_passes()
         if not observed:  # made up for at the next step
+            self._refuse_lost_taps()
             reason = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", reason)
             moved = any(bool(gradient.any()) for gradient in gradients.values())
@@ -449,6 +450,14 @@ class KFAC(PlannedOptimizer):
             self._slope.note(self._curvature.slope, self.factor_decay, ok > 0)
         self._due = False
         self._refuse_unseen(gradients)
+
+    def _refuse_lost_taps(self) -> None:
+        """Refuse to go on where `mupass.fold` has taken the taps off the model."""
+        if terms_tap_of(self.root) is not self._curvature.terms:
+            raise OptimizerError(
+                "the model has lost its taps since the optimizer was made, as by mupass.fold, so that K-FAC "
+                "sees no layer: make the optimizer anew"
+            )
 
     def _clipped(self) -> Tensor | None:
         """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
@@ -641,8 +650,15 @@ class KFAC(PlannedOptimizer):
     def _make_up(self) -> None:
         self._due = True
 
+    def _waiting(self) -> dict[str, bool]:
+        # Factors that were due in a step that did not count are made up for.
+        return {**super()._waiting(), "mupass_due": self._due}
+
+    def _minds_computed(self, module: nn.Module, key: str) -> bool:
+        return True
+
     def _loaded(self) -> None:
-        self._due = False
+        self._due = self.param_groups[0]["mupass_due"]
         self._kronecker.loaded(self._steps)
 
 
