@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -501,6 +502,70 @@ def test_a_penalty_on_weights_is_no_use_of_them() -> None:
         nets.append(net)
     for one, other in zip(nets[0].parts, nets[1].parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+class Fused(torch.autograd.Function):
+    """A product by a kernel of the caller's, with a weight or without."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return grads[0] @ w, grads[0].T @ x
+
+
+class Twice(nn.Module):
+    """A layer whose weight is used once more, in one of several ways."""
+
+    def __init__(self, how: str, written: bool, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.how, self.written = how, written
+        if written:
+            self.w = nn.Parameter(torch.empty(w, w).uniform_(-0.3, 0.3))
+        else:
+            self.mid = nn.Linear(w, w, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        w = self.w if self.written else self.mid.weight
+        z = torch.tanh(F.linear(z, w) if self.written else self.mid(z))
+        if self.how == "function":
+            z = torch.tanh(Fused.apply(z, w.t().t()))  # type: ignore[no-untyped-call]
+        elif self.how == "turned, while it is trained" and len(x) > 2:  # not in the captured pass
+            z = torch.tanh(z @ w)
+        elif self.how == "function of activations":
+            z = Fused.apply(z, z.T @ z)  # type: ignore[no-untyped-call]
+        return self.head(z)
+
+
+@pytest.mark.parametrize(
+    "how, written, told",
+    [
+        ("function", True, "w is used by Fused, a torch.autograd.Function"),
+        ("function", False, "mid.weight is used by Fused, a torch.autograd.Function"),
+        ("function of activations", False, ""),
+        ("turned, while it is trained", True, "w is used in a way that the captured pass had not"),
+        ("nothing", True, ""),
+    ],
+)
+def test_a_use_that_no_tap_can_see_is_told_by_name(how: str, written: bool, told: str) -> None:
+    torch.manual_seed(0)
+    net = mupass.transform(Twice(how, written).double(), torch.randn(2, 5).double(), base=WIDTH)
+    optimizer = kfac(net)
+    for i in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            cross_entropy(*batch(i))(net).backward()
+            optimizer.step()
+        texts = [str(w.message) for w in caught if issubclass(w.category, MupassWarning)]
+        assert len(texts) == (bool(told) and i == 0)
+        assert all(told in text for text in texts)
 
 
 @pytest.mark.parametrize("between", ["nothing", "scaled", "replaced"])

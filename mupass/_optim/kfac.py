@@ -437,10 +437,10 @@ class KFAC(PlannedOptimizer):
             moved = any(bool(gradient.any()) for gradient in gradients.values())
             if self._curvature.passes.missed and not self._kronecker.seen and moved:
                 raise OptimizerError(
-                    "every weight that has a gradient is used under a transform of torch.func (vmap, grad, "
-                    "jvp), of which K-FAC takes no statistics, so that no step can be taken. Take the "
-                    "derivative by torch.autograd.grad(..., create_graph=True), take another optimizer, "
-                    "such as mupass.SOAP(model), or leave all to the fallback with exclude=['*']"
+                    f"every weight that has a gradient is used {self._curvature.passes.missed}, of which "
+                    "K-FAC takes no statistics, so that no step can be taken. Take another optimizer, as "
+                    "mupass.SOAP(model), or leave all to the fallback with exclude=['*']. Derivatives may "
+                    "be taken by torch.autograd.grad(..., create_graph=True)"
                 )
             return
         # The memory of the largest trace fades once for each collection, not for each step.

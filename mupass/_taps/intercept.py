@@ -342,6 +342,7 @@ def _tapped_product(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
             return output
         padding = by_name(LOOKUP, args, kwargs).get("padding_idx")
         lookup = Lookup(-1 if padding is None else padding % right.shape[0])
+        _tell_stray(output, _taps(right), "embedding")
         return _through(output, left, _taps(right), "embedding", lookup)
     # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
@@ -414,6 +415,19 @@ def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form
     return taps[key].through(output, x, form)
 
 
+def _tell_stray(output: Tensor, taps: dict[str, Tap] | None, key: str) -> None:
+    """Tell of a product with a parameter that has taps, but none for this kind of use.
+
+    The captured pass had no such use: another branch, or the code around the model.
+    """
+    if taps is None or key in taps or torch.compiler.is_compiling() or not output.requires_grad:
+        return
+    for tap in taps.values():
+        if not tap.idle and tap.passes is not None:
+            tap.passes.miss(tap, "in a way that the captured pass had not")
+            return
+
+
 def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) -> Tensor:
     """Return a sum of products of two tensors, tapped where one of them is a parameter.
 
@@ -455,6 +469,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
     if alpha != 1:
         form = Scaled(contraction, float(alpha))
     key = product_key(contraction.in_axes, contraction.out_axes)
+    _tell_stray(output, _taps(weight), key)
     return _through(output, activation, _taps(weight), key, form)
 
 

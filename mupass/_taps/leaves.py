@@ -268,7 +268,7 @@ class Tap:
         # First, since a tensor under vmap does not say that it requires a gradient.
         if under_transform():
             if self.passes is not None and torch.is_grad_enabled():
-                self.passes.miss(self)
+                self.passes.miss(self, "under a transform of torch.func (vmap, grad, jvp)")
             return output
         if not output.requires_grad:  # nothing flows back (torch.no_grad())
             return output

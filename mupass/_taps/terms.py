@@ -220,6 +220,8 @@ class TermsTap:
         if not is_trained(module.parameters()):
             return None
         leaves, spec = tree_flatten(output)
+        if eager and self.collecting and self.passes is not None:
+            self.passes.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
         positions = _positions_of_outputs(leaves, only_first=not eager or self.uses is not None)
         if not positions:
