@@ -1224,3 +1224,23 @@ def test_a_weight_that_is_tied_later_is_told_by_name() -> None:
     cross_entropy(x, y)(net).backward()
     with pytest.warns(MupassWarning, match="blocks.1.weight was tied to blocks.0.weight after the optimizer"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_layer_that_runs_between_collections_alone_is_seen(every: int) -> None:
+    """Two tasks in turn: the second one's layers take part in no step of an even number."""
+    net = transformed(Heads)
+    optimizer = kfac(net, factor_every=every)
+    for i in range(8):
+        x, y = batch(i)
+        loss = cross_entropy(x, y, 1 + i % 2)
+        # The steps of the second task are collected as soon as it is known that it is left out.
+        assert optimizer.factors_due == (i in (0, 2, 3, 4, 6, 7))
+        if optimizer.factors_due:
+            assert_step(net, optimizer, loss)
+            continue
+        before = net.mid.weight.detach().clone()
+        optimizer.zero_grad()
+        loss(net).backward()
+        optimizer.step()
+        assert torch.equal(before, net.mid.weight) == (i == 1)  # nothing was seen of it before

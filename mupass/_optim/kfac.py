@@ -250,6 +250,9 @@ class KFAC(PlannedOptimizer):
         self._curvature.rescale(self._kronecker.moments.bases())
         self._watch_clipping()
         self._all_seen = False
+        # Parameters that took no part in the last collection, and those that had a gradient since.
+        self._missed: set[str] = set()
+        self._owed: set[str] = set()
         treatments, reasons = {}, dict(self._cover.reasons)
         for block in self._cover.blocks:
             method = "kfac"
@@ -339,8 +342,9 @@ class KFAC(PlannedOptimizer):
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
-        # Stays due after a step that had no factors, until one has.
-        self._due |= self._steps % self.factor_every == 0
+        # Stays due after a step that had no factors, until one has; and where a layer takes part in other
+        # steps than those that collect, as one of two tasks in turn, until it has been seen.
+        self._due |= self._steps % self.factor_every == 0 or bool(self._owed)
         self._curvature.collect(self._due and not self.sampled)
 
     @property
@@ -404,6 +408,8 @@ class KFAC(PlannedOptimizer):
         clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(gradients, ok, clipped)
+        else:
+            self._owed |= self._moving(self._missed - self._owed, gradients)
         if kronecker.rooted or not self._due:
             # Factors are collected at the first step of a period: roots, as much work, wait for the next.
             keep_free = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
@@ -414,6 +420,11 @@ class KFAC(PlannedOptimizer):
                 if self.plan.trained and self._steps == 0:
                     kronecker.excuse_vanished()
         directions, changes = kronecker.directions(means)
+        if self._missed:
+            # With absolute damping alone, a factor that nothing was seen of would make the step.
+            unseen = kronecker.unseen()
+            still = {name: torch.zeros_like(directions[name]) for name in unseen if name in directions}
+            directions = {**directions, **still}
         if not directions and self._sharing_ranks == 1:
             return directions
         move = Move(directions, changes, gradients, means, self._step_sizes(), clipped)
@@ -449,6 +460,12 @@ class KFAC(PlannedOptimizer):
         if not self._bound_stands:
             self._slope.note(self._curvature.slope, self.factor_decay, ok > 0)
         self._due = False
+        self._missed = {
+            block.parameter
+            for block in self._cover.blocks
+            if all(observed.keys().isdisjoint(factor.places) for factor in block.factors)
+        }
+        self._owed &= self._missed
         self._refuse_unseen(gradients)
 
     def _refuse_lost_taps(self) -> None:
@@ -619,6 +636,16 @@ class KFAC(PlannedOptimizer):
                 self.count(kind, text)
                 names.clear()
 
+    @staticmethod
+    def _moving(names: Iterable[str], gradients: Tensors) -> set[str]:
+        """Return the parameters among some that have a gradient in this step other than zeros."""
+        present = [name for name in names if name in gradients]
+        if not present:
+            return set()
+        # One message from the device for all.
+        moving = torch.stack([gradients[name].any().cpu() for name in present]).tolist()
+        return {name for name, moves in zip(present, moving, strict=True) if moves}
+
     def _refuse_unseen(self, gradients: Tensors) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
         if self._all_seen:
@@ -659,6 +686,7 @@ class KFAC(PlannedOptimizer):
 
     def _loaded(self) -> None:
         self._due = self.param_groups[0]["mupass_due"]
+        self._missed, self._owed = set(), set()
         self._kronecker.loaded(self._steps)
 
 
