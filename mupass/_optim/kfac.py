@@ -50,7 +50,8 @@ IDLE_TERMS = (
 SUMMED = (
     "the gradient at the model's output is that of a cross-entropy which is summed, or multiplied, and not "
     "averaged over the terms that the output has: B is too large, and steps are too short where kl_clip does "
-    "not set their length. With reduction='sum' pass loss_reduction='sum'; where the loss divides by another "
+    "not set their length. With reduction='sum' pass loss_reduction='sum'; where passes are accumulated, "
+    "divide each loss by their number; where the loss divides by another "
     "number, as by samples instead of tokens, pass it as loss_terms=; where it is multiplied, pass that as "
     "loss_scale="
 )
