@@ -1226,6 +1226,35 @@ def test_a_weight_that_is_tied_later_is_told_by_name() -> None:
         optimizer.step()
 
 
+class Other(nn.Module):
+    """Another module that uses the parameters of a linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_gradients_that_come_past_their_taps_later_are_told_by_name() -> None:
+    net = transformed(Heads)
+    optimizer = kfac(net)
+    told = []
+    for i, task in enumerate((1, 2, 1, 2, 2)):
+        if i == 3:
+            net.mid = Other(net.mid)
+        x, y = batch(i)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x, task), y).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told += [(i, str(w.message).split(":")[2].split()[0]) for w in caught]
+    assert told == [(3, "mid.bias"), (3, "mid.weight")]
+    assert optimizer.stats() == {"steps": 5, "gradients_without_statistics": 4}
+
+
 @pytest.mark.parametrize("every", [2, 4])
 def test_a_layer_that_runs_between_collections_alone_is_seen(every: int) -> None:
     """Two tasks in turn: the second one's layers take part in no step of an even number."""

@@ -59,6 +59,11 @@ REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
 )
+PAST_ITS_TAP = (
+    "{0} has a gradient in a step in which its tap saw no operator that uses it (its module or the code was "
+    "replaced, or another term of the loss reads it alone), and its factors are of earlier steps: make the "
+    "optimizer anew, or leave it to the fallback with exclude=['{0}']"
+)
 IN_DERIVATIVES = (
     "the loss depends on a gradient that was taken with create_graph=True (forces, a gradient penalty). The "
     "backward pass that makes it reads the weights again, of which K-FAC has no statistics: where that part "
@@ -468,6 +473,8 @@ class KFAC(PlannedOptimizer):
         }
         self._owed &= self._missed
         self._refuse_unseen(gradients)
+        for name in sorted(self._moving(self._missed, gradients)):
+            self.count("gradients_without_statistics", PAST_ITS_TAP.format(name))
 
     def _refuse_lost_taps(self) -> None:
         """Refuse to go on where `mupass.fold` has taken the taps off the model."""
