@@ -1027,6 +1027,18 @@ def test_a_forward_pass_with_torch_func_is_analysed(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_model_in_training_can_be_traced() -> None:
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    x, y = batch(0)
+    traced = torch.jit.trace(net, x)  # type: ignore[no-untyped-call]
+    exported = torch.export.export(net, (x,)).module()
+    for program in (traced, exported):
+        torch.testing.assert_close(program(x), net(x))
+    assert_step(net, optimizer, cross_entropy(x, y))
+
+
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
     counter = CompileCounterWithBackend("aot_eager")

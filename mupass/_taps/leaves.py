@@ -263,7 +263,8 @@ class Tap:
         Returns:
             The same values; the very tensor while no factors are wanted.
         """
-        if self.idle:  # no factor is wanted
+        # No factor is wanted, or torch.jit.trace makes a program of its own.
+        if self.idle or torch.jit.is_tracing():
             return output
         # First, since a tensor under vmap does not say that it requires a gradient.
         if under_transform():
