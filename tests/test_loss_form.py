@@ -72,6 +72,30 @@ def test_other_losses_are_not(loss: Loss) -> None:
     assert told(loss) == (0, "")
 
 
+@pytest.mark.parametrize("parts", [(24,), (12, 12), (8, 8, 8), (6, 6, 6, 6), (10, 10, 3, 1)], ids=str)
+def test_passes_that_are_added_up_want_their_losses_divided(parts: tuple[int, ...]) -> None:
+    for by, steps in ((1, int(len(parts) > 2)), (len(parts), 0)):
+        model = net()
+        optimizer = mupass.KFAC(model, root_every=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for x, y in zip(X.split(parts), Y.split(parts), strict=True):
+                (F.cross_entropy(model(x), y) / by).backward()
+            optimizer.step()
+        assert optimizer.stats().get("summed_loss", 0) == steps
+        assert len(caught) == steps
+        assert all("divide each loss by their number" in str(warning.message) for warning in caught)
+
+
+def test_passes_of_other_losses_are_no_sum() -> None:
+    model = net()
+    optimizer = mupass.KFAC(model, root_every=1)
+    for loss in (F.cross_entropy(model(X), Y), model(X).square().mean(), (model(X) - BINARY).square().mean()):
+        loss.backward()
+    optimizer.step()
+    assert optimizer.stats() == {"steps": 1}
+
+
 @pytest.mark.parametrize(
     "options",
     [{"loss_reduction": "sum"}, {"loss_terms": 1}, {"loss_scale": 24.0}],

@@ -347,3 +347,17 @@ def test_a_model_whose_constructor_sets_hooks_is_built_anew() -> None:
     model.enter.register_forward_hook(lambda *_: None)
     resized = mupass.resize(model, scale=2, example_inputs=x, dims={r"fixed\.weight:0": "finite"})
     assert resized.enter._forward_hooks
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_flat_draws_of_an_unusual_sample_are_drawn_flat_again(seed: int) -> None:
+    """Their sample is off in mean and deviation, and has entries beyond the bound that these would give."""
+    torch.manual_seed(seed)
+    x = torch.randn(2, 10)
+    torch.manual_seed(seed)
+    layers = nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    resized = mupass.resize(nn.Sequential(*layers), scale=2, example_inputs=x, seed=seed)
+    weight = resized[2].weight
+    assert weight.abs().max() <= 128**-0.5 * (1 + 1e-6)
+    assert len(weight.unique()) > 0.99 * weight.numel()  # and not picked from the old ones
+    mupass.transform(resized, x, base=32)  # which would warn of what looks trained

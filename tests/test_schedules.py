@@ -254,3 +254,109 @@ def test_a_parameter_that_was_replaced_is_told_once(make: Make) -> None:
     frozen = mlp()
     frozen[2].requires_grad_(False)
     assert train(frozen, make(frozen)) == []
+
+
+def test_keywords_of_a_class_that_groups_override_are_told() -> None:
+    def told(cls: Any, keywords: dict[str, Any], **made: Any) -> list[str]:
+        model = mlp()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, cls(mupass.param_groups(model, **made), **keywords), steps=1)
+            optimizer = cls(mupass.param_groups(model, **made), **keywords)
+            nn.functional.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+        return [str(w.message) for w in caught]
+
+    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
+    (text,) = told(adamw, {"lr": 3e-4, "weight_decay": 0.1, "eps": 1e-6}, lr=1e-3)
+    for part in ("lr=0.0003 (the groups were made with 0.001)", "weight_decay=0.1", "eps=1e-06"):
+        assert part in text
+    (text,) = told(sgd, {"weight_decay": 0.1}, lr=1e-2, optimizer="sgd")
+    assert "weight_decay=0.1 (the groups were made with 0)" in text
+    # The same numbers, zero, and what was left out.
+    assert told(adamw, {"lr": 1e-3, "weight_decay": 0.1}, lr=1e-3, weight_decay=0.1) == []
+    assert told(adamw, {"weight_decay": 0.0, "betas": (0.8, 0.9)}, lr=1e-3, weight_decay=0.1) == []
+    assert told(sgd, {"momentum": 0.9}, lr=1e-2, optimizer="sgd") == []
+
+
+def test_a_state_with_other_width_factors_is_told() -> None:
+    for base, told in [(64, [0]), (32, [])]:
+        other = mlp(base=base)
+        source = adamw(other)
+        train(other, source)
+        for steps in (0, 2):  # loaded before the first step, and later
+            model = mlp()
+            optimizer = adamw(model)
+            assert train(model, optimizer, steps=steps) == []
+            optimizer.load_state_dict(source.state_dict())
+            assert train(model, optimizer) == told
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("how", ["assigned", "tied", "parametrized", "folded"])
+def test_what_becomes_of_parameters_is_told_to_groups(how: str, late: bool) -> None:
+    square = nn.Linear(256, 256), nn.Linear(256, 256)
+    model = nn.Sequential(nn.Linear(10, 256), *square, nn.LayerNorm(256), nn.Linear(256, 4))
+    optimizer = adamw(mupass.transform(model, X, base=32))
+    if late:
+        train(model, optimizer, steps=2)
+    expected = {
+        "assigned": "0.weight, 0.bias, 1.weight, 1.bias, 2.weight",
+        "tied": "2.weight was tied to another parameter",
+        "parametrized": "2.weight was parametrized",
+    }
+    if how == "assigned":
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    elif how == "tied":
+        model[2].weight = model[1].weight
+    elif how == "parametrized":
+        nn.utils.parametrizations.spectral_norm(model[2])
+    else:  # there is nothing to fold
+        mupass.fold(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.zero_grad()
+            nn.functional.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == (how != "folded")
+    assert all(expected[how] in text for text in texts)
+
+
+class TiedReadout(nn.Module):
+    """A readout that shares the table of tokens; a norm before it takes its multiplier."""
+
+    def __init__(self, w: int = 32) -> None:
+        super().__init__()
+        self.tokens, self.norm, self.head = nn.Embedding(20, w), nn.LayerNorm(w), nn.Linear(w, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.tokens(ids)))
+
+
+@pytest.mark.parametrize("how", ["readout untied", "table untied", "folded"])
+def test_what_becomes_of_a_tied_readout_is_told_to_groups(how: str) -> None:
+    ids = torch.arange(12).view(2, 6)
+    model = mupass.transform(TiedReadout(), ids, base=8)
+    optimizer = adamw(model)
+    copied = nn.Parameter(model.head.weight.detach().clone())
+    if how == "folded":
+        mupass.fold(model)
+    else:
+        (model.head if how == "readout untied" else model.tokens).weight = copied
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+    (text,) = [str(w.message) for w in caught]
+    expected = {
+        "readout untied": "head.weight came into the model",
+        "table untied": "tokens.weight came into the model",
+        "folded": "folded after its groups were made, and the rates of norm.weight, norm.bias",
+    }
+    assert expected[how] in text

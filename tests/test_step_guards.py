@@ -15,6 +15,7 @@ from test_kfac import LR, RHO, Run, batch_factors, moved, power
 from test_optim import all_, assert_equal, batch, every, make, train, values
 from test_taps import CASES, DENSE, Case
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -577,6 +578,74 @@ def test_parameters_that_came_later_are_told_by_name(cls: Any) -> None:
     net.fc = nn.Sequential(net.fc, nn.Linear(net.fc.out_features, net.fc.out_features, bias=False).double())
     (text,) = [text for text in told() if "fc.1" in text]
     assert "fc.1.weight was added to the model" in text
+
+
+@all_
+def test_parameters_outside_of_the_transformed_part_are_told_by_name(cls: Any) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)
+    part = mupass.transform(nn.Sequential(*layers), torch.randn(2, 6))
+    for whole in (nn.Sequential(part, nn.Linear(8, 3)), part):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cls(whole, 0.01)
+            mupass.param_groups(whole, lr=0.01)
+        texts = [str(w.message) for w in caught]
+        assert len(texts) == (2 if whole is not part else 0)
+        assert all("does not train: 1.weight, 1.bias" in text for text in texts)
+
+
+class TiedReadout(nn.Module):
+    """A readout whose multiplier goes into the norm before it when the model is folded."""
+
+    def __init__(self, w: int = 32) -> None:
+        super().__init__()
+        self.tokens, self.mid, self.norm = nn.Embedding(20, w), nn.Linear(w, w), nn.LayerNorm(w)
+        self.head = nn.Linear(w, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.mid(self.tokens(ids))))
+
+
+@pytest.mark.parametrize("base", [8, 32])
+@all_
+def test_an_optimizer_of_before_a_fold_is_told_or_refused(cls: Any, base: int) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(12).view(2, 6)
+    net = mupass.transform(TiedReadout(), ids, base=base)
+    optimizer = cls(net, 0.01)
+    mupass.fold(net)
+    for step in range(2):
+        F.cross_entropy(net(ids).flatten(0, 1), ids.flatten()).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if cls is mupass.KFAC:  # which has lost its taps
+                with pytest.raises(mupass.OptimizerError, match="lost its taps .* make the optimizer anew"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        told = [str(w.message) for w in caught]
+        assert len(told) == (base == 8 and step == 0)
+        assert all("folded after" in text and "rates of norm.weight, norm.bias" in text for text in told)
+
+
+@pytest.mark.parametrize("how", ["pruned", "spectral_norm", "orthogonal"])
+@all_
+def test_a_weight_that_is_computed_later_is_told_by_name(cls: Any, how: str) -> None:
+    net = make()
+    optimizer = cls(net, 0.01)
+    train(net, optimizer, range(1))
+    if how == "pruned":
+        prune.l1_unstructured(net.fc, "weight", 0.5)
+    else:
+        getattr(nn.utils.parametrizations, how)(net.fc)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net, optimizer, range(1, 3))
+    told = [str(w.message) for w in caught if "fc.weight was parametrized, or pruned" in str(w.message)]
+    # A mask changes nothing but K-FAC's statistics.
+    assert len(told) == (how != "pruned" or cls is mupass.KFAC)
 
 
 @all_

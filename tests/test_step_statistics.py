@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,10 +180,15 @@ def reference(net: nn.Module, loss: Loss) -> dict[str, Tensor]:
 
 
 def assert_step(net: nn.Module, optimizer: mupass.KFAC, loss: Loss) -> None:
+    optimizer.zero_grad()
+    assert_taken(net, optimizer, loss)
+
+
+def assert_taken(net: nn.Module, optimizer: mupass.KFAC, loss: Loss, run: nn.Module | None = None) -> None:
+    """Let the model, or its compiled form, run; nothing is cleared before."""
     want = reference(net, loss)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer.zero_grad()
-    loss(net).backward()
+    loss(net if run is None else run).backward()
     optimizer.step()
     for name, p in net.named_parameters():
         torch.testing.assert_close(
@@ -371,6 +378,195 @@ def test_gradients_that_are_cleared_behind_the_last_pass_have_no_statistics() ->
     assert optimizer.stats() == {"steps": 0}
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
     assert_step(net, optimizer, cross_entropy(x, y))
+
+
+@pytest.mark.parametrize("how", ["frozen", "lent", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_pass_through_weights_without_gradients_leaves_no_statistics(how: str) -> None:
+    """A critic that is frozen while it scores, and a teacher whose weights run in the student's modules."""
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    run = torch.compile(net) if how == "compiled" else net
+    teacher = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    for i in range(3):
+        x, y = batch(i)
+        drawn = (3 * x).requires_grad_(True)  # what a generator made
+        if how == "lent":
+            F.cross_entropy(torch.func.functional_call(net, teacher, (drawn,)), y).backward()
+        else:
+            net.requires_grad_(False)
+            F.cross_entropy(run(drawn), y).backward()
+            net.requires_grad_(True)
+        assert_taken(net, optimizer, cross_entropy(x, y), run)
+        net.zero_grad()
+
+
+class Failing(torch.autograd.Function):
+    """Identity whose backward pass fails, as one that runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("at", ["stem", "head"])
+def test_a_pass_that_an_exception_stopped_leaves_no_statistics(at: str, to_none: bool) -> None:
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    for i in range(3):
+        x, y = batch(i)
+        fails = net.get_submodule(at).register_forward_hook(lambda module, args, out: Failing.apply(out))  # type: ignore[no-untyped-call]
+        loss = F.cross_entropy(net(5 * x), y)
+        fails.remove()
+        with pytest.raises(MemoryError):
+            loss.backward()
+        net.zero_grad(set_to_none=to_none)
+        assert_taken(net, optimizer, cross_entropy(x, y))
+        net.zero_grad(set_to_none=to_none)
+
+
+def test_an_input_may_be_written_to_behind_torch() -> None:
+    """Layers that read one buffer share its factor, in one pass; NumPy's writes change no version."""
+    net, other = transformed(Branches), transformed(Branches)
+    optimizer, twin = kfac(net), kfac(other)
+    buffer = np.zeros((SAMPLES, 5))
+    shown = torch.from_numpy(buffer)
+    for i in range(2):
+        x, y = batch(i)
+        buffer[:] = x.numpy()
+        F.cross_entropy(net(shown), y).backward()
+        F.cross_entropy(other(x), y).backward()
+    optimizer.step()
+    twin.step()
+    assert_same(net, other)
+
+
+class Branches(nn.Module):
+    """Two layers that read the input."""
+
+    def __init__(self, w: int = WIDTH) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(5, w), nn.Linear(5, w), nn.Linear(w, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.one(x)) * torch.tanh(self.two(x)))
+
+
+class Written(nn.Module):
+    """Weights and a gain in code; or in modules, whose taps see the forward pass alone."""
+
+    def __init__(self, modules: bool = False, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head, self.modules_ = nn.Linear(5, w), nn.Linear(w, CLASSES), modules
+        if modules:
+            self.mid = nn.Linear(w, w, bias=False)
+            self.norm = nn.LayerNorm(w, bias=False)
+        else:
+            self.w = nn.Parameter(torch.empty(w, w).uniform_(-0.3, 0.3))
+            self.gain = nn.Parameter(torch.ones(w))
+
+    @property
+    def parts(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return (self.mid.weight, self.norm.weight) if self.modules_ else (self.w, self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        if self.modules_:
+            return self.head(torch.tanh(self.norm(self.mid(z))))
+        return self.head(torch.tanh(F.layer_norm(F.linear(z, self.w), [WIDTH]) * self.gain))
+
+
+def test_a_penalty_on_weights_is_no_use_of_them() -> None:
+    nets = []
+    for modules in (False, True):
+        net = transformed(lambda modules=modules: Written(modules))
+        with torch.no_grad():
+            for number, p in enumerate(net.parts):
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p) + number)
+        for module in (net.stem, net.head):
+            nn.init.constant_(module.bias, 0.1)
+            nn.init.eye_(module.weight)
+        optimizer = kfac(net)
+        assert all(c.treatment.startswith("kfac") for c in optimizer.coverage())
+        for i in range(2):
+            x, y = batch(i)
+            w, gain = net.parts
+            loss = F.cross_entropy(net(x), y)
+            loss = loss + 0.1 * (w @ w.T - torch.eye(WIDTH)).square().mean() + 0.1 * (gain * gain).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        nets.append(net)
+    for one, other in zip(nets[0].parts, nets[1].parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+class Fused(torch.autograd.Function):
+    """A product by a kernel of the caller's, with a weight or without."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return grads[0] @ w, grads[0].T @ x
+
+
+class Twice(nn.Module):
+    """A layer whose weight is used once more, in one of several ways."""
+
+    def __init__(self, how: str, written: bool, w: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, w), nn.Linear(w, CLASSES)
+        self.how, self.written = how, written
+        if written:
+            self.w = nn.Parameter(torch.empty(w, w).uniform_(-0.3, 0.3))
+        else:
+            self.mid = nn.Linear(w, w, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        w = self.w if self.written else self.mid.weight
+        z = torch.tanh(F.linear(z, w) if self.written else self.mid(z))
+        if self.how == "function":
+            z = torch.tanh(Fused.apply(z, w.t().t()))  # type: ignore[no-untyped-call]
+        elif self.how == "turned, while it is trained" and len(x) > 2:  # not in the captured pass
+            z = torch.tanh(z @ w)
+        elif self.how == "function of activations":
+            z = Fused.apply(z, z.T @ z)  # type: ignore[no-untyped-call]
+        return self.head(z)
+
+
+@pytest.mark.parametrize(
+    "how, written, told",
+    [
+        ("function", True, "w is used by Fused, a torch.autograd.Function"),
+        ("function", False, "mid.weight is used by Fused, a torch.autograd.Function"),
+        ("function of activations", False, ""),
+        ("turned, while it is trained", True, "w is used in a way that the captured pass had not"),
+        ("nothing", True, ""),
+    ],
+)
+def test_a_use_that_no_tap_can_see_is_told_by_name(how: str, written: bool, told: str) -> None:
+    torch.manual_seed(0)
+    net = mupass.transform(Twice(how, written).double(), torch.randn(2, 5).double(), base=WIDTH)
+    optimizer = kfac(net)
+    for i in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            cross_entropy(*batch(i))(net).backward()
+            optimizer.step()
+        texts = [str(w.message) for w in caught if issubclass(w.category, MupassWarning)]
+        assert len(texts) == (bool(told) and i == 0)
+        assert all(told in text for text in texts)
 
 
 @pytest.mark.parametrize("between", ["nothing", "scaled", "replaced"])
@@ -833,6 +1029,18 @@ def test_a_forward_pass_with_torch_func_is_analysed(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_model_in_training_can_be_traced() -> None:
+    net = transformed(Attention)
+    optimizer = kfac(net)
+    x, y = batch(0)
+    traced = torch.jit.trace(net, x)  # type: ignore[no-untyped-call]
+    exported = torch.export.export(net, (x,)).module()
+    for program in (traced, exported):
+        torch.testing.assert_close(program(x), net(x))
+    assert_step(net, optimizer, cross_entropy(x, y))
+
+
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -1032,3 +1240,52 @@ def test_a_weight_that_is_tied_later_is_told_by_name() -> None:
     cross_entropy(x, y)(net).backward()
     with pytest.warns(MupassWarning, match="blocks.1.weight was tied to blocks.0.weight after the optimizer"):
         optimizer.step()
+
+
+class Other(nn.Module):
+    """Another module that uses the parameters of a linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_gradients_that_come_past_their_taps_later_are_told_by_name() -> None:
+    net = transformed(Heads)
+    optimizer = kfac(net)
+    told = []
+    for i, task in enumerate((1, 2, 1, 2, 2)):
+        if i == 3:
+            net.mid = Other(net.mid)
+        x, y = batch(i)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x, task), y).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told += [(i, str(w.message).split(":")[2].split()[0]) for w in caught]
+    assert told == [(3, "mid.bias"), (3, "mid.weight")]
+    assert optimizer.stats() == {"steps": 5, "gradients_without_statistics": 4}
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_layer_that_runs_between_collections_alone_is_seen(every: int) -> None:
+    """Two tasks in turn: the second one's layers take part in no step of an even number."""
+    net = transformed(Heads)
+    optimizer = kfac(net, factor_every=every)
+    for i in range(8):
+        x, y = batch(i)
+        loss = cross_entropy(x, y, 1 + i % 2)
+        # The steps of the second task are collected as soon as it is known that it is left out.
+        assert optimizer.factors_due == (i in (0, 2, 3, 4, 6, 7))
+        if optimizer.factors_due:
+            assert_step(net, optimizer, loss)
+            continue
+        before = net.mid.weight.detach().clone()
+        optimizer.zero_grad()
+        loss(net).backward()
+        optimizer.step()
+        assert torch.equal(before, net.mid.weight) == (i == 1)  # nothing was seen of it before

@@ -15,7 +15,7 @@ from mupass._errors import OptimizerError
 from mupass._hyper.functional_model import call
 from mupass._optim.checks import check_choice, check_number
 from mupass._optim.linalg.roots import symmetric
-from mupass._optim.model_bound import BoundOptimizer
+from mupass._optim.model_bound import BoundOptimizer, tell_left_out
 from mupass._parallel import is_sharded
 from mupass._scales.plan import plan_of
 
@@ -86,6 +86,7 @@ class FoMoH(BoundOptimizer):
             if torch.distributed.get_world_size() > 1:
                 raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
         self.root, self.plan = plan_of(model)
+        tell_left_out(model, self.root)
         self.plan.check(self.root)
         self.law, self.directions, self.halvings = law, directions, halvings
         parameters = dict(self.root.named_parameters())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mupass._errors import MupassWarning, OptimizerError, kind_of, warn
 from mupass._optim.checks import (
@@ -34,7 +35,8 @@ from mupass._optim.fallback import (
     state_dtype,
     sum_state,
 )
-from mupass._optim.model_bound import BoundOptimizer
+from mupass._optim.made_groups import changed_by_fold
+from mupass._optim.model_bound import BoundOptimizer, tell_left_out
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
@@ -50,10 +52,11 @@ from mupass._parallel import (
     world_size,
 )
 from mupass._scales.drawn_again import tell_drawn_again
-from mupass._scales.plan import OptimizerSpec, Plan, plan_of
+from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, Plan, plan_of
 from mupass._scales.scales import rounded
 
 OVERRIDES = ("lr", "weight_decay", "damping")
+FOLDED = "fold"  # among what was told
 EMPTY = "none"  # treatment of a parameter without entries
 OUT_OF_RANGE = (
     "would have left the range of float16, which ends at 65504, and keeps its values: "
@@ -78,7 +81,7 @@ class PlannedOptimizer(BoundOptimizer):
     _step_supports_amp_scaling = True
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
-    state_format = 5  # that of states which are loaded
+    state_format = 6  # that of states which are loaded
     _ranks = 1
 
     @staticmethod
@@ -104,6 +107,7 @@ class PlannedOptimizer(BoundOptimizer):
         self.momentum_of = training.momentum_of
         self.fallback = Fallback.of(training.fallback, training.fallback_lr)
         self.root, plan = plan_of(model)
+        tell_left_out(model, self.root)
         self.plan: Plan = plan.for_optimizer(spec)
         # The model may have been changed since it was transformed.
         self.plan.check(self.root)
@@ -129,11 +133,14 @@ class PlannedOptimizer(BoundOptimizer):
     def _find_parameters(self) -> None:
         """Name the parameters, and find those that no preconditioner can work with."""
         self.names: dict[Tensor, str] = {}
+        self._holders: dict[str, tuple[nn.Module, str]] = {}  # parameter -> its module, and its name there
         self._frozen: dict[Tensor, str] = {}
         self._numbers: dict[str, int] = {}
         parameter: Tensor
         for number, (name, parameter) in enumerate(self.root.named_parameters()):
             self._numbers[name] = number
+            path, _, key = name.rpartition(".")
+            self._holders[name] = (self.root.get_submodule(path), key)
             if parameter.requires_grad:
                 self.names[parameter] = name
             else:
@@ -294,6 +301,7 @@ class PlannedOptimizer(BoundOptimizer):
                 group["mupass_scale"], group["mupass_epsilon"] = scale, scales.epsilon
                 group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec), self.state_format)
                 group["mupass_steps"] = 0
+                group.update(self._waiting())
                 if self._seed is not None:
                     group["mupass_seed"] = self._seed
             group["params"].append(parameter)
@@ -440,6 +448,10 @@ class PlannedOptimizer(BoundOptimizer):
             group["mupass_steps"] = self._steps
         if self._steps % self.report_every == 0 or self._watching:
             self._report()
+
+    def _waiting(self) -> dict[str, bool]:
+        """Return what waits for the next step, for a saved state: whether steps are looked at one by one."""
+        return {"mupass_watching": self._watching}
 
     def _own_gradients(self, ok: Tensor) -> tuple[Tensors, Tensors]:
         """Return the whole gradients of own parameters, and their moving averages, by name."""
@@ -643,11 +655,13 @@ class PlannedOptimizer(BoundOptimizer):
         The model is looked through where a known parameter has no gradient, as one that was replaced has
         none, in the first ``report_every`` steps, and once in as many later.
         """
+        self._tell_folded()
         idle = frozenset(name for p, name in self.names.items() if p.grad is None)
         if idle == self._idle and self._steps >= self.report_every and self._steps % self.report_every:
             return
         self._idle = idle
         self._tell_tied()
+        self._tell_computed()
         for name, parameter in self.root.named_parameters():
             known = parameter in self.names or parameter in self._frozen
             if known or parameter.grad is None or name in self._strangers:
@@ -675,6 +689,51 @@ class PlannedOptimizer(BoundOptimizer):
                 MupassWarning,
                 stacklevel=5,
             )
+
+    def _tell_folded(self) -> None:
+        """Warn where `mupass.fold` has put multipliers into weights whose rates are of before."""
+        plan: Plan | None = vars(self.root).get(ATTRIBUTE)
+        if plan is None or plan.folded == self.plan.folded or FOLDED in self._strangers:
+            return
+        self._strangers.add(FOLDED)
+        names = changed_by_fold(plan)
+        if names:
+            text = (
+                f"mupass.{type(self).__name__}: the model was folded after the optimizer was made, and the "
+                f"rates of {', '.join(names)} are those of before: make the optimizer anew"
+            )
+            warnings.warn(text, MupassWarning, stacklevel=5)
+
+    def _tell_computed(self) -> None:
+        """Warn of own parameters that a module makes its weight of by now, where it held them as they are."""
+        for group in self._own_groups():
+            for parameter in group["params"]:
+                name = self.names[parameter]
+                module, key = self._holders[name]
+                held = module._parameters.get(key)
+                # prune.l1_unstructured(module, "weight") keeps the parameter under another name.
+                if held is not None or name in self._strangers or not self._minds_computed(module, key):
+                    continue
+                if not any(parameter is other for other in module.parameters()):
+                    continue
+                self._strangers.add(name)
+                warnings.warn(
+                    f"mupass.{type(self).__name__}: {name} was parametrized, or pruned, after the optimizer "
+                    "was made, which takes it for the weight itself: its statistics and width factors are "
+                    "of before. Do so first, then transform, then make the optimizer",
+                    MupassWarning,
+                    stacklevel=5,
+                )
+
+    def _minds_computed(self, module: nn.Module, key: str) -> bool:
+        """Return whether a weight that is computed of a parameter has other scales or statistics than that.
+
+        Args:
+            module: The module that has the weight.
+            key: Its name there.
+        """
+        # A mask changes no width factor, and gradients are those of the parameter.
+        return is_parametrized(module, key)
 
     def _add_to_fallback(self, parameter: Tensor, name: str) -> None:
         """Make a group of the fallback for a parameter that was frozen."""
@@ -815,6 +874,8 @@ class PlannedOptimizer(BoundOptimizer):
         All of it is kept by parameter, where torch's checkpoint functions look for it. Where ranks share the
         preconditioner, all of them must call this: each returns the whole state.
         """
+        for group in self.param_groups:
+            group.update(self._waiting())
         own_state = super().state_dict()
         return {**own_state, "state": self._collected(own_state["state"])}
 
@@ -835,6 +896,7 @@ class PlannedOptimizer(BoundOptimizer):
         # All is checked before anything is copied.
         copy_state(self, *check_state(self, self.names, self._settings, state_dict))
         self._steps = self.param_groups[0]["mupass_steps"]
+        self._watching = self.param_groups[0]["mupass_watching"]
         self._loaded()
         self._prepare_next()
 

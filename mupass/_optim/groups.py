@@ -9,7 +9,9 @@ from torch import nn
 from mupass._alignment import Alignment, measured_exponents
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_number
-from mupass._optim.schedules import FAMILY, SCALE
+from mupass._optim.made_groups import SCALE, note_groups
+from mupass._optim.model_bound import tell_left_out
+from mupass._optim.schedules import FAMILY
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
@@ -83,6 +85,7 @@ def param_groups(
     for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": epsilon}.items():
         check_number(name, value)
     root, plan = plan_of(model)
+    tell_left_out(model, root)
     plan = plan.for_optimizer(spec)
     plan.check(root)
     tell_drawn_again(root, plan)
@@ -110,7 +113,12 @@ def param_groups(
                 groups[key]["eps"] = epsilon * scales.epsilon
         groups[key]["params"].append(parameter)
     setattr(root, ATTRIBUTE, plan)  # its print shows the optimizer in use
-    return list(groups.values())
+    made = list(groups.values())
+    numbers = {"lr": float(lr), "weight_decay": float(weight_decay)}
+    if adaptive:
+        numbers["eps"] = float(epsilon)
+    note_groups(root, plan, made, numbers)
+    return made
 
 
 def _decay_factor(spec: OptimizerSpec, scales: Scales) -> float:

@@ -33,7 +33,7 @@ from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import pass_on
 from mupass._taps.leaves import Tap
 from mupass._taps.sharded import ranks_of_a_batch
-from mupass._taps.terms import TermsTap
+from mupass._taps.terms import TermsTap, terms_tap_of
 
 # Chosen by `benchmarks/defaults.py`.
 LR = 0.1
@@ -50,13 +50,19 @@ IDLE_TERMS = (
 SUMMED = (
     "the gradient at the model's output is that of a cross-entropy which is summed, or multiplied, and not "
     "averaged over the terms that the output has: B is too large, and steps are too short where kl_clip does "
-    "not set their length. With reduction='sum' pass loss_reduction='sum'; where the loss divides by another "
+    "not set their length. With reduction='sum' pass loss_reduction='sum'; where passes are accumulated, "
+    "divide each loss by their number; where the loss divides by another "
     "number, as by samples instead of tokens, pass it as loss_terms=; where it is multiplied, pass that as "
     "loss_scale="
 )
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
+)
+PAST_ITS_TAP = (
+    "{0} has a gradient in a step in which its tap saw no operator that uses it (its module or the code was "
+    "replaced, or another term of the loss reads it alone), and its factors are of earlier steps: make the "
+    "optimizer anew, or leave it to the fallback with exclude=['{0}']"
 )
 IN_DERIVATIVES = (
     "the loss depends on a gradient that was taken with create_graph=True (forces, a gradient penalty). The "
@@ -183,7 +189,8 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
-    state_format = 6
+    state_format = 7
+    _due = True
 
     @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
     def __init__(
@@ -232,7 +239,6 @@ class KFAC(PlannedOptimizer):
         damping = DAMPING if damping is None else damping
         spec = OptimizerSpec("kfac", e_a=roots.e_a, e_b=roots.e_b)
         super().__init__(model, spec, lr, damping, training)
-        self._due = False
         self._numbers_there: dict[Any, Tensor] = {}
         self._prepare_next()
 
@@ -250,6 +256,9 @@ class KFAC(PlannedOptimizer):
         self._curvature.rescale(self._kronecker.moments.bases())
         self._watch_clipping()
         self._all_seen = False
+        # Parameters that took no part in the last collection, and those that had a gradient since.
+        self._missed: set[str] = set()
+        self._owed: set[str] = set()
         treatments, reasons = {}, dict(self._cover.reasons)
         for block in self._cover.blocks:
             method = "kfac"
@@ -339,8 +348,9 @@ class KFAC(PlannedOptimizer):
 
     def _prepare_next(self) -> None:
         """Collect factors in the passes before a step that uses them."""
-        # Stays due after a step that had no factors, until one has.
-        self._due |= self._steps % self.factor_every == 0
+        # Stays due after a step that had no factors, until one has; and where a layer takes part in other
+        # steps than those that collect, as one of two tasks in turn, until it has been seen.
+        self._due |= self._steps % self.factor_every == 0 or bool(self._owed)
         self._curvature.collect(self._due and not self.sampled)
 
     @property
@@ -404,6 +414,8 @@ class KFAC(PlannedOptimizer):
         clipped = self._clipped()
         if self._due and self._cover.blocks:
             self._average(gradients, ok, clipped)
+        else:
+            self._owed |= self._moving(self._missed - self._owed, gradients)
         if kronecker.rooted or not self._due:
             # Factors are collected at the first step of a period: roots, as much work, wait for the next.
             keep_free = self.stagger and self.factor_every > 1 and self.root_every % self.factor_every == 0
@@ -414,6 +426,11 @@ class KFAC(PlannedOptimizer):
                 if self.plan.trained and self._steps == 0:
                     kronecker.excuse_vanished()
         directions, changes = kronecker.directions(means)
+        if self._missed:
+            # With absolute damping alone, a factor that nothing was seen of would make the step.
+            unseen = kronecker.unseen()
+            still = {name: torch.zeros_like(directions[name]) for name in unseen if name in directions}
+            directions = {**directions, **still}
         if not directions and self._sharing_ranks == 1:
             return directions
         move = Move(directions, changes, gradients, means, self._step_sizes(), clipped)
@@ -431,15 +448,16 @@ class KFAC(PlannedOptimizer):
         observed = self._curvature.take(scale, clipped)
         self._tell_passes()
         if not observed:  # made up for at the next step
+            self._refuse_lost_taps()
             reason = "observe() was not called" if self.sampled else "no tapped layer took part"
             self.count("steps_without_factors", reason)
             moved = any(bool(gradient.any()) for gradient in gradients.values())
             if self._curvature.passes.missed and not self._kronecker.seen and moved:
                 raise OptimizerError(
-                    "every weight that has a gradient is used under a transform of torch.func (vmap, grad, "
-                    "jvp), of which K-FAC takes no statistics, so that no step can be taken. Take the "
-                    "derivative by torch.autograd.grad(..., create_graph=True), take another optimizer, "
-                    "such as mupass.SOAP(model), or leave all to the fallback with exclude=['*']"
+                    f"every weight that has a gradient is used {self._curvature.passes.missed}, of which "
+                    "K-FAC takes no statistics, so that no step can be taken. Take another optimizer, as "
+                    "mupass.SOAP(model), or leave all to the fallback with exclude=['*']. Derivatives may "
+                    "be taken by torch.autograd.grad(..., create_graph=True)"
                 )
             return
         # The memory of the largest trace fades once for each collection, not for each step.
@@ -448,7 +466,23 @@ class KFAC(PlannedOptimizer):
         if not self._bound_stands:
             self._slope.note(self._curvature.slope, self.factor_decay, ok > 0)
         self._due = False
+        self._missed = {
+            block.parameter
+            for block in self._cover.blocks
+            if all(observed.keys().isdisjoint(factor.places) for factor in block.factors)
+        }
+        self._owed &= self._missed
         self._refuse_unseen(gradients)
+        for name in sorted(self._moving(self._missed, gradients)):
+            self.count("gradients_without_statistics", PAST_ITS_TAP.format(name))
+
+    def _refuse_lost_taps(self) -> None:
+        """Refuse to go on where `mupass.fold` has taken the taps off the model."""
+        if terms_tap_of(self.root) is not self._curvature.terms:
+            raise OptimizerError(
+                "the model has lost its taps since the optimizer was made, as by mupass.fold, so that K-FAC "
+                "sees no layer: make the optimizer anew"
+            )
 
     def _clipped(self) -> Tensor | None:
         """Return the factor that the training loop multiplied this step's gradients by, as clipping does.
@@ -610,6 +644,16 @@ class KFAC(PlannedOptimizer):
                 self.count(kind, text)
                 names.clear()
 
+    @staticmethod
+    def _moving(names: Iterable[str], gradients: Tensors) -> set[str]:
+        """Return the parameters among some that have a gradient in this step other than zeros."""
+        present = [name for name in names if name in gradients]
+        if not present:
+            return set()
+        # One message from the device for all.
+        moving = torch.stack([gradients[name].any().cpu() for name in present]).tolist()
+        return {name for name, moves in zip(present, moving, strict=True) if moves}
+
     def _refuse_unseen(self, gradients: Tensors) -> None:
         """Refuse to leave a parameter at rest because its gradient came past its tap."""
         if self._all_seen:
@@ -641,8 +685,16 @@ class KFAC(PlannedOptimizer):
     def _make_up(self) -> None:
         self._due = True
 
+    def _waiting(self) -> dict[str, bool]:
+        # Factors that were due in a step that did not count are made up for.
+        return {**super()._waiting(), "mupass_due": self._due}
+
+    def _minds_computed(self, module: nn.Module, key: str) -> bool:
+        return True
+
     def _loaded(self) -> None:
-        self._due = False
+        self._due = self.param_groups[0]["mupass_due"]
+        self._missed, self._owed = set(), set()
         self._kronecker.loaded(self._steps)
 
 

@@ -5,10 +5,31 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, some, warn
 from mupass._optim.schedules import watch_rates
 from mupass._scales.plan import ATTRIBUTE
+
+
+def tell_left_out(model: nn.Module, root: nn.Module) -> None:
+    """Warn of trained parameters of a module outside of the transformed model in it.
+
+    Args:
+        model: What an optimizer was given.
+        root: The transformed model, which may be a part of it.
+    """
+    known = set(root.parameters())
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
+    if left_out:
+        warn(
+            [
+                f"the {type(model).__name__} has parameters outside of the transformed "
+                f"{type(root).__name__} in it, which this optimizer does not train: {some(left_out)}. "
+                "Transform the whole model; or give the optimizer the transformed part alone, and another "
+                "one the rest"
+            ]
+        )
 
 
 class BoundOptimizer(torch.optim.Optimizer):

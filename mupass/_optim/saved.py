@@ -135,6 +135,9 @@ def _check_group(where: str, theirs: Group, ours: Group, needed: Collection[str]
             check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
         check_betas(f"betas of {where} of the state", theirs["betas"])
+    for key in ("mupass_watching", "mupass_due"):
+        if key in ours and not isinstance(theirs[key], bool):
+            raise OptimizerError(f"{key} of {where} of the state is {theirs[key]!r}, neither True nor False")
     steps = theirs["mupass_steps"]
     if not (isinstance(steps, int) and steps == 0):
         check_period(f"mupass_steps of {where} of the state", steps)

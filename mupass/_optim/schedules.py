@@ -12,21 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mupass._errors import warn
+from mupass._optim.made_groups import (
+    SCALE,
+    TOLERANCE,
+    MadeGroups,
+    changed_by_fold,
+    lost_keywords,
+    made_for,
+    other_factor,
+    tied_since,
+)
 from mupass._optim.vocabulary import Group
 from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
 
 LOOKS = 10  # first steps in each of which models are looked through; then one in as many
-TOLERANCE = 1e-4  # of ratios, relative
-SCALE = "mupass_scale"
 FAMILY = "mupass_optimizer"  # row of the scale table that groups were made for
 LAYER = "lr_scale"  # what schedules of timm multiply the rate of a group by: layer decay
 
@@ -46,6 +54,7 @@ class RateWatch:
         strangers: Parameters with a gradient that were added to a model of its parameters, by name, with
             their version: one that is the same at the next look was moved by nobody.
         told: Names of those that were told.
+        unfolded: Models of its parameters whose weights do not hold their multipliers.
     """
 
     start: dict[int, float]
@@ -57,6 +66,7 @@ class RateWatch:
     steps: int = 0
     strangers: dict[str, int] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    unfolded: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
 _watches: WeakKeyDictionary[torch.optim.Optimizer, RateWatch] = WeakKeyDictionary()
@@ -96,6 +106,7 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.param_groups
     if watch.groups != id(groups):  # a state was loaded
         watch.start, watch.groups = _rates(groups), id(groups)
+        _check_factors(optimizer)
     # A group that starts at zero, as a warmup does, says nothing about ratios.
     rates = {number: rate for number, rate in _rates(groups).items() if watch.start.get(number)}
     if any(rate < 0 or not isfinite(rate) for rate in rates.values()):
@@ -109,6 +120,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     check_rates(optimizer)
     watch = _watches[optimizer]
     if watch.planned:
+        _check_folded(optimizer, watch)
         _check_members(optimizer, watch)
         _check_added(optimizer, watch)
 
@@ -124,6 +136,9 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         return watch
     watch.planned = True
     _check_family(optimizer)
+    _check_keywords(optimizer)
+    _check_factors(optimizer)
+    watch.unfolded.update(root for root, _, made in _own_models(optimizer) if not made[-1].folded)
     # Schedules of timm multiply a group's rate by its layer's factor.
     layered = {number: scale * _layer_factor(groups[number]) for number, scale in scales.items()}
     rates = {number: rate for number, rate in _rates(groups).items() if number in scales}
@@ -222,6 +237,56 @@ def _difference(
     return None
 
 
+def _own_models(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, Plan, list[MadeGroups]]]:
+    """Return the models that an optimizer's groups were made for, with their plans and these calls."""
+    members = _groups_of(optimizer).keys()
+    found = [(root, plan, made_for(root, members)) for root, plan in _planned_models()]
+    return [(root, plan, made) for root, plan, made in found if made]
+
+
+def _check_keywords(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of keywords that a class was given and that its groups override."""
+    for _, _, made in _own_models(optimizer):
+        lost = lost_keywords(optimizer, made)
+        if lost:
+            text = (
+                f"{type(optimizer).__name__} was given {', '.join(lost)}, which the groups of "
+                "mupass.param_groups override with numbers of their own: give them to "
+                "mupass.param_groups(model, ...) instead"
+            )
+            warn([text])
+
+
+def _check_factors(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of width factors that came with a loaded state and are not those of the model's plan."""
+    for _, _, made in _own_models(optimizer):
+        difference = other_factor(optimizer.param_groups, made)
+        if difference is not None:
+            parameter, given, wanted = difference
+            text = (
+                f"{type(optimizer).__name__}: {parameter} has the rate times {given:.3g}, as in a state that "
+                f"was loaded, and the plan of the model wants {wanted:.3g}: the state is of another base "
+                "width or plan. Transform as in the run that was saved (base=, or plan=)"
+            )
+            warn([text])
+
+
+def _check_folded(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
+    """Warn where `mupass.fold` has put multipliers into weights whose rates are of before."""
+    for root in list(watch.unfolded):
+        plan: Plan | None = vars(root).get(ATTRIBUTE)
+        if plan is None or not plan.folded:
+            continue
+        watch.unfolded.discard(root)
+        names = changed_by_fold(plan)
+        if names:
+            text = (
+                f"{type(optimizer).__name__}: the model was folded after its groups were made, and the rates "
+                f"of {', '.join(names)} are those of before: make the optimizer anew"
+            )
+            warn([text])
+
+
 def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
     """Warn where parameters of the model were replaced after the groups were made."""
     members = set(_groups_of(optimizer))
@@ -233,9 +298,15 @@ def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
     for root, plan in _planned_models():
         now = dict(root.named_parameters())
         gone = {p for p in members if id(p) in idle}.difference(now.values())
-        if not gone or members.isdisjoint(now.values()):
+        made = made_for(root, members)
+        # All of them may have been replaced, as by load_state_dict(assign=True).
+        if not gone or (members.isdisjoint(now.values()) and not made):
             continue
+        if made:
+            places = dict(root.named_parameters(remove_duplicate=False))
+            _tell_tied(optimizer, watch, tied_since(gone, places, members, made[-1]))
         names = [n for n, p in now.items() if n in plan and p not in members and p.grad is not None]
+        watch.told.update(names)
         if names:
             text = (
                 f"{type(optimizer).__name__}: {', '.join(names)} came into the {type(root).__name__} in the "
@@ -243,6 +314,36 @@ def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
                 "anew"
             )
             warn([text])
+
+
+def _tell_parametrized(optimizer: torch.optim.Optimizer, watch: RateWatch, name: str, before: str) -> None:
+    """Warn of a parameter that a parametrization of torch makes a weight of, where it was the weight itself.
+
+    Args:
+        optimizer: The optimizer.
+        watch: What is known of it.
+        name: Of the parameter, as it is now.
+        before: As it was when the groups were made.
+    """
+    if ".parametrizations." in name and name != before:
+        watch.told.add(name)
+        text = (
+            f"{type(optimizer).__name__}: {before} was parametrized after its groups were made, and its "
+            "width factors are of before: do so first, then transform, then make the optimizer"
+        )
+        warn([text])
+
+
+def _tell_tied(optimizer: torch.optim.Optimizer, watch: RateWatch, names: Sequence[str]) -> None:
+    """Warn of parameters in whose place the model has another one of the optimizer's by now."""
+    new = [name for name in names if name not in watch.told]
+    watch.told.update(new)
+    if new:
+        text = (
+            f"{type(optimizer).__name__}: {', '.join(new)} was tied to another parameter after its groups "
+            "were made, which takes that for what it was: tie first, then transform, then make the optimizer"
+        )
+        warn([text])
 
 
 def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
@@ -261,9 +362,14 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         now = dict(root.named_parameters())
         if members.isdisjoint(now.values()):
             continue
+        made = made_for(root, members)
         for name, parameter in now.items():
-            # What the plan knows by name was replaced, if it is no member, or left out on purpose.
-            if name in plan or name in watch.told or parameter in members or parameter.grad is None:
+            if made and parameter in members and name not in watch.told:
+                _tell_parametrized(optimizer, watch, name, made[-1].names[id(parameter)])
+            if name in watch.told or parameter in members or parameter.grad is None:
+                continue
+            # What the plan knows by name may have been left out on purpose, unless it was untied since.
+            if name in plan and (not made or id(parameter) in made[-1].names):
                 continue
             seen[name] = parameter._version
             if watch.strangers.get(name) == parameter._version:

@@ -279,17 +279,27 @@ def _drawn(
     elif mean != 0 or abs(std - 1) > tolerance(source.numel()):
         raise ResizeError(f"buffer {name} grows with width and holds random values of an unknown law")
     shape = (len(source), count)
-    unit = _unit(source, shape, generator)
+    unit = _unit(source, (source - mean) / std, shape, generator)
     return ((mean + std * unit) * factor).to(values.dtype)
 
 
-def _unit(values: Tensor, shape: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-    """Draw with mean 0 and standard deviation 1: uniform, normal, or from the values themselves."""
+def _unit(
+    values: Tensor, scaled: Tensor, shape: tuple[int, int], generator: torch.Generator | None
+) -> Tensor:
+    """Draw with mean 0 and standard deviation 1: uniform, normal, or from the values themselves.
+
+    Args:
+        values: Present values.
+        scaled: The same less the mean and over the deviation of their law, as far as these are known.
+        shape: Of the draw.
+        generator: Source of random numbers.
+    """
     n = values.numel()
     x = (values - values.mean()) / values.std(correction=0)
     sample = torch.empty(shape, dtype=values.dtype)
-    # Uniform on [-sqrt(3), sqrt(3)] has variance 1, and nothing lies beyond.
-    if x.abs().max() <= math.sqrt(3) * (1 + tolerance(n) / 2):
+    # Uniform on [-sqrt(3), sqrt(3)] has variance 1, and nothing lies beyond. The mean and the deviation of a
+    # sample have errors, which would push its largest entries over that bound.
+    if scaled.abs().max() <= math.sqrt(3) * (1 + tolerance(n) / 2):
         return sample.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     # Third and fourth moments of n normal draws: 0 +- sqrt(6/n) and 3 +- sqrt(24/n).
     skew, tails = x.pow(3).mean().abs(), (x.pow(4).mean() - 3).abs()

@@ -216,7 +216,10 @@ def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
 
 
 def _taps(value: Any) -> dict[str, Tap] | None:
-    return getattr(value, ATTRIBUTE, None) if isinstance(value, _Intercepted) else None
+    """Return the taps of a parameter that a gradient reaches; None of one that is frozen, and of all else."""
+    if isinstance(value, _Intercepted) and value.requires_grad:  # type: ignore[attr-defined]
+        return getattr(value, ATTRIBUTE, None)
+    return None
 
 
 def _copies(value: Any) -> tables.Copies | None:
@@ -339,6 +342,7 @@ def _tapped_product(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
             return output
         padding = by_name(LOOKUP, args, kwargs).get("padding_idx")
         lookup = Lookup(-1 if padding is None else padding % right.shape[0])
+        _tell_stray(output, _taps(right), "embedding")
         return _through(output, left, _taps(right), "embedding", lookup)
     # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
@@ -411,6 +415,19 @@ def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form
     return taps[key].through(output, x, form)
 
 
+def _tell_stray(output: Tensor, taps: dict[str, Tap] | None, key: str) -> None:
+    """Tell of a product with a parameter that has taps, but none for this kind of use.
+
+    The captured pass had no such use: another branch, or the code around the model.
+    """
+    if taps is None or key in taps or torch.compiler.is_compiling() or not output.requires_grad:
+        return
+    for tap in taps.values():
+        if not tap.idle and tap.passes is not None:
+            tap.passes.miss(tap, "in a way that the captured pass had not")
+            return
+
+
 def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) -> Tensor:
     """Return a sum of products of two tensors, tapped where one of them is a parameter.
 
@@ -426,6 +443,9 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
     if _taps(right) is not None:
         weight, activation, weight_at = right, left, 1
     if _taps(weight) is None or not isinstance(activation, Tensor):
+        return output
+    # w @ w.T, as in a penalty on weights: no activation is multiplied.
+    if _taps(weight) is _taps(activation):
         return output
     # The sizes of the parameter's own axes, transposes undone.
     view = _view(weight)
@@ -449,6 +469,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
     if alpha != 1:
         form = Scaled(contraction, float(alpha))
     key = product_key(contraction.in_axes, contraction.out_axes)
+    _tell_stray(output, _taps(weight), key)
     return _through(output, activation, _taps(weight), key, form)
 
 
@@ -458,6 +479,9 @@ def _elementwise(output: Tensor, left: Any, right: Any, key: str) -> Tensor:
     if _taps(right) is not None:
         weight, activation = right, left
     if not isinstance(weight, (TappedParameter, TappedView)) or not isinstance(activation, Tensor):
+        return output
+    # gain * gain, as in a penalty on gains: no activation is multiplied.
+    if _taps(weight) is _taps(activation):
         return output
     rank = weight.dim()
     # Converted or reshaped it may be, but not transposed.

@@ -9,7 +9,7 @@ that toggling ``requires_grad`` gives exactly two graphs: a cheap one and a curv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,19 @@ def under_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_trained(parameters: Iterable[Tensor]) -> bool:
+    """Return whether a backward pass would reach one of some parameters.
+
+    Args:
+        parameters: Those that a module has at present.
+    """
+    # A plain loop: it ends at the first one, and Dynamo of torch 2.8 traces it.
+    for parameter in parameters:
+        if parameter.requires_grad:
+            return True
+    return False
+
+
 def is_batched(gradient: Tensor | None) -> bool:
     """Return whether a gradient stands for several at once, as in a Jacobian by ``is_grads_batched=True``.
 
@@ -180,8 +193,10 @@ class Once:
         if type(x) is not Tensor:
             return raw_input(layer, form, x, dtype)
         storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
-        # Same memory, layout and version: the values are the same without being compared.
-        key = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, form, dtype, layer.input_shape())
+        # Same memory, layout and version in one backward pass: the same values, without being compared.
+        # Between two passes other code, such as NumPy, may have written into the memory.
+        present = (torch._C._current_graph_task_id(), x._version)
+        key = (present, x.storage_offset(), x.shape, x.stride(), x.dtype, form, dtype, layer.input_shape())
         # A weak reference keeps the address from being used again, but not the memory.
         before = self._storage
         same_memory = before is not None and before == storage and not before.expired()  # type: ignore[no-untyped-call]
@@ -248,12 +263,13 @@ class Tap:
         Returns:
             The same values; the very tensor while no factors are wanted.
         """
-        if self.idle:  # no factor is wanted
+        # No factor is wanted, or torch.jit.trace makes a program of its own.
+        if self.idle or torch.jit.is_tracing():
             return output
         # First, since a tensor under vmap does not say that it requires a gradient.
         if under_transform():
             if self.passes is not None and torch.is_grad_enabled():
-                self.passes.miss(self)
+                self.passes.miss(self, "under a transform of torch.func (vmap, grad, jvp)")
             return output
         if not output.requires_grad:  # nothing flows back (torch.no_grad())
             return output

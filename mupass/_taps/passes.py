@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mupass._errors import MupassWarning
 from mupass._taps.blocks import Place
+from mupass._taps.functions import read_by_functions
 from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
 
@@ -71,7 +72,8 @@ class Passes:
         self._running = False
         self.derived: set[str] = set()  # parameters that a derivative in the loss read again
         self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
-        self.missed = False  # whether a tap has met a use that it cannot see
+        self.missed = ""  # what use a tap has met that it cannot see, if any
+        self.looked_through = False  # whether a forward pass was looked through for such uses
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
@@ -99,23 +101,40 @@ class Passes:
         place = next(place for place, other in self.taps.items() if other is tap)
         return place.parameter or place.module or ""
 
-    def miss(self, tap: object) -> None:
+    def miss(self, tap: object, how: str) -> None:
         """Warn, once, of a use that a tap cannot see.
 
         Args:
             tap: The tap.
+            how: What use it is.
         """
         # A pass for a loss of its own, whose gradients no step uses, may use any transform.
         if not self.missed and self.watching:
-            self.missed = True
+            self.missed = how
             name = self._name(tap)
             warnings.warn(
-                f"{name} is used under a transform of torch.func (vmap, grad, jvp): K-FAC takes no "
-                "statistics of that use. Where its gradients reach the step, call the model directly "
-                f"instead, or leave the parameter to the fallback with exclude=['{name}*']",
+                f"{name} is used {how}: K-FAC takes no statistics of that use. Where its gradients reach the "
+                f"step, use it as in the captured pass, or leave it to the fallback with exclude=['{name}*']",
                 MupassWarning,
                 stacklevel=4,
             )
+
+    def look_through(self, outputs: Sequence[Tensor]) -> None:
+        """Warn, once, of tapped parameters that an autograd function of the caller's reads as they are.
+
+        Its inside is hidden from taps, and so is that use, which may be one beside others: a fused loss that
+        is given the table of a tied readout.
+
+        Args:
+            outputs: Of the model.
+        """
+        if self.looked_through or not self.watching:
+            return
+        self.looked_through = True
+        for parameter, function in read_by_functions(outputs):
+            for place, readers in self.readers.items():
+                if any(parameter is reader for reader in readers):
+                    self.miss(self.taps[place], f"by {function}, a torch.autograd.Function")
 
     def restart(self) -> None:
         """Forget all passes: what they summed was taken or dropped."""
@@ -138,9 +157,27 @@ class Passes:
 
     def enter(self) -> None:
         """Look for cleared gradients: the model runs forward, so no pass that counts is under way."""
+        # Inside of a backward pass it is a checkpoint that runs forward.
+        stopped = self._running and torch._C._current_graph_task_id() == -1
         self._running = False
         if self.watching:
             self.drop_cleared()
+            if stopped:
+                self._drop_stopped()
+
+    def _drop_stopped(self) -> None:
+        """Make taps forget what a pass summed that an exception stopped, if its gradients were cleared.
+
+        Such a pass has marked nothing.
+        """
+        for place, tap in self.taps.items():
+            if not tap.has_sums or place in self._marks:
+                continue
+            gradients = [parameter.grad for parameter in self.readers[place] if parameter.grad is not None]
+            if not any(bool(gradient.any()) for gradient in gradients):
+                tap.clear()
+        if not any(tap.has_sums for tap in self.taps.values()):
+            self.terms.clear()
 
     def begin_late(self, gradient: Tensor) -> None:
         """Begin from a hook on a leaf, which runs behind all of a compiled graph.

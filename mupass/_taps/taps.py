@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 
 from mupass._taps.forms import CONVOLUTIONS, TRANSPOSED, Convolution, Elementwise, Features, Form, Lookup
-from mupass._taps.leaves import Tap
+from mupass._taps.leaves import Tap, is_trained
 from mupass._taps.terms import TermsTap, is_terms_hook, terms_hook, terms_tap_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -41,7 +41,8 @@ class ModuleTap(Tap):
             kwargs: Its named arguments.
             output: Its output.
         """
-        if self.idle:
+        # Weights that are frozen for a while, or lent by functional_call, have no statistics.
+        if self.idle or not is_trained(module.parameters(recurse=False)):
             return None
         source = args[0] if args else kwargs["input"]
         # Only factors that can be differentiated need a derivative of this.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
-from mupass._taps.leaves import is_batched, under_transform
+from mupass._taps.leaves import is_batched, is_trained, under_transform
 from mupass._taps.loss_form import first_rows, multiple_of_a_mean
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
@@ -24,11 +24,13 @@ class Told(NamedTuple):
 
     Attributes:
         left_out: Number of terms without a gradient.
-        multiple: How many times a mean of cross-entropies the loss is; 0 for another loss, None where the
-            pass was not looked at.
+        terms: Number of the others.
+        multiple: How many times a mean of cross-entropies over these the loss is; 0 for another loss, None
+            where the pass was not looked at.
     """
 
     left_out: Tensor
+    terms: Tensor
     multiple: Tensor | None
 
 
@@ -100,11 +102,12 @@ def _told(gradient: Tensor, terms: int, logits: Tensor | None) -> Told:
         logits: Its first rows, where the form of the loss is asked for.
     """
     left_out = whole(_terms_without_gradient(gradient))
+    counted = terms - left_out
     if logits is None:
-        return Told(left_out, None)
+        return Told(left_out, counted, None)
     rows = first_rows(gradient, _class_axis(gradient.shape))
     assert rows is not None
-    return Told(left_out, multiple_of_a_mean(logits, rows, terms - left_out))
+    return Told(left_out, counted, multiple_of_a_mean(logits, rows, counted))
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -177,8 +180,7 @@ class TermsTap:
         collecting: Whether they are.
         told: What the backward pass that runs has told.
         left_out: Number of terms without a gradient since the count was taken last; None without a pass.
-        multiple: How many times a mean of cross-entropies the loss of a pass was since then, the largest;
-            None where none was looked at.
+        looked_at: What passes since then have told that were looked at.
         to_look_at: How many more passes are looked at.
         uses: Outputs since it was set to an empty list, see `fill`. While it is a list the leaf is left out.
     """
@@ -192,7 +194,7 @@ class TermsTap:
         self.collecting = False
         self.told: Visits[Told] = Visits()
         self.left_out: Tensor | None = None
-        self.multiple: Tensor | None = None
+        self.looked_at: list[Told] = []
         self.to_look_at = LOOKED_AT
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -209,14 +211,19 @@ class TermsTap:
             The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
             models that return their loss.
         """
-        if under_transform():
+        if under_transform() or torch.jit.is_tracing():
             return None
         eager = not torch.compiler.is_compiling()
         if eager and self.collecting and self.passes is not None:
             self.passes.enter()
         if self.count is None or (self.uses is None and not self.count.requires_grad):
             return None
+        # A frozen model, as a critic that only scores, has no gradients for its terms to be counted with.
+        if not is_trained(module.parameters()):
+            return None
         leaves, spec = tree_flatten(output)
+        if eager and self.collecting and self.passes is not None:
+            self.passes.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
         positions = _positions_of_outputs(leaves, only_first=not eager or self.uses is not None)
         if not positions:
@@ -274,12 +281,26 @@ class TermsTap:
         Args:
             gradient: That of the leaf, which is left alone.
         """
-        for left_out, multiple in self.told.take():
-            self.left_out = left_out if self.left_out is None else self.left_out + left_out
-            if multiple is not None:
+        for told in self.told.take():
+            self.left_out = told.left_out if self.left_out is None else self.left_out + told.left_out
+            if told.multiple is not None:
                 self.to_look_at -= 1
-                largest = multiple if self.multiple is None else torch.maximum(multiple, self.multiple)
-                self.multiple = largest
+                self.looked_at.append(told)
+
+    @property
+    def multiple(self) -> Tensor | None:
+        """How many times a mean of cross-entropies a step's loss is; 0 for another, None if not looked at.
+
+        The larger one of what a single pass is, and what all passes together are.
+        """
+        if not self.looked_at or self.counted is None or self.left_out is None:
+            return None
+        multiples = torch.stack([told.multiple for told in self.looked_at if told.multiple is not None])
+        terms = torch.stack([told.terms for told in self.looked_at]).to(multiples)
+        # The smallest weight of a term, 0 where a pass had another loss: means that are added up are that
+        # many times the mean of all, and micro-batches of unequal sizes are told from them.
+        weight = (multiples / terms.clamp(min=1)).amin()
+        return torch.maximum(multiples.amax(), weight * (self.counted - self.left_out).to(multiples))
 
     @property
     def counted(self) -> Tensor | None:
@@ -306,7 +327,7 @@ class TermsTap:
 
     def clear(self) -> None:
         """Forget the count."""
-        self.left_out = self.multiple = None
+        self.left_out, self.looked_at = None, []
         if self.count is not None:
             self.count.grad = None
 

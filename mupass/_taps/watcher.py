@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -37,9 +38,17 @@ class Watcher(Protocol):
             tap: The tap.
         """
 
-    def miss(self, tap: object) -> None:
+    def miss(self, tap: object, how: str) -> None:
         """A tap cannot see a use of its parameter.
 
         Args:
             tap: The tap.
+            how: What use it is.
+        """
+
+    def look_through(self, outputs: Sequence[Tensor]) -> None:
+        """The model has made its outputs.
+
+        Args:
+            outputs: All tensors among them.
         """

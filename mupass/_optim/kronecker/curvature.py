@@ -16,6 +16,7 @@ from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import by_group, factor_dtype
 from mupass._taps.intercept import intercept
 from mupass._taps.leaves import Once, Sums, Tap
+from mupass._taps.loss_form import FORM
 from mupass._taps.passes import Passes
 from mupass._taps.taps import tap_of
 from mupass._taps.terms import terms_tap_of
@@ -260,7 +261,7 @@ class Curvature:
         multiple = self.terms.multiple
         if multiple is None or not self.loss.mean:
             return
-        summed = (multiple / _like(scale, multiple) > SUMMED).to(torch.float32)
+        summed = (multiple / _like(scale, multiple) > SUMMED * (1 + FORM)).to(torch.float32)
         self.summed = summed if self.summed is None else self.summed + summed
 
     def _count_terms(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+"""Groups as `param_groups` made them: what an optimizer of ``torch.optim`` has lost of them since."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import isclose
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mupass._optim.vocabulary import Group
+from mupass._scales.plan import Plan
+
+KEPT = 4  # of the groups that were made for one model
+SCALE = "mupass_scale"
+TOLERANCE = 1e-4  # of factors, relative
+
+
+@dataclass(frozen=True)
+class MadeGroups:
+    """One call of `param_groups`.
+
+    Attributes:
+        names: Identity of each parameter -> its name.
+        scales: Identity of each parameter -> its width factor.
+        numbers: Keyword -> number, at the base width: ``lr``, ``weight_decay``, ``eps``.
+        folded: Whether weights held their multipliers already.
+    """
+
+    names: Mapping[int, str]
+    scales: Mapping[int, float]
+    numbers: Mapping[str, float]
+    folded: bool
+
+
+_made: WeakKeyDictionary[nn.Module, list[MadeGroups]] = WeakKeyDictionary()
+
+
+def note_groups(root: nn.Module, plan: Plan, groups: Sequence[Group], numbers: Mapping[str, float]) -> None:
+    """Keep in mind groups that were made for a model.
+
+    Args:
+        root: The model.
+        plan: Its plan.
+        groups: The groups.
+        numbers: See `MadeGroups`.
+    """
+    names = {id(parameter): name for name, parameter in root.named_parameters()}
+    scales = {id(parameter): float(group[SCALE]) for group in groups for parameter in group["params"]}
+    made = MadeGroups(names, scales, dict(numbers), plan.folded)
+    _made[root] = [*_made.get(root, ())[-KEPT + 1 :], made]
+
+
+def made_for(root: nn.Module, members: Collection[Tensor]) -> list[MadeGroups]:
+    """Return calls for a model all of whose parameters an optimizer has, even if the model has lost them.
+
+    Args:
+        root: The model.
+        members: Parameters of the optimizer, which keep their identities from being used again.
+    """
+    identities = set(map(id, members))
+    return [made for made in _made.get(root, ()) if made.names.keys() <= identities]
+
+
+def lost_keywords(optimizer: torch.optim.Optimizer, made: Sequence[MadeGroups]) -> list[str]:
+    """Return keywords of an optimizer's class that its groups override, since they have numbers of their own.
+
+    Args:
+        optimizer: The optimizer.
+        made: Calls that may have made its groups.
+    """
+    usual = inspect.signature(type(optimizer)).parameters
+    lost = []
+    for key in ("lr", "weight_decay", "eps"):
+        given = optimizer.defaults.get(key)
+        if key not in usual or isinstance(given, bool) or not isinstance(given, (int, float)):
+            continue
+        numbers = [call.numbers[key] for call in made if key in call.numbers]
+        # What was left out, and zero, ask for nothing.
+        if not numbers or not given or given == usual[key].default:
+            continue
+        if not any(isclose(given, number, rel_tol=TOLERANCE) for number in numbers):
+            lost.append(f"{key}={given:g} (the groups were made with {numbers[-1]:g})")
+    return lost
+
+
+def other_factor(groups: Sequence[Group], made: Sequence[MadeGroups]) -> tuple[str, float, float] | None:
+    """Return a parameter whose group has another width factor than it was made with, and both; or None.
+
+    Args:
+        groups: Of an optimizer.
+        made: Calls that may have made them.
+    """
+    difference = None
+    for call in made:
+        difference = _first_difference(groups, call)
+        if difference is None:
+            return None
+    return difference
+
+
+def _first_difference(groups: Sequence[Group], call: MadeGroups) -> tuple[str, float, float] | None:
+    for group in groups:
+        for parameter in group["params"]:
+            wanted = call.scales.get(id(parameter))
+            if wanted is None or SCALE not in group:
+                continue
+            if not isclose(float(group[SCALE]), wanted, rel_tol=TOLERANCE):
+                return call.names[id(parameter)], float(group[SCALE]), wanted
+    return None
+
+
+def tied_since(
+    gone: Collection[Tensor], places: Mapping[str, Tensor], members: Collection[Tensor], made: MadeGroups
+) -> list[str]:
+    """Return the names of parameters in whose place a model has another one of an optimizer's by now.
+
+    Args:
+        gone: Parameters of the optimizer that the model has no more.
+        places: Parameters of the model by all of their names.
+        members: Parameters of the optimizer.
+        made: The call that made its groups.
+    """
+    names = [made.names[id(parameter)] for parameter in gone if id(parameter) in made.names]
+    return [name for name in names if name in places and places[name] in members]
+
+
+def changed_by_fold(plan: Plan) -> list[str]:
+    """Return the parameters that `mupass.fold` has put multipliers into, so that their rates are others.
+
+    Args:
+        plan: Of a model as it is now.
+    """
+    geometries = [entry.geometry for entry in plan.entries]
+    return [g.name for g in geometries if g.folded != 1 or g.folded_in != 1]
