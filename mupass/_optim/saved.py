@@ -80,8 +80,8 @@ def check_state(
     if len(groups) != len(own_groups):
         raise OptimizerError(
             f"the state has {len(groups)} parameter groups; this {class_name} has {len(own_groups)}. "
-            "Layers that were thawed in the run that was saved must be so before its state is loaded, and what "
-            "sets rates (base width, block_size, overrides, decay) must be the same"
+            "Layers that were thawed in the run that was saved must be so before its state is loaded, and "
+            "what sets rates (base width, block_size, overrides, decay) must be the same"
         )
     # Keys of the state are those that the groups list as their parameters.
     settings, listed_keys, states = [], set(), {}

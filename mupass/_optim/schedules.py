@@ -365,7 +365,7 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         made = made_for(root, members)
         for name, parameter in now.items():
             if made and parameter in members and name not in watch.told:
-                _tell_parametrized(optimizer, watch, name, made[-1].names[id(parameter)])
+                _tell_parametrized(optimizer, watch, name, made[-1].names.get(id(parameter), name))
             if name in watch.told or parameter in members or parameter.grad is None:
                 continue
             # What the plan knows by name may have been left out on purpose, unless it was untied since.

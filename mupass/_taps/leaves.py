@@ -264,7 +264,7 @@ class Tap:
             The same values; the very tensor while no factors are wanted.
         """
         # No factor is wanted, or torch.jit.trace makes a program of its own.
-        if self.idle or torch.jit.is_tracing():
+        if self.idle or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return output
         # First, since a tensor under vmap does not say that it requires a gradient.
         if under_transform():

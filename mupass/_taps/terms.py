@@ -211,7 +211,7 @@ class TermsTap:
             The same output; None (leave it be) while idle, or where the first tensor is a scalar, as of
             models that return their loss.
         """
-        if under_transform() or torch.jit.is_tracing():
+        if under_transform() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
         eager = not torch.compiler.is_compiling()
         if eager and self.collecting and self.passes is not None:
