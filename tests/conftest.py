@@ -57,8 +57,11 @@ def _left_out(items):
             tests[item.path, item.parent.name, item.originalname].append(item)
     left_out = set()
     for cases in tests.values():
-        names = set(cases[0].get_closest_marker("sample").args)
-        chosen = {case for case in cases if case.callspec.id in names} if names else _sample(cases)
+        mark = cases[0].get_closest_marker("sample")
+        names, every = set(mark.args), mark.kwargs.get("every")
+        chosen = set(cases[::every]) if every else _sample(cases)
+        if names:
+            chosen = {case for case in cases if case.callspec.id in names}
         unknown = names - {case.callspec.id for case in cases}
         if unknown and not _by_name(cases[0].config):
             raise pytest.UsageError(f"{cases[0].nodeid}: no case {sorted(unknown)} for its mark sample")

@@ -87,6 +87,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("width", [16, 64])
 def test_parts_that_no_weight_reads_follow_their_whole(name: str, width: int) -> None:

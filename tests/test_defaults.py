@@ -31,6 +31,7 @@ def images(tmp_path_factory) -> str:
 # Tasks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_a_task_is_the_same_by_seed_and_begins_at_chance(name: str, images: str) -> None:
     task = tasks.task(name, images)

@@ -36,7 +36,7 @@ FIXED = {
 }
 
 
-@pytest.mark.sample
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("mode", ["trace", "absolute"])
 @pytest.mark.parametrize("name", CASES)
 def test_with_the_eigenvalues_products_for_moments_it_is_kfac(name: str, mode: str) -> None:

@@ -106,6 +106,7 @@ def test_a_schedule_scales_all_rates_and_ends_at_zero() -> None:
         schedule.step()
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("optimizer", evidence.OPTIMIZERS)
 def test_parameterizations_are_one_network_at_the_base_width(optimizer: str, tmp_path: Path) -> None:
     setup = Setup(steps=10, out=tmp_path / "log")

@@ -187,6 +187,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["tied and deep", "two heads", "convolutions", "square"])
 def test_a_folded_model_trains_as_before(name: str, optimizer: str) -> None:

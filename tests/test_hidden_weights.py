@@ -87,11 +87,13 @@ def stepped(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     return model, {c.parameter: c.treatment for c in optimizer.coverage()}
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("name", [*SEEN, *UNSEEN])
 def test_what_stands_between_a_weight_and_its_operator_hides_nothing(name: str) -> None:
     assert geometry(build((SEEN | UNSEEN)[name])) == geometry(build(plain))
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("name", SEEN)
 def test_kfac_steps_as_for_the_plain_weight(name: str) -> None:
     right, covered = stepped(build(plain).double())

@@ -105,6 +105,7 @@ def run(name: str, point: dict[str, float] | None = None, **options: Any) -> mup
     return mupass.hypergradient(build(), BATCHES, point or THREE, **settings)
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_run_is_that_of_the_optimizer(name: str) -> None:
     make, build = CASES[name]

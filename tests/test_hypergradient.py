@@ -123,7 +123,7 @@ def difference(name: str, key: str, **options: Any) -> float:
     return (up - down) / (2 * step)
 
 
-@pytest.mark.sample
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_run_is_that_of_the_optimizer(name: str, scored: bool) -> None:

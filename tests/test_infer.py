@@ -262,6 +262,7 @@ class Recurrent(nn.Module):
         return self.head(y), self.whole(last[-1])
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_packed_sequences_have_the_roles_of_padded_ones(kind: type[nn.RNNBase], sort: bool) -> None:

@@ -79,6 +79,7 @@ def test_law_and_factor(name: str) -> None:
         assert init.std == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("name", LAWS)
 @pytest.mark.parametrize("parameterization", ["mup", "ntk", "mean_field"])
 def test_wide_model_gets_the_std_of_the_base_model_times_the_rule(name: str, parameterization: str) -> None:

@@ -316,7 +316,7 @@ def _transformed(model: nn.Module) -> nn.Module:
     return mupass.transform(model, IMAGES, base=4, inplace=False)
 
 
-@pytest.mark.sample(*sorted(PLAIN)[::5])
+@pytest.mark.sample(*sorted(PLAIN)[::12])
 @pytest.mark.parametrize("name", sorted(PLAIN))
 def test_no_initial_weights_of_the_zoo_look_trained(name: str) -> None:
     case = PLAIN[name]
@@ -384,6 +384,7 @@ def test_resize_tells_of_trained_weights() -> None:
     )
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     "build", [lambda: mlp(), lambda: TiedLM(64), lambda: Encoder()], ids=["mlp", "tied", "vit"]
 )

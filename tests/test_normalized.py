@@ -102,7 +102,7 @@ def test_an_output_that_is_said_to_grow_is_no_readout() -> None:
     assert not any(g.normalized for g in analysis.geometries)
 
 
-@pytest.mark.sample
+@pytest.mark.sample(every=8)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac", "shampoo"])
 @pytest.mark.parametrize("name", ["normalize", "layer norm", "batch norm", "rms by hand"])
 def test_the_check_fails_a_normalized_readout(name: str, optimizer: str) -> None:

@@ -132,6 +132,7 @@ GROUPS: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("key, value", GROUPS, ids=[f"{k}={v!r}" for k, v in GROUPS])
 def test_damaged_groups_are_refused(key: str, value: Any) -> None:
     net, optimizer = trained("kfac")
