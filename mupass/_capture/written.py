@@ -268,7 +268,9 @@ class _Scope:
         """Return the numbers that bound ``max(dim // 4, 64)``: it may be 64, whatever the argument is."""
         if self.values(function) not in ((max,), (min,)):
             return None
-        known = [value for number in numbers for value in self.values(number) or () if _is_number(value)]
+        known: list[Any] = []
+        for number in numbers:
+            known += filter(_is_number, self.values(number) or ())
         return tuple(known) or None
 
     def _of_list(self, elements: list[ast.expr]) -> Candidates:

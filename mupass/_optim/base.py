@@ -35,7 +35,7 @@ from mupass._optim.fallback import (
     state_dtype,
     sum_state,
 )
-from mupass._optim.made_groups import changed_by_fold
+from mupass._optim.made_groups import told_of_fold
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
 from mupass._optim.saved import check_state, copy_state, saved_kind
@@ -696,12 +696,8 @@ class PlannedOptimizer(BoundOptimizer):
         if plan is None or plan.folded == self.plan.folded or FOLDED in self._strangers:
             return
         self._strangers.add(FOLDED)
-        names = changed_by_fold(plan)
-        if names:
-            text = (
-                f"mupass.{type(self).__name__}: the model was folded after the optimizer was made, and the "
-                f"rates of {', '.join(names)} are those of before: make the optimizer anew"
-            )
+        text = told_of_fold(plan, f"mupass.{type(self).__name__}", "the optimizer was")
+        if text:
             warnings.warn(text, MupassWarning, stacklevel=5)
 
     def _tell_computed(self) -> None:

@@ -17,6 +17,7 @@ from mupass._scales.plan import Plan
 KEPT = 4  # of the groups that were made for one model
 SCALE = "mupass_scale"
 TOLERANCE = 1e-4  # of factors, relative
+Difference = tuple[str, float, float]  # a parameter, its width factor, and the one that is wanted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def note_groups(root: nn.Module, plan: Plan, groups: Sequence[Group], numbers: M
         numbers: See `MadeGroups`.
     """
     names = {id(parameter): name for name, parameter in root.named_parameters()}
-    scales = {id(parameter): float(group[SCALE]) for group in groups for parameter in group["params"]}
+    scales: dict[int, float] = {}
+    for group in groups:
+        scales.update(dict.fromkeys(map(id, group["params"]), float(group[SCALE])))
     made = MadeGroups(names, scales, dict(numbers), plan.folded)
     _made[root] = [*_made.get(root, ())[-KEPT + 1 :], made]
 
@@ -87,29 +90,36 @@ def lost_keywords(optimizer: torch.optim.Optimizer, made: Sequence[MadeGroups]) 
     return lost
 
 
-def other_factor(groups: Sequence[Group], made: Sequence[MadeGroups]) -> tuple[str, float, float] | None:
+def other_factor(groups: Mapping[Tensor, Group], made: Sequence[MadeGroups]) -> Difference | None:
     """Return a parameter whose group has another width factor than it was made with, and both; or None.
 
     Args:
-        groups: Of an optimizer.
+        groups: Group of every parameter of an optimizer.
         made: Calls that may have made them.
     """
     difference = None
     for call in made:
-        difference = _first_difference(groups, call)
+        wanted = {identity: (call.names[identity], scale) for identity, scale in call.scales.items()}
+        difference = first_difference(groups, wanted)
         if difference is None:
             return None
     return difference
 
 
-def _first_difference(groups: Sequence[Group], call: MadeGroups) -> tuple[str, float, float] | None:
-    for group in groups:
-        for parameter in group["params"]:
-            wanted = call.scales.get(id(parameter))
-            if wanted is None or SCALE not in group:
-                continue
-            if not isclose(float(group[SCALE]), wanted, rel_tol=TOLERANCE):
-                return call.names[id(parameter)], float(group[SCALE]), wanted
+def first_difference(
+    groups: Mapping[Tensor, Group], wanted: Mapping[int, tuple[str, float]]
+) -> Difference | None:
+    """Return the first parameter whose group has another width factor than is wanted, and both; or None.
+
+    Args:
+        groups: Group of every parameter of an optimizer.
+        wanted: Identity of each parameter -> its name and factor.
+    """
+    group_of = {id(parameter): group for parameter, group in groups.items()}
+    for identity, (name, factor) in wanted.items():
+        given = group_of.get(identity, {}).get(SCALE)
+        if given is not None and not isclose(float(given), factor, rel_tol=TOLERANCE):
+            return name, float(given), factor
     return None
 
 
@@ -128,11 +138,19 @@ def tied_since(
     return [name for name in names if name in places and places[name] in members]
 
 
-def changed_by_fold(plan: Plan) -> list[str]:
-    """Return the parameters that `mupass.fold` has put multipliers into, so that their rates are others.
+def told_of_fold(plan: Plan, owner: str, made: str) -> str:
+    """Return a warning of parameters that `mupass.fold` has put multipliers into, or nothing without any.
 
     Args:
-        plan: Of a model as it is now.
+        plan: Of a model as it is now, behind the fold.
+        owner: Whose rates are those of before.
+        made: What was made before.
     """
     geometries = [entry.geometry for entry in plan.entries]
-    return [g.name for g in geometries if g.folded != 1 or g.folded_in != 1]
+    names = [g.name for g in geometries if g.folded != 1 or g.folded_in != 1]
+    if not names:
+        return ""
+    return (
+        f"{owner}: the model was folded after {made} made, and the rates of {', '.join(names)} are those of "
+        "before: make the optimizer anew"
+    )

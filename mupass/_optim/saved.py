@@ -121,12 +121,24 @@ def _check_group(where: str, theirs: Group, ours: Group, needed: Collection[str]
     for key in ours:
         if key in needed and key not in theirs:
             raise OptimizerError(f"{where} of the state lacks {key!r}")
+    _check_fixed(where, theirs, ours)
+    _check_numbers(where, theirs, ours)
+    _check_progress(where, theirs, ours)
+    return {key: value for key, value in theirs.items() if key != "params"}
+
+
+def _check_fixed(where: str, theirs: Group, ours: Group) -> None:
+    """Refuse settings that follow from the model and the groups, where they are others."""
     for key in FIXED:
         if not _same(theirs[key], ours[key]):
             raise OptimizerError(
                 f"{where} of the state has {key}={theirs[key]!r}, this optimizer {ours[key]!r}: the state of "
                 "a model of another base width, or other groups"
             )
+
+
+def _check_numbers(where: str, theirs: Group, ours: Group) -> None:
+    """Refuse rates, decays and the like that are none."""
     for key, high in NUMBERS.items():
         if key in ours:
             value = theirs[key]
@@ -135,13 +147,16 @@ def _check_group(where: str, theirs: Group, ours: Group, needed: Collection[str]
             check_number(f"{key} of {where} of the state", value, 0, high)
     if "betas" in ours:
         check_betas(f"betas of {where} of the state", theirs["betas"])
+
+
+def _check_progress(where: str, theirs: Group, ours: Group) -> None:
+    """Refuse what does not say how far a run has come, and what waits for its next step."""
     for key in ("mupass_watching", "mupass_due"):
         if key in ours and not isinstance(theirs[key], bool):
             raise OptimizerError(f"{key} of {where} of the state is {theirs[key]!r}, neither True nor False")
     steps = theirs["mupass_steps"]
     if not (isinstance(steps, int) and steps == 0):
         check_period(f"mupass_steps of {where} of the state", steps)
-    return {key: value for key, value in theirs.items() if key != "params"}
 
 
 def _same(theirs: Any, ours: Any) -> bool:

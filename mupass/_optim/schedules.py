@@ -22,12 +22,14 @@ from mupass._errors import warn
 from mupass._optim.made_groups import (
     SCALE,
     TOLERANCE,
+    Difference,
     MadeGroups,
-    changed_by_fold,
+    first_difference,
     lost_keywords,
     made_for,
     other_factor,
     tied_since,
+    told_of_fold,
 )
 from mupass._optim.vocabulary import Group
 from mupass._scales.marks import marked_models
@@ -35,6 +37,7 @@ from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
 
 LOOKS = 10  # first steps in each of which models are looked through; then one in as many
+OwnModel = tuple[nn.Module, list[MadeGroups]]  # a model, and the calls that made groups for it
 FAMILY = "mupass_optimizer"  # row of the scale table that groups were made for
 LAYER = "lr_scale"  # what schedules of timm multiply the rate of a group by: layer decay
 
@@ -106,7 +109,7 @@ def check_rates(optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.param_groups
     if watch.groups != id(groups):  # a state was loaded
         watch.start, watch.groups = _rates(groups), id(groups)
-        _check_factors(optimizer)
+        _check_factors(optimizer, _own_models(optimizer))
     # A group that starts at zero, as a warmup does, says nothing about ratios.
     rates = {number: rate for number, rate in _rates(groups).items() if watch.start.get(number)}
     if any(rate < 0 or not isfinite(rate) for rate in rates.values()):
@@ -136,9 +139,23 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
         return watch
     watch.planned = True
     _check_family(optimizer)
-    _check_keywords(optimizer)
-    _check_factors(optimizer)
-    watch.unfolded.update(root for root, _, made in _own_models(optimizer) if not made[-1].folded)
+    own_models = _own_models(optimizer)
+    _check_keywords(optimizer, own_models)
+    _check_factors(optimizer, own_models)
+    watch.unfolded.update(root for root, made in own_models if not made[-1].folded)
+    _note_start(optimizer, watch, scales)
+    return watch
+
+
+def _note_start(optimizer: torch.optim.Optimizer, watch: RateWatch, scales: Mapping[int, float]) -> None:
+    """Note the rates that groups start with; warn where their ratios are lost before the first step.
+
+    Args:
+        optimizer: The optimizer.
+        watch: What is known of it.
+        scales: Width factors, by number of the group.
+    """
+    groups = optimizer.param_groups
     # Schedules of timm multiply a group's rate by its layer's factor.
     layered = {number: scale * _layer_factor(groups[number]) for number, scale in scales.items()}
     rates = {number: rate for number, rate in _rates(groups).items() if number in scales}
@@ -151,10 +168,9 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
     elif _equal([rate / layered[number] for number, rate in rates.items() if layered[number]]):
         watch.start = layered
     elif _equal([rate / scales[number] for number, rate in rates.items()]):
-        watch.start = scales
+        watch.start = dict(scales)
     else:
         watch.start = rates  # the user has given some groups rates of their own
-    return watch
 
 
 def _check_planned(optimizer: torch.optim.Optimizer) -> None:
@@ -223,30 +239,22 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
             return
 
 
-def _difference(
-    root: nn.Module, plan: Plan, groups: Mapping[Tensor, Group]
-) -> tuple[str, float, float] | None:
+def _difference(root: nn.Module, plan: Plan, groups: Mapping[Tensor, Group]) -> Difference | None:
     """Return the first parameter whose group has another width factor than a plan, and both factors."""
-    for name, parameter in root.named_parameters():
-        group = groups.get(parameter, {})
-        if SCALE not in group or name not in plan:
-            continue
-        given, wanted = float(group[SCALE]), plan[name].scales.lr
-        if not _equal([given, wanted]):
-            return name, given, wanted
-    return None
+    wanted = {id(p): (name, plan[name].scales.lr) for name, p in root.named_parameters() if name in plan}
+    return first_difference(groups, wanted)
 
 
-def _own_models(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, Plan, list[MadeGroups]]]:
-    """Return the models that an optimizer's groups were made for, with their plans and these calls."""
+def _own_models(optimizer: torch.optim.Optimizer) -> list[OwnModel]:
+    """Return the models that an optimizer's groups were made for, with these calls."""
     members = _groups_of(optimizer).keys()
-    found = [(root, plan, made_for(root, members)) for root, plan in _planned_models()]
-    return [(root, plan, made) for root, plan, made in found if made]
+    found = [(root, made_for(root, members)) for root, _ in _planned_models()]
+    return [(root, made) for root, made in found if made]
 
 
-def _check_keywords(optimizer: torch.optim.Optimizer) -> None:
+def _check_keywords(optimizer: torch.optim.Optimizer, own_models: Sequence[OwnModel]) -> None:
     """Warn of keywords that a class was given and that its groups override."""
-    for _, _, made in _own_models(optimizer):
+    for _, made in own_models:
         lost = lost_keywords(optimizer, made)
         if lost:
             text = (
@@ -257,10 +265,11 @@ def _check_keywords(optimizer: torch.optim.Optimizer) -> None:
             warn([text])
 
 
-def _check_factors(optimizer: torch.optim.Optimizer) -> None:
+def _check_factors(optimizer: torch.optim.Optimizer, own_models: Sequence[OwnModel]) -> None:
     """Warn of width factors that came with a loaded state and are not those of the model's plan."""
-    for _, _, made in _own_models(optimizer):
-        difference = other_factor(optimizer.param_groups, made)
+    groups = _groups_of(optimizer)
+    for _, made in own_models:
+        difference = other_factor(groups, made)
         if difference is not None:
             parameter, given, wanted = difference
             text = (
@@ -278,12 +287,8 @@ def _check_folded(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         if plan is None or not plan.folded:
             continue
         watch.unfolded.discard(root)
-        names = changed_by_fold(plan)
-        if names:
-            text = (
-                f"{type(optimizer).__name__}: the model was folded after its groups were made, and the rates "
-                f"of {', '.join(names)} are those of before: make the optimizer anew"
-            )
+        text = told_of_fold(plan, type(optimizer).__name__, "its groups were")
+        if text:
             warn([text])
 
 
@@ -325,7 +330,7 @@ def _tell_parametrized(optimizer: torch.optim.Optimizer, watch: RateWatch, name:
         name: Of the parameter, as it is now.
         before: As it was when the groups were made.
     """
-    if ".parametrizations." in name and name != before:
+    if ".parametrizations." in name and name != before and name not in watch.told:
         watch.told.add(name)
         text = (
             f"{type(optimizer).__name__}: {before} was parametrized after its groups were made, and its "
@@ -357,23 +362,20 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         return
     members = set(_groups_of(optimizer))
     seen: dict[str, int] = {}
-    unmoved: list[str] = []
     for root, plan in _planned_models():
         now = dict(root.named_parameters())
         if members.isdisjoint(now.values()):
             continue
         made = made_for(root, members)
+        known = made[-1].names if made else {}
         for name, parameter in now.items():
-            if made and parameter in members and name not in watch.told:
-                _tell_parametrized(optimizer, watch, name, made[-1].names.get(id(parameter), name))
-            if name in watch.told or parameter in members or parameter.grad is None:
-                continue
+            if parameter in members:
+                _tell_parametrized(optimizer, watch, name, known.get(id(parameter), name))
             # What the plan knows by name may have been left out on purpose, unless it was untied since.
-            if name in plan and (not made or id(parameter) in made[-1].names):
-                continue
-            seen[name] = parameter._version
-            if watch.strangers.get(name) == parameter._version:
-                unmoved.append(name)
+            elif name not in plan or (made and id(parameter) not in known):
+                if name not in watch.told and parameter.grad is not None:
+                    seen[name] = parameter._version
+    unmoved = [name for name, version in seen.items() if watch.strangers.get(name) == version]
     watch.strangers = seen
     if unmoved:
         watch.told.update(unmoved)

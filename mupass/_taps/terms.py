@@ -214,16 +214,14 @@ class TermsTap:
         if under_transform() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
         eager = not torch.compiler.is_compiling()
-        if eager and self.collecting and self.passes is not None:
-            self.passes.enter()
-        if self.count is None or (self.uses is None and not self.count.requires_grad):
-            return None
-        # A frozen model, as a critic that only scores, has no gradients for its terms to be counted with.
-        if not is_trained(module.parameters()):
+        watcher = self.passes if eager and self.collecting else None
+        if watcher is not None:
+            watcher.enter()
+        if not self._counts_outputs_of(module):
             return None
         leaves, spec = tree_flatten(output)
-        if eager and self.collecting and self.passes is not None:
-            self.passes.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        if watcher is not None:
+            watcher.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
         positions = _positions_of_outputs(leaves, only_first=not eager or self.uses is not None)
         if not positions:
@@ -232,6 +230,13 @@ class TermsTap:
         for position, tensor in zip(positions, tapped, strict=True):
             leaves[position] = tensor
         return tree_unflatten(leaves, spec)
+
+    def _counts_outputs_of(self, module: nn.Module) -> bool:
+        """Return whether terms are wanted, and there will be gradients to count them with."""
+        if self.count is None or (self.uses is None and not self.count.requires_grad):
+            return False
+        # A frozen model, as a critic that only scores, has none.
+        return is_trained(module.parameters())
 
     def _tapped(self, outputs: Sequence[Tensor], eager: bool) -> Sequence[Tensor]:
         """Return outputs whose backward pass counts their terms, or which `fill` will count."""
