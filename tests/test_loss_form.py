@@ -1,4 +1,4 @@
-"""A loss that is summed where K-FAC expects a mean is told by its gradient at the model's output."""
+"""What K-FAC tells of a loss by its gradient at the model's output: summed, or of targets far away."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mupass._taps.loss_form import first_rows, multiple_of_a_mean
 
 X, CLASSES = torch.randn(24, 8, generator=torch.Generator().manual_seed(0)), 5
 Y = torch.arange(24) % CLASSES
+SOFT = torch.softmax(torch.randn(24, CLASSES, generator=torch.Generator().manual_seed(2)), 1)
 BINARY = (torch.arange(24 * CLASSES).view(24, CLASSES) % 3 == 0).float()
 Loss = Callable[[Tensor], Tensor]
 
@@ -59,12 +60,104 @@ USUAL: dict[str, Loss] = {
     "smoothed": lambda out: F.cross_entropy(out, Y, label_smoothing=0.1),
     "temperature": lambda out: F.cross_entropy(out / 0.05, Y),
     "binary": lambda out: F.binary_cross_entropy_with_logits(out, BINARY),
-    "large targets": lambda out: F.mse_loss(out, 100 * BINARY),
-    "one target": lambda out: (out - 1).square().sum(),
-    "signs": lambda out: (out - 2 * BINARY + 1).square().sum(),
-    "one of many": lambda out: (out - F.one_hot(Y, CLASSES)).square().sum(),
+    "one target": lambda out: (out - 1).square().mean(),
+    "signs": lambda out: (out - 2 * BINARY + 1).square().mean(),
+    "one of many": lambda out: (out - F.one_hot(Y, CLASSES)).square().sum(1).mean(),
+    # Not squared errors, with gradients as large as of targets that are far away.
+    "soft targets": lambda out: 20 * F.kl_div(F.log_softmax(out, 1), SOFT, reduction="batchmean"),
+    "margins": lambda out: 30 * F.multi_margin_loss(out, Y),
+    "cosines": lambda out: 100 * F.cosine_similarity(out, SOFT).mean(),
     "some left out": lambda out: F.cross_entropy(out, torch.where(torch.arange(24) < 4, -100, Y)),
 }
+
+
+FAR: dict[str, Loss] = {
+    "large targets": lambda out: F.mse_loss(out, 100 * BINARY),
+    "one of them": lambda out: F.mse_loss(out[:, :1], 30 * BINARY[:, :1]),
+    "absolute and squared": lambda out: F.smooth_l1_loss(out, 100 * BINARY, beta=1000) * 1000,
+    "summed over samples": lambda out: (out - BINARY).square().mean(1).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", FAR.values(), ids=FAR)
+def test_targets_that_are_far_from_the_outputs_are_told_with_what_to_pass(loss: Loss) -> None:
+    model = net()
+    optimizer = mupass.KFAC(model, root_every=1)
+    with pytest.warns(mupass.MupassWarning, match=r"target_scale=.*targets\.var.*loss_reduction='sum'"):
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss(model(X)).backward()
+            optimizer.step()
+    assert optimizer.stats()["far_targets"] == 3
+    assert told(loss, target_scale=1.0) == (0, "")
+    assert told(loss, loss_reduction="sum") == (0, "")
+
+
+class Multiple(nn.Module):
+    """Outputs of another network, times a number."""
+
+    def __init__(self, net: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.net(x)
+
+
+def test_in_units_of_its_targets_a_model_trains_as_in_units_of_one() -> None:
+    """Outputs and targets that are both multiplied by a number: the same weights, step by step."""
+    targets, factor, trained = torch.randn(24, CLASSES, generator=torch.Generator().manual_seed(3)), 40.0, []
+    for unit in (1.0, factor):
+        torch.manual_seed(1)
+        layers = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, CLASSES)).double()
+        model = mupass.transform(Multiple(layers, unit), X.double())
+        # The bound of a readout is that of its own outputs, which stand before the factor here.
+        optimizer = mupass.KFAC(model, step_bound=None, target_scale=unit, lr=0.3)
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(X.double()), unit * targets.double()).backward()
+            optimizer.step()
+        trained.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_readouts_are_bounded_in_units_of_the_targets() -> None:
+    model = net()
+    optimizer = mupass.KFAC(model, lr=1e6, kl_clip=None, target_scale=50.0, step_bound=0.2, momentum=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        hidden = model[:2](X)
+    F.mse_loss(model(X), 50 * BINARY).backward()
+    optimizer.step()
+    with torch.no_grad():
+        of_input = (X @ (model[0].weight - before["0.weight"]).T).square().mean().sqrt()
+        of_readout = (hidden @ (model[2].weight - before["2.weight"]).T).square().mean().sqrt()
+    # A step of this length meets its bounds.
+    assert float(of_input) == pytest.approx(0.2, rel=0.05)
+    assert float(of_readout) == pytest.approx(50 * 0.2, rel=0.05)
+
+
+def test_targets_of_any_size_are_learnt_in_their_units() -> None:
+    size, generator = 100.0, torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = mupass.transform(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)), X)
+    optimizer = mupass.KFAC(model, target_scale=size)
+    for _ in range(100):
+        x = torch.randn(64, 8, generator=generator)
+        y = size * (x[:, :1] + x[:, :1] * x[:, 1:2]) / 2**0.5
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    # With target_scale=1 nearly all of the variance is left.
+    assert loss.item() < 0.1 * size**2
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "1", True])
+def test_a_size_of_targets_that_is_none_is_refused(scale: object) -> None:
+    with pytest.raises(mupass.OptimizerError, match="target_scale"):
+        mupass.KFAC(net(), target_scale=scale)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loss", USUAL.values(), ids=USUAL)

@@ -129,7 +129,7 @@ def test_clipping_bounds_the_step_that_is_taken(of: str) -> None:
     ids=["fading", "what does not fade"],
 )
 def test_damping_of_b_remembers_its_largest_trace(memory: float, scales: tuple[float, ...]) -> None:
-    how = {"factor_decay": 0.0, "damping_memory": memory, "damping_floor": 0.0}
+    how = {"factor_decay": 0.0, "damping_memory": memory, "damping_floor": 0.0, "target_scale": 1.0}
     run, bound = Run(DENSE["linear"], **how), 0
     peak = highest = torch.zeros(()).double()
     for seed, scale in enumerate(scales, 1):
@@ -180,7 +180,7 @@ def test_a_clip_by_a_constant_factor_changes_no_step(ekfac: bool) -> None:
 @pytest.mark.parametrize("clip", [0.1, 1.0, 5.0])
 def test_statistics_follow_clipped_gradients(clip: float) -> None:
     """B of each batch times the factor of its clip, against the dense formula."""
-    run = Run(DENSE["linear"], factor_decay=0.5, damping_memory=0.0, damping_floor=0.0)
+    run = Run(DENSE["linear"], factor_decay=0.5, damping_memory=0.0, damping_floor=0.0, target_scale=1.0)
     b_sum, a_sum, weight, factors = 0.0, 0.0, 0.0, []
     for seed in range(1, 5):
         a, b = (m.view(8, 8) for m in batch_factors(run.case, run.net, seed).chunk(2))

@@ -1227,10 +1227,27 @@ def test_a_model_that_runs_under_vmap_alone_is_refused() -> None:
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     with pytest.warns(MupassWarning, match="under a transform of torch.func"):
         F.cross_entropy(torch.vmap(lambda row: net(row, 1))(x), y).backward()
-    with pytest.warns(MupassWarning, match="steps without factors"):
-        with pytest.raises(mupass.OptimizerError, match="every weight that has a gradient"):
-            optimizer.step()
+    with pytest.raises(mupass.OptimizerError, match="every weight that has a gradient"):
+        optimizer.step()
     assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def test_gradients_without_a_backward_pass_are_refused_before_there_are_factors() -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer = kfac(net)
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    loss, parameters = cross_entropy(x, y), list(net.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss(net), parameters), strict=True):
+        parameter.grad = gradient
+    with pytest.raises(mupass.OptimizerError, match=r"written into \.grad.*mupass.SOAP"):
+        optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+    # Later there are factors of before: the step is taken with them, and told.
+    optimizer.zero_grad()
+    loss(net).backward()
+    optimizer.step()
+    with pytest.warns(MupassWarning, match=r"Directions follow the factors of before.*call backward\(\)"):
+        optimizer.step()
 
 
 def test_a_weight_that_is_tied_later_is_told_by_name() -> None:

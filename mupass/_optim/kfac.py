@@ -55,6 +55,19 @@ SUMMED = (
     "number, as by samples instead of tokens, pass it as loss_terms=; where it is multiplied, pass that as "
     "loss_scale="
 )
+FAR = (
+    "the gradient at the model's output is that of a mean squared error whose targets are far from the "
+    "outputs (8 or more, as the root of the squares summed over a sample's outputs). K-FAC's bounds on a "
+    "step are in units of outputs, and get there late or never. Pass target_scale=, the deviation of the "
+    "targets summed over outputs, float(targets.var(0).sum().sqrt()), or divide the targets by it. "
+    "target_scale=1 leaves the bounds as they are: for another loss, and for errors that are summed over "
+    "outputs, of targets that are near. Where they are summed over samples, pass loss_reduction='sum'"
+)
+NO_LAYER = (
+    "no backward pass ran through a tapped layer since the last step. Directions follow the factors of "
+    "before. Gradients that are written into .grad bring no factors: call backward() on a loss of this "
+    "model, or take an optimizer that needs gradients alone, as mupass.SOAP(model)"
+)
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
@@ -164,6 +177,10 @@ class KFAC(PlannedOptimizer):
             Needed where the model returns its loss, or where the loss skips many entries (``ignore_index``).
         loss_reduction: ``mean`` or ``sum``.
         loss_scale: What the loss is multiplied by before ``backward``, or a function giving it.
+        target_scale: Size of the targets of a squared error, the root of the sum of their variances over a
+            sample's outputs. `step_bound` of readouts and `kl_clip` are in these units, and B is that of
+            targets divided by it. By default 1, and a warning where the first losses show that it is far
+            from that.
         stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the mean is
             that of an exact step; rounding to the nearest loses steps below 1/256 of a weight. Draws follow
             `torch.manual_seed` at construction, and are the same on all ranks.
@@ -247,6 +264,7 @@ class KFAC(PlannedOptimizer):
             name: parameter for parameter, name in self.names.items() if name not in self._unfit
         }
         self._cover = cover(self.root, self.plan, self._options, frozenset(self._parameters))
+        self._of_readouts = self._readouts()
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
         self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
@@ -269,6 +287,16 @@ class KFAC(PlannedOptimizer):
                     method = "ekfac"
             treatments[block.parameter] = f"{method} {block.kind}"
         return treatments, reasons
+
+    def _readouts(self) -> set[str]:
+        """Return the weights of readouts, and what has no growing axis in the same modules: their biases."""
+        role_of = {entry.geometry.name: entry.geometry.role for entry in self.plan.entries}
+        modules = {name.rpartition(".")[0] for name, role in role_of.items() if role == "output"}
+        return {
+            name
+            for name, role in role_of.items()
+            if role == "output" or (role == "scalar" and name.rpartition(".")[0] in modules)
+        }
 
     def _factors(self, bank: type[FactorStack]) -> Kronecker:
         entries = {entry.geometry.name: entry for entry in self.plan.entries}
@@ -449,16 +477,10 @@ class KFAC(PlannedOptimizer):
         self._tell_passes()
         if not observed:  # made up for at the next step
             self._refuse_lost_taps()
-            reason = "observe() was not called" if self.sampled else "no tapped layer took part"
-            self.count("steps_without_factors", reason)
             moved = any(bool(gradient.any()) for gradient in gradients.values())
-            if self._curvature.passes.missed and not self._kronecker.seen and moved:
-                raise OptimizerError(
-                    f"every weight that has a gradient is used {self._curvature.passes.missed}, of which "
-                    "K-FAC takes no statistics, so that no step can be taken. Take another optimizer, as "
-                    "mupass.SOAP(model), or leave all to the fallback with exclude=['*']. Derivatives may "
-                    "be taken by torch.autograd.grad(..., create_graph=True)"
-                )
+            if moved and not self.sampled and not self._kronecker.seen:
+                self._refuse_without_factors()
+            self.count("steps_without_factors", "observe() was not called" if self.sampled else NO_LAYER)
             return
         # The memory of the largest trace fades once for each collection, not for each step.
         memory = self.damping_memory**self.factor_every
@@ -509,7 +531,7 @@ class KFAC(PlannedOptimizer):
         if self.kl_clip is not None:
             total = self._divergence(move, factors)
             # The divergence is quadratic in the step: the root of the ratio shortens it to the bound.
-            bound = self.kl_clip * self._slope.factor().to(total)
+            bound = self.kl_clip * self._loss.unit**2 * self._slope.factor().to(total)
             shrink = (bound / total.clamp(min=1e-30)).sqrt().clamp(max=1.0)
             _shorten(factors, move.directions, shrink)
         return factors
@@ -562,8 +584,9 @@ class KFAC(PlannedOptimizer):
                 size = move.sizes[name]
                 # Changes of outputs are squares here, and so are rates and limits.
                 rates.append((size.lr * size.scale) ** 2)
+                unit = self._loss.unit if name in self._of_readouts else 1.0
                 # What fold put into a parameter is in its change, too.
-                limits.append((bound * size.rest * self.plan[name].geometry.folded) ** 2)
+                limits.append((bound * size.rest * unit * self.plan[name].geometry.folded) ** 2)
             change = torch.stack([move.changes[name] for name in names])
             if signal is not None:
                 change = change * signal.to(change).square()
@@ -626,11 +649,12 @@ class KFAC(PlannedOptimizer):
         for kind, text, number in (
             ("idle_loss_terms", IDLE_TERMS, curvature.idle_terms),
             ("summed_loss", SUMMED, curvature.summed),
+            ("far_targets", FAR, None if self.plan.open_output else curvature.far),
         ):
             if number is not None:
                 incidents.append((kind, text))
                 counts.append(number.reshape(1))
-        curvature.idle_terms = curvature.summed = None
+        curvature.idle_terms = curvature.summed = curvature.far = None
         return incidents, counts
 
     def _tell_passes(self) -> None:
@@ -668,6 +692,23 @@ class KFAC(PlannedOptimizer):
                     "leave it to the fallback. A weight that only a derivative of the model reads "
                     "(forces, as the gradient of an energy) has no statistics either"
                 )
+
+    def _refuse_without_factors(self) -> None:
+        """Refuse a first step that would leave all weights at rest, though they have gradients."""
+        missed = self._curvature.passes.missed
+        if missed:
+            raise OptimizerError(
+                f"every weight that has a gradient is used {missed}, of which K-FAC takes no statistics, so "
+                "that no step can be taken. Take another optimizer, as mupass.SOAP(model), or leave all to "
+                "the fallback with exclude=['*']. Derivatives may be taken by torch.autograd.grad(..., "
+                "create_graph=True)"
+            )
+        raise OptimizerError(
+            "weights have gradients, but no backward pass ran through this model's layers: they were "
+            "written into .grad, as those of torch.autograd.grad, of a copy of the model or of another "
+            "package. K-FAC takes its statistics from backward(). Call backward() on a loss of this model, "
+            "or take an optimizer that needs gradients alone, as mupass.SOAP(model)"
+        )
 
     def _scale_of_loss(self) -> Tensor | float:
         """Return what the loss was multiplied by: told, or left here by a gradient scaler."""

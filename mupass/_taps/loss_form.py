@@ -1,4 +1,4 @@
-"""Whether a loss is a cross-entropy that is summed instead of averaged: its gradient by the outputs tells."""
+"""What form a loss has, by its gradient at the outputs: cross-entropy, its sum, perhaps a squared error."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def multiple_of_a_mean(logits: Tensor, gradient: Tensor, terms: Tensor) -> Tenso
     alive = (gradient != 0).any(-1, keepdim=True)
     multiple = torch.maximum(_of_softmax(logits, gradient, alive), _of_logistic(logits, gradient, alive))
     return multiple * terms.to(logits)
+
+
+def may_be_squared(output: Tensor, gradient: Tensor) -> Tensor:
+    """Return whether a loss may be a squared error of its terms, by what its gradient shows; a tensor.
+
+    It is not where the gradient of every term sums to zero, as for all losses of a softmax, or is at a right
+    angle to the term, as for all losses of directions (cosines).
+
+    Args:
+        output: Some terms of the model's output, ``[rows, entries]``.
+        gradient: Of the loss by these.
+    """
+    gradient = gradient.to(output)
+    length = gradient.norm(dim=-1)
+    shift = gradient.sum(-1).abs() <= FORM * gradient.abs().sum(-1)
+    turn = (gradient * output).sum(-1).abs() <= FORM * length * output.norm(dim=-1)
+    # Terms that the loss leaves out say nothing.
+    left_out = length == 0
+    return ~((shift | left_out).all() | (turn | left_out).all())
 
 
 def _of_softmax(logits: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
 from mupass._taps.leaves import is_batched, is_trained, under_transform
-from mupass._taps.loss_form import first_rows, multiple_of_a_mean
+from mupass._taps.loss_form import first_rows, may_be_squared, multiple_of_a_mean
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
@@ -26,12 +26,16 @@ class Told(NamedTuple):
         left_out: Number of terms without a gradient.
         terms: Number of the others.
         multiple: How many times a mean of cross-entropies over these the loss is; 0 for another loss, None
-            where the pass was not looked at.
+            where the pass was not looked at, or its output has no classes.
+        reach: What the gradient of a term is multiplied by to give its distance from its target, were the
+            loss a mean squared error: half the number of entries of a term. 0 for a loss of another form,
+            None where the pass was not looked at.
     """
 
     left_out: Tensor
     terms: Tensor
-    multiple: Tensor | None
+    multiple: Tensor | None = None
+    reach: Tensor | None = None
 
 
 class _Terms(torch.autograd.Function):
@@ -50,7 +54,8 @@ class _Terms(torch.autograd.Function):
         *outputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.passes, ctx.told, ctx.terms = passes, told, [loss_terms(output.shape) for output in outputs]
+        ctx.passes, ctx.told, ctx.looked_at = passes, told, looked_at
+        ctx.terms = [loss_terms(output.shape) for output in outputs]
         rows = [_first_rows(output) for output in outputs] if looked_at else []
         ctx.save_for_backward(count, *rows)
         ctx.set_materialize_grads(False)
@@ -66,7 +71,7 @@ class _Terms(torch.autograd.Function):
         count, *rows = ctx.saved_tensors
         number, gradient, logits = _first_with_gradient(ctx.terms, grads, rows or [None] * len(grads))
         if ctx.told is not None and gradient is not None:
-            ctx.told.note(_told(gradient.detach(), number, logits))
+            ctx.told.note(_told(gradient.detach(), number, logits, ctx.looked_at))
         squares = torch.zeros_like(count[0])
         if gradient is not None:
             squares = _sum_of_squares(gradient, count).detach()
@@ -93,21 +98,26 @@ def _first_rows(output: Tensor) -> Tensor | None:
     return first_rows(output, _class_axis(output.shape))
 
 
-def _told(gradient: Tensor, terms: int, logits: Tensor | None) -> Told:
+def _told(gradient: Tensor, terms: int, logits: Tensor | None, looked_at: bool) -> Told:
     """Return what the gradient by an output tells of the loss.
 
     Args:
         gradient: The gradient.
         terms: Number of terms of the output.
-        logits: Its first rows, where the form of the loss is asked for.
+        logits: Its first rows, where the form of the loss is asked for and they tell it.
+        looked_at: Whether the form is asked for.
     """
     left_out = whole(_terms_without_gradient(gradient))
     counted = terms - left_out
-    if logits is None:
-        return Told(left_out, counted, None)
+    if not looked_at or is_sharded(gradient):
+        return Told(left_out, counted)
+    reach = torch.full((), gradient.numel() / (2 * max(terms, 1)), device=gradient.device)
+    if logits is None:  # one number a term
+        return Told(left_out, counted, reach=reach)
     rows = first_rows(gradient, _class_axis(gradient.shape))
     assert rows is not None
-    return Told(left_out, counted, multiple_of_a_mean(logits, rows, counted))
+    multiple = multiple_of_a_mean(logits, rows, counted)
+    return Told(left_out, counted, multiple, reach * (may_be_squared(logits, rows) & (multiple == 0)))
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -288,7 +298,7 @@ class TermsTap:
         """
         for told in self.told.take():
             self.left_out = told.left_out if self.left_out is None else self.left_out + told.left_out
-            if told.multiple is not None:
+            if told.reach is not None:
                 self.to_look_at -= 1
                 self.looked_at.append(told)
 
@@ -300,12 +310,21 @@ class TermsTap:
         """
         if not self.looked_at or self.counted is None or self.left_out is None:
             return None
-        multiples = torch.stack([told.multiple for told in self.looked_at if told.multiple is not None])
-        terms = torch.stack([told.terms for told in self.looked_at]).to(multiples)
+        of_classes = [told for told in self.looked_at if told.multiple is not None]
+        if not of_classes:
+            return None
+        multiples = torch.stack([told.multiple for told in of_classes if told.multiple is not None])
+        terms = torch.stack([told.terms for told in of_classes]).to(multiples)
         # The smallest weight of a term, 0 where a pass had another loss: means that are added up are that
         # many times the mean of all, and micro-batches of unequal sizes are told from them.
         weight = (multiples / terms.clamp(min=1)).amin()
         return torch.maximum(multiples.amax(), weight * (self.counted - self.left_out).to(multiples))
+
+    @property
+    def reach(self) -> Tensor | None:
+        """The smallest `Told.reach` of a step's passes; None where none was looked at."""
+        reaches = [told.reach for told in self.looked_at if told.reach is not None]
+        return torch.stack(reaches).amin() if reaches else None
 
     @property
     def counted(self) -> Tensor | None:

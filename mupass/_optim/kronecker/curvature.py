@@ -23,6 +23,9 @@ from mupass._taps.terms import terms_tap_of
 
 SUMMED = 2.0  # a loss that is more than so many means of cross-entropies is summed, or multiplied
 MANY = 0.25  # part of the loss terms that may be without a gradient by chance
+# Distance of outputs from the targets of a squared error beyond which `target_scale` is asked for: there
+# K-FAC's bounds leave a loss many times that of targets of size 1 (benchmarks/target_units.py).
+FAR = 8.0
 
 
 class Curvature:
@@ -64,6 +67,7 @@ class Curvature:
         # Steps in which many terms had no gradient, and those whose loss was no mean, on the device.
         self.idle_terms: Tensor | None = None
         self.summed: Tensor | None = None
+        self.far: Tensor | None = None  # steps in which outputs were far from their targets
         # Outputs are looked at only where B is collected.
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
@@ -136,6 +140,7 @@ class Curvature:
             self.terms.clear()
             return {}
         terms, squares = torch.ones(()), torch.zeros(())
+        reach = self.terms.reach
         if self.sides[1]:
             self._look_at_the_loss(scale)
             terms, squares = self._count_terms()
@@ -145,6 +150,10 @@ class Curvature:
                 raise _no_terms()
         # As what taps see, but without the clipping that came later.
         self.slope = squares * self._per_term(terms, scale, squares)
+        if reach is not None and self.loss.target_scale is None and self.loss.mean:
+            distance = self.slope.sqrt() * reach.to(self.slope)
+            far = (distance.isfinite() & (distance > FAR)).to(torch.float32)
+            self.far = far if self.far is None else self.far + far
         for place, raw in sums.items():
             own_terms = terms
             # Terms of passes that a tap has forgotten are none of its own.
@@ -166,7 +175,9 @@ class Curvature:
         # Each rank's mean divides by its own share of terms.
         factor = count / self.ranks**2 if self.loss.mean else 1 / count
         # A loss that is scaled by s has gradients that are s times as large, and B goes with s^2.
-        return factor / _like(scale, like) ** 2
+        # Where outputs are measured in units of u, B is divided by u^2: its inverse times the gradient is
+        # then a change of outputs in these units.
+        return factor / (_like(scale, like) * self.loss.unit) ** 2
 
     def _average(self, sums: Sums, terms: Tensor, scale: Tensor | float, clipped: Tensor | None) -> None:
         """Divide sums by numbers of rows and of loss terms.

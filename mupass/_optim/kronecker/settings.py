@@ -37,6 +37,7 @@ class KFACOptions(TrainingOptions, total=False):
     loss_terms: int | Callable[[], int] | None
     loss_reduction: str
     loss_scale: float | Callable[[], float] | None
+    target_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Loss:
         loss_terms: Number of terms that it averages over, or a function giving it; None counts them.
         loss_reduction: ``mean``, or ``sum`` where it is their sum.
         loss_scale: What it is multiplied by before ``backward``, or a function giving it.
+        target_scale: Size of the targets of a squared error; None for 1, and for a look at the first losses.
     """
 
     loss_terms: int | Callable[[], int] | None = None
     loss_reduction: str = "mean"
     loss_scale: float | Callable[[], float] | None = None
+    target_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
@@ -60,11 +63,18 @@ class Loss:
         scale = self.loss_scale
         if scale is not None and not callable(scale) and not check_number("loss_scale", scale):
             raise OptimizerError("loss_scale must be a number above 0, or a function that returns one")
+        if self.target_scale is not None and not check_number("target_scale", self.target_scale):
+            raise OptimizerError("target_scale must be a number above 0")
 
     @property
     def mean(self) -> bool:
         """Whether the loss is the mean of its terms."""
         return self.loss_reduction == "mean"
+
+    @property
+    def unit(self) -> float:
+        """What outputs are measured in."""
+        return 1.0 if self.target_scale is None else float(self.target_scale)
 
 
 @dataclass(frozen=True)
