@@ -56,12 +56,12 @@ SUMMED = (
     "loss_scale="
 )
 FAR = (
-    "the gradient at the model's output is that of a mean squared error whose targets are far from the "
-    "outputs (8 or more, as the root of the squares summed over a sample's outputs). K-FAC's bounds on a "
-    "step are in units of outputs, and get there late or never. Pass target_scale=, the deviation of the "
-    "targets summed over outputs, float(targets.var(0).sum().sqrt()), or divide the targets by it. "
-    "target_scale=1 leaves the bounds as they are: for another loss, and for errors that are summed over "
-    "outputs, of targets that are near. Where they are summed over samples, pass loss_reduction='sum'"
+    "the gradient at the model's output is that of a mean squared error whose targets are 8 or more away "
+    "from the outputs, as a root mean square. K-FAC's bounds on a step are in units of outputs, and get "
+    "there late or never. Pass target_scale=, the deviation of the targets summed over outputs, "
+    "float(targets.var(0).sum().sqrt()), or divide the targets by it. target_scale=1 leaves the bounds as "
+    "they are: for another loss, and for errors that are summed over outputs, of targets that are near. "
+    "Where they are summed over samples, pass loss_reduction='sum'"
 )
 NO_LAYER = (
     "no backward pass ran through a tapped layer since the last step. Directions follow the factors of "

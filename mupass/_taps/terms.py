@@ -27,9 +27,9 @@ class Told(NamedTuple):
         terms: Number of the others.
         multiple: How many times a mean of cross-entropies over these the loss is; 0 for another loss, None
             where the pass was not looked at, or its output has no classes.
-        reach: What the gradient of a term is multiplied by to give its distance from its target, were the
-            loss a mean squared error: half the number of entries of a term. 0 for a loss of another form,
-            None where the pass was not looked at.
+        reach: What the length of a term's gradient is multiplied by to give the root mean square of its
+            distance from its target, were the loss a mean squared error: half the root of its number of
+            entries. 0 for a loss of another form, None where the pass was not looked at.
     """
 
     left_out: Tensor
@@ -111,7 +111,8 @@ def _told(gradient: Tensor, terms: int, logits: Tensor | None, looked_at: bool) 
     counted = terms - left_out
     if not looked_at or is_sharded(gradient):
         return Told(left_out, counted)
-    reach = torch.full((), gradient.numel() / (2 * max(terms, 1)), device=gradient.device)
+    entries = gradient.numel() / max(terms, 1)
+    reach = torch.full((), 0.5 * entries**0.5, device=gradient.device)
     if logits is None:  # one number a term
         return Told(left_out, counted, reach=reach)
     rows = first_rows(gradient, _class_axis(gradient.shape))

@@ -23,7 +23,7 @@ from mupass._taps.terms import terms_tap_of
 
 SUMMED = 2.0  # a loss that is more than so many means of cross-entropies is summed, or multiplied
 MANY = 0.25  # part of the loss terms that may be without a gradient by chance
-# Distance of outputs from the targets of a squared error beyond which `target_scale` is asked for: there
+# Distance of an output from the target of a squared error beyond which `target_scale` is asked for: there
 # K-FAC's bounds leave a loss many times that of targets of size 1 (benchmarks/target_units.py).
 FAR = 8.0
 
