@@ -251,6 +251,16 @@ class Geometry:
         return prod(self.shape[i] for i in self.fan_out_axes)
 
     @property
+    def grows_in(self) -> bool:
+        """Whether fan_in grows."""
+        return any(self.infinite[axis] for axis in self.fan_in_axes)
+
+    @property
+    def grows_out(self) -> bool:
+        """Whether fan_out grows."""
+        return any(self.infinite[axis] for axis in self.fan_out_axes)
+
+    @property
     def sums_change(self) -> bool:
         """Whether its sums run over a side that grows, at a width other than the base."""
         return self.role in ("hidden", "output") and self.shape != self.base_shape
@@ -258,9 +268,14 @@ class Geometry:
     @property
     def m_in(self) -> float:
         """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
-        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes) if self.fan_in else 1.0
+        return self._growth_of(self.fan_in_axes)
 
     @property
     def m_out(self) -> float:
         """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
-        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes) if self.fan_out else 1.0
+        return self._growth_of(self.fan_out_axes)
+
+    def _growth_of(self, axes: tuple[int, ...]) -> float:
+        """Return the size of some axes together relative to their base size; 1 where that is zero."""
+        size = prod(self.shape[i] for i in axes)
+        return size / prod(self.base_shape[i] for i in axes) if size else 1.0

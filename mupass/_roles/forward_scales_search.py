@@ -21,7 +21,7 @@ from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
 from mupass._errors import is_number
-from mupass._roles.nodes import all_static, inner_dims, place_of
+from mupass._roles.nodes import all_static, inner_dims, is_parametric, place_of, traits_of
 
 POWERS = (-1.0, -0.5, 0.5, 1.0)
 SMALLEST = 8  # powers of smaller sizes are numbers like 1/2 and 2, which are written for other reasons
@@ -127,7 +127,7 @@ class _Search:
         for operator in list(self.values):
             if operator.op != "call_function":
                 continue
-            operator_traits = traits(operator_name(operator.target))
+            operator_traits = traits_of(operator)
             # x @ w: the axes that the product sums over are kept in mind for a multiplier behind it.
             if operator_traits & PRODUCTS:
                 self.summed[operator] = self._contracted(operator)
@@ -145,7 +145,7 @@ class _Search:
     def _pass_on(self, table: dict[Node, Any], operator: Node) -> None:
         """Note of a result what is known of an operand: of the first one, or of any where operands add up."""
         operands = operator.all_input_nodes
-        if not traits(operator_name(operator.target)) & PASS_EITHER:
+        if not traits_of(operator) & PASS_EITHER:
             operands = operands[:1]
         for source in operands:
             if source in table:
@@ -203,14 +203,17 @@ class _Search:
     def _is_compared(self, tensor: Node, dims: tuple[int, ...]) -> bool:
         """Whether a tensor is a query or key: a product with another activation contracts the axis."""
         for reader in tensor.users:
-            reader_traits = traits(operator_name(reader.target))
-            moving = not any(map(self._is_parametric, reader.all_input_nodes))
+            reader_traits = traits_of(reader)
+            moving = not self._reads_weights(reader)
             # q @ k.mT sums over the axis, and neither factor is made of parameters.
             if reader_traits & PRODUCTS and moving and set(dims) <= set(self._contracted(reader)):
                 return True
             if reader_traits & PASS_ONE and self._is_compared(reader, dims):
                 return True
         return False
+
+    def _reads_weights(self, operator: Node) -> bool:
+        return any(is_parametric(source, self.solved) for source in operator.all_input_nodes)
 
     def _unit_length(self, operator: Node, known: Trait) -> Iterator[Constant]:
         """Yield a tensor divided by its own length, where a weight or a gain reads it."""
@@ -222,7 +225,7 @@ class _Search:
                 location = place_of(operator, self.captured.owners)
                 self.unit[operator] = Constant(location, "unit length", 1.0, -0.5, dims, operator)
         # A unit vector matters where a weight or a gain reads it; then it is told once.
-        if any(map(self._is_parametric, operator.all_input_nodes)):
+        if self._reads_weights(operator):
             for source in operator.all_input_nodes:
                 if source in self.unit:
                     yield self.unit.pop(source)
@@ -271,10 +274,6 @@ class _Search:
 
     def _size(self, dims: Sequence[int]) -> int:
         return prod(map(self.space.size, dims))
-
-    def _is_parametric(self, tensor: Node) -> bool:
-        value = self.values.get(tensor)
-        return isinstance(value, Value) and value.parametric
 
 
 def constant_notes(

@@ -18,8 +18,8 @@ from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
-from mupass._dims.operator_traits import Trait, traits
-from mupass._roles.nodes import place_of, placeholders_of
+from mupass._dims.operator_traits import Trait
+from mupass._roles.nodes import place_of, placeholders_of, traits_of
 
 PRODUCTS = Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
 # What has the order of its argument.
@@ -87,7 +87,7 @@ class _Walk:
 
     def _normalizes(self, operator: Node) -> bool:
         """Whether it is a normalization of something that follows the scale."""
-        operator_traits, sources = traits(operator_name(operator.target)), operator.all_input_nodes
+        operator_traits, sources = traits_of(operator), operator.all_input_nodes
         # F.layer_norm(f(u + b), ...): the bias b drops out with the mean, so that any f of u will do.
         if operator_traits & Trait.NORMALIZES:
             return sources[0] in self.bent or self._power_of(sources[0]) > 0
@@ -106,7 +106,7 @@ class _Walk:
             self.powers[operator] = power
         # f(u + b): after a mean is subtracted and a deviation divided out, little is left of f and b
         elementwise = torch.Tag.pointwise in getattr(operator.target, "tags", ())
-        if elementwise or traits(operator_name(operator.target)) & SAME_ORDER:
+        if elementwise or traits_of(operator) & SAME_ORDER:
             if self.bent.issuperset(moving):
                 self.bent.add(operator)
         return power == 0
@@ -119,7 +119,7 @@ class _Walk:
             followed: Powers of those operands that follow the scale.
             alone: Whether all other operands are static.
         """
-        name, operator_traits = _name(operator), traits(operator_name(operator.target))
+        name, operator_traits = _name(operator), traits_of(operator)
         # u.square(), u.var(), (u * u).sum().sqrt()
         if name in POWERS:
             return followed[0] * POWERS[name]

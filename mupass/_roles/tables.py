@@ -17,7 +17,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from mupass._dims.graph import operator_name, shape_of
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.operator_traits import Trait
+from mupass._roles.nodes import traits_of
 
 # 1 + w, w * c, -w: the gradient of w is that of the result times a number.
 AFFINE = ("aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.neg")
@@ -32,7 +33,7 @@ def copies_entries(operator: Node, operand: Node) -> bool:
         operator: The operator.
         operand: What it reads.
     """
-    moves = traits(operator_name(operator.target)) & (Trait.RESHAPES | Trait.PICKS)
+    moves = traits_of(operator) & (Trait.RESHAPES | Trait.PICKS)
     return bool(moves) and operator.args[:1] == (operand,)
 
 
@@ -79,7 +80,7 @@ def entries(shape: Sequence[int], path: Iterable[Node]) -> Tensor:
     """
     numbers: Any = torch.arange(prod(shape), device="cpu").reshape(tuple(shape))
     for operator in path:
-        if traits(operator_name(operator.target)) & Trait.COPIES:
+        if traits_of(operator) & Trait.COPIES:
             continue
         if operator_name(operator.target) in AFFINE:  # table + mask: its entries for every mask
             numbers = numbers.expand(shape_of(operator.meta["val"]))

@@ -126,11 +126,10 @@ def own_fans(geometry: Geometry) -> Fans:
     # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
     is_convolution = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
     fan_out = geometry.fan_out * prod(geometry.shape[2:]) if is_convolution else geometry.fan_out
-    grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
     # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
-        fan_out if geometry.fan_in_axes or grows else None,
+        fan_out if geometry.fan_in_axes or geometry.grows_out else None,
         geometry.m_in,
         geometry.m_out,
     )

@@ -44,9 +44,9 @@ def formula(
     value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * folded_factor
     power_of = {}
     # A finite fan has the factor 1, and no place in the formula.
-    if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
+    if geometry.grows_out:
         power_of["m_out"] = p_out
-    if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
+    if geometry.grows_in:
         power_of["m_in"] = p_in
     if geometry.depth != 1:
         power_of["L"] = depth
