@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mupass._capture.copying import deepcopy
-from mupass._errors import MupassWarning, TransformError
+from mupass._errors import MupassWarning, TransformError, check_flags
 from mupass._records import Carrier, Geometry, ScoreScale, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module
 from mupass._scales.marks import unmark
@@ -92,9 +92,7 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         TransformError: No parameter can hold a multiplier, or the model is a stage of a pipeline; it is as it
             was.
     """
-    for name, flag in {"inplace": inplace, "keep_plan": keep_plan}.items():
-        if not isinstance(flag, bool):
-            raise TransformError(f"{name} must be True or False, not {flag!r}")
+    check_flags(TransformError, inplace=inplace, keep_plan=keep_plan)
     root, plan = plan_of(model)
     if plan.stage:
         raise TransformError(
@@ -211,13 +209,19 @@ def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
     shifts = dict(carrier.offsets)
     for name in carrier.parameters:
         # c (w + 1) is (c w + c - 1) + 1: the code adds its constant after the change.
-        change = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
-        if changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(changes, name, Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0)))
     for name in carrier.divided:
-        change = Change(met=1 / factor)
-        if changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(changes, name, Change(met=1 / factor))
+
+
+def _note(changes: dict[str, Change], name: str, change: Change) -> None:
+    """Add what becomes of a parameter.
+
+    Raises:
+        TransformError: Something else is to become of it already.
+    """
+    if changes.setdefault(name, change) != change:
+        raise TransformError(f"{name} would have to hold two different multipliers")
 
 
 def _hold_queries(work: Work, scale: ScoreScale) -> None:
@@ -238,9 +242,7 @@ def _hold_queries(work: Work, scale: ScoreScale) -> None:
         raise TransformError(f"{scale.module} has no parameters that could hold the factor on its queries")
     for name, axis in scale.rows:
         parts = tuple((axis, first, last, scale.factor) for first, last in scale.parts)
-        change = Change(parts=parts)
-        if work.changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(work.changes, name, Change(parts=parts))
         work.joint.append(name)
 
 

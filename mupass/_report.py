@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupass._errors import PlanError
 from mupass._page import aligned, column_widths, document, note
-from mupass._records import Branch, Carrier, Geometry, ScoreScale
+from mupass._records import Branch, Carrier, Geometry, ScoreScale, ancestors
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
 
@@ -151,7 +151,7 @@ class Report:
 
         Growing axes carry ``*``, axes that a policy decided ``?``. Of blocks that are alike one is shown.
         """
-        rows: list[list[str]] = [["parameter", "shape", "role", "init", f"lr ({self.optimizer})"]]
+        rows = [self._headings()]
         for line in _folded(list(self._lines()), self._likeness):
             cells = ["", "", "", ""]
             if line.geometry is not None:
@@ -164,6 +164,9 @@ class Report:
         head, *lines = [aligned(_wrapped_row(row, widths[SHAPE]), widths) for row in rows]
         rule = "-" * (others + widths[SHAPE])
         return "\n".join([*textwrap.wrap(self._headline(), COLUMNS), head, rule, *lines, *self._notes()])
+
+    def _headings(self) -> list[str]:
+        return ["parameter", "shape", "role", "init", f"lr ({self.optimizer})"]
 
     def _notes(self) -> list[str]:
         """Return the footer, wrapped."""
@@ -225,12 +228,11 @@ class Report:
             else:
                 body.append(self._html_row(line.label, line.geometry, indent))
         notes = [f'<li class="warn">{html.escape(line)}</li>' for line in self._footer()]
-        headings = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
         return document(
             "mupass report",
             f"<h1>Width analysis</h1>{note(self._headline())}"
             f"{note('Blue axes grow with width; dotted ones were settled by a policy.')}"
-            f"<table><tr><th>{'</th><th>'.join(headings)}</th></tr>{''.join(body)}</table>"
+            f"<table><tr><th>{'</th><th>'.join(self._headings())}</th></tr>{''.join(body)}</table>"
             f"<ul>{''.join(notes)}</ul>",
         )
 
@@ -263,7 +265,7 @@ class Report:
         # A module without parameters in it has no line.
         used: set[str] = set()
         for owner in owned:
-            used.update(_ancestors(owner))
+            used.update(ancestors(owner))
         modules = self.analysis.modules or [(path, "") for path in owned]
         for path, kind in modules:
             if path not in used:
@@ -475,11 +477,3 @@ def _wrapped_note(line: str) -> list[str]:
     elif brace:
         wrapped.append(f"    {{{entry}")
     return wrapped
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    """Yield the path and all its ancestors, the root included."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""

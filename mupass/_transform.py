@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from mupass._analyze import analyze
 from mupass._capture.copying import deepcopy
-from mupass._errors import PlanError, TransformError, kind_of, some, warn
+from mupass._errors import PlanError, TransformError, check_flags, is_number, kind_of, some, warn
 from mupass._optim.schedules import watch_models
 from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
-from mupass._scales.init import Init, InitChoice, plan_init, told_laws
-from mupass._scales.learned import has_a_mean, learned, looks_trained
+from mupass._scales.init import Init, InitChoice, plan_init
+from mupass._scales.learned import has_a_mean, learned_of, looks_trained
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.other_width import at_width_of, scores_at
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
-from mupass._scales.plan import ATTRIBUTE, VERSION, Plan
+from mupass._scales.plan import ATTRIBUTE, VERSION, Plan, shapes_of
 from mupass._taps.taps import attach
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -101,9 +101,7 @@ def transform(
         >>> model.mupass_plan["2.weight"].init_factor  # a readout starts smaller, by (16/64)^(1/2)
         0.5
     """
-    for name, flag in {"inplace": inplace, "strict": strict, "trained": trained}.items():
-        if not isinstance(flag, bool):
-            raise TransformError(f"{name} must be True or False, not {flag!r}")
+    check_flags(TransformError, inplace=inplace, strict=strict, trained=trained)
     _refuse(model)
     if plan is None:
         row(parameterization)  # a misspelt name is told before the model is captured
@@ -247,7 +245,7 @@ def _fitted(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> tu
 
 def _is_resized(plan: Plan, model: nn.Module) -> bool:
     """Return whether a plan is of an instance with other sizes, as far as names agree."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
     return any(
         shapes.get(entry.geometry.name, entry.geometry.shape) != entry.geometry.shape
         for entry in plan.entries
@@ -306,7 +304,7 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
         PlanError: ``depth`` is no positive number.
         TransformError: There is no branch, or one has no module at its end.
     """
-    if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 < depth < inf:
+    if not is_number(depth) or not 0 < depth < inf:
         raise PlanError(f"depth must be a positive number of residual branches, not {depth!r}")
     if not analysis.branches:
         raise TransformError("depth= scales residual branches, and this model has no sum x + f(x)")
@@ -432,9 +430,7 @@ def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
     # Values that no factor changes may be trained or not.
     if all(entry.init_factor == 1 for entry in plan.entries):
         return []
-    told_by_init = told_laws(init, list(plan))
-    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told_by_init]
-    suspects = learned(dict(model.named_parameters()), judged)
+    suspects = learned_of(plan, dict(model.named_parameters()), init)
     if not suspects:
         return []
     return [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, is_whole
 from mupass._hyper.functional_model import call
 from mupass._optim.checks import check_choice, check_number
 from mupass._optim.linalg.roots import symmetric
@@ -80,7 +80,7 @@ class FoMoH(BoundOptimizer):
         check_number("damping", damping)
         check_choice("law", law, LAWS)
         for name, number, least in (("directions", directions, 1), ("halvings", halvings, 0)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            if not is_whole(number) or number < least:
                 raise OptimizerError(f"{name} must be a whole number >= {least}, not {number!r}")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:

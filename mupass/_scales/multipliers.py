@@ -40,16 +40,12 @@ def by_pattern(rows: Mapping[str, Row]) -> dict[str, Row]:
         names_of.setdefault(_pattern(name), []).append(name)
     merged: dict[str, Row] = {}
     for pattern, names in names_of.items():
-        if _equal(rows[name] for name in names):
-            merged[pattern] = rows[names[0]]
+        first = rows[names[0]]
+        if all(rows[name] == first for name in names):
+            merged[pattern] = first
         else:  # such as blocks of which the first is wider
             merged.update({re.escape(name): rows[name] for name in names})
     return merged
-
-
-def _equal(rows: Iterable[Row]) -> bool:
-    first, *others = rows
-    return all(row == first for row in others)
 
 
 def _pattern(name: str) -> str:

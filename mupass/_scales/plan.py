@@ -185,7 +185,7 @@ class Plan:
         Raises:
             PlanError: A name, a shape or a tie differs.
         """
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = shapes_of(model)
         faults = []
         for entry in self.entries:
             name, shape = entry.geometry.name, entry.geometry.shape
@@ -320,6 +320,15 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
     if len(planned) > 1:
         raise PlanError("the model holds several transformed models; give them one by one")
     return planned[0]
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its name.
+
+    Args:
+        model: Any module.
+    """
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def refuse(faults: Sequence[str]) -> None:

@@ -25,8 +25,8 @@ SOURCES = {
 def formula(
     exponents: tuple[float, float],
     geometry: Geometry,
-    depth: float = 0.0,
-    folded: tuple[float, float] = (0.0, 0.0),
+    depth: float,
+    folded: tuple[float, float],
 ) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
@@ -164,23 +164,13 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
         f"  {_std(entry)}; the tensor is multiplied by {entry.init_factor:.4g}",
         f"scales of {parameterization} for {optimizer}",
     ]
-    exponents = powers(geometry, optimizer, parameterization)
-    depths = depth_powers(optimizer, parameterization)
     multiplier = ["multiplier"] if geometry.readout_uses else []
     shown = ["init", *multiplier, *optimizer.row.columns, "weight_decay"]
     sources = SOURCES
     if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
-    folded_power = folded_powers(optimizer)
-    no_power = (0.0, 0.0)
-    cells = [
-        [
-            "  " + name,
-            formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power)),
-            f"[{sources[name]}]",
-        ]
-        for name in shown
-    ]
+    formulas = _formulas(geometry, optimizer, parameterization, shown)
+    cells = [[f"  {name}", text, f"[{sources[name]}]"] for name, text in zip(shown, formulas, strict=True)]
     lines.append(aligned(cells, column_widths(cells)))
     return "\n".join([*lines, f"source of the row: {row(parameterization).source}"])
 
@@ -191,13 +181,18 @@ def _cells(entry: Entry, optimizer: OptimizerSpec, parameterization: str, scales
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     first_cells = [geometry.name, geometry.role, _shape(geometry), ", ".join(geometry.dims), init]
+    return first_cells + _formulas(geometry, optimizer, parameterization, scales)
+
+
+def _formulas(
+    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str, names: Sequence[str]
+) -> list[str]:
+    """Return the formula of each of these scales of a parameter."""
     exponents = powers(geometry, optimizer, parameterization)
-    depths = depth_powers(optimizer, parameterization)
-    folded_power = folded_powers(optimizer)
-    no_power = (0.0, 0.0)
-    return first_cells + [
-        formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power))
-        for name in scales
+    depths, folded = depth_powers(optimizer, parameterization), folded_powers(optimizer)
+    return [
+        formula(exponents[name], geometry, depths.get(name, 0.0), folded.get(name, (0.0, 0.0)))
+        for name in names
     ]
 
 
