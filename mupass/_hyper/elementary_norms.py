@@ -42,9 +42,9 @@ def _batch_norm(
         if not training:
             return _scaled(input, running_mean, running_var, axes, weight, bias, eps)
         variance, mean = torch.var_mean(input, axes)
+        _average(running_mean, mean, momentum)
         # As torch: the running variance is the unbiased one, which var_mean gives by default.
-        running_mean.mul_(1 - momentum).add_(momentum * mean)
-        running_var.mul_(1 - momentum).add_(momentum * variance)
+        _average(running_var, variance, momentum)
     return _normal(input, axes, axes, weight, bias, eps)
 
 
@@ -94,9 +94,14 @@ def _instance_norm(
     if running_mean is not None and running_var is not None:
         variance, mean = torch.var_mean(input, axes)
         # Running averages are those over the samples of the batch.
-        running_mean.mul_(1 - momentum).add_(momentum * mean.mean(0))
-        running_var.mul_(1 - momentum).add_(momentum * variance.mean(0))
+        _average(running_mean, mean.mean(0), momentum)
+        _average(running_var, variance.mean(0), momentum)
     return _normal(input, axes, others, weight, bias, eps)
+
+
+def _average(running: Tensor, new: Tensor, momentum: float) -> None:
+    """Update a running average in place."""
+    running.mul_(1 - momentum).add_(momentum * new)
 
 
 def _normal(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mupass._errors import OptimizerError, is_whole
-from mupass._hyper.functional_model import call
+from mupass._hyper.functional_model import call, derivatives
 from mupass._optim.checks import check_choice, check_number
 from mupass._optim.linalg.roots import symmetric
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
@@ -156,7 +154,7 @@ class FoMoH(BoundOptimizer):
             with torch.enable_grad():
                 return _scalar(call(self.root, lambda _: closure(), moved_parameters, still_buffers))
 
-        with _forward():
+        with derivatives("forward derivative, which FoMoH needs", ("forward", "Forward"), OptimizerError):
             self.slopes, self.curvature = plane(at, tangents)
             # A closure of another model has neither slopes nor curvature here.
             if not self._steps and not (self.slopes.any() or self.curvature.any()):
@@ -283,21 +281,6 @@ def _scalar(loss: Any) -> Tensor:
             f"the closure must return the loss as a tensor of one number, not {type(loss).__name__}"
         )
     return loss.reshape(()).double()
-
-
-@contextmanager
-def _forward() -> Iterator[None]:
-    """Take fused attention apart, which has no forward derivative, and name operators that have none."""
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except (NotImplementedError, RuntimeError) as error:
-        # Other errors of the model are its own, and are not about derivatives.
-        if "forward" not in str(error).lower():
-            raise
-        raise OptimizerError(
-            f"an operator of the model has no forward derivative, which FoMoH needs: {error}"
-        ) from error
 
 
 def _random_states(parameters: Iterable[Tensor]) -> list[tuple[torch.device, Tensor]]:

@@ -194,7 +194,7 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
     square, target = dot(residual, residual), tolerance * norm(right)
     for _ in range(terms):
         if square**0.5 <= target:
-            return x
+            break
         image = product(direction)
         curvature = dot(direction, image)
         if curvature <= 0:
@@ -208,11 +208,11 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
         residual = add(residual, image, -step)
         square, before = dot(residual, residual), square
         direction = add(residual, direction, square / before)
-    if square**0.5 <= target:
-        return x
-    raise StudyError(
-        f"conjugate gradients leave {square**0.5 / norm(right):.1e} after {terms} terms; allow more terms"
-    )
+    if not square**0.5 <= target:
+        raise StudyError(
+            f"conjugate gradients leave {square**0.5 / norm(right):.1e} after {terms} terms; allow more terms"
+        )
+    return x
 
 
 def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int, tolerance: float) -> Vector:
@@ -232,7 +232,7 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
     residual, size = list(right), norm(right)
     for _ in range(terms):
         if norm(residual) <= tolerance * size:
-            return x
+            break
         # x <- x + R (right - M x)
         x = [part + rate * left for part, left, rate in zip(x, residual, rates, strict=True)]
         residual = add(right, product(x), -1.0)
@@ -241,11 +241,11 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
             raise StudyError(
                 "the Neumann series diverges: its learning rate is beyond 2 / curvature; take a smaller lr"
             )
-    if norm(residual) <= tolerance * size:
-        return x
-    raise StudyError(
-        f"the Neumann series leaves {norm(residual) / size:.1e} after {terms} terms; allow more, or cg"
-    )
+    if not norm(residual) <= tolerance * size:
+        raise StudyError(
+            f"the Neumann series leaves {norm(residual) / size:.1e} after {terms} terms; allow more, or cg"
+        )
+    return x
 
 
 def add(x: Vector, y: Vector, factor: float) -> Vector:

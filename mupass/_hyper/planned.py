@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,37 @@ class PlannedRule(Rule):
         for number, group in enumerate(self.groups):
             if group["algorithm"] == optimizer.spec.name:
                 self.own.update(dict.fromkeys(self.members[number], number))
+
+    def refuse(self, optimizer: Any) -> None:
+        """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
+
+        Args:
+            optimizer: The optimizer.
+
+        Raises:
+            StudyError: It has.
+        """
+        ranks = (
+            optimizer.ranks > 1,
+            "sums over ranks have no second derivative",
+            "pass data_parallel=False",
+        )
+        options = {**self.options(optimizer), "data_parallel=True": ranks}
+        for option, (is_set, reason, instead) in options.items():
+            if is_set:
+                name = type(optimizer).__name__
+                raise StudyError(f"{option} of {name} cannot be differentiated here: {reason}; {instead}")
+
+    def options(self, optimizer: Any) -> dict[str, tuple[bool, str, str]]:
+        """Return the options that the rule does not follow.
+
+        Args:
+            optimizer: The optimizer.
+
+        Returns:
+            How an option is written -> whether it is set, why it is not followed, what to write instead.
+        """
+        raise NotImplementedError
 
     def directions(
         self,
@@ -84,19 +116,3 @@ class PlannedRule(Rule):
         # Decay leaves the width factor out.
         p = p * (1 - read["lr"] * read["weight_decay"])
         return p - read["lr"] * read["mupass_scale"] * g
-
-
-def refuse_options(optimizer: object, options: Mapping[str, tuple[bool, str, str]]) -> None:
-    """Raise for the first option that a rule does not follow.
-
-    Args:
-        optimizer: The optimizer.
-        options: How an option is written -> whether it is set, why it is not followed, what to write instead.
-
-    Raises:
-        StudyError: One is set.
-    """
-    for option, (is_set, reason, instead) in options.items():
-        if is_set:
-            name = type(optimizer).__name__
-            raise StudyError(f"{option} of {name} cannot be differentiated here: {reason}; {instead}")

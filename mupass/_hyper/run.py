@@ -10,11 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from mupass._errors import StudyError
-from mupass._hyper.functional_model import call
+from mupass._hyper.functional_model import call, derivatives
 from mupass._hyper.rules import Key, Rule, State, Tensors
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate, Work, diverged
@@ -27,22 +26,10 @@ def twice() -> Iterator[None]:
     Raises:
         StudyError: An operator has no second derivative.
     """
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has none
-            yield
-    except (NotImplementedError, RuntimeError) as error:
-        phrases = (
-            "derivative for",
-            "does not support",
-            "not implemented",
-            "not differentiable",
-        )
-        # What torch says where a second derivative is missing.
-        if not any(phrase in str(error) for phrase in phrases):
-            raise
-        raise StudyError(
-            f"an operator of the model has no second derivative, which hypergradients need: {error}"
-        ) from error
+    # What torch says where a second derivative is missing.
+    phrases = ("derivative for", "does not support", "not implemented", "not differentiable")
+    with derivatives("second derivative, which hypergradients need", phrases, StudyError):
+        yield
 
 
 def gradients(

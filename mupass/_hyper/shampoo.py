@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mupass._errors import StudyError
-from mupass._hyper.planned import PlannedRule, refuse_options
+from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
 from mupass._hyper.rules import Entries, Key, State, Tensors, corrected, root_of
 from mupass._optim.kronecker.factor_stack import growth
@@ -26,29 +26,15 @@ class ShampooRule(PlannedRule):
         super().__init__(optimizer, names)
         self.made, self.work = optimizer, optimizer.work()
 
-    def refuse(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
-
-        Args:
-            optimizer: The optimizer.
-
-        Raises:
-            StudyError: It has.
-        """
-        assert isinstance(optimizer, Shampoo)
-        options = {
+    def options(self, optimizer: Shampoo) -> dict[str, tuple[bool, str, str]]:
+        """Return the options that the rule does not follow, see `PlannedRule`."""
+        return {
             "graft='spectral'": (
                 optimizer.spec.graft == "spectral",
                 "its norms come from a power iteration that is cut short",
                 "use graft='adam' or 'none'",
             ),
-            "data_parallel=True": (
-                optimizer.ranks > 1,
-                "sums over ranks have no second derivative",
-                "pass data_parallel=False",
-            ),
         }
-        refuse_options(optimizer, options)
 
     def preconditioned(
         self,

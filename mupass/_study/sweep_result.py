@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from mupass._page import Table, note, section
@@ -166,12 +167,19 @@ class Sweep(Tabular):
         return [optima(self).html(), losses(self).html()]
 
     def __str__(self) -> str:
-        """Return the report as text."""
-        return text(self)
+        """Return the verdict, the optima and the table of losses."""
+        facts = [f"{name}: {value}" for name, value in facts_of(self).items()]
+        return "\n".join([self.verdict(), "", *facts, "", optima(self).text(), "", losses(self).text()])
 
     def _page(self) -> Page:
         """Return what a page of several studies shows of this one."""
-        return page(self)
+        mark = "good"
+        if self.open_ends():
+            # What is not bracketed is in doubt, however far it moves.
+            mark = "doubt"
+        elif moved(self):
+            mark = "bad"
+        return Page(f"Sweep: {case(self)}", mark, self.verdict(), facts_of(self), sections(self))
 
     def report(self, path: str | Path | None = None) -> str:
         """Return the report as text, or write it.
@@ -223,10 +231,9 @@ def _interval(
     count = len(logs)
     if count < 2:
         return None
-    center = math.fsum(logs) / count
+    center = fmean(logs)
     # The spread of the vertices over seeds, of whose mean there is a t interval.
-    spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (count - 1))
-    half_width = student(count - 1, 0.95) * spread / math.sqrt(count)
+    half_width = student(count - 1, 0.95) * stdev(logs) / math.sqrt(count)
     half_width = min(half_width, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
     low = max(values[0], min(value, math.exp(center - half_width)))
     high = min(values[-1], max(value, math.exp(center + half_width)))
@@ -243,31 +250,6 @@ def _open_end(sweep: Sweep, optimum: Optimum) -> str:
         f"NOT BRACKETED: at width {optimum.width} the lowest loss is at the end of the grid, "
         f"{optimum.name} = {optimum.best:.3g}; extend it {side}"
     )
-
-
-def text(sweep: Sweep) -> str:
-    """Return the verdict, the optima and the table of losses.
-
-    Args:
-        sweep: The sweep.
-    """
-    facts = [f"{name}: {value}" for name, value in facts_of(sweep).items()]
-    return "\n".join([sweep.verdict(), "", *facts, "", optima(sweep).text(), "", losses(sweep).text()])
-
-
-def page(sweep: Sweep) -> Page:
-    """Return what is shown on a page.
-
-    Args:
-        sweep: The sweep.
-    """
-    mark = "good"
-    if sweep.open_ends():
-        # What is not bracketed is in doubt, however far it moves.
-        mark = "doubt"
-    elif moved(sweep):
-        mark = "bad"
-    return Page(f"Sweep: {case(sweep)}", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
 
 
 def case(sweep: Sweep) -> str:
