@@ -270,13 +270,9 @@ def _one_sided_notes(captured: Capture, solved: Inference, geometries: Iterable[
 
 def _ratio_to_base(geometries: Iterable[Geometry], width: int) -> float:
     """Return the width of a base model: the first axis that grows tells the ratio."""
-    for geometry in geometries:
-        for size, base_size, grows in zip(
-            geometry.shape, geometry.base_shape, geometry.infinite, strict=True
-        ):
-            if grows:
-                return width / (size / base_size)
-    return width
+    geometry = next(geometry for geometry in geometries if any(geometry.infinite))
+    axis = geometry.infinite.index(True)
+    return width / (geometry.shape[axis] / geometry.base_shape[axis])
 
 
 def _width(solved: Inference, infinite: Mapping[str, tuple[bool, ...]]) -> int:

@@ -318,7 +318,7 @@ def _entry(plan: Plan, entry: Entry, geometry: Geometry, factor: float) -> Entry
 def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
     """Return the entries of an embedding and of a readout that were one parameter, in the model's order."""
     modules = {use.module for use in geometry.readout_uses}
-    names = (geometry.name, *geometry.aliases)
+    names = geometry.names
     # Names of the readout's module go with the readout, the others with the embedding.
     readout_names = tuple(name for name in names if name.rpartition(".")[0] in modules)
     embedding_names = tuple(name for name in names if name not in readout_names)

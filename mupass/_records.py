@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
+Ranges = tuple[tuple[int, int], ...]  # positions along an axis, as (first, behind the last)
 PRODUCT_AND_SUM = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 
 
@@ -145,7 +146,7 @@ class ScoreScale:
     module: str
     growth: float
     where: tuple[str, ...] = ()
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: Ranges = ()
     axis: int = -1
     attention: bool = False
     rows: tuple[tuple[str, int], ...] = ()
@@ -252,6 +253,11 @@ class Geometry:
     depth: float = 1.0
     folded: float = 1.0
     folded_in: float = 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All qualified names of the tensor, its own one first."""
+        return (self.name, *self.aliases)
 
     @property
     def fan_in(self) -> int:

@@ -87,7 +87,7 @@ class Analysis:
             PlanError: No parameter has that name.
         """
         for geometry in self.geometries:
-            if name == geometry.name or name in geometry.aliases:
+            if name in geometry.names:
                 return geometry
         raise PlanError(f"no parameter {name!r} in this analysis")
 
@@ -101,7 +101,7 @@ class Analysis:
 
     def __contains__(self, name: object) -> bool:
         """Return whether a parameter goes by that name."""
-        return any(name == geometry.name or name in geometry.aliases for geometry in self.geometries)
+        return any(name in geometry.names for geometry in self.geometries)
 
     def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
         """Return the readable report: text, HTML, or a networkx graph.

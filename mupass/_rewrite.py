@@ -11,7 +11,7 @@ from torch import nn
 
 from mupass._errors import MupassWarning, PlanError, TransformError
 from mupass._parallel import local
-from mupass._records import Use
+from mupass._records import Ranges, Use
 from mupass._scales.marks import mark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 from mupass._taps.attention import ScaledAttention
@@ -88,7 +88,7 @@ class PartMultiplier:
     """
 
     factor: float
-    parts: tuple[tuple[int, int], ...]
+    parts: Ranges
     axis: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

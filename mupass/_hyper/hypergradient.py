@@ -228,11 +228,8 @@ def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str
         score = run.score(leaves, cut=False)
         if score is None:
             return _diverged(point)
-        slopes = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
-        by_number = dict.fromkeys(leaves, 0.0)
-        for key, slope in zip(leaves, slopes, strict=True):
-            if slope is not None:
-                by_number[key] = slope.item()
+        slopes = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+        by_number = {key: slope.item() for key, slope in zip(leaves, slopes, strict=True)}
     return _result(score.item(), point, numbers, by_number)
 
 

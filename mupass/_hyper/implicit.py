@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mupass._errors import StudyError
 from mupass._hyper.functional_model import call
 from mupass._hyper.rules import SGD, Key, Rule, Tensors
-from mupass._hyper.run import gradients, on, refuse_once, score_of
+from mupass._hyper.run import on, refuse_once, score_of
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate
 
@@ -104,16 +104,13 @@ def implicit(
     _check_stationary([slope.detach() for slope in slopes], pull, solver.tolerance)
     score = score_of(model, evaluate, weights, buffers)
     # The right side of (Hessian + weight_decay) v = d score.
-    right = _or_zeros(torch.autograd.grad(score, flat, allow_unused=True), flat)
+    right = list(torch.autograd.grad(score, flat, materialize_grads=True))
 
     def product(vector: Vector) -> Vector:
         """Return ``(Hessian + weight_decay) vector``."""
         # Hessian times vector, as the gradient of <gradient, vector>.
-        images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, allow_unused=True)
-        return [
-            factor * part if image is None else image + factor * part
-            for image, factor, part in zip(images, decay, vector, strict=True)
-        ]
+        images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, materialize_grads=True)
+        return [image + factor * part for image, factor, part in zip(images, decay, vector, strict=True)]
 
     if solver.solver == "cg":
         solution = conjugate_gradients(product, right, solver.terms, solver.tolerance)
@@ -148,15 +145,17 @@ def _mean_gradient(
 ) -> Vector:
     """Return the gradient of the training loss, which can be differentiated once more."""
     losses = [call(model, on(batch, loss), weights, buffers) for batch in batches]
-    gradient, _ = gradients(torch.stack(losses).mean(), weights)
-    refuse_once(gradient.values())
+    slopes = torch.autograd.grad(
+        torch.stack(losses).mean(), list(weights.values()), create_graph=True, materialize_grads=True
+    )
+    refuse_once(slopes)
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise StudyError(
                 f"the buffer {name} follows the activations, which form='implicit' does not differentiate; "
                 "put the model in eval mode, or use form='unrolled'"
             )
-    return _or_zeros([gradient.get(name) for name in weights], list(weights.values()))
+    return list(slopes)
 
 
 def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
@@ -167,14 +166,6 @@ def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
             f"the model is not at a stationary point: the gradient of loss and weight decay has the norm "
             f"{force:.2g}, that of weight decay alone {size:.2g}; train it further, or raise tolerance="
         )
-
-
-def _or_zeros(found: Sequence[Tensor | None], like: Vector) -> Vector:
-    """Return gradients, zeros for what nothing depends on."""
-    return [
-        torch.zeros_like(tensor) if gradient is None else gradient
-        for gradient, tensor in zip(found, like, strict=True)
-    ]
 
 
 def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: float) -> Vector:

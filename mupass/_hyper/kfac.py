@@ -16,7 +16,7 @@ from torch import Tensor
 from mupass._errors import StudyError
 from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
-from mupass._hyper.rules import Key, State, Tensors
+from mupass._hyper.rules import Moment, State, Tensors
 from mupass._optim.kfac import KFAC
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.linalg.roots import diagonal_roots
@@ -73,30 +73,22 @@ class KFACRule(PlannedRule):
             outputs += [output for output, *_ in uses]
         return loss, outputs
 
-    def preconditioned(
-        self,
-        count: int,
-        gradients: Tensors,
-        means: Tensors,
-        shared: State,
-        numbers: Mapping[Key, Tensor],
-        watched: list[Tensor | None],
-    ) -> Tensors:
+    def preconditioned(self, now: Moment, means: Tensors, shared: State) -> Tensors:
         """Return averages between their roots, see `PlannedRule`."""
-        for (i, key), value in numbers.items():
+        for (i, key), value in now.numbers.items():
             if key in self.made.param_groups[i]:  # parts of betas are those of the fallback alone
                 # The optimizer reads its groups: the tensors that are differentiated by are put there.
                 self.made.param_groups[i][key] = value
         # Factors are collected at the optimizer's own intervals.
-        if count % self.made.factor_every == 0:
-            self._fill(watched)
+        if now.count % self.made.factor_every == 0:
+            self._fill(now.watched)
         averages = shared["averages"]
         weights = {name: averages[name]["mean_weight"] for name in means if name in averages}
         # The state before the first step has no graph.
-        state = shared["factors"] if count else self.functional.start
+        state = shared["factors"] if now.count else self.functional.start
         with quiet():
             directions, shared["factors"] = self.functional.directions(
-                count, state, gradients, means, weights
+                now.count, state, now.gradients, means, weights
             )
         if self.made.factors_due:
             raise StudyError(

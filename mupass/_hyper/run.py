@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from mupass._errors import StudyError
 from mupass._hyper.functional_model import call, derivatives
-from mupass._hyper.rules import Key, Rule, State, Tensors
+from mupass._hyper.rules import Key, Moment, Rule, State, Tensors
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate, Work, diverged
 
@@ -100,17 +101,19 @@ def refuse_buffers(before: Tensors, after: Tensors) -> None:
             )
 
 
+@dataclass(frozen=True)
 class Unrolled:
     """A training run as a function of numbers of the optimizer.
 
-    Args:
+    Attributes:
         work: Batches, loss, steps and score.
         model: The model with its initial weights, which is not changed.
         rule: How the optimizer steps.
     """
 
-    def __init__(self, work: Work, model: nn.Module, rule: Rule) -> None:
-        self.work, self.model, self.rule = work, model, rule
+    work: Work
+    model: nn.Module
+    rule: Rule
 
     def score(self, numbers: Mapping[Key, Tensor], cut: bool) -> Tensor | None:
         """Train, and return the score as `Work.run` defines it, or None when the run diverged.
@@ -150,7 +153,7 @@ class Unrolled:
             if count == 0:
                 refuse_once([*slopes.values(), *(gradient for gradient in others if gradient is not None)])
                 refuse_buffers(before, buffers)
-            parameters, state = self.rule.step(count, parameters, slopes, state, numbers, others)
+            parameters, state = self.rule.step(Moment(count, slopes, numbers, others), parameters, state)
         if work.evaluate is None:
             # The mean over the last tenth of the steps, as in a sweep.
             tail = losses[-max(1, work.steps // 10) :]

@@ -22,7 +22,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait
-from mupass._records import Geometry, ScoreScale
+from mupass._records import Geometry, Ranges, ScoreScale
 from mupass._roles.carriers import carriers
 from mupass._roles.forward_scales_search import PASS_ONE, PRODUCTS, Constant
 from mupass._roles.nodes import is_inside, is_parametric, leaves, made_of, place_of, tensors_among, traits_of
@@ -68,8 +68,11 @@ class _Feed:
 
     node: Node
     module: str
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: Ranges = ()
     axis: int = -1
+
+
+_Fed = tuple[_Place, list[_Feed]]  # scores, and what becomes their queries
 
 
 def find_scores(
@@ -94,7 +97,7 @@ def find_scores(
         The factors, and for scores that no module can give one: operator and module -> why.
     """
     search = _Search(model, captured, solved)
-    found: list[tuple[_Place, list[_Feed]]] = []
+    found: list[_Fed] = []
     whole: dict[str, _Place] = {}
     reasons: dict[str, str] = {}
     for place in search.places(constants, growth):
@@ -107,7 +110,7 @@ def find_scores(
             found.append((place, search.feeds(place)))
         except _Unreachable as reason:
             reasons[place.where] = str(reason)
-    search.drop_shared(found, reasons)
+    found = search.without_shared(found, reasons)
     by_name = {geometry.name: geometry for geometry in geometries}
     scales = [_of_attention(model, name, place, by_name) for name, place in whole.items()]
     scales += _of_modules(model, captured, found, by_name)
@@ -162,7 +165,7 @@ def _of_attention(
 def _of_modules(
     model: nn.Module,
     captured: Capture,
-    found: Sequence[tuple[_Place, Sequence[_Feed]]],
+    found: Iterable[_Fed],
     geometries: Mapping[str, Geometry],
 ) -> list[ScoreScale]:
     """Return one factor for each module that puts out queries."""
@@ -342,12 +345,12 @@ class _Search:
         # One layer for queries, keys and values; heads may alternate.
         return _Feed(node, module, _runs(queries), axis)
 
-    def drop_shared(self, found: list[tuple[_Place, list[_Feed]]], reasons: dict[str, str]) -> None:
-        """Leave out places whose modules run elsewhere as well, or would need two factors.
+    def without_shared(self, found: Iterable[_Fed], reasons: dict[str, str]) -> list[_Fed]:
+        """Return the places but for those whose modules run elsewhere as well, or would need two factors.
 
         Args:
-            found: Places with their feeds; those left out are taken away.
-            reasons: Gets their reasons.
+            found: Places with their feeds.
+            reasons: Gets the reasons of those left out.
         """
         claimed: dict[str, set[Node]] = {}
         wanted: dict[str, set[Any]] = {}
@@ -355,15 +358,18 @@ class _Search:
             for feed in feeds:
                 claimed.setdefault(feed.module, set()).add(feed.node)
                 wanted.setdefault(feed.module, set()).add((place.growth, feed.parts, feed.axis))
-        shared = {name: self._other_output(name, nodes) for name, nodes in claimed.items()}
-        for place, feeds in list(found):
-            for feed in feeds:
-                other = shared[feed.module]
-                if len(wanted[feed.module]) > 1:
-                    other = "its calls put out different things"
-                if other:
-                    reasons[place.where] = f"{feed.module} puts out other values as well: {other}"
-                    found[:] = [pair for pair in found if pair[0] is not place]
+        others = {name: self._other_output(name, nodes) for name, nodes in claimed.items()}
+        for name, forms in wanted.items():
+            if len(forms) > 1:
+                others[name] = "its calls put out different things"
+        kept = []
+        for place, feeds in found:
+            shared = [feed.module for feed in feeds if others[feed.module]]
+            if shared:
+                reasons[place.where] = f"{shared[-1]} puts out other values as well: {others[shared[-1]]}"
+            else:
+                kept.append((place, feeds))
+        return kept
 
     def _other_output(self, module: str, nodes: set[Node]) -> str:
         """Return another value that leaves a module, if there is one."""
@@ -517,7 +523,7 @@ def _along(entries: Tensor, axis: int) -> Tensor:
     return entries.movedim(axis, -1).flatten(0, -2).any(0)
 
 
-def _runs(features: Tensor) -> tuple[tuple[int, int], ...]:
+def _runs(features: Tensor) -> Ranges:
     """Return the runs of True as (first, behind the last)."""
     # With a False on either side every run begins with a step up and ends with a step down.
     steps = nn.functional.pad(features.int(), (1, 1)).diff()

@@ -161,7 +161,7 @@ def check_plan(
     # Names and aliases alike: no tensor may be planned twice.
     names: list[str] = []
     for entry in entries:
-        names += (entry.geometry.name, *entry.geometry.aliases)
+        names += entry.geometry.names
     _refuse_repeated("parameter", names)
     _refuse_repeated("branch", branches)
     for entry in entries:

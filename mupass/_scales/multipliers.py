@@ -23,7 +23,7 @@ def multiplier_rows(entries: Iterable[Entry]) -> dict[str, Row]:
         row = {"role": entry.geometry.role, **{name: getattr(entry.scales, name) for name in SCALES}}
         # Decay that an optimizer multiplies by its rate has the rate's factor in it, which is divided out.
         row["weight_decay_times_lr"] = entry.scales.weight_decay / entry.scales.lr
-        for name in (entry.geometry.name, *entry.geometry.aliases):
+        for name in entry.geometry.names:
             rows[name] = row
     return rows
 

@@ -116,7 +116,7 @@ class Plan:
     def _index(self) -> dict[str, Entry]:
         entry_of: dict[str, Entry] = {}
         for entry in self.entries:
-            entry_of.update(dict.fromkeys((entry.geometry.name, *entry.geometry.aliases), entry))
+            entry_of.update(dict.fromkeys(entry.geometry.names, entry))
         return entry_of
 
     def __str__(self) -> str:
@@ -148,10 +148,9 @@ class Plan:
             Evidence operator by operator, then each scale with its formula and source.
         """
         lines = [explanation(self[name], self.optimizer, self.parameterization)]
-        entry_names = {self[name].geometry.name, *self[name].geometry.aliases}
         for scale in self.scores:
             made_by = {own for own, _ in scale.rows} | set(scale.carrier.parameters)
-            if made_by & entry_names:
+            if not made_by.isdisjoint(self[name].geometry.names):
                 lines.append(scale.explanation())
         return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from mupass._records import Geometry, Use
 from mupass._scales.entry import Entry
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
-from mupass._scales.scales import depth_powers, folded_powers, powers
+from mupass._scales.scales import Powers, depth_powers, factor_of, folded_powers, powers
 
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
@@ -23,10 +23,10 @@ SOURCES = {
 
 
 def formula(
-    exponents: tuple[float, float],
+    exponents: Powers,
     geometry: Geometry,
     depth: float,
-    folded: tuple[float, float],
+    folded: Powers,
 ) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
@@ -39,9 +39,9 @@ def formula(
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
-    p_in, p_out = exponents
     folded_factor = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
-    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * folded_factor
+    value = factor_of(geometry, exponents) * geometry.depth**depth * folded_factor
+    p_in, p_out = exponents
     power_of = {}
     # A finite fan has the factor 1, and no place in the formula.
     if geometry.grows_out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ class CoordCheck(Tabular):
 
 
 # (quantity, step) -> what was measured at one place.
-Measured = Mapping[tuple[str, int], Coordinate]
+Measured = dict[tuple[str, int], Coordinate]
 
 
 def figure(check: CoordCheck) -> Figure:
@@ -285,8 +285,8 @@ def _worst(measured: Measured) -> str:
     return max((row.verdict for row in measured.values()), key=VERDICTS.index)
 
 
-def _places(check: CoordCheck) -> dict[Site, dict[tuple[str, int], Coordinate]]:
-    places: dict[Site, dict[tuple[str, int], Coordinate]] = {}
+def _places(check: CoordCheck) -> dict[Site, Measured]:
+    places: dict[Site, Measured] = {}
     for row in check.rows:
         places.setdefault(row.site, {})[row.quantity, row.step] = row
     return places

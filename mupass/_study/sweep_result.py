@@ -69,7 +69,7 @@ class Sweep(Tabular):
         """Number of initializations."""
         return len({trial.seed for trial in self.trials})
 
-    def losses(self, width: int) -> dict[tuple[tuple[str, float], ...], list[float]]:
+    def losses(self, width: int) -> dict[Point, list[float]]:
         """Return the losses of all seeds, by hyperparameters.
 
         Args:
