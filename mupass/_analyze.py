@@ -37,7 +37,6 @@ from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.scores import find_scores, settled_places, without_settled
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
-from mupass._scales.plan import shapes_of
 
 Base = int | float | Mapping[str, float] | nn.Module | str | PathLike[str] | BaseShapes | None
 BASE = 256  # of wider models, unless stated
@@ -92,7 +91,7 @@ def analyze(
     second_instance = base if isinstance(base, (nn.Module, BaseShapes)) else None
     solution = solve(model, args, kwargs, second_instance, dims or {}, strict)
     solved = solution.solved
-    shapes = shapes_of(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     infinite = {}
     for name, shape in shapes.items():
         infinite[name] = tuple(solved.verdict(name, axis).infinite for axis in range(len(shape)))

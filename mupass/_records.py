@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -10,18 +9,6 @@ from typing import Literal
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
 Ranges = tuple[tuple[int, int], ...]  # positions along an axis, as (first, behind the last)
 PRODUCT_AND_SUM = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
-
-
-def ancestors(path: str) -> Iterator[str]:
-    """Yield the path of a module, and those of all modules around it, the root ``""`` last.
-
-    Args:
-        path: Qualified name of the module.
-    """
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mupass._errors import PlanError
 from mupass._page import aligned, column_widths, document, note
-from mupass._records import Branch, Carrier, Geometry, ScoreScale, ancestors
+from mupass._records import Branch, Carrier, Geometry, ScoreScale
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
+from mupass._walks import ancestors
 
 if TYPE_CHECKING:
     import networkx

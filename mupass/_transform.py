@@ -431,5 +431,6 @@ def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> Iterator[str]:
         yield (
             f"{some(suspects)} look trained: no initialization law draws such values, and they are rescaled "
             "with what was learned. Transform the model as it is built and load the checkpoint after that; "
-            "or give trained=True to fine-tune it as it is; or init={pattern: law} if these are initial values"
+            "or give trained=True to fine-tune it as it is; or init={pattern: law} if these are initial "
+            "values"
         )

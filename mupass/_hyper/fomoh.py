@@ -95,17 +95,16 @@ class FoMoH(BoundOptimizer):
         if sharded is not None:
             raise OptimizerError(f"{sharded} is sharded; FoMoH needs whole parameters on one process")
         self._named = named
-        self._scales = {name: self._scale(name) for name in named}
+        # Standard deviation of a direction's entries.
+        self._scales = dict.fromkeys(named, 1.0)
+        if law == "plan":
+            self._scales = {name: self.plan[name].geometry.m_in ** -0.5 for name in named}
         self._generator = torch.Generator().manual_seed(seed)
         self._steps, self._skipped = 0, 0
         self.slopes = torch.zeros(directions)
         self.curvature = torch.zeros(directions, directions)
         super().__init__(list(named.values()), {"lr": lr, "damping": damping})
         self._complete = True
-
-    def _scale(self, name: str) -> float:
-        """Return the standard deviation of a direction's entries."""
-        return self.plan[name].geometry.m_in ** -0.5 if self.law == "plan" else 1.0
 
     def stats(self) -> dict[str, int]:
         """Return the number of steps taken, and of those skipped because all parts of them raise the loss."""

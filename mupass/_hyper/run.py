@@ -18,6 +18,7 @@ from mupass._hyper.functional_model import call, derivatives
 from mupass._hyper.rules import Key, Moment, Rule, State, Tensors
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate, Work, diverged
+from mupass._walks import walk
 
 
 @contextmanager
@@ -64,21 +65,15 @@ def refuse_once(gradients: Iterable[Tensor]) -> None:
     Raises:
         StudyError: One is.
     """
-    # A walk through the graph of the gradients.
-    waiting = [gradient.grad_fn for gradient in gradients]
-    visited = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
+    # The graph of the gradients; a tensor without a derivative has None for its node.
+    starts = [gradient.grad_fn for gradient in gradients]
+    for node in walk(starts, lambda node: [source for source, _ in node.next_functions] if node else []):
         # once_differentiable leaves a node of this name in the graph.
-        if node.name().endswith("Error"):
+        if node is not None and node.name().endswith("Error"):
             raise StudyError(
                 "an autograd function of the model has no second derivative, which hypergradients need: it "
                 "is marked with @once_differentiable"
             )
-        waiting += [following for following, _ in node.next_functions]
 
 
 def refuse_buffers(before: Tensors, after: Tensors) -> None:

@@ -62,9 +62,7 @@ class ShampooRule(PlannedRule):
             pasted_directions[name] = pasted.to(now.gradients[name].dtype)
         return pasted_directions
 
-    def _preconditioned_stack(
-        self, now: Moment, number: int, g: Tensor, mean: Tensor, own: Tensors
-    ) -> Tensor:
+    def _preconditioned_stack(self, now: Moment, number: int, g: Tensor, mean: Tensor, own: State) -> Tensor:
         """Return the directions of the blocks of one stack, whose state is replaced."""
         graft, direction = self.made.spec.graft, mean
         # Until then the step is the graft's own.
@@ -84,7 +82,7 @@ class ShampooRule(PlannedRule):
         magnitude = grafted / (square + wide(self.work.epsilons[number], g))
         return _with_norm_of(magnitude, direction) if started else magnitude
 
-    def _root(self, now: Moment, number: int, side: int, g: Tensor, own: Tensors) -> tuple[Tensor, Tensor]:
+    def _root(self, now: Moment, number: int, side: int, g: Tensor, own: State) -> tuple[Tensor, Tensor]:
         """Return the roots of one side of a stack, and by how much they are too large by now."""
         optimizer, stack = self.made, self.work.stacks[number]
         size = stack.shape[side]
@@ -95,13 +93,18 @@ class ShampooRule(PlannedRule):
         share, weight = 1.0, 1.0
         if optimizer.factor_decay < 1:
             share, weight = 1 - optimizer.factor_decay, 1 - optimizer.factor_decay ** (now.count + 1)
-        factor = optimizer.factor_decay * own.get(f"factor{side}", stack.zeros(size, size))
-        factor = factor + share * rows @ rows.mT
+        # What the last step left of this side.
+        past = own.get(f"side{side}") or {
+            "factor": stack.zeros(size, size),
+            "peak": stack.zeros(),
+            "root": stack.zeros(size, size),
+            "rooted": stack.zeros(),
+        }
+        factor = optimizer.factor_decay * past["factor"] + share * rows @ rows.mT
         average = factor / weight
         traces = average.diagonal(dim1=-2, dim2=-1).sum(-1)
-        peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * optimizer.damping_memory, traces)
-        root = own.get(f"root{side}", stack.zeros(size, size))
-        rooted = own.get(f"rooted{side}", stack.zeros())
+        peak = torch.maximum(past["peak"] * optimizer.damping_memory, traces)
+        root, rooted = past["root"], past["rooted"]
         due_slots = self.work.schedule.due(now.count, number, side)
         if due_slots:
             indices = torch.tensor(due_slots, device=stack.device)
@@ -116,8 +119,7 @@ class ShampooRule(PlannedRule):
             )
             root = root.index_copy(0, indices, recomputed)
             rooted = rooted.index_copy(0, indices, traces[indices])
-        parts = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
-        own.update({f"{name}{side}": value for name, value in parts.items()})
+        own[f"side{side}"] = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
         return root, growth(traces, rooted).pow(power)
 
     def _damping(self, number: int, side: int, numbers: Mapping[Key, Tensor]) -> Tensor:

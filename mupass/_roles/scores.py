@@ -9,7 +9,7 @@ tried on random numbers, with the operators between the module and the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, prod
 from typing import Any
@@ -26,6 +26,7 @@ from mupass._records import Geometry, Ranges, ScoreScale
 from mupass._roles.carriers import carriers
 from mupass._roles.forward_scales_search import PASS_ONE, PRODUCTS, Constant
 from mupass._roles.nodes import is_inside, is_parametric, leaves, made_of, place_of, tensors_among, traits_of
+from mupass._walks import walk
 
 Growth = Callable[[int], float]
 LARGEST = 2**26  # numbers of a tensor that is tried out
@@ -466,19 +467,13 @@ def _numbers(node: Node, generator: torch.Generator) -> Any:
     return torch.complex(numbers, numbers) if value.is_complex() else numbers
 
 
-def _between(sources: Iterable[Node], end: Node) -> list[Node]:
+def _between(sources: Collection[Node], end: Node) -> list[Node]:
     """Return the operators on the way from some values to another, that one included, in order."""
     ahead = set(sources)
     # Behind the sources nothing can be on the way: in a deep network that is most of the graph.
-    behind: set[Node] = set()
-    waiting = [end]
-    while waiting:
-        node = waiting.pop()
-        if node not in behind and node not in ahead:
-            behind.add(node)
-            waiting += node.all_input_nodes
+    behind = set(walk([end], lambda node: [] if node in sources else node.all_input_nodes))
     found = []
-    for node in sorted(behind):  # in the order of the graph
+    for node in sorted(behind - ahead):  # in the order of the graph
         if not ahead.isdisjoint(node.all_input_nodes):
             ahead.add(node)
             found.append(node)

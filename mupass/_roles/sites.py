@@ -23,6 +23,7 @@ from mupass._roles.nodes import (
     tensors_among,
     traits_of,
 )
+from mupass._walks import walk
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
@@ -571,17 +572,7 @@ def _of_inputs(node: Node, captured: Capture) -> bool:
 
 def _of(node: Node, sources: Set[Node]) -> bool:
     """Return whether a tensor depends on one of these."""
-    # A walk back over all operands, each node once.
-    reached, waiting = {node}, [node]
-    while waiting:
-        behind = waiting.pop()
-        if behind in sources:
-            return True
-        for source in behind.all_input_nodes:
-            if source not in reached:
-                reached.add(source)
-                waiting.append(source)
-    return False
+    return any(behind in sources for behind in walk([node], lambda operator: operator.all_input_nodes))
 
 
 def root_of(node: Any) -> Any:

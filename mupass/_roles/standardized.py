@@ -21,6 +21,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name, shape_of
 from mupass._dims.operator_traits import Trait
 from mupass._roles.nodes import arguments_of, traits_of
+from mupass._walks import walk
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
 # An epsilon beside a deviation of 1 is below this, and what other rows do to a row is above.
@@ -164,16 +165,11 @@ def _near(first: Tensor, second: Tensor) -> bool:
 def _run(result: Node, values: Mapping[Node, Any]) -> Any:
     """Return the value of a node, or None where it cannot be computed of these values."""
     known = dict(values)
-    waiting = [result]
+    needed = walk([result], lambda node: [] if node in values else node.all_input_nodes)
     try:
-        while waiting:
-            node = waiting[-1]
-            missing = [source for source in node.all_input_nodes if source not in known]
-            if node not in known and not missing:
+        for node in sorted(needed):  # in the order of the graph
+            if node not in known:
                 known[node] = _called(node, known)
-            if node in known:
-                waiting.pop()
-            waiting += missing
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return known[result]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupass._records import ancestors
+from mupass._walks import ancestors
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -134,8 +134,12 @@ class Sweep(Tabular):
         Args:
             name: The hyperparameter.
         """
-        narrow, wide = self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
+        narrow, wide = self._ends(name)
         return math.log2(wide.value / narrow.value)
+
+    def _ends(self, name: str) -> tuple[Optimum, Optimum]:
+        """Return the optimum of the narrowest model and that of the widest."""
+        return self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
 
     def open_ends(self) -> tuple[Optimum, ...]:
         """Return the optima that the tried values do not bracket."""
@@ -148,9 +152,8 @@ class Sweep(Tabular):
         """Return where the optima are and how far they move; first of all what is not bracketed."""
         parts = [_open_end(self, optimum) for optimum in self.open_ends()]
         for name in self.names:
-            narrow = self.optimum(self.widths[0], name)
+            narrow, wide = self._ends(name)
             if len(self.widths) > 1:
-                wide = self.optimum(self.widths[-1], name)
                 parts.append(f"best {name} {narrow}, {wide}: it moves by {self.moves(name):+.2f} octaves")
             else:
                 parts.append(f"best {name} {narrow}")
@@ -283,8 +286,7 @@ def moved(sweep: Sweep) -> bool:
         sweep: The sweep.
     """
     for name in sweep.names:
-        at_narrow = sweep.optimum(sweep.widths[0], name)
-        at_wide = sweep.optimum(sweep.widths[-1], name)
+        at_narrow, at_wide = sweep._ends(name)
         # Intervals that overlap may hold one optimum.
         apart = at_narrow.high < at_wide.low or at_wide.high < at_narrow.low
         if apart and abs(sweep.moves(name)) > WIDE:
@@ -423,18 +425,14 @@ def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:
     style = "-" if sweep.driver == "grid" else ""
     for number, width in enumerate(sweep.widths):
         color = shades(0.12 + 0.88 * number / max(len(sweep.widths) - 1, 1))
-        curve = _finite(sweep.curve(width, name))
+        means = {value: mean(seeds) for value, seeds in sweep.curve(width, name).items()}
+        # Points that diverged have no place on the axes.
+        curve = {value: loss for value, loss in means.items() if math.isfinite(loss)}
         axis.plot(list(curve), list(curve.values()), style, marker=".", color=color, label=f"width {width}")
         if curve:
             best = sweep.optimum(width, name)
             axis.plot(best.value, best.loss, marker="*", ms=13, color=color, mec="white", ls="none", zorder=3)
             axis.hlines(best.loss, best.low, best.high, color=color, alpha=0.5, lw=3)
-
-
-def _finite(curve: Mapping[float, Sequence[float]]) -> dict[float, float]:
-    """Return the mean losses of a curve that did not diverge."""
-    means = {value: mean(seeds) for value, seeds in curve.items()}
-    return {value: loss for value, loss in means.items() if math.isfinite(loss)}
 
 
 def _ticks(sweep: Sweep, name: str) -> list[float]:
