@@ -102,6 +102,22 @@ def check_flags(error: type[MupassError], **flags: object) -> None:
             raise error(f"{name} must be True or False, not {flag!r}")
 
 
+def check_choice(error: type[MupassError], name: str, value: object, known: Collection[str]) -> None:
+    """Refuse what is none of the words that are known.
+
+    Args:
+        error: What to raise.
+        name: What the word stands for.
+        value: What was given.
+        known: The words.
+
+    Raises:
+        MupassError: Of the kind asked for; it is another word, or no text at all.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise error(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
 def some(names: Sequence[str]) -> str:
     """Return a few names, and how many more there are.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from mupass._capture.copying import deepcopy
-from mupass._errors import MupassWarning, TransformError, check_flags
+from mupass._errors import TransformError, check_flags, warn
 from mupass._records import Carrier, Geometry, ScoreScale, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module
 from mupass._scales.marks import unmark
@@ -113,24 +112,22 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
     else:
         delattr(target, ATTRIBUTE)
         unmark(target)
+    alerts = []
     if work.joint and keep_plan:
-        warnings.warn(
+        alerts.append(
             f"mupass.fold: {', '.join(work.joint[:4])} make queries, keys and values, and only the queries "
             "hold a factor now (their head_dim grows). Rates are for whole parameters: trained on, these "
             "queries learn at another rate than in the transformed model. Give the result away, and train on "
-            "the transformed one; or let the queries have a layer of their own",
-            MupassWarning,
-            stacklevel=2,
+            "the transformed one; or let the queries have a layer of their own"
         )
     for name, reason in work.untied.items():
         modules = ", ".join(sorted({use.module for use in plan[name].geometry.readout_uses}))
-        warnings.warn(
+        alerts.append(
             f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
             f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A "
-            "norm with a gain before the readout keeps the tie",
-            MupassWarning,
-            stacklevel=2,
+            "norm with a gain before the readout keeps the tie"
         )
+    warn(alerts)
     return model
 
 

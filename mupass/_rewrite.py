@@ -1,6 +1,5 @@
 """Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
 
-import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import MupassWarning, PlanError, TransformError
+from mupass._errors import PlanError, TransformError, warn
 from mupass._parallel import local
 from mupass._records import Ranges, Use
 from mupass._scales.marks import mark
@@ -145,13 +144,12 @@ class SaveNotice:
             return
         self.told = True
         where = prefix.rstrip(".") or type(module).__name__
-        warnings.warn(
+        text = (
             f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is "
             "the first): loaded without mupass they compute something else. To give them away, save "
-            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right",
-            MupassWarning,
-            stacklevel=2,
+            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right"
         )
+        warn([text])
 
 
 def check_rewritable(model: nn.Module, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from mupass._hyper.functional_model import call, derivatives
 from mupass._optim.checks import check_choice, check_number
 from mupass._optim.linalg.roots import symmetric
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
-from mupass._parallel import is_sharded
+from mupass._parallel import is_sharded, world_size
 from mupass._scales.plan import plan_of
 
 LAWS = ("plan", "normal")
@@ -80,9 +80,8 @@ class FoMoH(BoundOptimizer):
         for name, number, least in (("directions", directions, 1), ("halvings", halvings, 0)):
             if not is_whole(number) or number < least:
                 raise OptimizerError(f"{name} must be a whole number >= {least}, not {number!r}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
+        if world_size(None) > 1:
+            raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
         self.root, self.plan = plan_of(model)
         tell_left_out(model, self.root)
         self.plan.check(self.root)
@@ -192,12 +191,14 @@ class FoMoH(BoundOptimizer):
             direction[name] = (self._scales[name] * noise).to(parameter.device, parameter.dtype)
         return direction
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the first."""
+        return {"law": self.law, "directions": self.directions, "names": list(self._named)}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: a resumed run draws the directions that the first would have drawn."""
         own_state = {
-            "law": self.law,
-            "directions": self.directions,
-            "names": list(self._named),
+            **self._identity(),
             "steps": self._steps,
             "skipped": self._skipped,
             "generator": self._generator.get_state(),
@@ -214,8 +215,7 @@ class FoMoH(BoundOptimizer):
             OptimizerError: It is the state of another optimizer.
         """
         own_state = state_dict.get("mupass", {})
-        expected = {"law": self.law, "directions": self.directions, "names": list(self._named)}
-        # What a resumed run must share with the first: the same names, law and number of directions.
+        expected = self._identity()
         if {key: own_state.get(key) for key in expected} != expected:
             raise OptimizerError("not a state of FoMoH with this model, law and number of directions")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "mupass"})

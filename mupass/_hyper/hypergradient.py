@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from mupass._capture.copying import deepcopy
-from mupass._errors import StudyError
+from mupass._errors import StudyError, check_choice
 from mupass._hyper.implicit import Solver, SolverKeywords, implicit
 from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
@@ -172,9 +172,8 @@ def hypergradient(
         ['lr']
     """
     solver = Keywords(hypergradient, options, StudyError).record(Solver)
-    for option, choice, choices in (("form", form, FORMS), ("mode", mode, MODES)):
-        if choice not in choices:
-            raise StudyError(f"unknown {option} {choice!r}; known: {', '.join(choices)}")
+    check_choice(StudyError, "form", form, FORMS)
+    check_choice(StudyError, "mode", mode, MODES)
     check_counts(steps=steps)
     check_functions(loss=loss, evaluate=evaluate)
     check_point(point)

@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, check_choice
 from mupass._hyper.functional_model import call
 from mupass._hyper.rules import SGD, Key, Rule, Tensors
 from mupass._hyper.run import on, refuse_once, score_of
@@ -47,8 +47,7 @@ class Solver:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise StudyError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+        check_choice(StudyError, "solver", self.solver, SOLVERS)
 
 
 def implicit(

@@ -13,7 +13,7 @@ from math import isfinite, prod, sqrt
 
 import torch
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, check_choice
 from mupass._parallel import whole
 from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
@@ -195,8 +195,7 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
         raise PlanError(f"init must be a law or a mapping from name pattern to law, not {init!r}")
     stated: dict[str, str] = {}
     for pattern, kind in rules.items():
-        if kind not in ("auto", *KINDS):
-            raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
+        check_choice(PlanError, "initialization law", kind, ("auto", *KINDS))
         # Shell patterns, as in "*.weight".
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
