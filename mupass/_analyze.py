@@ -22,7 +22,7 @@ from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError, is_number
-from mupass._records import Geometry, ScoreScale
+from mupass._records import Axes, Geometry, ScoreScale, Shape
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
@@ -139,7 +139,7 @@ class _Inferred:
     solved: Inference
     names: DimNames
     second: Second
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     infinite: Mapping[str, tuple[bool, ...]]
 
     def geometries(self, base: Base, sizes: _BaseSizes) -> tuple[list[Geometry], dict[str, str]]:
@@ -354,7 +354,7 @@ class _BaseSizes:
 
 def geometry_of(
     name: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     base_shape: tuple[float, ...],
     infinite: tuple[bool, ...],
     captured: Capture,
@@ -378,7 +378,7 @@ def geometry_of(
     uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
     use = main_use(uses, infinite)
     role = role_of(use, infinite)
-    fan_in_axes: tuple[int, ...] = ()
+    fan_in_axes: Axes = ()
     if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
         growing_axes = tuple(axis for axis, grows in enumerate(infinite) if grows)
         fan_out_axes = growing_axes or tuple(range(len(shape)))

@@ -7,6 +7,8 @@ from math import prod
 from typing import Literal
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
+Shape = tuple[int, ...]
+Axes = tuple[int, ...]
 Ranges = tuple[tuple[int, int], ...]  # positions along an axis, as (first, behind the last)
 PRODUCT_AND_SUM = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 

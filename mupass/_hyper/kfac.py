@@ -20,6 +20,7 @@ from mupass._hyper.rules import Moment, State, Tensors
 from mupass._optim.kfac import KFAC
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.linalg.roots import diagonal_roots
+from mupass._optim.matrix.base import wide
 from mupass._runs.jobs import quiet
 from mupass._taps.intercept import look_out_for
 
@@ -149,7 +150,7 @@ class FollowingStack(FactorStack):
         diagonals = observation if self.diagonal else observation.diagonal(dim1=-2, dim2=-1)
         recent = torch.maximum(self.state["recent"] * (1 - share), diagonals.sum(-1))
         self.state |= {
-            "factor": factor.lerp(observation, share.view(-1, *[1] * (factor.dim() - 1))),
+            "factor": factor.lerp(observation, wide(share, factor)),
             "weight": weight + share * (1 - weight),
         }
         self.changed()

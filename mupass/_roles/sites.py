@@ -13,7 +13,7 @@ from torch.fx import Node
 from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name, shape_of, summed_axes
 from mupass._dims.operator_traits import Trait, traits
-from mupass._records import Site, Use
+from mupass._records import Axes, Shape, Site, Use
 from mupass._roles import contraction, standardized, tables
 from mupass._roles.nodes import (
     arguments_of,
@@ -31,7 +31,7 @@ CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 # For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
 # another shape.
-View = tuple[int, ...] | None
+View = Axes | None
 Found = tuple[Site, str]  # how an operator uses the parameter, and the activation that it reads there
 
 
@@ -131,7 +131,7 @@ class _Reading:
         return operator_name(self.reader.target)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Shape of the parameter."""
         return _shape(self.parameter)
 
@@ -244,7 +244,7 @@ def _viewed(reading: _Reading) -> _Reading | None:
     return None
 
 
-def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | None:
+def _view_through(operator: Node, view: Axes) -> Axes | None:
     """Return how the result of a copy or a transpose shows the parameter, or None for other operators.
 
     Args:
@@ -267,7 +267,7 @@ def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | No
     return None
 
 
-def _shape(node: Node) -> tuple[int, ...]:
+def _shape(node: Node) -> Shape:
     value = node.meta.get("val")
     return shape_of(value) if isinstance(value, torch.Tensor) else ()
 
@@ -370,7 +370,7 @@ def _factor(reading: _Reading, factors: list[Any]) -> Found:
     return reading.site(kind, in_axes=product.in_axes, out_axes=product.out_axes), _source(activation)
 
 
-def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contraction.Contraction | None:
+def _form(reading: _Reading, activation: Shape, place: int) -> contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
@@ -538,7 +538,7 @@ def _manner(reading: _Reading) -> str:
     return "it through " + ", ".join([str(operator.target) for operator in reading.path])
 
 
-def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
+def _joined_shape(reading: _Reading) -> Shape | None:
     """Return the shape in which the entries of a table meet activations, or None where they do not."""
     arguments = reading.reader.args
     places, others = reading.places(arguments), reading.others(arguments)

@@ -11,10 +11,10 @@ from math import prod
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._records import Fusion, Geometry, ScoreScale, Site
+from mupass._records import Fusion, Geometry, ScoreScale, Shape, Site
 from mupass._scales.plan import Plan, refuse, shapes_of
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
 
 
 def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
@@ -138,9 +138,7 @@ def _width(plan: Plan, shapes: Shapes, ratios: Counter[float]) -> int:
     return round(plan.width * ratios.most_common(1)[0][0])
 
 
-def _fused_again(
-    geometry: Geometry, fusion: Fusion, shape: tuple[int, ...], ratios: Counter[float]
-) -> Fusion:
+def _fused_again(geometry: Geometry, fusion: Fusion, shape: Shape, ratios: Counter[float]) -> Fusion:
     """Return how an axis of another size is fused.
 
     Raises:
@@ -167,7 +165,7 @@ def _fused_again(
     return replace(fusion, view=view, sizes=sizes)
 
 
-def _grouped_again(geometry: Geometry, site: Site, shape: tuple[int, ...]) -> Site:
+def _grouped_again(geometry: Geometry, site: Site, shape: Shape) -> Site:
     """Return a use with as many groups as a kernel of another size has.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import nn
 
 from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
-from mupass._records import Carrier, ScoreScale
+from mupass._records import Carrier, ScoreScale, Shape
 from mupass._scales.checks import check_plan, check_scores, read_plan
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.multipliers import by_pattern, multiplier_rows
@@ -321,7 +321,7 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
     return planned[0]
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
     """Return the shape of every parameter by its name.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mupass._page import aligned, column_widths
-from mupass._records import Geometry, Use
+from mupass._records import Axes, Geometry, Use
 from mupass._scales.entry import Entry
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
@@ -209,7 +209,7 @@ def _use(use: Use) -> str:
     return f"{use.operator} in {use.module or 'the root module'} ({use.kind}{axes})"
 
 
-def _fan(g: Geometry, axes: tuple[int, ...]) -> str:
+def _fan(g: Geometry, axes: Axes) -> str:
     if not axes:
         return "no such axis"
     now = "*".join(str(g.shape[i]) for i in axes)
