@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from mupass._analyze import analyze
 from mupass._capture.copying import deepcopy
@@ -15,7 +15,7 @@ from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
-from mupass._scales.init import Init, InitChoice, plan_init
+from mupass._scales.init import Init, InitChoice, Values, plan_init
 from mupass._scales.learned import has_a_mean, learned_of, looks_trained
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.other_width import at_width_of, scores_at
@@ -393,7 +393,7 @@ def _doubts(inits: Mapping[str, Init]) -> Iterator[str]:
         )
 
 
-def _one_sided(tensors: Mapping[str, Tensor], geometries: Iterable[Geometry]) -> Iterator[str]:
+def _one_sided(tensors: Values, geometries: Iterable[Geometry]) -> Iterator[str]:
     """Say which weights start with a mean, so that their sums follow no root of the number of terms."""
     names = []
     for geometry in geometries:

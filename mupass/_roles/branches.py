@@ -12,12 +12,14 @@ from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
 from mupass._dims.operator_traits import Trait
 from mupass._records import Branch
 from mupass._roles.carriers import carriers
-from mupass._roles.nodes import is_inside, leaves, made_of, place_of, tensors_among, traits_of
+from mupass._roles.nodes import Owners, is_inside, leaves, made_of, place_of, tensors_among, traits_of
 
 DERIVED = (
     "the forward pass takes derivatives (torch.func, torch.autograd.grad), and gradients and tangents add up "
     "like branches; transform a module that returns the function's value, and take the derivative in the loss"
 )
+# Ends of branches; None is an output of the model.
+Ends = frozenset[Node | None]
 # Operators on one activation that leave a factor on it alone.
 KEEP_FACTOR = Trait.HOMOGENEOUS | Trait.MULTIPLIES | Trait.DIVIDES
 
@@ -117,9 +119,7 @@ def _branch_of(
     return None
 
 
-def _next_ends(
-    order: list[Node], outputs: set[Node], sums: Mapping[Node, Node]
-) -> dict[Node, frozenset[Node | None]]:
+def _next_ends(order: list[Node], outputs: set[Node], sums: Mapping[Node, Node]) -> dict[Node, Ends]:
     """Return every node -> the ends of branches that it reaches first on its ways; None is an output.
 
     Args:
@@ -127,7 +127,7 @@ def _next_ends(
         outputs: Outputs of the model.
         sums: The branches' ends, and the sums that they go into.
     """
-    reached_from: dict[Node, frozenset[Node | None]] = {}
+    reached_from: dict[Node, Ends] = {}
     for node in reversed(order):
         reached: set[Node | None] = set()
         if node in outputs:
@@ -141,7 +141,7 @@ def _next_ends(
     return reached_from
 
 
-def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node | None]]) -> dict[Node, Node]:
+def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, Ends]) -> dict[Node, Node]:
     """Return the branches that are not part of another one.
 
     A branch whose sum reaches nothing but the end of another one is part of that: f in ``x + g(h + f(h))``.
@@ -153,7 +153,7 @@ def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node 
     return outermost
 
 
-def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
+def modules_behind(end: Node, into: Node, owners: Owners) -> tuple[dict[Node, str], str]:
     """Walk back from a value to the nodes it is made of that are outputs of modules.
 
     Args:
@@ -184,7 +184,7 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     return modules, next(filter(None, reasons), "")
 
 
-def _passed_on(end: Node, owners: Mapping[Node, str]) -> list[Node]:
+def _passed_on(end: Node, owners: Owners) -> list[Node]:
     """Return the operands whose factor an operator keeps: both of a sum, the one of a linear function."""
     sources = [tensor for tensor in tensors_among(flatten(end.args)) if tensor in owners]
     traits_of_end = traits_of(end)

@@ -13,6 +13,8 @@ from mupass._dims.graph import flatten, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
 
+Owners = Mapping[Node, str]  # module of every operator
+
 
 def tensors_among(arguments: Iterable[Any]) -> list[Node]:
     """Return the arguments of an operator that are tensors, not numbers or None.
@@ -68,7 +70,7 @@ def behind_copies(tensor: Any) -> Any:
     return tensor
 
 
-def place_of(operator: Node, owners: Mapping[Node, str]) -> str:
+def place_of(operator: Node, owners: Owners) -> str:
     """Name an operator by what it is and the module that calls it.
 
     Args:
@@ -88,7 +90,7 @@ def placeholders_of(captured: Capture, parameter: str) -> list[Node]:
     return [node for node, name in captured.parameters.items() if name == parameter]
 
 
-def leaves(value: Node, module: str, owners: Mapping[Node, str]) -> bool:
+def leaves(value: Node, module: str, owners: Owners) -> bool:
     """Return whether anything outside of a module reads a value of it.
 
     Args:

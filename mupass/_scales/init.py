@@ -21,6 +21,7 @@ from mupass._scales.own_draws import Draw
 from mupass._scales.scales import init_powers, init_scale
 
 InitChoice = str | Mapping[str, str]
+Values = Mapping[str, torch.Tensor]  # of parameters by name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Init:
 
 
 def plan_init(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     parameterization: str = "mup",
     init: InitChoice = "auto",
@@ -74,9 +75,7 @@ def plan_init(
     return inits
 
 
-def own_init(
-    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice = "auto"
-) -> dict[str, Init]:
+def own_init(tensors: Values, geometries: Sequence[Geometry], init: InitChoice = "auto") -> dict[str, Init]:
     """Tell what the user's own law would give at the base shapes.
 
     Args:
@@ -98,7 +97,7 @@ def own_init(
 
 
 def _findings(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     init: InitChoice,
     draws: Mapping[str, Draw],
@@ -205,7 +204,7 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     told: Mapping[str, str],
     draws: Mapping[str, Draw],
@@ -300,7 +299,7 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
 
 def _length(
     geometry: Geometry,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     findings: Mapping[str, Finding],
     parameterization: str,

@@ -8,7 +8,7 @@ directions. A draw shows none of them but once in a million.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import erf, sqrt
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mupass._parallel import whole
 from mupass._records import Geometry
-from mupass._scales.init import InitChoice, told_laws
+from mupass._scales.init import InitChoice, Values, told_laws
 from mupass._scales.own_draws import std_of_cut_normal
 from mupass._scales.plan import Plan
 
@@ -29,7 +29,7 @@ ITERATIONS = 12
 LEADS = 0.25  # mean of a sum over its deviation, from which on the mean is told
 
 
-def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> list[str]:
+def learned(tensors: Values, geometries: Sequence[Geometry]) -> list[str]:
     """Name the weights that look trained; none where most of the model's look initial.
 
     Args:
@@ -48,7 +48,7 @@ def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> li
     return marked if has_matrix and len(marked) >= SHARE * judged else []
 
 
-def learned_of(plan: Plan, parameters: Mapping[str, Tensor], init: InitChoice) -> list[str]:
+def learned_of(plan: Plan, parameters: Values, init: InitChoice) -> list[str]:
     """Name the weights of a planned model that look trained, but for those whose law the caller states.
 
     Args:
