@@ -21,6 +21,7 @@ ROOMS = (
     "_errors",
     "_keywords",
     "_files",
+    "_walks",
     "_page",
     "_records",
     "_parallel",

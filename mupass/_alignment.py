@@ -47,7 +47,7 @@ class AlignmentProbe:
         self.layers = {
             name: layer
             for name, layer in self.root.named_modules()
-            if isinstance(layer, LAYERS) and f"{name}.weight".removeprefix(".") in grows
+            if isinstance(layer, LAYERS) and _weight_of(name) in grows
         }
         if not self.layers:
             raise MupassError("no nn.Linear or nn.Conv layer of this model has a fan_in that grows")
@@ -97,7 +97,7 @@ class AlignmentProbe:
 
     def _compare(self, name: str, before: list[Tensor], now: list[Tensor]) -> Alignment:
         layer = self.layers[name]
-        start = self.start[f"{name}.weight".removeprefix(".")]
+        start = self.start[_weight_of(name)]
         # W z = W0 z0 + dW z0 + W0 dz + dW dz: each term has an exponent of its own.
         change = layer.weight - start
         changes = [z - z0 for z, z0 in zip(now, before, strict=True)]
@@ -146,22 +146,21 @@ def measured_exponents(found: Mapping[str, Alignment]) -> dict[str, float]:
             "was made, or its inputs are zero; call the probe after a few steps of training"
         )
     # Theory has rates for exponents from 1/2 to 1; measured ones may lie outside by chance.
-    return {
-        f"{name}.weight".removeprefix("."): min(max(layer.alpha, 0.5), 1.0) for name, layer in found.items()
-    }
+    return {_weight_of(name): min(max(layer.alpha, 0.5), 1.0) for name, layer in found.items()}
+
+
+def _weight_of(layer: str) -> str:
+    """Return the name of a layer's weight; the layer may be the model itself, whose name is empty."""
+    return f"{layer}.weight".removeprefix(".")
 
 
 def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
     """Return log of RMS(A z) / (RMS(A) RMS(z)) to the base fan_in, over all calls of the layer."""
-    replaced = {"weight": weight}
+    replaced = {"layer.weight": weight}
     # Without the bias: the exponent is of the product alone.
     if layer.bias is not None:
-        replaced["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
-    # forward, not the call: hooks and taps are for the model's own passes.
-    outputs = [
-        functional_call(_Bare(layer), {f"layer.{key}": value for key, value in replaced.items()}, z)
-        for z in inputs
-    ]
+        replaced["layer.bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+    outputs = [functional_call(_Bare(layer), replaced, z) for z in inputs]
     out_size, weight_size, in_size = _rms(outputs), _rms([weight]), _rms(inputs)
     if min(out_size, weight_size, in_size) == 0:
         return math.nan
@@ -170,7 +169,7 @@ def _exponent(layer: nn.Module, weight: Tensor, inputs: list[Tensor]) -> float:
 
 
 class _Bare(nn.Module):
-    """A layer without its hooks."""
+    """A layer without its hooks and taps, which are for the model's own passes."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError, is_number
-from mupass._records import Geometry, ScoreScale
+from mupass._records import Axes, Geometry, ScoreScale, Shape
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
@@ -139,7 +139,7 @@ class _Inferred:
     solved: Inference
     names: DimNames
     second: Second
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     infinite: Mapping[str, tuple[bool, ...]]
 
     def geometries(self, base: Base, sizes: _BaseSizes) -> tuple[list[Geometry], dict[str, str]]:
@@ -269,13 +269,9 @@ def _one_sided_notes(captured: Capture, solved: Inference, geometries: Iterable[
 
 def _ratio_to_base(geometries: Iterable[Geometry], width: int) -> float:
     """Return the width of a base model: the first axis that grows tells the ratio."""
-    for geometry in geometries:
-        for size, base_size, grows in zip(
-            geometry.shape, geometry.base_shape, geometry.infinite, strict=True
-        ):
-            if grows:
-                return width / (size / base_size)
-    return width
+    geometry = next(geometry for geometry in geometries if any(geometry.infinite))
+    axis = geometry.infinite.index(True)
+    return width / (geometry.shape[axis] / geometry.base_shape[axis])
 
 
 def _width(solved: Inference, infinite: Mapping[str, tuple[bool, ...]]) -> int:
@@ -358,7 +354,7 @@ class _BaseSizes:
 
 def geometry_of(
     name: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     base_shape: tuple[float, ...],
     infinite: tuple[bool, ...],
     captured: Capture,
@@ -382,7 +378,7 @@ def geometry_of(
     uses = tuple(dict.fromkeys(solved.uses.get(name, ())))
     use = main_use(uses, infinite)
     role = role_of(use, infinite)
-    fan_in_axes: tuple[int, ...] = ()
+    fan_in_axes: Axes = ()
     if use is None or role == "vector":  # what grows is neither contracted nor made: it is fan_out of 1 input
         growing_axes = tuple(axis for axis, grows in enumerate(infinite) if grows)
         fan_out_axes = growing_axes or tuple(range(len(shape)))

@@ -78,6 +78,46 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether something is a whole number, and no truth value.
+
+    Args:
+        value: What was given.
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_flags(error: type[MupassError], **flags: object) -> None:
+    """Refuse what is neither True nor False: the text ``"no"`` would count as yes.
+
+    Args:
+        error: What to raise.
+        **flags: Flags by the name of their argument.
+
+    Raises:
+        MupassError: Of the kind asked for; one is something else.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise error(f"{name} must be True or False, not {flag!r}")
+
+
+def check_choice(error: type[MupassError], name: str, value: object, known: Collection[str]) -> None:
+    """Refuse what is none of the words that are known.
+
+    Args:
+        error: What to raise.
+        name: What the word stands for.
+        value: What was given.
+        known: The words.
+
+    Raises:
+        MupassError: Of the kind asked for; it is another word, or no text at all.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise error(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
 def some(names: Sequence[str]) -> str:
     """Return a few names, and how many more there are.
 

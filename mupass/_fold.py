@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from mupass._capture.copying import deepcopy
-from mupass._errors import MupassWarning, TransformError
+from mupass._errors import TransformError, check_flags, warn
 from mupass._records import Carrier, Geometry, ScoreScale, Use
 from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module
 from mupass._scales.marks import unmark
@@ -92,9 +91,7 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
         TransformError: No parameter can hold a multiplier, or the model is a stage of a pipeline; it is as it
             was.
     """
-    for name, flag in {"inplace": inplace, "keep_plan": keep_plan}.items():
-        if not isinstance(flag, bool):
-            raise TransformError(f"{name} must be True or False, not {flag!r}")
+    check_flags(TransformError, inplace=inplace, keep_plan=keep_plan)
     root, plan = plan_of(model)
     if plan.stage:
         raise TransformError(
@@ -115,24 +112,22 @@ def fold(model: Model, *, inplace: bool = True, keep_plan: bool = True) -> Model
     else:
         delattr(target, ATTRIBUTE)
         unmark(target)
+    alerts = []
     if work.joint and keep_plan:
-        warnings.warn(
+        alerts.append(
             f"mupass.fold: {', '.join(work.joint[:4])} make queries, keys and values, and only the queries "
             "hold a factor now (their head_dim grows). Rates are for whole parameters: trained on, these "
             "queries learn at another rate than in the transformed model. Give the result away, and train on "
-            "the transformed one; or let the queries have a layer of their own",
-            MupassWarning,
-            stacklevel=2,
+            "the transformed one; or let the queries have a layer of their own"
         )
     for name, reason in work.untied.items():
         modules = ", ".join(sorted({use.module for use in plan[name].geometry.readout_uses}))
-        warnings.warn(
+        alerts.append(
             f"mupass.fold: {modules} has a weight of its own now and is tied to {name} no more, since "
             f"nothing else can hold its multiplier ({reason}); trained on, the two learn apart. A "
-            "norm with a gain before the readout keeps the tie",
-            MupassWarning,
-            stacklevel=2,
+            "norm with a gain before the readout keeps the tie"
         )
+    warn(alerts)
     return model
 
 
@@ -211,13 +206,19 @@ def _hold(changes: dict[str, Change], carrier: Carrier, factor: float) -> None:
     shifts = dict(carrier.offsets)
     for name in carrier.parameters:
         # c (w + 1) is (c w + c - 1) + 1: the code adds its constant after the change.
-        change = Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0))
-        if changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(changes, name, Change(made=factor, shift=(factor - 1) * shifts.get(name, 0.0)))
     for name in carrier.divided:
-        change = Change(met=1 / factor)
-        if changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(changes, name, Change(met=1 / factor))
+
+
+def _note(changes: dict[str, Change], name: str, change: Change) -> None:
+    """Add what becomes of a parameter.
+
+    Raises:
+        TransformError: Something else is to become of it already.
+    """
+    if changes.setdefault(name, change) != change:
+        raise TransformError(f"{name} would have to hold two different multipliers")
 
 
 def _hold_queries(work: Work, scale: ScoreScale) -> None:
@@ -238,9 +239,7 @@ def _hold_queries(work: Work, scale: ScoreScale) -> None:
         raise TransformError(f"{scale.module} has no parameters that could hold the factor on its queries")
     for name, axis in scale.rows:
         parts = tuple((axis, first, last, scale.factor) for first, last in scale.parts)
-        change = Change(parts=parts)
-        if work.changes.setdefault(name, change) != change:
-            raise TransformError(f"{name} would have to hold two different multipliers")
+        _note(work.changes, name, Change(parts=parts))
         work.joint.append(name)
 
 
@@ -316,7 +315,7 @@ def _entry(plan: Plan, entry: Entry, geometry: Geometry, factor: float) -> Entry
 def _parted(plan: Plan, entry: Entry, geometry: Geometry) -> list[Entry]:
     """Return the entries of an embedding and of a readout that were one parameter, in the model's order."""
     modules = {use.module for use in geometry.readout_uses}
-    names = (geometry.name, *geometry.aliases)
+    names = geometry.names
     # Names of the readout's module go with the readout, the others with the embedding.
     readout_names = tuple(name for name in names if name.rpartition(".")[0] in modules)
     embedding_names = tuple(name for name in names if name not in readout_names)

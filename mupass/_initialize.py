@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from mupass._errors import TransformError, some, warn
 from mupass._rewrite import rescale
 from mupass._scales.drawn_again import scaled_already
-from mupass._scales.init import InitChoice, plan_init, told_laws
-from mupass._scales.learned import learned
+from mupass._scales.init import InitChoice, Values, plan_init
+from mupass._scales.learned import learned_of
 from mupass._scales.plan import ATTRIBUTE, Plan, plan_of
 
 
@@ -78,7 +76,7 @@ def initialize(model: nn.Module, *, init: InitChoice = "auto") -> Plan:
     return plan
 
 
-def _refuse_empty(parameters: Mapping[str, torch.Tensor]) -> None:
+def _refuse_empty(parameters: Values) -> None:
     empty = [name for name, values in parameters.items() if values.is_meta]
     if empty:
         raise TransformError(
@@ -87,12 +85,9 @@ def _refuse_empty(parameters: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _refuse_trained(parameters: Mapping[str, torch.Tensor], plan: Plan, init: InitChoice) -> None:
+def _refuse_trained(parameters: Values, plan: Plan, init: InitChoice) -> None:
     """Refuse values that no law draws, but for those whose law the caller states."""
-    # A caller who states the law says that the values are drawn.
-    told_by_init = told_laws(init, list(plan))
-    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told_by_init]
-    suspects = learned(parameters, judged)
+    suspects = learned_of(plan, parameters, init)
     if not suspects:
         return
     ranks = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 # The one style sheet. Its last part is for the width analysis: what each axis and role looks like.
 STYLE = """
@@ -98,9 +99,8 @@ class Table:
 
     def only_marked(self) -> Table:
         """Return the table without the rows that have no mark."""
-        marked_rows = [(row, mark) for row, mark in zip(self.rows, self.marks, strict=True) if mark]
-        rows, marks = [row for row, _ in marked_rows], [mark for _, mark in marked_rows]
-        return Table(self.heads, rows, marks, self.numbers)
+        rows = list(compress(self.rows, self.marks))
+        return Table(self.heads, rows, list(filter(None, self.marks)), self.numbers)
 
 
 def document(title: str, body: str) -> str:

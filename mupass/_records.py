@@ -7,6 +7,9 @@ from math import prod
 from typing import Literal
 
 Role = Literal["input", "hidden", "output", "vector", "scalar"]
+Shape = tuple[int, ...]
+Axes = tuple[int, ...]
+Ranges = tuple[tuple[int, int], ...]  # positions along an axis, as (first, behind the last)
 PRODUCT_AND_SUM = "product and sum"  # kind of the use of a weight in (x * w).sum(-1)
 
 
@@ -132,7 +135,7 @@ class ScoreScale:
     module: str
     growth: float
     where: tuple[str, ...] = ()
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: Ranges = ()
     axis: int = -1
     attention: bool = False
     rows: tuple[tuple[str, int], ...] = ()
@@ -241,6 +244,11 @@ class Geometry:
     folded_in: float = 1.0
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All qualified names of the tensor, its own one first."""
+        return (self.name, *self.aliases)
+
+    @property
     def fan_in(self) -> int:
         """Product of the fan_in axes (1 for vectors)."""
         return prod(self.shape[i] for i in self.fan_in_axes)
@@ -251,6 +259,16 @@ class Geometry:
         return prod(self.shape[i] for i in self.fan_out_axes)
 
     @property
+    def grows_in(self) -> bool:
+        """Whether fan_in grows."""
+        return any(self.infinite[axis] for axis in self.fan_in_axes)
+
+    @property
+    def grows_out(self) -> bool:
+        """Whether fan_out grows."""
+        return any(self.infinite[axis] for axis in self.fan_out_axes)
+
+    @property
     def sums_change(self) -> bool:
         """Whether its sums run over a side that grows, at a width other than the base."""
         return self.role in ("hidden", "output") and self.shape != self.base_shape
@@ -258,9 +276,14 @@ class Geometry:
     @property
     def m_in(self) -> float:
         """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
-        return self.fan_in / prod(self.base_shape[i] for i in self.fan_in_axes) if self.fan_in else 1.0
+        return self._growth_of(self.fan_in_axes)
 
     @property
     def m_out(self) -> float:
         """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
-        return self.fan_out / prod(self.base_shape[i] for i in self.fan_out_axes) if self.fan_out else 1.0
+        return self._growth_of(self.fan_out_axes)
+
+    def _growth_of(self, axes: tuple[int, ...]) -> float:
+        """Return the size of some axes together relative to their base size; 1 where that is zero."""
+        size = prod(self.shape[i] for i in axes)
+        return size / prod(self.base_shape[i] for i in axes) if size else 1.0

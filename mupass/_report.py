@@ -14,6 +14,7 @@ from mupass._page import aligned, column_widths, document, note
 from mupass._records import Branch, Carrier, Geometry, ScoreScale
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.scales import Scales, scales
+from mupass._walks import ancestors
 
 if TYPE_CHECKING:
     import networkx
@@ -87,7 +88,7 @@ class Analysis:
             PlanError: No parameter has that name.
         """
         for geometry in self.geometries:
-            if name == geometry.name or name in geometry.aliases:
+            if name in geometry.names:
                 return geometry
         raise PlanError(f"no parameter {name!r} in this analysis")
 
@@ -101,7 +102,7 @@ class Analysis:
 
     def __contains__(self, name: object) -> bool:
         """Return whether a parameter goes by that name."""
-        return any(name == geometry.name or name in geometry.aliases for geometry in self.geometries)
+        return any(name in geometry.names for geometry in self.geometries)
 
     def report(self, optimizer: str = "adamw", parameterization: str = "mup") -> Report:
         """Return the readable report: text, HTML, or a networkx graph.
@@ -151,7 +152,7 @@ class Report:
 
         Growing axes carry ``*``, axes that a policy decided ``?``. Of blocks that are alike one is shown.
         """
-        rows: list[list[str]] = [["parameter", "shape", "role", "init", f"lr ({self.optimizer})"]]
+        rows = [self._headings()]
         for line in _folded(list(self._lines()), self._likeness):
             cells = ["", "", "", ""]
             if line.geometry is not None:
@@ -164,6 +165,9 @@ class Report:
         head, *lines = [aligned(_wrapped_row(row, widths[SHAPE]), widths) for row in rows]
         rule = "-" * (others + widths[SHAPE])
         return "\n".join([*textwrap.wrap(self._headline(), COLUMNS), head, rule, *lines, *self._notes()])
+
+    def _headings(self) -> list[str]:
+        return ["parameter", "shape", "role", "init", f"lr ({self.optimizer})"]
 
     def _notes(self) -> list[str]:
         """Return the footer, wrapped."""
@@ -225,12 +229,11 @@ class Report:
             else:
                 body.append(self._html_row(line.label, line.geometry, indent))
         notes = [f'<li class="warn">{html.escape(line)}</li>' for line in self._footer()]
-        headings = ("parameter", "shape", "role", "init", f"lr ({self.optimizer})")
         return document(
             "mupass report",
             f"<h1>Width analysis</h1>{note(self._headline())}"
             f"{note('Blue axes grow with width; dotted ones were settled by a policy.')}"
-            f"<table><tr><th>{'</th><th>'.join(headings)}</th></tr>{''.join(body)}</table>"
+            f"<table><tr><th>{'</th><th>'.join(self._headings())}</th></tr>{''.join(body)}</table>"
             f"<ul>{''.join(notes)}</ul>",
         )
 
@@ -263,7 +266,7 @@ class Report:
         # A module without parameters in it has no line.
         used: set[str] = set()
         for owner in owned:
-            used.update(_ancestors(owner))
+            used.update(ancestors(owner))
         modules = self.analysis.modules or [(path, "") for path in owned]
         for path, kind in modules:
             if path not in used:
@@ -475,11 +478,3 @@ def _wrapped_note(line: str) -> list[str]:
     elif brace:
         wrapped.append(f"    {{{entry}")
     return wrapped
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    """Yield the path and all its ancestors, the root included."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""

@@ -1,6 +1,5 @@
 """Rewrite: initialization and readout multipliers go into the model. Everything is checked first."""
 
-import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import MupassWarning, PlanError, TransformError
+from mupass._errors import PlanError, TransformError, warn
 from mupass._parallel import local
-from mupass._records import Use
+from mupass._records import Ranges, Use
 from mupass._scales.marks import mark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan
 from mupass._taps.attention import ScaledAttention
@@ -88,7 +87,7 @@ class PartMultiplier:
     """
 
     factor: float
-    parts: tuple[tuple[int, int], ...]
+    parts: Ranges
     axis: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -145,13 +144,12 @@ class SaveNotice:
             return
         self.told = True
         where = prefix.rstrip(".") or type(module).__name__
-        warnings.warn(
+        text = (
             f"the weights of this {self.model} are right behind its multipliers only (the one of {where} is "
             "the first): loaded without mupass they compute something else. To give them away, save "
-            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right",
-            MupassWarning,
-            stacklevel=2,
+            "mupass.fold(model, inplace=False); as a checkpoint for this transformed model they are right"
         )
+        warn([text])
 
 
 def check_rewritable(model: nn.Module, plan: Plan) -> None:
@@ -209,30 +207,35 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
             for use in entry.geometry.readout_uses:
                 hooks.update(dict.fromkeys(_multipliers(model, entry, use)))
             for module, hook in hooks:
-                if isinstance(hook, InputMultiplier):
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                else:
-                    module.register_forward_hook(hook)
-                module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+                _put_on(module, hook, notice)
     for scale in plan.scores:
         module = model.get_submodule(scale.module)
         if scale.attention:
             # Scores are computed inside of one function: no hook reaches them.
             assert isinstance(module, nn.MultiheadAttention)
             module.forward = ScaledAttention(module, scale.factor)  # type: ignore[method-assign]
+            module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
         elif scale.parts:
-            module.register_forward_hook(PartMultiplier(scale.factor, scale.parts, scale.axis))
+            _put_on(module, PartMultiplier(scale.factor, scale.parts, scale.axis), notice)
         else:
-            module.register_forward_hook(OutputMultiplier(scale.factor))
-        module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+            _put_on(module, OutputMultiplier(scale.factor), notice)
     if plan.depth != 1:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
-            module = model.get_submodule(name)
-            module.register_forward_hook(OutputMultiplier(1 / plan.depth))
-            module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+            _put_on(model.get_submodule(name), OutputMultiplier(1 / plan.depth), notice)
     if values:
         rescale(model, {entry.geometry.name: entry.init_factor for entry in plan.entries})
+
+
+def _put_on(
+    module: nn.Module, hook: InputMultiplier | OutputMultiplier | PartMultiplier, notice: SaveNotice
+) -> None:
+    """Put a multiplier on a module, and the notice for when its weights are saved."""
+    if isinstance(hook, InputMultiplier):
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        module.register_forward_hook(hook)
+    module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
 
 
 def rescale(model: nn.Module, factors: Mapping[str, float]) -> None:

@@ -46,7 +46,7 @@ def stage(model: nn.Module) -> nn.Module:
     modules = {name for name, _ in root.named_modules()}
     entries = []
     for entry in plan.entries:
-        own_names = {entry.geometry.name, *entry.geometry.aliases}
+        own_names = set(entry.geometry.names)
         if own_names & names:
             entries.append(entry)
         if own_names & names and own_names - names:

@@ -1,27 +1,27 @@
 """transform: the whole pass, from a model as its author wrote it to one whose hyperparameters transfer."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from mupass._analyze import analyze
 from mupass._capture.copying import deepcopy
-from mupass._errors import PlanError, TransformError, kind_of, some, warn
+from mupass._errors import PlanError, TransformError, check_flags, is_number, kind_of, some, warn
 from mupass._optim.schedules import watch_models
 from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
-from mupass._scales.init import Init, InitChoice, plan_init, told_laws
-from mupass._scales.learned import has_a_mean, learned, looks_trained
+from mupass._scales.init import Init, InitChoice, Values, plan_init
+from mupass._scales.learned import has_a_mean, learned_of, looks_trained
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.other_width import at_width_of, scores_at
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
-from mupass._scales.plan import ATTRIBUTE, VERSION, Plan
+from mupass._scales.plan import ATTRIBUTE, VERSION, Plan, shapes_of
 from mupass._taps.taps import attach
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -101,9 +101,7 @@ def transform(
         >>> model.mupass_plan["2.weight"].init_factor  # a readout starts smaller, by (16/64)^(1/2)
         0.5
     """
-    for name, flag in {"inplace": inplace, "strict": strict, "trained": trained}.items():
-        if not isinstance(flag, bool):
-            raise TransformError(f"{name} must be True or False, not {flag!r}")
+    check_flags(TransformError, inplace=inplace, strict=strict, trained=trained)
     _refuse(model)
     if plan is None:
         row(parameterization)  # a misspelt name is told before the model is captured
@@ -217,7 +215,7 @@ def _entries(
         law = inits[geometry.name]
         factors = entry_scales(geometry, optimizer, parameterization, trained)
         entries.append(Entry(geometry, law.law, law.std, law.factor, factors))
-    warnings = _doubts(inits)
+    warnings = list(_doubts(inits))
     if not trained:
         warnings += _late(model, entries)
         warnings += _one_sided(tensors, geometries)
@@ -242,12 +240,12 @@ def _fitted(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) -> tu
     if init != "auto":
         raise PlanError("plan= settles init; leave out one or the other")
     plan.check(model)
-    return plan, [] if trained else _late(model, plan.entries)
+    return plan, [] if trained else list(_late(model, plan.entries))
 
 
 def _is_resized(plan: Plan, model: nn.Module) -> bool:
     """Return whether a plan is of an instance with other sizes, as far as names agree."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
     return any(
         shapes.get(entry.geometry.name, entry.geometry.shape) != entry.geometry.shape
         for entry in plan.entries
@@ -279,24 +277,23 @@ def _at_width_of(plan: Plan, model: nn.Module, init: InitChoice, trained: bool) 
     )
 
 
-def _ties(analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]) -> list[str]:
+def _ties(
+    analysis: Analysis, parameterization: str, trained: bool, stepped: Collection[str]
+) -> Iterator[str]:
     """Say of tied embeddings what the readout's multiplier cannot do; of trained ones, if steps move them."""
     tied = [geometry.name for geometry in analysis.geometries if geometry.readout_uses]
     if trained:
         tied = [name for name in tied if name in stepped]
-    if not tied:
-        return []
-    if trained:
-        return [
+    if tied and trained:
+        yield (
             f"{some(tied)} is embedding and readout of a trained model, whose logits a multiplier would "
             "change: it takes the smaller rates of a readout; untie the two for a rate of each"
-        ]
-    if parameterization == "ntk":
-        return [
+        )
+    elif tied and parameterization == "ntk":
+        yield (
             f"{some(tied)} is embedding and readout: where a residual path joins the two, logits hold "
             "|embedding|^2/sqrt(m), which grows as sqrt(width) under ntk; untie them for a lazy limit"
-        ]
-    return []
+        )
 
 
 def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
@@ -306,7 +303,7 @@ def _deepened(analysis: Analysis, depth: float) -> tuple[Analysis, float]:
         PlanError: ``depth`` is no positive number.
         TransformError: There is no branch, or one has no module at its end.
     """
-    if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 < depth < inf:
+    if not is_number(depth) or not 0 < depth < inf:
         raise PlanError(f"depth must be a positive number of residual branches, not {depth!r}")
     if not analysis.branches:
         raise TransformError("depth= scales residual branches, and this model has no sum x + f(x)")
@@ -386,18 +383,17 @@ def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
     watch_models()
 
 
-def _doubts(inits: Mapping[str, Init]) -> list[str]:
+def _doubts(inits: Mapping[str, Init]) -> Iterator[str]:
     """Say whose initialization law one cannot read off the values."""
     doubtful = [name for name, init in inits.items() if init.doubtful]
-    if not doubtful:
-        return []
-    return [
-        f"{OF_VALUES[0]} for {some(doubtful)}: settle it with init={{pattern: law}}, "
-        "or transform a model of the base width, where it does not matter"
-    ]
+    if doubtful:
+        yield (
+            f"{OF_VALUES[0]} for {some(doubtful)}: settle it with init={{pattern: law}}, "
+            "or transform a model of the base width, where it does not matter"
+        )
 
 
-def _one_sided(tensors: Mapping[str, Tensor], geometries: Iterable[Geometry]) -> list[str]:
+def _one_sided(tensors: Values, geometries: Iterable[Geometry]) -> Iterator[str]:
     """Say which weights start with a mean, so that their sums follow no root of the number of terms."""
     names = []
     for geometry in geometries:
@@ -405,40 +401,36 @@ def _one_sided(tensors: Mapping[str, Tensor], geometries: Iterable[Geometry]) ->
         # Trained values have means of their own, and are told as trained.
         if geometry.sums_change and has_a_mean(values, geometry) and not looks_trained(values, geometry):
             names.append(geometry.name)
-    if not names:
-        return []
-    return [
-        f"{OF_VALUES[2]} in {some(names)}: a sum over a side that grows goes with the width, not with its "
-        "root, for which initialization and rates are scaled; draw values around zero"
-    ]
+    if names:
+        yield (
+            f"{OF_VALUES[2]} in {some(names)}: a sum over a side that grows goes with the width, not with "
+            "its root, for which initialization and rates are scaled; draw values around zero"
+        )
 
 
-def _late(model: nn.Module, entries: Iterable[Entry]) -> list[str]:
+def _late(model: nn.Module, entries: Iterable[Entry]) -> Iterator[str]:
     """Say which parameters have no values yet that could be rescaled."""
     parameters = dict(model.named_parameters())
     # At base shapes nothing is scaled, so that missing values do not matter.
     scaled = [entry.geometry.name for entry in entries if entry.geometry.shape != entry.geometry.base_shape]
     late = [name for name in scaled if parameters[name].is_meta]
-    if not late:
-        return []
-    return [
-        f"{some(late)} {OF_VALUES[1]}: the initialization is still to be scaled. Once they have initial "
-        "values (to_empty, then the model's own initialization), call mupass.initialize(model)"
-    ]
+    if late:
+        yield (
+            f"{some(late)} {OF_VALUES[1]}: the initialization is still to be scaled. Once they have initial "
+            "values (to_empty, then the model's own initialization), call mupass.initialize(model)"
+        )
 
 
-def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> list[str]:
+def _learned(model: nn.Module, plan: Plan, init: InitChoice) -> Iterator[str]:
     """Say which values look trained, where they would be rescaled."""
     # Values that no factor changes may be trained or not.
     if all(entry.init_factor == 1 for entry in plan.entries):
-        return []
-    told_by_init = told_laws(init, list(plan))
-    judged = [entry.geometry for entry in plan.entries if entry.geometry.name not in told_by_init]
-    suspects = learned(dict(model.named_parameters()), judged)
-    if not suspects:
-        return []
-    return [
-        f"{some(suspects)} look trained: no initialization law draws such values, and they are rescaled with "
-        "what was learned. Transform the model as it is built and load the checkpoint after that; or give "
-        "trained=True to fine-tune it as it is; or init={pattern: law} if these are initial values"
-    ]
+        return
+    suspects = learned_of(plan, dict(model.named_parameters()), init)
+    if suspects:
+        yield (
+            f"{some(suspects)} look trained: no initialization law draws such values, and they are rescaled "
+            "with what was learned. Transform the model as it is built and load the checkpoint after that; "
+            "or give trained=True to fine-tune it as it is; or init={pattern: law} if these are initial "
+            "values"
+        )

@@ -401,6 +401,23 @@ def test_the_implicit_form_follows_the_minimum(minimum: nn.Module, solver: str) 
 
 
 @pytest.mark.slow
+class Spare(Regression):
+    """A parameter more, which nothing reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+def test_the_implicit_form_takes_a_parameter_that_nothing_reads(minimum: nn.Module) -> None:
+    settings = {"form": "implicit", "evaluate": held_out, "optimizer": decayed}
+    spare = mupass.transform(Spare(3).double(), HELD_X[:2], base=2)
+    spare.load_state_dict(minimum.state_dict(), strict=False)
+    found = mupass.hypergradient(spare, BATCHES, {"weight_decay": 0.02}, **settings)
+    expected = mupass.hypergradient(minimum, BATCHES, {"weight_decay": 0.02}, **settings)
+    assert found.gradient == pytest.approx(expected.gradient)
+
+
 def test_unrolling_at_the_minimum_tends_to_the_implicit_form(minimum: nn.Module) -> None:
     settings = {"optimizer": decayed, "evaluate": held_out, "loss": cross_entropy}
     xs, ys = (

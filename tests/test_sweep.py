@@ -93,6 +93,7 @@ def test_a_diverged_neighbor_leaves_the_tried_value() -> None:
 def test_all_points_of_a_grid() -> None:
     assert points_of([0.2, 0.1, 0.2]) == [(("lr", 0.1),), (("lr", 0.2),)]
     assert len(points_of({"lr": [1, 2], "damping": [0.1, 0.2, 0.3]})) == 6
+    assert points_of({"lr": (value / 10 for value in (1, 2))}) == points_of([0.1, 0.2])
 
 
 def test_a_sweep_under_mup_keeps_its_optimum_and_standard_does_not() -> None:

@@ -161,6 +161,9 @@ def width(word: str) -> tuple[str, int]:
     return name, int(size)
 
 
+POSITIVE, COUNT = number(), number(whole=True)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     top = Parser(prog="mupass", description="Width-aware model rewriting for PyTorch.")
@@ -180,17 +183,12 @@ def parser() -> argparse.ArgumentParser:
     )
     _study(transfer, widths=False)
     _tuned(transfer)
-    transfer.add_argument(
-        "--proxy", type=number(whole=True), metavar="N", help="width of the copy that is tuned"
-    )
-    transfer.add_argument(
-        "--width", type=number(whole=True), metavar="N", help="of the full model (default: its own)"
-    )
-    transfer.add_argument("--driver", type=one_of(("grid", "optuna", "gradient")), default="grid")
-    transfer.add_argument("--trials", type=number(whole=True), default=32, help="of optuna and gradient")
-    transfer.add_argument(
-        "--state", type=file(), metavar="FILE", help="save the full model's state_dict, folded"
-    )
+    add = transfer.add_argument
+    add("--proxy", type=COUNT, metavar="N", help="width of the copy that is tuned")
+    add("--width", type=COUNT, metavar="N", help="of the full model (default: its own)")
+    add("--driver", type=one_of(("grid", "optuna", "gradient")), default="grid")
+    add("--trials", type=COUNT, default=32, help="of optuna and gradient")
+    add("--state", type=file(), metavar="FILE", help="save the full model's state_dict, folded")
     report = commands.add_parser(
         "report", help="write one page: the plan, a check and, with --data and --lr, a sweep"
     )
@@ -203,26 +201,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _target(command: argparse.ArgumentParser, device: str, inputs: bool = True) -> None:
-    command.add_argument("target", help=TARGET)
-    command.add_argument("--device", default=device, help=f"where to build the model (default: {device})")
+    add = command.add_argument
+    add("target", help=TARGET)
+    add("--device", default=device, help=f"where to build the model (default: {device})")
     if inputs:
-        command.add_argument(
-            "--input", action="append", type=sizes, metavar="SIZES", help="example input, such as 2x3x32x32"
-        )
+        add("--input", action="append", type=sizes, metavar="SIZES", help="example input, such as 2x3x32x32")
 
 
 def _analyze(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     _target(command, "meta")
-    command.add_argument(
-        "--base", type=number(), help="reference width (default: 256, or the model's own if that is less)"
-    )
-    command.add_argument(
-        "--base-target", metavar="TARGET", help="a second instance, which settles every verdict"
-    )
-    command.add_argument(
+    add("--base", type=POSITIVE, help="reference width (default: 256, or the model's own if that is less)")
+    add("--base-target", metavar="TARGET", help="a second instance, which settles every verdict")
+    add(
         "--base-shapes", metavar="FILE", help="base shapes that microsoft/mup wrote (.bsh), which do the same"
     )
-    command.add_argument(
+    add(
         "--dim",
         action="append",
         default=[],
@@ -230,61 +224,59 @@ def _analyze(command: argparse.ArgumentParser) -> None:
         type=dim,
         help="settle a dimension: a name or a regular expression for parameter:axis, finite or infinite",
     )
-    command.add_argument(
+    add(
         "--optimizer",
         type=one_of(tuple(OPTIMIZERS)),
         default="adamw",
         help="whose learning-rate factors to print",
     )
-    command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
-    command.add_argument("--lenient", action="store_true", help="leave unknown operators ambiguous")
+    add("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
+    add("--lenient", action="store_true", help="leave unknown operators ambiguous")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--html", type=file(), metavar="FILE", help="write an HTML page instead")
     form.add_argument("--json", action="store_true", help="print JSON instead")
 
 
 def _study(command: argparse.ArgumentParser, widths: bool = True, out: bool = True) -> None:
+    add = command.add_argument
     _target(command, "cpu", inputs=False)
-    command.add_argument("--loss", metavar="MODULE:FUNCTION", help="of output and targets")
-    command.add_argument("--optimizer", type=one_of(TRAINED), default="adam")
+    add("--loss", metavar="MODULE:FUNCTION", help="of output and targets")
+    add("--optimizer", type=one_of(TRAINED), default="adam")
     if widths:
-        command.add_argument("--widths", type=number(whole=True), nargs="+", help="default: three from 64")
-    command.add_argument("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
-    command.add_argument("--seed", type=int, default=0, help="of the model's initial weights (default: 0)")
+        add("--widths", type=COUNT, nargs="+", help="default: three from 64")
+    add("--parameterization", type=one_of(tuple(PARAMETERIZATIONS)), default="mup")
+    add("--seed", type=int, default=0, help="of the model's initial weights (default: 0)")
     if out:
         endings = "report.html, .png, .txt"
-        command.add_argument(
-            "--out", action="append", default=[], type=file(PAGES), metavar="FILE", help=endings
-        )
+        add("--out", action="append", default=[], type=file(PAGES), metavar="FILE", help=endings)
 
 
 def _checked(command: argparse.ArgumentParser, rates: bool = True) -> None:
-    command.add_argument(
-        "--batch", type=number(whole=True), default=16, help="samples of random numbers (default: 16)"
-    )
-    command.add_argument("--tolerance", type=number(), default=0.25, help="largest power that counts as flat")
+    add = command.add_argument
+    add("--batch", type=COUNT, default=16, help="samples of random numbers (default: 16)")
+    add("--tolerance", type=POSITIVE, default=0.25, help="largest power that counts as flat")
     if rates:
-        command.add_argument("--data", help="module:function that returns batches (default: random numbers)")
-        command.add_argument("--lr", type=number())
-        command.add_argument("--steps", type=number(whole=True), default=3)
-        command.add_argument("--seeds", type=number(whole=True), default=3)
+        add("--data", help="module:function that returns batches (default: random numbers)")
+        add("--lr", type=POSITIVE)
+        add("--steps", type=COUNT, default=3)
+        add("--seeds", type=COUNT, default=3)
 
 
 def _tuned(command: argparse.ArgumentParser, required: bool = True) -> None:
-    command.add_argument(
-        "--data", required=required, help="module:function that returns batches (inputs, targets)"
-    )
-    command.add_argument("--lr", type=number(), nargs="+", required=required)
-    command.add_argument("--damping", type=number(), nargs="+", help="for kfac and shampoo")
-    command.add_argument("--steps", type=number(whole=True), default=100)
-    command.add_argument("--seeds", type=number(whole=True), default=1)
-    command.add_argument("--store", type=file(), metavar="FILE", help="keeps results; a killed sweep goes on")
-    command.add_argument("--jobs", type=number(whole=True), default=1, help="number of processes")
+    add = command.add_argument
+    add("--data", required=required, help="module:function that returns batches (inputs, targets)")
+    add("--lr", type=POSITIVE, nargs="+", required=required)
+    add("--damping", type=POSITIVE, nargs="+", help="for kfac and shampoo")
+    add("--steps", type=COUNT, default=100)
+    add("--seeds", type=COUNT, default=1)
+    add("--store", type=file(), metavar="FILE", help="keeps results; a killed sweep goes on")
+    add("--jobs", type=COUNT, default=1, help="number of processes")
 
 
 def _resize(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     _target(command, "cpu")
-    command.add_argument(
+    add(
         "--width",
         action="append",
         type=width,
@@ -292,6 +284,6 @@ def _resize(command: argparse.ArgumentParser) -> None:
         metavar="N | NAME=N",
         help="new width, or the new size of a dimension by its name (may be given more than once)",
     )
-    command.add_argument("--scale", type=number(), help="factor on every growing dimension instead")
-    command.add_argument("--seed", type=int, help="seed of the new parameters")
-    command.add_argument("--output", type=file(), metavar="FILE", help="save the state_dict of the copy")
+    add("--scale", type=POSITIVE, help="factor on every growing dimension instead")
+    add("--seed", type=int, help="seed of the new parameters")
+    add("--output", type=file(), metavar="FILE", help="save the state_dict of the copy")

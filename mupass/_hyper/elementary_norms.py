@@ -40,11 +40,12 @@ def _batch_norm(
     axes = [i for i in range(input.dim()) if i != 1]
     if running_mean is not None and running_var is not None:
         if not training:
-            return _scaled(input, running_mean, running_var, axes, weight, bias, eps)
+            mean, variance = _along(running_mean, input, axes), _along(running_var, input, axes)
+            return _scaled(input, mean, variance, axes, weight, bias, eps)
         variance, mean = torch.var_mean(input, axes)
+        _average(running_mean, mean, momentum)
         # As torch: the running variance is the unbiased one, which var_mean gives by default.
-        running_mean.mul_(1 - momentum).add_(momentum * mean)
-        running_var.mul_(1 - momentum).add_(momentum * variance)
+        _average(running_var, variance, momentum)
     return _normal(input, axes, axes, weight, bias, eps)
 
 
@@ -90,22 +91,28 @@ def _instance_norm(
     axes, others = list(range(2, input.dim())), [i for i in range(input.dim()) if i != 1]
     if not use_input_stats:
         assert running_mean is not None and running_var is not None
-        return _scaled(input, running_mean, running_var, others, weight, bias, eps)
+        mean, variance = _along(running_mean, input, others), _along(running_var, input, others)
+        return _scaled(input, mean, variance, others, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         variance, mean = torch.var_mean(input, axes)
         # Running averages are those over the samples of the batch.
-        running_mean.mul_(1 - momentum).add_(momentum * mean.mean(0))
-        running_var.mul_(1 - momentum).add_(momentum * variance.mean(0))
+        _average(running_mean, mean.mean(0), momentum)
+        _average(running_var, variance.mean(0), momentum)
     return _normal(input, axes, others, weight, bias, eps)
+
+
+def _average(running: Tensor, new: Tensor, momentum: float) -> None:
+    """Update a running average in place."""
+    running.mul_(1 - momentum).add_(momentum * new)
 
 
 def _normal(
     x: Tensor, axes: list[int], kept: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalize over axes; weight and bias have all axes but the kept ones."""
-    # (x - mean) / sqrt(variance + eps), with the biased variance
+    # With the biased variance.
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    return _affine((x - mean) * torch.rsqrt(variance + eps), kept, weight, bias)
+    return _scaled(x, mean, variance, kept, weight, bias, eps)
 
 
 def _scaled(
@@ -117,13 +124,8 @@ def _scaled(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Normalize by given means and variances, which have all axes but the kept ones."""
-    x = (x - _along(mean, x, kept)) * torch.rsqrt(_along(variance, x, kept) + eps)
-    return _affine(x, kept, weight, bias)
-
-
-def _affine(x: Tensor, kept: list[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Multiply by the weight and add the bias, which have all axes but the kept ones."""
+    """Return ``(x - mean) / sqrt(variance + eps) * weight + bias``; weight and bias lack the kept axes."""
+    x = (x - mean) * torch.rsqrt(variance + eps)
     if weight is not None:
         x = x * _along(weight, x, kept)
     if bias is not None:

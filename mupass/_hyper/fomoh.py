@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mupass._errors import OptimizerError
-from mupass._hyper.functional_model import call
+from mupass._errors import OptimizerError, is_whole
+from mupass._hyper.functional_model import call, derivatives
 from mupass._optim.checks import check_choice, check_number
 from mupass._optim.linalg.roots import symmetric
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
-from mupass._parallel import is_sharded
+from mupass._parallel import is_sharded, world_size
 from mupass._scales.plan import plan_of
 
 LAWS = ("plan", "normal")
@@ -80,11 +78,10 @@ class FoMoH(BoundOptimizer):
         check_number("damping", damping)
         check_choice("law", law, LAWS)
         for name, number, least in (("directions", directions, 1), ("halvings", halvings, 0)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            if not is_whole(number) or number < least:
                 raise OptimizerError(f"{name} must be a whole number >= {least}, not {number!r}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
+        if world_size(None) > 1:
+            raise OptimizerError("FoMoH runs on one process: its slopes are not averaged over ranks")
         self.root, self.plan = plan_of(model)
         tell_left_out(model, self.root)
         self.plan.check(self.root)
@@ -97,17 +94,16 @@ class FoMoH(BoundOptimizer):
         if sharded is not None:
             raise OptimizerError(f"{sharded} is sharded; FoMoH needs whole parameters on one process")
         self._named = named
-        self._scales = {name: self._scale(name) for name in named}
+        # Standard deviation of a direction's entries.
+        self._scales = dict.fromkeys(named, 1.0)
+        if law == "plan":
+            self._scales = {name: self.plan[name].geometry.m_in ** -0.5 for name in named}
         self._generator = torch.Generator().manual_seed(seed)
         self._steps, self._skipped = 0, 0
         self.slopes = torch.zeros(directions)
         self.curvature = torch.zeros(directions, directions)
         super().__init__(list(named.values()), {"lr": lr, "damping": damping})
         self._complete = True
-
-    def _scale(self, name: str) -> float:
-        """Return the standard deviation of a direction's entries."""
-        return self.plan[name].geometry.m_in ** -0.5 if self.law == "plan" else 1.0
 
     def stats(self) -> dict[str, int]:
         """Return the number of steps taken, and of those skipped because all parts of them raise the loss."""
@@ -156,7 +152,7 @@ class FoMoH(BoundOptimizer):
             with torch.enable_grad():
                 return _scalar(call(self.root, lambda _: closure(), moved_parameters, still_buffers))
 
-        with _forward():
+        with derivatives("forward derivative, which FoMoH needs", ("forward", "Forward"), OptimizerError):
             self.slopes, self.curvature = plane(at, tangents)
             # A closure of another model has neither slopes nor curvature here.
             if not self._steps and not (self.slopes.any() or self.curvature.any()):
@@ -195,12 +191,14 @@ class FoMoH(BoundOptimizer):
             direction[name] = (self._scales[name] * noise).to(parameter.device, parameter.dtype)
         return direction
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the first."""
+        return {"law": self.law, "directions": self.directions, "names": list(self._named)}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: a resumed run draws the directions that the first would have drawn."""
         own_state = {
-            "law": self.law,
-            "directions": self.directions,
-            "names": list(self._named),
+            **self._identity(),
             "steps": self._steps,
             "skipped": self._skipped,
             "generator": self._generator.get_state(),
@@ -217,8 +215,7 @@ class FoMoH(BoundOptimizer):
             OptimizerError: It is the state of another optimizer.
         """
         own_state = state_dict.get("mupass", {})
-        expected = {"law": self.law, "directions": self.directions, "names": list(self._named)}
-        # What a resumed run must share with the first: the same names, law and number of directions.
+        expected = self._identity()
         if {key: own_state.get(key) for key in expected} != expected:
             raise OptimizerError("not a state of FoMoH with this model, law and number of directions")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "mupass"})
@@ -283,21 +280,6 @@ def _scalar(loss: Any) -> Tensor:
             f"the closure must return the loss as a tensor of one number, not {type(loss).__name__}"
         )
     return loss.reshape(()).double()
-
-
-@contextmanager
-def _forward() -> Iterator[None]:
-    """Take fused attention apart, which has no forward derivative, and name operators that have none."""
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except (NotImplementedError, RuntimeError) as error:
-        # Other errors of the model are its own, and are not about derivatives.
-        if "forward" not in str(error).lower():
-            raise
-        raise OptimizerError(
-            f"an operator of the model has no forward derivative, which FoMoH needs: {error}"
-        ) from error
 
 
 def _random_states(parameters: Iterable[Tensor]) -> list[tuple[torch.device, Tensor]]:

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mupass._hyper.elementary_norms import Apart
+
+
+@contextmanager
+def derivatives(order: str, phrases: Iterable[str], refuse: Callable[[str], Exception]) -> Iterator[None]:
+    """Take fused attention apart, which lacks derivatives, and say by name which operator lacks one.
+
+    Args:
+        order: Which derivative is needed, in words, and by what.
+        phrases: Words in an error of torch that tell that one is missing; other errors are the model's own.
+        refuse: Makes the error to be raised.
+
+    Raises:
+        Exception: That error; an operator has no such derivative.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(phrase in str(error) for phrase in phrases):
+            raise
+        raise refuse(f"an operator of the model has no {order}: {error}") from error
 
 
 class Body(nn.Module):

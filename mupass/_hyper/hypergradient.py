@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from mupass._capture.copying import deepcopy
-from mupass._errors import StudyError
+from mupass._errors import StudyError, check_choice
 from mupass._hyper.implicit import Solver, SolverKeywords, implicit
 from mupass._hyper.numbers import Numbers, read_numbers
 from mupass._hyper.rules import Key
@@ -172,9 +172,8 @@ def hypergradient(
         ['lr']
     """
     solver = Keywords(hypergradient, options, StudyError).record(Solver)
-    for option, choice, choices in (("form", form, FORMS), ("mode", mode, MODES)):
-        if choice not in choices:
-            raise StudyError(f"unknown {option} {choice!r}; known: {', '.join(choices)}")
+    check_choice(StudyError, "form", form, FORMS)
+    check_choice(StudyError, "mode", mode, MODES)
     check_counts(steps=steps)
     check_functions(loss=loss, evaluate=evaluate)
     check_point(point)
@@ -228,11 +227,8 @@ def unrolled(work: Work, model: nn.Module, point: Mapping[str, float], mode: str
         score = run.score(leaves, cut=False)
         if score is None:
             return _diverged(point)
-        slopes = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
-        by_number = dict.fromkeys(leaves, 0.0)
-        for key, slope in zip(leaves, slopes, strict=True):
-            if slope is not None:
-                by_number[key] = slope.item()
+        slopes = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+        by_number = {key: slope.item() for key, slope in zip(leaves, slopes, strict=True)}
     return _result(score.item(), point, numbers, by_number)
 
 

@@ -9,10 +9,10 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, check_choice
 from mupass._hyper.functional_model import call
 from mupass._hyper.rules import SGD, Key, Rule, Tensors
-from mupass._hyper.run import gradients, on, refuse_once, score_of
+from mupass._hyper.run import on, refuse_once, score_of
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate
 
@@ -47,8 +47,7 @@ class Solver:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise StudyError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+        check_choice(StudyError, "solver", self.solver, SOLVERS)
 
 
 def implicit(
@@ -104,16 +103,13 @@ def implicit(
     _check_stationary([slope.detach() for slope in slopes], pull, solver.tolerance)
     score = score_of(model, evaluate, weights, buffers)
     # The right side of (Hessian + weight_decay) v = d score.
-    right = _or_zeros(torch.autograd.grad(score, flat, allow_unused=True), flat)
+    right = list(torch.autograd.grad(score, flat, materialize_grads=True))
 
     def product(vector: Vector) -> Vector:
         """Return ``(Hessian + weight_decay) vector``."""
         # Hessian times vector, as the gradient of <gradient, vector>.
-        images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, allow_unused=True)
-        return [
-            factor * part if image is None else image + factor * part
-            for image, factor, part in zip(images, decay, vector, strict=True)
-        ]
+        images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, materialize_grads=True)
+        return [image + factor * part for image, factor, part in zip(images, decay, vector, strict=True)]
 
     if solver.solver == "cg":
         solution = conjugate_gradients(product, right, solver.terms, solver.tolerance)
@@ -148,15 +144,17 @@ def _mean_gradient(
 ) -> Vector:
     """Return the gradient of the training loss, which can be differentiated once more."""
     losses = [call(model, on(batch, loss), weights, buffers) for batch in batches]
-    gradient, _ = gradients(torch.stack(losses).mean(), weights)
-    refuse_once(gradient.values())
+    slopes = torch.autograd.grad(
+        torch.stack(losses).mean(), list(weights.values()), create_graph=True, materialize_grads=True
+    )
+    refuse_once(slopes)
     for name, buffer in model.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise StudyError(
                 f"the buffer {name} follows the activations, which form='implicit' does not differentiate; "
                 "put the model in eval mode, or use form='unrolled'"
             )
-    return _or_zeros([gradient.get(name) for name in weights], list(weights.values()))
+    return list(slopes)
 
 
 def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
@@ -167,14 +165,6 @@ def _check_stationary(slopes: Vector, pull: Vector, tolerance: float) -> None:
             f"the model is not at a stationary point: the gradient of loss and weight decay has the norm "
             f"{force:.2g}, that of weight decay alone {size:.2g}; train it further, or raise tolerance="
         )
-
-
-def _or_zeros(found: Sequence[Tensor | None], like: Vector) -> Vector:
-    """Return gradients, zeros for what nothing depends on."""
-    return [
-        torch.zeros_like(tensor) if gradient is None else gradient
-        for gradient, tensor in zip(found, like, strict=True)
-    ]
 
 
 def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: float) -> Vector:
@@ -194,7 +184,7 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
     square, target = dot(residual, residual), tolerance * norm(right)
     for _ in range(terms):
         if square**0.5 <= target:
-            return x
+            break
         image = product(direction)
         curvature = dot(direction, image)
         if curvature <= 0:
@@ -208,11 +198,11 @@ def conjugate_gradients(product: Product, right: Vector, terms: int, tolerance: 
         residual = add(residual, image, -step)
         square, before = dot(residual, residual), square
         direction = add(residual, direction, square / before)
-    if square**0.5 <= target:
-        return x
-    raise StudyError(
-        f"conjugate gradients leave {square**0.5 / norm(right):.1e} after {terms} terms; allow more terms"
-    )
+    if not square**0.5 <= target:
+        raise StudyError(
+            f"conjugate gradients leave {square**0.5 / norm(right):.1e} after {terms} terms; allow more terms"
+        )
+    return x
 
 
 def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int, tolerance: float) -> Vector:
@@ -232,7 +222,7 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
     residual, size = list(right), norm(right)
     for _ in range(terms):
         if norm(residual) <= tolerance * size:
-            return x
+            break
         # x <- x + R (right - M x)
         x = [part + rate * left for part, left, rate in zip(x, residual, rates, strict=True)]
         residual = add(right, product(x), -1.0)
@@ -241,11 +231,11 @@ def neumann(product: Product, right: Vector, rates: Sequence[float], terms: int,
             raise StudyError(
                 "the Neumann series diverges: its learning rate is beyond 2 / curvature; take a smaller lr"
             )
-    if norm(residual) <= tolerance * size:
-        return x
-    raise StudyError(
-        f"the Neumann series leaves {norm(residual) / size:.1e} after {terms} terms; allow more, or cg"
-    )
+    if not norm(residual) <= tolerance * size:
+        raise StudyError(
+            f"the Neumann series leaves {norm(residual) / size:.1e} after {terms} terms; allow more, or cg"
+        )
+    return x
 
 
 def add(x: Vector, y: Vector, factor: float) -> Vector:

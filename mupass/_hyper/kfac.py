@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mupass._errors import StudyError
-from mupass._hyper.planned import PlannedRule, refuse_options
+from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
-from mupass._hyper.rules import Key, State, Tensors
+from mupass._hyper.rules import Moment, State, Tensors
 from mupass._optim.kfac import KFAC
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.linalg.roots import diagonal_roots
+from mupass._optim.matrix.base import wide
 from mupass._runs.jobs import quiet
 from mupass._taps.intercept import look_out_for
 
@@ -34,17 +35,9 @@ class KFACRule(PlannedRule):
         self.real = dict(optimizer.root.named_parameters())
         self.functional = optimizer.functional(FollowingStack)
 
-    def refuse(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
-
-        Args:
-            optimizer: The optimizer.
-
-        Raises:
-            StudyError: It has.
-        """
-        assert isinstance(optimizer, KFAC)
-        options = {
+    def options(self, optimizer: KFAC) -> dict[str, tuple[bool, str, str]]:
+        """Return the options that the rule does not follow, see `PlannedRule`."""
+        return {
             "fisher='sampled'": (
                 optimizer.sampled,
                 "its factors come from draws that observe() makes, which no study calls",
@@ -60,13 +53,7 @@ class KFACRule(PlannedRule):
                 "its direction depends on the present kernel, which the rule does not carry along",
                 f"pass exclude={[b.parameter for b in optimizer._cover.blocks if b.standardized]}",
             ),
-            "data_parallel=True": (
-                optimizer.ranks > 1,
-                "sums over ranks have no second derivative",
-                "pass data_parallel=False",
-            ),
         }
-        refuse_options(optimizer, options)
 
     def watch(self, forward: Callable[[Tensors], Tensor], parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Run the model with taps that note the outputs of layers, see `Rule`."""
@@ -87,30 +74,22 @@ class KFACRule(PlannedRule):
             outputs += [output for output, *_ in uses]
         return loss, outputs
 
-    def preconditioned(
-        self,
-        count: int,
-        gradients: Tensors,
-        means: Tensors,
-        shared: State,
-        numbers: Mapping[Key, Tensor],
-        watched: list[Tensor | None],
-    ) -> Tensors:
+    def preconditioned(self, now: Moment, means: Tensors, shared: State) -> Tensors:
         """Return averages between their roots, see `PlannedRule`."""
-        for (i, key), value in numbers.items():
+        for (i, key), value in now.numbers.items():
             if key in self.made.param_groups[i]:  # parts of betas are those of the fallback alone
                 # The optimizer reads its groups: the tensors that are differentiated by are put there.
                 self.made.param_groups[i][key] = value
         # Factors are collected at the optimizer's own intervals.
-        if count % self.made.factor_every == 0:
-            self._fill(watched)
+        if now.count % self.made.factor_every == 0:
+            self._fill(now.watched)
         averages = shared["averages"]
         weights = {name: averages[name]["mean_weight"] for name in means if name in averages}
         # The state before the first step has no graph.
-        state = shared["factors"] if count else self.functional.start
+        state = shared["factors"] if now.count else self.functional.start
         with quiet():
             directions, shared["factors"] = self.functional.directions(
-                count, state, gradients, means, weights
+                now.count, state, now.gradients, means, weights
             )
         if self.made.factors_due:
             raise StudyError(
@@ -152,36 +131,35 @@ class FollowingStack(FactorStack):
     ) -> None:
         """Add one observation of each factor to the moving averages, see `FactorStack`.
 
-        Out of place, one by one: autograd cannot follow several changes of views into one tensor.
+        Out of place: autograd cannot follow several changes of views into one tensor.
         """
         # Averages change, so that no root is that of its average.
         self.fresh.clear()
-        factors, weights = list(self.state["factor"].unbind()), list(self.state["weight"].unbind())
-        observed_slots = torch.zeros(len(self.keys), dtype=torch.bool, device=self.device)
-        largest, rows = list(self.state["recent"].unbind()), list(self.state["rows"].unbind())
+        factor, weight = self.state["factor"], self.state["weight"]
+        matrices, counts = list(factor.unbind()), list(torch.zeros_like(weight).unbind())
         # A tap may give the factors of several groups, for as many slots in a row.
         for key, (observed, number) in new.items():
-            matrices = observed if observed.dim() == self.state["factor"].dim() else observed[None]
-            counts = number.reshape(-1).repeat_interleave(len(matrices) // number.numel()).to(self.dtype)
-            for index, (matrix, count) in enumerate(zip(matrices, counts, strict=True), self.slot[key]):
-                observed_now = (count > 0).to(self.dtype)
-                # lerp by 0 keeps what was not observed.
-                share = (1 - decay) * observed_now
-                factors[index] = factors[index].lerp(matrix.to(self.dtype), share)
-                weights[index] = weights[index] + share * (1 - weights[index])
-                trace = (matrix if self.diagonal else matrix.diagonal()).sum().to(self.dtype)
-                largest[index] = torch.maximum(largest[index] * (1 - share), trace * observed_now)
-                rows[index] = torch.where(count > 0, count, rows[index])
-            # Slots that were not observed keep what is remembered of them.
-            observed_slots[self.slot[key] : self.slot[key] + len(matrices)] = counts > 0
-        self.state |= {"factor": torch.stack(factors), "weight": torch.stack(weights)}
+            own = observed if observed.dim() == factor.dim() else observed[None]
+            slots = slice(self.slot[key], self.slot[key] + len(own))
+            matrices[slots] = own.to(self.dtype).unbind()
+            counts[slots] = number.reshape(-1).repeat_interleave(len(own) // number.numel()).to(self.dtype)
+        observation, rows = torch.stack(matrices), torch.stack(counts)
+        # Slots that were not observed keep what is remembered of them: lerp by 0 changes nothing.
+        seen = rows > 0
+        share = (1 - decay) * seen.to(self.dtype)
+        diagonals = observation if self.diagonal else observation.diagonal(dim1=-2, dim2=-1)
+        recent = torch.maximum(self.state["recent"] * (1 - share), diagonals.sum(-1))
+        self.state |= {
+            "factor": factor.lerp(observation, wide(share, factor)),
+            "weight": weight + share * (1 - weight),
+        }
         self.changed()
         peak, highest, traces = self.state["peak"], self.state["highest"], self.traces()
         self.state |= {
-            "peak": torch.where(observed_slots, torch.maximum(peak * memory, traces), peak),
+            "peak": torch.where(seen, torch.maximum(peak * memory, traces), peak),
             "highest": torch.maximum(highest, traces),
-            "recent": torch.stack(largest),
-            "rows": torch.stack(rows),
+            "recent": torch.where(seen, recent, self.state["recent"]),
+            "rows": torch.where(seen, rows, self.state["rows"]),
         }
 
     def refresh(self, damping: Tensor, power: float, slots: Sequence[int], relative: bool = False) -> None:

@@ -7,6 +7,7 @@ the same step from tensors that autograd can follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ from mupass._errors import StudyError
 Tensors = dict[str, Tensor]
 State = dict[str, Any]  # nested; every leaf is a tensor
 Key = tuple[int, str]  # number of a group, entry of it
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one step is taken from, besides parameters and state.
+
+    Attributes:
+        count: Steps taken before.
+        gradients: Gradients by parameter; what the loss does not depend on is missing.
+        numbers: Entries of groups that are to be differentiated by.
+        watched: Gradients of what `Rule.watch` returned.
+    """
+
+    count: int
+    gradients: Tensors
+    numbers: Mapping[Key, Tensor]
+    watched: list[Tensor | None]
 
 
 class Rule:
@@ -62,24 +80,13 @@ class Rule:
         """
         return forward(parameters), []
 
-    def step(
-        self,
-        count: int,
-        parameters: Tensors,
-        gradients: Tensors,
-        state: State,
-        numbers: Mapping[Key, Tensor],
-        watched: list[Tensor | None],
-    ) -> tuple[Tensors, State]:
+    def step(self, now: Moment, parameters: Tensors, state: State) -> tuple[Tensors, State]:
         """Take one step.
 
         Args:
-            count: Steps taken before.
+            now: Gradients and numbers.
             parameters: Values by name.
-            gradients: Their gradients; what the loss does not depend on is missing.
             state: Result of the step before, by parameter and shared; empty at first.
-            numbers: Entries of groups that are to be differentiated by.
-            watched: Gradients of what `watch` returned.
 
         Returns:
             New parameters and state.
@@ -87,37 +94,27 @@ class Rule:
         parameters, by_parameter = dict(parameters), dict(state.get("by_parameter", {}))
         shared = dict(state.get("shared", {}))
         # Copies above: the tensors of the step before belong to its graph.
-        directions = self.directions(count, gradients, shared, numbers, watched)
+        directions = self.directions(now, shared)
         for i, group in enumerate(self.groups):
-            read = Entries(i, group, numbers)
+            read = Entries(i, group, now.numbers)
             for name in self.members[i]:
                 # A parameter without a gradient stays as it is, and so does its state.
-                if name in gradients:
+                if name in now.gradients:
                     own_numbers = dict(by_parameter.get(name, {}))
                     parameters[name] = self.update(parameters[name], directions[name], own_numbers, read)
                     by_parameter[name] = own_numbers
         return parameters, {"by_parameter": by_parameter, "shared": shared}
 
-    def directions(
-        self,
-        count: int,
-        gradients: Tensors,
-        shared: State,
-        numbers: Mapping[Key, Tensor],
-        watched: list[Tensor | None],
-    ) -> Tensors:
+    def directions(self, now: Moment, shared: State) -> Tensors:
         """Return preconditioned gradients; by default the gradients.
 
         Args:
-            count: Steps taken before.
-            gradients: The gradients.
+            now: As for `step`.
             shared: State that belongs to no parameter, whose entries are replaced.
-            numbers: As for `step`.
-            watched: As for `step`.
         """
-        return gradients
+        return now.gradients
 
-    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: Tensors, read: Entries) -> Tensor:
         """Return the new value of one parameter.
 
         Args:
@@ -129,25 +126,25 @@ class Rule:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Entries:
-    """The numbers of one group: tensors where they are differentiated by, else as the optimizer has them."""
+    """The numbers of one group: tensors where they are differentiated by, else as the optimizer has them.
 
-    def __init__(self, index: int, group: Mapping[str, Any], numbers: Mapping[Key, Tensor]) -> None:
-        self.index, self.group, self.numbers = index, group, numbers
+    Attributes:
+        index: Number of the group.
+        group: The group.
+        numbers: Entries of groups that are to be differentiated by.
+    """
+
+    index: int
+    group: Mapping[str, Any]
+    numbers: Mapping[Key, Tensor]
 
     def __getitem__(self, key: str) -> Any:
-        number = self.numbers.get((self.index, key))
-        return entry(self.group, key) if number is None else number
-
-
-def entry(group: Mapping[str, Any], key: str) -> Any:
-    """Return an entry of a group; ``beta1`` and ``beta2`` are the parts of ``betas``.
-
-    Args:
-        group: The group.
-        key: Name of the entry.
-    """
-    return group["betas"][int(key[-1]) - 1] if key in ("beta1", "beta2") else group[key]
+        if (self.index, key) in self.numbers:
+            return self.numbers[self.index, key]
+        # beta1 and beta2 are the parts of betas.
+        return self.group["betas"][int(key[-1]) - 1] if key in ("beta1", "beta2") else self.group[key]
 
 
 class SGD(Rule):
@@ -155,7 +152,7 @@ class SGD(Rule):
 
     keys = ("lr", "weight_decay", "momentum")
 
-    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: Tensors, read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
         g = g + read["weight_decay"] * p
         past = own.get("momentum")
@@ -177,7 +174,7 @@ class Adam(Rule):
         super().__init__(optimizer, names)
         self.decoupled = decoupled
 
-    def update(self, p: Tensor, g: Tensor, own: dict[str, Tensor], read: Entries) -> Tensor:
+    def update(self, p: Tensor, g: Tensor, own: Tensors, read: Entries) -> Tensor:
         """Return the new value of one parameter, see `Rule`."""
         # AdamW shrinks weights; Adam adds decay to the gradient.
         if self.decoupled:
@@ -188,7 +185,7 @@ class Adam(Rule):
         return p - read["lr"] * mean / (root + read["eps"])
 
 
-def corrected(own: dict[str, Tensor], name: str, new: Tensor, beta: Any) -> Tensor:
+def corrected(own: Tensors, name: str, new: Tensor, beta: Any) -> Tensor:
     """Return a moving average, corrected for its start from zero.
 
     Args:
@@ -204,7 +201,7 @@ def corrected(own: dict[str, Tensor], name: str, new: Tensor, beta: Any) -> Tens
     return own[name] / own[f"{name}_weight"]
 
 
-def adam_averages(g: Tensor, own: dict[str, Tensor], beta1: Any, beta2: Any) -> tuple[Tensor, ...]:
+def adam_averages(g: Tensor, own: Tensors, beta1: Any, beta2: Any) -> tuple[Tensor, ...]:
     """Return Adam's corrected mean and root mean square.
 
     Args:

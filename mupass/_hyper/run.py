@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from mupass._errors import StudyError
-from mupass._hyper.functional_model import call
-from mupass._hyper.rules import Key, Rule, State, Tensors
+from mupass._hyper.functional_model import call, derivatives
+from mupass._hyper.rules import Key, Moment, Rule, State, Tensors
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.jobs import Evaluate, Work, diverged
+from mupass._walks import walk
 
 
 @contextmanager
@@ -27,22 +28,10 @@ def twice() -> Iterator[None]:
     Raises:
         StudyError: An operator has no second derivative.
     """
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has none
-            yield
-    except (NotImplementedError, RuntimeError) as error:
-        phrases = (
-            "derivative for",
-            "does not support",
-            "not implemented",
-            "not differentiable",
-        )
-        # What torch says where a second derivative is missing.
-        if not any(phrase in str(error) for phrase in phrases):
-            raise
-        raise StudyError(
-            f"an operator of the model has no second derivative, which hypergradients need: {error}"
-        ) from error
+    # What torch says where a second derivative is missing.
+    phrases = ("derivative for", "does not support", "not implemented", "not differentiable")
+    with derivatives("second derivative, which hypergradients need", phrases, StudyError):
+        yield
 
 
 def gradients(
@@ -76,21 +65,15 @@ def refuse_once(gradients: Iterable[Tensor]) -> None:
     Raises:
         StudyError: One is.
     """
-    # A walk through the graph of the gradients.
-    waiting = [gradient.grad_fn for gradient in gradients]
-    visited = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
+    # The graph of the gradients; a tensor without a derivative has None for its node.
+    starts = [gradient.grad_fn for gradient in gradients]
+    for node in walk(starts, lambda node: [source for source, _ in node.next_functions] if node else []):
         # once_differentiable leaves a node of this name in the graph.
-        if node.name().endswith("Error"):
+        if node is not None and node.name().endswith("Error"):
             raise StudyError(
                 "an autograd function of the model has no second derivative, which hypergradients need: it "
                 "is marked with @once_differentiable"
             )
-        waiting += [following for following, _ in node.next_functions]
 
 
 def refuse_buffers(before: Tensors, after: Tensors) -> None:
@@ -113,17 +96,19 @@ def refuse_buffers(before: Tensors, after: Tensors) -> None:
             )
 
 
+@dataclass(frozen=True)
 class Unrolled:
     """A training run as a function of numbers of the optimizer.
 
-    Args:
+    Attributes:
         work: Batches, loss, steps and score.
         model: The model with its initial weights, which is not changed.
         rule: How the optimizer steps.
     """
 
-    def __init__(self, work: Work, model: nn.Module, rule: Rule) -> None:
-        self.work, self.model, self.rule = work, model, rule
+    work: Work
+    model: nn.Module
+    rule: Rule
 
     def score(self, numbers: Mapping[Key, Tensor], cut: bool) -> Tensor | None:
         """Train, and return the score as `Work.run` defines it, or None when the run diverged.
@@ -163,7 +148,7 @@ class Unrolled:
             if count == 0:
                 refuse_once([*slopes.values(), *(gradient for gradient in others if gradient is not None)])
                 refuse_buffers(before, buffers)
-            parameters, state = self.rule.step(count, parameters, slopes, state, numbers, others)
+            parameters, state = self.rule.step(Moment(count, slopes, numbers, others), parameters, state)
         if work.evaluate is None:
             # The mean over the last tenth of the steps, as in a sweep.
             tail = losses[-max(1, work.steps // 10) :]

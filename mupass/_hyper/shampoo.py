@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mupass._errors import StudyError
-from mupass._hyper.planned import PlannedRule, refuse_options
+from mupass._hyper.planned import PlannedRule
 from mupass._hyper.roots import damped_root
-from mupass._hyper.rules import Entries, Key, State, Tensors, corrected, root_of
+from mupass._hyper.rules import Entries, Key, Moment, State, Tensors, corrected, root_of
 from mupass._optim.kronecker.factor_stack import growth
 from mupass._optim.matrix.base import wide
 from mupass._optim.matrix.blocking import Blocking
@@ -26,80 +26,50 @@ class ShampooRule(PlannedRule):
         super().__init__(optimizer, names)
         self.made, self.work = optimizer, optimizer.work()
 
-    def refuse(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise where the optimizer has an option that the rule does not follow, see `Rule`.
-
-        Args:
-            optimizer: The optimizer.
-
-        Raises:
-            StudyError: It has.
-        """
-        assert isinstance(optimizer, Shampoo)
-        options = {
+    def options(self, optimizer: Shampoo) -> dict[str, tuple[bool, str, str]]:
+        """Return the options that the rule does not follow, see `PlannedRule`."""
+        return {
             "graft='spectral'": (
                 optimizer.spec.graft == "spectral",
                 "its norms come from a power iteration that is cut short",
                 "use graft='adam' or 'none'",
             ),
-            "data_parallel=True": (
-                optimizer.ranks > 1,
-                "sums over ranks have no second derivative",
-                "pass data_parallel=False",
-            ),
         }
-        refuse_options(optimizer, options)
 
-    def preconditioned(
-        self,
-        count: int,
-        gradients: Tensors,
-        means: Tensors,
-        shared: State,
-        numbers: Mapping[Key, Tensor],
-        watched: list[Tensor | None],
-    ) -> Tensors:
+    def preconditioned(self, now: Moment, means: Tensors, shared: State) -> Tensors:
         """Return averages between their roots, see `PlannedRule`."""
         # As the optimizer: cut, step stack by stack, paste.
         blockings, pasted_directions = self.work.blockings, {}
         for name in blockings:
             # Blocks of one shape are one tensor, so that all of them need a gradient.
-            if name not in gradients:
+            if name not in now.gradients:
                 raise StudyError(
                     f"{name} gets no gradient, and Shampoo's rule needs one of every matrix; freeze it"
                 )
-        gradient_blocks = {name: blocking.cut(gradients[name]) for name, blocking in blockings.items()}
+        gradient_blocks = {name: blocking.cut(now.gradients[name]) for name, blocking in blockings.items()}
         average_blocks = {name: blocking.cut(means[name]) for name, blocking in blockings.items()}
         pieces: dict[tuple[str, int], Tensor] = {}
         for number, stack in enumerate(self.work.stacks):
             every = slice(None)
             own_state = dict(shared.get(f"stack{number}", {}))
             gradient, mean = stack.gather(gradient_blocks, every), stack.gather(average_blocks, every)
-            directions = self._preconditioned_stack(count, number, gradient, mean, own_state, numbers)
+            directions = self._preconditioned_stack(now, number, gradient, mean, own_state)
             shared[f"stack{number}"] = own_state
             pieces.update(zip(stack.slots, directions.unbind(), strict=True))
         for name, cut in gradient_blocks.items():
             parts = [pieces[name, i] for i in range(len(cut))]
-            pasted: Tensor = _Pasted.apply(blockings[name], gradients[name], *parts)  # type: ignore[no-untyped-call]
-            pasted_directions[name] = pasted.to(gradients[name].dtype)
+            pasted: Tensor = _Pasted.apply(blockings[name], now.gradients[name], *parts)  # type: ignore[no-untyped-call]
+            pasted_directions[name] = pasted.to(now.gradients[name].dtype)
         return pasted_directions
 
-    def _preconditioned_stack(
-        self,
-        count: int,
-        number: int,
-        g: Tensor,
-        mean: Tensor,
-        own: dict[str, Tensor],
-        numbers: Mapping[Key, Tensor],
-    ) -> Tensor:
+    def _preconditioned_stack(self, now: Moment, number: int, g: Tensor, mean: Tensor, own: State) -> Tensor:
         """Return the directions of the blocks of one stack, whose state is replaced."""
         graft, direction = self.made.spec.graft, mean
         # Until then the step is the graft's own.
-        started = count >= self.made.start_step
+        started = now.count >= self.made.start_step
         # Factors are collected from the first step on, and used from `start_step`.
         for side in self.work.sides[number]:
-            root, grown = self._root(count, number, side, g, own, numbers)
+            root, grown = self._root(now, number, side, g, own)
             if started:
                 direction = along(direction, root, side)
                 direction = direction / wide(grown, direction) if graft == "none" else direction
@@ -112,15 +82,7 @@ class ShampooRule(PlannedRule):
         magnitude = grafted / (square + wide(self.work.epsilons[number], g))
         return _with_norm_of(magnitude, direction) if started else magnitude
 
-    def _root(
-        self,
-        count: int,
-        number: int,
-        side: int,
-        g: Tensor,
-        own: dict[str, Tensor],
-        numbers: Mapping[Key, Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    def _root(self, now: Moment, number: int, side: int, g: Tensor, own: State) -> tuple[Tensor, Tensor]:
         """Return the roots of one side of a stack, and by how much they are too large by now."""
         optimizer, stack = self.made, self.work.stacks[number]
         size = stack.shape[side]
@@ -130,18 +92,23 @@ class ShampooRule(PlannedRule):
         # A sum without forgetting is no average; its weight stays 1.
         share, weight = 1.0, 1.0
         if optimizer.factor_decay < 1:
-            share, weight = 1 - optimizer.factor_decay, 1 - optimizer.factor_decay ** (count + 1)
-        factor = optimizer.factor_decay * own.get(f"factor{side}", stack.zeros(size, size))
-        factor = factor + share * rows @ rows.mT
+            share, weight = 1 - optimizer.factor_decay, 1 - optimizer.factor_decay ** (now.count + 1)
+        # What the last step left of this side.
+        past = own.get(f"side{side}") or {
+            "factor": stack.zeros(size, size),
+            "peak": stack.zeros(),
+            "root": stack.zeros(size, size),
+            "rooted": stack.zeros(),
+        }
+        factor = optimizer.factor_decay * past["factor"] + share * rows @ rows.mT
         average = factor / weight
         traces = average.diagonal(dim1=-2, dim2=-1).sum(-1)
-        peak = torch.maximum(own.get(f"peak{side}", stack.zeros()) * optimizer.damping_memory, traces)
-        root = own.get(f"root{side}", stack.zeros(size, size))
-        rooted = own.get(f"rooted{side}", stack.zeros())
-        due_slots = self.work.schedule.due(count, number, side)
+        peak = torch.maximum(past["peak"] * optimizer.damping_memory, traces)
+        root, rooted = past["root"], past["rooted"]
+        due_slots = self.work.schedule.due(now.count, number, side)
         if due_slots:
             indices = torch.tensor(due_slots, device=stack.device)
-            rho = self._damping(number, side, numbers)
+            rho = self._damping(number, side, now.numbers)
             # Damping is relative to the largest trace seen, as in the optimizer.
             if optimizer.damping_mode == "trace":
                 rho = rho * peak
@@ -152,8 +119,7 @@ class ShampooRule(PlannedRule):
             )
             root = root.index_copy(0, indices, recomputed)
             rooted = rooted.index_copy(0, indices, traces[indices])
-        parts = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
-        own.update({f"{name}{side}": value for name, value in parts.items()})
+        own[f"side{side}"] = {"factor": factor, "peak": peak, "root": root, "rooted": rooted}
         return root, growth(traces, rooted).pow(power)
 
     def _damping(self, number: int, side: int, numbers: Mapping[Key, Tensor]) -> Tensor:

@@ -9,15 +9,17 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.operator_traits import Trait
 from mupass._records import Branch
 from mupass._roles.carriers import carriers
-from mupass._roles.nodes import place_of, tensors_among
+from mupass._roles.nodes import Owners, is_inside, leaves, made_of, place_of, tensors_among, traits_of
 
 DERIVED = (
     "the forward pass takes derivatives (torch.func, torch.autograd.grad), and gradients and tangents add up "
     "like branches; transform a module that returns the function's value, and take the derivative in the loss"
 )
+# Ends of branches; None is an output of the model.
+Ends = frozenset[Node | None]
 # Operators on one activation that leave a factor on it alone.
 KEEP_FACTOR = Trait.HOMOGENEOUS | Trait.MULTIPLIES | Trait.DIVIDES
 
@@ -90,18 +92,8 @@ def _residual_sums(captured: Capture, order: Iterable[Node]) -> dict[Node, Node]
 
 def _weighted(captured: Capture) -> list[Node]:
     """Return the operators with an operand that is made of parameters and no input."""
-    of_inputs = set(captured.inputs)
-    of_parameters = set(captured.parameters)
-    weighted = []
-    for node in captured.nodes:
-        sources = set(node.all_input_nodes)
-        if (sources & of_parameters) - of_inputs:
-            weighted.append(node)
-        if sources & of_inputs:
-            of_inputs.add(node)
-        if sources & of_parameters:
-            of_parameters.add(node)
-    return weighted
+    weights = made_of(captured.parameters, captured) - made_of(captured.inputs, captured)
+    return [node for node in captured.nodes if not weights.isdisjoint(node.all_input_nodes)]
 
 
 def _branch_of(
@@ -109,7 +101,7 @@ def _branch_of(
 ) -> tuple[Node, Node, Node] | None:
     """Return (stream, where the branch leaves it, branch) of a residual sum, or None for another operator."""
     operands = tensors_among(node.args[:2])
-    if not traits(operator_name(node.target)) & Trait.ADDS or len(operands) < 2:
+    if not traits_of(node) & Trait.ADDS or len(operands) < 2:
         return None
     # x + bias is no branch: a sum of tensors of different shapes broadcasts one of them.
     shapes = set()
@@ -127,9 +119,7 @@ def _branch_of(
     return None
 
 
-def _next_ends(
-    order: list[Node], outputs: set[Node], sums: Mapping[Node, Node]
-) -> dict[Node, frozenset[Node | None]]:
+def _next_ends(order: list[Node], outputs: set[Node], sums: Mapping[Node, Node]) -> dict[Node, Ends]:
     """Return every node -> the ends of branches that it reaches first on its ways; None is an output.
 
     Args:
@@ -137,7 +127,7 @@ def _next_ends(
         outputs: Outputs of the model.
         sums: The branches' ends, and the sums that they go into.
     """
-    reached_from: dict[Node, frozenset[Node | None]] = {}
+    reached_from: dict[Node, Ends] = {}
     for node in reversed(order):
         reached: set[Node | None] = set()
         if node in outputs:
@@ -151,7 +141,7 @@ def _next_ends(
     return reached_from
 
 
-def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node | None]]) -> dict[Node, Node]:
+def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, Ends]) -> dict[Node, Node]:
     """Return the branches that are not part of another one.
 
     A branch whose sum reaches nothing but the end of another one is part of that: f in ``x + g(h + f(h))``.
@@ -163,7 +153,7 @@ def _outermost(sums: Mapping[Node, Node], reached: Mapping[Node, frozenset[Node 
     return outermost
 
 
-def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[dict[Node, str], str]:
+def modules_behind(end: Node, into: Node, owners: Owners) -> tuple[dict[Node, str], str]:
     """Walk back from a value to the nodes it is made of that are outputs of modules.
 
     Args:
@@ -180,7 +170,7 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     if others:
         return {}, f"it is also read by {operator_name(others[0].target)} ({others[0]})"
     # x + self.mlp(x): the value leaves a module that the reader's module calls.
-    if module != reader_module and (module.startswith(f"{reader_module}.") or not reader_module):
+    if is_inside(module, reader_module):
         return {end: module}, ""
     sources = _passed_on(end, owners)
     if not sources:
@@ -194,10 +184,10 @@ def modules_behind(end: Node, into: Node, owners: Mapping[Node, str]) -> tuple[d
     return modules, next(filter(None, reasons), "")
 
 
-def _passed_on(end: Node, owners: Mapping[Node, str]) -> list[Node]:
+def _passed_on(end: Node, owners: Owners) -> list[Node]:
     """Return the operands whose factor an operator keeps: both of a sum, the one of a linear function."""
     sources = [tensor for tensor in tensors_among(flatten(end.args)) if tensor in owners]
-    traits_of_end = traits(operator_name(end.target))
+    traits_of_end = traits_of(end)
     # self.attention(x) + self.mlp(x): a factor on both is one on the sum.
     if len(sources) == 2 and traits_of_end & Trait.ADDS:
         return sources
@@ -215,9 +205,7 @@ def why_shared(modules: Mapping[Node, str], captured: Capture) -> str:
         captured: The graph.
     """
     for node, module in captured.owners.items():
-        if module not in modules.values() or node in modules:
-            continue
-        for reader in node.users:
-            if not f"{captured.owners.get(reader, '')}.".startswith(f"{module}."):
-                return f"{module} has other outputs or calls ({node})"
+        other = module in modules.values() and node not in modules
+        if other and leaves(node, module, captured.owners):
+            return f"{module} has other outputs or calls ({node})"
     return ""

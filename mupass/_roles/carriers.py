@@ -16,9 +16,9 @@ from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._dims.graph import flatten, is_getitem, operator_name
-from mupass._dims.operator_traits import PRODUCT_ARGUMENTS, Trait, traits
+from mupass._dims.operator_traits import PRODUCT_ARGUMENTS, Trait
 from mupass._records import Carrier, Geometry
-from mupass._roles.nodes import place_of, tensors_among
+from mupass._roles.nodes import behind_copies, made_of, place_of, tensors_among, traits_of
 from mupass._roles.sites import readers_of
 
 # F.layer_norm(x, shape, gain, shift), F.batch_norm(x, gain, shift, ...)
@@ -75,10 +75,7 @@ class _Push:
         self.captured = captured
         self.outputs = {output for _, output in captured.outputs}
         self.operators = set(captured.nodes)
-        self.activations = set(captured.inputs)  # what depends on the model's input
-        for operator in captured.nodes:
-            if not self.activations.isdisjoint(operator.all_input_nodes):
-                self.activations.add(operator)
+        self.activations = made_of(captured.inputs, captured)
 
     def scaled(self, value: Node, readers: frozenset[Node]) -> tuple[Held, ...]:
         """Return parameters that make a value ``c`` times itself, for these readers and no other.
@@ -162,7 +159,7 @@ class _Push:
             Blocked: A constant stands beside that operand in the result.
         """
         # relu(c x) = c relu(x) for c > 0, (c x) / y = c (x / y), embedding(c table, tokens)
-        operator_traits = traits(operator_name(operator.target))
+        operator_traits = traits_of(operator)
         if operator_traits & (Trait.HOMOGENEOUS | Trait.DIVIDES) or name == "embedding":
             return 0
         # pad(x, sizes, 0), masked_fill(x, mask, 0): zeros stay zeros.
@@ -226,18 +223,10 @@ class _Push:
         if not numbers:
             return shares
         # add(gain, 1): a gain that is stored as its distance from a constant.
-        if name == "add" and len(tensors) == 1 and self._is_parameter(tensors[0]):
+        # So is one that is converted first: w.to(torch.bfloat16) + 1.
+        if name == "add" and len(tensors) == 1 and behind_copies(tensors[0]) in self.captured.parameters:
             return tuple(replace(share, offset=float(numbers[0])) for share in shares)
         raise Blocked(f"{self._say(operator)} adds a constant")
-
-    def _is_parameter(self, value: Node) -> bool:
-        """Return whether a value is a parameter as it is, or converted."""
-        # w.to(torch.bfloat16) + 1
-        while traits(operator_name(value.target)) & Trait.COPIES:
-            if not value.args or not isinstance(value.args[0], Node):
-                break
-            value = value.args[0]
-        return value in self.captured.parameters
 
     def _say(self, operator: Node) -> str:
         return place_of(operator, self.captured.owners)

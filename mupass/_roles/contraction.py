@@ -9,10 +9,12 @@ from string import ascii_uppercase
 
 from torch import Tensor
 
+from mupass._records import Axes, Shape
+
 ONE = "1"  # label of an axis of length 1 that the weight's is broadcast against
 
 
-def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> tuple[int, ...]:
+def reordered(view: Sequence[int], kind: str, args: Sequence[int] = ()) -> Axes:
     """Return the order of axes after a transpose.
 
     Args:
@@ -46,25 +48,25 @@ class Contraction:
     activation: str
     weight: str
     output: str
-    sizes: tuple[int, ...]
+    sizes: Shape
 
     @property
-    def group_axes(self) -> tuple[int, ...]:
+    def group_axes(self) -> Axes:
         """Axes of the parameter that count separate weights: in the input, the weight and the output."""
         shared = self._axes(of_activation=True, of_output=True)
         return tuple(axis for axis in shared if self.sizes[axis] > 1)
 
     @property
-    def in_axes(self) -> tuple[int, ...]:
+    def in_axes(self) -> Axes:
         """Axes of the parameter that are summed over."""
         return self._axes(of_activation=True, of_output=False)
 
     @property
-    def out_axes(self) -> tuple[int, ...]:
+    def out_axes(self) -> Axes:
         """Axes of the parameter that only the output shares."""
         return self._axes(of_activation=False, of_output=True)
 
-    def _axes(self, of_activation: bool, of_output: bool) -> tuple[int, ...]:
+    def _axes(self, of_activation: bool, of_output: bool) -> Axes:
         """Return the axes of the parameter that the activation and the output have, or have not."""
         axes: list[int] = []
         for axis, label in enumerate(self.weight):

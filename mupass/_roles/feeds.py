@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
+from torch import Tensor
+from torch.fx import Node
 
 from mupass._capture.graph import Capture
 from mupass._records import Geometry, Use
 from mupass._roles.branches import modules_behind, why_shared
 from mupass._roles.sites import readers_of
+from mupass._walks import walk
 
 
 def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
@@ -33,20 +35,16 @@ def with_feeds(geometry: Geometry, captured: Capture) -> Geometry:
 
 def _only_ranked(parameter: str, use: Use, captured: Capture) -> bool:
     """Whether nothing but places of the largest or smallest entries comes of a use."""
-    outputs = {node for _, node in captured.outputs}
-    frontier = [reader for reader, _ in readers_of(captured, parameter, use)]
-    visited = set(frontier)
-    found = bool(frontier)
-    while frontier and found:
-        node = frontier.pop()
-        value = node.meta.get("val")
-        # argmin, argmax, argsort: whole numbers, behind which there is no gradient
-        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
-            continue
-        found = node not in outputs
-        frontier += [user for user in node.users if user not in visited]
-        visited.update(node.users)
-    return found
+    readers = [reader for reader, _ in readers_of(captured, parameter, use)]
+    reached = walk(readers, lambda node: [] if _is_place(node) else node.users)
+    outputs = {node for _, node in captured.outputs if not _is_place(node)}
+    return bool(readers) and outputs.isdisjoint(reached)
+
+
+def _is_place(node: Node) -> bool:
+    """Whether a node makes whole numbers, as argmin, argmax and argsort do: behind it is no gradient."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _fed(parameter: str, use: Use, captured: Capture) -> Use:

@@ -9,11 +9,10 @@ from math import isclose, prod
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import operator_name
-from mupass._dims.operator_traits import traits
 from mupass._dims.second_instance import Second
 from mupass._records import Geometry
 from mupass._roles.forward_scales_search import PASS_ONE, Constant, multiplier
+from mupass._roles.nodes import traits_of
 from mupass._roles.sites import root_of
 
 # What the plan can undo, for it stands on an activation that a weight reads.
@@ -139,7 +138,7 @@ def _chain(tensor: Node | None, constant_at: Mapping[Node, Constant]) -> Iterato
 
 
 def _passes(operator: Node) -> bool:
-    return operator.op == "call_function" and bool(traits(operator_name(operator.target)) & PASS_ONE)
+    return operator.op == "call_function" and bool(traits_of(operator) & PASS_ONE)
 
 
 def _undone(tensor: Node, captured: Capture, names: set[str]) -> bool:

@@ -21,8 +21,9 @@ from mupass._dims.graph import is_getitem, operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
 from mupass._errors import is_number
-from mupass._roles.nodes import all_static, inner_dims, place_of
+from mupass._roles.nodes import all_static, inner_dims, is_parametric, place_of, traits_of
 
+Dims = tuple[int, ...]  # dimensions whose sizes are multiplied
 POWERS = (-1.0, -0.5, 0.5, 1.0)
 SMALLEST = 8  # powers of smaller sizes are numbers like 1/2 and 2, which are written for other reasons
 PRODUCTS = Trait.MATRIX_PRODUCT | Trait.AFFINE
@@ -48,7 +49,7 @@ class Constant:
     what: str
     value: float
     power: float
-    dims: tuple[int, ...]
+    dims: Dims
     node: Node = field(compare=False, repr=False)
 
 
@@ -118,8 +119,8 @@ class _Search:
         self.captured, self.solved, self.values = captured, solved, solved.engine.env
         self.space = solved.engine.space
         self.inner = inner_dims(solved)
-        self.summed: dict[Node, tuple[int, ...]] = {}  # dims that the product behind a tensor contracted
-        self.length: dict[Node, tuple[int, ...]] = {}  # dims that a tensor is the length along
+        self.summed: dict[Node, Dims] = {}  # dims that the product behind a tensor contracted
+        self.length: dict[Node, Dims] = {}  # dims that a tensor is the length along
         self.unit: dict[Node, Constant] = {}
 
     def run(self) -> Iterator[Constant]:
@@ -127,7 +128,7 @@ class _Search:
         for operator in list(self.values):
             if operator.op != "call_function":
                 continue
-            operator_traits = traits(operator_name(operator.target))
+            operator_traits = traits_of(operator)
             # x @ w: the axes that the product sums over are kept in mind for a multiplier behind it.
             if operator_traits & PRODUCTS:
                 self.summed[operator] = self._contracted(operator)
@@ -145,7 +146,7 @@ class _Search:
     def _pass_on(self, table: dict[Node, Any], operator: Node) -> None:
         """Note of a result what is known of an operand: of the first one, or of any where operands add up."""
         operands = operator.all_input_nodes
-        if not traits(operator_name(operator.target)) & PASS_EITHER:
+        if not traits_of(operator) & PASS_EITHER:
             operands = operands[:1]
         for source in operands:
             if source in table:
@@ -178,9 +179,7 @@ class _Search:
             location = place_of(operator, self.captured.owners)
             yield Constant(location, subject, number, power, dims, operator)
 
-    def _width_in(
-        self, number: float, candidates: Iterable[tuple[int, ...]]
-    ) -> tuple[tuple[int, ...], float]:
+    def _width_in(self, number: float, candidates: Iterable[Dims]) -> tuple[Dims, float]:
         """Return the first width of which a number is a power, and the power; 0 where it is none."""
         for dims in candidates:
             # The first fit is taken: sizes with one value cannot be told apart by a number.
@@ -190,7 +189,7 @@ class _Search:
                         return dims, power
         return (), 0.0
 
-    def _what(self, operator: Node, result: Value, source: Any, dims: tuple[int, ...]) -> str:
+    def _what(self, operator: Node, result: Value, source: Any, dims: Dims) -> str:
         if result.parametric:
             return "multiplies a weight by"
         # (q @ k.mT) * d**-0.5: the sum over head_dim is behind the multiplication.
@@ -200,17 +199,20 @@ class _Search:
             return "multiplies attention by"
         return "multiplies by"
 
-    def _is_compared(self, tensor: Node, dims: tuple[int, ...]) -> bool:
+    def _is_compared(self, tensor: Node, dims: Dims) -> bool:
         """Whether a tensor is a query or key: a product with another activation contracts the axis."""
         for reader in tensor.users:
-            reader_traits = traits(operator_name(reader.target))
-            moving = not any(map(self._is_parametric, reader.all_input_nodes))
+            reader_traits = traits_of(reader)
+            moving = not self._reads_weights(reader)
             # q @ k.mT sums over the axis, and neither factor is made of parameters.
             if reader_traits & PRODUCTS and moving and set(dims) <= set(self._contracted(reader)):
                 return True
             if reader_traits & PASS_ONE and self._is_compared(reader, dims):
                 return True
         return False
+
+    def _reads_weights(self, operator: Node) -> bool:
+        return any(is_parametric(source, self.solved) for source in operator.all_input_nodes)
 
     def _unit_length(self, operator: Node, known: Trait) -> Iterator[Constant]:
         """Yield a tensor divided by its own length, where a weight or a gain reads it."""
@@ -222,12 +224,12 @@ class _Search:
                 location = place_of(operator, self.captured.owners)
                 self.unit[operator] = Constant(location, "unit length", 1.0, -0.5, dims, operator)
         # A unit vector matters where a weight or a gain reads it; then it is told once.
-        if any(map(self._is_parametric, operator.all_input_nodes)):
+        if self._reads_weights(operator):
             for source in operator.all_input_nodes:
                 if source in self.unit:
                     yield self.unit.pop(source)
 
-    def _contracted(self, product: Node) -> tuple[int, ...]:
+    def _contracted(self, product: Node) -> Dims:
         """Return the dimensions that both factors of a product have, and its result has not."""
         remaining = self._dims(self.values.get(product))
         # An axis of both factors that is not in the result: the sum over it.
@@ -236,13 +238,13 @@ class _Search:
             counts.update(self._dims(self.values.get(source)))
         return tuple(dim for dim, count in counts.items() if count > 1 and dim not in remaining)
 
-    def _reduced(self, reduction: Node) -> tuple[int, ...]:
+    def _reduced(self, reduction: Node) -> Dims:
         """Return the dimensions that a reduction takes away."""
         remaining = self._dims(self.values.get(reduction))
         source = self.values.get(reduction.all_input_nodes[0])
         return tuple(dim for dim in self._dims(source) if dim not in remaining)
 
-    def _fan_in(self, value: Value) -> list[tuple[int, ...]]:
+    def _fan_in(self, value: Value) -> list[Dims]:
         """Return the axes of a weight behind the first: its fan_in in the usual layout, taken together."""
         dims = tuple(self.space.find(axis.dim) for axis in value.axes[1:])
         return [dims] if value.parametric and len(dims) > 1 else []
@@ -271,10 +273,6 @@ class _Search:
 
     def _size(self, dims: Sequence[int]) -> int:
         return prod(map(self.space.size, dims))
-
-    def _is_parametric(self, tensor: Node) -> bool:
-        value = self.values.get(tensor)
-        return isinstance(value, Value) and value.parametric
 
 
 def constant_notes(

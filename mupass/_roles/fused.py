@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mupass._dims.infer import Inference
 from mupass._dims.space import Members
-from mupass._records import Fusion
+from mupass._records import Fusion, Shape
 from mupass._roles.nodes import inner_dims
 
 LIMIT = 64  # more pieces than this are positions or entries, not matrices
 # What makes an axis a fused one: sizes that it splits into, which of them counts the matrices, the length of
 # every matrix along it; and for the sizes and the lengths, which of them grow.
-Split = tuple[tuple[int, ...], int, tuple[int, ...], tuple[bool, ...], tuple[bool, ...]]
+Split = tuple[Shape, int, Shape, tuple[bool, ...], tuple[bool, ...]]
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,6 @@ def _last(fusion: Fusion) -> int:
     return fusion.axis + len(fusion.view) - 1
 
 
-def _opened(tensor: Tensor, fusion: Fusion, view: tuple[int, ...]) -> tuple[int, ...]:
+def _opened(tensor: Tensor, fusion: Fusion, view: Shape) -> Shape:
     """Return the shape of a tensor with its fused axis split into several."""
     return (*tensor.shape[: fusion.axis], *view, *tensor.shape[fusion.axis + 1 :])

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor
 
-from mupass._records import Fusion
+from mupass._records import Axes, Fusion, Shape
 from mupass._roles.fused import join, split
 
 
@@ -26,12 +26,12 @@ class Matrices:
         sides: Axes of every side, where a stack has other sides than fan_out and fan_in.
     """
 
-    shape: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    in_axes: tuple[int, ...] = ()
+    shape: Shape
+    out_axes: Axes
+    in_axes: Axes = ()
     fusions: tuple[Fusion, ...] = ()
     groups: int = 1
-    sides: tuple[tuple[int, ...], ...] = ()
+    sides: tuple[Axes, ...] = ()
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Return one stack ``[groups, fan_out, fan_in]`` (or ``[groups, *sides]``) for every fused matrix.
@@ -76,7 +76,7 @@ class Matrices:
         return in_order and not self.fusions and self.groups == 1
 
     @cached_property
-    def _sizes(self) -> tuple[int, ...]:
+    def _sizes(self) -> Shape:
         """Sizes of the stack of an unfused parameter."""
         return (-1, *self._side_sizes(self.shape))
 
@@ -90,7 +90,7 @@ class Matrices:
         return tuple(replace(fusion, axis=fusion.axis + self._shift) for fusion in self.fusions)
 
     @cached_property
-    def _order(self) -> tuple[int, ...]:
+    def _order(self) -> Axes:
         """The axes with those first that count matrices, then those of fan_out, then those of fan_in."""
         sides = [axis + self._shift for axis in (*self.out_axes, *self.in_axes)]
         counting = [axis for axis in range(len(self.shape) + self._shift) if axis not in sides]

@@ -18,8 +18,8 @@ from mupass._capture.graph import Capture
 from mupass._dims.facts import Value
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
-from mupass._dims.operator_traits import Trait, traits
-from mupass._roles.nodes import place_of, placeholders_of
+from mupass._dims.operator_traits import Trait
+from mupass._roles.nodes import place_of, placeholders_of, traits_of
 
 PRODUCTS = Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT
 # What has the order of its argument.
@@ -63,36 +63,33 @@ class _Walk:
 
     def __init__(self, captured: Capture, solved: Inference):
         self.captured, self.solved = captured, solved
-        self.powers: dict[Node, float] = {}
+        self.powers: dict[Any, float] = {}  # of operators; other operands, such as numbers, hold none
         self.bent: set[Node] = set()  # elementwise functions of the output, whatever they are
 
     def run(self, start: Node) -> Node | None:
         """Return the operator that divides the scale out, or None."""
         self.powers[start] = 1.0
         self.bent.add(start)
-        position_of = {operator: number for number, operator in enumerate(self.captured.nodes)}
-        waiting = position_of.keys() & start.users
+        operators = set(self.captured.nodes)
+        waiting = operators.intersection(start.users)
         while waiting:
-            operator = min(waiting, key=position_of.__getitem__)
+            operator = min(waiting)  # in the order of the graph
             waiting.remove(operator)
             if self._normalizes(operator) or self._cancels(operator):
                 return operator
             if operator in self.powers or operator in self.bent:
-                waiting |= position_of.keys() & operator.users
+                waiting |= operators.intersection(operator.users)
         return None
-
-    def _power_of(self, value: Any) -> float:
-        """Return the power of the scale that an operand holds; none for numbers and other tensors."""
-        return self.powers.get(value, 0.0) if isinstance(value, Node) else 0.0
 
     def _normalizes(self, operator: Node) -> bool:
         """Whether it is a normalization of something that follows the scale."""
-        operator_traits, sources = traits(operator_name(operator.target)), operator.all_input_nodes
+        operator_traits, sources = traits_of(operator), operator.all_input_nodes
         # F.layer_norm(f(u + b), ...): the bias b drops out with the mean, so that any f of u will do.
         if operator_traits & Trait.NORMALIZES:
-            return sources[0] in self.bent or self._power_of(sources[0]) > 0
+            return sources[0] in self.bent or self.powers.get(sources[0], 0.0) > 0
         # F.rms_norm(u, ...), F.cosine_similarity(u, v): nothing is subtracted, so u must be bare.
-        return bool(operator_traits & Trait.DIVIDES_BY_SIZE) and max(map(self._power_of, sources[:2])) > 0
+        powers = [self.powers.get(source, 0.0) for source in sources[:2]]
+        return bool(operator_traits & Trait.DIVIDES_BY_SIZE) and max(powers) > 0
 
     def _cancels(self, operator: Node) -> bool:
         """Note the power that an operator's result holds; True where powers cancel, as in ``u / |u|``."""
@@ -106,7 +103,7 @@ class _Walk:
             self.powers[operator] = power
         # f(u + b): after a mean is subtracted and a deviation divided out, little is left of f and b
         elementwise = torch.Tag.pointwise in getattr(operator.target, "tags", ())
-        if elementwise or traits(operator_name(operator.target)) & SAME_ORDER:
+        if elementwise or traits_of(operator) & SAME_ORDER:
             if self.bent.issuperset(moving):
                 self.bent.add(operator)
         return power == 0
@@ -119,7 +116,7 @@ class _Walk:
             followed: Powers of those operands that follow the scale.
             alone: Whether all other operands are static.
         """
-        name, operator_traits = _name(operator), traits(operator_name(operator.target))
+        name, operator_traits = _name(operator), traits_of(operator)
         # u.square(), u.var(), (u * u).sum().sqrt()
         if name in POWERS:
             return followed[0] * POWERS[name]
@@ -140,7 +137,8 @@ class _Walk:
             return 2 * followed[0] if squared else sum(followed)
         # u / u.norm()
         if operator_traits & Trait.DIVIDES:
-            numerator, denominator = map(self._power_of, operator.args[:2])
+            # A number, or another tensor, holds no power of the scale.
+            numerator, denominator = (self.powers.get(operand, 0.0) for operand in operator.args[:2])
             return numerator - denominator
         # u ** 2
         if name == "pow" and isinstance(operator.args[1], (int, float)):

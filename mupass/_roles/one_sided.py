@@ -19,7 +19,7 @@ from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
 from mupass._dims.operator_traits import Trait, traits
-from mupass._roles.nodes import all_static, placeholders_of
+from mupass._roles.nodes import all_static, placeholders_of, traits_of
 
 COUNT = 1024  # entries that are tried out
 WIDER = 4  # by how much more terms in a second trial
@@ -75,14 +75,14 @@ def find_one_sided(captured: Capture, solved: Inference, parameter: str, fan_in:
 def _operands(operator: Node) -> list[Node]:
     """Return the tensors whose entries an operator takes."""
     # norm.expand_as(W) takes nothing but the shape of W.
-    if traits(operator_name(operator.target)) & Trait.SHAPE_OF_SECOND:
+    if traits_of(operator) & Trait.SHAPE_OF_SECOND:
         return operator.all_input_nodes[:1]
     return operator.all_input_nodes
 
 
 def _entries_of(operator: Node, known: Mapping[Node, Tensor]) -> Tensor | None:
     """Return the entries of a tensor made of others whose entries are known; None where they are not."""
-    operator_traits, first = traits(operator_name(operator.target)), next(iter(known.values()))
+    operator_traits, first = traits_of(operator), next(iter(known.values()))
     if operator_traits & SAME_ENTRIES:
         return first
     if torch.Tag.pointwise not in getattr(operator.target, "tags", ()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mupass._records import Role, Use
+from mupass._records import Axes, Role, Use
 
 
 def main_use(uses: Sequence[Use], infinite: Sequence[bool]) -> Use | None:
@@ -91,7 +91,7 @@ def readout_uses(uses: Sequence[Use], role: Role, infinite: Sequence[bool]) -> t
     return tuple(use for use in uses if role_of(use, infinite) == "output")
 
 
-def separate(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def separate(fan_in: Axes, fan_out: Axes) -> tuple[Axes, Axes]:
     """Give every axis one side; a weight mixed with its transpose (``W - W^T``) has its axes on both.
 
     Args:

@@ -9,7 +9,7 @@ tried on random numbers, with the operators between the module and the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, prod
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.facts import Value
 from mupass._dims.graph import flatten, is_getitem, operator_name, shape_of
 from mupass._dims.infer import Inference
-from mupass._dims.operator_traits import Trait, traits
-from mupass._records import Geometry, ScoreScale
+from mupass._dims.operator_traits import Trait
+from mupass._records import Geometry, Ranges, ScoreScale
 from mupass._roles.carriers import carriers
 from mupass._roles.forward_scales_search import PASS_ONE, PRODUCTS, Constant
-from mupass._roles.nodes import place_of, tensors_among
+from mupass._roles.nodes import is_inside, is_parametric, leaves, made_of, place_of, tensors_among, traits_of
+from mupass._walks import walk
 
 Growth = Callable[[int], float]
 LARGEST = 2**26  # numbers of a tensor that is tried out
@@ -69,8 +69,11 @@ class _Feed:
 
     node: Node
     module: str
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: Ranges = ()
     axis: int = -1
+
+
+_Fed = tuple[_Place, list[_Feed]]  # scores, and what becomes their queries
 
 
 def find_scores(
@@ -95,7 +98,7 @@ def find_scores(
         The factors, and for scores that no module can give one: operator and module -> why.
     """
     search = _Search(model, captured, solved)
-    found: list[tuple[_Place, list[_Feed]]] = []
+    found: list[_Fed] = []
     whole: dict[str, _Place] = {}
     reasons: dict[str, str] = {}
     for place in search.places(constants, growth):
@@ -108,11 +111,11 @@ def find_scores(
             found.append((place, search.feeds(place)))
         except _Unreachable as reason:
             reasons[place.where] = str(reason)
-    search.drop_shared(found, reasons)
+    found = search.without_shared(found, reasons)
     by_name = {geometry.name: geometry for geometry in geometries}
     scales = [_of_attention(model, name, place, by_name) for name, place in whole.items()]
     scales += _of_modules(model, captured, found, by_name)
-    return tuple(scales), reasons
+    return tuple(replace(scale, follows=_follows(scale, model, by_name)) for scale in scales), reasons
 
 
 def settled_places(scores: Iterable[ScoreScale]) -> set[str]:
@@ -157,14 +160,13 @@ def _of_attention(
     rows = tuple((own, 0) for own in names if own in geometries)
     if any(geometries[own].aliases for own, _ in rows):  # another module reads them too
         rows = ()
-    scale = ScoreScale(name, place.growth, (place.where,), ((0, width),), attention=True, rows=rows)
-    return replace(scale, follows=_follows(scale, model, geometries))
+    return ScoreScale(name, place.growth, (place.where,), ((0, width),), attention=True, rows=rows)
 
 
 def _of_modules(
     model: nn.Module,
     captured: Capture,
-    found: Sequence[tuple[_Place, Sequence[_Feed]]],
+    found: Iterable[_Fed],
     geometries: Mapping[str, Geometry],
 ) -> list[ScoreScale]:
     """Return one factor for each module that puts out queries."""
@@ -178,11 +180,11 @@ def _of_modules(
     scales = []
     for (feed, growth), carrier in zip(feed_of.values(), held, strict=True):
         where = tuple(dict.fromkeys(places[feed.module]))
-        rows = _rows(model, feed, geometries) if feed.parts else ()
-        scale = ScoreScale(feed.module, growth, where, feed.parts, feed.axis, rows=rows)
-        if not feed.parts:
-            scale = replace(scale, carrier=carrier)
-        scales.append(replace(scale, follows=_follows(scale, model, geometries)))
+        if feed.parts:
+            rows = _rows(model, feed, geometries)
+            scales.append(ScoreScale(feed.module, growth, where, feed.parts, feed.axis, rows=rows))
+        else:
+            scales.append(ScoreScale(feed.module, growth, where, carrier=carrier))
     return scales
 
 
@@ -216,7 +218,7 @@ class _Search:
     def __init__(self, model: nn.Module, captured: Capture, solved: Inference):
         self.modules, self.owners = dict(model.named_modules()), captured.owners
         self.solved, self.space = solved, solved.engine.space
-        self.weighted = _made_of(captured.parameters, captured)
+        self.weighted = made_of(captured.parameters, captured)
 
     def places(self, constants: Iterable[Constant], growth: Growth) -> list[_Place]:
         """Return the scores whose head_dim grows while they are divided by its root.
@@ -245,10 +247,10 @@ class _Search:
         # (q @ k.mT) * d**-0.5: back from the multiplication to the product.
         product = multiplier
         while product.op == "call_function":
-            known = traits(operator_name(product.target))
+            known = traits_of(product)
             factors = tensors_among(flatten(product.args))
             # A product with a weight is what makes the queries themselves.
-            if known & PRODUCTS and not any(map(self._is_parametric, factors)):
+            if known & PRODUCTS and not any(is_parametric(factor, self.solved) for factor in factors):
                 # torch.baddbmm(bias, q, k, alpha=d**-0.5) has its factors last.
                 return product, factors[-2]
             if not factors or known & PRODUCTS or not (product is multiplier or known & PASS_ONE):
@@ -256,10 +258,6 @@ class _Search:
             product = factors[0]
         # (q * d**-0.5) @ k.mT: what is multiplied is the factor.
         return next(iter(multiplier.users)), multiplier
-
-    def _is_parametric(self, tensor: Node) -> bool:
-        value = self.solved.engine.env.get(tensor)
-        return isinstance(value, Value) and value.parametric
 
     def feeds(self, place: _Place) -> list[_Feed]:
         """Return what modules put out that becomes the queries of some scores.
@@ -296,10 +294,9 @@ class _Search:
             if node in visited or node not in self.weighted or node.op != "call_function":
                 continue
             visited.add(node)
-            module, outside = self.owners.get(node, ""), self.owners.get(reader, "")
+            module = self.owners.get(node, "")
             # The value leaves a module that the reader's module calls.
-            leaves = module != outside and (module.startswith(f"{outside}.") or not outside)
-            if leaves and node not in entered:
+            if is_inside(module, self.owners.get(reader, "")) and node not in entered:
                 sources[node] = module
             else:
                 waiting += [(source, node) for source in node.all_input_nodes]
@@ -349,12 +346,12 @@ class _Search:
         # One layer for queries, keys and values; heads may alternate.
         return _Feed(node, module, _runs(queries), axis)
 
-    def drop_shared(self, found: list[tuple[_Place, list[_Feed]]], reasons: dict[str, str]) -> None:
-        """Leave out places whose modules run elsewhere as well, or would need two factors.
+    def without_shared(self, found: Iterable[_Fed], reasons: dict[str, str]) -> list[_Fed]:
+        """Return the places but for those whose modules run elsewhere as well, or would need two factors.
 
         Args:
-            found: Places with their feeds; those left out are taken away.
-            reasons: Gets their reasons.
+            found: Places with their feeds.
+            reasons: Gets the reasons of those left out.
         """
         claimed: dict[str, set[Node]] = {}
         wanted: dict[str, set[Any]] = {}
@@ -362,25 +359,25 @@ class _Search:
             for feed in feeds:
                 claimed.setdefault(feed.module, set()).add(feed.node)
                 wanted.setdefault(feed.module, set()).add((place.growth, feed.parts, feed.axis))
-        shared = {name: self._other_output(name, nodes) for name, nodes in claimed.items()}
-        for place, feeds in list(found):
-            for feed in feeds:
-                other = shared[feed.module]
-                if len(wanted[feed.module]) > 1:
-                    other = "its calls put out different things"
-                if other:
-                    reasons[place.where] = f"{feed.module} puts out other values as well: {other}"
-                    found[:] = [pair for pair in found if pair[0] is not place]
+        others = {name: self._other_output(name, nodes) for name, nodes in claimed.items()}
+        for name, forms in wanted.items():
+            if len(forms) > 1:
+                others[name] = "its calls put out different things"
+        kept = []
+        for place, feeds in found:
+            shared = [feed.module for feed in feeds if others[feed.module]]
+            if shared:
+                reasons[place.where] = f"{shared[-1]} puts out other values as well: {others[shared[-1]]}"
+            else:
+                kept.append((place, feeds))
+        return kept
 
     def _other_output(self, module: str, nodes: set[Node]) -> str:
         """Return another value that leaves a module, if there is one."""
         for node, owner in self.owners.items():
             inside = f"{owner}.".startswith(f"{module}.")
-            if not inside or node in nodes:
-                continue
-            for reader in node.users:
-                if not f"{self.owners.get(reader, '')}.".startswith(f"{module}."):
-                    return str(node)
+            if inside and node not in nodes and leaves(node, module, self.owners):
+                return str(node)
         return ""
 
 
@@ -470,28 +467,13 @@ def _numbers(node: Node, generator: torch.Generator) -> Any:
     return torch.complex(numbers, numbers) if value.is_complex() else numbers
 
 
-def _made_of(sources: Iterable[Node], captured: Capture) -> set[Node]:
-    """Return the operators that some placeholders reach."""
-    reached = set(sources)
-    for node in captured.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return reached
-
-
-def _between(sources: Iterable[Node], end: Node) -> list[Node]:
+def _between(sources: Collection[Node], end: Node) -> list[Node]:
     """Return the operators on the way from some values to another, that one included, in order."""
     ahead = set(sources)
     # Behind the sources nothing can be on the way: in a deep network that is most of the graph.
-    behind: set[Node] = set()
-    waiting = [end]
-    while waiting:
-        node = waiting.pop()
-        if node not in behind and node not in ahead:
-            behind.add(node)
-            waiting += node.all_input_nodes
+    behind = set(walk([end], lambda node: [] if node in sources else node.all_input_nodes))
     found = []
-    for node in sorted(behind):  # in the order of the graph
+    for node in sorted(behind - ahead):  # in the order of the graph
         if not ahead.isdisjoint(node.all_input_nodes):
             ahead.add(node)
             found.append(node)
@@ -521,7 +503,7 @@ def _escapes(source: Node, own_nodes: set[Node], place: _Place) -> list[tuple[No
 def _moves(node: Node) -> bool:
     """Return whether an operator only puts entries elsewhere, or takes some of them."""
     name = operator_name(node.target).removeprefix("aten.")
-    known = traits(operator_name(node.target))
+    known = traits_of(node)
     return is_getitem(node) or name in MOVES or bool(known & (Trait.RESHAPES | Trait.COPIES))
 
 
@@ -536,10 +518,9 @@ def _along(entries: Tensor, axis: int) -> Tensor:
     return entries.movedim(axis, -1).flatten(0, -2).any(0)
 
 
-def _runs(features: Tensor) -> tuple[tuple[int, int], ...]:
+def _runs(features: Tensor) -> Ranges:
     """Return the runs of True as (first, behind the last)."""
-    edges = torch.diff(
-        features.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int)
-    )
-    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    # With a False on either side every run begins with a step up and ends with a step down.
+    steps = nn.functional.pad(features.int(), (1, 1)).diff()
+    starts, ends = (torch.where(steps == step)[0].tolist() for step in (1, -1))
     return tuple(zip(starts, ends, strict=True))

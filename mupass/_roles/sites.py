@@ -11,11 +11,19 @@ import torch
 from torch.fx import Node
 
 from mupass._capture.graph import Capture
-from mupass._dims.graph import shape_of, summed_axes
+from mupass._dims.graph import operator_name, shape_of, summed_axes
 from mupass._dims.operator_traits import Trait, traits
-from mupass._records import Site, Use
+from mupass._records import Axes, Shape, Site, Use
 from mupass._roles import contraction, standardized, tables
-from mupass._roles.nodes import placeholders_of, tensors_among
+from mupass._roles.nodes import (
+    arguments_of,
+    behind_copies,
+    made_of,
+    placeholders_of,
+    tensors_among,
+    traits_of,
+)
+from mupass._walks import walk
 
 CONVOLUTIONS = ("aten.conv", "aten.convolution", "aten._convolution")
 RECURRENCES = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
@@ -23,7 +31,7 @@ CELLS = tuple(f"{name}_cell" for name in RECURRENCES)
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 # For each axis that the operator sees, the parameter's axis. None where entries stand in their order under
 # another shape.
-View = tuple[int, ...] | None
+View = Axes | None
 Found = tuple[Site, str]  # how an operator uses the parameter, and the activation that it reads there
 
 
@@ -37,7 +45,7 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
         Parameter name -> its sites. Calls that differ only in their input are one site, with all sources.
     """
     sites_of = {}
-    dependent = standardized.of_inputs(captured)
+    dependent = made_of(captured.inputs, captured)
     for placeholder, parameter in captured.parameters.items():
         # A module that is called twice has two equal operators: one site with two sources.
         sources_of: dict[Site, list[str]] = defaultdict(list)
@@ -120,10 +128,10 @@ class _Reading:
     @property
     def name(self) -> str:
         """Name of the operator, without its overload."""
-        return _name(self.reader)
+        return operator_name(self.reader.target)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """Shape of the parameter."""
         return _shape(self.parameter)
 
@@ -139,8 +147,7 @@ class _Reading:
 
     def argument(self, name: str) -> Any:
         """Return an argument by its name in the operator's schema."""
-        target: Any = self.reader.target
-        return _arguments(target, self.reader).get(name)
+        return arguments_of(self.reader).get(name)
 
     def places(self, arguments: Iterable[Any]) -> list[int]:
         """Return where the parameter stands among arguments."""
@@ -175,12 +182,6 @@ class _Reading:
         return self.site("", reason=f"{self.reader.target} {what}"), ""
 
 
-def _arguments(target: Any, operator: Node) -> dict[str, Any]:
-    """Return the arguments of an operator by their names."""
-    names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, operator.args, strict=False)) | dict(operator.kwargs)
-
-
 def _readings(captured: Capture, placeholder: Node) -> Iterator[_Reading]:
     """Yield every operator that reads a parameter, through copies, transposes and other shapes of it."""
     in_order = tuple(range(len(_shape(placeholder))))
@@ -191,7 +192,7 @@ def _onward(at: _Reading) -> Iterator[_Reading]:
     """Yield every operator that reads the result of one that shows the parameter."""
     for reader in at.reader.users:
         # x.reshape_as(w) reads no entry of w.
-        blind = traits(_name(reader)) & Trait.SHAPE_OF_SECOND and at.reader not in reader.args[:1]
+        blind = traits_of(reader) & Trait.SHAPE_OF_SECOND and at.reader not in reader.args[:1]
         if blind or reader.op == "output":
             continue
         reading = replace(at, reader=reader, operand=at.reader)
@@ -243,14 +244,14 @@ def _viewed(reading: _Reading) -> _Reading | None:
     return None
 
 
-def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | None:
+def _view_through(operator: Node, view: Axes) -> Axes | None:
     """Return how the result of a copy or a transpose shows the parameter, or None for other operators.
 
     Args:
         operator: The operator.
         view: How its first operand shows the parameter.
     """
-    name = _name(operator)
+    name = operator_name(operator.target)
     arguments: Any = operator.args
     if traits(name) & Trait.COPIES:
         return view
@@ -266,16 +267,9 @@ def _view_through(operator: Node, view: tuple[int, ...]) -> tuple[int, ...] | No
     return None
 
 
-def _shape(node: Node) -> tuple[int, ...]:
+def _shape(node: Node) -> Shape:
     value = node.meta.get("val")
     return shape_of(value) if isinstance(value, torch.Tensor) else ()
-
-
-def _name(node: Node) -> str:
-    name = str(node.target)
-    if node.op == "call_function":
-        name = name.rsplit(".", 1)[0]  # without the overload
-    return name
 
 
 def _site(reading: _Reading) -> Found:
@@ -376,7 +370,7 @@ def _factor(reading: _Reading, factors: list[Any]) -> Found:
     return reading.site(kind, in_axes=product.in_axes, out_axes=product.out_axes), _source(activation)
 
 
-def _form(reading: _Reading, activation: tuple[int, ...], place: int) -> contraction.Contraction | None:
+def _form(reading: _Reading, activation: Shape, place: int) -> contraction.Contraction | None:
     """Return the form of a product of an activation with a parameter, or None.
 
     Args:
@@ -431,7 +425,7 @@ def _recurrence(reading: _Reading) -> Found | None:
     """Match a weight or a bias of ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells."""
     if reading.name not in (*RECURRENCES, *CELLS) or not reading.untransposed:
         return None
-    arguments = _arguments(reading.reader.target, reading.reader)
+    arguments = arguments_of(reading.reader)
     # Of every layer and direction w_ih, w_hh, then b_ih, b_hh, then a projection of the hidden state.
     if reading.name in CELLS:
         weights = [arguments[name] for name in ("w_ih", "w_hh")]
@@ -544,7 +538,7 @@ def _manner(reading: _Reading) -> str:
     return "it through " + ", ".join([str(operator.target) for operator in reading.path])
 
 
-def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
+def _joined_shape(reading: _Reading) -> Shape | None:
     """Return the shape in which the entries of a table meet activations, or None where they do not."""
     arguments = reading.reader.args
     places, others = reading.places(arguments), reading.others(arguments)
@@ -565,8 +559,10 @@ def _joined_shape(reading: _Reading) -> tuple[int, ...] | None:
 
 def _is_spread(reading: _Reading) -> bool:
     """Return whether entries of a table are copied for every sample before they are read."""
-    names = [_name(operator) for operator in _moving(reading)]
-    return any(traits(name) & Trait.SPREADS or name in tables.AFFINE for name in names)
+    for operator in _moving(reading):
+        if traits_of(operator) & Trait.SPREADS or operator_name(operator.target) in tables.AFFINE:
+            return True
+    return False
 
 
 def _of_inputs(node: Node, captured: Capture) -> bool:
@@ -576,17 +572,7 @@ def _of_inputs(node: Node, captured: Capture) -> bool:
 
 def _of(node: Node, sources: Set[Node]) -> bool:
     """Return whether a tensor depends on one of these."""
-    # A walk back over all operands, each node once.
-    reached, waiting = {node}, [node]
-    while waiting:
-        behind = waiting.pop()
-        if behind in sources:
-            return True
-        for source in behind.all_input_nodes:
-            if source not in reached:
-                reached.add(source)
-                waiting.append(source)
-    return False
+    return any(behind in sources for behind in walk([node], lambda operator: operator.all_input_nodes))
 
 
 def root_of(node: Any) -> Any:
@@ -612,18 +598,14 @@ def _weight_behind(node: Any) -> Any:
         node: An operand.
     """
     behind = root_of(node)
-    while isinstance(behind, Node) and traits(_name(behind)) & Trait.KEEPS_ORDER:
+    while isinstance(behind, Node) and traits_of(behind) & Trait.KEEPS_ORDER:
         behind = root_of(behind.args[0])
     return behind
 
 
 def _source(activation: Any) -> str:
     """Name the activation behind copies: taps that read equal ones share an input factor."""
-    while isinstance(activation, Node) and activation.op == "call_function":
-        if not traits(_name(activation)) & Trait.COPIES:
-            break
-        activation = activation.args[0]
-    return str(activation)
+    return str(behind_copies(activation))
 
 
 # From the narrow patterns to the wide ones: a norm's gain is met before gains of all kinds.

@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_map
 
 from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name, shape_of
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.operator_traits import Trait
+from mupass._roles.nodes import arguments_of, traits_of
+from mupass._walks import walk
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
 # An epsilon beside a deviation of 1 is below this, and what other rows do to a row is above.
@@ -43,19 +45,6 @@ def standardized(rows: Tensor) -> tuple[Tensor, Tensor]:
     return deviations / lengths.clamp(min=torch.finfo(rows.dtype).tiny), lengths
 
 
-def of_inputs(captured: Capture) -> set[Node]:
-    """Return the nodes that depend on the inputs of the model.
-
-    Args:
-        captured: The graph.
-    """
-    dependent = set(captured.inputs)
-    for operator in captured.nodes:
-        if not dependent.isdisjoint(operator.all_input_nodes):
-            dependent.add(operator)
-    return dependent
-
-
 def standardized_kernels(captured: Capture, parameter: Node, dependent: Collection[Node]) -> list[Node]:
     """Return the convolutions whose kernel is a parameter with standardized rows.
 
@@ -64,7 +53,7 @@ def standardized_kernels(captured: Capture, parameter: Node, dependent: Collecti
     Args:
         captured: The graph.
         parameter: Placeholder of the parameter.
-        dependent: Result of `of_inputs`.
+        dependent: What depends on the inputs of the model.
     """
     shape = shape_of(parameter.meta["val"])
     if len(shape) < 3 or prod(shape[1:]) < FEWEST:
@@ -95,7 +84,7 @@ def _kernels(
         source = waiting.pop()
         for operator in source.users:
             # x.reshape_as(w) reads no entry of w. What runs backwards is a use that is seen forwards.
-            takes_shape = traits(operator_name(operator.target)) & Trait.SHAPE_OF_SECOND
+            takes_shape = traits_of(operator) & Trait.SHAPE_OF_SECOND
             blind = takes_shape and operator.args[0] is not source
             if blind or operator in captured.derivatives or operator in made:
                 continue
@@ -114,7 +103,7 @@ def _kernels(
 
 def _detaches(operator: Node) -> bool:
     """Return whether no gradient passes: ``(w - w.mean().detach()) / w.std().detach()`` has another one."""
-    return bool(traits(operator_name(operator.target)) & Trait.DETACHES)
+    return bool(traits_of(operator) & Trait.DETACHES)
 
 
 def _convolves(operator: Node) -> bool:
@@ -122,10 +111,7 @@ def _convolves(operator: Node) -> bool:
     if operator_name(operator.target) not in CONVOLUTIONS:
         return False
     # aten.convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups)
-    target: Any = operator.target
-    names = [argument.name for argument in target._schema.arguments]
-    arguments = dict(zip(names, operator.args, strict=False)) | dict(operator.kwargs)
-    return not arguments.get("transposed", False)
+    return not arguments_of(operator).get("transposed", False)
 
 
 def _is_standardized(captured: Capture, parameter: Node, kernel: Node) -> bool:
@@ -179,16 +165,11 @@ def _near(first: Tensor, second: Tensor) -> bool:
 def _run(result: Node, values: Mapping[Node, Any]) -> Any:
     """Return the value of a node, or None where it cannot be computed of these values."""
     known = dict(values)
-    waiting = [result]
+    needed = walk([result], lambda node: [] if node in values else node.all_input_nodes)
     try:
-        while waiting:
-            node = waiting[-1]
-            missing = [source for source in node.all_input_nodes if source not in known]
-            if node not in known and not missing:
+        for node in sorted(needed):  # in the order of the graph
+            if node not in known:
                 known[node] = _called(node, known)
-            if node in known:
-                waiting.pop()
-            waiting += missing
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     return known[result]

@@ -17,7 +17,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from mupass._dims.graph import operator_name, shape_of
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.operator_traits import Trait
+from mupass._records import Axes
+from mupass._roles.nodes import traits_of
 
 # 1 + w, w * c, -w: the gradient of w is that of the result times a number.
 AFFINE = ("aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.neg")
@@ -32,7 +34,7 @@ def copies_entries(operator: Node, operand: Node) -> bool:
         operator: The operator.
         operand: What it reads.
     """
-    moves = traits(operator_name(operator.target)) & (Trait.RESHAPES | Trait.PICKS)
+    moves = traits_of(operator) & (Trait.RESHAPES | Trait.PICKS)
     return bool(moves) and operator.args[:1] == (operand,)
 
 
@@ -79,7 +81,7 @@ def entries(shape: Sequence[int], path: Iterable[Node]) -> Tensor:
     """
     numbers: Any = torch.arange(prod(shape), device="cpu").reshape(tuple(shape))
     for operator in path:
-        if traits(operator_name(operator.target)) & Trait.COPIES:
+        if traits_of(operator) & Trait.COPIES:
             continue
         if operator_name(operator.target) in AFFINE:  # table + mask: its entries for every mask
             numbers = numbers.expand(shape_of(operator.meta["val"]))
@@ -109,7 +111,7 @@ def _stand_in(node: Node, size: int) -> Any:
     return (torch.arange(prod(shape), device="cpu") % max(size, 1)).reshape(shape)
 
 
-def axes_shown(numbers: Tensor, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def axes_shown(numbers: Tensor, shape: Sequence[int]) -> tuple[Axes, ...]:
     """Return along which axes of a tensor of copies every axis of the parameter is laid out.
 
     Args:
@@ -126,7 +128,7 @@ def axes_shown(numbers: Tensor, shape: Sequence[int]) -> tuple[tuple[int, ...], 
         if step == 0:
             numbers = numbers.narrow(axis, 0, 1)
     varying: list[list[int]] = []
-    orders: list[tuple[int, ...]] = []
+    orders: list[Axes] = []
     for axis, size in enumerate(shape):
         positions = numbers // prod(shape[axis + 1 :]) % size
         along = [place for place in range(numbers.dim()) if _varies(positions, place)]
@@ -145,7 +147,7 @@ def _varies(positions: Tensor, place: int) -> bool:
     return bool((positions != positions.narrow(place, 0, 1)).any())
 
 
-def _order(positions: Tensor, along: Sequence[int], size: int) -> tuple[int, ...]:
+def _order(positions: Tensor, along: Sequence[int], size: int) -> Axes:
     """Return axes in the order in which they count ``0, 1, ..., size - 1``; none where they do not."""
     # Along all others the positions are the same.
     for place in range(positions.dim()):

@@ -12,9 +12,9 @@ from dataclasses import replace
 from mupass._capture.graph import Capture
 from mupass._dims.graph import operator_name
 from mupass._dims.infer import Inference
-from mupass._dims.operator_traits import Trait, traits
+from mupass._dims.operator_traits import Trait
 from mupass._records import Geometry
-from mupass._roles.nodes import all_static, place_of, placeholders_of
+from mupass._roles.nodes import all_static, place_of, placeholders_of, traits_of
 from mupass._roles.sites import root_of
 
 NORMED = ("aten._weight_norm", "aten._weight_norm_interface")
@@ -65,7 +65,7 @@ def self_divided(captured: Capture, solved: Inference, parameter: str) -> str:
         if not sources or not all_static([solved.engine.env.get(operator)]):
             continue
         derived.add(operator)
-        operator_traits = traits(operator_name(operator.target))
+        operator_traits = traits_of(operator)
         if not operator_traits & (Trait.MATRIX_PRODUCT | Trait.INNER_PRODUCT) and not itself.isdisjoint(
             sources
         ):

@@ -16,6 +16,7 @@ from mupass._capture.inputs import as_call
 from mupass._errors import StudyError
 
 Loss = Callable[[Any, Any], Tensor]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional ones, and those by keyword
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Batch:
     targets: Any
 
     @property
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(self) -> Inputs:
         """Positional and keyword inputs."""
         return self.args, self.kwargs
 
@@ -185,7 +186,7 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
     )
 
 
-def random_batch(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], size: int) -> Batch:
+def random_batch(model: nn.Module, inputs: Inputs, size: int) -> Batch:
     """Return a batch of random numbers with random classes: enough to check coordinates, not to tune.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mupass._errors import StudyError, kind_of
+from mupass._errors import StudyError, is_number, is_whole, kind_of
 
 
 def check_counts(**counts: Any) -> None:
@@ -20,7 +20,7 @@ def check_counts(**counts: Any) -> None:
         StudyError: One is something else.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value) or value < 1:
             raise StudyError(f"{name} must be at least 1, and a whole number, not {value!r}")
 
 
@@ -66,6 +66,6 @@ def check_point(point: Any) -> None:
     if not isinstance(point, Mapping) or not all(isinstance(name, str) for name in point):
         raise StudyError(f"point must be hyperparameters by name, such as {{'lr': 0.1}}, not {point!r:.80}")
     for name, value in point.items():
-        # bool is an int in Python, and NaN fails every comparison.
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+        # NaN fails every comparison.
+        if not is_number(value) or not abs(value) < 1e300:
             raise StudyError(f"point[{name!r}] must be a finite number, not {value!r:.80}")

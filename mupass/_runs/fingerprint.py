@@ -148,12 +148,12 @@ class _State:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             try:
+                content = cell.cell_contents
+            except ValueError:
                 # A cell of a recursive function may be empty.
-                self.add(cell.cell_contents, f"{name} in {where}")
-            except ValueError as error:
-                if isinstance(error, StudyError):
-                    raise
-                self.mark("empty")  # not filled yet
+                self.mark("empty")
+            else:
+                self.add(content, f"{name} in {where}")
         # Globals that the code names, and not all globals of its module.
         names = _names(function.__code__)
         for name in sorted(names & function.__globals__.keys()):

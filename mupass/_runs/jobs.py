@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, is_whole
 from mupass._runs.batches import Batch, Loss
 from mupass._runs.copies import Copies
 from mupass._runs.fingerprint import digest
@@ -170,8 +170,8 @@ def check_jobs(jobs: Any) -> None:
     Raises:
         StudyError: It is neither.
     """
-    number = isinstance(jobs, int) and not isinstance(jobs, bool) and jobs >= 1
-    if not number and not callable(getattr(jobs, "submit", None)):
+    is_count = is_whole(jobs) and jobs >= 1
+    if not is_count and not callable(getattr(jobs, "submit", None)):
         raise StudyError(f"jobs must be at least 1, or a concurrent.futures.Executor, not {jobs!r}")
 
 

@@ -64,9 +64,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         PlanError: A key comes twice.
     """
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise PlanError(f"plan is damaged: {repeated[0]!r} comes twice in one object")
+    for key in _repeated(key for key, _ in pairs):
+        raise PlanError(f"plan is damaged: {key!r} comes twice in one object")
     return dict(pairs)
 
 
@@ -162,7 +161,7 @@ def check_plan(
     # Names and aliases alike: no tensor may be planned twice.
     names: list[str] = []
     for entry in entries:
-        names += (entry.geometry.name, *entry.geometry.aliases)
+        names += entry.geometry.names
     _refuse_repeated("parameter", names)
     _refuse_repeated("branch", branches)
     for entry in entries:
@@ -176,9 +175,13 @@ def _refuse_repeated(what: str, names: Iterable[str]) -> None:
     Raises:
         PlanError: One does.
     """
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise PlanError(f"{what} {repeated[0]!r} comes twice in the plan")
+    for name in _repeated(names):
+        raise PlanError(f"{what} {name!r} comes twice in the plan")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_scores(scores: Sequence[ScoreScale]) -> None:

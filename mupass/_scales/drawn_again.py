@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from math import log, sqrt
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from mupass._errors import some, warn
 from mupass._parallel import is_sharded, whole
 from mupass._scales.entry import Entry
+from mupass._scales.init import Values
 from mupass._scales.learned import FEWEST, looks_trained
 from mupass._scales.plan import Plan
 
@@ -20,7 +20,7 @@ TOLERANCE = 0.02  # of the mean square, beside what chance makes of it
 DEVIATIONS = 5.0  # standard errors of a mean square that chance is allowed
 
 
-def scaled_already(parameters: Mapping[str, Tensor], plan: Plan) -> dict[str, Entry]:
+def scaled_already(parameters: Values, plan: Plan) -> dict[str, Entry]:
     """Return the parameters whose values have the plan's size rather than that before scaling.
 
     Modules are drawn as a whole, and what a few entries cannot tell the others of their module do: the size
@@ -41,7 +41,7 @@ def scaled_already(parameters: Mapping[str, Tensor], plan: Plan) -> dict[str, En
     return {name: entry for name, entry in telling.items() if evidence[_owner(name)] > 0}
 
 
-def drawn_again(parameters: Mapping[str, Tensor], plan: Plan) -> list[str]:
+def drawn_again(parameters: Values, plan: Plan) -> list[str]:
     """Name the matrices that are draws of their own law's size: whatever made them, nothing scaled them.
 
     Values that training has marked are none, and neither are matrices whose size scaling left alone.

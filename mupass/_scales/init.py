@@ -13,7 +13,7 @@ from math import isfinite, prod, sqrt
 
 import torch
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, check_choice
 from mupass._parallel import whole
 from mupass._records import Geometry
 from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, tolerance
@@ -21,6 +21,7 @@ from mupass._scales.own_draws import Draw
 from mupass._scales.scales import init_powers, init_scale
 
 InitChoice = str | Mapping[str, str]
+Values = Mapping[str, torch.Tensor]  # of parameters by name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Init:
 
 
 def plan_init(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     parameterization: str = "mup",
     init: InitChoice = "auto",
@@ -74,9 +75,7 @@ def plan_init(
     return inits
 
 
-def own_init(
-    tensors: Mapping[str, torch.Tensor], geometries: Sequence[Geometry], init: InitChoice = "auto"
-) -> dict[str, Init]:
+def own_init(tensors: Values, geometries: Sequence[Geometry], init: InitChoice = "auto") -> dict[str, Init]:
     """Tell what the user's own law would give at the base shapes.
 
     Args:
@@ -98,7 +97,7 @@ def own_init(
 
 
 def _findings(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     init: InitChoice,
     draws: Mapping[str, Draw],
@@ -126,11 +125,10 @@ def own_fans(geometry: Geometry) -> Fans:
     # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
     is_convolution = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
     fan_out = geometry.fan_out * prod(geometry.shape[2:]) if is_convolution else geometry.fan_out
-    grows = any(geometry.infinite[i] for i in geometry.fan_out_axes)
     # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
-        fan_out if geometry.fan_in_axes or grows else None,
+        fan_out if geometry.fan_in_axes or geometry.grows_out else None,
         geometry.m_in,
         geometry.m_out,
     )
@@ -196,8 +194,7 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
         raise PlanError(f"init must be a law or a mapping from name pattern to law, not {init!r}")
     stated: dict[str, str] = {}
     for pattern, kind in rules.items():
-        if kind not in ("auto", *KINDS):
-            raise PlanError(f"unknown initialization law {kind!r}; known: auto, {', '.join(KINDS)}")
+        check_choice(PlanError, "initialization law", kind, ("auto", *KINDS))
         # Shell patterns, as in "*.weight".
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
@@ -207,7 +204,7 @@ def told_laws(init: InitChoice, names: Sequence[str]) -> dict[str, str]:
 
 
 def _measure(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     told: Mapping[str, str],
     draws: Mapping[str, Draw],
@@ -302,7 +299,7 @@ def _constant(found: Init, geometry: Geometry, parameterization: str) -> Init:
 
 def _length(
     geometry: Geometry,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Values,
     geometries: Sequence[Geometry],
     findings: Mapping[str, Finding],
     parameterization: str,

@@ -106,11 +106,6 @@ class Sample:
         share = self.bound * sqrt(self.fans.fan_in)
         return 1 - 20 / self.count - ROUNDING <= share <= 1 + ROUNDING
 
-    @property
-    def tolerance(self) -> float:
-        """Relative error that the std may have."""
-        return tolerance(self.count)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -160,7 +155,7 @@ class _Hypothesis:
         if not self.canonical and sample.drawn_exactly:
             return False
         # Within four standard errors of a standard deviation measured on so many entries.
-        return gain is not None and abs(gain / self.gain - 1) <= sample.tolerance + self.slack
+        return gain is not None and abs(gain / self.gain - 1) <= tolerance(sample.count) + self.slack
 
     def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
@@ -239,7 +234,7 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
                 and sample.count >= FEW
                 and not any(hypothesis.explains(sample) for hypothesis in hypotheses)
             ):
-                hypotheses.append(_Hypothesis(kind, gain, False, sample.tolerance))
+                hypotheses.append(_Hypothesis(kind, gain, False, tolerance(sample.count)))
         yield from hypotheses
 
 

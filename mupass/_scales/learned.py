@@ -8,14 +8,17 @@ directions. A draw shows none of them but once in a million.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import erf, exp, pi, sqrt
+from collections.abc import Callable, Sequence
+from math import erf, sqrt
 
 import torch
 from torch import Tensor
 
 from mupass._parallel import whole
 from mupass._records import Geometry
+from mupass._scales.init import InitChoice, Values, told_laws
+from mupass._scales.own_draws import std_of_cut_normal
+from mupass._scales.plan import Plan
 
 FEWEST = 256  # entries of a matrix below which marks cannot be told from chance
 MOST = 1024  # rows and columns that are looked at
@@ -26,7 +29,7 @@ ITERATIONS = 12
 LEADS = 0.25  # mean of a sum over its deviation, from which on the mean is told
 
 
-def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> list[str]:
+def learned(tensors: Values, geometries: Sequence[Geometry]) -> list[str]:
     """Name the weights that look trained; none where most of the model's look initial.
 
     Args:
@@ -43,6 +46,21 @@ def learned(tensors: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> li
         marked += [geometry.name] if mark else []
     has_matrix = any(geometry.fan_in_axes for geometry in geometries if geometry.name in marked)
     return marked if has_matrix and len(marked) >= SHARE * judged else []
+
+
+def learned_of(plan: Plan, parameters: Values, init: InitChoice) -> list[str]:
+    """Name the weights of a planned model that look trained, but for those whose law the caller states.
+
+    Args:
+        plan: Plan of the model.
+        parameters: Its values by name.
+        init: Law of the values, as for `mupass.transform`.
+    """
+    # A caller who states the law says that the values are drawn.
+    stated = told_laws(init, list(plan))
+    return learned(
+        parameters, [entry.geometry for entry in plan.entries if entry.geometry.name not in stated]
+    )
 
 
 def looks_trained(tensor: Tensor, geometry: Geometry) -> bool | None:
@@ -155,8 +173,7 @@ def _flat(values: Tensor) -> Tensor:
 def _cut(bound: float) -> Callable[[Tensor], Tensor]:
     """Return the distribution of a normal cut off at a bound, scaled to variance 1."""
     mass = erf(bound / sqrt(2))
-    # Standard deviation of a standard normal that is cut off at the bound.
-    std = sqrt(1 - 2 * bound * exp(-(bound**2) / 2) / sqrt(2 * pi) / mass)
+    std = std_of_cut_normal(bound, mass)
     low = (1 - mass) / 2
     return lambda values: (torch.special.ndtr((values * std).clamp(-bound, bound)) - low) / mass
 

@@ -23,7 +23,7 @@ def multiplier_rows(entries: Iterable[Entry]) -> dict[str, Row]:
         row = {"role": entry.geometry.role, **{name: getattr(entry.scales, name) for name in SCALES}}
         # Decay that an optimizer multiplies by its rate has the rate's factor in it, which is divided out.
         row["weight_decay_times_lr"] = entry.scales.weight_decay / entry.scales.lr
-        for name in (entry.geometry.name, *entry.geometry.aliases):
+        for name in entry.geometry.names:
             rows[name] = row
     return rows
 
@@ -40,16 +40,12 @@ def by_pattern(rows: Mapping[str, Row]) -> dict[str, Row]:
         names_of.setdefault(_pattern(name), []).append(name)
     merged: dict[str, Row] = {}
     for pattern, names in names_of.items():
-        if _equal(rows[name] for name in names):
-            merged[pattern] = rows[names[0]]
+        first = rows[names[0]]
+        if all(rows[name] == first for name in names):
+            merged[pattern] = first
         else:  # such as blocks of which the first is wider
             merged.update({re.escape(name): rows[name] for name in names})
     return merged
-
-
-def _equal(rows: Iterable[Row]) -> bool:
-    first, *others = rows
-    return all(row == first for row in others)
 
 
 def _pattern(name: str) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, check_choice, is_number
 
 LARGEST = 8.0  # of a power; 1 undoes a factor altogether
-ALIGNMENTS = (None, "full", "none", "measured")
+ALIGNMENTS = ("full", "none", "measured")
 
 
 @dataclass(frozen=True)
@@ -354,12 +354,8 @@ class OptimizerSpec:
             value = getattr(self, field_name)
             if not isinstance(value, str):
                 raise PlanError(f"{field_name} of an optimizer must be a text, not {value!r:.80}")
-        if self.alignment is not None and not isinstance(self.alignment, str):
-            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
-        if self.name not in OPTIMIZERS:
-            raise PlanError(f"unknown optimizer {self.name!r}; known: {', '.join(OPTIMIZERS)}")
-        if self.graft not in GRAFTS:
-            raise PlanError(f"unknown graft {self.graft!r}; known: {', '.join(GRAFTS)}")
+        check_choice(PlanError, "optimizer", self.name, OPTIMIZERS)
+        check_choice(PlanError, "graft", self.graft, GRAFTS)
         self._check_alignment()
         for field_name in ("e_a", "e_b", "e"):
             object.__setattr__(self, field_name, _power(field_name, getattr(self, field_name)))
@@ -371,8 +367,8 @@ class OptimizerSpec:
         Raises:
             PlanError: It is.
         """
-        if self.alignment not in ALIGNMENTS:
-            raise PlanError(f"unknown alignment {self.alignment!r}; known: full, none, measured")
+        if self.alignment is not None:
+            check_choice(PlanError, "alignment", self.alignment, ALIGNMENTS)
         if (self.alignment == "measured") != bool(self.exponents):
             raise PlanError("alignment='measured' needs exponents, and exponents need alignment='measured'")
         for parameter, exponent in self.exponents:
@@ -447,7 +443,7 @@ def _power(name: str, power: Any) -> float:
     Raises:
         PlanError: It is no number from 0 to `LARGEST`.
     """
-    if isinstance(power, bool) or not isinstance(power, (int, float)):
+    if not is_number(power):
         raise PlanError(f"{name} must be a number, not {power!r}")
     if not 0 <= power <= LARGEST:
         raise PlanError(f"{name} must be finite and >= 0, at most {LARGEST:g}, not {power!r}")

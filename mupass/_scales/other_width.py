@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import prod
@@ -11,10 +11,10 @@ from math import prod
 from torch import nn
 
 from mupass._errors import PlanError
-from mupass._records import Fusion, Geometry, ScoreScale, Site
-from mupass._scales.plan import Plan, refuse
+from mupass._records import Fusion, Geometry, ScoreScale, Shape, Site
+from mupass._scales.plan import Plan, refuse, shapes_of
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
 
 
 def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
@@ -35,7 +35,7 @@ def at_width_of(plan: Plan, model: nn.Module) -> tuple[list[Geometry], int]:
             "the plan of a folded model is for its own weights, which hold the multipliers of its width; "
             "take the plan of the model before mupass.fold"
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
     refuse([*plan.other_names(model), *_axis_faults(plan, shapes)])
     ratios = _ratios(plan, shapes)
     geometries = []
@@ -111,32 +111,34 @@ def _axis_faults(plan: Plan, shapes: Shapes) -> list[str]:
 def _ratios(plan: Plan, shapes: Shapes) -> Counter[float]:
     """Return by how much dimensions have grown, and how many axes have by that; sums are left out."""
     ratios: Counter[float] = Counter()
+    for name, planned_size, size in _growing_axes(plan, shapes):
+        # width + 2*16: a sum of which a part is fixed
+        if planned_size and "+" not in name:
+            ratios[size / planned_size] += 1
+    return ratios
+
+
+def _growing_axes(plan: Plan, shapes: Shapes) -> Iterator[tuple[str, int, int]]:
+    """Yield the dimension of every axis that grows, its planned size and the one that it has."""
     for entry in plan.entries:
         geometry = entry.geometry
-        for axis, planned_size in enumerate(geometry.shape):
-            # width + 2*16: a sum of which a part is fixed
-            if geometry.infinite[axis] and planned_size and "+" not in geometry.dims[axis]:
-                ratios[shapes[geometry.name][axis] / planned_size] += 1
-    return ratios
+        axes = zip(geometry.infinite, geometry.dims, geometry.shape, shapes[geometry.name], strict=True)
+        for grows, name, planned_size, size in axes:
+            if grows:
+                yield name, planned_size, size
 
 
 def _width(plan: Plan, shapes: Shapes, ratios: Counter[float]) -> int:
     """Return the size of the dimension that names the width."""
-    sizes: Counter[int] = Counter()
-    for entry in plan.entries:
-        geometry = entry.geometry
-        for axis, planned_size in enumerate(geometry.shape):
-            if geometry.infinite[axis] and planned_size == plan.width:
-                sizes[shapes[geometry.name][axis]] += 1
+    axes = _growing_axes(plan, shapes)
+    sizes = Counter(size for _, planned_size, size in axes if planned_size == plan.width)
     # The dimension that named the width tells it; else the most frequent ratio does.
     if sizes:
         return sizes.most_common(1)[0][0]
     return round(plan.width * ratios.most_common(1)[0][0])
 
 
-def _fused_again(
-    geometry: Geometry, fusion: Fusion, shape: tuple[int, ...], ratios: Counter[float]
-) -> Fusion:
+def _fused_again(geometry: Geometry, fusion: Fusion, shape: Shape, ratios: Counter[float]) -> Fusion:
     """Return how an axis of another size is fused.
 
     Raises:
@@ -163,7 +165,7 @@ def _fused_again(
     return replace(fusion, view=view, sizes=sizes)
 
 
-def _grouped_again(geometry: Geometry, site: Site, shape: tuple[int, ...]) -> Site:
+def _grouped_again(geometry: Geometry, site: Site, shape: Shape) -> Site:
     """Return a use with as many groups as a kernel of another size has.
 
     Raises:

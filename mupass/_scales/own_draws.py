@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mupass._walks import ancestors
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -69,21 +71,13 @@ def _own_code(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]
     # Hugging Face's _init_weights(module) of the nearest model around each module.
     owners = {path: module for path, module in modules if callable(getattr(module, "_init_weights", None))}
     for path, module in modules:
-        owner = next((owners[outer_path] for outer_path in _upward(path) if outer_path in owners), None)
+        owner = next((owners[outer_path] for outer_path in ancestors(path) if outer_path in owners), None)
         if owner is not None:
             yield module, partial(owner._init_weights, module)
     # init_weights() of the whole model; that of Hugging Face (with a config) does more than draw.
     model_code: Any = getattr(model, "init_weights", None)
     if callable(model_code) and not hasattr(model, "config"):
         yield model, model_code
-
-
-def _upward(path: str) -> Iterator[str]:
-    """Yield a path, and those of the modules around it."""
-    yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _key(tensor: Tensor) -> int:
@@ -186,4 +180,14 @@ def _cut_normal(mass: float) -> float:
     if mass >= 1:
         return 1.0
     bound = math.sqrt(2) * torch.erfinv(torch.tensor(mass, dtype=torch.float64)).item()
+    return std_of_cut_normal(bound, mass)
+
+
+def std_of_cut_normal(bound: float, mass: float) -> float:
+    """Return the standard deviation of a standard normal that is cut off at both sides.
+
+    Args:
+        bound: Where it is cut off.
+        mass: What is left of it.
+    """
     return math.sqrt(1 - 2 * bound * math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi) / mass)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mupass._errors import PlanError
+from mupass._errors import PlanError, check_choice
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,5 @@ def row(parameterization: str) -> Parameterization:
     Raises:
         PlanError: Unknown name.
     """
-    if not isinstance(parameterization, str) or parameterization not in PARAMETERIZATIONS:
-        known = ", ".join(PARAMETERIZATIONS)
-        raise PlanError(f"unknown parameterization {parameterization!r}; known: {known}")
+    check_choice(PlanError, "parameterization", parameterization, PARAMETERIZATIONS)
     return PARAMETERIZATIONS[parameterization]

@@ -12,7 +12,7 @@ from torch import nn
 
 from mupass._errors import PlanError, kind_of
 from mupass._files import write_text
-from mupass._records import Carrier, ScoreScale
+from mupass._records import Carrier, ScoreScale, Shape
 from mupass._scales.checks import check_plan, check_scores, read_plan
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.multipliers import by_pattern, multiplier_rows
@@ -116,7 +116,7 @@ class Plan:
     def _index(self) -> dict[str, Entry]:
         entry_of: dict[str, Entry] = {}
         for entry in self.entries:
-            entry_of.update(dict.fromkeys((entry.geometry.name, *entry.geometry.aliases), entry))
+            entry_of.update(dict.fromkeys(entry.geometry.names, entry))
         return entry_of
 
     def __str__(self) -> str:
@@ -148,10 +148,9 @@ class Plan:
             Evidence operator by operator, then each scale with its formula and source.
         """
         lines = [explanation(self[name], self.optimizer, self.parameterization)]
-        entry_names = {self[name].geometry.name, *self[name].geometry.aliases}
         for scale in self.scores:
             made_by = {own for own, _ in scale.rows} | set(scale.carrier.parameters)
-            if made_by & entry_names:
+            if not made_by.isdisjoint(self[name].geometry.names):
                 lines.append(scale.explanation())
         return "\n".join(lines)
 
@@ -185,7 +184,7 @@ class Plan:
         Raises:
             PlanError: A name, a shape or a tie differs.
         """
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = shapes_of(model)
         faults = []
         for entry in self.entries:
             name, shape = entry.geometry.name, entry.geometry.shape
@@ -320,6 +319,15 @@ def plan_of(model: nn.Module) -> tuple[nn.Module, Plan]:
     if len(planned) > 1:
         raise PlanError("the model holds several transformed models; give them one by one")
     return planned[0]
+
+
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
+    """Return the shape of every parameter by its name.
+
+    Args:
+        model: Any module.
+    """
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def refuse(faults: Sequence[str]) -> None:

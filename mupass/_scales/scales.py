@@ -27,6 +27,8 @@ from mupass._records import Geometry
 from mupass._scales.optimizers import GRADIENT_ENTRY, OptimizerSpec, Order
 from mupass._scales.parameterizations import row
 
+Powers = tuple[float, float]  # of m_in and of m_out
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -51,7 +53,7 @@ class Scales:
     damping_out: float
     epsilon: float
     weight_decay: float
-    lr_powers: tuple[float, float]
+    lr_powers: Powers
 
 
 SCALES = tuple(f.name for f in fields(Scales) if f.name != "lr_powers")
@@ -70,9 +72,8 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
         Factors relative to the base width. For ``standard`` all are 1: the user's initialization
         and one learning rate stand, whatever the width.
     """
-    m_in, m_out = geometry.m_in, geometry.m_out
     table = powers(geometry, optimizer, parameterization)
-    factors = {name: m_in**p_in * m_out**p_out for name, (p_in, p_out) in table.items()}
+    factors = {name: factor_of(geometry, of_scale) for name, of_scale in table.items()}
     for name, power in depth_powers(optimizer, parameterization).items():
         factors[name] *= geometry.depth**power
     for name, (p_behind, p_front) in folded_powers(optimizer).items():
@@ -80,6 +81,16 @@ def scales(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     for name, power in length_powers(optimizer, parameterization).items():
         factors[name] *= geometry.m_direction**power
     return Scales(**factors, lr_powers=table["lr"])
+
+
+def factor_of(geometry: Geometry, powers: Powers) -> float:
+    """Return ``m_in**p_in * m_out**p_out`` of a parameter.
+
+    Args:
+        geometry: Its fans.
+        powers: The two powers.
+    """
+    return geometry.m_in ** powers[0] * geometry.m_out ** powers[1]
 
 
 def rounded(factor: float) -> float:
@@ -91,9 +102,7 @@ def rounded(factor: float) -> float:
     return float(f"{factor:.12g}")
 
 
-def powers(
-    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup"
-) -> dict[str, tuple[float, float]]:
+def powers(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, Powers]:
     """Powers of ``(m_in, m_out)`` in each scale of one parameter.
 
     Args:
@@ -124,7 +133,7 @@ def powers(
     return table
 
 
-def init_powers(geometry: Geometry, parameterization: str = "mup") -> tuple[float, float]:
+def init_powers(geometry: Geometry, parameterization: str = "mup") -> Powers:
     """Powers of ``(m_in, m_out)`` in the std of the initialization, whatever the optimizer.
 
     Args:
@@ -145,16 +154,15 @@ def init_scale(geometry: Geometry, parameterization: str = "mup") -> float:
         geometry: Fans of the parameter and their base sizes.
         parameterization: Key of `PARAMETERIZATIONS`.
     """
-    p_in, p_out = init_powers(geometry, parameterization)
-    factor = geometry.m_in**p_in * geometry.m_out**p_out
     beta = row(parameterization).readout_power
     if beta is None:
-        return factor
+        return 1.0
     # The length of a readout under weight norm, see `length_powers`.
-    return factor * geometry.m_direction ** (0.5 - beta)
+    of_length = geometry.m_direction ** (0.5 - beta)
+    return factor_of(geometry, init_powers(geometry, parameterization)) * of_length
 
 
-def order_powers(order: Order, geometry: Geometry, beta: float) -> tuple[float, float]:
+def order_powers(order: Order, geometry: Geometry, beta: float) -> Powers:
     """Powers of ``(m_in, m_out)`` in what damping or epsilon is added to (arXiv 2512.05620).
 
     ``|h| ~ m_in^(1/2)`` and ``|delta| ~ m_out^(1/2 - beta)``.
@@ -183,7 +191,7 @@ def _as_multiplied(geometry: Geometry, beta: float) -> Geometry:
     return geometry
 
 
-def _plus(powers: tuple[float, float], geometry: Geometry, times: float) -> tuple[float, float]:
+def _plus(powers: Powers, geometry: Geometry, times: float) -> Powers:
     """Add multiples of the power that the code gives what the parameter is multiplied with."""
     if geometry.readout_uses:  # the multiplier undoes it
         return powers
@@ -231,7 +239,7 @@ def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dic
     return {"lr": optimizer.step.gradient_power, **small_numbers}
 
 
-def folded_powers(optimizer: OptimizerSpec) -> dict[str, tuple[float, float]]:
+def folded_powers(optimizer: OptimizerSpec) -> dict[str, Powers]:
     """Powers of a factor that `mupass.fold` put into a parameter, in its scales: training goes on as before.
 
     ``W' = c W`` in the place of a multiplier ``c`` behind ``W`` must change by ``c dW``, from gradients
@@ -260,7 +268,7 @@ def _orders(optimizer: OptimizerSpec) -> dict[str, Order]:
     return orders
 
 
-def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> Powers:
     """Powers of ``(m_in, m_out)`` in the learning rate, from ``delta . (dW h) = Theta(1)``.
 
     * SGD, ``dW = delta h^T``: ``|delta|^2 |h|^2``.
@@ -295,7 +303,7 @@ def lr_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tupl
     return _plus((p_in, p_out), geometry, p_given)
 
 
-def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> tuple[float, float]:
+def aligned_powers(geometry: Geometry, optimizer: OptimizerSpec, beta: float) -> Powers:
     """Powers of ``(m_in, m_out)`` in the largest stable rate of each layer: ``RMS(dW h) = Theta(1)``.
 
     Everett et al., arXiv 2407.05872, table 1, in the gauge without multipliers. An entry of ``dW h`` is a sum

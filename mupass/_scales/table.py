@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mupass._page import aligned, column_widths
-from mupass._records import Geometry, Use
+from mupass._records import Axes, Geometry, Use
 from mupass._scales.entry import Entry
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.parameterizations import row
-from mupass._scales.scales import depth_powers, folded_powers, powers
+from mupass._scales.scales import Powers, depth_powers, factor_of, folded_powers, powers
 
 SOURCES = {
     "init": "Theta(1) pre-activations; readout: arXiv 2312.12226, b_L",
@@ -23,10 +23,10 @@ SOURCES = {
 
 
 def formula(
-    exponents: tuple[float, float],
+    exponents: Powers,
     geometry: Geometry,
-    depth: float = 0.0,
-    folded: tuple[float, float] = (0.0, 0.0),
+    depth: float,
+    folded: Powers,
 ) -> str:
     """Readable power law, such as ``m_out/m_in = 0.25``.
 
@@ -39,14 +39,14 @@ def formula(
     Returns:
         The formula and its value; ``1`` where nothing depends on width.
     """
-    p_in, p_out = exponents
     folded_factor = geometry.folded ** folded[0] * geometry.folded_in ** folded[1]
-    value = geometry.m_in**p_in * geometry.m_out**p_out * geometry.depth**depth * folded_factor
+    value = factor_of(geometry, exponents) * geometry.depth**depth * folded_factor
+    p_in, p_out = exponents
     power_of = {}
     # A finite fan has the factor 1, and no place in the formula.
-    if any(geometry.infinite[axis] for axis in geometry.fan_out_axes):
+    if geometry.grows_out:
         power_of["m_out"] = p_out
-    if any(geometry.infinite[axis] for axis in geometry.fan_in_axes):
+    if geometry.grows_in:
         power_of["m_in"] = p_in
     if geometry.depth != 1:
         power_of["L"] = depth
@@ -164,23 +164,13 @@ def explanation(entry: Entry, optimizer: OptimizerSpec, parameterization: str) -
         f"  {_std(entry)}; the tensor is multiplied by {entry.init_factor:.4g}",
         f"scales of {parameterization} for {optimizer}",
     ]
-    exponents = powers(geometry, optimizer, parameterization)
-    depths = depth_powers(optimizer, parameterization)
     multiplier = ["multiplier"] if geometry.readout_uses else []
     shown = ["init", *multiplier, *optimizer.row.columns, "weight_decay"]
     sources = SOURCES
     if optimizer.alignment:
         sources = SOURCES | {"lr": "RMS(dW h) = Theta(1) under that alignment: arXiv 2407.05872, table 1"}
-    folded_power = folded_powers(optimizer)
-    no_power = (0.0, 0.0)
-    cells = [
-        [
-            "  " + name,
-            formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power)),
-            f"[{sources[name]}]",
-        ]
-        for name in shown
-    ]
+    formulas = _formulas(geometry, optimizer, parameterization, shown)
+    cells = [[f"  {name}", text, f"[{sources[name]}]"] for name, text in zip(shown, formulas, strict=True)]
     lines.append(aligned(cells, column_widths(cells)))
     return "\n".join([*lines, f"source of the row: {row(parameterization).source}"])
 
@@ -191,13 +181,18 @@ def _cells(entry: Entry, optimizer: OptimizerSpec, parameterization: str, scales
     if entry.init_factor != 1:
         init += f" (times {entry.init_factor:.4g})"
     first_cells = [geometry.name, geometry.role, _shape(geometry), ", ".join(geometry.dims), init]
+    return first_cells + _formulas(geometry, optimizer, parameterization, scales)
+
+
+def _formulas(
+    geometry: Geometry, optimizer: OptimizerSpec, parameterization: str, names: Sequence[str]
+) -> list[str]:
+    """Return the formula of each of these scales of a parameter."""
     exponents = powers(geometry, optimizer, parameterization)
-    depths = depth_powers(optimizer, parameterization)
-    folded_power = folded_powers(optimizer)
-    no_power = (0.0, 0.0)
-    return first_cells + [
-        formula(exponents[name], geometry, depths.get(name, 0), folded_power.get(name, no_power))
-        for name in scales
+    depths, folded = depth_powers(optimizer, parameterization), folded_powers(optimizer)
+    return [
+        formula(exponents[name], geometry, depths.get(name, 0.0), folded.get(name, (0.0, 0.0)))
+        for name in names
     ]
 
 
@@ -214,7 +209,7 @@ def _use(use: Use) -> str:
     return f"{use.operator} in {use.module or 'the root module'} ({use.kind}{axes})"
 
 
-def _fan(g: Geometry, axes: tuple[int, ...]) -> str:
+def _fan(g: Geometry, axes: Axes) -> str:
     if not axes:
         return "no such axis"
     now = "*".join(str(g.shape[i]) for i in axes)

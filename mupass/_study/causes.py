@@ -112,7 +112,9 @@ def cause(
     if row.quantity == "activation":
         causes = list(_of_activation(site, geometry, power, measured, plan.parameterization))
     else:
-        causes = list(_of_update(site, geometry, power, measured, plan, spec))
+        causes = list(_of_input(site, geometry, measured.get("input")))
+        if spec is not None:
+            causes += _of_rate(geometry, power, measured.get("rate"), plan, spec)
     return "; or ".join(causes) or (
         "its learning rate is as planned, so the gradient that reaches it scales differently: a multiplier "
         "above it, or sums over an axis that grows"
@@ -141,33 +143,12 @@ def _of_activation(
         yield GIVEN.format(power=input_power)
         return
     p_in, p_out = init_powers(geometry, parameterization)
-    grows_in, grows_out = _growing(geometry)
     # m_in^p m_out^q, of which each factor is the width where its fan grows and 1 where not.
-    planned = p_in * grows_in + p_out * grows_out
+    planned = p_in * geometry.grows_in + p_out * geometry.grows_out
     if abs(weight_power - planned) > NEAR / 2:
         yield (
             f"initialization: its entries scale like width^{weight_power:+.2f} instead of width^{planned:+g}"
         )
-
-
-def _growing(geometry: Geometry) -> tuple[bool, bool]:
-    """Return whether fan_in and fan_out grow."""
-    grows_in = any(geometry.infinite[axis] for axis in geometry.fan_in_axes)
-    grows_out = any(geometry.infinite[axis] for axis in geometry.fan_out_axes)
-    return grows_in, grows_out
-
-
-def _of_update(
-    site: Site,
-    geometry: Geometry,
-    power: float,
-    measured: Mapping[str, float],
-    plan: Plan,
-    spec: OptimizerSpec | None,
-) -> Iterator[str]:
-    yield from _of_input(site, geometry, measured.get("input"))
-    if spec is not None:
-        yield from _of_rate(geometry, power, measured.get("rate"), plan, spec)
 
 
 def _of_input(site: Site, geometry: Geometry, input_power: float | None) -> Iterator[str]:
@@ -185,7 +166,7 @@ def _of_rate(
     geometry: Geometry, power: float, rate_power: float | None, plan: Plan, spec: OptimizerSpec
 ) -> Iterator[str]:
     """Yield what is wrong with a learning rate, or what else makes updates of this power in width."""
-    grows_in, grows_out = _growing(geometry)
+    grows_in, grows_out = geometry.grows_in, geometry.grows_out
     fan_in_power, fan_out_power = powers(geometry, spec, plan.parameterization)["lr"]
     planned = fan_in_power * grows_in + fan_out_power * grows_out
     # What the rate would be if fan_in and fan_out were swapped, as with a transposed weight.

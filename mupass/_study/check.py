@@ -26,7 +26,7 @@ from mupass._scales.optimizers import OptimizerSpec
 from mupass._study.causes import cause, is_readout, spec_of
 from mupass._study.coords import NAMES, CoordCheck, Coordinate
 from mupass._study.dimmed import dimmed_places, gradient_power, relative
-from mupass._study.probe import Probe
+from mupass._study.probe import Probe, Seen
 from mupass._study.recorder import OUTPUT, SCORES, Site
 from mupass._study.slopes import Slope, fit
 
@@ -200,7 +200,7 @@ class _Runs:
             self.rates.setdefault(name, self._empty())[index].append(rate)
         return probe
 
-    def _note(self, index: int, step: int, seen: Iterator[tuple[Site, str, float]]) -> None:
+    def _note(self, index: int, step: int, seen: Iterator[Seen]) -> None:
         for site, quantity, value in seen:
             self.log.setdefault((site, quantity, step), self._empty())[index].append(value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ NAMES = {
     "change": "change",
 }
 MARKS = {"FAIL": "bad", "unclear": "doubt"}
+VERDICTS = ("", "ok", "unclear", "FAIL")  # from the best to the worst; the first is of what is not judged
 START = ("activation", "reach")
 MOVED = ("aligned", "update")  # how a parameter moves its operator's output; the first is shown
 MANY = 40  # lines of text beyond which only what does not pass is listed
@@ -110,11 +111,9 @@ class CoordCheck(Tabular):
     def modules(self) -> dict[str, str]:
         """Return the verdict on every module that calls an operator: the worst of its quantities."""
         worst: dict[str, str] = {}
-        # From the best to the worst: the worst of a module's quantities counts.
-        order = ("", "ok", "unclear", "FAIL")
         for row in self.rows:
             name = OUTPUT if row.site.operator == OUTPUT else row.site.module
-            worst[name] = max(worst.get(name, ""), row.verdict, key=order.index)
+            worst[name] = max(worst.get(name, ""), row.verdict, key=VERDICTS.index)
         return worst
 
     def verdict(self) -> str:
@@ -154,12 +153,40 @@ class CoordCheck(Tabular):
         return [table_of(self).html()]
 
     def __str__(self) -> str:
-        """Return the report as text."""
-        return text(self)
+        """Return the verdict and one line for each place."""
+        every = table_of(self)
+        table = every
+        # A large model has hundreds of places: the text lists those that do not pass.
+        if len(every.rows) > MANY:
+            table = every.only_marked()
+        lines = [self.verdict(), ""]
+        lines += [f"{name}: {value}" for name, value in _facts(self).items()]
+        lines.append("")
+        if table.rows:
+            lines.append(table.text())
+        left_out = len(every.rows) - len(table.rows)
+        if left_out:
+            lines.append(f"and {left_out} more places that pass")
+        return "\n".join(lines + _remarks(self))
 
     def _page(self) -> Page:
         """Return what a page of several studies shows of this one."""
-        return page(self)
+        table = table_of(self)
+        marked = table.only_marked()
+        parts = [section("Sizes against width", drawing(lambda: figure(self)))]
+        # With all or none marked one table is enough.
+        if 0 < len(marked.rows) < len(table.rows):
+            parts += [section("What does not pass", marked.html()), folded("All places", table.html())]
+        else:
+            parts.append(section("Powers of width", table.html()))
+        parts += map(note, _remarks(self))
+        mark = "good"
+        if not self.ok:
+            mark = "bad"
+        elif marked.rows:
+            mark = "doubt"
+        title = f"Coordinate self: {self.optimizer}, {self.parameterization}"
+        return Page(title, mark, self.verdict(), _facts(self), parts)
 
     def report(self, path: str | Path | None = None) -> str:
         """Return the report as text, or write it.
@@ -178,53 +205,7 @@ class CoordCheck(Tabular):
 
 
 # (quantity, step) -> what was measured at one place.
-Measured = Mapping[tuple[str, int], Coordinate]
-
-
-def text(check: CoordCheck) -> str:
-    """Return the verdict and one line for each place.
-
-    Args:
-        check: The check.
-    """
-    every = table_of(check)
-    table = every
-    # A large model has hundreds of places: the text lists those that do not pass.
-    if len(every.rows) > MANY:
-        table = every.only_marked()
-    lines = [check.verdict(), ""]
-    lines += [f"{name}: {value}" for name, value in _facts(check).items()]
-    lines.append("")
-    if table.rows:
-        lines.append(table.text())
-    left_out = len(every.rows) - len(table.rows)
-    if left_out:
-        lines.append(f"and {left_out} more places that pass")
-    return "\n".join(lines + _remarks(check))
-
-
-def page(check: CoordCheck) -> Page:
-    """Return what is shown on a page.
-
-    Args:
-        check: The check.
-    """
-    table = table_of(check)
-    marked = table.only_marked()
-    parts = [section("Sizes against width", drawing(lambda: figure(check)))]
-    # With all or none marked one table is enough.
-    if 0 < len(marked.rows) < len(table.rows):
-        parts += [section("What does not pass", marked.html()), folded("All places", table.html())]
-    else:
-        parts.append(section("Powers of width", table.html()))
-    parts += map(note, _remarks(check))
-    mark = "good"
-    if not check.ok:
-        mark = "bad"
-    elif marked.rows:
-        mark = "doubt"
-    title = f"Coordinate check: {check.optimizer}, {check.parameterization}"
-    return Page(title, mark, check.verdict(), _facts(check), parts)
+Measured = dict[tuple[str, int], Coordinate]
 
 
 def figure(check: CoordCheck) -> Figure:
@@ -301,15 +282,11 @@ def table_of(check: CoordCheck) -> Table:
 
 def _worst(measured: Measured) -> str:
     """Return the worst verdict on a place."""
-    verdicts = {row.verdict for row in measured.values()}
-    for verdict in ("FAIL", "unclear", "ok"):
-        if verdict in verdicts:
-            return verdict
-    return ""
+    return max((row.verdict for row in measured.values()), key=VERDICTS.index)
 
 
-def _places(check: CoordCheck) -> dict[Site, dict[tuple[str, int], Coordinate]]:
-    places: dict[Site, dict[tuple[str, int], Coordinate]] = {}
+def _places(check: CoordCheck) -> dict[Site, Measured]:
+    places: dict[Site, Measured] = {}
     for row in check.rows:
         places.setdefault(row.site, {})[row.quantity, row.step] = row
     return places

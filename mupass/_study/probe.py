@@ -20,6 +20,8 @@ from mupass._errors import StudyError
 from mupass._runs.batches import Batch, Loss, logits_of
 from mupass._study.recorder import OUTPUT, Recorder, Site
 
+Seen = tuple[Site, str, float]  # place, quantity, RMS
+
 
 class Probe:
     """Measures one model, before and while it is trained.
@@ -50,7 +52,7 @@ class Probe:
         # Readouts behind which another weight stands, and all that lies below these.
         return self.first.before(readouts & self.first.before(weights, True), False)
 
-    def at_start(self) -> Iterator[tuple[Site, str, float]]:
+    def at_start(self) -> Iterator[Seen]:
         """Yield (place, quantity, RMS) before the first step.
 
         ``activation`` is an operator's output, ``input`` the largest activation that it was given, ``weight``
@@ -76,7 +78,7 @@ class Probe:
                 if site.parameter in self.gradients:
                     yield site, "gradient", self.gradients[site.parameter]
 
-    def now(self) -> Iterator[tuple[Site, str, float]]:
+    def now(self) -> Iterator[Seen]:
         """Yield (place, quantity, RMS) of how an operator's output moved since the start.
 
         ``update`` is dW h, ``aligned`` the part of it along the gradient at the start, ``change`` all of it.

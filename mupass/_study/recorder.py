@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from mupass._walks import walk
+
 MASKED = 1e9  # attention scores beyond are masks
 ATTENTION = "scaled_dot_product_attention"
 SCORES = (ATTENTION, "softmax")  # operators that are judged by the scores they are given
@@ -89,12 +91,9 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Tensor] = list(model.parameters())
 
     def enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.stack.append(name)
+        return lambda *_: self.stack.append(name)
 
-        return hook
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, *_: Any) -> None:
         self.stack.pop()
 
     def __torch_function__(
@@ -160,19 +159,13 @@ class Recorder(TorchFunctionMode):
             strictly: Whether to leave out those that none of the others depends on.
         """
         ends = {node for node, places in self.origins.items() if not sites.isdisjoint(places)}
-        visited = ends
         # Strictly below: what the others were computed from, and not these themselves.
         if strictly:
-            visited = set[Any]().union(*map(_parents, ends))
-        # Walk down the graph of autograd, whose nodes point to what they were computed from.
+            ends = set[Any]().union(*map(_parents, ends))
+        # Down the graph of autograd, whose nodes point to what they were computed from.
         dependencies: set[Site] = set()
-        pending = list(visited)
-        while pending:
-            node = pending.pop()
+        for node in walk(ends, _parents):
             dependencies.update(self.origins.get(node, ()))
-            parents = _parents(node) - visited
-            visited |= parents
-            pending += parents
         return dependencies
 
     def _derive(self, named: Sequence[Tensor], out: Any) -> None:

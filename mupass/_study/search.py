@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from mupass._errors import StudyError
+from mupass._errors import StudyError, check_choice
 from mupass._runs.store import Store
 from mupass._study.descent import descend
 from mupass._study.sweep import Grid, Study, all_seeds
@@ -50,8 +50,7 @@ def search(study: Study, grid: Grid, settings: Search) -> Sweep:
         StudyError: Unknown driver, Optuna is missing, or hypergradients cannot be had.
     """
     driver, store = settings.driver, settings.store
-    if driver not in DRIVERS:
-        raise StudyError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
+    check_choice(StudyError, "driver", driver, DRIVERS)
     points = study.points(grid)
     # Before any work: a store of another study is refused.
     study.claim(store)

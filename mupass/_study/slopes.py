@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, geometric_mean, linear_regression, pvariance
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,22 @@ def fit(widths: Sequence[float], values: Sequence[Sequence[float]], confidence: 
     Returns:
         The slope. The interval is infinite with fewer than three points.
     """
-    points, means = [], []
     # In logarithms a power law is a straight line.
+    xs: list[float] = []
+    ys: list[float] = []
     for width, seeds in zip(widths, values, strict=True):
-        logs = list(map(math.log, seeds))
-        points += [(math.log(width), y) for y in logs]
-        means.append(math.exp(math.fsum(logs) / len(logs)))
-    mean_x = math.fsum(x for x, _ in points) / len(points)
-    mean_y = math.fsum(y for _, y in points) / len(points)
-    # Least squares: power = sum(dx dy) / sum(dx^2), its variance = residual / (points - 2) / sum(dx^2).
-    spread = math.fsum((x - mean_x) ** 2 for x, _ in points)
-    power = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    residual = math.fsum((y - mean_y - power * (x - mean_x)) ** 2 for x, y in points)
+        xs += [math.log(width)] * len(seeds)
+        ys += map(math.log, seeds)
+    power, height = linear_regression(xs, ys)
     # Two numbers are fitted: the slope and the height of the line.
-    freedom = len(points) - 2
+    freedom = len(xs) - 2
     error = math.inf
     if freedom > 0:
+        # The variance of a least-squares slope is residual / freedom / sum((x - mean x)^2).
+        residual = math.fsum((y - height - power * x) ** 2 for x, y in zip(xs, ys, strict=True))
+        spread = pvariance(xs) * len(xs)
         error = student(freedom, confidence) * math.sqrt(residual / freedom / spread)
-    return Slope(power, error, tuple(means))
+    return Slope(power, error, tuple(map(geometric_mean, values)))
 
 
 def student(freedom: int, confidence: float) -> float:

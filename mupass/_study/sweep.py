@@ -164,18 +164,21 @@ class Training:
     evaluate: Evaluate | None
 
 
+@dataclass(frozen=True)
 class Study:
     """A model at several widths with all that its runs share; `sweep` and the searches are made of it.
 
-    Args:
+    Attributes:
         copies: The models.
         work: What their runs share.
         name: Of the optimizer, for the reader.
         notes: What was made of the model given.
     """
 
-    def __init__(self, copies: Copies, work: Work, name: str, notes: tuple[str, ...] = ()) -> None:
-        self.copies, self.work, self.name, self.notes = copies, work, name, notes
+    copies: Copies
+    work: Work
+    name: str
+    notes: tuple[str, ...]
 
     @staticmethod
     def of(
@@ -197,15 +200,10 @@ class Study:
         Raises:
             StudyError: As `sweep`.
         """
-        loss, optimizer, steps, evaluate = (
-            training.loss,
-            training.optimizer,
-            training.steps,
-            training.evaluate,
-        )
+        loss, steps, evaluate = training.loss, training.steps, training.evaluate
         check_counts(steps=steps)
         check_functions(loss=loss, evaluate=evaluate)
-        make = recipe(optimizer)
+        make = recipe(training.optimizer)
         model, notes = untransformed(model)
         examples = read_batches(data, steps)
         # Hashed as they were given, before anything is moved or trained.
@@ -220,7 +218,7 @@ class Study:
             return Identity(structure, digest(model, contents))
 
         work = Work(copies, batches, loss, make, steps, evaluate, identity)
-        name = optimizer if isinstance(optimizer, str) else called(make)
+        name = training.optimizer if isinstance(training.optimizer, str) else called(make)
         return Study(copies, work, name, notes)
 
     def points(self, grid: Grid) -> list[Point]:
@@ -302,13 +300,14 @@ def points_of(grid: Grid) -> list[Point]:
         raise StudyError("grid names no hyperparameter")
     rows = []
     for name, values in axes.items():
-        if not _listed(values):
+        listed = _listed(values)
+        if not listed:
             raise StudyError(f"grid[{name!r}] must be a list of values, not {values!r}")
-        for value in values:
+        for value in listed:
             if not is_number(value) or not 0 < value < math.inf:
                 raise StudyError(f"grid[{name!r}] must hold positive numbers, not {value!r}")
         # Each value once, in order.
-        rows.append([(name, float(value)) for value in sorted(set(values))])
+        rows.append([(name, float(value)) for value in sorted(set(listed))])
     return list(itertools.product(*rows))
 
 

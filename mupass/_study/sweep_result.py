@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from mupass._page import Table, note, section
@@ -68,7 +69,7 @@ class Sweep(Tabular):
         """Number of initializations."""
         return len({trial.seed for trial in self.trials})
 
-    def losses(self, width: int) -> dict[tuple[tuple[str, float], ...], list[float]]:
+    def losses(self, width: int) -> dict[Point, list[float]]:
         """Return the losses of all seeds, by hyperparameters.
 
         Args:
@@ -133,8 +134,12 @@ class Sweep(Tabular):
         Args:
             name: The hyperparameter.
         """
-        narrow, wide = self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
+        narrow, wide = self._ends(name)
         return math.log2(wide.value / narrow.value)
+
+    def _ends(self, name: str) -> tuple[Optimum, Optimum]:
+        """Return the optimum of the narrowest model and that of the widest."""
+        return self.optimum(self.widths[0], name), self.optimum(self.widths[-1], name)
 
     def open_ends(self) -> tuple[Optimum, ...]:
         """Return the optima that the tried values do not bracket."""
@@ -147,9 +152,8 @@ class Sweep(Tabular):
         """Return where the optima are and how far they move; first of all what is not bracketed."""
         parts = [_open_end(self, optimum) for optimum in self.open_ends()]
         for name in self.names:
-            narrow = self.optimum(self.widths[0], name)
+            narrow, wide = self._ends(name)
             if len(self.widths) > 1:
-                wide = self.optimum(self.widths[-1], name)
                 parts.append(f"best {name} {narrow}, {wide}: it moves by {self.moves(name):+.2f} octaves")
             else:
                 parts.append(f"best {name} {narrow}")
@@ -166,12 +170,19 @@ class Sweep(Tabular):
         return [optima(self).html(), losses(self).html()]
 
     def __str__(self) -> str:
-        """Return the report as text."""
-        return text(self)
+        """Return the verdict, the optima and the table of losses."""
+        facts = [f"{name}: {value}" for name, value in facts_of(self).items()]
+        return "\n".join([self.verdict(), "", *facts, "", optima(self).text(), "", losses(self).text()])
 
     def _page(self) -> Page:
         """Return what a page of several studies shows of this one."""
-        return page(self)
+        mark = "good"
+        if self.open_ends():
+            # What is not bracketed is in doubt, however far it moves.
+            mark = "doubt"
+        elif moved(self):
+            mark = "bad"
+        return Page(f"Sweep: {case(self)}", mark, self.verdict(), facts_of(self), sections(self))
 
     def report(self, path: str | Path | None = None) -> str:
         """Return the report as text, or write it.
@@ -223,10 +234,9 @@ def _interval(
     count = len(logs)
     if count < 2:
         return None
-    center = math.fsum(logs) / count
+    center = fmean(logs)
     # The spread of the vertices over seeds, of whose mean there is a t interval.
-    spread = math.sqrt(math.fsum((x - center) ** 2 for x in logs) / (count - 1))
-    half_width = student(count - 1, 0.95) * spread / math.sqrt(count)
+    half_width = student(count - 1, 0.95) * stdev(logs) / math.sqrt(count)
     half_width = min(half_width, math.log(values[-1] / values[0]))  # two seeds can tell next to nothing
     low = max(values[0], min(value, math.exp(center - half_width)))
     high = min(values[-1], max(value, math.exp(center + half_width)))
@@ -243,31 +253,6 @@ def _open_end(sweep: Sweep, optimum: Optimum) -> str:
         f"NOT BRACKETED: at width {optimum.width} the lowest loss is at the end of the grid, "
         f"{optimum.name} = {optimum.best:.3g}; extend it {side}"
     )
-
-
-def text(sweep: Sweep) -> str:
-    """Return the verdict, the optima and the table of losses.
-
-    Args:
-        sweep: The sweep.
-    """
-    facts = [f"{name}: {value}" for name, value in facts_of(sweep).items()]
-    return "\n".join([sweep.verdict(), "", *facts, "", optima(sweep).text(), "", losses(sweep).text()])
-
-
-def page(sweep: Sweep) -> Page:
-    """Return what is shown on a page.
-
-    Args:
-        sweep: The sweep.
-    """
-    mark = "good"
-    if sweep.open_ends():
-        # What is not bracketed is in doubt, however far it moves.
-        mark = "doubt"
-    elif moved(sweep):
-        mark = "bad"
-    return Page(f"Sweep: {case(sweep)}", mark, sweep.verdict(), facts_of(sweep), sections(sweep))
 
 
 def case(sweep: Sweep) -> str:
@@ -301,8 +286,7 @@ def moved(sweep: Sweep) -> bool:
         sweep: The sweep.
     """
     for name in sweep.names:
-        at_narrow = sweep.optimum(sweep.widths[0], name)
-        at_wide = sweep.optimum(sweep.widths[-1], name)
+        at_narrow, at_wide = sweep._ends(name)
         # Intervals that overlap may hold one optimum.
         apart = at_narrow.high < at_wide.low or at_wide.high < at_narrow.low
         if apart and abs(sweep.moves(name)) > WIDE:
@@ -441,18 +425,14 @@ def _draw_curves(axis: Any, sweep: Sweep, name: str) -> None:
     style = "-" if sweep.driver == "grid" else ""
     for number, width in enumerate(sweep.widths):
         color = shades(0.12 + 0.88 * number / max(len(sweep.widths) - 1, 1))
-        curve = _finite(sweep.curve(width, name))
+        means = {value: mean(seeds) for value, seeds in sweep.curve(width, name).items()}
+        # Points that diverged have no place on the axes.
+        curve = {value: loss for value, loss in means.items() if math.isfinite(loss)}
         axis.plot(list(curve), list(curve.values()), style, marker=".", color=color, label=f"width {width}")
         if curve:
             best = sweep.optimum(width, name)
             axis.plot(best.value, best.loss, marker="*", ms=13, color=color, mec="white", ls="none", zorder=3)
             axis.hlines(best.loss, best.low, best.high, color=color, alpha=0.5, lw=3)
-
-
-def _finite(curve: Mapping[float, Sequence[float]]) -> dict[float, float]:
-    """Return the mean losses of a curve that did not diverge."""
-    means = {value: mean(seeds) for value, seeds in curve.items()}
-    return {value: loss for value, loss in means.items() if math.isfinite(loss)}
 
 
 def _ticks(sweep: Sweep, name: str) -> list[float]:

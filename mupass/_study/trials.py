@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, geometric_mean
 
 # Hyperparameters by name, in one order.
 Point = tuple[tuple[str, float], ...]
@@ -68,8 +69,8 @@ def mean(losses: Sequence[float]) -> float:
         return math.inf
     # Losses differ by factors, so that their logarithms are averaged.
     if all(loss > 0 for loss in losses):
-        return math.exp(math.fsum(map(math.log, losses)) / len(losses))
-    return math.fsum(losses) / len(losses)
+        return geometric_mean(losses)
+    return fmean(losses)
 
 
 def vertex(values: Sequence[float], losses: Sequence[float], at: int) -> float:
