@@ -124,7 +124,7 @@ def all_static(results: Iterable[Any]) -> bool:
 
 
 def is_parametric(tensor: Node, solved: Inference) -> bool:
-    """Return whether a tensor is a parameter, or made of parameters alone.
+    """Return whether a tensor is static, and an axis of it still one of a parameter.
 
     Args:
         tensor: The tensor.

@@ -133,7 +133,7 @@ def powers(geometry: Geometry, optimizer: OptimizerSpec, parameterization: str =
     return table
 
 
-def init_powers(geometry: Geometry, parameterization: str = "mup") -> Powers:
+def init_powers(geometry: Geometry, parameterization: str) -> Powers:
     """Powers of ``(m_in, m_out)`` in the std of the initialization, whatever the optimizer.
 
     Args:
@@ -147,7 +147,7 @@ def init_powers(geometry: Geometry, parameterization: str = "mup") -> Powers:
     return _plus((-_weight_power(geometry, beta), 0.0), _as_multiplied(geometry, beta), -1)
 
 
-def init_scale(geometry: Geometry, parameterization: str = "mup") -> float:
+def init_scale(geometry: Geometry, parameterization: str) -> float:
     """Width factor on the std of the initialization of one parameter, whatever the optimizer.
 
     Args:
@@ -202,7 +202,7 @@ def _plus(powers: Powers, geometry: Geometry, times: float) -> Powers:
     return p_in, p_out + geometry.given * times
 
 
-def length_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
+def length_powers(optimizer: OptimizerSpec, parameterization: str) -> dict[str, float]:
     """Powers of the readout's ``m_in`` in the scales of its length under weight norm, ``W = g v / |v|``.
 
     ``W ~ m_in^-beta`` and ``v/|v| ~ m_in^-1/2`` leave ``g ~ m_in^(1/2 - beta)``. What g multiplies is
@@ -219,7 +219,7 @@ def length_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> di
     return {"init": -order, "lr": 2 * order * (optimizer.step.e_out - 1), "epsilon": order}
 
 
-def depth_powers(optimizer: OptimizerSpec, parameterization: str = "mup") -> dict[str, float]:
+def depth_powers(optimizer: OptimizerSpec, parameterization: str) -> dict[str, float]:
     """Powers of the relative depth L in the scales of a parameter inside one of L residual branches.
 
     Branches are multiplied by ``1/L`` (Yang et al., arXiv 2310.02244; Qiu et al., arXiv 2512.05620), so
