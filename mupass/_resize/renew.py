@@ -271,6 +271,8 @@ def _drawn(
     if mean.abs() <= SIGMAS * std / math.sqrt(source.numel()):
         mean = torch.zeros_like(mean)
     factor = 1.0
+    if init is None and _in_unit_interval(source, mean, std):
+        return torch.rand((len(source), count), generator=generator, dtype=source.dtype).to(values.dtype)
     if init is not None:
         factor, law = init.factor, init.std
         # The law's own size, where the entries have it: their sample size has an error.
@@ -281,6 +283,14 @@ def _drawn(
     shape = (len(source), count)
     unit = _unit(source, (source - mean) / std, shape, generator)
     return ((mean + std * unit) * factor).to(values.dtype)
+
+
+def _in_unit_interval(values: Tensor, mean: Tensor, std: Tensor) -> bool:
+    """Whether values look drawn by ``torch.rand``: from 0 to 1, with that law's mean and deviation."""
+    law = 1 / math.sqrt(12)
+    inside = ((values >= 0) & (values < 1)).all()
+    centred = (mean - 0.5).abs() <= SIGMAS * law / math.sqrt(values.numel())
+    return bool(inside and centred and (std / law - 1).abs() <= tolerance(values.numel()))
 
 
 def _unit(
