@@ -7,7 +7,7 @@ really use, wins, and what it explains is set aside before the next law is sough
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 
 DEFAULT_GAIN = 1 / sqrt(3)  # U(+-1/sqrt(fan_in)): nn.Linear, nn.Conv, recurrent layers, and their biases
 
@@ -159,8 +159,9 @@ class _Hypothesis:
         # The bound of a flat law says more than a std that others happen to have.
         if not self.canonical and sample.drawn_exactly:
             return False
-        # Within four standard errors of a standard deviation measured on so many entries.
-        return gain is not None and abs(gain / self.gain - 1) <= sample.tolerance + self.slack
+        # Within four standard errors of a standard deviation measured on so many entries, and of the gain:
+        # both are independent.
+        return gain is not None and abs(gain / self.gain - 1) <= hypot(sample.tolerance, self.slack)
 
     def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
