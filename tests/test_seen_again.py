@@ -10,6 +10,7 @@ from zoo.case import randn
 
 import mupass
 from mupass._scales.init import own_init
+from mupass._scales.laws import Fans, Sample, find_laws
 
 
 class Trees(nn.Module):
@@ -172,3 +173,15 @@ def test_a_law_that_gains_suggest_is_not_that_of_an_embedding_beyond_the_errors_
     # The deviation that the law gives now, which was 1.28.
     law = laws["embedding.weight"]
     assert law.std is not None and abs(law.std / law.factor - 1) < 4 / (2 * 1600) ** 0.5
+
+
+def test_a_gain_of_others_that_a_tensor_does_not_bear_out_is_in_doubt_where_a_usual_law_fits() -> None:
+    def sample(name: str, count: int, std: float, fan_in: int | None, fan_out: int) -> Sample:
+        return Sample(name, count, std, True, Fans(fan_in, fan_out, 0.5, 0.5))
+
+    # Drawn by xavier_uniform_: tables, and weights of two shapes, to the larger of which no constant fits.
+    tables = [sample("users", 224, 0.2358, None, 32), sample("items", 288, 0.2148, None, 32)]
+    weights = [sample("first", 1024, 0.1749, 32, 32), sample("second", 512, 0.2041, 32, 16)]
+    found = {finding.sample.name: finding for finding in find_laws([*tables, *weights])}
+    assert found["first"].doubtful or found["first"].kind == "fan_avg"
+    assert not found["users"].doubtful and not found["items"].doubtful

@@ -6,7 +6,7 @@ really use, wins, and what it explains is set aside before the next law is sough
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, sqrt
 
 DEFAULT_GAIN = 1 / sqrt(3)  # U(+-1/sqrt(fan_in)): nn.Linear, nn.Conv, recurrent layers, and their biases
@@ -220,7 +220,11 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
             break
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
-        findings += [_settled(sample, best, rivals) for sample in unexplained if best.explains(sample)]
+        usual = [law for law in hypotheses if law.canonical]
+        for sample in filter(best.explains, unexplained):
+            # A gain that others suggest, and that is off by more than this tensor's own error.
+            others = [] if best.canonical or replace(best, slack=0.0).explains(sample) else usual
+            findings.append(_settled(sample, best, [*rivals, *others]))
         unexplained = [sample for sample in unexplained if not best.explains(sample)]
     yield from findings
     for sample in unexplained:
