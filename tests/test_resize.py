@@ -1,5 +1,6 @@
 """Resizing from one model gives the architecture that its author would have built at that width."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -361,3 +362,25 @@ def test_flat_draws_of_an_unusual_sample_are_drawn_flat_again(seed: int) -> None
     assert weight.abs().max() <= 128**-0.5 * (1 + 1e-6)
     assert len(weight.unique()) > 0.99 * weight.numel()  # and not picked from the old ones
     mupass.transform(resized, x, base=32)  # which would warn of what looks trained
+
+
+class RandomGates(nn.Module):
+    """Units that keep random shares, drawn once by the constructor."""
+
+    def __init__(self, d: int, power: int = 1) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, d), nn.Linear(d, 3)
+        self.register_buffer("share", torch.rand(d) ** power)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x).relu() * self.share)
+
+
+def test_buffers_of_torch_rand_are_drawn_by_it_again() -> None:
+    share = mupass.resize(RandomGates(64), 4096, example_inputs=torch.randn(4, 5), seed=0).share.double()
+    assert share.shape == (4096,) and 0 <= share.min() and share.max() < 1
+    # Moments of a flat law between 0 and 1, within four errors of a sample of 4,096.
+    assert abs(share.mean() - 1 / 2) < 4 * math.sqrt(1 / 12 / 4096)
+    assert abs(share.square().mean() - 1 / 3) < 4 * math.sqrt(4 / 45 / 4096)
+    with pytest.raises(mupass.ResizeError, match=r"buffer share grows .* unknown law"):
+        mupass.resize(RandomGates(512, 3), 1024, example_inputs=torch.randn(4, 5))

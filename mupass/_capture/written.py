@@ -214,10 +214,8 @@ class _Scope:
                 return self._first_set(alternatives)
             case ast.IfExp(body=body, orelse=orelse):
                 return _joined([self.values(body), self.values(orelse)])
-            case ast.Call(func=function, args=[number]):
-                return self._rounded(function, number)
-            case ast.Call(func=function, args=[_, _, *_] as numbers, keywords=[]):
-                return self._bounded(function, numbers)
+            case ast.Call(func=function, args=[_, *_] as numbers):
+                return self._rounded(function, numbers[0]) or self._bounds(expression)
             case ast.Attribute() if _is_self(expression):
                 return self._of_attribute(expression.attr)
             case ast.Attribute(value=holder, attr=name):
@@ -264,14 +262,35 @@ class _Scope:
             return tuple(map(sum, parts)) or None
         return _combined(lambda value, _: functions[0](value), numbers, (None,))
 
-    def _bounded(self, function: ast.expr, numbers: list[ast.expr]) -> Candidates:
-        """Return the numbers that bound ``max(dim // 4, 64)``: it may be 64, whatever the argument is."""
-        if self.values(function) not in ((max,), (min,)):
+    def _bounds(self, call: ast.Call) -> Candidates:
+        """Return the numbers that bound ``max(dim // 4, 64)``: it may be 64, whatever the argument is.
+
+        A function of the code's own that returns such a bound has it too: ``make_divisible(dim // 4, 8)``.
+        """
+        functions = self.values(call.func) or ()
+        if functions in ((max,), (min,)) and len(call.args) > 1:
+            known: list[Any] = []
+            for number in call.args:
+                known += filter(_is_number, self.values(number) or ())
+            return tuple(known) or None
+        if len(functions) != 1 or self.depth >= DEPTH or _from_torch(functions[0]):
             return None
-        known: list[Any] = []
-        for number in numbers:
-            known += filter(_is_number, self.values(number) or ())
-        return tuple(known) or None
+        tree = _definition(functions[0]) if isinstance(functions[0], FunctionType) else None
+        if tree is None:
+            return None
+        bound = _parameters(tree, _bound(self, call, functions[0], 0))
+        inner = _Scope(None, inspect.unwrap(functions[0]), tree, bound, {}, self.depth + 1)
+        return inner._least() or None
+
+    def _least(self) -> tuple[Any, ...]:
+        """Return the numbers that bound what a function returns, directly or under a name."""
+        bounds: list[Any] = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Return):
+                name = node.value.id if isinstance(node.value, ast.Name) else ""
+                for value in [node.value, *self.assigned.get(name, ())]:
+                    bounds += (self._bounds(value) or ()) if isinstance(value, ast.Call) else ()
+        return tuple(bounds)
 
     def _of_list(self, elements: list[ast.expr]) -> Candidates:
         entries = []

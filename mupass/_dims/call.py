@@ -189,6 +189,9 @@ class Call:
             facts.at_positions.update(produced)
         # A weight may be computed from several parameters: each has the axes that are still its own.
         inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
+        # Filters that the code computes, as many as a parameter has numbers: none has an axis that they read.
+        if units and not inputs and max([axis.size for axis in fan_in], default=1) > 1:
+            facts.filters.update({axis.dim: self.where for axis in units if axis.origin})
         for parameter in _origins(weight.axes):
             use = Use(str(self.node.target), self.module, kind, inputs[parameter], outputs[parameter])
             facts.uses.append(ParameterUse(parameter, use))

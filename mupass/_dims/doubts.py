@@ -7,8 +7,8 @@ it marks it as settled by a policy, with the reason, so that the report asks and
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain, combinations
 from math import gcd, prod
@@ -50,6 +50,8 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _learned_codes,
         _drawn_codes,
         _as_many,
+        _combinations,
+        _filters,
         _narrow_ends,
         _wide_heads,
         _broad_starts,
@@ -67,6 +69,8 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
             verdicts.question(dim, f"{DOUBTED} {reason}")
         _follow(verdicts)
     for dim, reason in [*_wide_outputs(wiring, outputs), *_wide_windows(wiring), *_picked_widths(wiring)]:
+        verdicts.question(dim, reason)
+    for dim, reason in list(_rests(wiring)):
         verdicts.question(dim, reason)
     _doubt_sizes(verdicts)
 
@@ -149,6 +153,25 @@ def _as_many(wiring: Wiring) -> Found:
         elif source == 0 and size * STEM <= min(results, default=0) and not wiring.by_kernel(dim):
             if wiring.as_many_as_data(dim):
                 yield dim, f"it has as many units as the data that it is made of ({_of(0, results)})"
+
+
+def _combinations(wiring: Wiring) -> Found:
+    """Products over another axis: of the leaves of a decision tree of four levels there are 2^4."""
+    multiplied = _by_class(wiring, wiring.verdicts.facts.multiplied)
+    for dim in filter(multiplied.__contains__, wiring.widths):
+        yield dim, f"its entries are products ({multiplied[dim]}), so it may count cases"
+
+
+def _filters(wiring: Wiring) -> Found:
+    """Filters that the code computes, each from numbers of its own: band-pass filters of two frequencies."""
+    filters = _by_class(wiring, wiring.verdicts.facts.filters)
+    for dim in filter(filters.__contains__, wiring.widths):
+        yield dim, f"the code computes the weight that makes it ({filters[dim]}), so it may count filters"
+
+
+def _by_class(wiring: Wiring, found: Mapping[int, str]) -> dict[int, str]:
+    """Return what was found of dimensions, by the representatives of their classes."""
+    return {wiring.space.find(dim): where for dim, where in found.items()}
 
 
 def _narrow_ends(wiring: Wiring) -> Found:
@@ -342,7 +365,7 @@ def _talking_heads(wiring: Wiring, heads: int) -> set[int]:
 
 def _competing(wiring: Wiring) -> Found:
     """Memory slots or units: entries that compete in a softmax and that a weight then reads."""
-    competing = {wiring.space.find(dim): reason for dim, reason in wiring.verdicts.facts.alternatives.items()}
+    competing = _by_class(wiring, wiring.verdicts.facts.alternatives)
     for dim in wiring.widths:
         if dim in competing and wiring.source(dim) is not None:
             yield dim, competing[dim]
@@ -385,19 +408,23 @@ def _mixed_weights(wiring: Wiring) -> Found:
     for dim in filter(verdicts.is_firm, mixed(space, verdicts.facts, verdicts.grows)):
         yield dim, "what it is read into is a weight itself, so it may count weights that are mixed"
     # y_o = sum_ij a_i W_oij b_j: the wider of both sides is a width, the other may count matrices.
-    for sides in verdicts.facts.between:
-        sizes = [prod(map(space.size, side)) for side in sides]
-        for side, size in zip(sides, sizes, strict=True):
+    for weight in verdicts.facts.between:
+        sizes = [prod(map(space.size, side)) for side in weight.sides]
+        for side, size in zip(weight.sides, sizes, strict=True):
             if size == max(sizes):
                 continue
             for dim in filter(verdicts.is_firm, map(space.find, side)):
                 yield dim, "a weight stands between it and a wider one, so it may count matrices"
+        # y_o = a W_o b has a matrix for each o, and as many as people find enough.
+        for dim in filter(verdicts.is_firm, map(space.find, weight.made)):
+            if space.size(dim) * STRAIGHT <= min(sizes):
+                yield dim, "each of its entries has a matrix between two wider ones, so it may count matrices"
 
 
 def _written(wiring: Wiring) -> Found:
     """A number that the code writes out for a layer, where most widths follow an argument."""
     verdicts, space = wiring.verdicts, wiring.space
-    written = {space.find(dim): where for dim, where in verdicts.facts.written.items()}
+    written = _by_class(wiring, verdicts.facts.written)
     # What is in doubt already is asked about anyway.
     carried = list(filter(verdicts.is_firm, map(space.find, verdicts.facts.carried.values())))
     numbers = [dim for dim in carried if dim in written]
@@ -468,6 +495,19 @@ def _follow(verdicts: Verdicts) -> None:
                     changed = True
                 elif kind == "sum" and _doubt_parts(verdicts, whole, members):
                     changed = True
+
+
+def _rests(wiring: Wiring) -> Found:
+    """What a part in doubt makes as wide as others are: cat([h, code]), and nothing else is as wide as h."""
+    space = wiring.space
+    sizes = Counter(map(space.size, wiring.widths))
+    for whole, members in space.terms("sum"):
+        in_doubt = [dim for dim in wiring.grown(members) if not wiring.verdicts.is_firm(dim)]
+        own_size = sizes[space.size(whole)] - (whole in wiring.widths)
+        for dim in filter(wiring.verdicts.is_firm, members if in_doubt and own_size > 0 else ()):
+            # An even share, as half of a joined skip connection, is a width by itself.
+            if sizes[space.size(dim)] == 1 and space.size(whole) % space.size(dim):
+                yield dim, f"policy: a width, which may be {space.size(whole)} less a part in doubt"
 
 
 def _doubt_sizes(verdicts: Verdicts) -> None:

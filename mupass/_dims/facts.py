@@ -69,6 +69,14 @@ class Bilinear:
 
 
 @dataclass(frozen=True)
+class Between:
+    """A weight that contracts dims with each of several activations, and what it makes of them."""
+
+    sides: tuple[tuple[int, ...], ...]
+    made: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MadeWeight:
     """A product in which an activation stands as a weight: what it sums over, and what else it brings."""
 
@@ -116,6 +124,8 @@ class Facts:
     positions: set[int] = field(default_factory=set)  # dims that convolutions slide along
     at_positions: set[int] = field(default_factory=set)  # dims that weights make at each position
     ranked: list[int] = field(default_factory=list)  # dims of which the best entries are picked
+    multiplied: dict[int, str] = field(default_factory=dict)  # dims of products over another axis
+    filters: dict[int, str] = field(default_factory=dict)  # dims of weights whose entries the code computes
     drawn: set[int] = field(default_factory=set)  # dims of deviations that normal noise is multiplied with
     windows: list[tuple[int, int]] = field(default_factory=list)  # dim of a kernel or window, its step
     reordered: list[tuple[int, int]] = field(
@@ -140,7 +150,7 @@ class Facts:
     bilinear: list[Bilinear] = field(default_factory=list)
     blocks: list[Bilinear] = field(default_factory=list)  # the same for a weight that is a batch of weights
     made_weights: list[MadeWeight] = field(default_factory=list)
-    between: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)  # see `contract`
+    between: list[Between] = field(default_factory=list)
     mixtures: dict[int, str] = field(default_factory=dict)  # dims that count weights mixed into one
     attention: list[Attention] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -182,8 +182,8 @@ def settle_alternatives(verdicts: Verdicts) -> None:
     valued = _read_by_frozen_alone(verdicts)
     direct = space.find_all(facts.fan_in)
     between: set[int] = set()
-    for sides in facts.between:
-        for side in sides:
+    for weight in facts.between:
+        for side in weight.sides:
             between |= space.find_all(side)
     counts = _counts(verdicts)  # sum_s a_s f_s, read as (s f): the weights read slots x features
     for dim, reason in facts.alternatives.items():

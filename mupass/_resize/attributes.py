@@ -25,7 +25,7 @@ from mupass._resize.sizes import NewSizes
 
 # Names of attributes that seldom hold a width, that often do, and that scale with one; they order options.
 FIXED_NAMES = re.compile(
-    r"^num_(?!\w*(heads|features|channels|filters))|head_dim|d_kv|image|img|patch|tubelet|frame|grid|vocab|labels|classes|position|length|distance|groups|kernel|stride|window|bucket|"
+    r"^num_(?!\w*(heads|features|channels|filters)|(hidden|units)$)|head_dim|d_kv|image|img|patch|tubelet|frame|grid|vocab|labels|classes|position|length|distance|groups|kernel|stride|window|bucket|"
     r"state|layers|depth|_id|padding|num_embeddings|rank|rope|expert"
 )
 SIZE_NAMES = re.compile(
@@ -231,6 +231,9 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
         # GroupNorm(channels, channels) at any width: its number of groups is the width.
         if isinstance(module, nn.GroupNorm) and module in one_channel_groups:
             module.num_groups = module.num_channels  # no shape shows the number of groups
+        # Its axes may have equal sizes, of which some grow: [channels, height, width].
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 

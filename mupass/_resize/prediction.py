@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mupass._capture.capture import export
@@ -28,18 +29,23 @@ Shapes = list[tuple[int | None, ...]]
 
 @dataclass(frozen=True)
 class Failure:
-    """How far a candidate got: parameters that fit, whether it ran, operators that fit; what went wrong."""
+    """How far a candidate got: parameters that fit, whether it ran, operators that fit; what went wrong.
+
+    Of one that did not run, `operators` are those up to the last module that was completed, and `calls` all
+    that were called, in code between modules too.
+    """
 
     parameters: int
     ran: bool
     operators: int
     where: str
     message: str
+    calls: int = 0
 
     @property
-    def score(self) -> tuple[int, bool, int]:
+    def score(self) -> tuple[int, bool, int, int]:
         """Order of failures; more is nearer to success."""
-        return self.parameters, self.ran, self.operators
+        return self.parameters, self.ran, self.operators, self.calls
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class Target:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             message = f"{type(error).__name__} in {module_path or 'the root module'}: {text}"
             with quiet():
-                return Failure(len(shapes), False, self._progress(candidate), module_path, message)
+                operators, calls = self._progress(candidate)
+            return Failure(len(shapes), False, operators, module_path, message, calls)
         return self._difference(recaptured)
 
     def _captured(self, candidate: nn.Module) -> Capture:
@@ -94,30 +101,35 @@ class Target:
         reason = CaptureError("recorded as the source was")
         return record(candidate, args, kwargs, *parameter_names(candidate), reason)
 
-    def _progress(self, candidate: nn.Module) -> int:
-        """Return the number of operators up to the last module that a failing run completes."""
+    def _progress(self, candidate: nn.Module) -> tuple[int, int]:
+        """Return how many operators the last complete module ends with, and how many ran in all."""
         passed: set[str] = set()
         handles = [
             module.register_forward_hook(lambda *_, path=path: passed.add(path))
             for path, module in candidate.named_modules()
         ]
         args, kwargs = self.inputs
+        counter = _Counter()
         try:
-            if self.exported:
-                try_forward(candidate, args, kwargs)
-            else:
-                state = {
-                    key: tensor.detach().clone()
-                    for key, tensor in candidate.state_dict(keep_vars=True).items()
-                }
-                torch.func.functional_call(candidate, state, *fresh_copy((args, kwargs)), tie_weights=True)
+            with counter:
+                if self.exported:
+                    try_forward(candidate, args, kwargs)
+                else:
+                    state = {
+                        key: tensor.detach().clone()
+                        for key, tensor in candidate.state_dict(keep_vars=True).items()
+                    }
+                    torch.func.functional_call(
+                        candidate, state, *fresh_copy((args, kwargs)), tie_weights=True
+                    )
         except Exception:  # that it fails is known
             pass
         finally:
             for handle in handles:
                 handle.remove()
         # The last operator of a module that has run tells how far the run came.
-        return max((index + 1 for index, owner in enumerate(self.owners) if owner in passed), default=0)
+        completed = max((index + 1 for index, owner in enumerate(self.owners) if owner in passed), default=0)
+        return completed, counter.calls
 
     def _difference(self, again: Capture) -> Failure | None:
         nodes, count = computing(again.nodes), len(self.shapes)
@@ -134,6 +146,18 @@ class Target:
             message = f"it runs {len(nodes)} operators instead of {len(self.operators)} at the new width"
             return Failure(count, True, min(len(nodes), len(self.operators)), "", message)
         return None
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
 
 
 def target_of(

@@ -271,16 +271,32 @@ def _drawn(
     if mean.abs() <= SIGMAS * std / math.sqrt(source.numel()):
         mean = torch.zeros_like(mean)
     factor = 1.0
+    if init is None and _in_unit_interval(source, mean, std):
+        return torch.rand((len(source), count), generator=generator, dtype=source.dtype).to(values.dtype)
     if init is not None:
         factor, law = init.factor, init.std
         # The law's own size, where the entries have it: their sample size has an error.
         if law is not None and abs(std.item() * factor / law - 1) <= tolerance(source.numel()):
             std = std.new_tensor(law / factor)
-    elif mean != 0 or abs(std - 1) > tolerance(source.numel()):
+    elif mean != 0 or not _has_deviation(std, 1, source.numel()):
         raise ResizeError(f"buffer {name} grows with width and holds random values of an unknown law")
     shape = (len(source), count)
     unit = _unit(source, (source - mean) / std, shape, generator)
     return ((mean + std * unit) * factor).to(values.dtype)
+
+
+def _in_unit_interval(values: Tensor, mean: Tensor, std: Tensor) -> bool:
+    """Whether values look drawn by ``torch.rand``: from 0 to 1, with that law's mean and deviation."""
+    law = 1 / math.sqrt(12)
+    inside = ((values >= 0) & (values < 1)).all()
+    centred = (mean - 0.5).abs() <= SIGMAS * law / math.sqrt(values.numel())
+    return bool(inside and centred) and _has_deviation(std, law, values.numel())
+
+
+def _has_deviation(std: Tensor, law: float, count: int) -> bool:
+    """Whether a deviation may be that of a law: ``torch.randn`` draws no four entries of size 0.01."""
+    allowed = 1 + tolerance(count)
+    return bool(law / allowed <= std <= law * allowed)
 
 
 def _unit(

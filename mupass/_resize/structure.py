@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,11 +76,21 @@ def _ramps(row: Tensor) -> Iterator[_Formula]:
     # base^(i / n): the frequencies of rotary positions, the slopes of ALiBi
     if (row > 0).all() and last != first:
         yield from _geometric(count, math.log(first), math.log(last))
-    if (row < 1).all() and (row > 0).all():  # decays of retention, 1 - 2^(-5-i)
-        start, stop = math.log2(1 - first), math.log2(1 - last)
-        if _round(start) and _round((stop - start) / (count - 1)):
-            slope = round((stop - start) / (count - 1))
-            yield _Formula(lambda s: 1 - 2.0 ** (start + slope * torch.arange(math.prod(s)).double()))
+    # decays of retention, 1 - 2^(-5-i), and their logarithms
+    yield from _powers_of_two(1 - row, lambda powers: 1 - powers)
+    yield from _powers_of_two(-row.expm1(), lambda powers: (-powers).log1p())
+
+
+def _powers_of_two(row: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[_Formula]:
+    """Yield a function of 2^(start + slope i), where the row holds such powers, all below 1."""
+    if not ((row > 0) & (row < 1)).all():
+        return
+    start, stop = row[0].log2().item(), row[-1].log2().item()
+    slope = (stop - start) / (len(row) - 1)
+    if _round(start) and _round(slope):
+        yield _Formula(
+            lambda s: function(2.0 ** (round(start) + round(slope) * torch.arange(math.prod(s)).double()))
+        )
 
 
 def _geometric(count: int, first: float, last: float) -> Iterator[_Formula]:

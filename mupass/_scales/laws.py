@@ -6,8 +6,8 @@ really use, wins, and what it explains is set aside before the next law is sough
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import hypot, sqrt
 
 DEFAULT_GAIN = 1 / sqrt(3)  # U(+-1/sqrt(fan_in)): nn.Linear, nn.Conv, recurrent layers, and their biases
 
@@ -154,8 +154,9 @@ class _Hypothesis:
         # The bound of a flat law says more than a std that others happen to have.
         if not self.canonical and sample.drawn_exactly:
             return False
-        # Within four standard errors of a standard deviation measured on so many entries.
-        return gain is not None and abs(gain / self.gain - 1) <= tolerance(sample.count) + self.slack
+        # Within four standard errors of a standard deviation measured on so many entries, and of the gain:
+        # both are independent.
+        return gain is not None and abs(gain / self.gain - 1) <= hypot(tolerance(sample.count), self.slack)
 
     def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
@@ -214,7 +215,11 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
             break
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
-        findings += [_settled(sample, best, rivals) for sample in unexplained if best.explains(sample)]
+        usual = [law for law in hypotheses if law.canonical]
+        for sample in filter(best.explains, unexplained):
+            # A gain that others suggest, and that is off by more than this tensor's own error.
+            others = [] if best.canonical or replace(best, slack=0.0).explains(sample) else usual
+            findings.append(_settled(sample, best, [*rivals, *others]))
         unexplained = [sample for sample in unexplained if not best.explains(sample)]
     yield from findings
     for sample in unexplained:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mupass._dims.call import Call, Result
-from mupass._dims.facts import NOWHERE, Axis, Bilinear, MadeWeight, Value, bare
+from mupass._dims.facts import NOWHERE, Axis, Between, Bilinear, MadeWeight, Value, bare
 from mupass._dims.graph import summed_axes
 from mupass._dims.registry import rule
 from mupass._dims.rules.elementwise import broadcast, is_matrix, pointwise, pointwise_of
@@ -158,14 +158,16 @@ def _record_weight(
             fan_out.append(axis)
         elif label not in shared:  # others have it as a single entry
             beside.append(axis)
-    _record_between(call, weight, fan_in, terms)
+    _record_between(call, weight, fan_in, fan_out, terms)
     if fan_in or fan_out or beside:
         call.use(kind, fan_in, fan_out, weight.value, between_parameters, beside)
     else:
         call.pointwise_use("pointwise", weight.value)
 
 
-def _record_between(call: Call, weight: Operand, fan_in: Sequence[Axis], terms: Iterable[Operand]) -> None:
+def _record_between(
+    call: Call, weight: Operand, fan_in: Sequence[Axis], fan_out: Iterable[Axis], terms: Iterable[Operand]
+) -> None:
     """Record what a weight contracts with each of several activations: ``y_o = sum_ij a_i W_oij b_j``."""
     sides = []
     for other in terms:
@@ -176,7 +178,7 @@ def _record_between(call: Call, weight: Operand, fan_in: Sequence[Axis], terms: 
         if side:
             sides.append(side)
     if len(sides) > 1:
-        call.facts.between.append(tuple(sides))
+        call.facts.between.append(Between(tuple(sides), tuple(axis.dim for axis in fan_out)))
 
 
 def _record_bilinear(call: Call, axes: Mapping[str, Axis], terms: Sequence[Operand], out: Labels) -> None:

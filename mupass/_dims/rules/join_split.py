@@ -103,14 +103,14 @@ def pad_sequence(call: Call) -> Result:
     return call.value(axes)
 
 
-@rule("aten.hstack", "aten.vstack", "aten.dstack", "aten.column_stack")
+@rule("aten.hstack", "aten.vstack", "aten.row_stack", "aten.dstack", "aten.column_stack")
 def numpy_stack(call: Call) -> Result:
     """Join along an old axis, as numpy does, or along a new one where tensors have too few."""
     values = call.values
     rank = len(values[0].axes)
     if rank != len(call.shape):
         return call.unknown(call.shape)
-    dim = {"aten.vstack": 0, "aten.dstack": 2}.get(call.operator, min(1, rank - 1))
+    dim = {"aten.vstack": 0, "aten.row_stack": 0, "aten.dstack": 2}.get(call.operator, min(1, rank - 1))
     axes = list(values[0].axes)
     for value in values[1:]:
         for position in range(rank):
@@ -130,13 +130,14 @@ def numpy_stack(call: Call) -> Result:
     "aten.split_copy",
     "aten.hsplit",
     "aten.vsplit",
+    "aten.dsplit",
     "aten.unsafe_split_with_sizes",
     "aten.split_with_sizes_copy",
 )
 def split(call: Call) -> Result:
     """Cut one axis into parts."""
     source = call.values[0]
-    fixed_dim = {"aten.hsplit": min(1, len(source.axes) - 1), "aten.vsplit": 0}
+    fixed_dim = {"aten.hsplit": min(1, len(source.axes) - 1), "aten.vsplit": 0, "aten.dsplit": 2}
     dim = fixed_dim.get(call.operator, call.get("dim", 0)) % len(source.axes)
     whole = source.axes[dim]
     parts = []
@@ -187,7 +188,14 @@ def select(call: Call) -> Result:
     return [remaining] * len(call.shapes)
 
 
-@rule("aten.diagonal", "aten.diag_embed", "aten.diag", "aten.linalg_diagonal", "aten.trace")
+@rule(
+    "aten.diagonal",
+    "aten.diag_embed",
+    "aten.diag",
+    "aten.diagflat",
+    "aten.linalg_diagonal",
+    "aten.trace",
+)
 def diagonal(call: Call) -> Result:
     """Read or write a diagonal: the two axes are one."""
     source = call.values[0]

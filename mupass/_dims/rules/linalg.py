@@ -41,6 +41,12 @@ def of_square_with_info(call: Call) -> Result:
     return call.value(matrix.axes), call.value(_square(call, matrix))
 
 
+@rule("aten.linalg_matrix_rank")
+def rank(call: Call) -> Result:
+    """One number for each matrix of the batch."""
+    return call.value(call.values[0].axes[:-2])
+
+
 @rule("aten.pinverse", "aten.linalg_pinv")
 def pseudo_inverse(call: Call) -> Result:
     """The axes of the transpose."""
@@ -91,14 +97,50 @@ def factorize(call: Call) -> Result:
 
 
 @rule(
+    "aten.linalg_lu",
+    "aten.linalg_lu_factor",
+    "aten.linalg_lu_factor_ex",
+    "aten.lu_unpack",
+    "aten.geqrf",
+)
+def factorize_in_place(call: Call) -> Result:
+    """P, L and U, or both in one matrix: as many columns of L as the shorter axis is long."""
+    *batch, rows, columns = call.values[0].axes
+    shorter = min(rows, columns, key=lambda axis: axis.size)
+    if call.operator in ("aten.linalg_lu", "aten.lu_unpack"):
+        axes: list[list[Axis]] = [[rows, rows], [rows, shorter], [shorter, columns]]
+    else:
+        # The factors in the place of the matrix, a pivot or a number for each of them, an error code.
+        axes = [[rows, columns], [shorter], []]
+    outputs = []
+    for shape, own_axes in zip(call.shapes, axes, strict=False):
+        # What is not asked for, as P without pivoting, is empty.
+        fits = len(shape) == len(batch) + len(own_axes)
+        outputs.append(call.value([*batch, *own_axes]) if fits else call.unknown(shape))
+    return tuple(outputs)
+
+
+@rule("aten.linalg_vander", "aten.vander")
+def vander(call: Call) -> Result:
+    """Powers of every entry: as many as the entries, or as many as the code asks for."""
+    entries = call.values[0].axes[-1]
+    powers = call.derive(entries, call.shape[-1])
+    if call.get("N") is not None:
+        powers = call.new(call.shape[-1])
+        call.enumerate(powers, "powers")
+    return call.value([*call.values[0].axes, powers])
+
+
+@rule(
     "aten.linalg_solve",
     "aten.linalg_solve_triangular",
     "aten.cholesky_solve",
     "aten.linalg_lstsq",
+    "aten.linalg_lu_solve",
 )
 def solve(call: Call) -> Result:
     """Return X of A X = B: like the product of an inverse, which contracts the rows of A."""
-    matrix, right_side = call.values[:2]
+    matrix, right_side = call.values[0], call.values[-1]
     # cholesky_solve(B, L) takes the right-hand side first.
     if call.operator == "aten.cholesky_solve":
         right_side, matrix = matrix, right_side

@@ -81,6 +81,8 @@ def reduce(call: Call) -> Result:
         _rank(call, source.axes[call["dim"] % len(source.axes)])
     default = -1 if call.operator.startswith("aten.trap") else None
     remaining, kept_as_ones = _left(call, source, default)
+    if call.operator == "aten.prod" and not source.static:
+        call.facts.multiplied.update({axis.dim: call.where for axis in remaining})
     outputs = []
     for shape in call.shapes:
         # Of several outputs (values, indices) each has lost the axes, or has them of length 1.

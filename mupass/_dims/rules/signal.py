@@ -113,6 +113,11 @@ def complex_view(call: Call) -> Result:
     "aten.fft_fftshift",
     "aten.fft_ifftshift",
     "aten.fft_hfft",
+    "aten.fft_ihfft",
+    "aten.fft_hfft2",
+    "aten.fft_ihfft2",
+    "aten.fft_hfftn",
+    "aten.fft_ihfftn",
 )
 def fft(call: Call) -> Result:
     """Transform along axes; an axis of another length grows when the source did."""
