@@ -54,6 +54,7 @@ from mupass._parallel import (
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, Plan, plan_of
 from mupass._scales.scales import rounded
+from mupass._taps.factors import without_autocast
 
 OVERRIDES = ("lr", "weight_decay", "damping")
 FOLDED = "fold"  # among what was told
@@ -415,17 +416,19 @@ class PlannedOptimizer(BoundOptimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        # Some trainers put other tensors into the groups, or thaw layers, between steps.
-        self._adopt_swapped()
-        self._adopt_thawed()
-        self._tell_replaced()
-        self._check_groups()
-        self._check_gradients()
-        self._unscale()
-        ok = self._gradients_are_finite()
-        if ok is not None:
-            self._step(ok)
-        self._prepare_next()
+        # A loop may have all of a step inside of autocast: products would be rounded to half precision. State
+        # that is made in inference mode could not be changed outside of it.
+        with without_autocast(self._device), torch.inference_mode(False), torch.no_grad():
+            self._adopt_swapped()
+            self._adopt_thawed()
+            self._tell_replaced()
+            self._check_groups()
+            self._check_gradients()
+            self._unscale()
+            ok = self._gradients_are_finite()
+            if ok is not None:
+                self._step(ok)
+            self._prepare_next()
         return loss
 
     def _step(self, ok: Tensor) -> None:

@@ -64,6 +64,10 @@ PAST_ITS_TAP = (
     "replaced, or another term of the loss reads it alone), and its factors are of earlier steps: make the "
     "optimizer anew, or leave it to the fallback with exclude=['{0}']"
 )
+NO_LAYER = (
+    "no tapped layer took part. In a compiled model backward(inputs=...) leaves statistics out: call "
+    "backward() there, with what is not to be trained frozen"
+)
 IN_DERIVATIVES = (
     "the loss depends on a gradient that was taken with create_graph=True (forces, a gradient penalty). The "
     "backward pass that makes it reads the weights again, of which K-FAC has no statistics: where that part "
@@ -449,7 +453,7 @@ class KFAC(PlannedOptimizer):
         self._tell_passes()
         if not observed:  # made up for at the next step
             self._refuse_lost_taps()
-            reason = "observe() was not called" if self.sampled else "no tapped layer took part"
+            reason = "observe() was not called" if self.sampled else NO_LAYER
             self.count("steps_without_factors", reason)
             moved = any(bool(gradient.any()) for gradient in gradients.values())
             if self._curvature.passes.missed and not self._kronecker.seen and moved:
