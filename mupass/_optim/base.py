@@ -51,6 +51,7 @@ from mupass._parallel import (
     whole,
     world_size,
 )
+from mupass._rewrite import MULTIPLIED, tell_lost_multipliers
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, Plan, plan_of
 from mupass._scales.scales import rounded
@@ -121,6 +122,8 @@ class PlannedOptimizer(BoundOptimizer):
         self._overflows: dict[str, Tensor] = {}  # parameter -> its steps out of range, on the device
         self._idle: frozenset[str] = frozenset()  # parameters without a gradient in the last step
         self._strangers: set[str] = set()  # parameters that were told not to be trained
+        if tell_lost_multipliers(self.root):
+            self._strangers.add(MULTIPLIED)
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
         self._find_parameters()
         treatments, reasons = self._assign()
@@ -663,6 +666,8 @@ class PlannedOptimizer(BoundOptimizer):
         if idle == self._idle and self._steps >= self.report_every and self._steps % self.report_every:
             return
         self._idle = idle
+        if MULTIPLIED not in self._strangers and tell_lost_multipliers(self.root):
+            self._strangers.add(MULTIPLIED)
         self._tell_tied()
         self._tell_computed()
         for name, parameter in self.root.named_parameters():

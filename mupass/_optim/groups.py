@@ -12,6 +12,7 @@ from mupass._optim.checks import check_number
 from mupass._optim.made_groups import SCALE, note_groups
 from mupass._optim.model_bound import tell_left_out
 from mupass._optim.schedules import FAMILY
+from mupass._rewrite import tell_lost_multipliers
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
@@ -89,6 +90,7 @@ def param_groups(
     plan = plan.for_optimizer(spec)
     plan.check(root)
     tell_drawn_again(root, plan)
+    tell_lost_multipliers(root)
     if not any(p.requires_grad for p in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}

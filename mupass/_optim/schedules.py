@@ -32,6 +32,7 @@ from mupass._optim.made_groups import (
     told_of_fold,
 )
 from mupass._optim.vocabulary import Group
+from mupass._rewrite import MULTIPLIED, tell_lost_multipliers
 from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
@@ -366,6 +367,8 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         now = dict(root.named_parameters())
         if members.isdisjoint(now.values()):
             continue
+        if MULTIPLIED not in watch.told and tell_lost_multipliers(root):
+            watch.told.add(MULTIPLIED)
         made = made_for(root, members)
         known = made[-1].names if made else {}
         for name, parameter in now.items():
