@@ -94,13 +94,16 @@ def param_groups(
     if not any(p.requires_grad for p in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    factors_of: dict[str, dict[int, float]] = {"weight_decay": {}, "eps": {}}
     # Frozen parameters too: thawing one needs no new group.
     for name, parameter in root.named_parameters():
         scales = plan[name].scales
         decay = _decay_factor(spec, scales)
         factors = [scales.lr, decay]
+        factors_of["weight_decay"][id(parameter)] = decay
         if adaptive:
             factors.append(scales.epsilon)
+            factors_of["eps"][id(parameter)] = scales.epsilon
         # Parameters with equal factors share a group, so that a schedule sees few of them.
         key = tuple(map(rounded, factors))
         if key not in groups:
@@ -119,7 +122,7 @@ def param_groups(
     numbers = {"lr": float(lr), "weight_decay": float(weight_decay)}
     if adaptive:
         numbers["eps"] = float(epsilon)
-    note_groups(root, plan, made, numbers)
+    note_groups(root, plan, made, numbers, factors_of)
     return made
 
 
