@@ -13,7 +13,7 @@ from torch import nn
 from mupass._capture.copying import deepcopy
 from mupass._errors import TransformError, check_flags, warn
 from mupass._records import Carrier, Geometry, ScoreScale, Use
-from mupass._rewrite import InputMultiplier, OutputMultiplier, PartMultiplier, SaveNotice, readout_module
+from mupass._rewrite import MULTIPLIERS, SaveNotice, readout_module
 from mupass._scales.marks import unmark
 from mupass._scales.plan import ATTRIBUTE, Entry, Plan, plan_of
 from mupass._scales.scales import scales
@@ -23,7 +23,6 @@ from mupass._taps.sharded import WholeHook
 from mupass._taps.taps import detach, forget_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
-MULTIPLIERS = (InputMultiplier, OutputMultiplier, PartMultiplier, ScaledAttention)
 
 
 @dataclass

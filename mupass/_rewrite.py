@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mupass._errors import PlanError, TransformError, warn
+from mupass._errors import PlanError, TransformError, some, warn
 from mupass._parallel import local
 from mupass._records import Ranges, Use
 from mupass._scales.marks import mark
@@ -119,6 +119,10 @@ class PartMultiplier:
         return output * factors
 
 
+MULTIPLIERS = (InputMultiplier, OutputMultiplier, PartMultiplier, ScaledAttention)
+MULTIPLIED = "_mupass_multiplied"  # names of the modules that were given one
+
+
 @dataclass
 class SaveNotice:
     """State-dict hook that says once that the saved weights are right behind live multipliers only.
@@ -223,6 +227,7 @@ def rewrite(model: nn.Module, plan: Plan, values: bool = True) -> None:
         for name in plan.branches:
             # After the taps: what a preconditioner sees is the gradient behind the multiplier.
             _put_on(model.get_submodule(name), OutputMultiplier(1 / plan.depth), notice)
+    setattr(model, MULTIPLIED, tuple(path for path, module in model.named_modules() if _multiplies(module)))
     if values:
         rescale(model, {entry.geometry.name: entry.init_factor for entry in plan.entries})
 
@@ -236,6 +241,37 @@ def _put_on(
     else:
         module.register_forward_hook(hook)
     module.register_state_dict_pre_hook(notice)  # type: ignore[no-untyped-call]
+
+
+def tell_lost_multipliers(model: nn.Module) -> bool:
+    """Warn of multipliers that went away with their modules, and return whether there are any.
+
+    Args:
+        model: The module that holds the plan.
+    """
+    noted: tuple[str, ...] = vars(model).get(MULTIPLIED, ())
+    plan: Plan = vars(model)[ATTRIBUTE]
+    if not noted or plan.folded or plan.stage:
+        return False
+    # An adapter around a module, or a compiled form of it, has it inside; elsewhere it multiplies as well.
+    present = [path for path, module in model.named_modules() if _multiplies(module)]
+    if len(present) >= len(noted):
+        return False
+    lost = [path for path in noted if not any(at == path or at.startswith(f"{path}.") for at in present)]
+    warn(
+        [
+            f"{some(lost)} had a multiplier of mupass.transform and was replaced since: outputs lack it, and "
+            "the plan's rates are not of this model. Replace modules first, then transform; or keep the "
+            "module inside of the new one"
+        ]
+    )
+    return True
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Return whether a module holds a multiplier."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(isinstance(hook, MULTIPLIERS) for hook in (*hooks, vars(module).get("forward")))
 
 
 def rescale(model: nn.Module, factors: Mapping[str, float]) -> None:

@@ -17,12 +17,13 @@ from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
 from mupass._scales.entry import Entry, entry_scales
 from mupass._scales.init import Init, InitChoice, Values, plan_init
 from mupass._scales.learned import has_a_mean, learned_of, looks_trained
+from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OptimizerSpec
 from mupass._scales.other_width import at_width_of, scores_at
 from mupass._scales.own_draws import own_draws
 from mupass._scales.parameterizations import row
 from mupass._scales.plan import ATTRIBUTE, VERSION, Plan, shapes_of
-from mupass._taps.taps import attach
+from mupass._taps.taps import attach, tap_of
 
 Model = TypeVar("Model", bound=nn.Module)
 UNDECIDED = "kfac"  # whose scales a plan holds while no optimizer is named
@@ -376,11 +377,37 @@ def _refuse_settled(plan: object, given: Mapping[str, object], parameterization:
 
 def _apply(model: nn.Module, plan: Plan, trained: bool) -> None:
     check_rewritable(model, plan)
+    if not trained and not plan.folded:
+        _refuse_scaled(model, plan)
     # Hooks that were put on are taken off again where something fails later.
     with hooks_restored_on_error(model):
         attach(model)
         rewrite(model, plan, values=not trained)
     watch_models()
+
+
+def _refuse_scaled(model: nn.Module, plan: Plan) -> None:
+    """Refuse to scale anew what was scaled as a part of another model.
+
+    Raises:
+        TransformError: A parameter belongs to a transformed model that is alive, or its module has the tap
+            that one left there.
+    """
+    others = {id(p) for root in marked_models() if root is not model for p in root.parameters()}
+    again = []
+    for entry in plan.entries:
+        if entry.init_factor == 1 and entry.scales.multiplier == 1:
+            continue
+        name = entry.geometry.name
+        module = model.get_submodule(name.rpartition(".")[0])
+        if id(model.get_parameter(name)) in others or tap_of(module) is not None:
+            again.append(name)
+    if again:
+        raise TransformError(
+            f"{some(again)} belong to another model that is transformed already, or to a part or a copy of "
+            "one: a second pass would scale them twice. Transform one module whose forward runs both models; "
+            "or build them anew; or give trained=True to leave all values as they are"
+        )
 
 
 def _doubts(inits: Mapping[str, Init]) -> Iterator[str]:

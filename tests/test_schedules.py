@@ -244,6 +244,59 @@ def test_groups_that_were_made_for_another_optimizer_are_told() -> None:
     assert train(model, torch.optim.SGD(mupass.param_groups(model, lr=1e-3))) == []
 
 
+@pytest.mark.parametrize("key", ["weight_decay", "eps"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_number_that_a_loop_sets_for_all_groups_is_told(key: str, late: bool) -> None:
+    """A schedule of weight decay, as of DINO: groups have decays that follow the width."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(mupass.param_groups(model, lr=1e-3, weight_decay=0.1, eps=1e-8))
+
+    def one_for_all() -> None:
+        for group in optimizer.param_groups:
+            group[key] = 0.2
+
+    if not late:
+        one_for_all()
+    assert train(model, optimizer, one_for_all) == [int(late)]
+
+
+def test_numbers_that_follow_the_width_are_no_loss() -> None:
+    model = mlp()
+    groups = mupass.param_groups(model, lr=1e-3, weight_decay=0.1)
+    vectors = [g for g in groups if all(p.dim() < 2 for p in g["params"])]
+    assert len({g["weight_decay"] for g in groups}) > 1 and vectors
+    for group in vectors:
+        group["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups)
+
+    def schedule() -> None:
+        for group in optimizer.param_groups:
+            group["weight_decay"] *= 1.5
+            group["eps"] *= 2
+
+    assert not train(model, optimizer, schedule)
+    # At the base width all factors are 1, and one number for all groups is right.
+    model = mlp(base=256)
+    optimizer = torch.optim.AdamW(mupass.param_groups(model, lr=1e-3, weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["weight_decay"], group["eps"] = 0.3, 1e-6
+    assert not train(model, optimizer)
+
+
+def test_a_class_derived_from_one_of_torch_wants_its_groups() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    model = mlp()
+    optimizer = Own(mupass.param_groups(model, lr=1e-3))
+    model(X).sum().backward()
+    with pytest.warns(
+        mupass.MupassWarning, match=r"^Own is given groups that mupass.param_groups made for adamw"
+    ):
+        optimizer.step()
+    assert not train(model, Own(mupass.param_groups(model, lr=1e-3, optimizer="sgd")))
+
+
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_a_parameter_that_was_replaced_is_told_once(make: Make) -> None:
     model = mlp()

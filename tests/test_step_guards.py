@@ -501,6 +501,29 @@ def test_a_step_runs_where_there_are_no_numbers_to_look_at(
         optimizer.stats()  # this one does ask
 
 
+@pytest.mark.parametrize("cls", [mupass.KFAC, mupass.Shampoo, mupass.SOAP, mupass.Muon])
+@pytest.mark.parametrize("inside", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_step_inside_of_a_context_is_the_step_outside_of_it(cls: Any, inside: Any) -> None:
+    """A loop may have all of its step in autocast: products of the step keep their precision."""
+    nets = [make().float(), make().float()]
+    optimizers = [cls(net) for net in nets]
+    for number in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            torch.manual_seed(number)
+            for p in net.parameters():
+                p.grad = None
+            x, y = batch(number)
+            F.cross_entropy(net(x).flatten(0, -2), y.flatten()).backward()
+            # State is made in the first step, and changed in the others.
+            if net is nets[0] and number != 1:
+                with inside():
+                    optimizer.step()
+            else:
+                optimizer.step()
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one, other)
+
+
 # Half precision --------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mupass
-from mupass._errors import MupassWarning
+from mupass._errors import MupassWarning, OptimizerError
 
 # Dynamo itself makes an instance of torch.autograd.Function for whatever function it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -587,6 +587,35 @@ def test_accumulated_passes_count_whatever_is_done_to_gradients_between_them(bet
         optimizer.step()
         nets.append(net)
     assert_same(*nets)
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_a_pass_to_given_parameters_alone_leaves_its_statistics(ekfac: bool) -> None:
+    """`backward(inputs=...)`, as of a generator that spares its critic: the leaves are no inputs."""
+    twins = [transformed(Heads) for _ in range(2)]
+    ordinary, given = (kfac(net, ekfac=ekfac) for net in twins)
+    losses = [cross_entropy(*batch(i), 1) for i in range(3)]
+    for net, optimizer in zip(twins, (ordinary, given), strict=True):
+        for number, loss in enumerate(losses):
+            inputs = list(net.parameters()) if number and optimizer is given else None
+            (loss(net) / 3).backward(inputs=inputs)
+        # Gradients that are handed to the caller, and a saliency, are no step's.
+        x = batch(3)[0].requires_grad_(True)
+        losses[0](net).backward(inputs=[x])
+        optimizer.step()
+    for one, other in zip(*(net.parameters() for net in twins), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    # What is no input has neither gradient nor statistics.
+    net = twins[0]
+    want = reference(net, losses[1])
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    plain = kfac(net)
+    plain.zero_grad()
+    losses[1](net).backward(inputs=list(net.first.parameters()))
+    plain.step()
+    for n, p in net.named_parameters():
+        moves = n.startswith("first.")
+        torch.testing.assert_close(before[n] - p.detach(), LR * want[n] * moves, rtol=1e-7, atol=1e-10)
 
 
 def test_gradients_that_vanish_by_themselves_are_not_cleared() -> None:
@@ -1306,3 +1335,62 @@ def test_a_layer_that_runs_between_collections_alone_is_seen(every: int) -> None
         loss(net).backward()
         optimizer.step()
         assert torch.equal(before, net.mid.weight) == (i == 1)  # nothing was seen of it before
+
+
+class Tripled(Heads):
+    """A layer whose output is three times what it is, told by a hook, which the model or the caller sets."""
+
+    def __init__(self, by_itself: bool = True) -> None:
+        super().__init__()
+        if by_itself:
+            self.stem.register_forward_hook(triple)
+
+
+class Multiplied(Heads):
+    def forward(self, x: Tensor, task: int = 1) -> Tensor:
+        y: Tensor = self.first(torch.tanh(3 * self.stem(x)))
+        return y
+
+
+def triple(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 3 * output
+
+
+@pytest.mark.parametrize("hook", ["of the model", "later", "in front"])
+def test_a_tap_sees_an_output_before_hooks_of_the_caller(hook: str) -> None:
+    net, plain = transformed(lambda: Tripled(hook == "of the model")), transformed(Multiplied)
+    plain.load_state_dict(net.state_dict())
+    optimizer = kfac(net)
+    if hook != "of the model":
+        net.stem.register_forward_hook(triple, prepend=hook == "in front")
+    loss = cross_entropy(*batch(0), 1)
+    want = reference(plain, loss)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    optimizer.zero_grad()
+    loss(net).backward()
+    optimizer.step()
+    for n, p in net.named_parameters():
+        torch.testing.assert_close(before[n] - p.detach(), LR * want[n], rtol=1e-7, atol=1e-10, msg=n)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_hook_of_all_modules_that_changes_outputs_is_told(changes: bool) -> None:
+    net = transformed(Heads)
+    optimizer = kfac(net)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return 3 * output if changes and module is net.stem else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        if not changes:
+            assert_step(net, optimizer, both(*batch(0)))
+            return
+        with pytest.warns(
+            MupassWarning, match=r"^stem.weight is used by a module whose output a hook changes"
+        ):
+            both(*batch(0))(net).backward()
+        with pytest.raises(OptimizerError, match=r"stem.weight has a gradient, but its tap saw no operator"):
+            optimizer.step()
+    finally:
+        handle.remove()

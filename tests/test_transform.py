@@ -379,3 +379,60 @@ def test_the_default_precision_may_be_double() -> None:
         assert mupass.transform(net.double(), x.double(), base=8).mupass_plan.entries == plan.entries
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Encoded(nn.Module):
+    """A head on an encoder that another model may have as well."""
+
+    def __init__(self, encoder: nn.Module, d: int = 64):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(d, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.encoder(x)))
+
+
+@pytest.mark.parametrize("other", ["shares", "is a part", "has a copy"])
+def test_what_another_model_has_scaled_is_not_scaled_again(other: str) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    x = torch.randn(4, 5)
+    first = transform(Encoded(encoder), x, base=16)
+    second: nn.Module = Encoded(encoder)
+    if other == "is a part":
+        second = encoder
+    if other == "has a copy":
+        second = Encoded(copy.deepcopy(encoder))
+    before = [p.detach().clone() for model in (first, second) for p in model.parameters()]
+    with pytest.raises(mupass.MupassError, match="a second pass would scale them twice"):
+        transform(second, x, base=16, init="fan_in")
+    after = [p for model in (first, second) for p in model.parameters()]
+    assert all(map(torch.equal, after, before))
+    # Values that stay are no second scaling, and neither is a model that was built anew.
+    transform(second, x, base=16, trained=True)
+    transform(Encoded(nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 64))), x, base=16)
+
+
+@pytest.mark.parametrize("how", ["new module", "around", "elsewhere"])
+def test_a_multiplier_that_went_with_its_module_is_told(how: str, recwarn: Any) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(8)[None]
+    model = transform(TiedLM(), ids, base=16)
+    steps = torch.optim.AdamW(param_groups(model, lr=1e-3))
+    muon = mupass.Muon(model)
+    head = model.head
+    if how == "new module":
+        model.head = nn.Linear(64, 50)
+        model.head.weight, model.head.bias = head.weight, head.bias
+    elif how == "around":
+        model.head = nn.Sequential(head)
+    else:
+        model.head = torch.compile(head, backend="eager")
+    for optimizer in (steps, muon, muon, steps):
+        model(ids).square().mean().backward()
+        optimizer.step()
+    lost = [str(w.message) for w in recwarn if "had a multiplier" in str(w.message)]
+    assert len(lost) == (2 if how == "new module" else 0)  # each optimizer says so once
+    if how == "new module":
+        with pytest.warns(mupass.MupassWarning, match=r"^head had a multiplier of mupass.transform"):
+            param_groups(model, lr=1e-3)

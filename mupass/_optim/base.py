@@ -51,9 +51,11 @@ from mupass._parallel import (
     whole,
     world_size,
 )
+from mupass._rewrite import MULTIPLIED, tell_lost_multipliers
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, Plan, plan_of
 from mupass._scales.scales import rounded
+from mupass._taps.factors import without_autocast
 
 OVERRIDES = ("lr", "weight_decay", "damping")
 FOLDED = "fold"  # among what was told
@@ -120,6 +122,8 @@ class PlannedOptimizer(BoundOptimizer):
         self._overflows: dict[str, Tensor] = {}  # parameter -> its steps out of range, on the device
         self._idle: frozenset[str] = frozenset()  # parameters without a gradient in the last step
         self._strangers: set[str] = set()  # parameters that were told not to be trained
+        if tell_lost_multipliers(self.root):
+            self._strangers.add(MULTIPLIED)
         self._watching = True  # whether the next step is reported at once, because the last one was skipped
         self._find_parameters()
         treatments, reasons = self._assign()
@@ -415,17 +419,19 @@ class PlannedOptimizer(BoundOptimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        # Some trainers put other tensors into the groups, or thaw layers, between steps.
-        self._adopt_swapped()
-        self._adopt_thawed()
-        self._tell_replaced()
-        self._check_groups()
-        self._check_gradients()
-        self._unscale()
-        ok = self._gradients_are_finite()
-        if ok is not None:
-            self._step(ok)
-        self._prepare_next()
+        # A loop may have all of a step inside of autocast: products would be rounded to half precision. State
+        # that is made in inference mode could not be changed outside of it.
+        with without_autocast(self._device), torch.inference_mode(False), torch.no_grad():
+            self._adopt_swapped()
+            self._adopt_thawed()
+            self._tell_replaced()
+            self._check_groups()
+            self._check_gradients()
+            self._unscale()
+            ok = self._gradients_are_finite()
+            if ok is not None:
+                self._step(ok)
+            self._prepare_next()
         return loss
 
     def _step(self, ok: Tensor) -> None:
@@ -660,6 +666,8 @@ class PlannedOptimizer(BoundOptimizer):
         if idle == self._idle and self._steps >= self.report_every and self._steps % self.report_every:
             return
         self._idle = idle
+        if MULTIPLIED not in self._strangers and tell_lost_multipliers(self.root):
+            self._strangers.add(MULTIPLIED)
         self._tell_tied()
         self._tell_computed()
         for name, parameter in self.root.named_parameters():

@@ -12,6 +12,7 @@ from mupass._optim.checks import check_number
 from mupass._optim.made_groups import SCALE, note_groups
 from mupass._optim.model_bound import tell_left_out
 from mupass._optim.schedules import FAMILY
+from mupass._rewrite import tell_lost_multipliers
 from mupass._scales.drawn_again import tell_drawn_again
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, OptimizerSpec, plan_of
@@ -89,16 +90,20 @@ def param_groups(
     plan = plan.for_optimizer(spec)
     plan.check(root)
     tell_drawn_again(root, plan)
+    tell_lost_multipliers(root)
     if not any(p.requires_grad for p in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    factors_of: dict[str, dict[int, float]] = {"weight_decay": {}, "eps": {}}
     # Frozen parameters too: thawing one needs no new group.
     for name, parameter in root.named_parameters():
         scales = plan[name].scales
         decay = _decay_factor(spec, scales)
         factors = [scales.lr, decay]
+        factors_of["weight_decay"][id(parameter)] = decay
         if adaptive:
             factors.append(scales.epsilon)
+            factors_of["eps"][id(parameter)] = scales.epsilon
         # Parameters with equal factors share a group, so that a schedule sees few of them.
         key = tuple(map(rounded, factors))
         if key not in groups:
@@ -117,7 +122,7 @@ def param_groups(
     numbers = {"lr": float(lr), "weight_decay": float(weight_decay)}
     if adaptive:
         numbers["eps"] = float(epsilon)
-    note_groups(root, plan, made, numbers)
+    note_groups(root, plan, made, numbers, factors_of)
     return made
 
 

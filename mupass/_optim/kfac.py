@@ -66,7 +66,8 @@ FAR = (
 NO_LAYER = (
     "no backward pass ran through a tapped layer since the last step. Directions follow the factors of "
     "before. Gradients that are written into .grad bring no factors: call backward() on a loss of this "
-    "model, or take an optimizer that needs gradients alone, as mupass.SOAP(model)"
+    "model, or take an optimizer that needs gradients alone, as mupass.SOAP(model). In a compiled model "
+    "backward(inputs=...) leaves factors out: call backward() there, with what is not to be trained frozen"
 )
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "

@@ -28,19 +28,27 @@ class MadeGroups:
         names: Identity of each parameter -> its name.
         scales: Identity of each parameter -> its width factor.
         numbers: Keyword -> number, at the base width: ``lr``, ``weight_decay``, ``eps``.
+        factors: ``weight_decay`` and ``eps`` -> identity of each parameter -> what the number is times.
         folded: Whether weights held their multipliers already.
     """
 
     names: Mapping[int, str]
     scales: Mapping[int, float]
     numbers: Mapping[str, float]
+    factors: Mapping[str, Mapping[int, float]]
     folded: bool
 
 
 _made: WeakKeyDictionary[nn.Module, list[MadeGroups]] = WeakKeyDictionary()
 
 
-def note_groups(root: nn.Module, plan: Plan, groups: Sequence[Group], numbers: Mapping[str, float]) -> None:
+def note_groups(
+    root: nn.Module,
+    plan: Plan,
+    groups: Sequence[Group],
+    numbers: Mapping[str, float],
+    factors: Mapping[str, Mapping[int, float]],
+) -> None:
     """Keep in mind groups that were made for a model.
 
     Args:
@@ -48,12 +56,13 @@ def note_groups(root: nn.Module, plan: Plan, groups: Sequence[Group], numbers: M
         plan: Its plan.
         groups: The groups.
         numbers: See `MadeGroups`.
+        factors: See `MadeGroups`.
     """
     names = {id(parameter): name for name, parameter in root.named_parameters()}
     scales: dict[int, float] = {}
     for group in groups:
         scales.update(dict.fromkeys(map(id, group["params"]), float(group[SCALE])))
-    made = MadeGroups(names, scales, dict(numbers), plan.folded)
+    made = MadeGroups(names, scales, dict(numbers), factors, plan.folded)
     _made[root] = [*_made.get(root, ())[-KEPT + 1 :], made]
 
 

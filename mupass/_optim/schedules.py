@@ -32,6 +32,7 @@ from mupass._optim.made_groups import (
     told_of_fold,
 )
 from mupass._optim.vocabulary import Group
+from mupass._rewrite import MULTIPLIED, tell_lost_multipliers
 from mupass._scales.marks import marked_models
 from mupass._scales.optimizers import OPTIMIZERS
 from mupass._scales.plan import ATTRIBUTE, Plan
@@ -57,6 +58,7 @@ class RateWatch:
         strangers: Parameters with a gradient that were added to a model of its parameters, by name, with
             their version: one that is the same at the next look was moved by nobody.
         told: Names of those that were told.
+        factors: ``weight_decay`` and ``eps`` -> identity of a parameter -> what its number is times.
         unfolded: Models of its parameters whose weights do not hold their multipliers.
     """
 
@@ -69,6 +71,7 @@ class RateWatch:
     steps: int = 0
     strangers: dict[str, int] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    factors: dict[str, dict[int, float]] = field(default_factory=dict)
     unfolded: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
@@ -123,6 +126,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     check_rates(optimizer)
     watch = _watches[optimizer]
     if watch.planned:
+        _check_numbers(optimizer, watch)
         _check_folded(optimizer, watch)
         _check_members(optimizer, watch)
         _check_added(optimizer, watch)
@@ -142,6 +146,9 @@ def _first_look(optimizer: torch.optim.Optimizer) -> RateWatch:
     own_models = _own_models(optimizer)
     _check_keywords(optimizer, own_models)
     _check_factors(optimizer, own_models)
+    for _, made in own_models:
+        for key, factors in made[-1].factors.items():
+            watch.factors.setdefault(key, {}).update(factors)
     watch.unfolded.update(root for root, made in own_models if not made[-1].folded)
     _note_start(optimizer, watch, scales)
     return watch
@@ -220,7 +227,9 @@ def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Group]:
 def _check_family(optimizer: torch.optim.Optimizer) -> None:
     """Warn of groups that were made for another optimizer, where its width factors differ."""
     name = type(optimizer).__name__
-    exact = [row.name for row in OPTIMIZERS.values() if row.torch_class == name]
+    # A class of the caller's that is derived from one of torch steps as that does.
+    rows = {row.torch_class: row.name for row in OPTIMIZERS.values() if row.torch_class}
+    exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows][:1]
     made_for = {str(group[FAMILY]) for group in optimizer.param_groups if FAMILY in group}
     if not exact or len(made_for) != 1 or made_for == set(exact):
         return
@@ -278,6 +287,27 @@ def _check_factors(optimizer: torch.optim.Optimizer, own_models: Sequence[OwnMod
                 "width or plan. Transform as in the run that was saved (base=, or plan=)"
             )
             warn([text])
+
+
+def _check_numbers(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
+    """Warn of a decay or an epsilon that is one number in all groups, where their factors differ."""
+    for key, factor_of in watch.factors.items():
+        numbers, factors = [], []
+        for group in optimizer.param_groups:
+            value, first = group.get(key), next(iter(group["params"]), None)
+            # Groups without decay, as of norms and biases, say nothing.
+            if isinstance(value, (int, float)) and value and id(first) in factor_of:
+                numbers.append(float(value))
+                factors.append(factor_of[id(first)])
+        if key in watch.told or not _equal(numbers) or _equal(factors):
+            continue
+        watch.told.add(key)
+        text = (
+            f"{type(optimizer).__name__}: a loop sets one {key}, {numbers[0]:.3g}, for all groups, which "
+            "mupass.param_groups gave numbers that follow the width: its factors are lost. Multiply what is "
+            f'there, g["{key}"] *= new / old, or give {key}= to mupass.param_groups'
+        )
+        warn([text])
 
 
 def _check_folded(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
@@ -366,6 +396,8 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         now = dict(root.named_parameters())
         if members.isdisjoint(now.values()):
             continue
+        if MULTIPLIED not in watch.told and tell_lost_multipliers(root):
+            watch.told.add(MULTIPLIED)
         made = made_for(root, members)
         known = made[-1].names if made else {}
         for name, parameter in now.items():

@@ -96,11 +96,11 @@ def raw_input(layer: Layer, form: Form, x: Tensor, dtype: torch.dtype) -> Tensor
     whole = not (layer.reduce or layer.diagonal_in or 0 < layer.block < layer.inputs)
     whole &= not x.requires_grad  # correlations have no derivative
     if whole and isinstance(form, Convolution) and form.overlaps(layer.inputs):
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             return form.patch_gram(x.to(dtype))
     # Inputs less their mean have the factor P A P, with P = I - 1 1^T / n.
     if whole and isinstance(form, Standardized) and form.convolution.overlaps(layer.inputs):
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             return _centered(form.convolution.patch_gram(x.to(dtype)))
     # [groups, samples, positions, fan_in] -> [groups, rows, fan_in]
     inputs = form.input_rows(x)
@@ -180,7 +180,7 @@ def second_moments(
         bases: U_A ``[groups, n, n]``, then the U_B of every matrix.
         dtype: Precision of the moments.
     """
-    with _without_autocast(g.device):
+    with without_autocast(g.device):
         # In the eigenbases the gradient of a row is the outer product of its rotated g and its rotated x.
         inputs = form.input_rows(x).to(dtype) @ bases[0][:, None]
         moments = []
@@ -219,16 +219,23 @@ def gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Precision of the factor.
     """
     rows = rows.to(dtype)
-    with _without_autocast(rows.device):
+    with without_autocast(rows.device):
         # On a GPU one large product is faster than half of the work in several.
         if rows.is_cpu and rows.shape[-1] > 2 * BAND and not torch.compiler.is_compiling():
             return _by_bands(rows)
         return rows.mT @ rows
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products keep their precision; one that does nothing costs less."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their precision; one that does nothing costs less.
+
+    Args:
+        device: Where they are made.
+    """
+    if torch.compiler.is_compiling():
+        return torch.autocast(device.type, enabled=False)
+    # The meta device has no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -1,12 +1,14 @@
-"""Autograd functions of the caller's, whose inside no tap can see."""
+"""What the graph of autograd tells of uses that no tap can see: functions and hooks of the caller's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 
 OURS = ("torch.", "mupass.")
 # Copies and views: what is behind one of them is still the parameter.
@@ -47,6 +49,41 @@ def read_by_functions(outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, str]]
             if source not in met:
                 met.add(source)
                 waiting.append(source)
+
+
+def will_add_to(leaf: Tensor) -> bool | None:
+    """Return whether the backward pass that runs will add to the gradient of a leaf; None if it returns it.
+
+    ``backward(inputs=...)`` adds to the gradients of these inputs alone.
+
+    Args:
+        leaf: A tensor that autograd began with.
+    """
+    if not leaf.is_leaf or not leaf.requires_grad:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
+    except RuntimeError:  # torch.autograd.grad(loss, [leaf])
+        return None
+
+
+def is_made_of(output: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Return whether an output is what an operator makes of some parameters, and not a function of that.
+
+    Args:
+        output: Of a module that is one operator, with a gradient.
+        parameters: Those of the module.
+    """
+    node: Any = output.grad_fn
+    while node is not None:
+        sources = [source for source, _ in node.next_functions if source is not None]
+        if any(_parameter(source) is parameter for source in sources for parameter in parameters):
+            return True
+        # The operator's output in another shape or precision, or a copy of it.
+        if node.name().partition("Backward")[0] not in (*SAME, "Clone") or not sources:
+            return False
+        node = sources[0]
+    return False
 
 
 def _parameter(node: Any) -> Tensor | None:

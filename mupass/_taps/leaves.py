@@ -89,6 +89,10 @@ class _Factors(torch.autograd.Function):
             tap.visits.note(ctx.seen)
             if torch.is_grad_enabled():
                 g = tap.followed(g)
+            if tap.is_left_out:
+                tap.add(rows, input_factor, output_factors)
+                tap.count_visits(rows)
+                return g, *[None] * (len(wanted) - 1)
         return g, None, None, None, None, rows, input_factor, *output_factors, *[None] * len(kept)
 
 
@@ -97,10 +101,17 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, layer: Layer, form: Form, bases: int, *tensors: Tensor
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        layer: Layer,
+        form: Form,
+        tap: Tap | None,
+        bases: int,
+        *tensors: Tensor,
     ) -> Tensor:
         """Pass the output on; the tensors are bases, then leaves, then what the form holds."""
-        ctx.layer, ctx.form, ctx.bases = layer, form, bases
+        ctx.layer, ctx.form, ctx.tap, ctx.bases = layer, form, tap, bases
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
         # A leaf for every matrix: there is a basis for each of them and one for the input.
@@ -118,8 +129,12 @@ class _Moments(torch.autograd.Function):
         with torch.no_grad():
             form = with_held(ctx.form, kept)
             moments = second_moments(ctx.layer, form, whole(x), whole(g), bases, bases[0].dtype)
+        if ctx.tap is not None and ctx.tap.is_left_out:
+            for leaf, found in zip(ctx.tap.moments, moments, strict=True):
+                _add(leaf, found)
+            return g, *[None] * (len(ctx.needs_input_grad) - 1)
         # The arguments of `forward` that are no tensors, the bases and the form have no gradients.
-        return g, None, None, None, None, *[None] * len(bases), *moments, *[None] * len(kept)
+        return g, *[None] * 5, *[None] * len(bases), *moments, *[None] * len(kept)
 
 
 class Sums(NamedTuple):
@@ -285,13 +300,13 @@ class Tap:
             )
         # A factor is a statistic: no gradient flows back through its input.
         inputs = x.detach()
-        if self.bases:
-            tensors = (*self.bases, *self.moments, *held(form))
-            output = _Moments.apply(output, inputs, self.layer, form, len(self.bases), *tensors)  # type: ignore[no-untyped-call]
         tap: Tap | None = self
         # A compiled graph calls nobody as it runs backwards; hooks on the leaves tell of it, see `watch`.
         if torch.compiler.is_compiling():
             tap = None
+        if self.bases:
+            tensors = (*self.bases, *self.moments, *held(form))
+            output = _Moments.apply(output, inputs, self.layer, form, tap, len(self.bases), *tensors)  # type: ignore[no-untyped-call]
         # Last, and so first in the backward pass: it says that one has begun.
         others = (*self.b, *held(form))
         return _Factors.apply(output, inputs, self.layer, form, tap, self.rows, self.a, *others)  # type: ignore[no-any-return, no-untyped-call]
@@ -349,10 +364,10 @@ class Tap:
         self.passes = passes
         self._watch(self.leaves)
         if self.rows is not None:
-            self.rows.requires_grad_(True).register_hook(self._count_visits)  # type: ignore[no-untyped-call]
+            self.rows.requires_grad_(True).register_hook(self.count_visits)  # type: ignore[no-untyped-call]
             self.rows.requires_grad_(False)
 
-    def _count_visits(self, gradient: Tensor) -> None:
+    def count_visits(self, gradient: Tensor) -> None:
         """Tell of calls of the layer that a pass of this collection has run through before.
 
         Args:
@@ -401,13 +416,26 @@ class Tap:
         for (_, x, form), gradient in zip(uses, gradients, strict=True):
             if gradient is None:
                 continue
-            if self.a is not None:
-                _add(self.a, raw_input(self.layer, form, x, self.rows.dtype))
+            input_factor = None if self.a is None else raw_input(self.layer, form, x, self.rows.dtype)
             factors, count = raw_outputs(self.layer, form, x, gradient, wanted, self.rows.dtype)
-            _add(self.rows, _rows(count, self.rows.device, self.rows.dtype))
-            for leaf, factor in zip(self.b, factors, strict=True):
-                if leaf is not None and factor is not None:
-                    _add(leaf, factor)
+            self.add(_rows(count, self.rows.device, self.rows.dtype), input_factor, factors)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the pass that runs adds to gradients of parameters alone, as ``backward(inputs=...)``."""
+        return self.passes is not None and self.rows is not None and self.passes.leaves_out(self, self.rows)
+
+    def add(self, rows: Tensor, a: Tensor | None, b: Sequence[Tensor | None]) -> None:
+        """Add to the gradients of the leaves where autograd does not.
+
+        Args:
+            rows: Number of rows.
+            a: Input factor, where wanted.
+            b: Output factors, where wanted.
+        """
+        for leaf, found in zip((self.rows, self.a, *self.b), (rows, a, *b), strict=True):
+            if leaf is not None and found is not None:
+                _add(leaf, found)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

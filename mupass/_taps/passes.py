@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mupass._errors import MupassWarning
 from mupass._taps.blocks import Place
-from mupass._taps.functions import read_by_functions
+from mupass._taps.functions import read_by_functions, will_add_to
 from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
 
@@ -70,6 +70,7 @@ class Passes:
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
         self._running = False
+        self._leaves_left_out = (-1, False)  # a pass, and whether it was given inputs= without the leaves
         self.derived: set[str] = set()  # parameters that a derivative in the loss read again
         self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
         self.missed = ""  # what use a tap has met that it cannot see, if any
@@ -95,6 +96,27 @@ class Passes:
         """
         if self.watching:
             self.twice.add(self._name(tap))
+
+    def leaves_out(self, tap: object, leaf: Tensor | None) -> bool:
+        """Return whether the pass that runs adds to parameters' gradients, but not to those of leaves.
+
+        Args:
+            tap: The tap, whose parameters are asked for; of what is no tap all are.
+            leaf: One of its leaves.
+        """
+        if not self.watching or leaf is None:
+            return False
+        # backward(inputs=list(model.parameters())) knows nothing of leaves.
+        task = torch._C._current_graph_task_id()
+        if task != self._leaves_left_out[0]:
+            self._leaves_left_out = (task, leaf.requires_grad and will_add_to(leaf) is False)
+        if not self._leaves_left_out[1]:
+            return False
+        for place, readers in self.readers.items():
+            if tap is self.terms or tap is self.taps[place]:
+                if any(will_add_to(reader) for reader in readers):
+                    return True
+        return False
 
     def _name(self, tap: object) -> str:
         """Return the parameter that a tap watches, or its module."""

@@ -12,8 +12,10 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch.nn.modules.module import _global_forward_hooks
 
 from mupass._taps.forms import CONVOLUTIONS, TRANSPOSED, Convolution, Elementwise, Features, Form, Lookup
+from mupass._taps.functions import is_made_of
 from mupass._taps.leaves import Tap, is_trained
 from mupass._taps.terms import TermsTap, is_terms_hook, terms_hook, terms_tap_of
 
@@ -44,11 +46,29 @@ class ModuleTap(Tap):
         # Weights that are frozen for a while, or lent by functional_call, have no statistics.
         if self.idle or not is_trained(module.parameters(recurse=False)):
             return None
+        if self._is_told_another(module, output):
+            return None
         source = args[0] if args else kwargs["input"]
         # Only factors that can be differentiated need a derivative of this.
         with torch.set_grad_enabled(self.uses is not None):
             inputs = normalized(module, source)
         return self.through(output, inputs, self.form)
+
+    def _is_told_another(self, module: nn.Module, output: Tensor) -> bool:
+        """Return whether a hook that ran before has changed the output, and say so.
+
+        Hooks of all modules run first (`register_module_forward_hook`), and those that were put in front
+        since the last step.
+        """
+        if torch.compiler.is_compiling() or (
+            next(iter(module._forward_hooks.values())) is self and not _global_forward_hooks
+        ):
+            return False
+        if not output.requires_grad or is_made_of(output, list(module.parameters(recurse=False))):
+            return False
+        if self.passes is not None:
+            self.passes.miss(self, "by a module whose output a hook changes before K-FAC sees it")
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get idle taps."""
@@ -114,7 +134,8 @@ def attach(model: nn.Module) -> None:
     forget_compiled(model)
     for module in model.modules():
         if hookable(module) and tap_of(module) is None:
-            module.register_forward_hook(ModuleTap(module), with_kwargs=True)
+            # In front of hooks of the caller's, which may change the output.
+            module.register_forward_hook(ModuleTap(module), with_kwargs=True, prepend=True)
     if terms_tap_of(model) is None:
         model.register_forward_hook(terms_hook(TermsTap()))
 
@@ -146,6 +167,19 @@ def tap_of(module: nn.Module) -> ModuleTap | None:
         if isinstance(hook, ModuleTap):
             return hook
     return None
+
+
+def keep_in_front(module: nn.Module) -> None:
+    """Let the tap of a module see its output before hooks that were put in front of it since.
+
+    Args:
+        module: A module with a tap.
+    """
+    for number, (key, hook) in enumerate(module._forward_hooks.items()):
+        if isinstance(hook, ModuleTap):
+            if number:
+                module._forward_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
+            return
 
 
 def detach(model: nn.Module) -> None:

@@ -46,16 +46,10 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        passes: Watcher | None,
-        told: Visits[Told] | None,
-        looked_at: bool,
-        count: Tensor,
-        *outputs: Tensor,
+        ctx: Any, tap: TermsTap | None, looked_at: bool, count: Tensor, *outputs: Tensor
     ) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.passes, ctx.told, ctx.looked_at = passes, told, looked_at
-        ctx.terms = [loss_terms(output.shape) for output in outputs]
+        ctx.tap, ctx.looked_at, ctx.terms = tap, looked_at, [loss_terms(output.shape) for output in outputs]
         rows = [_first_rows(output) for output in outputs] if looked_at else []
         ctx.save_for_backward(count, *rows)
         ctx.set_materialize_grads(False)
@@ -65,17 +59,22 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the outputs' gradients; that of the leaf: terms of the first that has one, and squares."""
         if any(map(is_batched, grads)):
-            return None, None, None, None, *grads
-        if ctx.passes is not None:
-            ctx.passes.begin()
+            return None, None, None, *grads
+        tap = ctx.tap
+        if tap is not None and tap.passes is not None:
+            tap.passes.begin()
         count, *rows = ctx.saved_tensors
         number, gradient, logits = _first_with_gradient(ctx.terms, grads, rows or [None] * len(grads))
-        if ctx.told is not None and gradient is not None:
-            ctx.told.note(_told(gradient.detach(), number, logits, ctx.looked_at))
+        if tap is not None and gradient is not None:
+            tap.told.note(_told(gradient.detach(), number, logits, ctx.looked_at))
         squares = torch.zeros_like(count[0])
         if gradient is not None:
             squares = _sum_of_squares(gradient, count).detach()
-        return None, None, None, torch.stack([torch.full_like(squares, number), squares]), *grads
+        found = torch.stack([torch.full_like(squares, number), squares])
+        if tap is not None and tap.passes is not None and tap.passes.leaves_out(tap, tap.count):
+            tap.add(found)
+            return None, None, None, *grads
+        return None, None, found, *grads
 
 
 def _first_with_gradient(
@@ -256,10 +255,9 @@ class TermsTap:
             self.uses.append((outputs[0],))
             return [outputs[0].clone()]
         # Of a compiled graph hooks on the leaves tell that it runs backwards, see `Tap.watch`.
-        passes = self.passes if eager else None
-        told = self.told if eager else None
+        tap = self if eager else None
         looked_at = eager and self.counts and self.to_look_at > 0
-        return _Terms.apply(passes, told, looked_at, self.count, *outputs)  # type: ignore[no-any-return, no-untyped-call]
+        return _Terms.apply(tap, looked_at, self.count, *outputs)  # type: ignore[no-any-return, no-untyped-call]
 
     def fill(self, gradients: Sequence[Tensor | None]) -> None:
         """Count the terms of `uses` where a backward pass would, and forget these.
@@ -290,6 +288,16 @@ class TermsTap:
         self.count = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
         self.count.register_hook(self._add_up)  # type: ignore[no-untyped-call]
         self.count.requires_grad_(False)
+
+    def add(self, found: Tensor) -> None:
+        """Add to the gradient of the leaf where autograd does not.
+
+        Args:
+            found: Number of terms, and squares.
+        """
+        if self.count is not None:
+            self._add_up(found)
+            self.count.grad = found if self.count.grad is None else self.count.grad + found
 
     def _add_up(self, gradient: Tensor) -> None:
         """Add up what a pass which counts has told.

@@ -38,6 +38,14 @@ class Watcher(Protocol):
             tap: The tap.
         """
 
+    def leaves_out(self, tap: object, leaf: Tensor | None) -> bool:
+        """Return whether the pass that runs adds to parameters' gradients, but not to those of leaves.
+
+        Args:
+            tap: The tap, whose parameters are asked for; of what is no tap all are.
+            leaf: One of its leaves.
+        """
+
     def miss(self, tap: object, how: str) -> None:
         """A tap cannot see a use of its parameter.
 

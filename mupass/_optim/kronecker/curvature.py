@@ -18,7 +18,7 @@ from mupass._taps.intercept import intercept
 from mupass._taps.leaves import Once, Sums, Tap
 from mupass._taps.loss_form import FORM
 from mupass._taps.passes import Passes
-from mupass._taps.taps import tap_of
+from mupass._taps.taps import keep_in_front, tap_of
 from mupass._taps.terms import terms_tap_of
 
 SUMMED = 2.0  # a loss that is more than so many means of cross-entropies is summed, or multiplied
@@ -72,6 +72,7 @@ class Curvature:
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
+        self._hooked = [root.get_submodule(place.module) for place in self.taps if place.module is not None]
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
         """Collect second moments as well.
@@ -91,6 +92,8 @@ class Curvature:
         self.terms.collect(on)
         for tap in self.taps.values():
             tap.collect(on)
+        for module in self._hooked:
+            keep_in_front(module)
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the factors of a loss to what was summed, without touching the gradients of parameters.
@@ -116,6 +119,9 @@ class Curvature:
         self.terms.clear()
         for tap in self.taps.values():
             tap.clear()
+        # The model may have got hooks since the last step.
+        for module in self._hooked:
+            keep_in_front(module)
 
     def take(self, scale: Tensor | float = 1.0, clipped: Tensor | None = None) -> dict[Place, Sums]:
         """Take what was summed since the last call: A over rows, B over loss terms; empty if nothing was.
