@@ -55,6 +55,12 @@ SUMMED = (
     "number, as by samples instead of tokens, pass it as loss_terms=; where it is multiplied, pass that as "
     "loss_scale="
 )
+ELSEWHERE = (
+    "the loss is a cross-entropy over another axis of the model's output than the one that is taken for "
+    "classes (axis 1 of four or more, else the last one; a vector has none), so that its terms are "
+    "miscounted, and B is off by as much: pass loss_terms=, the number of terms that it averages over (1 for "
+    "one sample)"
+)
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
@@ -630,11 +636,12 @@ class KFAC(PlannedOptimizer):
         for kind, text, number in (
             ("idle_loss_terms", IDLE_TERMS, curvature.idle_terms),
             ("summed_loss", SUMMED, curvature.summed),
+            ("classes_elsewhere", ELSEWHERE, curvature.elsewhere),
         ):
             if number is not None:
                 incidents.append((kind, text))
                 counts.append(number.reshape(1))
-        curvature.idle_terms = curvature.summed = None
+        curvature.idle_terms = curvature.summed = curvature.elsewhere = None
         return incidents, counts
 
     def _tell_passes(self) -> None:
