@@ -232,3 +232,94 @@ def test_a_squared_error_is_none_at_any_size_of_the_outputs(size: float, classes
     (gradient,) = torch.autograd.grad(loss, out)
     for found in (gradient, gradient.bfloat16()):
         assert float(multiple_of_a_mean(out.detach(), found, torch.tensor(8))) == pytest.approx(8, rel=0.01)
+
+
+class Ends(nn.Module):
+    """A network with an end of its own: probabilities, other shapes."""
+
+    def __init__(self, end: Loss, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.first, self.last, self.end = nn.Linear(8, 64), nn.Linear(64, classes), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.last(torch.relu(self.first(x))))
+
+
+def stats(end: Loss, loss: Loss, classes: int = CLASSES, x: Tensor = X, steps: int = 4) -> dict[str, int]:
+    """Return what was told of the loss of a model with such an end."""
+    torch.manual_seed(1)
+    model = mupass.transform(Ends(end, classes), x)
+    optimizer = mupass.KFAC(model, root_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            optimizer.step()
+        counts = optimizer.stats()
+    return {kind: count for kind, count in counts.items() if kind in ("summed_loss", "classes_elsewhere")}
+
+
+HALVES = (torch.arange(24) % 2).float()
+ENDS: dict[str, tuple[Loss, Callable[[Tensor, str], Tensor], int]] = {
+    "log_softmax": (lambda y: F.log_softmax(y, -1), lambda y, how: F.nll_loss(y, Y, reduction=how), CLASSES),
+    "softmax": (lambda y: y.softmax(-1), lambda y, how: F.nll_loss(y.log(), Y, reduction=how), CLASSES),
+    "sigmoid": (torch.sigmoid, lambda y, how: F.binary_cross_entropy(y, BINARY, reduction=how), CLASSES),
+    "one": (
+        lambda y: y,
+        lambda y, how: F.binary_cross_entropy_with_logits(y, HALVES[:, None], reduction=how),
+        1,
+    ),
+    "vector": (
+        lambda y: y[:, 0],
+        lambda y, how: F.binary_cross_entropy_with_logits(y, HALVES, reduction=how),
+        1,
+    ),
+    "sigmoid of one": (
+        torch.sigmoid,
+        lambda y, how: F.binary_cross_entropy(y, HALVES[:, None], reduction=how),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_sum_is_told_whatever_the_model_ends_with(end: str) -> None:
+    at_the_end, loss, classes = ENDS[end]
+    assert stats(at_the_end, lambda y: loss(y, "sum"), classes) == {"summed_loss": 3}
+    assert not stats(at_the_end, lambda y: loss(y, "mean"), classes)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_other_losses_behind_such_ends_are_not(end: str) -> None:
+    at_the_end, _, classes = ENDS[end]
+    for target in (0.0, 0.5, 1.0):
+        assert not stats(at_the_end, lambda y, t=target: (y - t).square().sum(), classes, steps=3)  # type: ignore[misc]
+    for loss in (torch.sum, lambda y: F.relu(1 - y).sum(), lambda y: (y * y.detach()).sum()):
+        assert not stats(at_the_end, loss, classes, steps=3)
+
+
+SEQUENCES, LABELS = (
+    torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(2)),
+    torch.arange(24) % CLASSES,
+)
+ELSEWHERE: dict[str, tuple[Tensor, Loss, Loss, int]] = {  # input, end, rows of logits, terms
+    "one sample": (X[0], lambda y: y, lambda y: y[None], 1),
+    "classes first": (X, lambda y: y.T, lambda y: y.T, 24),
+    "classes, then time": (SEQUENCES, lambda y: y.mT, lambda y: y.mT.reshape(24, -1), 24),
+    "channels last": (SEQUENCES.view(2, 2, 6, 8), lambda y: y, lambda y: y.reshape(24, -1), 24),
+    "one score for each": (X, lambda y: y[:, :1], lambda y: y.T, 1),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_loss_over_another_axis_is_told_as_its_terms_are_miscounted(where: str) -> None:
+    x, end, rows, terms = ELSEWHERE[where]
+    assert stats(end, lambda y: F.cross_entropy(rows(y), LABELS[:terms]), x=x) == {"classes_elsewhere": 3}
+    # Squares have no axis.
+    assert not stats(end, lambda y: (rows(y) - 1).square().mean(), x=x, steps=3)
+
+
+def test_an_axis_whose_count_is_the_same_does_not_matter() -> None:
+    ids = torch.arange(CLASSES)
+    assert not stats(lambda y: y.T, lambda y: F.cross_entropy(y.T, ids), x=X[:CLASSES])

@@ -69,6 +69,12 @@ NO_LAYER = (
     "model, or take an optimizer that needs gradients alone, as mupass.SOAP(model). In a compiled model "
     "backward(inputs=...) leaves factors out: call backward() there, with what is not to be trained frozen"
 )
+ELSEWHERE = (
+    "the loss is a cross-entropy over another axis of the model's output than the one that is taken for "
+    "classes (axis 1 of four or more, else the last one; a vector has none), so that its terms are "
+    "miscounted, and B is off by as much: pass loss_terms=, the number of terms that it averages over (1 for "
+    "one sample)"
+)
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
@@ -651,11 +657,12 @@ class KFAC(PlannedOptimizer):
             ("idle_loss_terms", IDLE_TERMS, curvature.idle_terms),
             ("summed_loss", SUMMED, curvature.summed),
             ("far_targets", FAR, None if self.plan.open_output else curvature.far),
+            ("classes_elsewhere", ELSEWHERE, curvature.elsewhere),
         ):
             if number is not None:
                 incidents.append((kind, text))
                 counts.append(number.reshape(1))
-        curvature.idle_terms = curvature.summed = curvature.far = None
+        curvature.idle_terms = curvature.summed = curvature.elsewhere = curvature.far = None
         return incidents, counts
 
     def _tell_passes(self) -> None:

@@ -1,4 +1,8 @@
-"""What form a loss has, by its gradient at the outputs: cross-entropy, its sum, perhaps a squared error."""
+"""What form a loss has, by its gradient: a cross-entropy, over which axis and how many times its mean.
+
+Outputs may be logits, their probabilities or the logarithms of these. Squared errors are told from other
+losses as far as gradients tell.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import torch
 from torch import Tensor
 
 ROWS = 8  # of a batch that are looked at: the form is exact in every one
+ENTRIES = 64  # of outputs of one number each
+TINY = 1e-30  # in the place of a probability of zero
 FORM = 0.02  # how far entries may be off it, relatively; half precision rounds by less
 
 
@@ -27,22 +33,76 @@ def first_rows(output: Tensor, class_axis: int) -> Tensor | None:
     return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
 
 
-def multiple_of_a_mean(logits: Tensor, gradient: Tensor, terms: Tensor) -> Tensor:
+def first_numbers(output: Tensor) -> Tensor | None:
+    """Return a copy of the first entries of an output of one number a term, ``[1, entries]``; None of others.
+
+    Args:
+        output: Of a model, a vector or with an axis of one class.
+    """
+    if not output.is_floating_point() or not output.numel():
+        return None
+    numbers = output.detach().reshape(1, -1)[:, :ENTRIES]
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32), copy=True)
+
+
+def multiple_of_a_mean(outputs: Tensor, gradient: Tensor, terms: Tensor, classes: bool = True) -> Tensor:
     """Return how many times a mean of cross-entropies a loss is; 0 where it is none of them.
 
     The mean over T terms has the gradient ``(p - y) / T`` by its logits, with p the softmax and y the class,
     or with p the logistic function of each logit and y of 0 and 1.
 
     Args:
-        logits: Some terms of the model's output, ``[rows, classes]``.
+        outputs: Some terms of the model's output, ``[rows, classes]``, or of numbers, `first_numbers`.
         gradient: Of the loss by these.
         terms: T, a tensor of one number.
+        classes: Whether there are several classes.
     """
-    gradient = gradient.to(logits)
+    multiple = _of_numbers(outputs, gradient)
+    if classes:
+        multiple = torch.maximum(multiple, _over_classes(outputs, gradient))
+    return multiple * terms.to(outputs)
+
+
+def is_over_classes(outputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return whether a loss is a multiple of a cross-entropy over the classes of some rows.
+
+    Args:
+        outputs: Rows of the model's output, ``[rows, classes]``.
+        gradient: Of the loss by these.
+    """
+    return _over_classes(outputs, gradient) > 0
+
+
+def _over_classes(outputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return what multiple of ``p - y`` the gradient by the logits of rows is, or 0."""
+    gradient = gradient.to(outputs)
     # Terms that the loss leaves out say nothing.
     alive = (gradient != 0).any(-1, keepdim=True)
-    multiple = torch.maximum(_of_softmax(logits, gradient, alive), _of_logistic(logits, gradient, alive))
-    return multiple * terms.to(logits)
+    multiple = _of_softmax(outputs, gradient, alive)
+    # The model ends with log_softmax, or with softmax: the chain rule gives the gradient by the logits.
+    p = outputs.exp()
+    by_logits = gradient - p * gradient.sum(-1, keepdim=True)
+    logs = _of_softmax(outputs, by_logits, alive) * _sums_to_one(p)
+    by_logits = outputs * (gradient - (outputs * gradient).sum(-1, keepdim=True))
+    positive = (outputs > 0).all()
+    probabilities = _of_softmax(outputs.clamp(min=TINY).log(), by_logits, alive) * _sums_to_one(outputs)
+    return torch.stack([multiple, logs, probabilities * positive]).amax(0)
+
+
+def _of_numbers(outputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return what multiple of ``p - y`` the gradient by logits of two classes is, or 0."""
+    gradient = gradient.to(outputs)
+    alive = (gradient != 0).any(-1, keepdim=True)
+    multiple = _of_logistic(outputs, gradient, alive)
+    # The model ends with a logistic function.
+    inside = ((outputs > 0) & (outputs < 1)).all()
+    logits = outputs.clamp(TINY, 1 - FORM * FORM).logit()
+    return torch.maximum(multiple, _of_logistic(logits, gradient * outputs * (1 - outputs), alive) * inside)
+
+
+def _sums_to_one(p: Tensor) -> Tensor:
+    """Return whether rows are probabilities of classes."""
+    return ((p.sum(-1) - 1).abs() < FORM * FORM).all()
 
 
 def may_be_squared(output: Tensor, gradient: Tensor) -> Tensor:

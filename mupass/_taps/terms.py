@@ -12,10 +12,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
 from mupass._taps.leaves import is_batched, is_trained, under_transform
-from mupass._taps.loss_form import first_rows, may_be_squared, multiple_of_a_mean
+from mupass._taps.loss_form import (
+    first_numbers,
+    first_rows,
+    is_over_classes,
+    may_be_squared,
+    multiple_of_a_mean,
+)
 from mupass._taps.visits import Visits
 from mupass._taps.watcher import Watcher
 
+FEW = 0.25  # part by which a number of terms may be off
 LOOKED_AT = 3  # passes whose loss is looked at: its form does not change
 
 
@@ -26,16 +33,57 @@ class Told(NamedTuple):
         left_out: Number of terms without a gradient.
         terms: Number of the others.
         multiple: How many times a mean of cross-entropies over these the loss is; 0 for another loss, None
-            where the pass was not looked at, or its output has no classes.
+            where the pass was not looked at.
+        elsewhere: Whether it is a cross-entropy over another axis than classes are taken to have.
         reach: What the length of a term's gradient is multiplied by to give the root mean square of its
             distance from its target, were the loss a mean squared error: half the root of its number of
-            entries. 0 for a loss of another form, None where the pass was not looked at.
+            entries. 0 for a loss of another form.
     """
 
     left_out: Tensor
     terms: Tensor
-    multiple: Tensor | None = None
+    multiple: Tensor | None
+    elsewhere: Tensor | None = None
     reach: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """Some terms of an output, whose gradient tells the form of the loss.
+
+    Attributes:
+        own: ``[rows, classes]``, or ``[1, entries]`` of an output of one number a term.
+        others: Axis -> rows that have their classes there.
+        classes: Whether a term has several entries.
+    """
+
+    own: Tensor | None
+    others: dict[int, Tensor]
+    classes: bool = True
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kept:
+        """Return some terms of an output, or of its gradient.
+
+        Args:
+            tensor: The output, or the gradient.
+        """
+        # A vector may be the classes of one sample.
+        if tensor.dim() == 1:
+            whole_rows = first_rows(tensor[None], 1)
+            return cls(first_numbers(tensor), {} if whole_rows is None else {0: whole_rows}, classes=False)
+        class_axis = _class_axis(tensor.shape)
+        classes = tensor.shape[class_axis] > 1
+        own = first_rows(tensor, class_axis) if classes else first_numbers(tensor)
+        others = {}
+        terms = tensor.numel() // max(tensor.shape[class_axis], 1)
+        for axis in range(tensor.dim()):
+            other_terms = tensor.numel() // max(tensor.shape[axis], 1)
+            # A count that is hardly off does not matter.
+            if axis != class_axis and abs(other_terms - terms) > FEW * terms:
+                rows = first_rows(tensor, axis)
+                if rows is not None:
+                    others[axis] = rows
+        return cls(own, others, classes)
 
 
 class _Terms(torch.autograd.Function):
@@ -49,9 +97,10 @@ class _Terms(torch.autograd.Function):
         ctx: Any, tap: TermsTap | None, looked_at: bool, count: Tensor, *outputs: Tensor
     ) -> tuple[Tensor, ...]:
         """Pass the outputs on; copies, so that a loss may work in place on them."""
-        ctx.tap, ctx.looked_at, ctx.terms = tap, looked_at, [loss_terms(output.shape) for output in outputs]
-        rows = [_first_rows(output) for output in outputs] if looked_at else []
-        ctx.save_for_backward(count, *rows)
+        ctx.tap, ctx.terms = tap, [loss_terms(output.shape) for output in outputs]
+        # Copies of a few rows, not outputs: nothing is kept alive by them.
+        ctx.kept = [_kept(output) for output in outputs] if looked_at else [None] * len(outputs)
+        ctx.save_for_backward(count)
         ctx.set_materialize_grads(False)
         return tuple(output.clone() for output in outputs)
 
@@ -63,10 +112,10 @@ class _Terms(torch.autograd.Function):
         tap = ctx.tap
         if tap is not None and tap.passes is not None:
             tap.passes.begin()
-        count, *rows = ctx.saved_tensors
-        number, gradient, logits = _first_with_gradient(ctx.terms, grads, rows or [None] * len(grads))
+        (count,) = ctx.saved_tensors
+        number, gradient, logits = _first_with_gradient(ctx.terms, grads, ctx.kept)
         if tap is not None and gradient is not None:
-            tap.told.note(_told(gradient.detach(), number, logits, ctx.looked_at))
+            tap.told.note(_told(gradient.detach(), number, logits))
         squares = torch.zeros_like(count[0])
         if gradient is not None:
             squares = _sum_of_squares(gradient, count).detach()
@@ -78,8 +127,8 @@ class _Terms(torch.autograd.Function):
 
 
 def _first_with_gradient(
-    terms: Sequence[int], grads: Sequence[Tensor | None], rows: Sequence[Tensor | None]
-) -> tuple[int, Tensor | None, Tensor | None]:
+    terms: Sequence[int], grads: Sequence[Tensor | None], rows: Sequence[Kept | None]
+) -> tuple[int, Tensor | None, Kept | None]:
     """Return the terms, gradient and rows of the first output that has one; 0 and None if none has."""
     # A second output, such as an auxiliary one, averages its terms in a loss of its own.
     # A plain loop: Dynamo of torch 2.8 does not trace next() of a generator with a default.
@@ -89,35 +138,34 @@ def _first_with_gradient(
     return 0, None, None
 
 
-def _first_rows(output: Tensor) -> Tensor | None:
+def _kept(output: Tensor) -> Kept | None:
     """Return some terms of an output whose gradient tells the form of the loss; None where it would not."""
     # A shard of the outputs has the gradients of that shard only.
-    if output.dim() < 2 or is_sharded(output):
-        return None
-    return first_rows(output, _class_axis(output.shape))
+    return None if is_sharded(output) else Kept.of(output)
 
 
-def _told(gradient: Tensor, terms: int, logits: Tensor | None, looked_at: bool) -> Told:
+def _told(gradient: Tensor, terms: int, kept: Kept | None) -> Told:
     """Return what the gradient by an output tells of the loss.
 
     Args:
         gradient: The gradient.
         terms: Number of terms of the output.
-        logits: Its first rows, where the form of the loss is asked for and they tell it.
-        looked_at: Whether the form is asked for.
+        kept: Some of its terms, where the form of the loss is asked for.
     """
     left_out = whole(_terms_without_gradient(gradient))
     counted = terms - left_out
-    if not looked_at or is_sharded(gradient):
-        return Told(left_out, counted)
-    entries = gradient.numel() / max(terms, 1)
-    reach = torch.full((), 0.5 * entries**0.5, device=gradient.device)
-    if logits is None:  # one number a term
-        return Told(left_out, counted, reach=reach)
-    rows = first_rows(gradient, _class_axis(gradient.shape))
-    assert rows is not None
-    multiple = multiple_of_a_mean(logits, rows, counted)
-    return Told(left_out, counted, multiple, reach * (may_be_squared(logits, rows) & (multiple == 0)))
+    found = Kept.of(gradient) if kept is not None else None
+    if kept is None or found is None or kept.own is None or found.own is None:
+        return Told(left_out, counted, None)
+    multiple = multiple_of_a_mean(kept.own, found.own, counted, kept.classes)
+    elsewhere = torch.zeros_like(multiple, dtype=torch.bool)
+    for axis, rows in kept.others.items():
+        elsewhere = elsewhere | is_over_classes(rows, found.others[axis])
+    squared = (multiple == 0) & ~elsewhere
+    if kept.classes:
+        squared = squared & may_be_squared(kept.own, found.own)
+    reach = 0.5 * (gradient.numel() / max(terms, 1)) ** 0.5
+    return Told(left_out, counted, multiple, elsewhere & (multiple == 0), reach * squared)
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -307,7 +355,7 @@ class TermsTap:
         """
         for told in self.told.take():
             self.left_out = told.left_out if self.left_out is None else self.left_out + told.left_out
-            if told.reach is not None:
+            if told.multiple is not None:
                 self.to_look_at -= 1
                 self.looked_at.append(told)
 
@@ -319,11 +367,8 @@ class TermsTap:
         """
         if not self.looked_at or self.counted is None or self.left_out is None:
             return None
-        of_classes = [told for told in self.looked_at if told.multiple is not None]
-        if not of_classes:
-            return None
-        multiples = torch.stack([told.multiple for told in of_classes if told.multiple is not None])
-        terms = torch.stack([told.terms for told in of_classes]).to(multiples)
+        multiples = torch.stack([told.multiple for told in self.looked_at if told.multiple is not None])
+        terms = torch.stack([told.terms for told in self.looked_at]).to(multiples)
         # The smallest weight of a term, 0 where a pass had another loss: means that are added up are that
         # many times the mean of all, and micro-batches of unequal sizes are told from them.
         weight = (multiples / terms.clamp(min=1)).amin()
@@ -334,6 +379,12 @@ class TermsTap:
         """The smallest `Told.reach` of a step's passes; None where none was looked at."""
         reaches = [told.reach for told in self.looked_at if told.reach is not None]
         return torch.stack(reaches).amin() if reaches else None
+
+    @property
+    def elsewhere(self) -> Tensor | None:
+        """How many passes had a cross-entropy over another axis than classes are taken to have; or None."""
+        found = [told.elsewhere for told in self.looked_at if told.elsewhere is not None]
+        return torch.stack(found).sum() if found and self.counts else None
 
     @property
     def counted(self) -> Tensor | None:

@@ -68,6 +68,7 @@ class Curvature:
         self.idle_terms: Tensor | None = None
         self.summed: Tensor | None = None
         self.far: Tensor | None = None  # steps in which outputs were far from their targets
+        self.elsewhere: Tensor | None = None  # passes whose loss has its classes on another axis
         # Outputs are looked at only where B is collected.
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
@@ -275,6 +276,10 @@ class Curvature:
         Args:
             scale: What the loss was multiplied by.
         """
+        elsewhere = self.terms.elsewhere
+        if elsewhere is not None:
+            number = elsewhere.to(torch.float32)
+            self.elsewhere = number if self.elsewhere is None else self.elsewhere + number
         multiple = self.terms.multiple
         if multiple is None or not self.loss.mean:
             return
