@@ -92,6 +92,54 @@ def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
+class Tasks(nn.Module):
+    """Two heads of one stem, of which a rank may run either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        z = torch.tanh(self.stem(x))
+        logits: torch.Tensor = self.first(z) if task == 0 else self.second(z)
+        return logits
+
+
+def tasks(run: Callable[[nn.Module], nn.Module], parts: Sequence[tuple[int, slice]]) -> list[torch.Tensor]:
+    """Return what training makes of parts of a batch, each with its task."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 6).double(), torch.arange(16) % 3
+    net = mupass.transform(Tasks().double(), (x, 0), base=8)
+    model = run(net)
+    optimizer = mupass.KFAC(model, 0.05, 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for task, rows in parts:
+            (F.cross_entropy(model(x[rows], task), y[rows]) / len(parts)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def _of_one_task(rank: int, port: int, path: Path) -> None:
+    with one_of_two(rank, port):
+
+        def wrapped(net: nn.Module) -> nn.Module:
+            return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+        torch.save(tasks(wrapped, [(rank, slice(8 * rank, 8 * rank + 8))]), path / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_ranks_may_run_different_tasks(tmp_path: Path) -> None:
+    """The gradients by which clipping is told came on one rank alone, and the other waited for good."""
+    mp.spawn(_of_one_task, (free_port(), tmp_path), nprocs=2)
+    want = tasks(lambda net: net, [(0, slice(0, 8)), (1, slice(8, 16))])
+    for rank in range(2):
+        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
 def test_data_parallel_needs_a_process_group() -> None:
     with pytest.raises(mupass.OptimizerError, match="init_process_group"):
         mupass.KFAC(build(), 0.1, data_parallel=True)

@@ -442,6 +442,16 @@ def mlp_of(w: int) -> nn.Module:
     return nn.Sequential(nn.Linear(5, w), nn.Tanh(), nn.Linear(w, 3))
 
 
+@pytest.mark.parametrize("keyword", ["loss_terms", "loss_scale"])
+@pytest.mark.parametrize("value", [-3, float("nan"), float("inf"), "12", None, torch.ones(2)], ids=str)
+def test_what_a_function_of_the_loss_returns_is_a_number(keyword: str, value: Any) -> None:
+    net = DENSE["linear"].net()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(mupass.OptimizerError, match=f"what the function {keyword} returned must be a finite"):
+        one_step(DENSE["linear"], net, **{keyword: lambda: value})
+    assert all(map(torch.equal, before, net.parameters()))
+
+
 def test_a_model_that_returns_its_loss_needs_loss_terms() -> None:
     x, y = torch.randn(6, 5), torch.randn(6, 3)
     net = mupass.transform(OwnLoss(8), (x, y), base=4)

@@ -300,7 +300,7 @@ def test_other_losses_behind_such_ends_are_not(end: str) -> None:
 
 
 SEQUENCES, LABELS = (
-    torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(2)),
+    torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(2)),
     torch.arange(24) % CLASSES,
 )
 ELSEWHERE: dict[str, tuple[Tensor, Loss, Loss, int]] = {  # input, end, rows of logits, terms

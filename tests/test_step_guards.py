@@ -679,6 +679,7 @@ def test_a_weight_that_is_computed_later_is_told_by_name(cls: Any, how: str) -> 
         *[("lr", torch.tensor(v)) for v in (math.nan, math.inf, -1.0)],
         ("lr", torch.ones(2)),
         *[("lr", v) for v in (None, "0.1", 1j, [0.1])],
+        *[(key, torch.tensor([0.5])) for key in ("weight_decay", "eps")],
         ("weight_decay", torch.tensor(math.nan)),
         *[("mupass_scale", v) for v in (None, math.nan, torch.tensor(math.inf))],
         *[("betas", v) for v in ((math.nan, 0.9), (0.9, 1.5), (0.9,), 0.9, None)],

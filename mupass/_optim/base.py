@@ -974,8 +974,11 @@ def _extremes(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _readable(value: Any) -> Any:
-    """Return the number in a tensor on the CPU; zero where an accelerator would be waited for."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
+    """Return the number in a tensor on the CPU; zero where an accelerator would be waited for.
+
+    A vector of one entry is none: products with it have another shape.
+    """
+    if not isinstance(value, Tensor) or value.dim():
         return value
     return value.item() if value.device.type == "cpu" else 0.0
 

@@ -59,19 +59,19 @@ class GradientScale:
         Args:
             ranks: Number of ranks over which gradients were averaged since.
         """
+        noted = self._copies
+        # A copy is of one backward pass, so it is used once.
+        self._copies = [None for _ in self._watched]
+        if ranks > 1:
+            noted = self._averaged(noted, ranks)
         # A probe that got no gradient in this step tells nothing.
         present, copies = [], []
-        for parameter, copy in zip(self._watched, self._copies, strict=True):
+        for parameter, copy in zip(self._watched, noted, strict=True):
             if copy is not None and parameter.grad is not None and not is_sharded(parameter.grad):
                 present.append(_entries(parameter.grad))
                 copies.append(copy)
-        # A copy is of one backward pass, so it is used once.
-        self._copies = [None for _ in self._watched]
         if not copies:
             return None
-        if ranks > 1:
-            # DistributedDataParallel averages after autograd has accumulated.
-            copies = [total / ranks for total in sum_over_ranks(copies)]
         device = present[0].device
         ratios, telling = [], []
         for gradient, copied in zip(present, copies, strict=True):
@@ -84,6 +84,21 @@ class GradientScale:
         smallest = torch.where(all_known, all_ratios, torch.inf).amin()
         clipped = all_known.any() & (smallest > 0) & (largest - smallest <= ALIKE * largest)
         return torch.where(clipped & largest.isfinite(), largest, 1.0)
+
+    def _averaged(self, noted: Sequence[Tensor | None], ranks: int) -> list[Tensor | None]:
+        """Return the copies as DistributedDataParallel averages gradients, after autograd has accumulated.
+
+        All ranks send as much: a probe may have got its gradient on some of them alone. Of one that got none
+        on any there are zeros, which tell nothing.
+
+        Args:
+            noted: Copies on this rank; None where autograd has left no gradient.
+            ranks: Number of ranks.
+        """
+        message = []
+        for parameter, copy in zip(self._watched, noted, strict=True):
+            message.append(torch.zeros_like(_entries(parameter)) if copy is None else copy)
+        return [total / ranks for total in sum_over_ranks(message)]
 
 
 def _ratio(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,15 @@ from mupass._optim.kronecker.damping import RELATIVE
 from mupass._optim.kronecker.ekfac import not_rescaled
 from mupass._optim.kronecker.factor_stack import FactorStack
 from mupass._optim.kronecker.preconditioner import Kronecker, Ranks
-from mupass._optim.kronecker.settings import Bounds, KFACOptions, Loss, Roots, Selection, Statistics
+from mupass._optim.kronecker.settings import (
+    Bounds,
+    KFACOptions,
+    Loss,
+    Roots,
+    Selection,
+    Statistics,
+    told_number,
+)
 from mupass._optim.kronecker.signal import SignalShare, Slopes
 from mupass._optim.kronecker.slope import OutputSlope
 from mupass._optim.kronecker.update import Compiled
@@ -721,7 +729,10 @@ class KFAC(PlannedOptimizer):
     def _scale_of_loss(self) -> Tensor | float:
         """Return what the loss was multiplied by: told, or left here by a gradient scaler."""
         if callable(self.loss_scale):
-            return float(self.loss_scale())
+            scale = told_number("loss_scale", self.loss_scale())
+            if not scale:
+                raise OptimizerError("the function loss_scale returned 0: the loss is multiplied by nothing")
+            return scale
         if self.loss_scale is not None:
             return float(self.loss_scale)
         if hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None:

@@ -290,11 +290,9 @@ class Curvature:
         """Return the number of loss terms of this rank, told or counted, and the squares at the output."""
         left_out, seen = self.terms.left_out, self.terms.take()
         counted, squares = (None, torch.zeros(())) if seen is None else seen.unbind()
-        terms = self.loss.loss_terms
-        if callable(terms):
-            terms = terms()
+        terms = self.loss.terms_now()
         if terms is not None:
-            return torch.tensor(float(terms), dtype=torch.float64), squares
+            return torch.tensor(terms, dtype=torch.float64), squares
         if counted is None:
             if self.ranks == 1:
                 raise _no_terms()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from mupass._errors import OptimizerError
 from mupass._optim.checks import check_choice, check_flag, check_number, check_period, check_words
@@ -66,6 +68,16 @@ class Loss:
         if self.target_scale is not None and not check_number("target_scale", self.target_scale):
             raise OptimizerError("target_scale must be a number above 0")
 
+    def terms_now(self) -> float | None:
+        """Return the number of terms that the caller tells; None where they are counted.
+
+        Raises:
+            OptimizerError: The caller's function returns something else.
+        """
+        if not callable(self.loss_terms):
+            return self.loss_terms
+        return told_number("loss_terms", self.loss_terms())
+
     @property
     def mean(self) -> bool:
         """Whether the loss is the mean of its terms."""
@@ -75,6 +87,21 @@ class Loss:
     def unit(self) -> float:
         """What outputs are measured in."""
         return 1.0 if self.target_scale is None else float(self.target_scale)
+
+
+def told_number(name: str, value: Any) -> float:
+    """Return a number that a function of the caller's has returned, as it is or in a tensor or an array.
+
+    Args:
+        name: Keyword that the function was given as.
+        value: What it returned; zero terms are those of a rank, or of a batch, without targets.
+
+    Raises:
+        OptimizerError: It is no finite number, or negative.
+    """
+    if hasattr(value, "item") and prod(value.shape) == 1:
+        value = value.item()
+    return check_number(f"what the function {name} returned", value)
 
 
 @dataclass(frozen=True)
