@@ -108,6 +108,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._training = training
         self.momentum_of = training.momentum_of
         self.fallback = Fallback.of(training.fallback, training.fallback_lr)
+        self._wrapper = model
         self.root, plan = plan_of(model)
         tell_left_out(model, self.root)
         self.plan: Plan = plan.for_optimizer(spec)
@@ -411,6 +412,7 @@ class PlannedOptimizer(BoundOptimizer):
         """
         # With a closure the gradients are made now, and checked like any others.
         loss = None
+        self._refuse_join()
         if closure is not None:
             if not callable(closure):
                 raise OptimizerError(
@@ -433,6 +435,16 @@ class PlannedOptimizer(BoundOptimizer):
                 self._step(ok)
             self._prepare_next()
         return loss
+
+    def _refuse_join(self) -> None:
+        """Refuse steps that other ranks may not take, and would be waited for without an end."""
+        join = getattr(self._wrapper, "_join_config", None)
+        if self._ranks > 1 and join is not None and join.enable:
+            name = type(self).__name__
+            raise OptimizerError(
+                f"model.join() lets ranks end at different steps, and {name} shares its work over all ranks "
+                "in each: give them equally many batches (a DistributedSampler does), without join()"
+            )
 
     def _step(self, ok: Tensor) -> None:
         """Take a step that counts or, where ``ok`` is zero, does not."""
@@ -785,6 +797,12 @@ class PlannedOptimizer(BoundOptimizer):
         for parameter, name in self.names.items():
             if parameter.grad is None:
                 continue
+            planned = self.plan[name].geometry.shape
+            if parameter.shape != planned:
+                raise OptimizerError(
+                    f"{name} has shape {tuple(parameter.shape)}, and had {tuple(planned)} when the optimizer "
+                    "was made: transform the new model, and make the optimizer anew"
+                )
             if parameter.grad.layout != torch.strided:
                 raise OptimizerError(
                     f"the gradient of {name} is sparse, and mupass.{type(self).__name__} needs dense ones: "
