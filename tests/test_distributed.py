@@ -146,15 +146,16 @@ def _uneven(rank: int, port: int, path: Path) -> None:
         x, y = data()
         for cls in (mupass.KFAC, mupass.Muon):
             optimizer = cls(model)
-            F.cross_entropy(model(x), y).backward()
-            with model.join(), pytest.raises(mupass.OptimizerError, match="equally many batches"):
+            with model.join(), pytest.warns(mupass.MupassWarning, match="equally many batches"):
+                F.cross_entropy(model(x), y).backward()
                 optimizer.step()
+            F.cross_entropy(model(x), y).backward()
             optimizer.step()
         path.touch()
 
 
 @pytest.mark.slow
-def test_steps_that_some_ranks_leave_out_are_refused(tmp_path: Path) -> None:
+def test_steps_that_some_ranks_may_leave_out_are_told(tmp_path: Path) -> None:
     """Inside of `join` a rank may have no more batches, and the others would wait for it."""
     mp.spawn(_uneven, (free_port(), tmp_path / "done"), nprocs=2)
     assert (tmp_path / "done").exists()

@@ -58,7 +58,7 @@ from mupass._scales.scales import rounded
 from mupass._taps.factors import without_autocast
 
 OVERRIDES = ("lr", "weight_decay", "damping")
-FOLDED = "fold"  # among what was told
+FOLDED, JOINED = "fold", "join"  # among what was told
 EMPTY = "none"  # treatment of a parameter without entries
 OUT_OF_RANGE = (
     "would have left the range of float16, which ends at 65504, and keeps its values: "
@@ -412,7 +412,7 @@ class PlannedOptimizer(BoundOptimizer):
         """
         # With a closure the gradients are made now, and checked like any others.
         loss = None
-        self._refuse_join()
+        self._tell_join()
         if closure is not None:
             if not callable(closure):
                 raise OptimizerError(
@@ -436,15 +436,19 @@ class PlannedOptimizer(BoundOptimizer):
             self._prepare_next()
         return loss
 
-    def _refuse_join(self) -> None:
-        """Refuse steps that other ranks may not take, and would be waited for without an end."""
-        join = getattr(self._wrapper, "_join_config", None)
-        if self._ranks > 1 and join is not None and join.enable:
-            name = type(self).__name__
-            raise OptimizerError(
-                f"model.join() lets ranks end at different steps, and {name} shares its work over all ranks "
-                "in each: give them equally many batches (a DistributedSampler does), without join()"
-            )
+    def _tell_join(self) -> None:
+        """Warn of steps that ranks may leave out, which would be waited for without an end."""
+        join = getattr(self._wrapper, "_join_config", None)  # stays as it is behind the context
+        if self._ranks == 1 or join is None or not join.enable or JOINED in self._strangers:
+            return
+        self._strangers.add(JOINED)
+        name = type(self).__name__
+        text = (
+            f"mupass.{name} shares its work over all ranks in every step: where one of them has fewer "
+            "batches, as model.join() allows, the others wait for it without an end, or fail. Give all ranks "
+            "equally many batches (a DistributedSampler does)"
+        )
+        warnings.warn(text, MupassWarning, stacklevel=4)
 
     def _step(self, ok: Tensor) -> None:
         """Take a step that counts or, where ``ok`` is zero, does not."""
