@@ -140,6 +140,27 @@ def test_ranks_may_run_different_tasks(tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
+def _uneven(rank: int, port: int, path: Path) -> None:
+    with one_of_two(rank, port):
+        model = nn.parallel.DistributedDataParallel(build())
+        x, y = data()
+        for cls in (mupass.KFAC, mupass.Muon):
+            optimizer = cls(model)
+            with model.join(), pytest.warns(mupass.MupassWarning, match="equally many batches"):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        path.touch()
+
+
+@pytest.mark.slow
+def test_steps_that_some_ranks_may_leave_out_are_told(tmp_path: Path) -> None:
+    """Inside of `join` a rank may have no more batches, and the others would wait for it."""
+    mp.spawn(_uneven, (free_port(), tmp_path / "done"), nprocs=2)
+    assert (tmp_path / "done").exists()
+
+
 def test_data_parallel_needs_a_process_group() -> None:
     with pytest.raises(mupass.OptimizerError, match="init_process_group"):
         mupass.KFAC(build(), 0.1, data_parallel=True)

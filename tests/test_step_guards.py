@@ -524,6 +524,19 @@ def test_a_step_inside_of_a_context_is_the_step_outside_of_it(cls: Any, inside: 
         assert torch.equal(one, other)
 
 
+@all_
+def test_a_parameter_that_was_resized_is_refused(cls: Any) -> None:
+    net = make()
+    optimizer = cls(net, 0.01)
+    train(net, optimizer, range(1))
+    net.head.weight.data = torch.randn(17, net.head.in_features).to(net.head.weight)
+    net.head.bias.data = torch.zeros(17).to(net.head.weight)
+    before = values(net)
+    with pytest.raises(mupass.OptimizerError, match="when the optimizer was made: transform the new model"):
+        train(net, optimizer, range(1, 2))
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
 # Half precision --------------------------------------------------------------------------------------------
 
 

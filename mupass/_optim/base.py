@@ -58,7 +58,7 @@ from mupass._scales.scales import rounded
 from mupass._taps.factors import without_autocast
 
 OVERRIDES = ("lr", "weight_decay", "damping")
-FOLDED = "fold"  # among what was told
+FOLDED, JOINED = "fold", "join"  # among what was told
 EMPTY = "none"  # treatment of a parameter without entries
 OUT_OF_RANGE = (
     "would have left the range of float16, which ends at 65504, and keeps its values: "
@@ -108,6 +108,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._training = training
         self.momentum_of = training.momentum_of
         self.fallback = Fallback.of(training.fallback, training.fallback_lr)
+        self._wrapper = model
         self.root, plan = plan_of(model)
         tell_left_out(model, self.root)
         self.plan: Plan = plan.for_optimizer(spec)
@@ -411,6 +412,7 @@ class PlannedOptimizer(BoundOptimizer):
         """
         # With a closure the gradients are made now, and checked like any others.
         loss = None
+        self._tell_join()
         if closure is not None:
             if not callable(closure):
                 raise OptimizerError(
@@ -433,6 +435,20 @@ class PlannedOptimizer(BoundOptimizer):
                 self._step(ok)
             self._prepare_next()
         return loss
+
+    def _tell_join(self) -> None:
+        """Warn of steps that ranks may leave out, which would be waited for without an end."""
+        join = getattr(self._wrapper, "_join_config", None)  # stays as it is behind the context
+        if self._ranks == 1 or join is None or not join.enable or JOINED in self._strangers:
+            return
+        self._strangers.add(JOINED)
+        name = type(self).__name__
+        text = (
+            f"mupass.{name} shares its work over all ranks in every step: where one of them has fewer "
+            "batches, as model.join() allows, the others wait for it without an end, or fail. Give all ranks "
+            "equally many batches (a DistributedSampler does)"
+        )
+        warnings.warn(text, MupassWarning, stacklevel=4)
 
     def _step(self, ok: Tensor) -> None:
         """Take a step that counts or, where ``ok`` is zero, does not."""
@@ -785,6 +801,12 @@ class PlannedOptimizer(BoundOptimizer):
         for parameter, name in self.names.items():
             if parameter.grad is None:
                 continue
+            planned = self.plan[name].geometry.shape
+            if parameter.shape != planned:
+                raise OptimizerError(
+                    f"{name} has shape {tuple(parameter.shape)}, and had {tuple(planned)} when the optimizer "
+                    "was made: transform the new model, and make the optimizer anew"
+                )
             if parameter.grad.layout != torch.strided:
                 raise OptimizerError(
                     f"the gradient of {name} is sparse, and mupass.{type(self).__name__} needs dense ones: "

@@ -191,7 +191,10 @@ def _look_out(parameter: nn.Parameter, name: str, taps: dict[str, Tap]) -> None:
         parameter.__class__ = TappedParameter
         setattr(parameter, ATTRIBUTE, taps)
     if type(parameter) is not TappedParameter:
-        raise OptimizerError(f"{name} is a {type(parameter).__name__}, which cannot carry a tap")
+        raise OptimizerError(
+            f"{name} is a {type(parameter).__name__}, which cannot carry a tap: make it an nn.Parameter, or "
+            f"leave it to the fallback with exclude=['{name}']"
+        )
 
 
 def release(parameter: nn.Parameter) -> None:

@@ -89,6 +89,7 @@ class _Factors(torch.autograd.Function):
             tap.visits.note(ctx.seen)
             if torch.is_grad_enabled():
                 g = tap.followed(g)
+            tap.check_shapes(input_factor, output_factors)
             if tap.is_left_out:
                 tap.add(rows, input_factor, output_factors)
                 tap.count_visits(rows)
@@ -419,6 +420,23 @@ class Tap:
             input_factor = None if self.a is None else raw_input(self.layer, form, x, self.rows.dtype)
             factors, count = raw_outputs(self.layer, form, x, gradient, wanted, self.rows.dtype)
             self.add(_rows(count, self.rows.device, self.rows.dtype), input_factor, factors)
+
+    def check_shapes(self, a: Tensor | None, b: Sequence[Tensor | None]) -> None:
+        """Refuse a weight of another shape than when the tap was opened, as by ``weight.data = ...``.
+
+        Args:
+            a: Input factor, where wanted.
+            b: Output factors, where wanted.
+
+        Raises:
+            OptimizerError: A factor has another shape than its leaf.
+        """
+        for leaf, found in zip((self.a, *self.b), (a, *b), strict=True):
+            if leaf is not None and found is not None and leaf.shape != found.shape:
+                raise OptimizerError(
+                    f"a layer has factors of shape {tuple(found.shape)}, and had {tuple(leaf.shape)} when "
+                    "the optimizer was made: transform the new model, and make the optimizer anew"
+                )
 
     @property
     def is_left_out(self) -> bool:
