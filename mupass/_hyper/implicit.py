@@ -103,13 +103,16 @@ def implicit(
     _check_stationary([slope.detach() for slope in slopes], pull, solver.tolerance)
     score = score_of(model, evaluate, weights, buffers)
     # The right side of (Hessian + weight_decay) v = d score.
-    right = list(torch.autograd.grad(score, flat, materialize_grads=True))
+    # Zeros in the place of gradients that are not there would require a gradient themselves.
+    right = [slope.detach() for slope in torch.autograd.grad(score, flat, materialize_grads=True)]
 
     def product(vector: Vector) -> Vector:
         """Return ``(Hessian + weight_decay) vector``."""
         # Hessian times vector, as the gradient of <gradient, vector>.
         images = torch.autograd.grad(slopes, flat, vector, retain_graph=True, materialize_grads=True)
-        return [image + factor * part for image, factor, part in zip(images, decay, vector, strict=True)]
+        return [
+            image.detach() + factor * part for image, factor, part in zip(images, decay, vector, strict=True)
+        ]
 
     if solver.solver == "cg":
         solution = conjugate_gradients(product, right, solver.terms, solver.tolerance)
