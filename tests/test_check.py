@@ -131,7 +131,8 @@ def test_a_missing_readout_multiplier_is_named() -> None:
         return model
 
     for optimizer in ("adam", "sgd"):
-        found = mupass.coord_check(TinyLM(), text(), optimizer=optimizer, init=LAW, prepare=remove)
+        with pytest.warns(mupass.MupassWarning, match="head had a multiplier of mupass.transform"):
+            found = mupass.coord_check(TinyLM(), text(), optimizer=optimizer, init=LAW, prepare=remove)
         assert found.first.site == Site("head", "linear", "tokens.weight"), str(found)
         assert found.first.slope.power > 0.4
         assert "lacks its multiplier 1/m" in found.blame
