@@ -141,9 +141,11 @@ class PlannedOptimizer(BoundOptimizer):
         self._holders: dict[str, tuple[nn.Module, str]] = {}  # parameter -> its module, and its name there
         self._frozen: dict[Tensor, str] = {}
         self._numbers: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         parameter: Tensor
         for number, (name, parameter) in enumerate(self.root.named_parameters()):
             self._numbers[name] = number
+            self._shapes[name] = parameter.shape
             path, _, key = name.rpartition(".")
             self._holders[name] = (self.root.get_submodule(path), key)
             if parameter.requires_grad:
@@ -801,7 +803,7 @@ class PlannedOptimizer(BoundOptimizer):
         for parameter, name in self.names.items():
             if parameter.grad is None:
                 continue
-            planned = self.plan[name].geometry.shape
+            planned = self._shapes[name]
             if parameter.shape != planned:
                 raise OptimizerError(
                     f"{name} has shape {tuple(parameter.shape)}, and had {tuple(planned)} when the optimizer "

@@ -175,10 +175,13 @@ def keep_in_front(module: nn.Module) -> None:
     Args:
         module: A module with a tap.
     """
-    for number, (key, hook) in enumerate(module._forward_hooks.items()):
-        if isinstance(hook, ModuleTap):
-            if number:
-                module._forward_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
+    hooks = module._forward_hooks
+    # Nearly always it is in front.
+    if type(next(iter(hooks.values()), None)) is ModuleTap:
+        return
+    for key, hook in hooks.items():
+        if type(hook) is ModuleTap:
+            hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
             return
 
 
