@@ -393,7 +393,10 @@ def _refuse_scaled(model: nn.Module, plan: Plan) -> None:
         TransformError: A parameter belongs to a transformed model that is alive, or its module has the tap
             that one left there.
     """
-    others = {id(p) for root in marked_models() if root is not model for p in root.parameters()}
+    others: set[int] = set()  # identities of the parameters of other transformed models
+    for root in marked_models():
+        if root is not model:
+            others.update(map(id, root.parameters()))
     again = []
     for entry in plan.entries:
         if entry.init_factor == 1 and entry.scales.multiplier == 1:

@@ -189,12 +189,16 @@ class Call:
             facts.at_positions.update(produced)
         # A weight may be computed from several parameters: each has the axes that are still its own.
         inputs, outputs = _origins(fan_in), _origins((*fan_out, *beside))
-        # Filters that the code computes, as many as a parameter has numbers: none has an axis that they read.
-        if units and not inputs and max([axis.size for axis in fan_in], default=1) > 1:
-            facts.filters.update({axis.dim: self.where for axis in units if axis.origin})
+        if not inputs:
+            self._note_filters(fan_in, units)
         for parameter in _origins(weight.axes):
             use = Use(str(self.node.target), self.module, kind, inputs[parameter], outputs[parameter])
             facts.uses.append(ParameterUse(parameter, use))
+
+    def _note_filters(self, fan_in: Iterable[Axis], units: Iterable[Axis]) -> None:
+        """Note filters that the code computes, as many as a parameter has numbers: it has no axis read."""
+        if any(axis.size > 1 for axis in fan_in):
+            self.facts.filters.update({axis.dim: self.where for axis in units if axis.origin})
 
     def pointwise_use(self, kind: str, parameter: Value) -> None:
         """Record that a parameter multiplies or shifts an activation elementwise."""

@@ -83,6 +83,13 @@ ELSEWHERE = (
     "miscounted, and B is off by as much: pass loss_terms=, the number of terms that it averages over (1 for "
     "one sample)"
 )
+# What speaks against how the loss is taken, see `Curvature.doubtful`.
+DOUBTS = {
+    "idle_loss_terms": IDLE_TERMS,
+    "summed_loss": SUMMED,
+    "far_targets": FAR,
+    "classes_elsewhere": ELSEWHERE,
+}
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
@@ -660,17 +667,12 @@ class KFAC(PlannedOptimizer):
 
     def _incidents(self) -> tuple[list[tuple[str, str]], list[Tensor]]:
         incidents, counts = self._kronecker.incidents()
-        curvature = self._curvature
-        for kind, text, number in (
-            ("idle_loss_terms", IDLE_TERMS, curvature.idle_terms),
-            ("summed_loss", SUMMED, curvature.summed),
-            ("far_targets", FAR, None if self.plan.open_output else curvature.far),
-            ("classes_elsewhere", ELSEWHERE, curvature.elsewhere),
-        ):
-            if number is not None:
+        found = self._curvature.doubtful
+        for kind, text in DOUBTS.items():
+            if kind in found and not (kind == "far_targets" and self.plan.open_output):
                 incidents.append((kind, text))
-                counts.append(number.reshape(1))
-        curvature.idle_terms = curvature.summed = curvature.elsewhere = curvature.far = None
+                counts.append(found[kind].reshape(1))
+        found.clear()
         return incidents, counts
 
     def _tell_passes(self) -> None:

@@ -8,7 +8,7 @@ before each step; it compares a few numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -403,10 +403,8 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
         for name, parameter in now.items():
             if parameter in members:
                 _tell_parametrized(optimizer, watch, name, known.get(id(parameter), name))
-            # What the plan knows by name may have been left out on purpose, unless it was untied since.
-            elif name not in plan or (made and id(parameter) not in known):
-                if name not in watch.told and parameter.grad is not None:
-                    seen[name] = parameter._version
+        # Of several models with one name the last one counts.
+        seen.update(_added(now, plan, members, known, watch.told))
     unmoved = [name for name, version in seen.items() if watch.strangers.get(name) == version]
     watch.strangers = seen
     if unmoved:
@@ -417,6 +415,31 @@ def _check_added(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
             "anew, or add a group for it"
         )
         warn([text])
+
+
+def _added(
+    now: Mapping[str, Tensor],
+    plan: Plan,
+    members: Collection[Tensor],
+    known: Mapping[int, str],
+    told: Collection[str],
+) -> dict[str, int]:
+    """Return the parameters with a gradient that came into a model since, by name, with their versions.
+
+    Args:
+        now: Parameters of the model.
+        plan: Its plan.
+        members: Parameters of the optimizer.
+        known: Identity of a parameter -> its name when groups were made; empty if none were.
+        told: Names of those that were told.
+    """
+    versions = {}
+    for name, parameter in now.items():
+        # What the plan knows by name may have been left out on purpose, unless it was untied since.
+        came_later = name not in plan or (bool(known) and id(parameter) not in known)
+        if came_later and parameter not in members and name not in told and parameter.grad is not None:
+            versions[name] = parameter._version
+    return versions
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:

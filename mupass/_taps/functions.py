@@ -75,9 +75,10 @@ def is_made_of(output: Tensor, parameters: Sequence[Tensor]) -> bool:
         parameters: Those of the module.
     """
     node: Any = output.grad_fn
+    wanted = {id(parameter) for parameter in parameters}
     while node is not None:
         sources = [source for source, _ in node.next_functions if source is not None]
-        if any(_parameter(source) is parameter for source in sources for parameter in parameters):
+        if not wanted.isdisjoint(id(_parameter(source)) for source in sources):
             return True
         # The operator's output in another shape or precision, or a copy of it.
         if node.name().partition("Backward")[0] not in (*SAME, "Clone") or not sources:

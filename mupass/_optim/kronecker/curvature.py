@@ -35,6 +35,9 @@ class Curvature:
         slope: Mean over loss terms of the squared gradient by the model's output, of the step whose factors
             were taken last: the sum over all entries of the output that terms are counted on. 0 where no loss
             passed through it, as where the model returns its loss.
+        doubtful: What speaks against how the loss is taken -> in how many steps or passes, on the device:
+            ``idle_loss_terms`` (many terms had no gradient), ``summed_loss`` (it was no mean),
+            ``classes_elsewhere`` (on another axis), ``far_targets`` (of a squared error).
     """
 
     def __init__(
@@ -64,11 +67,7 @@ class Curvature:
             raise OptimizerError("the model has lost its taps; transform it again")
         self.terms = terms
         self.slope = torch.zeros(())
-        # Steps in which many terms had no gradient, and those whose loss was no mean, on the device.
-        self.idle_terms: Tensor | None = None
-        self.summed: Tensor | None = None
-        self.far: Tensor | None = None  # steps in which outputs were far from their targets
-        self.elsewhere: Tensor | None = None  # passes whose loss has its classes on another axis
+        self.doubtful: dict[str, Tensor] = {}
         # Outputs are looked at only where B is collected.
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
@@ -159,8 +158,7 @@ class Curvature:
         self.slope = squares * self._per_term(terms, scale, squares)
         if reach is not None and self.loss.target_scale is None and self.loss.mean:
             distance = self.slope.sqrt() * reach.to(self.slope)
-            far = (distance.isfinite() & (distance > FAR)).to(torch.float32)
-            self.far = far if self.far is None else self.far + far
+            self._doubt("far_targets", distance.isfinite() & (distance > FAR))
         for place, raw in sums.items():
             own_terms = terms
             # Terms of passes that a tap has forgotten are none of its own.
@@ -278,13 +276,16 @@ class Curvature:
         """
         elsewhere = self.terms.elsewhere
         if elsewhere is not None:
-            number = elsewhere.to(torch.float32)
-            self.elsewhere = number if self.elsewhere is None else self.elsewhere + number
+            self._doubt("classes_elsewhere", elsewhere)
         multiple = self.terms.multiple
         if multiple is None or not self.loss.mean:
             return
-        summed = (multiple / _like(scale, multiple) > SUMMED * (1 + FORM)).to(torch.float32)
-        self.summed = summed if self.summed is None else self.summed + summed
+        self._doubt("summed_loss", multiple / _like(scale, multiple) > SUMMED * (1 + FORM))
+
+    def _doubt(self, kind: str, found: Tensor) -> None:
+        """Count what speaks against how the loss is taken, without waiting for the device."""
+        number = found.to(torch.float32)
+        self.doubtful[kind] = self.doubtful[kind] + number if kind in self.doubtful else number
 
     def _count_terms(self) -> tuple[Tensor, Tensor]:
         """Return the number of loss terms of this rank, told or counted, and the squares at the output."""
@@ -298,8 +299,7 @@ class Curvature:
                 raise _no_terms()
             return torch.zeros(()), squares  # another rank may have some
         if left_out is not None:
-            many = (left_out > MANY * counted).to(torch.float32)
-            self.idle_terms = many if self.idle_terms is None else self.idle_terms + many
+            self._doubt("idle_loss_terms", left_out > MANY * counted)
         return counted, squares
 
 
