@@ -7,6 +7,8 @@ when they are out of date.
 """
 
 import ast
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -64,6 +66,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def _statements(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child, function
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from _statements(child, child.name if is_function else function)
+
+
+@cache
+def statements(path: Path) -> list[tuple[ast.AST, str]]:
+    """Return every statement of a file, with the name of the function that it stands in, if any."""
+    return list(_statements(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imported(node: ast.AST, known: dict[str, Path]) -> list[str]:
     """Return the modules of the package that a statement imports; none for other statements."""
     if isinstance(node, ast.Import):
@@ -79,13 +95,14 @@ def imported(node: ast.AST, known: dict[str, Path]) -> list[str]:
     return [name if name in known else node.module for name in submodules]
 
 
+@cache
 def imports() -> nx.DiGraph:
     """Return the graph of all imports, those in functions and those for type checkers included."""
     known = modules()
     graph = nx.DiGraph()
     graph.add_nodes_from(known)
     for name, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node, _ in statements(path):
             graph.add_edges_from((name, other) for other in imported(node, known))
     return graph
 

@@ -1,6 +1,5 @@
 """The architecture: no module imports itself by a detour, and rooms import down one line only."""
 
-import ast
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,8 +18,10 @@ from benchmarks.architecture import (
     page,
     picture,
     room,
+    statements,
 )
 
+pytestmark = pytest.mark.xdist_group("architecture")  # the files are parsed once
 LAZY = {"mupass._cli"}  # commands need PyTorch, which takes seconds to load; --help does not
 
 
@@ -55,11 +56,9 @@ def test_imports_stand_at_the_top_of_a_module():
     known = modules()
     late = []
     for name, path in known.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for function in ast.walk(tree):
-            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                inner = [other for node in ast.walk(function) for other in imported(node, known)]
-                late += [f"{name}.{function.name} -> {other}" for other in inner if name not in LAZY]
+        for node, function in statements(path):
+            if function and name not in LAZY:
+                late += [f"{name}.{function} -> {other}" for other in imported(node, known)]
     assert not late
 
 
@@ -73,6 +72,7 @@ def test_the_page_shows_the_imports_of_today():
     """Write it anew with ``python -m benchmarks.architecture``."""
     text = PAGE.read_text(encoding="utf-8")
     assert page(text) == text
-    assert PICTURE.read_text(encoding="utf-8") == picture()
-    shown = {element.text for element in ElementTree.fromstring(picture()).iter() if element.text}
+    drawn = picture()
+    assert PICTURE.read_text(encoding="utf-8") == drawn
+    shown = {element.text for element in ElementTree.fromstring(drawn).iter() if element.text}
     assert set(ROOMS) <= shown

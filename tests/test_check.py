@@ -303,9 +303,9 @@ def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_whe
             return self.head(torch.relu(self.mid(unit)))
 
     for optimizer in ("adam", "sgd"):
-        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer)
+        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer, steps=1)
         assert found.ok, str(found)
-    found = mupass.coord_check(Unit(False), vectors())
+    found = mupass.coord_check(Unit(False), vectors(), steps=1)
     assert found.first.site.parameter == "mid.weight"
     assert "normalization to unit length" in found.blame
 
@@ -455,8 +455,8 @@ def test_what_cannot_be_checked_is_refused() -> None:
         "must be batches": lambda: mupass.coord_check(model, x),
         "a pair": lambda: mupass.coord_check(model, [x]),
         "widths= is needed": lambda: mupass.coord_check(mlp, (x, y)),
-        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e200),
-        "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0),
+        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e200, widths=[32, 64]),
+        "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0, widths=[32, 64]),
         "takes no lr; it takes rate": lambda: mupass.coord_check(
             model, (x, y), optimizer=lambda model, rate: None, lr=0.1
         ),

@@ -32,7 +32,7 @@ HERE = "tests.test_commands"
 
 def test_check_exits_with_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "check.html"
-    words = ["check", f"{HERE}:small", "--steps", "1", "--out", str(page)]
+    words = ["check", f"{HERE}:small", "--steps", "1", "--widths", "64", "128", "--out", str(page)]
     assert main(words) == 0
     assert "PASS" in capsys.readouterr().out and page.read_text().startswith("<!doctype html>")
     assert main([*words, "--parameterization", "standard"]) == 1

@@ -380,11 +380,15 @@ def training_loss(model: nn.Module, flat: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+trained_once = pytest.mark.xdist_group("the minimum")  # on one worker, which trains to it once
+
+
 @pytest.fixture(scope="module")
 def minimum() -> nn.Module:
     return trained(0.02)
 
 
+@trained_once
 @pytest.mark.sample("neumann")
 @pytest.mark.parametrize("solver", ["cg", "neumann"])
 def test_the_implicit_form_follows_the_minimum(minimum: nn.Module, solver: str) -> None:
@@ -400,7 +404,6 @@ def test_the_implicit_form_follows_the_minimum(minimum: nn.Module, solver: str) 
     assert total == pytest.approx(found.logarithmic["weight_decay"])
 
 
-@pytest.mark.slow
 class Spare(Regression):
     """A parameter more, which nothing reads."""
 
@@ -409,6 +412,7 @@ class Spare(Regression):
         self.spare = nn.Parameter(torch.zeros(3))
 
 
+@trained_once
 def test_the_implicit_form_takes_a_parameter_that_nothing_reads(minimum: nn.Module) -> None:
     settings = {"form": "implicit", "evaluate": held_out, "optimizer": decayed}
     spare = mupass.transform(Spare(3).double(), HELD_X[:2], base=2)
@@ -418,6 +422,7 @@ def test_the_implicit_form_takes_a_parameter_that_nothing_reads(minimum: nn.Modu
     assert found.gradient == pytest.approx(expected.gradient)
 
 
+@trained_once
 def test_unrolling_at_the_minimum_tends_to_the_implicit_form(minimum: nn.Module) -> None:
     settings = {"optimizer": decayed, "evaluate": held_out, "loss": cross_entropy}
     xs, ys = (
@@ -433,6 +438,7 @@ def test_unrolling_at_the_minimum_tends_to_the_implicit_form(minimum: nn.Module)
     assert errors[1] < 0.2 and errors[1] < errors[0] / 2
 
 
+@trained_once
 def test_implicit_refusals_name_what_is_wrong(minimum: nn.Module) -> None:
     settings = {"optimizer": decayed, "form": "implicit", "evaluate": held_out}
     point = {"weight_decay": 0.02}

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,17 @@ class Attention(nn.Module):
         return self.head(z + scores @ self.v(z))
 
 
+@cache
+def plan_of(build: Callable[[], nn.Module]) -> mupass.Plan:
+    """Return the plan of a model, made once for all tests."""
+    torch.manual_seed(0)
+    net = mupass.transform(build().double(), torch.randn(SAMPLES, 5).double(), base=WIDTH)
+    return net.mupass_plan  # type: ignore[return-value]
+
+
 def transformed(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return mupass.transform(build().double(), torch.randn(SAMPLES, 5).double(), base=WIDTH)
+    return mupass.transform(build().double(), plan=plan_of(build))
 
 
 def kfac(net: nn.Module, **options: Any) -> mupass.KFAC:
@@ -787,6 +796,7 @@ class Masked(nn.Module):
         return self.head(self.encoder(z, mask=mask))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("boolean", [False, True])
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_layers_with_a_mask_have_the_factors_of_the_exported_model(decoder: bool, boolean: bool) -> None:
@@ -1070,6 +1080,7 @@ def test_a_model_in_training_can_be_traced() -> None:
     assert_step(net, optimizer, cross_entropy(x, y))
 
 
+@pytest.mark.slow
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
     counter = CompileCounterWithBackend("aot_eager")
