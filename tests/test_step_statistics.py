@@ -913,6 +913,53 @@ def test_checkpointed_blocks_are_like_others(how: str) -> None:
     assert_same(*nets)
 
 
+class Recomputed(nn.Module):
+    """Weights in code, in a part that is checkpointed, or not."""
+
+    def __init__(self, saves: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.one = nn.Parameter(torch.empty(WIDTH, WIDTH).uniform_(-0.3, 0.3))
+        self.two = nn.Parameter(torch.empty(WIDTH, WIDTH).uniform_(-0.3, 0.3))
+        self.gain, self.saves = nn.Parameter(torch.ones(WIDTH)), saves
+
+    def inner(self, z: Tensor) -> Tensor:
+        return torch.tanh(F.linear(torch.tanh(z @ self.one), self.two) * self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        return self.head(checkpoint(self.inner, z, use_reentrant=False) if self.saves else self.inner(z))
+
+
+@pytest.mark.parametrize("how", ["inputs", "backward", "grad", "zeros"])
+def test_gradients_of_given_weights_go_through_a_checkpoint(how: str) -> None:
+    """The pass to ``inputs=`` runs forward again, where taps must save as many tensors as before."""
+    nets, found = [], []
+    for saves in (False, True):
+        net = transformed(lambda saves=saves: Recomputed(saves))
+        optimizer = kfac(net, strict=True)
+        parameters = [net.one, net.gain, *net.stem.parameters()]
+        x, y = batch(0)
+        loss = F.cross_entropy(net(x), y)
+        if how == "inputs":
+            loss.backward(inputs=parameters)
+        elif how == "backward":
+            torch.autograd.backward([loss], [torch.tensor(2.0).double()], None, False, None, parameters)
+        else:  # gradients for the caller, before a step of its own
+            parameters.append(net.two)
+            inner = net.inner(torch.ones(1, WIDTH).double()) if how == "zeros" else loss
+            found.append(torch.autograd.grad(inner.sum(), parameters, materialize_grads=how == "zeros"))
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        nets.append(net)
+    assert_same(*nets)
+    for pair in zip(*found, strict=True) if found else ():
+        torch.testing.assert_close(*pair)
+    if how == "zeros":
+        assert not found[0][2].any()
+        assert found[0][2].shape == nets[0].stem.weight.shape
+
+
 def test_a_part_without_gradient_is_seen_and_stays() -> None:
     class Frozen(Context):
         def forward(self, x: Tensor) -> Tensor:

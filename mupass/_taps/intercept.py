@@ -34,6 +34,7 @@ from mupass._taps.forms import (
     Sorted,
     Standardized,
 )
+from mupass._taps.functions import edge_to
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -96,6 +97,8 @@ SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
 # w.reshape(...), torch.flatten(w, 1)
 RESHAPES = tables.functions(*having(Trait.KEEPS_ORDER))
+# Backward passes to inputs=: they run code of the caller's, as a checkpoint does that runs forward again.
+DERIVATIVES = (torch.autograd.grad, torch.autograd.backward)
 
 
 class _Intercepted:
@@ -107,6 +110,8 @@ class _Intercepted:
         # Dynamo cannot call this one here.
         if func is T.__rsub__:
             func = torch.rsub
+        if func in DERIVATIVES:
+            return _differentiated(func, args, dict(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             if tables.has_tables(args, kwargs or {}, _copies):
                 output = tables.copied(func, args, kwargs or {}, _copies, _known)
@@ -216,6 +221,41 @@ def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
         out_axes: Axes that only the output shares.
     """
     return f"{in_axes}->{out_axes}"
+
+
+def _differentiated(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Run ``torch.autograd.grad`` or ``backward`` to parameters, in which taps are to see all functions.
+
+    A checkpoint runs forward again in it, and must save as many tensors as the first time. So parameters are
+    told by the edges of the graph that lead to them, and torch has no reason to ask this class.
+
+    Args:
+        func: One of `DERIVATIVES`.
+        args: Outputs, and the inputs of ``grad``, as torch hands them on.
+        kwargs: The other arguments, the inputs of ``backward`` among them.
+    """
+    inputs = kwargs.get("inputs") if func is torch.autograd.backward else args[1]
+    known = [value for value in (*args[0], *(inputs or ())) if isinstance(value, _Intercepted)]
+    # Only what leads to parameters is run so. The others, and errors, are left to torch.
+    with torch._C.DisableTorchFunctionSubclass():
+        if not all(value.is_leaf and value.requires_grad for value in known):  # type: ignore[attr-defined]
+            return func(*args, **kwargs)
+    edge_of = {id(value): edge_to(value) for value in known}  # type: ignore[arg-type]
+    outputs = tuple(edge_of.get(id(value), value) for value in args[0])
+    edges = tuple(edge_of.get(id(value), value) for value in inputs or ())
+    if func is torch.autograd.backward:
+        return func(outputs, **{**kwargs, "inputs": edges if inputs is not None else None})
+    # Zeros cannot be made in the shape of an edge.
+    zeros = kwargs.get("materialize_grads")
+    if zeros:
+        kwargs.update(materialize_grads=False, allow_unused=True)
+    gradients = func(outputs, edges, **kwargs)
+    if not zeros:
+        return gradients
+    return tuple(
+        torch.zeros_like(value, requires_grad=kwargs["create_graph"]) if found is None else found
+        for value, found in zip(inputs or (), gradients, strict=True)
+    )
 
 
 def _taps(value: Any) -> dict[str, Tap] | None:
