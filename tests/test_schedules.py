@@ -297,6 +297,40 @@ def test_a_class_derived_from_one_of_torch_wants_its_groups() -> None:
     assert not train(model, Own(mupass.param_groups(model, lr=1e-3, optimizer="sgd")))
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "told"),
+    [
+        ("ASGD", {}, {"optimizer": "sgd"}, "0.weight has the rate times 1, and sgd wants 8"),
+        ("Adagrad", {"optimizer": "sgd"}, {}, "0.weight has the rate times 8, and adam wants 1"),
+        (
+            "RMSprop",
+            {"weight_decay": 0.1},
+            {"weight_decay": 0.1, "optimizer": "adam"},
+            "0.weight has the weight decay times 1, and adam wants 0.125",
+        ),
+        (
+            "AdamW",
+            {"weight_decay": 0.1, "optimizer": "adam"},
+            {"weight_decay": 0.1},
+            "0.weight has the weight decay times 0.125, and adamw wants 1",
+        ),
+        ("Adadelta", {}, None, "mupass.param_groups has no width factors for it"),
+    ],
+)
+def test_groups_for_another_family_of_torchs_optimizers_are_told(
+    name: str, wrong: dict[str, Any], right: dict[str, Any] | None, told: str
+) -> None:
+    model, make = mlp(), getattr(torch.optim, name)
+    optimizer = make(mupass.param_groups(model, lr=1e-3, **wrong))
+    model(X).sum().backward()
+    with pytest.warns(mupass.MupassWarning, match=told):
+        optimizer.step()
+    if right is not None:
+        assert not train(model, make(mupass.param_groups(model, lr=1e-3, **right)))
+    narrow = mlp(256)  # at the base width all factors are 1
+    assert not train(narrow, make(mupass.param_groups(narrow, lr=1e-3, **wrong)))
+
+
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_a_parameter_that_was_replaced_is_told_once(make: Make) -> None:
     model = mlp()
