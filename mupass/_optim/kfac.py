@@ -228,7 +228,7 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
-    state_format = 7
+    state_format = 8
     _due = True
 
     @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
