@@ -618,6 +618,37 @@ def test_a_pass_to_given_parameters_alone_leaves_its_statistics(ekfac: bool) -> 
         torch.testing.assert_close(before[n] - p.detach(), LR * want[n] * moves, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "when", ["before it is made", "not cleared", "cleared", "set to zero", "of a penalty"]
+)
+def test_gradients_of_before_the_first_pass_are_told(when: str) -> None:
+    net = transformed(Heads)
+    loss = cross_entropy(*batch(0), 1)
+    if when == "before it is made":
+        loss(net).backward()
+    optimizer = kfac(net)
+    if when == "of a penalty":  # whose gradient is in no statistics as a term of the loss, either
+        (net.stem.weight.square().sum() + net.first.weight.square().sum()).backward()
+    elif when != "before it is made":
+        loss(net).backward()
+        optimizer.step()
+        if when != "not cleared":
+            net.zero_grad(set_to_none=when == "cleared")
+    loss(net).backward()
+    told = when in ("before it is made", "not cleared")
+    with warnings.catch_warnings():
+        if told:
+            warnings.simplefilter("ignore", MupassWarning)
+        optimizer.step()
+    assert ("older_gradients" in optimizer.stats()) == told
+    # An adversarial pass on top of the old gradients, which is cleared with them.
+    loss(net).backward()
+    net.zero_grad()
+    before = optimizer.stats()
+    assert_taken(net, optimizer, loss)
+    assert optimizer.stats() == {**before, "steps": before["steps"] + 1}
+
+
 def test_gradients_that_vanish_by_themselves_are_not_cleared() -> None:
     net = transformed(Attention)
     nn.init.zeros_(net.head.weight)

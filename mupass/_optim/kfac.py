@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, some
 from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.checks import check_flag
@@ -35,7 +35,7 @@ from mupass._optim.training import Training
 from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
-from mupass._taps.blocks import Options
+from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
 from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import pass_on
@@ -93,6 +93,11 @@ DOUBTS = {
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
+)
+OLDER_GRADIENTS = (
+    "{} had gradients of before when the first pass began whose statistics K-FAC collects (of a pass before "
+    "the optimizer was made, or of the last step). The step takes their sum, and statistics are those of the "
+    "new passes alone: call zero_grad() before"
 )
 PAST_ITS_TAP = (
     "{0} has a gradient in a step in which its tap saw no operator that uses it (its module or the code was "
@@ -393,6 +398,7 @@ class KFAC(PlannedOptimizer):
         if name in self._parameters:
             # The tap inside the parameter goes over to its new tensor.
             pass_on(self.root, name, self._parameters[name])
+            self._curvature.passes.replace(self._parameters[name], new)
             self._parameters[name] = new
             self._watch_clipping()
 
@@ -496,7 +502,7 @@ class KFAC(PlannedOptimizer):
         if not self.sampled:
             scale = self._scale_of_loss()
         observed = self._curvature.take(scale, clipped)
-        self._tell_passes()
+        self._tell_passes(observed)
         if not observed:  # made up for at the next step
             self._refuse_lost_taps()
             moved = any(bool(gradient.any()) for gradient in gradients.values())
@@ -675,9 +681,12 @@ class KFAC(PlannedOptimizer):
         found.clear()
         return incidents, counts
 
-    def _tell_passes(self) -> None:
+    def _tell_passes(self, observed: Collection[Place]) -> None:
         """Count, and warn once, of backward passes whose statistics are not those of the loss."""
         passes = self._curvature.passes
+        stale = passes.take_stale(observed)
+        if stale:
+            self.count("older_gradients", OLDER_GRADIENTS.format(some(stale)))
         for kind, text, names in (
             ("derivatives_in_the_loss", IN_DERIVATIVES, passes.derived),
             ("repeated_passes", REPEATED, passes.twice),

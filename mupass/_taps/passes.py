@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mupass._errors import MupassWarning
+from mupass._parallel import local
 from mupass._taps.blocks import Place
 from mupass._taps.functions import read_by_functions, will_add_to
 from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
+
+LOOKED_AT = 10  # first passes before which gradients are looked for that no one cleared
 
 
 class Mark(NamedTuple):
@@ -65,7 +68,8 @@ class Passes:
     def __init__(
         self, taps: Mapping[Place, Tap], terms: TermsTap, readers: Mapping[Place, Sequence[Tensor]]
     ) -> None:
-        self.taps, self.terms, self.readers = taps, terms, readers
+        self.taps, self.terms = taps, terms
+        self.readers = {place: list(parameters) for place, parameters in readers.items()}
         self.before: dict[Place, Tensor] = {}
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
@@ -75,9 +79,23 @@ class Passes:
         self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
         self.missed = ""  # what use a tap has met that it cannot see, if any
         self.looked_through = False  # whether a forward pass was looked through for such uses
+        self._old: dict[Place, list[Mark]] = {}  # gradients that were there before passes are collected
+        self._to_look_at = LOOKED_AT
+        self.stale: set[Place] = set()  # taps whose parameters had older gradients when a pass began
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """Look at the gradients of another tensor from now on.
+
+        Args:
+            old: What a parameter was.
+            new: What it is.
+        """
+        self._old = {}
+        for readers in self.readers.values():
+            readers[:] = [new if reader is old else reader for reader in readers]
 
     def differentiated(self, tap: object) -> None:
         """Keep in mind that a loss depends on a gradient that was made with a tap's parameter.
@@ -158,6 +176,37 @@ class Passes:
                 if any(parameter is reader for reader in readers):
                     self.miss(self.taps[place], f"by {function}, a torch.autograd.Function")
 
+    def await_first(self) -> None:
+        """Note gradients that are there before the first pass whose statistics are collected.
+
+        They are those of the step before, as a rule, and cleared when it begins.
+        """
+        if self._to_look_at:
+            self._old = self._marked(self.taps)
+
+    def _look_for_old(self) -> None:
+        """Note which gradients were not cleared: a step uses them, and they left no statistics."""
+        if not self._old or not self.watching:
+            return
+        self._to_look_at -= 1
+        old, self._old = self._old, {}
+        for place, marks in old.items():
+            kept = [mark.parameter.grad for mark in marks if not mark.is_gone(late=True)]
+            if any(bool(local(gradient).any()) for gradient in kept if gradient is not None):
+                self.stale.add(place)
+
+    def take_stale(self, places: Collection[Place]) -> list[str]:
+        """Return parameters whose gradients held older ones, among those that a step has statistics of.
+
+        Args:
+            places: Taps that took part.
+        """
+        names = [self._name(self.taps[place]) for place in self.taps if place in self.stale & set(places)]
+        self.stale.clear()
+        if names:
+            self._to_look_at = 0  # it is told
+        return list(dict.fromkeys(names))
+
     def restart(self) -> None:
         """Forget all passes: what they summed was taken or dropped."""
         # A pass that an exception stopped has no end.
@@ -173,6 +222,8 @@ class Passes:
         if self._running or not self.watching:
             return
         self._running = True
+        if not late:  # zeros may have been added to already
+            self._look_for_old()
         self.drop_cleared(late)
         # Called when the pass has added all gradients.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
@@ -225,6 +276,7 @@ class Passes:
                 cleared.append(place)
         for place in cleared:
             self.taps[place].clear()
+            self.stale.discard(place)
             del self._marks[place]
         counted = self.terms.counted
         if not self._marks:
@@ -248,10 +300,16 @@ class Passes:
     def _end(self) -> None:
         """Mark the gradients of all taps that have summed something."""
         self._running = False
-        self._marks = {}
-        for place, tap in self.taps.items():
-            if not tap.has_sums:
-                continue
+        self._marks = self._marked(place for place, tap in self.taps.items() if tap.has_sums)
+
+    def _marked(self, places: Iterable[Place]) -> dict[Place, list[Mark]]:
+        """Return marks of the gradients of taps' parameters, without taps that have none.
+
+        Args:
+            places: The taps.
+        """
+        found = {}
+        for place in places:
             marks = []
             for parameter in self.readers[place]:
                 # Frozen since, or without a part in this loss.
@@ -259,4 +317,5 @@ class Passes:
                 if gradient is not None:
                     marks.append(Mark(parameter, weakref.ref(gradient), gradient._version))
             if marks:
-                self._marks[place] = marks
+                found[place] = marks
+        return found

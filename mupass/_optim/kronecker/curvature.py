@@ -90,6 +90,8 @@ class Curvature:
             on: Whether to collect.
         """
         self.terms.collect(on)
+        if on:
+            self.passes.await_first()
         for tap in self.taps.values():
             tap.collect(on)
         for module in self._hooked:
@@ -116,6 +118,7 @@ class Curvature:
     def clear(self) -> None:
         """Forget what was summed."""
         self.passes.restart()
+        self.passes.stale.clear()
         self.terms.clear()
         for tap in self.taps.values():
             tap.clear()
