@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -245,11 +246,19 @@ class Ends(nn.Module):
         return self.end(self.last(torch.relu(self.first(x))))
 
 
-def stats(end: Loss, loss: Loss, classes: int = CLASSES, x: Tensor = X, steps: int = 4) -> dict[str, int]:
+def stats(
+    end: Loss,
+    loss: Loss,
+    classes: int = CLASSES,
+    x: Tensor = X,
+    steps: int = 4,
+    kinds: Sequence[str] = ("summed_loss", "classes_elsewhere"),
+    **options: Any,
+) -> dict[str, int]:
     """Return what was told of the loss of a model with such an end."""
     torch.manual_seed(1)
     model = mupass.transform(Ends(end, classes), x)
-    optimizer = mupass.KFAC(model, root_every=1)
+    optimizer = mupass.KFAC(model, root_every=1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(steps):
@@ -257,7 +266,7 @@ def stats(end: Loss, loss: Loss, classes: int = CLASSES, x: Tensor = X, steps: i
             loss(model(x)).backward()
             optimizer.step()
         counts = optimizer.stats()
-    return {kind: count for kind, count in counts.items() if kind in ("summed_loss", "classes_elsewhere")}
+    return {kind: count for kind, count in counts.items() if kind in kinds}
 
 
 HALVES = (torch.arange(24) % 2).float()
@@ -323,3 +332,26 @@ def test_a_loss_over_another_axis_is_told_as_its_terms_are_miscounted(where: str
 def test_an_axis_whose_count_is_the_same_does_not_matter() -> None:
     ids = torch.arange(CLASSES)
     assert not stats(lambda y: y.T, lambda y: F.cross_entropy(y.T, ids), x=X[:CLASSES])
+
+
+FLAT: dict[str, tuple[Tensor, Loss, int]] = {  # input, end, classes: vectors of one entry a row
+    "flat": (X, torch.flatten, CLASSES),
+    "positions": (SEQUENCES, torch.flatten, CLASSES),
+    "one score": (X, torch.flatten, 1),
+    "a score a position": (SEQUENCES, torch.flatten, 1),
+    "one of several": (X, lambda y: y.amax(-1), CLASSES),
+}
+
+
+@pytest.mark.parametrize("how", FLAT)
+def test_logits_that_were_made_flat_are_told_as_their_terms_are_miscounted(how: str) -> None:
+    x, end, classes = FLAT[how]
+    target = torch.arange(x[..., 0].numel() * classes) % 2 / 1.0
+
+    def loss(y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(y, target[: len(y)])
+
+    kinds = ("flat_output", "classes_elsewhere")
+    told = stats(end, loss, classes, x, kinds=kinds)
+    assert told == ({"flat_output": 3} if how in ("flat", "positions") else {})
+    assert not stats(end, loss, classes, x, kinds=kinds, loss_terms=24)

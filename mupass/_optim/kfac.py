@@ -83,12 +83,19 @@ ELSEWHERE = (
     "miscounted, and B is off by as much: pass loss_terms=, the number of terms that it averages over (1 for "
     "one sample)"
 )
+FLAT = (
+    "the model puts out a vector with more entries than its readouts have rows, as logits that were made "
+    "flat, and each entry counts as a term of the loss: B is too large where several of them belong to one "
+    "sample. Put out [batch, classes], and flatten in the loss; or pass loss_terms=, the number of samples "
+    "(of entries, if each is a sample of its own)"
+)
 # What speaks against how the loss is taken, see `Curvature.doubtful`.
 DOUBTS = {
     "idle_loss_terms": IDLE_TERMS,
     "summed_loss": SUMMED,
     "far_targets": FAR,
     "classes_elsewhere": ELSEWHERE,
+    "flat_output": FLAT,
 }
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
@@ -294,7 +301,7 @@ class KFAC(PlannedOptimizer):
         self._of_readouts = self._readouts()
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
-        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
+        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks, self._of_readouts)
         self._kronecker = self._factors(FactorStack)
         self._signal = SignalShare(self._of_blocks())
         self._slope = self._output_slope()

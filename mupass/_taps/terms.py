@@ -38,6 +38,7 @@ class Told(NamedTuple):
         reach: What the length of a term's gradient is multiplied by to give the root mean square of its
             distance from its target, were the loss a mean squared error: half the root of its number of
             entries. 0 for a loss of another form.
+        is_vector: Whether the output has one axis, each entry of which counts as a term.
     """
 
     left_out: Tensor
@@ -45,6 +46,7 @@ class Told(NamedTuple):
     multiple: Tensor | None
     elsewhere: Tensor | None = None
     reach: Tensor | None = None
+    is_vector: bool = False
 
 
 class Kept(NamedTuple):
@@ -165,7 +167,9 @@ def _told(gradient: Tensor, terms: int, kept: Kept | None) -> Told:
     if kept.classes:
         squared = squared & may_be_squared(kept.own, found.own)
     reach = 0.5 * (gradient.numel() / max(terms, 1)) ** 0.5
-    return Told(left_out, counted, multiple, elsewhere & (multiple == 0), reach * squared)
+    return Told(
+        left_out, counted, multiple, elsewhere & (multiple == 0), reach * squared, gradient.dim() == 1
+    )
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -385,6 +389,11 @@ class TermsTap:
         """How many passes had a cross-entropy over another axis than classes are taken to have; or None."""
         found = [told.elsewhere for told in self.looked_at if told.elsewhere is not None]
         return torch.stack(found).sum() if found and self.counts else None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether all passes that were looked at had an output of one axis, whose entries are counted."""
+        return self.counts and bool(self.looked_at) and all(told.is_vector for told in self.looked_at)
 
     @property
     def counted(self) -> Tensor | None:
