@@ -505,6 +505,62 @@ def test_a_penalty_on_weights_is_no_use_of_them() -> None:
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+class TiedInCode(nn.Module):
+    """A weight of a module that code reads as well, turned or not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTH) if how.startswith("table") else nn.Linear(11, WIDTH, bias=False)
+        self.mid, self.how = nn.Linear(WIDTH, WIDTH), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.mid(torch.tanh(self.table(x))))
+        if self.how == "table":
+            return F.linear(z, self.table.weight)
+        return z @ (self.table.weight.T if self.how == "table turned" else self.table.weight)
+
+
+@pytest.mark.parametrize("how", ["table", "table turned", "layer"])
+def test_a_weight_of_a_module_that_code_reads_too_is_told_of_no_other_use(how: str) -> None:
+    """Both uses have a tap: that of the module, and that of the code."""
+    torch.manual_seed(0)
+    x = torch.arange(11) if how != "layer" else torch.randn(11, 11).double()
+    net = mupass.transform(TiedInCode(how).double(), x, base=WIDTH)
+    optimizer = kfac(net, strict=True, damping_mode="trace")
+    assert optimizer.coverage()[0].treatment == "kfac tied"
+    F.cross_entropy(net(x), torch.arange(11)).backward()
+    optimizer.step()
+    assert optimizer.stats() == {"steps": 1}
+    if how != "layer":  # which is read both ways
+        with pytest.warns(
+            MupassWarning, match=r"table\.weight is used in a way that the captured pass had not"
+        ):
+            net.table.weight.T @ torch.ones(11, 4).double()  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize("what", ["Hessian product", "gradients of samples", "forward derivative"])
+def test_derivatives_that_no_step_uses_are_not_told(what: str) -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer, loss = kfac(net), cross_entropy(x, y)
+    optimizer.zero_grad()
+    parameters = dict(net.named_parameters())
+    lent = {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def of(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, values, (x,)), y)
+
+    if what == "Hessian product":
+        first = torch.autograd.grad(loss(net), list(parameters.values()), create_graph=True)
+        torch.autograd.grad(sum((g * g.detach()).sum() for g in first), list(parameters.values()))  # type: ignore[arg-type]
+    elif what == "gradients of samples":
+        every = torch.func.vmap(torch.func.grad(of), (None, 0, 0))
+        every(lent, x[:, None], y[:, None])
+    else:
+        torch.func.jvp(lambda values: of(values, x, y), (lent,), (lent,))
+    assert_taken(net, optimizer, loss)
+    assert optimizer.stats() == {"steps": 1}
+
+
 class Fused(torch.autograd.Function):
     """A product by a kernel of the caller's, with a weight or without."""
 

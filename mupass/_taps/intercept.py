@@ -46,6 +46,7 @@ VIEW = "_mupass_view"
 RESHAPED = (-1,)
 SHAPE = "_mupass_shape"  # of the parameter
 SOURCE = "_mupass_source"  # the parameter that a standardized kernel is made of
+HOOKED = "_mupass_hooked"  # kind of use of the module that holds the parameter, which has a tap of its own
 COPIES = "_mupass_copies"  # what copies of a table's entries know of them
 T = Tensor
 # F.layer_norm(x, shape, gain, shift): a call may give its arguments by place or by name.
@@ -171,6 +172,17 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     return taps.setdefault(key, Tap())
 
 
+def note_hook(module: nn.Module) -> None:
+    """Let a parameter know that its module has a tap of its own, which sees the module's use of it.
+
+    Args:
+        module: With a hook.
+    """
+    weight = module._parameters.get("weight")
+    if isinstance(weight, TappedParameter):
+        vars(weight)[HOOKED] = "embedding" if isinstance(module, nn.Embedding) else product_key((1,), (0,))
+
+
 def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
     """Let the tensor that took a parameter's place in its module look out for the same uses.
 
@@ -185,6 +197,8 @@ def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
     if not taps or new is old:
         return
     vars(new)[ATTRIBUTE] = taps
+    if HOOKED in vars(old):
+        vars(new)[HOOKED] = vars(old)[HOOKED]
     if is_sharded(new):
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
     else:
@@ -209,6 +223,7 @@ def release(parameter: nn.Parameter) -> None:
         parameter: Any parameter.
     """
     vars(parameter).pop(ATTRIBUTE, None)
+    vars(parameter).pop(HOOKED, None)
     if type(parameter) is TappedParameter:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
@@ -385,7 +400,7 @@ def _tapped_product(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
             return output
         padding = by_name(LOOKUP, args, kwargs).get("padding_idx")
         lookup = Lookup(-1 if padding is None else padding % right.shape[0])
-        _tell_stray(output, _taps(right), "embedding")
+        _tell_stray(output, right, "embedding")
         return _through(output, left, _taps(right), "embedding", lookup)
     # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
@@ -458,12 +473,15 @@ def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form
     return taps[key].through(output, x, form)
 
 
-def _tell_stray(output: Tensor, taps: dict[str, Tap] | None, key: str) -> None:
+def _tell_stray(output: Tensor, weight: Any, key: str) -> None:
     """Tell of a product with a parameter that has taps, but none for this kind of use.
 
     The captured pass had no such use: another branch, or the code around the model.
     """
+    taps = _taps(weight)
     if taps is None or key in taps or torch.compiler.is_compiling() or not output.requires_grad:
+        return
+    if key == getattr(weight, HOOKED, None):
         return
     for tap in taps.values():
         if not tap.idle and tap.passes is not None:
@@ -512,7 +530,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
     if alpha != 1:
         form = Scaled(contraction, float(alpha))
     key = product_key(contraction.in_axes, contraction.out_axes)
-    _tell_stray(output, _taps(weight), key)
+    _tell_stray(output, weight, key)
     return _through(output, activation, _taps(weight), key, form)
 
 

@@ -103,7 +103,8 @@ class Passes:
         Args:
             tap: The tap.
         """
-        if self.watching:
+        # torch.autograd.grad hands its gradients to the caller: no step sees a Hessian product, say.
+        if self.watching and any(will_add_to(reader) for reader in self._readers_of(tap)):
             self.derived.add(self._name(tap))
 
     def repeated(self, tap: object) -> None:
@@ -130,11 +131,15 @@ class Passes:
             self._leaves_left_out = (task, leaf.requires_grad and will_add_to(leaf) is False)
         if not self._leaves_left_out[1]:
             return False
+        return any(will_add_to(reader) for reader in self._readers_of(tap))
+
+    def _readers_of(self, tap: object) -> list[Tensor]:
+        """Return the parameters that a tap has factors of; of what is no tap all."""
+        found: list[Tensor] = []
         for place, readers in self.readers.items():
             if tap is self.terms or tap is self.taps[place]:
-                if any(will_add_to(reader) for reader in readers):
-                    return True
-        return False
+                found += readers
+        return found
 
     def _name(self, tap: object) -> str:
         """Return the parameter that a tap watches, or its module."""

@@ -14,7 +14,7 @@ from mupass._optim.vocabulary import Tensors
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import by_group, factor_dtype
-from mupass._taps.intercept import intercept
+from mupass._taps.intercept import intercept, note_hook
 from mupass._taps.leaves import Once, Sums, Tap
 from mupass._taps.loss_form import FORM
 from mupass._taps.passes import Passes
@@ -86,6 +86,8 @@ class Curvature:
             if block.parameter in readouts:
                 self._readouts.update((place, None) for factor in block.b for place in factor.places)
         self._hooked = [root.get_submodule(place.module) for place in self.taps if place.module is not None]
+        for module in self._hooked:
+            note_hook(module)
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
         """Collect second moments as well.
