@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -853,6 +854,28 @@ def test_an_unused_output_does_not_matter(when: str) -> None:
     optimizer = kfac(net)
     for i in range(2):
         assert_step(net, optimizer, cross_entropy(*batch(i)))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model puts out beside what no loss is made of."""
+
+    name: str
+    rest: list[Tensor]
+    logits: Tensor
+
+
+def test_terms_are_counted_on_the_fields_of_a_dataclass() -> None:
+    class Answers(Unused):
+        def forward(self, x: Tensor) -> Answer:
+            y, left = super().forward(x)
+            return Answer("of a class of its own", [left], y)
+
+    net, (x, y) = transformed(lambda: Answers("returned")), batch(0)
+    optimizer = kfac(net)
+    given = net(x)
+    assert type(given) is Answer and given.name == "of a class of its own"
+    assert_step(net, optimizer, lambda net: F.cross_entropy(net(x).logits, y))
 
 
 class Masked(nn.Module):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
 from mupass._taps.leaves import is_batched, is_trained, under_transform
@@ -281,7 +284,8 @@ class TermsTap:
             watcher.enter()
         if not self._counts_outputs_of(module):
             return None
-        leaves, spec = tree_flatten(output)
+        fields = _fields(output) if eager else None
+        leaves, spec = tree_flatten(output if fields is None else fields)
         if watcher is not None:
             watcher.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
@@ -291,7 +295,8 @@ class TermsTap:
         tapped = self._tapped([leaves[position] for position in positions], eager)
         for position, tensor in zip(positions, tapped, strict=True):
             leaves[position] = tensor
-        return tree_unflatten(leaves, spec)
+        made = tree_unflatten(leaves, spec)
+        return made if fields is None else _with_fields(output, made)
 
     def _counts_outputs_of(self, module: nn.Module) -> bool:
         """Return whether terms are wanted, and there will be gradients to count them with."""
@@ -427,6 +432,22 @@ class TermsTap:
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get an idle tap."""
         return vars(TermsTap())
+
+
+def _fields(output: Any) -> dict[str, Any] | None:
+    """Return the fields of an instance of a dataclass, of which torch sees no parts; None of all else."""
+    # Those that are registered, as outputs of transformers, are taken apart as they say themselves.
+    if not is_dataclass(output) or isinstance(output, type) or not tree_is_leaf(output):
+        return None
+    return {field.name: getattr(output, field.name) for field in fields_of(output)}
+
+
+def _with_fields(output: Any, values: Mapping[str, Any]) -> Any:
+    """Return a copy of an instance of a dataclass, which may be frozen, with other values."""
+    copied = copy.copy(output)
+    for name, value in values.items():
+        object.__setattr__(copied, name, value)
+    return copied
 
 
 def _positions_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:

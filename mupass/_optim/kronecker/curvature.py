@@ -332,9 +332,9 @@ def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
 
 def _no_terms() -> OptimizerError:
     return OptimizerError(
-        "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
-        "is not computed from its output. Pass loss_terms=, a number or a function of no arguments "
-        "(samples for a classifier, tokens for a language model)"
+        "cannot tell how many terms the loss averages over: the model returns a scalar, or an object of a "
+        "class of its own, or the loss is not computed from the output of its forward(). Pass loss_terms=, "
+        "a number or a function of no arguments (samples for a classifier, tokens for a language model)"
     )
 
 
