@@ -310,10 +310,18 @@ def by_hand(net: nn.Module) -> None:
         p.grad = None
 
 
+def by_data(net: nn.Module) -> None:
+    """As loops of old do; autograd does not count it."""
+    for p in net.parameters():
+        if p.grad is not None:
+            p.grad.data.zero_()
+
+
 CLEAR: dict[str, Callable[[nn.Module], None]] = {
     "model.zero_grad": lambda net: net.zero_grad(),
     "in place": in_place,
     "by hand": by_hand,
+    "by data": by_data,
 }
 
 

@@ -49,12 +49,16 @@ class Mark(NamedTuple):
         gradient = self.parameter.grad
         return gradient is None or (late and gradient is not self.gradient())
 
-    def is_touched(self) -> bool:
-        """Return whether the gradient was changed in place."""
+    def is_touched(self, by_data: bool) -> bool:
+        """Return whether the gradient was changed in place.
+
+        Args:
+            by_data: Whether all gradients were, by ``gradient.data``, which leaves their versions alone.
+        """
         gradient = self.parameter.grad
         if gradient is None or gradient is not self.gradient():
             return False
-        return gradient._version != self.version
+        return by_data or gradient._version != self.version
 
 
 class Passes:
@@ -81,6 +85,9 @@ class Passes:
         self.looked_through = False  # whether a forward pass was looked through for such uses
         self._old: dict[Place, list[Mark]] = {}  # gradients that were there before passes are collected
         self._to_look_at = LOOKED_AT
+        # The smallest gradient, and whether it was other than zero when it was marked, on its device.
+        self._probe: tuple[Mark, Tensor] | None = None
+        self._probes_to_look_at = LOOKED_AT
         self.stale: set[Place] = set()  # taps whose parameters had older gradients when a pass began
         for tap in taps.values():
             tap.watch(self)
@@ -216,6 +223,7 @@ class Passes:
         """Forget all passes: what they summed was taken or dropped."""
         # A pass that an exception stopped has no end.
         self._marks, self.before, self._running = {}, {}, False
+        self._probe = None
 
     def begin(self, late: bool = False) -> None:
         """Look for cleared gradients if a backward pass has just begun, and have its end marked.
@@ -229,7 +237,8 @@ class Passes:
         self._running = True
         if not late:  # zeros may have been added to already
             self._look_for_old()
-        self.drop_cleared(late)
+        # Behind a compiled graph the new gradients may be there already.
+        self.drop_cleared(late, by_data=not late and self._zeroed_by_data())
         # Called when the pass has added all gradients.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
@@ -265,19 +274,20 @@ class Passes:
         """
         self.begin(late=True)
 
-    def drop_cleared(self, late: bool = False) -> None:
+    def drop_cleared(self, late: bool = False, by_data: bool = False) -> None:
         """Make taps forget their sums where the gradients of their parameters were cleared.
 
         Args:
             late: See `begin`.
+            by_data: See `Mark.is_touched`.
         """
         if not self._marks:
             return
-        zeroed = self._zeroed()
+        zeroed = self._zeroed(by_data)
         cleared = []
         for place, marks in self._marks.items():
             # optimizer.zero_grad(), optimizer.zero_grad(set_to_none=False)
-            if all(mark.is_gone(late) or (zeroed and mark.is_touched()) for mark in marks):
+            if all(mark.is_gone(late) or (zeroed and mark.is_touched(by_data)) for mark in marks):
                 cleared.append(place)
         for place in cleared:
             self.taps[place].clear()
@@ -292,20 +302,41 @@ class Passes:
             for place in cleared:
                 self.before[place] = counted.clone()
 
-    def _zeroed(self) -> bool:
+    def _zeroed_by_data(self) -> bool:
+        """Whether a gradient became zero by ``gradient.data.zero_()``, which autograd does not count.
+
+        It waits for the device, so it is asked for before the first passes, and then only if it was met.
+        """
+        probe, self._probe = self._probe, None
+        if probe is None or not self._probes_to_look_at:
+            return False
+        mark, was_there = probe
+        if mark.is_gone(late=True) or mark.is_touched(by_data=False):
+            return False
+        self._probes_to_look_at -= 1
+        found = bool(was_there) and not bool(local(mark.parameter.grad).any())  # type: ignore[arg-type]
+        if found:
+            self._probes_to_look_at = LOOKED_AT
+        return found
+
+    def _zeroed(self, by_data: bool) -> bool:
         """Whether gradients were set to zero in place.
 
         Zeros in some and not in others are no clearing: gradients may vanish by themselves.
         """
         touched = []
         for marks in self._marks.values():
-            touched += [mark.parameter.grad for mark in marks if mark.is_touched()]
+            touched += [mark.parameter.grad for mark in marks if mark.is_touched(by_data)]
         return bool(touched) and not any(bool(gradient.any()) for gradient in touched)  # type: ignore[union-attr]
 
     def _end(self) -> None:
         """Mark the gradients of all taps that have summed something."""
         self._running = False
         self._marks = self._marked(place for place, tap in self.taps.items() if tap.has_sums)
+        marks = [mark for own_marks in self._marks.values() for mark in own_marks]
+        if marks and self._probes_to_look_at:
+            smallest = min(marks, key=lambda mark: mark.parameter.numel())
+            self._probe = (smallest, local(smallest.parameter.grad).any())  # type: ignore[arg-type]
 
     def _marked(self, places: Iterable[Place]) -> dict[Place, list[Mark]]:
         """Return marks of the gradients of taps' parameters, without taps that have none.
