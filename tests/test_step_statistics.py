@@ -684,7 +684,7 @@ def test_a_pass_to_given_parameters_alone_leaves_its_statistics(ekfac: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "when", ["before it is made", "not cleared", "cleared", "set to zero", "of a penalty"]
+    "when", ["before it is made", "not cleared", "written", "cleared", "set to zero", "of a penalty"]
 )
 def test_gradients_of_before_the_first_pass_are_told(when: str) -> None:
     net = transformed(Heads)
@@ -694,13 +694,16 @@ def test_gradients_of_before_the_first_pass_are_told(when: str) -> None:
     optimizer = kfac(net)
     if when == "of a penalty":  # whose gradient is in no statistics as a term of the loss, either
         (net.stem.weight.square().sum() + net.first.weight.square().sum()).backward()
+    elif when == "written":  # as of a run that is resumed between two passes of one step
+        for p in (net.stem.weight, net.stem.bias, net.first.weight, net.first.bias):
+            p.grad = torch.ones_like(p)
     elif when != "before it is made":
         loss(net).backward()
         optimizer.step()
         if when != "not cleared":
             net.zero_grad(set_to_none=when == "cleared")
     loss(net).backward()
-    told = when in ("before it is made", "not cleared")
+    told = when in ("before it is made", "not cleared", "written")
     with warnings.catch_warnings():
         if told:
             warnings.simplefilter("ignore", MupassWarning)

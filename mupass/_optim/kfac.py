@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,9 +103,9 @@ REPEATED = (
     "statistics take them for those of separate samples: add the losses up, and run backward once"
 )
 OLDER_GRADIENTS = (
-    "{} had gradients of before when the first pass began whose statistics K-FAC collects (of a pass before "
-    "the optimizer was made, or of the last step). The step takes their sum, and statistics are those of the "
-    "new passes alone: call zero_grad() before"
+    "{} had gradients already when the first pass began whose statistics K-FAC collects (of a pass before "
+    "the optimizer was made, of the last step, or written into .grad). The step takes their sum, and "
+    "statistics are those of the new passes alone: call zero_grad() before"
 )
 PAST_ITS_TAP = (
     "{0} has a gradient in a step in which its tap saw no operator that uses it (its module or the code was "
@@ -364,6 +365,7 @@ class KFAC(PlannedOptimizer):
 
     def _watch_clipping(self) -> None:
         self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
+        self._curvature.passes.accumulated = weakref.WeakMethod(self._clipping.saw_all)
 
     @property
     def taps(self) -> list[Tap | TermsTap]:

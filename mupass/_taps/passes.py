@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,9 @@ class Passes:
         self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
         self.missed = ""  # what use a tap has met that it cannot see, if any
         self.looked_through = False  # whether a forward pass was looked through for such uses
-        self._old: dict[Place, list[Mark]] = {}  # gradients that were there before passes are collected
+        # See `GradientScale.saw_all`. Taps outlive their optimizer, which is not kept by them.
+        self.accumulated: weakref.WeakMethod[Callable[[], bool]] | None = None
+        self._awaits_first = False  # whether no pass was collected yet
         self._to_look_at = LOOKED_AT
         # The smallest gradient, and whether it was other than zero when it was marked, on its device.
         self._probe: tuple[Mark, Tensor] | None = None
@@ -100,7 +102,6 @@ class Passes:
             old: What a parameter was.
             new: What it is.
         """
-        self._old = {}
         for readers in self.readers.values():
             readers[:] = [new if reader is old else reader for reader in readers]
 
@@ -189,22 +190,20 @@ class Passes:
                     self.miss(self.taps[place], f"by {function}, a torch.autograd.Function")
 
     def await_first(self) -> None:
-        """Note gradients that are there before the first pass whose statistics are collected.
-
-        They are those of the step before, as a rule, and cleared when it begins.
-        """
-        if self._to_look_at:
-            self._old = self._marked(self.taps)
+        """Look, before the next pass, whether there are gradients that no pass of this step has made."""
+        self._awaits_first = True
 
     def _look_for_old(self) -> None:
-        """Note which gradients were not cleared: a step uses them, and they left no statistics."""
-        if not self._old or not self.watching:
+        """Note gradients that were not cleared, or written: a step uses them, and they left no statistics."""
+        first, self._awaits_first = self._awaits_first, False
+        if not first or not self._to_look_at or self.accumulated is None:
             return
         self._to_look_at -= 1
-        old, self._old = self._old, {}
-        for place, marks in old.items():
-            kept = [mark.parameter.grad for mark in marks if not mark.is_gone(late=True)]
-            if any(bool(local(gradient).any()) for gradient in kept if gradient is not None):
+        saw_all = self.accumulated()
+        if saw_all is None or saw_all():
+            return
+        for place, readers in self.readers.items():
+            if any(reader.grad is not None and bool(local(reader.grad).any()) for reader in readers):
                 self.stale.add(place)
 
     def take_stale(self, places: Collection[Place]) -> list[str]:
@@ -332,20 +331,10 @@ class Passes:
     def _end(self) -> None:
         """Mark the gradients of all taps that have summed something."""
         self._running = False
-        self._marks = self._marked(place for place, tap in self.taps.items() if tap.has_sums)
-        marks = [mark for own_marks in self._marks.values() for mark in own_marks]
-        if marks and self._probes_to_look_at:
-            smallest = min(marks, key=lambda mark: mark.parameter.numel())
-            self._probe = (smallest, local(smallest.parameter.grad).any())  # type: ignore[arg-type]
-
-    def _marked(self, places: Iterable[Place]) -> dict[Place, list[Mark]]:
-        """Return marks of the gradients of taps' parameters, without taps that have none.
-
-        Args:
-            places: The taps.
-        """
-        found = {}
-        for place in places:
+        self._marks = {}
+        for place, tap in self.taps.items():
+            if not tap.has_sums:
+                continue
             marks = []
             for parameter in self.readers[place]:
                 # Frozen since, or without a part in this loss.
@@ -353,5 +342,8 @@ class Passes:
                 if gradient is not None:
                     marks.append(Mark(parameter, weakref.ref(gradient), gradient._version))
             if marks:
-                found[place] = marks
-        return found
+                self._marks[place] = marks
+        marks = [mark for own_marks in self._marks.values() for mark in own_marks]
+        if marks and self._probes_to_look_at:
+            smallest = min(marks, key=lambda mark: mark.parameter.numel())
+            self._probe = (smallest, local(smallest.parameter.grad).any())  # type: ignore[arg-type]
