@@ -1238,6 +1238,7 @@ def test_a_model_in_training_can_be_traced() -> None:
     assert_step(net, optimizer, cross_entropy(x, y))
 
 
+@pytest.mark.usefixtures("fresh")
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
     counter = CompileCounterWithBackend("aot_eager")
