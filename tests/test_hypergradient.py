@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -27,12 +27,20 @@ def held_out(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(HELD_X), HELD_Y)
 
 
-def mlp(width: int = 16, base: int = 8) -> nn.Module:
+def plain_mlp(width: int) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
     ).double()
-    return mupass.transform(model, HELD_X[:2], base=base)
+
+
+@cache
+def plan_of_mlp(width: int, base: int) -> mupass.Plan:
+    return mupass.transform(plain_mlp(width), HELD_X[:2], base=base).mupass_plan  # type: ignore[return-value]
+
+
+def mlp(width: int = 16, base: int = 8) -> nn.Module:
+    return mupass.transform(plain_mlp(width), plan=plan_of_mlp(width, base))
 
 
 class Odd(nn.Module):

@@ -462,6 +462,7 @@ def test_a_model_that_returns_its_loss_needs_loss_terms() -> None:
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     optimizer = mupass.KFAC(net, LR, loss_terms=6)
+    optimizer.zero_grad()
     net(x, y).backward()
     optimizer.step()
     assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))

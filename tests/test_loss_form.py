@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,18 @@ BINARY = (torch.arange(24 * CLASSES).view(24, CLASSES) % 3 == 0).float()
 Loss = Callable[[Tensor], Tensor]
 
 
-def net() -> nn.Module:
+def plain_net() -> nn.Module:
     torch.manual_seed(1)
-    return mupass.transform(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, CLASSES)), X)
+    return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+
+@cache
+def plan_of_net() -> mupass.Plan:
+    return mupass.transform(plain_net(), X).mupass_plan  # type: ignore[return-value]
+
+
+def net() -> nn.Module:
+    return mupass.transform(plain_net(), plan=plan_of_net())
 
 
 def told(loss: Loss, steps: int = 4, **options: object) -> tuple[int, str]:
@@ -245,11 +256,19 @@ class Ends(nn.Module):
         return self.end(self.last(torch.relu(self.first(x))))
 
 
-def stats(end: Loss, loss: Loss, classes: int = CLASSES, x: Tensor = X, steps: int = 4) -> dict[str, int]:
+def stats(
+    end: Loss,
+    loss: Loss,
+    classes: int = CLASSES,
+    x: Tensor = X,
+    steps: int = 4,
+    kinds: Sequence[str] = ("summed_loss", "classes_elsewhere"),
+    **options: Any,
+) -> dict[str, int]:
     """Return what was told of the loss of a model with such an end."""
     torch.manual_seed(1)
     model = mupass.transform(Ends(end, classes), x)
-    optimizer = mupass.KFAC(model, root_every=1)
+    optimizer = mupass.KFAC(model, root_every=1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(steps):
@@ -257,7 +276,7 @@ def stats(end: Loss, loss: Loss, classes: int = CLASSES, x: Tensor = X, steps: i
             loss(model(x)).backward()
             optimizer.step()
         counts = optimizer.stats()
-    return {kind: count for kind, count in counts.items() if kind in ("summed_loss", "classes_elsewhere")}
+    return {kind: count for kind, count in counts.items() if kind in kinds}
 
 
 HALVES = (torch.arange(24) % 2).float()
@@ -323,3 +342,26 @@ def test_a_loss_over_another_axis_is_told_as_its_terms_are_miscounted(where: str
 def test_an_axis_whose_count_is_the_same_does_not_matter() -> None:
     ids = torch.arange(CLASSES)
     assert not stats(lambda y: y.T, lambda y: F.cross_entropy(y.T, ids), x=X[:CLASSES])
+
+
+FLAT: dict[str, tuple[Tensor, Loss, int]] = {  # input, end, classes: vectors of one entry a row
+    "flat": (X, torch.flatten, CLASSES),
+    "positions": (SEQUENCES, torch.flatten, CLASSES),
+    "one score": (X, torch.flatten, 1),
+    "a score a position": (SEQUENCES, torch.flatten, 1),
+    "one of several": (X, lambda y: y.amax(-1), CLASSES),
+}
+
+
+@pytest.mark.parametrize("how", FLAT)
+def test_logits_that_were_made_flat_are_told_as_their_terms_are_miscounted(how: str) -> None:
+    x, end, classes = FLAT[how]
+    target = torch.arange(x[..., 0].numel() * classes) % 2 / 1.0
+
+    def loss(y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(y, target[: len(y)])
+
+    kinds = ("flat_output", "classes_elsewhere")
+    told = stats(end, loss, classes, x, kinds=kinds)
+    assert told == ({"flat_output": 3} if how in ("flat", "positions") else {})
+    assert not stats(end, loss, classes, x, kinds=kinds, loss_terms=24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,59 @@ def test_everything_is_in_the_state_of_parameters(name: str) -> None:
     assert all(optimizer.state[net.get_parameter(n)] for n in own)
 
 
+class Ordered(nn.Module):
+    """Two layers of one shape, registered in either order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(10, 32), nn.Linear(32, 4)
+        for name in order:
+            setattr(self, name, nn.Linear(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(self.stem(x)))))))
+
+
+@every
+def test_a_state_of_parameters_in_another_order_is_refused_or_taken_by_name(
+    cls: Any, options: dict[str, Any]
+) -> None:
+    nets = [mupass.transform(Ordered(order), torch.ones(4, 10), base=8) for order in ("ab", "ba", "ab")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [cls(net, 0.01, **options) for net in nets]
+
+    def advance(net: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(16, 10, generator=torch.Generator().manual_seed(step))
+            F.cross_entropy(net(x), torch.arange(16) % 4).backward()
+            optimizer.step()
+
+    advance(nets[0], optimizers[0], range(3))
+    before = copy.deepcopy(optimizers[1].state_dict())
+    with pytest.raises(mupass.OptimizerError, match=r"of the state has 'a\.\w+' .* 'b\.\w+'"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert same(optimizers[1].state_dict(), before)
+    optimizers[2].load_state_dict(optimizers[0].state_dict())
+    # torch's functions match them by name.
+    weights, state = get_state_dict(nets[0], optimizers[0])
+    set_state_dict(nets[1], optimizers[1], model_state_dict=weights, optim_state_dict=state)
+    for net, optimizer in zip(nets[:2], optimizers[:2], strict=True):
+        advance(net, optimizer, range(3, 5))
+    for name, p in nets[0].named_parameters():
+        torch.testing.assert_close(p, nets[1].get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+@every
+def test_a_state_for_a_model_without_values_is_refused(cls: Any, options: dict[str, Any]) -> None:
+    net = mupass.transform(Ordered("ab"), torch.ones(4, 10), base=8)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", mupass.MupassWarning)
+        empty = mupass.transform(Ordered("ab"), plan=net.mupass_plan)  # type: ignore[arg-type]
+    with pytest.raises(mupass.OptimizerError, match=r"stem.weight is on the meta device"):
+        cls(empty, 0.01, **options).load_state_dict(cls(net, 0.01, **options).state_dict())
+
+
 def damages(entry: Entry) -> list[tuple[str, str, Callable[[Entry], Any]]]:
     """Ways to damage the state of a parameter: what, at which key, how."""
     found: list[tuple[str, str, Callable[[Entry], Any]]] = []
@@ -125,6 +179,7 @@ GROUPS: list[tuple[str, Any]] = [
     *[("mupass_steps", v) for v in (-1, 2.5, "3")],
     *[(key, 1) for key in ("mupass_watching", "mupass_due")],
     ("mupass_kind", "Shampoo"),
+    *[("mupass_names", v) for v in (None, [], 3)],
     ("mupass_scale", 3.0),
     ("params", None),
     ("params", [0]),

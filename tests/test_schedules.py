@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,9 +20,18 @@ X, Y = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), torch.ar
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def mlp(base: int = 32) -> nn.Module:
+def plain_mlp() -> nn.Module:
     layers = nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 4)
-    return mupass.transform(nn.Sequential(*layers), X, base=base)
+    return nn.Sequential(*layers)
+
+
+@cache
+def plan_of_mlp(base: int) -> mupass.Plan:
+    return mupass.transform(plain_mlp(), X, base=base).mupass_plan  # type: ignore[return-value]
+
+
+def mlp(base: int = 32) -> nn.Module:
+    return mupass.transform(plain_mlp(), plan=plan_of_mlp(base))
 
 
 def train(
@@ -295,6 +305,40 @@ def test_a_class_derived_from_one_of_torch_wants_its_groups() -> None:
     ):
         optimizer.step()
     assert not train(model, Own(mupass.param_groups(model, lr=1e-3, optimizer="sgd")))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "told"),
+    [
+        ("ASGD", {}, {"optimizer": "sgd"}, "0.weight has the rate times 1, and sgd wants 8"),
+        ("Adagrad", {"optimizer": "sgd"}, {}, "0.weight has the rate times 8, and adam wants 1"),
+        (
+            "RMSprop",
+            {"weight_decay": 0.1},
+            {"weight_decay": 0.1, "optimizer": "adam"},
+            "0.weight has the weight decay times 1, and adam wants 0.125",
+        ),
+        (
+            "AdamW",
+            {"weight_decay": 0.1, "optimizer": "adam"},
+            {"weight_decay": 0.1},
+            "0.weight has the weight decay times 0.125, and adamw wants 1",
+        ),
+        ("Adadelta", {}, None, "mupass.param_groups has no width factors for it"),
+    ],
+)
+def test_groups_for_another_family_of_torchs_optimizers_are_told(
+    name: str, wrong: dict[str, Any], right: dict[str, Any] | None, told: str
+) -> None:
+    model, make = mlp(), getattr(torch.optim, name)
+    optimizer = make(mupass.param_groups(model, lr=1e-3, **wrong))
+    model(X).sum().backward()
+    with pytest.warns(mupass.MupassWarning, match=told):
+        optimizer.step()
+    if right is not None:
+        assert not train(model, make(mupass.param_groups(model, lr=1e-3, **right)))
+    narrow = mlp(256)  # at the base width all factors are 1
+    assert not train(narrow, make(mupass.param_groups(narrow, lr=1e-3, **wrong)))
 
 
 @pytest.mark.parametrize("make", [adamw, sgd])

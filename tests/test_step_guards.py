@@ -356,6 +356,10 @@ def test_parameters_that_a_trainer_swapped_are_followed(cls: Any) -> None:
         setattr(net.get_submodule(owner), leaf, fresh[p])
     for group in optimizer.param_groups:
         group["params"] = [fresh[p] for p in group["params"]]
+    # A pass that is cleared leaves no statistics of the new tensors, either.
+    optimizer.zero_grad()
+    net(batch(9)[0]).sum().backward()
+    net.zero_grad()
     train(net, optimizer, range(2, 5))
     train(twin, other, range(2, 5))
     assert_equal(net, twin)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -318,10 +319,18 @@ def by_hand(net: nn.Module) -> None:
         p.grad = None
 
 
+def by_data(net: nn.Module) -> None:
+    """As loops of old do; autograd does not count it."""
+    for p in net.parameters():
+        if p.grad is not None:
+            p.grad.data.zero_()
+
+
 CLEAR: dict[str, Callable[[nn.Module], None]] = {
     "model.zero_grad": lambda net: net.zero_grad(),
     "in place": in_place,
     "by hand": by_hand,
+    "by data": by_data,
 }
 
 
@@ -514,6 +523,62 @@ def test_a_penalty_on_weights_is_no_use_of_them() -> None:
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+class TiedInCode(nn.Module):
+    """A weight of a module that code reads as well, turned or not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTH) if how.startswith("table") else nn.Linear(11, WIDTH, bias=False)
+        self.mid, self.how = nn.Linear(WIDTH, WIDTH), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.mid(torch.tanh(self.table(x))))
+        if self.how == "table":
+            return F.linear(z, self.table.weight)
+        return z @ (self.table.weight.T if self.how == "table turned" else self.table.weight)
+
+
+@pytest.mark.parametrize("how", ["table", "table turned", "layer"])
+def test_a_weight_of_a_module_that_code_reads_too_is_told_of_no_other_use(how: str) -> None:
+    """Both uses have a tap: that of the module, and that of the code."""
+    torch.manual_seed(0)
+    x = torch.arange(11) if how != "layer" else torch.randn(11, 11).double()
+    net = mupass.transform(TiedInCode(how).double(), x, base=WIDTH)
+    optimizer = kfac(net, strict=True, damping_mode="trace")
+    assert optimizer.coverage()[0].treatment == "kfac tied"
+    F.cross_entropy(net(x), torch.arange(11)).backward()
+    optimizer.step()
+    assert optimizer.stats() == {"steps": 1}
+    if how != "layer":  # which is read both ways
+        with pytest.warns(
+            MupassWarning, match=r"table\.weight is used in a way that the captured pass had not"
+        ):
+            net.table.weight.T @ torch.ones(11, 4).double()  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize("what", ["Hessian product", "gradients of samples", "forward derivative"])
+def test_derivatives_that_no_step_uses_are_not_told(what: str) -> None:
+    net, (x, y) = transformed(Attention), batch(0)
+    optimizer, loss = kfac(net), cross_entropy(x, y)
+    optimizer.zero_grad()
+    parameters = dict(net.named_parameters())
+    lent = {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def of(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, values, (x,)), y)
+
+    if what == "Hessian product":
+        first = torch.autograd.grad(loss(net), list(parameters.values()), create_graph=True)
+        torch.autograd.grad(sum((g * g.detach()).sum() for g in first), list(parameters.values()))  # type: ignore[arg-type]
+    elif what == "gradients of samples":
+        every = torch.func.vmap(torch.func.grad(of), (None, 0, 0))
+        every(lent, x[:, None], y[:, None])
+    else:
+        torch.func.jvp(lambda values: of(values, x, y), (lent,), (lent,))
+    assert_taken(net, optimizer, loss)
+    assert optimizer.stats() == {"steps": 1}
+
+
 class Fused(torch.autograd.Function):
     """A product by a kernel of the caller's, with a weight or without."""
 
@@ -625,6 +690,40 @@ def test_a_pass_to_given_parameters_alone_leaves_its_statistics(ekfac: bool) -> 
     for n, p in net.named_parameters():
         moves = n.startswith("first.")
         torch.testing.assert_close(before[n] - p.detach(), LR * want[n] * moves, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "when", ["before it is made", "not cleared", "written", "cleared", "set to zero", "of a penalty"]
+)
+def test_gradients_of_before_the_first_pass_are_told(when: str) -> None:
+    net = transformed(Heads)
+    loss = cross_entropy(*batch(0), 1)
+    if when == "before it is made":
+        loss(net).backward()
+    optimizer = kfac(net)
+    if when == "of a penalty":  # whose gradient is in no statistics as a term of the loss, either
+        (net.stem.weight.square().sum() + net.first.weight.square().sum()).backward()
+    elif when == "written":  # as of a run that is resumed between two passes of one step
+        for p in (net.stem.weight, net.stem.bias, net.first.weight, net.first.bias):
+            p.grad = torch.ones_like(p)
+    elif when != "before it is made":
+        loss(net).backward()
+        optimizer.step()
+        if when != "not cleared":
+            net.zero_grad(set_to_none=when == "cleared")
+    loss(net).backward()
+    told = when in ("before it is made", "not cleared", "written")
+    with warnings.catch_warnings():
+        if told:
+            warnings.simplefilter("ignore", MupassWarning)
+        optimizer.step()
+    assert ("older_gradients" in optimizer.stats()) == told
+    # An adversarial pass on top of the old gradients, which is cleared with them.
+    loss(net).backward()
+    net.zero_grad()
+    before = optimizer.stats()
+    assert_taken(net, optimizer, loss)
+    assert optimizer.stats() == {**before, "steps": before["steps"] + 1}
 
 
 def test_gradients_that_vanish_by_themselves_are_not_cleared() -> None:
@@ -777,6 +876,28 @@ def test_an_unused_output_does_not_matter(when: str) -> None:
         assert_step(net, optimizer, cross_entropy(*batch(i)))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model puts out beside what no loss is made of."""
+
+    name: str
+    rest: list[Tensor]
+    logits: Tensor
+
+
+def test_terms_are_counted_on_the_fields_of_a_dataclass() -> None:
+    class Answers(Unused):
+        def forward(self, x: Tensor) -> Answer:
+            y, left = super().forward(x)
+            return Answer("of a class of its own", [left], y)
+
+    net, (x, y) = transformed(lambda: Answers("returned")), batch(0)
+    optimizer = kfac(net)
+    given = net(x)
+    assert type(given) is Answer and given.name == "of a class of its own"
+    assert_step(net, optimizer, lambda net: F.cross_entropy(net(x).logits, y))
+
+
 class Masked(nn.Module):
     """torch's own encoder or decoder layers with a mask."""
 
@@ -921,6 +1042,53 @@ def test_checkpointed_blocks_are_like_others(how: str) -> None:
         optimizer.step()
         nets.append(net)
     assert_same(*nets)
+
+
+class Recomputed(nn.Module):
+    """Weights in code, in a part that is checkpointed, or not."""
+
+    def __init__(self, saves: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.one = nn.Parameter(torch.empty(WIDTH, WIDTH).uniform_(-0.3, 0.3))
+        self.two = nn.Parameter(torch.empty(WIDTH, WIDTH).uniform_(-0.3, 0.3))
+        self.gain, self.saves = nn.Parameter(torch.ones(WIDTH)), saves
+
+    def inner(self, z: Tensor) -> Tensor:
+        return torch.tanh(F.linear(torch.tanh(z @ self.one), self.two) * self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.stem(x))
+        return self.head(checkpoint(self.inner, z, use_reentrant=False) if self.saves else self.inner(z))
+
+
+@pytest.mark.parametrize("how", ["inputs", "backward", "grad", "zeros"])
+def test_gradients_of_given_weights_go_through_a_checkpoint(how: str) -> None:
+    """The pass to ``inputs=`` runs forward again, where taps must save as many tensors as before."""
+    nets, found = [], []
+    for saves in (False, True):
+        net = transformed(lambda saves=saves: Recomputed(saves))
+        optimizer = kfac(net, strict=True)
+        parameters = [net.one, net.gain, *net.stem.parameters()]
+        x, y = batch(0)
+        loss = F.cross_entropy(net(x), y)
+        if how == "inputs":
+            loss.backward(inputs=parameters)
+        elif how == "backward":
+            torch.autograd.backward([loss], [torch.tensor(2.0).double()], None, False, None, parameters)
+        else:  # gradients for the caller, before a step of its own
+            parameters.append(net.two)
+            inner = net.inner(torch.ones(1, WIDTH).double()) if how == "zeros" else loss
+            found.append(torch.autograd.grad(inner.sum(), parameters, materialize_grads=how == "zeros"))
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        nets.append(net)
+    assert_same(*nets)
+    for pair in zip(*found, strict=True) if found else ():
+        torch.testing.assert_close(*pair)
+    if how == "zeros":
+        assert not found[0][2].any()
+        assert found[0][2].shape == nets[0].stem.weight.shape
 
 
 def test_a_part_without_gradient_is_seen_and_stays() -> None:
@@ -1081,6 +1249,7 @@ def test_a_model_in_training_can_be_traced() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
 def test_own_factors_cost_no_graph_and_no_product_when_compiled() -> None:
     """Two graphs, no break; equal products of one activation are one product."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -38,7 +38,7 @@ from mupass._optim.fallback import (
 from mupass._optim.made_groups import told_of_fold
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
-from mupass._optim.saved import check_state, copy_state, saved_kind
+from mupass._optim.saved import NAMES, check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
 from mupass._optim.vocabulary import Group, State, Tensors
 from mupass._parallel import (
@@ -83,7 +83,7 @@ class PlannedOptimizer(BoundOptimizer):
     _step_supports_amp_scaling = True
     smooths = True  # whether gradients are averaged here, or the subclass does it
     report_every = 10
-    state_format = 6  # that of states which are loaded
+    state_format = 7  # that of states which are loaded
     _ranks = 1
 
     @staticmethod
@@ -307,11 +307,12 @@ class PlannedOptimizer(BoundOptimizer):
                 group["algorithm"] = algorithm
                 group["mupass_scale"], group["mupass_epsilon"] = scale, scales.epsilon
                 group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec), self.state_format)
-                group["mupass_steps"] = 0
+                group["mupass_steps"], group[NAMES] = 0, []
                 group.update(self._waiting())
                 if self._seed is not None:
                     group["mupass_seed"] = self._seed
             group["params"].append(parameter)
+            group[NAMES].append(name)
         return list(groups.values())
 
     def _overridden(self, name: str, settings: Mapping[str, Any]) -> dict[str, float]:

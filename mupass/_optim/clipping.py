@@ -53,6 +53,17 @@ class GradientScale:
         if gradient is not None:
             self._copies[number] = _entries(gradient).clone()
 
+    def saw_all(self) -> bool:
+        """Return whether autograd has made all gradients of the probes since the copies were used last.
+
+        Others are those of a step before or of a pass before the optimizer was made, and what was written
+        into ``.grad``. Zeros are none.
+        """
+        for parameter, copy in zip(self._watched, self._copies, strict=True):
+            if copy is None and parameter.grad is not None and bool(parameter.grad.any()):
+                return False
+        return True
+
     def take(self, ranks: int) -> Tensor | None:
         """Return the factor, on the device, and forget the copies; None where nothing was noted.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from mupass._errors import OptimizerError
+from mupass._errors import OptimizerError, some
 from mupass._keywords import Keywords, takes
 from mupass._optim.base import PlannedOptimizer
 from mupass._optim.checks import check_flag
@@ -35,7 +36,7 @@ from mupass._optim.training import Training
 from mupass._optim.vocabulary import State, Tensors
 from mupass._parallel import rank_of, sum_of
 from mupass._scales.plan import OptimizerSpec, plan_of
-from mupass._taps.blocks import Options
+from mupass._taps.blocks import Options, Place
 from mupass._taps.cover import cover
 from mupass._taps.factors import factor_dtype
 from mupass._taps.intercept import pass_on
@@ -83,16 +84,28 @@ ELSEWHERE = (
     "miscounted, and B is off by as much: pass loss_terms=, the number of terms that it averages over (1 for "
     "one sample)"
 )
+FLAT = (
+    "the model puts out a vector with more entries than its readouts have rows, as logits that were made "
+    "flat, and each entry counts as a term of the loss: B is too large where several of them belong to one "
+    "sample. Put out [batch, classes], and flatten in the loss; or pass loss_terms=, the number of samples "
+    "(of entries, if each is a sample of its own)"
+)
 # What speaks against how the loss is taken, see `Curvature.doubtful`.
 DOUBTS = {
     "idle_loss_terms": IDLE_TERMS,
     "summed_loss": SUMMED,
     "far_targets": FAR,
     "classes_elsewhere": ELSEWHERE,
+    "flat_output": FLAT,
 }
 REPEATED = (
     "several backward passes ran through one forward pass (retain_graph=True). Their gradients add up, and "
     "statistics take them for those of separate samples: add the losses up, and run backward once"
+)
+OLDER_GRADIENTS = (
+    "{} had gradients already when the first pass began whose statistics K-FAC collects (of a pass before "
+    "the optimizer was made, of the last step, or written into .grad). The step takes their sum, and "
+    "statistics are those of the new passes alone: call zero_grad() before"
 )
 PAST_ITS_TAP = (
     "{0} has a gradient in a step in which its tap saw no operator that uses it (its module or the code was "
@@ -228,7 +241,7 @@ class KFAC(PlannedOptimizer):
         Covered(parameter='0.weight', treatment='kfac linear', reason='')
     """
 
-    state_format = 7
+    state_format = 8
     _due = True
 
     @takes(KFACOptions, Roots, Statistics, Bounds, Selection, Loss, Training)
@@ -289,7 +302,7 @@ class KFAC(PlannedOptimizer):
         self._of_readouts = self._readouts()
         # A side with the power 0 is not collected.
         sides = (self.spec.e_a > 0, self.spec.e_b > 0)
-        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks)
+        self._curvature = Curvature(self.root, self._cover, sides, self._loss, self._ranks, self._of_readouts)
         self._kronecker = self._factors(FactorStack)
         self._signal = SignalShare(self._of_blocks())
         self._slope = self._output_slope()
@@ -352,6 +365,7 @@ class KFAC(PlannedOptimizer):
 
     def _watch_clipping(self) -> None:
         self._clipping = GradientScale([self._parameters[block.parameter] for block in self._cover.blocks])
+        self._curvature.passes.accumulated = weakref.WeakMethod(self._clipping.saw_all)
 
     @property
     def taps(self) -> list[Tap | TermsTap]:
@@ -393,6 +407,7 @@ class KFAC(PlannedOptimizer):
         if name in self._parameters:
             # The tap inside the parameter goes over to its new tensor.
             pass_on(self.root, name, self._parameters[name])
+            self._curvature.passes.replace(self._parameters[name], new)
             self._parameters[name] = new
             self._watch_clipping()
 
@@ -496,7 +511,7 @@ class KFAC(PlannedOptimizer):
         if not self.sampled:
             scale = self._scale_of_loss()
         observed = self._curvature.take(scale, clipped)
-        self._tell_passes()
+        self._tell_passes(observed)
         if not observed:  # made up for at the next step
             self._refuse_lost_taps()
             moved = any(bool(gradient.any()) for gradient in gradients.values())
@@ -675,9 +690,12 @@ class KFAC(PlannedOptimizer):
         found.clear()
         return incidents, counts
 
-    def _tell_passes(self) -> None:
+    def _tell_passes(self, observed: Collection[Place]) -> None:
         """Count, and warn once, of backward passes whose statistics are not those of the loss."""
         passes = self._curvature.passes
+        stale = passes.take_stale(observed)
+        if stale:
+            self.count("older_gradients", OLDER_GRADIENTS.format(some(stale)))
         for kind, text, names in (
             ("derivatives_in_the_loss", IN_DERIVATIVES, passes.derived),
             ("repeated_passes", REPEATED, passes.twice),

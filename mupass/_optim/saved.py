@@ -18,6 +18,7 @@ from mupass._parallel import is_sharded, local, sharded_like
 
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
+NAMES = "mupass_names"  # of the parameters of a group, in order
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = (
@@ -83,6 +84,12 @@ def check_state(
             "Layers that were thawed in the run that was saved must be so before its state is loaded, and "
             "what sets rates (base width, block_size, overrides, decay) must be the same"
         )
+    for parameter, name in names.items():
+        if parameter.is_meta:
+            raise OptimizerError(
+                f"{name} is on the meta device, where this {class_name} keeps no numbers that a state could "
+                "be copied into: give the model its values first, make the optimizer, then load the state"
+            )
     # Keys of the state are those that the groups list as their parameters.
     settings, listed_keys, states = [], set(), {}
     for number, (saved_group, own_group) in enumerate(zip(groups, own_groups, strict=True)):
@@ -122,9 +129,29 @@ def _check_group(where: str, theirs: Group, ours: Group, needed: Collection[str]
         if key in needed and key not in theirs:
             raise OptimizerError(f"{where} of the state lacks {key!r}")
     _check_fixed(where, theirs, ours)
+    _check_names(where, theirs, ours)
     _check_numbers(where, theirs, ours)
     _check_progress(where, theirs, ours)
-    return {key: value for key, value in theirs.items() if key != "params"}
+    settings = {key: value for key, value in theirs.items() if key != "params"}
+    return {**settings, NAMES: ours[NAMES]}
+
+
+def _check_names(where: str, theirs: Group, ours: Group) -> None:
+    """Refuse a state by position of a model that has its parameters in another order, or by other names."""
+    own_names, saved_names = ours[NAMES], theirs[NAMES]
+    if not isinstance(saved_names, (list, tuple)) or len(saved_names) != len(own_names):
+        raise OptimizerError(f"{where} of the state is damaged: {NAMES} is {saved_names!r}")
+    for key, saved_name, name in zip(theirs["params"], saved_names, own_names, strict=True):
+        # torch's functions for checkpoints have matched what they give names as keys.
+        found = saved_name if isinstance(key, int) else key if key in own_names else name
+        if found != name:
+            raise OptimizerError(
+                f"{where} of the state has {found!r} where this optimizer has {name!r}: the state of a model "
+                "whose parameters have another order or other names, so that they would get each other's. "
+                "Register modules in the order of the run that was saved, or load the state by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict; if they were renamed, "
+                f"write the new names into {NAMES} of the saved groups"
+            )
 
 
 def _check_fixed(where: str, theirs: Group, ours: Group) -> None:

@@ -39,6 +39,11 @@ from mupass._scales.plan import ATTRIBUTE, Plan
 
 LOOKS = 10  # first steps in each of which models are looked through; then one in as many
 OwnModel = tuple[nn.Module, list[MadeGroups]]  # a model, and the calls that made groups for it
+ADADELTA = "Adadelta"
+WITHOUT_RULE = (
+    "{}: mupass.param_groups has no width factors for it. It starts with steps of the root of its eps, which "
+    "it adds to squared gradients, too, whose size follows the width: take AdamW, or RMSprop"
+)
 FAMILY = "mupass_optimizer"  # row of the scale table that groups were made for
 LAYER = "lr_scale"  # what schedules of timm multiply the rate of a group by: layer decay
 
@@ -227,25 +232,71 @@ def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Group]:
 def _check_family(optimizer: torch.optim.Optimizer) -> None:
     """Warn of groups that were made for another optimizer, where its width factors differ."""
     name = type(optimizer).__name__
-    # A class of the caller's that is derived from one of torch steps as that does.
-    rows = {row.torch_class: row.name for row in OPTIMIZERS.values() if row.torch_class}
-    exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows][:1]
     made_for = {str(group[FAMILY]) for group in optimizer.param_groups if FAMILY in group}
-    if not exact or len(made_for) != 1 or made_for == set(exact):
+    own = _exact_family(optimizer)
+    if not own or len(made_for) != 1 or made_for == {own}:
         return
-    (other,), (own,) = made_for, exact
+    (other,) = made_for
     groups = _groups_of(optimizer)
     for root, plan in _planned_models():
-        difference = _difference(root, plan.for_optimizer(own), groups)
+        if own == ADADELTA:
+            orders = [entry.scales.epsilon for entry in plan.for_optimizer("adam").entries]
+            if not _equal([1.0, *orders]) and not groups.keys().isdisjoint(root.parameters()):
+                warn([WITHOUT_RULE.format(name)])
+            continue
+        text, difference = "the rate", _difference(root, plan.for_optimizer(own), groups)
+        if difference is None:
+            text, difference = "the weight decay", _other_decay(root, plan, groups, (other, own))
         if difference is not None:
             parameter, given, wanted = difference
             text = (
-                f"{name} is given groups that mupass.param_groups made for {other}: {parameter} has the rate "
+                f"{name} is given groups that mupass.param_groups made for {other}: {parameter} has {text} "
                 f"times {given:.3g}, and {own} wants {wanted:.3g}. Write "
                 f'mupass.param_groups(model, lr=..., optimizer="{own}")'
             )
             warn([text])
             return
+
+
+def _exact_family(optimizer: torch.optim.Optimizer) -> str:
+    """Return the row of the scale table that a class of ``torch.optim`` has; nothing without one.
+
+    A class of the caller's that is derived from one of torch steps as that does.
+    """
+    rows = {ADADELTA: ADADELTA}
+    for row in OPTIMIZERS.values():
+        rows.update(dict.fromkeys((row.torch_class, *row.alike), row.name))
+    exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows][:1]
+    # RAdam(groups, decoupled_weight_decay=True)
+    if exact == ["adam"] and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+        return "adamw"
+    return exact[0] if exact else ""
+
+
+def _other_decay(
+    root: nn.Module, plan: Plan, groups: Mapping[Tensor, Group], rows: tuple[str, str]
+) -> Difference | None:
+    """Return the first parameter whose decay has a width factor of another row of the table, and both.
+
+    Adam adds decay to the gradient, of whose order it is then, and AdamW does not.
+
+    Args:
+        root: A model.
+        plan: Its plan.
+        groups: Group of every parameter of an optimizer.
+        rows: That which groups were made for, and that of the optimizer.
+    """
+    normalizes = [OPTIMIZERS[row].normalizes_decay for row in rows]
+    if normalizes[0] == normalizes[1]:
+        return None
+    scaled = plan.for_optimizer(rows[normalizes.index(True)])
+    for name, parameter in root.named_parameters():
+        if name in scaled and groups.get(parameter, {}).get("weight_decay"):
+            order = scaled[name].scales.epsilon
+            if not _equal([1.0, order]):
+                factors = [order if normal else 1.0 for normal in normalizes]
+                return name, factors[0], factors[1]
+    return None
 
 
 def _difference(root: nn.Module, plan: Plan, groups: Mapping[Tensor, Group]) -> Difference | None:
@@ -443,12 +494,13 @@ def _added(
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
-    """Return the row of the scale table that fits a class of ``torch.optim``."""
+    """Return the row of the scale table that fits a class of ``torch.optim``, or looks as if it did."""
     name = type(optimizer).__name__.lower()
     for candidate in reversed(OPTIMIZERS.values()):  # MuonWithAuxAdam is a Muon
         if candidate.torch_class and candidate.torch_class.lower() in name:
             return candidate.name
-    return "adamw"
+    own = _exact_family(optimizer)
+    return own if own in OPTIMIZERS else "adamw"
 
 
 def _tell_unplanned(optimizer: torch.optim.Optimizer, root: nn.Module, factors: dict[str, float]) -> None:

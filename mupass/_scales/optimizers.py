@@ -114,6 +114,7 @@ class OptimizerRow:
         in_summary: Whether the print of a plan shows its rates while no optimizer is decided.
         torch_class: The class of ``torch.optim`` that steps so; ``""`` if there is none. Classes of other
             libraries whose name contains it are taken for it.
+        alike: Other classes of ``torch.optim`` that step as large.
         takes_eps: Whether groups of `mupass.param_groups` hold ``eps`` for it.
         normalizes_decay: Whether it adds weight decay to the gradient before it normalizes the step.
         recipe: How studies make it; None for those that they do not know by name.
@@ -137,6 +138,7 @@ class OptimizerRow:
     has_fallback: bool = False
     in_summary: bool = False
     torch_class: str = ""
+    alike: tuple[str, ...] = ()
     takes_eps: bool = False
     normalizes_decay: bool = False
     recipe: Recipe | None = None
@@ -187,6 +189,7 @@ _ROWS = (
         epsilon=None,
         in_summary=True,
         torch_class="SGD",
+        alike=("ASGD",),
         recipe=Recipe("torch.optim:SGD", {"lr": 0.01, "momentum": 0.0}),
     ),
     OptimizerRow(
@@ -196,6 +199,7 @@ _ROWS = (
         columns=WITH_EPSILON,
         options=("alignment",),
         torch_class="Adam",
+        alike=("Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"),
         takes_eps=True,
         normalizes_decay=True,
         recipe=Recipe("torch.optim:Adam", {"lr": 1e-3, "eps": 1e-8}),

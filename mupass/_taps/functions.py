@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 OURS = ("torch.", "mupass.")
 # Copies and views: what is behind one of them is still the parameter.
@@ -62,9 +62,20 @@ def will_add_to(leaf: Tensor) -> bool | None:
     if not leaf.is_leaf or not leaf.requires_grad:
         return False
     try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
+        return bool(torch._C._will_engine_execute_node(edge_to(leaf).node))
     except RuntimeError:  # torch.autograd.grad(loss, [leaf])
         return None
+
+
+def edge_to(leaf: Tensor) -> GradientEdge:
+    """Return the edge of the graph that leads to a leaf, which may have taps.
+
+    Args:
+        leaf: A tensor that requires a gradient.
+    """
+    # torch finds it through a view, of which a parameter with taps would make another one.
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(leaf)
 
 
 def is_made_of(output: Tensor, parameters: Sequence[Tensor]) -> bool:

@@ -34,6 +34,7 @@ from mupass._taps.forms import (
     Sorted,
     Standardized,
 )
+from mupass._taps.functions import edge_to
 from mupass._taps.leaves import Tap
 from mupass._taps.recurrent import by_name
 from mupass._taps.sharded import on_whole
@@ -45,6 +46,7 @@ VIEW = "_mupass_view"
 RESHAPED = (-1,)
 SHAPE = "_mupass_shape"  # of the parameter
 SOURCE = "_mupass_source"  # the parameter that a standardized kernel is made of
+HOOKED = "_mupass_hooked"  # kind of use of the module that holds the parameter, which has a tap of its own
 COPIES = "_mupass_copies"  # what copies of a table's entries know of them
 T = Tensor
 # F.layer_norm(x, shape, gain, shift): a call may give its arguments by place or by name.
@@ -96,6 +98,8 @@ SWAPS = (T.transpose, torch.transpose, T.swapaxes, torch.swapaxes)
 ORDERS = (T.permute, torch.permute)
 # w.reshape(...), torch.flatten(w, 1)
 RESHAPES = tables.functions(*having(Trait.KEEPS_ORDER))
+# Backward passes to inputs=: they run code of the caller's, as a checkpoint does that runs forward again.
+DERIVATIVES = (torch.autograd.grad, torch.autograd.backward)
 
 
 class _Intercepted:
@@ -107,6 +111,8 @@ class _Intercepted:
         # Dynamo cannot call this one here.
         if func is T.__rsub__:
             func = torch.rsub
+        if func in DERIVATIVES:
+            return _differentiated(func, args, dict(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             if tables.has_tables(args, kwargs or {}, _copies):
                 output = tables.copied(func, args, kwargs or {}, _copies, _known)
@@ -166,6 +172,17 @@ def intercept(root: nn.Module, name: str, key: str) -> Tap:
     return taps.setdefault(key, Tap())
 
 
+def note_hook(module: nn.Module) -> None:
+    """Let a parameter know that its module has a tap of its own, which sees the module's use of it.
+
+    Args:
+        module: With a hook.
+    """
+    weight = module._parameters.get("weight")
+    if isinstance(weight, TappedParameter):
+        vars(weight)[HOOKED] = "embedding" if isinstance(module, nn.Embedding) else product_key((1,), (0,))
+
+
 def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
     """Let the tensor that took a parameter's place in its module look out for the same uses.
 
@@ -180,6 +197,8 @@ def pass_on(root: nn.Module, name: str, old: Tensor) -> None:
     if not taps or new is old:
         return
     vars(new)[ATTRIBUTE] = taps
+    if HOOKED in vars(old):
+        vars(new)[HOOKED] = vars(old)[HOOKED]
     if is_sharded(new):
         on_whole(root, name, lambda whole: _look_out(whole, name, taps))
     else:
@@ -204,6 +223,7 @@ def release(parameter: nn.Parameter) -> None:
         parameter: Any parameter.
     """
     vars(parameter).pop(ATTRIBUTE, None)
+    vars(parameter).pop(HOOKED, None)
     if type(parameter) is TappedParameter:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
@@ -216,6 +236,41 @@ def product_key(in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> str:
         out_axes: Axes that only the output shares.
     """
     return f"{in_axes}->{out_axes}"
+
+
+def _differentiated(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Run ``torch.autograd.grad`` or ``backward`` to parameters, in which taps are to see all functions.
+
+    A checkpoint runs forward again in it, and must save as many tensors as the first time. So parameters are
+    told by the edges of the graph that lead to them, and torch has no reason to ask this class.
+
+    Args:
+        func: One of `DERIVATIVES`.
+        args: Outputs, and the inputs of ``grad``, as torch hands them on.
+        kwargs: The other arguments, the inputs of ``backward`` among them.
+    """
+    inputs = kwargs.get("inputs") if func is torch.autograd.backward else args[1]
+    known = [value for value in (*args[0], *(inputs or ())) if isinstance(value, _Intercepted)]
+    # Only what leads to parameters is run so. The others, and errors, are left to torch.
+    with torch._C.DisableTorchFunctionSubclass():
+        if not all(value.is_leaf and value.requires_grad for value in known):  # type: ignore[attr-defined]
+            return func(*args, **kwargs)
+    edge_of = {id(value): edge_to(value) for value in known}  # type: ignore[arg-type]
+    outputs = tuple(edge_of.get(id(value), value) for value in args[0])
+    edges = tuple(edge_of.get(id(value), value) for value in inputs or ())
+    if func is torch.autograd.backward:
+        return func(outputs, **{**kwargs, "inputs": edges if inputs is not None else None})
+    # Zeros cannot be made in the shape of an edge.
+    zeros = kwargs.get("materialize_grads")
+    if zeros:
+        kwargs.update(materialize_grads=False, allow_unused=True)
+    gradients = func(outputs, edges, **kwargs)
+    if not zeros:
+        return gradients
+    return tuple(
+        torch.zeros_like(value, requires_grad=kwargs["create_graph"]) if found is None else found
+        for value, found in zip(inputs or (), gradients, strict=True)
+    )
 
 
 def _taps(value: Any) -> dict[str, Tap] | None:
@@ -345,7 +400,7 @@ def _tapped_product(func: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
             return output
         padding = by_name(LOOKUP, args, kwargs).get("padding_idx")
         lookup = Lookup(-1 if padding is None else padding % right.shape[0])
-        _tell_stray(output, _taps(right), "embedding")
+        _tell_stray(output, right, "embedding")
         return _through(output, left, _taps(right), "embedding", lookup)
     # F.linear(x, w, bias): a bias with a tap of its own is a shift along the last axis.
     if func is F.linear:
@@ -418,12 +473,15 @@ def _through(output: Tensor, x: Any, taps: dict[str, Tap] | None, key: str, form
     return taps[key].through(output, x, form)
 
 
-def _tell_stray(output: Tensor, taps: dict[str, Tap] | None, key: str) -> None:
+def _tell_stray(output: Tensor, weight: Any, key: str) -> None:
     """Tell of a product with a parameter that has taps, but none for this kind of use.
 
     The captured pass had no such use: another branch, or the code around the model.
     """
+    taps = _taps(weight)
     if taps is None or key in taps or torch.compiler.is_compiling() or not output.requires_grad:
+        return
+    if key == getattr(weight, HOOKED, None):
         return
     for tap in taps.values():
         if not tap.idle and tap.passes is not None:
@@ -472,7 +530,7 @@ def _product(output: Tensor, left: Any, right: Any, how: Any, alpha: float = 1) 
     if alpha != 1:
         form = Scaled(contraction, float(alpha))
     key = product_key(contraction.in_axes, contraction.out_axes)
-    _tell_stray(output, _taps(weight), key)
+    _tell_stray(output, weight, key)
     return _through(output, activation, _taps(weight), key, form)
 
 

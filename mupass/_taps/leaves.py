@@ -159,6 +159,13 @@ def under_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _beneath(tensor: Tensor) -> Tensor:
+    """Return what transforms of torch.func have wrapped: a parameter, or values that were lent for a call."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def is_trained(parameters: Iterable[Tensor]) -> bool:
     """Return whether a backward pass would reach one of some parameters.
 
@@ -167,7 +174,7 @@ def is_trained(parameters: Iterable[Tensor]) -> bool:
     """
     # A plain loop: it ends at the first one, and Dynamo of torch 2.8 traces it.
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and (not under_transform() or _beneath(parameter).requires_grad):
             return True
     return False
 

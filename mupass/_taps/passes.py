@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mupass._errors import MupassWarning
+from mupass._parallel import local
 from mupass._taps.blocks import Place
 from mupass._taps.functions import read_by_functions, will_add_to
 from mupass._taps.leaves import Tap
 from mupass._taps.terms import TermsTap
+
+LOOKED_AT = 10  # first passes before which gradients are looked for that no one cleared
 
 
 class Mark(NamedTuple):
@@ -46,12 +49,16 @@ class Mark(NamedTuple):
         gradient = self.parameter.grad
         return gradient is None or (late and gradient is not self.gradient())
 
-    def is_touched(self) -> bool:
-        """Return whether the gradient was changed in place."""
+    def is_touched(self, by_data: bool) -> bool:
+        """Return whether the gradient was changed in place.
+
+        Args:
+            by_data: Whether all gradients were, by ``gradient.data``, which leaves their versions alone.
+        """
         gradient = self.parameter.grad
         if gradient is None or gradient is not self.gradient():
             return False
-        return gradient._version != self.version
+        return by_data or gradient._version != self.version
 
 
 class Passes:
@@ -65,7 +72,8 @@ class Passes:
     def __init__(
         self, taps: Mapping[Place, Tap], terms: TermsTap, readers: Mapping[Place, Sequence[Tensor]]
     ) -> None:
-        self.taps, self.terms, self.readers = taps, terms, readers
+        self.taps, self.terms = taps, terms
+        self.readers = {place: list(parameters) for place, parameters in readers.items()}
         self.before: dict[Place, Tensor] = {}
         self.watching = True
         self._marks: dict[Place, list[Mark]] = {}
@@ -75,9 +83,27 @@ class Passes:
         self.twice: set[str] = set()  # parameters whose forward pass was run backwards more than once
         self.missed = ""  # what use a tap has met that it cannot see, if any
         self.looked_through = False  # whether a forward pass was looked through for such uses
+        # See `GradientScale.saw_all`. Taps outlive their optimizer, which is not kept by them.
+        self.accumulated: weakref.WeakMethod[Callable[[], bool]] | None = None
+        self._awaits_first = False  # whether no pass was collected yet
+        self._to_look_at = LOOKED_AT
+        # The smallest gradient, and whether it was other than zero when it was marked, on its device.
+        self._probe: tuple[Mark, Tensor] | None = None
+        self._probes_to_look_at = LOOKED_AT
+        self.stale: set[Place] = set()  # taps whose parameters had older gradients when a pass began
         for tap in taps.values():
             tap.watch(self)
         terms.passes = self
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """Look at the gradients of another tensor from now on.
+
+        Args:
+            old: What a parameter was.
+            new: What it is.
+        """
+        for readers in self.readers.values():
+            readers[:] = [new if reader is old else reader for reader in readers]
 
     def differentiated(self, tap: object) -> None:
         """Keep in mind that a loss depends on a gradient that was made with a tap's parameter.
@@ -85,7 +111,8 @@ class Passes:
         Args:
             tap: The tap.
         """
-        if self.watching:
+        # torch.autograd.grad hands its gradients to the caller: no step sees a Hessian product, say.
+        if self.watching and any(will_add_to(reader) for reader in self._readers_of(tap)):
             self.derived.add(self._name(tap))
 
     def repeated(self, tap: object) -> None:
@@ -112,11 +139,15 @@ class Passes:
             self._leaves_left_out = (task, leaf.requires_grad and will_add_to(leaf) is False)
         if not self._leaves_left_out[1]:
             return False
+        return any(will_add_to(reader) for reader in self._readers_of(tap))
+
+    def _readers_of(self, tap: object) -> list[Tensor]:
+        """Return the parameters that a tap has factors of; of what is no tap all."""
+        found: list[Tensor] = []
         for place, readers in self.readers.items():
             if tap is self.terms or tap is self.taps[place]:
-                if any(will_add_to(reader) for reader in readers):
-                    return True
-        return False
+                found += readers
+        return found
 
     def _name(self, tap: object) -> str:
         """Return the parameter that a tap watches, or its module."""
@@ -158,10 +189,40 @@ class Passes:
                 if any(parameter is reader for reader in readers):
                     self.miss(self.taps[place], f"by {function}, a torch.autograd.Function")
 
+    def await_first(self) -> None:
+        """Look, before the next pass, whether there are gradients that no pass of this step has made."""
+        self._awaits_first = True
+
+    def _look_for_old(self) -> None:
+        """Note gradients that were not cleared, or written: a step uses them, and they left no statistics."""
+        first, self._awaits_first = self._awaits_first, False
+        if not first or not self._to_look_at or self.accumulated is None:
+            return
+        self._to_look_at -= 1
+        saw_all = self.accumulated()
+        if saw_all is None or saw_all():
+            return
+        for place, readers in self.readers.items():
+            if any(reader.grad is not None and bool(local(reader.grad).any()) for reader in readers):
+                self.stale.add(place)
+
+    def take_stale(self, places: Collection[Place]) -> list[str]:
+        """Return parameters whose gradients held older ones, among those that a step has statistics of.
+
+        Args:
+            places: Taps that took part.
+        """
+        names = [self._name(self.taps[place]) for place in self.taps if place in self.stale & set(places)]
+        self.stale.clear()
+        if names:
+            self._to_look_at = 0  # it is told
+        return list(dict.fromkeys(names))
+
     def restart(self) -> None:
         """Forget all passes: what they summed was taken or dropped."""
         # A pass that an exception stopped has no end.
         self._marks, self.before, self._running = {}, {}, False
+        self._probe = None
 
     def begin(self, late: bool = False) -> None:
         """Look for cleared gradients if a backward pass has just begun, and have its end marked.
@@ -173,7 +234,10 @@ class Passes:
         if self._running or not self.watching:
             return
         self._running = True
-        self.drop_cleared(late)
+        if not late:  # zeros may have been added to already
+            self._look_for_old()
+        # Behind a compiled graph the new gradients may be there already.
+        self.drop_cleared(late, by_data=not late and self._zeroed_by_data())
         # Called when the pass has added all gradients.
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
@@ -209,22 +273,24 @@ class Passes:
         """
         self.begin(late=True)
 
-    def drop_cleared(self, late: bool = False) -> None:
+    def drop_cleared(self, late: bool = False, by_data: bool = False) -> None:
         """Make taps forget their sums where the gradients of their parameters were cleared.
 
         Args:
             late: See `begin`.
+            by_data: See `Mark.is_touched`.
         """
         if not self._marks:
             return
-        zeroed = self._zeroed()
+        zeroed = self._zeroed(by_data)
         cleared = []
         for place, marks in self._marks.items():
             # optimizer.zero_grad(), optimizer.zero_grad(set_to_none=False)
-            if all(mark.is_gone(late) or (zeroed and mark.is_touched()) for mark in marks):
+            if all(mark.is_gone(late) or (zeroed and mark.is_touched(by_data)) for mark in marks):
                 cleared.append(place)
         for place in cleared:
             self.taps[place].clear()
+            self.stale.discard(place)
             del self._marks[place]
         counted = self.terms.counted
         if not self._marks:
@@ -235,14 +301,31 @@ class Passes:
             for place in cleared:
                 self.before[place] = counted.clone()
 
-    def _zeroed(self) -> bool:
+    def _zeroed_by_data(self) -> bool:
+        """Whether a gradient became zero by ``gradient.data.zero_()``, which autograd does not count.
+
+        It waits for the device, so it is asked for before the first passes, and then only if it was met.
+        """
+        probe, self._probe = self._probe, None
+        if probe is None or not self._probes_to_look_at:
+            return False
+        mark, was_there = probe
+        if mark.is_gone(late=True) or mark.is_touched(by_data=False):
+            return False
+        self._probes_to_look_at -= 1
+        found = bool(was_there) and not bool(local(mark.parameter.grad).any())  # type: ignore[arg-type]
+        if found:
+            self._probes_to_look_at = LOOKED_AT
+        return found
+
+    def _zeroed(self, by_data: bool) -> bool:
         """Whether gradients were set to zero in place.
 
         Zeros in some and not in others are no clearing: gradients may vanish by themselves.
         """
         touched = []
         for marks in self._marks.values():
-            touched += [mark.parameter.grad for mark in marks if mark.is_touched()]
+            touched += [mark.parameter.grad for mark in marks if mark.is_touched(by_data)]
         return bool(touched) and not any(bool(gradient.any()) for gradient in touched)  # type: ignore[union-attr]
 
     def _end(self) -> None:
@@ -260,3 +343,7 @@ class Passes:
                     marks.append(Mark(parameter, weakref.ref(gradient), gradient._version))
             if marks:
                 self._marks[place] = marks
+        marks = [mark for own_marks in self._marks.values() for mark in own_marks]
+        if marks and self._probes_to_look_at:
+            smallest = min(marks, key=lambda mark: mark.parameter.numel())
+            self._probe = (smallest, local(smallest.parameter.grad).any())  # type: ignore[arg-type]

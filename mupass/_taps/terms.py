@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_unflatten
 
 from mupass._parallel import is_sharded, whole
 from mupass._taps.leaves import is_batched, is_trained, under_transform
@@ -38,6 +41,7 @@ class Told(NamedTuple):
         reach: What the length of a term's gradient is multiplied by to give the root mean square of its
             distance from its target, were the loss a mean squared error: half the root of its number of
             entries. 0 for a loss of another form.
+        is_vector: Whether the output has one axis, each entry of which counts as a term.
     """
 
     left_out: Tensor
@@ -45,6 +49,7 @@ class Told(NamedTuple):
     multiple: Tensor | None
     elsewhere: Tensor | None = None
     reach: Tensor | None = None
+    is_vector: bool = False
 
 
 class Kept(NamedTuple):
@@ -165,7 +170,9 @@ def _told(gradient: Tensor, terms: int, kept: Kept | None) -> Told:
     if kept.classes:
         squared = squared & may_be_squared(kept.own, found.own)
     reach = 0.5 * (gradient.numel() / max(terms, 1)) ** 0.5
-    return Told(left_out, counted, multiple, elsewhere & (multiple == 0), reach * squared)
+    return Told(
+        left_out, counted, multiple, elsewhere & (multiple == 0), reach * squared, gradient.dim() == 1
+    )
 
 
 def _sum_of_squares(gradient: Tensor, like: Tensor) -> Tensor:
@@ -277,7 +284,8 @@ class TermsTap:
             watcher.enter()
         if not self._counts_outputs_of(module):
             return None
-        leaves, spec = tree_flatten(output)
+        fields = _fields(output) if eager else None
+        leaves, spec = tree_flatten(output if fields is None else fields)
         if watcher is not None:
             watcher.look_through([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         # In a graph an output that the loss does not depend on has a gradient of zeros, and cannot be told.
@@ -287,7 +295,8 @@ class TermsTap:
         tapped = self._tapped([leaves[position] for position in positions], eager)
         for position, tensor in zip(positions, tapped, strict=True):
             leaves[position] = tensor
-        return tree_unflatten(leaves, spec)
+        made = tree_unflatten(leaves, spec)
+        return made if fields is None else _with_fields(output, made)
 
     def _counts_outputs_of(self, module: nn.Module) -> bool:
         """Return whether terms are wanted, and there will be gradients to count them with."""
@@ -387,6 +396,11 @@ class TermsTap:
         return torch.stack(found).sum() if found and self.counts else None
 
     @property
+    def is_vector(self) -> bool:
+        """Whether all passes that were looked at had an output of one axis, whose entries are counted."""
+        return self.counts and bool(self.looked_at) and all(told.is_vector for told in self.looked_at)
+
+    @property
     def counted(self) -> Tensor | None:
         """The count since it was taken last; None where there is none, or the caller tells it."""
         if self.count is None or self.count.grad is None or not self.counts:
@@ -418,6 +432,22 @@ class TermsTap:
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a model get an idle tap."""
         return vars(TermsTap())
+
+
+def _fields(output: Any) -> dict[str, Any] | None:
+    """Return the fields of an instance of a dataclass, of which torch sees no parts; None of all else."""
+    # Those that are registered, as outputs of transformers, are taken apart as they say themselves.
+    if not is_dataclass(output) or isinstance(output, type) or not tree_is_leaf(output):
+        return None
+    return {field.name: getattr(output, field.name) for field in fields_of(output)}
+
+
+def _with_fields(output: Any, values: Mapping[str, Any]) -> Any:
+    """Return a copy of an instance of a dataclass, which may be frozen, with other values."""
+    copied = copy.copy(output)
+    for name, value in values.items():
+        object.__setattr__(copied, name, value)
+    return copied
 
 
 def _positions_of_outputs(leaves: list[Any], only_first: bool) -> list[int]:

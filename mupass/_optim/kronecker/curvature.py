@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mupass._optim.vocabulary import Tensors
 from mupass._parallel import sum_over_ranks
 from mupass._taps.blocks import Cover, Factor, Place, Tied
 from mupass._taps.factors import by_group, factor_dtype
-from mupass._taps.intercept import intercept
+from mupass._taps.intercept import intercept, note_hook
 from mupass._taps.leaves import Once, Sums, Tap
 from mupass._taps.loss_form import FORM
 from mupass._taps.passes import Passes
@@ -23,6 +23,7 @@ from mupass._taps.terms import terms_tap_of
 
 SUMMED = 2.0  # a loss that is more than so many means of cross-entropies is summed, or multiplied
 MANY = 0.25  # part of the loss terms that may be without a gradient by chance
+MORE = 1.5  # loss terms to a row of the readouts, beyond which an output was made flat
 # Distance of an output from the target of a squared error beyond which `target_scale` is asked for: there
 # K-FAC's bounds leave a loss many times that of targets of size 1 (benchmarks/target_units.py).
 FAR = 8.0
@@ -37,11 +38,18 @@ class Curvature:
             passed through it, as where the model returns its loss.
         doubtful: What speaks against how the loss is taken -> in how many steps or passes, on the device:
             ``idle_loss_terms`` (many terms had no gradient), ``summed_loss`` (it was no mean),
-            ``classes_elsewhere`` (on another axis), ``far_targets`` (of a squared error).
+            ``classes_elsewhere`` (on another axis), ``flat_output`` (a vector of more entries than readouts
+            have rows), ``far_targets`` (of a squared error).
     """
 
     def __init__(
-        self, root: nn.Module, cover: Cover, sides: tuple[bool, bool], loss: Loss, ranks: int
+        self,
+        root: nn.Module,
+        cover: Cover,
+        sides: tuple[bool, bool],
+        loss: Loss,
+        ranks: int,
+        readouts: Collection[str],
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
         self.taps: dict[Place, Tap] = {}
@@ -72,7 +80,14 @@ class Curvature:
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
+        # Taps of readouts, each once.
+        self._readouts: dict[Place, None] = {}
+        for block in cover.blocks:
+            if block.parameter in readouts:
+                self._readouts.update((place, None) for factor in block.b for place in factor.places)
         self._hooked = [root.get_submodule(place.module) for place in self.taps if place.module is not None]
+        for module in self._hooked:
+            note_hook(module)
 
     def rescale(self, bases: Mapping[Place, Sequence[Tensor]]) -> None:
         """Collect second moments as well.
@@ -90,6 +105,8 @@ class Curvature:
             on: Whether to collect.
         """
         self.terms.collect(on)
+        if on:
+            self.passes.await_first()
         for tap in self.taps.values():
             tap.collect(on)
         for module in self._hooked:
@@ -116,6 +133,7 @@ class Curvature:
     def clear(self) -> None:
         """Forget what was summed."""
         self.passes.restart()
+        self.passes.stale.clear()
         self.terms.clear()
         for tap in self.taps.values():
             tap.clear()
@@ -146,7 +164,7 @@ class Curvature:
             self.terms.clear()
             return {}
         terms, squares = torch.ones(()), torch.zeros(())
-        reach = self.terms.reach
+        reach, is_vector, elsewhere = self.terms.reach, self.terms.is_vector, self.terms.elsewhere
         if self.sides[1]:
             self._look_at_the_loss(scale)
             terms, squares = self._count_terms()
@@ -154,6 +172,10 @@ class Curvature:
             sums, terms, squares, before = self._over_ranks(sums, terms, squares, before)
             if not float(terms):
                 raise _no_terms()
+        rows = [sums[place].rows.sum() for place in self._readouts if place in sums]
+        if is_vector and elsewhere is not None and rows:
+            flat = MORE * torch.stack(rows).sum() < _like(terms, rows[0])
+            self._doubt("flat_output", flat & (elsewhere == 0))
         # As what taps see, but without the clipping that came later.
         self.slope = squares * self._per_term(terms, scale, squares)
         if reach is not None and self.loss.target_scale is None and self.loss.mean:
@@ -310,9 +332,9 @@ def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
 
 def _no_terms() -> OptimizerError:
     return OptimizerError(
-        "cannot tell how many terms the loss averages over: the model returns a scalar, or the loss "
-        "is not computed from its output. Pass loss_terms=, a number or a function of no arguments "
-        "(samples for a classifier, tokens for a language model)"
+        "cannot tell how many terms the loss averages over: the model returns a scalar, or an object of a "
+        "class of its own, or the loss is not computed from the output of its forward(). Pass loss_terms=, "
+        "a number or a function of no arguments (samples for a classifier, tokens for a language model)"
     )
 
 
