@@ -69,13 +69,27 @@ def _settle_shared_keys(verdicts: Verdicts) -> None:
 
 
 def _rejoined(space: Space, dim: int) -> set[int]:
-    """Return a dimension with all that have the same parts: what is cut and joined again."""
+    """Return a dimension with all that have the same parts: what is cut and joined again.
+
+    A part may have other factors in between, or the same in another order: pairs that are turned into halves,
+    as rotary positions that are interleaved have it.
+    """
     rejoined = {dim}
-    own_terms = set(space.terms_of(dim, "sum"))
+    own_terms = space.terms_of(dim, "sum")
     for whole, members in space.terms("sum"):
-        if members in own_terms:
+        if any(_same_parts(space, members, own) for own in own_terms):
             rejoined.add(whole)
     return rejoined
+
+
+def _same_parts(space: Space, first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two sums have the same parts, up to the order of factors of a part."""
+
+    def factors(dim: int) -> set[tuple[int, ...]]:
+        return {(dim,), *(tuple(sorted(term)) for term in space.terms_of(dim, "product"))}
+
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(factors(a) & factors(b) for a, b in pairs)
 
 
 def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:

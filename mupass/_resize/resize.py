@@ -116,6 +116,16 @@ def resize(
             tensors[name] = buffer.to(target_device)
         build = by_copy(model, attributes, tensors)
     resized = rebuild(build, attributes, target, type(model).__name__)
+    if attributes.doubts and not own_code:
+        roots = [
+            f"{path}.{name}".lstrip(".") + f" = {what}" for (path, name), what in attributes.doubts.items()
+        ]
+        warn(
+            [
+                "numbers that may be roots of a width or of data as long stay; set on the copy what is "
+                f"computed from the width: {_first(roots, ', ', '')}"
+            ]
+        )
     if home.type == "meta" and not own_code:
         initialize(resized, seed)
     check_anew(resized, sizes, target.inputs, dims)
