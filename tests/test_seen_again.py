@@ -267,3 +267,40 @@ def test_the_length_and_the_bias_of_a_normalized_weight_follow_its_direction() -
     assert resized.up.bias.std().item() == pytest.approx((128 * 4 * 3) ** -0.5, rel=0.2)
     length, direction = resized.up.parametrizations.weight.parameters()
     torch.testing.assert_close(length, torch.norm_except_dim(direction, 2, 0))
+
+
+class Routed(nn.Module):
+    """Tokens find their experts by scores: how many each gets depends on the values."""
+
+    def __init__(self, d: int, experts: int = 3) -> None:
+        super().__init__()
+        self.enter, self.gate, self.leave = nn.Linear(5, d), nn.Linear(d, experts), nn.Linear(d, 2)
+        self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x).relu()
+        scores = self.gate(h)
+        shares, chosen = (scores - scores.mean(0)).softmax(-1).max(-1)  # no expert goes without tokens
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            if float(rows.sum()) < 0:  # a branch on values, which torch.export cannot capture
+                continue
+            y = y.index_add(0, rows, expert(h[rows]) * shares[rows, None])
+        return self.leave(y + h)
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+def test_numbers_of_tokens_that_values_tell_may_change_with_the_width() -> None:
+    torch.manual_seed(0)
+    x = randn(40, 5)
+    resized, want = mupass.resize(Routed(16), 32, example_inputs=x), Routed(32)
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(x), want(x))
+
+
+def test_factors_of_modules_of_torch_are_no_roots_of_a_width() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 16, 1), nn.Upsample(scale_factor=4, mode="linear"), nn.Conv1d(16, 2, 3)
+    )
+    assert mupass.resize(model, 32, example_inputs=randn(2, 3, 8))[1].scale_factor == 4

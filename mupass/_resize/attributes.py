@@ -248,7 +248,7 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
     one_channel_groups = _norms_of_one_channel_groups(model)
     for path, module in model.named_modules():
         for name, value in list(vars(module).items()):
-            if name not in MODULE_TABLES and not name.endswith("_hooks"):
+            if name not in MODULE_TABLES and not name.endswith("_hooks") and not _is_factor(module, value):
                 rewritten = _rewritten(value, path, type(module).__name__, name, pick, visited)
                 if rewritten is not value:
                     vars(module)[name] = rewritten
@@ -260,6 +260,12 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
             module.normalized_shape = tuple(module.weight.shape)
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _is_factor(module: nn.Module, value: Any) -> bool:
+    """Whether it is a float of a module of torch itself (``Upsample.scale_factor``): no root of a width."""
+    is_float = any(type(entry) is float for entry in tree_leaves(value))
+    return is_float and type(module).__module__.startswith("torch.nn.")
 
 
 def _norms_of_one_channel_groups(model: nn.Module) -> set[nn.Module]:
