@@ -304,3 +304,18 @@ def test_factors_of_modules_of_torch_are_no_roots_of_a_width() -> None:
         nn.Conv1d(3, 16, 1), nn.Upsample(scale_factor=4, mode="linear"), nn.Conv1d(16, 2, 3)
     )
     assert mupass.resize(model, 32, example_inputs=randn(2, 3, 8))[1].scale_factor == 4
+
+
+def depthwise(sizes: list[int]) -> nn.Module:
+    """Depthwise convolutions of many widths, so that a search of their groups would be long."""
+    layers: list[nn.Module] = [nn.Conv1d(3, sizes[0], 1)]
+    for size, later in zip(sizes, [*sizes[1:], 2], strict=True):
+        layers += [nn.Conv1d(size, size, 3, padding=1, groups=size), nn.ReLU(), nn.Conv1d(size, later, 1)]
+    return nn.Sequential(*layers)
+
+
+def test_groups_of_depthwise_convolutions_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupass._resize.rebuild.TRIES", 0)
+    sizes = [8, 16, 24, 32]
+    resized = mupass.resize(depthwise(sizes), scale=2, example_inputs=randn(2, 3, 8))
+    assert repr(resized) == repr(depthwise([2 * size for size in sizes]))

@@ -18,7 +18,7 @@ from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes, handled_dims
 from mupass._resize.builders import by_config, by_copy, has_constructor
 from mupass._resize.draw import Draw, initialize
-from mupass._resize.gains import follow_fan_in
+from mupass._resize.gains import follow_fan_in, sizes_of_layers
 from mupass._resize.norm_groups import follow_heads
 from mupass._resize.prediction import target_of
 from mupass._resize.rebuild import rebuild
@@ -110,7 +110,8 @@ def resize(
         build = by_config(model, attributes, tensors, target_device, seed)
     else:
         # Of a copy all numbers are rewritten, buffers included.
-        known = follow_fan_in(model, target.shapes) | follow_heads(model, captured, sizes)
+        known = sizes_of_layers(model, target.shapes) | follow_fan_in(model, target.shapes)
+        known |= follow_heads(model, captured, sizes)
         attributes = Attributes(sizes, handled, known=known)
         for name, buffer in draw.buffers(attributes).items():
             tensors[name] = buffer.to(target_device)
