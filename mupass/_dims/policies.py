@@ -71,8 +71,8 @@ def _settle_shared_keys(verdicts: Verdicts) -> None:
 def _rejoined(space: Space, dim: int) -> set[int]:
     """Return a dimension with all that have the same parts: what is cut and joined again.
 
-    A part may have other factors in between, or the same in another order: pairs that are turned into halves,
-    as rotary positions that are interleaved have it.
+    A part may be laid out otherwise in between, as pairs that rotary positions turn into halves: by a view
+    or by slices with a step.
     """
     rejoined = {dim}
     own_terms = space.terms_of(dim, "sum")
@@ -83,13 +83,14 @@ def _rejoined(space: Space, dim: int) -> set[int]:
 
 
 def _same_parts(space: Space, first: Sequence[int], second: Sequence[int]) -> bool:
-    """Whether two sums have the same parts, up to the order of factors of a part."""
+    """Whether two sums have the same parts one by one, or parts as long that are made of the same."""
 
-    def factors(dim: int) -> set[tuple[int, ...]]:
-        return {(dim,), *(tuple(sorted(term)) for term in space.terms_of(dim, "product"))}
+    def pieces(dim: int) -> set[int]:
+        return {dim, *space.members_of(dim, "product", "sum")}
 
-    pairs = zip(first, second, strict=False)
-    return len(first) == len(second) and all(factors(a) & factors(b) for a, b in pairs)
+    pairs = list(zip(first, second, strict=False))
+    as_long = len(first) == len(second) and all(space.size(a) == space.size(b) for a, b in pairs)
+    return as_long and all(pieces(a) & pieces(b) for a, b in pairs)
 
 
 def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:
