@@ -183,14 +183,24 @@ def test_features_that_are_read_alone_too_are_no_remainder() -> None:
 class Indexer(nn.Module):
     """Positions are weighed by scores of several heads, whose keys are the same for all heads."""
 
-    def __init__(self, d: int, heads: int, size: int = 6) -> None:
+    def __init__(self, d: int, heads: int, size: int = 6, form: str = "halves") -> None:
         super().__init__()
-        self.heads, self.size = heads, size
+        self.heads, self.size, self.form = heads, size, form
         self.enter, self.queries, self.keys = nn.Linear(5, d), nn.Linear(d, heads * size), nn.Linear(d, size)
         self.norm, self.weights, self.value = nn.LayerNorm(size), nn.Linear(d, heads), nn.Linear(d, d)
         self.head = nn.Linear(d, 3)
 
     def turn(self, x: Tensor) -> Tensor:
+        if self.form == "steps":
+            turned, kept = x.split([4, self.size - 4], -1)
+            even, odd = turned[..., ::2], turned[..., 1::2]
+            turned = torch.cat([even * 0.6 - odd * 0.8, odd * 0.6 + even * 0.8], -1)
+            return torch.cat([turned, kept], -1)
+        if self.form == "view":
+            turned, kept = x.split([4, self.size - 4], -1)
+            turned = turned.unflatten(-1, (2, 2)).transpose(-1, -2).reshape(turned.shape)
+            rotated = torch.cat([-turned[..., 2:], turned[..., :2]], -1)
+            return torch.cat([turned * 0.6 + rotated * 0.8, kept], -1)
         left, right, kept = x.split([2, 2, self.size - 4], -1)
         return torch.cat([left * 0.6 - right * 0.8, right * 0.6 + left * 0.8, kept], -1)
 
@@ -203,13 +213,14 @@ class Indexer(nn.Module):
         return self.head(mixed @ self.value(x) + x)
 
 
-def test_keys_that_all_heads_share_have_the_size_of_a_head() -> None:
-    analysis = mupass.analyze(Indexer(32, 4), randn(2, 7, 5))
+@pytest.mark.parametrize("form", ["halves", "view", "steps"])
+def test_keys_that_all_heads_share_have_the_size_of_a_head(form: str) -> None:
+    analysis = mupass.analyze(Indexer(32, 4, form=form), randn(2, 7, 5))
     assert analysis["keys.weight"].infinite == (False, True)
     assert analysis["keys.weight"].ambiguous == (True, False)
     assert analysis["queries.weight"].infinite == (True, True)
     inputs = (randn(2, 7, 5),)
-    assert base_shapes(lambda k: Indexer(16 * k, 4 * k), inputs) == shapes(Indexer(16, 4))
+    assert base_shapes(lambda k: Indexer(16 * k, 4 * k, 6, form), inputs) == shapes(Indexer(16, 4))
 
 
 class Stage(nn.Module):

@@ -177,7 +177,8 @@ def test_a_law_that_gains_suggest_is_not_that_of_an_embedding_beyond_the_errors_
 
 def test_a_gain_of_others_that_a_tensor_does_not_bear_out_is_in_doubt_where_a_usual_law_fits() -> None:
     def sample(name: str, count: int, std: float, fan_in: int | None, fan_out: int) -> Sample:
-        return Sample(name, count, std, True, Fans(fan_in, fan_out, 0.5, 0.5))
+        average = (fan_in + fan_out) / 2 if fan_in else None
+        return Sample(name, count, std, True, Fans(fan_in, fan_out, 0.5, 0.5, average=average, m_average=0.5))
 
     # Drawn by xavier_uniform_: tables, and weights of two shapes, to the larger of which no constant fits.
     tables = [sample("users", 224, 0.2358, None, 32), sample("items", 288, 0.2148, None, 32)]
@@ -185,3 +186,136 @@ def test_a_gain_of_others_that_a_tensor_does_not_bear_out_is_in_doubt_where_a_us
     found = {finding.sample.name: finding for finding in find_laws([*tables, *weights])}
     assert found["first"].doubtful or found["first"].kind == "fan_avg"
     assert not found["users"].doubtful and not found["items"].doubtful
+
+
+class Normalized(nn.Module):
+    """A norm that multiplies by the root of the width, with or without a gain of its own."""
+
+    def __init__(self, d: int, gain: bool) -> None:
+        super().__init__()
+        self.scale, self.gain = d**0.5, nn.Parameter(torch.ones(d)) if gain else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1) * self.scale * self.gain
+
+
+def normalized(d: int, gain: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, d), Normalized(d, gain), nn.Linear(d, 3))
+
+
+def test_the_root_of_a_width_is_told_from_that_of_data_as_long_by_a_parameter_or_asked_about() -> None:
+    tokens = randn(2, 16, 5)
+    resized, want = mupass.resize(normalized(16, True), 32, example_inputs=tokens), normalized(32, True)
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(tokens), want(tokens))
+    with pytest.warns(
+        mupass.MupassWarning, match=r"computed from the width: 1\.scale = 4 \(the root of 16\)"
+    ):
+        mupass.resize(normalized(16, False), 32, example_inputs=tokens)
+    # Data of another length leave no doubt.
+    assert mupass.resize(normalized(16, False), 32, example_inputs=tokens[:, :7])[1].scale == 32**0.5
+
+
+class Counted(nn.Module):
+    """A table and a stack of matrices that `torch.nn.init` draws by the first two axes, whatever they are."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.table, self.leave = nn.Embedding(26, d), nn.Linear(d, 2)
+        self.forms = nn.Parameter(torch.empty(d, 10, d))
+        nn.init.xavier_uniform_(self.table.weight)
+        nn.init.xavier_uniform_(self.forms)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        products = torch.einsum("bi,imj->bmj", h, self.forms)
+        return self.leave((products * h[:, None]).sum(1))
+
+
+def deviations(model: nn.Module) -> dict[str, float]:
+    return {name: parameter.std().item() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("source", "target"), [(16, 32), (32, 16)])
+def test_what_torch_draws_by_the_first_two_axes_is_drawn_so_at_another_width(
+    source: int, target: int
+) -> None:
+    torch.manual_seed(0)
+    dims = {"forms:1": "finite"}
+    resized = mupass.resize(Counted(source), target, example_inputs=torch.arange(6), dims=dims)
+    got, want = deviations(resized), deviations(Counted(target))
+    for name in ("table.weight", "forms"):
+        assert got[name] == pytest.approx(want[name], rel=0.06), name
+
+
+class Upsampling(nn.Module):
+    """Transposed convolutions with lengths and directions, as in HiFi-GAN."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        up = nn.ConvTranspose1d(d, d // 2, 4, 2)
+        self.enter, self.up = nn.Conv1d(3, d, 3), nn.utils.parametrizations.weight_norm(up)
+        self.leave = nn.Conv1d(d // 2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.up(self.enter(x).relu()).relu())
+
+
+def test_the_length_and_the_bias_of_a_normalized_weight_follow_its_direction() -> None:
+    torch.manual_seed(0)
+    resized = mupass.resize(Upsampling(32), 256, example_inputs=randn(2, 3, 8))
+    assert resized.up.bias.std().item() == pytest.approx((128 * 4 * 3) ** -0.5, rel=0.2)
+    length, direction = resized.up.parametrizations.weight.parameters()
+    torch.testing.assert_close(length, torch.norm_except_dim(direction, 2, 0))
+
+
+class Routed(nn.Module):
+    """Tokens find their experts by scores: how many each gets depends on the values."""
+
+    def __init__(self, d: int, experts: int = 3) -> None:
+        super().__init__()
+        self.enter, self.gate, self.leave = nn.Linear(5, d), nn.Linear(d, experts), nn.Linear(d, 2)
+        self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x).relu()
+        scores = self.gate(h)
+        shares, chosen = (scores - scores.mean(0)).softmax(-1).max(-1)  # no expert goes without tokens
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            if float(rows.sum()) < 0:  # a branch on values, which torch.export cannot capture
+                continue
+            y = y.index_add(0, rows, expert(h[rows]) * shares[rows, None])
+        return self.leave(y + h)
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+def test_numbers_of_tokens_that_values_tell_may_change_with_the_width() -> None:
+    torch.manual_seed(0)
+    x = randn(40, 5)
+    resized, want = mupass.resize(Routed(16), 32, example_inputs=x), Routed(32)
+    want.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(x), want(x))
+
+
+def test_factors_of_modules_of_torch_are_no_roots_of_a_width() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 16, 1), nn.Upsample(scale_factor=4, mode="linear"), nn.Conv1d(16, 2, 3)
+    )
+    assert mupass.resize(model, 32, example_inputs=randn(2, 3, 8))[1].scale_factor == 4
+
+
+def depthwise(sizes: list[int]) -> nn.Module:
+    """Depthwise convolutions of many widths, so that a search of their groups would be long."""
+    layers: list[nn.Module] = [nn.Conv1d(3, sizes[0], 1)]
+    for size, later in zip(sizes, [*sizes[1:], 2], strict=True):
+        layers += [nn.Conv1d(size, size, 3, padding=1, groups=size), nn.ReLU(), nn.Conv1d(size, later, 1)]
+    return nn.Sequential(*layers)
+
+
+def test_groups_of_depthwise_convolutions_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mupass._resize.rebuild.TRIES", 0)
+    sizes = [8, 16, 24, 32]
+    resized = mupass.resize(depthwise(sizes), scale=2, example_inputs=randn(2, 3, 8))
+    assert repr(resized) == repr(depthwise([2 * size for size in sizes]))

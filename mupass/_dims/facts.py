@@ -144,6 +144,7 @@ class Facts:
     groups: dict[int, str] = field(default_factory=dict)  # group counts of grouped convolutions
     alternatives: dict[int, str] = field(default_factory=dict)  # dims that are softmaxed or picked by index
     softmaxed: set[int] = field(default_factory=set)  # those of them that are softmaxed
+    counted: set[int] = field(default_factory=set)  # dims of which the values tell the size
     basis: dict[int, str] = field(default_factory=dict)  # dims summed between parameters alone
 
     # Products of activations, and weights that a sample makes for itself.

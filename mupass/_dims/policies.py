@@ -69,13 +69,28 @@ def _settle_shared_keys(verdicts: Verdicts) -> None:
 
 
 def _rejoined(space: Space, dim: int) -> set[int]:
-    """Return a dimension with all that have the same parts: what is cut and joined again."""
+    """Return a dimension with all that have the same parts: what is cut and joined again.
+
+    A part may be laid out otherwise in between, as pairs that rotary positions turn into halves: by a view
+    or by slices with a step.
+    """
     rejoined = {dim}
-    own_terms = set(space.terms_of(dim, "sum"))
+    own_terms = space.terms_of(dim, "sum")
     for whole, members in space.terms("sum"):
-        if members in own_terms:
+        if any(_same_parts(space, members, own) for own in own_terms):
             rejoined.add(whole)
     return rejoined
+
+
+def _same_parts(space: Space, first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two sums have the same parts one by one, or parts as long that are made of the same."""
+
+    def pieces(dim: int) -> set[int]:
+        return {dim, *space.members_of(dim, "product", "sum")}
+
+    pairs = list(zip(first, second, strict=False))
+    as_long = len(first) == len(second) and all(space.size(a) == space.size(b) for a, b in pairs)
+    return as_long and all(pieces(a) & pieces(b) for a, b in pairs)
 
 
 def _beside(verdicts: Verdicts, heads: Iterable[int]) -> list[int]:

@@ -67,6 +67,7 @@ class Attributes:
         slots: What was met so far, and in which modules.
         hints: (name, value) of a configuration's entry -> what modules that hold the same take for likely.
         known: (module path, attribute) -> new value, where it is known.
+        doubts: (module path, attribute) -> value that may be the root of a width or of data as long.
     """
 
     sizes: NewSizes
@@ -74,6 +75,7 @@ class Attributes:
     slots: dict[Slot, set[str]] = field(default_factory=lambda: defaultdict(set))
     hints: dict[tuple[str, Number], Number] = field(default_factory=dict)
     known: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    doubts: dict[tuple[str, str], str] = field(default_factory=dict)
     _tables: dict[str, dict[int, Counter[int]]] = field(default_factory=dict)
 
     def slot(self, path: str, holder: str, name: str, value: Number) -> Slot | None:
@@ -168,11 +170,33 @@ class Attributes:
             for power in (0.5, -0.5):
                 if changed and math.isclose(value, size**power, rel_tol=1e-12):
                     # 8.0 may be sqrt(64), or just 8: only its name tells.
-                    coincidence = float(size**0.5).is_integer() and not SCALE_NAMES.search(name)
-                    if coincidence or size in new_sizes:
+                    if float(size**0.5).is_integer() and not SCALE_NAMES.search(name):
                         return value
-                    return float(changed[0] ** power)
+                    # As many tokens as units: it is the root of what the module has a parameter for.
+                    own_sizes = self._own_sizes(path, size) or set(new_sizes)
+                    if size not in own_sizes:
+                        return float(changed[0] ** power)
+                    if own_sizes != {size} and SCALE_NAMES.search(name) and self._is_data(path, size):
+                        self.doubts.setdefault((path, name), f"{value:.6g} (the root of {size})")
+                    return value
         return value
+
+    def _own_sizes(self, path: str, size: int) -> set[int]:
+        """Return the new sizes of those axes of a module's own parameters that have some size now."""
+        new_sizes: set[int] = set()
+        for parameter, dims in self.sizes.solved.dims.items():
+            if parameter.rpartition(".")[0] == path:
+                new_sizes.update(self.sizes.of_dim(dim) for dim in dims if self._size(dim) == size)
+        return new_sizes
+
+    def _is_data(self, path: str, size: int) -> bool:
+        """Whether all that keeps some size in a module is data, and no size per head, which has roots too."""
+        kept = [dim for dim in self.handled[path] if self._size(dim) == size == self.sizes.maybe(dim)]
+        verdicts = map(self.sizes.solved.verdicts.get, kept)
+        return all(verdict is None or not verdict.policy for verdict in verdicts)
+
+    def _size(self, dim: int) -> int:
+        return self.sizes.solved.engine.space.size(dim)
 
 
 def _other_sizes(new_sizes: Counter[int], size: int) -> list[int]:
@@ -224,7 +248,7 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
     one_channel_groups = _norms_of_one_channel_groups(model)
     for path, module in model.named_modules():
         for name, value in list(vars(module).items()):
-            if name not in MODULE_TABLES and not name.endswith("_hooks"):
+            if name not in MODULE_TABLES and not name.endswith("_hooks") and not _is_factor(module, value):
                 rewritten = _rewritten(value, path, type(module).__name__, name, pick, visited)
                 if rewritten is not value:
                     vars(module)[name] = rewritten
@@ -236,6 +260,12 @@ def rewrite_modules(model: nn.Module, pick: Pick) -> None:
             module.normalized_shape = tuple(module.weight.shape)
         if isinstance(module, nn.RNNBase):  # they keep a second list of their weights
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _is_factor(module: nn.Module, value: Any) -> bool:
+    """Whether it is a float of a module of torch itself (``Upsample.scale_factor``): no root of a width."""
+    is_float = any(type(entry) is float for entry in tree_leaves(value))
+    return is_float and type(module).__module__.startswith("torch.nn.")
 
 
 def _norms_of_one_channel_groups(model: nn.Module) -> set[nn.Module]:

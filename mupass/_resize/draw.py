@@ -19,7 +19,8 @@ from mupass._records import Geometry
 from mupass._resize.attributes import Attributes
 from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
-from mupass._scales.init import Init, InitChoice, own_init, told_laws
+from mupass._roles.weight_norm import with_lengths
+from mupass._scales.init import Init, InitChoice, length_axis, own_init, told_laws
 from mupass._scales.learned import learned
 
 Shape = tuple[int, ...]
@@ -67,9 +68,10 @@ class Draw:
         for name, values in source.items():
             axes[name] = self._axes(self.sizes.solved.dims[name], tuple(values.shape), shapes[name])
         new_values = self._continued(source, axes, shapes)
-        # A pattern has no law, and must not speak for one.
-        drawn = {name: values for name, values in source.items() if name not in new_values}
-        geometries = [self._geometry(name, shapes[name]) for name in source]
+        geometries = with_lengths([self._geometry(name, shapes[name]) for name in source], self.captured)
+        directions = _directions(source, geometries)
+        # A pattern has no law, nor has the length of a drawn weight; they must not speak for one.
+        drawn = {name: x for name, x in source.items() if name not in new_values and name not in directions}
         laws = own_init(drawn, geometries, self.init)
         if not own_code:
             self._warn_of_doubts(drawn, geometries, laws)
@@ -83,6 +85,9 @@ class Draw:
             except ResizeError:
                 if not own_code:
                     raise
+        for name, (direction, axis) in directions.items():
+            if direction in new_values:
+                new_values[name] = torch.norm_except_dim(new_values[direction], 2, axis)
         return new_values
 
     def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:
@@ -200,6 +205,17 @@ class Draw:
                 parts = [Segment((old_size,), (new_size,), (old_size != new_size,))]
             axes.append(parts)
         return axes
+
+
+def _directions(source: Mapping[str, Tensor], geometries: Sequence[Geometry]) -> dict[str, tuple[str, int]]:
+    """Return parameter -> weight whose lengths it starts with (``W = g v / |v|``), and along which axis."""
+    directions = {}
+    for geometry in geometries:
+        if geometry.direction:
+            axis = length_axis(source[geometry.name], source[geometry.direction])
+            if axis is not None:
+                directions[geometry.name] = geometry.direction, axis
+    return directions
 
 
 def _grows(axes: Axes) -> bool:

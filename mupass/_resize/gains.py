@@ -2,6 +2,8 @@
 
 The gain is not known, so one module cannot tell. Several can: where the number times a power of fan_in is the
 same in all modules of a class, at different fan_ins, that is what it is.
+
+Numbers that layers of torch hold beside their weight are read off its new shape.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mupass._errors import warn
 from mupass._resize.attributes import SCALE_NAMES
@@ -56,6 +59,36 @@ def follow_fan_in(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> di
         for scale in scales:
             values[scale.path, name] = scale.value * (scale.new_fan_in / scale.fan_in) ** power
     return values
+
+
+def sizes_of_layers(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[Place, float]:
+    """Return the new values of numbers of torch's layers that the shape of their weight tells.
+
+    Args:
+        model: The source.
+        shapes: New shape of every parameter.
+    """
+    values: dict[Place, float] = {}
+    for path, module in model.named_modules():
+        new_shape = shapes.get(f"{path}.weight".lstrip("."))
+        if isinstance(module, (nn.Linear, _ConvNd)) and new_shape is not None:
+            for name, axis in _axes_of_numbers(module).items():
+                # A class of the user's own may have its weight otherwise.
+                if getattr(module, name) == module.weight.shape[axis]:
+                    values[path, name] = new_shape[axis]
+    return values
+
+
+def _axes_of_numbers(layer: nn.Linear | _ConvNd) -> dict[str, int]:
+    """Return attribute of a layer -> axis of its weight that is as long."""
+    if isinstance(layer, nn.Linear):
+        return {"out_features": 0, "in_features": 1}
+    # A depthwise convolution has a kernel for each channel, and so many groups.
+    if layer.groups == layer.in_channels == layer.out_channels > 1:
+        return {"out_channels": 0, "in_channels": 0, "groups": 0}
+    if layer.groups > 1:
+        return {}
+    return {"out_channels": int(layer.transposed), "in_channels": int(not layer.transposed)}
 
 
 def _scales_by_class(

@@ -18,7 +18,7 @@ from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes, handled_dims
 from mupass._resize.builders import by_config, by_copy, has_constructor
 from mupass._resize.draw import Draw, initialize
-from mupass._resize.gains import follow_fan_in
+from mupass._resize.gains import follow_fan_in, sizes_of_layers
 from mupass._resize.norm_groups import follow_heads
 from mupass._resize.prediction import target_of
 from mupass._resize.rebuild import rebuild
@@ -110,12 +110,23 @@ def resize(
         build = by_config(model, attributes, tensors, target_device, seed)
     else:
         # Of a copy all numbers are rewritten, buffers included.
-        known = follow_fan_in(model, target.shapes) | follow_heads(model, captured, sizes)
+        known = sizes_of_layers(model, target.shapes) | follow_fan_in(model, target.shapes)
+        known |= follow_heads(model, captured, sizes)
         attributes = Attributes(sizes, handled, known=known)
         for name, buffer in draw.buffers(attributes).items():
             tensors[name] = buffer.to(target_device)
         build = by_copy(model, attributes, tensors)
     resized = rebuild(build, attributes, target, type(model).__name__)
+    if attributes.doubts and not own_code:
+        roots = [
+            f"{path}.{name}".lstrip(".") + f" = {what}" for (path, name), what in attributes.doubts.items()
+        ]
+        warn(
+            [
+                "numbers that may be roots of a width or of data as long stay; set on the copy what is "
+                f"computed from the width: {_first(roots, ', ', '')}"
+            ]
+        )
     if home.type == "meta" and not own_code:
         initialize(resized, seed)
     check_anew(resized, sizes, target.inputs, dims)

@@ -108,7 +108,7 @@ class NewSizes:
         Args:
             dim: Handle.
         """
-        return None if self.solved.engine.space.find(dim) in self._contested else self.maybe(dim)
+        return None if self.solved.engine.space.find(dim) in self._unpredicted else self.maybe(dim)
 
     def of_axis(self, parameter: str, axis: int) -> int:
         """Return the new size of a parameter's axis, also where the forward pass never reads it.
@@ -142,13 +142,17 @@ class NewSizes:
         return frozenset(carried)
 
     @cached_property
-    def _contested(self) -> frozenset[int]:
-        """Factors of a growing product of which one has no verdict: any of them may be the one that grows."""
+    def _unpredicted(self) -> frozenset[int]:
+        """Factors of a growing product of which one has no verdict, and what only values tell the size of.
+
+        Any of the former may be the one that grows.
+        """
         verdicts, space = self.solved.verdicts, self.solved.engine.space
         contested: set[int] = set()
         for product, factors in space.terms("product"):
             if verdicts.grows(product) and any(map(verdicts.is_open, factors)):
                 contested.update(factors)
+        contested |= space.find_all(self.solved.engine.facts.counted)
         return frozenset(contested) - self._carried
 
     def exact(self, dim: int) -> float:

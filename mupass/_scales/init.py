@@ -125,13 +125,21 @@ def own_fans(geometry: Geometry) -> Fans:
     # PyTorch counts the kernel in a convolution's fan_out, as in its fan_in.
     is_convolution = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
     fan_out = geometry.fan_out * prod(geometry.shape[2:]) if is_convolution else geometry.fan_out
+    average = _average_fan(geometry.shape)
     # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
         fan_out if geometry.fan_in_axes or geometry.grows_out else None,
         geometry.m_in,
         geometry.m_out,
+        average=average or None,
+        m_average=average / _average_fan(geometry.base_shape) if average else 1.0,
     )
+
+
+def _average_fan(shape: Sequence[float]) -> float:
+    """Return the mean of the fans of a weight as `torch.nn.init` counts them, 0 for a vector."""
+    return sum(shape[:2]) * prod(shape[2:]) / 2 if len(shape) > 1 else 0.0
 
 
 def lent_fans(geometry: Geometry, geometries: Sequence[Geometry]) -> Fans | None:
@@ -164,7 +172,8 @@ def _lender(geometry: Geometry, geometries: Sequence[Geometry]) -> Geometry | No
     modules = {use.module for use in geometry.uses if use.kind in {"bias", "pointwise", "recurrent"}}
     weights = {}
     for weight in geometries:
-        if any(use.module in modules and use.fan_in for use in weight.uses):
+        # The lengths of a normalized weight lend nothing beside its direction.
+        if not weight.direction and any(use.module in modules and use.fan_in for use in weight.uses):
             weights[weight.name] = weight
     # weight_ih_l0, bias_hh_l0 -> weight_hh_l0; conv.bias -> conv.weight
     for name in (
@@ -322,13 +331,22 @@ def _length(
 
 def _is_length(length: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a tensor holds the lengths of rows, of columns or of all of a weight; taken for so on meta."""
-    if length.is_meta or weight.is_meta:
-        return True
+    return length.is_meta or weight.is_meta or length_axis(length, weight) is not None
+
+
+def length_axis(length: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """Return the axis along which a tensor holds lengths of a weight, -1 for all of it, None if it does not.
+
+    Args:
+        length: What may hold the lengths.
+        weight: The weight.
+    """
     # weight_norm takes the norm over all axes but one, or over all of them (dim=-1).
-    norms = [torch.norm_except_dim(weight, 2, dim) for dim in range(-1, weight.dim())]
-    return any(
-        lengths.shape == length.shape and torch.allclose(lengths, length, rtol=1e-3) for lengths in norms
-    )
+    for axis in range(-1, weight.dim()):
+        lengths = torch.norm_except_dim(weight, 2, axis)
+        if lengths.shape == length.shape and torch.allclose(lengths, length, rtol=1e-3):
+            return axis
+    return None
 
 
 def _init(found: Finding, geometry: Geometry, parameterization: str) -> Init:

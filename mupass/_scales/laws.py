@@ -21,6 +21,7 @@ CANONICAL = {
 KINDS = tuple(CANONICAL)
 ROUNDING = 4e-3  # of half precision
 MANY = 1024  # entries of which the largest tells a bound to 2 %
+CERTAIN = 256  # entries that are not flat by chance
 FEW = 64  # a tensor with fewer entries follows the others rather than speaking for a law
 
 
@@ -39,6 +40,9 @@ class Fans:
         m_in: fan_in relative to the base width.
         m_out: fan_out relative to the base width.
         partner: Weight whose fan_in this is, where it is not the parameter's own (biases, recurrent layers).
+        average: Mean of both fans as `torch.nn.init` counts them, by the first two axes, whatever these are;
+            None for a vector.
+        m_average: The same relative to the base width.
     """
 
     fan_in: int | None
@@ -46,22 +50,18 @@ class Fans:
     m_in: float
     m_out: float
     partner: str | None = None
+    average: float | None = None
+    m_average: float = 1.0
 
     def denominator(self, kind: str) -> float | None:
         """Return ``gain**2 / variance`` under a law, or None if the law cannot be stated."""
         if kind == "constant":
             return 1.0
-        # Xavier divides by the mean of both fans.
-        if kind == "fan_avg":
-            return None if self.fan_in is None or self.fan_out is None else (self.fan_in + self.fan_out) / 2
-        return self.fan_in if kind == "fan_in" else self.fan_out
+        return {"fan_in": self.fan_in, "fan_out": self.fan_out, "fan_avg": self.average}[kind]
 
     def ratio(self, kind: str) -> float:
         """Return the variance at the base width relative to the variance now, under a law."""
-        # The ratio of (fan_in + fan_out) now to the same at the base width.
-        if kind == "fan_avg" and self.fan_in is not None and self.fan_out is not None:
-            return (self.fan_in + self.fan_out) / (self.fan_in / self.m_in + self.fan_out / self.m_out)
-        return {"fan_in": self.m_in, "fan_out": self.m_out}.get(kind, 1.0)
+        return {"fan_in": self.m_in, "fan_out": self.m_out, "fan_avg": self.m_average}.get(kind, 1.0)
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,34 @@ class Sample:
         return None if self.std is None or denominator is None else self.std * sqrt(denominator)
 
     @property
+    def flat(self) -> bool:
+        """Whether it is flat for certain, by a bound that was measured: a few normal entries look so too."""
+        return self.uniform and self.count >= CERTAIN and self.bound > 0
+
+    @property
     def drawn_by_default(self) -> bool:
         """Whether the std is that of ``U(+-1/sqrt(fan_in))``."""
         return _Hypothesis("fan_in", DEFAULT_GAIN, True, 0.0).explains(self)
 
     @property
     def drawn_exactly(self) -> bool:
-        """Whether its largest entry is the bound of PyTorch's default, ``1/sqrt(fan_in)``.
+        """Whether its largest entry is the bound of PyTorch's default, ``1/sqrt(fan_in)``."""
+        return self.uniform and self.count >= MANY and self.reaches("fan_in", DEFAULT_GAIN)
+
+    def reaches(self, kind: str, gain: float) -> bool:
+        """Tell whether the largest entry is the bound of a flat law.
 
         The largest of n entries is within 20/n of the bound (but for once in 10^8 times), which tells more
         than their std where there are many.
+
+        Args:
+            kind: The law.
+            gain: Its gain.
         """
-        if not self.uniform or self.count < MANY or self.fans.fan_in is None:
+        denominator = self.fans.denominator(kind)
+        if denominator is None:
             return False
-        share = self.bound * sqrt(self.fans.fan_in)
+        share = self.bound * sqrt(denominator / 3) / gain
         return 1 - 20 / self.count - ROUNDING <= share <= 1 + ROUNDING
 
 
@@ -153,6 +167,8 @@ class _Hypothesis:
             return False
         # The bound of a flat law says more than a std that others happen to have.
         if not self.canonical and sample.drawn_exactly:
+            return False
+        if self.canonical and sample.flat and not sample.reaches(self.kind, self.gain):
             return False
         # Within four standard errors of a standard deviation measured on so many entries, and of the gain:
         # both are independent.

@@ -201,7 +201,7 @@ def where(call: Call) -> Result:
     """Choose entry by entry; with the condition alone, the indices where it holds."""
     if "other" in call.arguments:
         return pointwise(call)
-    return create(call)
+    return count(call)
 
 
 @rule("aten.copy", "aten.copy_")
@@ -239,12 +239,8 @@ def keep(call: Call) -> Result:
     "aten.fft_fftfreq",
     "aten.fft_rfftfreq",
     "aten._assert_tensor_metadata",
-    "aten.nonzero",
     "aten.tensor",
     "aten.bincount",
-    "aten.unique",
-    "aten._unique2",
-    "aten.unique_consecutive",
     "aten.logspace",
     "aten.empty_strided",
     "aten.new_empty_strided",
@@ -257,6 +253,17 @@ def create(call: Call) -> Result:
     outputs = []
     for shape in call.shapes:
         axes = [call.new(size) for size in shape]
+        outputs.append(call.value(axes, static=True))
+    return one_or_all(outputs)
+
+
+@rule("aten.nonzero", "aten.unique", "aten._unique2", "aten.unique_consecutive")
+def count(call: Call) -> Result:
+    """As many rows as the values say: tokens of an expert."""
+    outputs = []
+    for shape in call.shapes:
+        axes = [call.new(size) for size in shape]
+        call.facts.counted.update(axis.dim for axis in axes[:1])
         outputs.append(call.value(axes, static=True))
     return one_or_all(outputs)
 
