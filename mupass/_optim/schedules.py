@@ -266,11 +266,15 @@ def _exact_family(optimizer: torch.optim.Optimizer) -> str:
     rows = {ADADELTA: ADADELTA}
     for row in OPTIMIZERS.values():
         rows.update(dict.fromkeys((row.torch_class, *row.alike), row.name))
-    exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows][:1]
+    exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows]
+    if not exact:
+        return ""
+    row = OPTIMIZERS.get(exact[0])
     # RAdam(groups, decoupled_weight_decay=True)
-    if exact == ["adam"] and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
-        return "adamw"
-    return exact[0] if exact else ""
+    decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
+    if row is not None and row.normalizes_decay and decoupled:
+        return rows["AdamW"]
+    return exact[0]
 
 
 def _other_decay(
