@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.quality --peers FOLDER --jobs 2  # what is not done, then tables
     python -m benchmarks.quality --peers FOLDER --estimate                  # CPU minutes that are left
     python -m benchmarks.quality --peers FOLDER --table                     # tables of what was run
+    python -m benchmarks.quality --peers FOLDER --only-time --out FILE      # times of steps, on this machine
 
 Tasks: character GPTs of two blocks, 64 and 128 wide, 8 sequences of 64; a plain CNN and an MLP on
 Fashion-MNIST at 28 x 28, batch 64. `benchmarks.peers` says where the peers come from and how they are set up;
@@ -395,6 +396,19 @@ def table(names: Sequence[str], setup: Setup) -> str:
     return "\n".join(lines)
 
 
+def time_table(names: Sequence[str], setup: Setup) -> str:
+    """Return milliseconds a step on every task; of ours beside the time of each rival."""
+    times = {name: times_of(setup.log(), name, setup) for name in names}
+    lines = [f"| {bfloat16()} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for who in setup.contestants:
+        cells = [f"{times[name][who]:.1f}" for name in names]
+        lines.append(f"| {who} | {' | '.join(cells)} |")
+    for who, rival in compared(setup):
+        cells = [f"{times[name][who] / times[name][rival]:.2f}" for name in names]
+        lines.append(f"| {who} / {rival} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def bfloat16() -> str:
     """Say whether this CPU multiplies in bfloat16: torch's Muon does nothing else."""
     try:
@@ -475,6 +489,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true", help="print CPU minutes and do nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of what was run")
     parser.add_argument("--no-time", action="store_true", help="do not time steps")
+    parser.add_argument("--only-time", action="store_true", help="time steps, train nothing to its end")
     return parser.parse_args(arguments)
 
 
@@ -512,6 +527,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(contestants, options.steps, tuple(options.seeds), options.data, options.peers, options.out)
     if options.estimate:
         print(estimate(options.tasks, setup))
+        return 0
+    if options.only_time:
+        for name in options.tasks:
+            measure_time(name, setup)
+        print(time_table(options.tasks, setup))
         return 0
     if not options.table:
         work_off(options.tasks, setup, options)
