@@ -15,7 +15,11 @@ import mupass
 
 def doubted(model: nn.Module, *inputs: Tensor) -> dict[str, str]:
     """Return ``parameter:axis`` -> evidence, of all axes that are marked."""
-    analysis = mupass.analyze(model, inputs)
+    return marked_of(mupass.analyze(model, inputs))
+
+
+def marked_of(analysis: mupass.Analysis) -> dict[str, str]:
+    """The same of an analysis."""
     return {
         f"{g.name}:{axis}": g.evidence[axis]
         for g in analysis.geometries
@@ -442,3 +446,69 @@ def test_tables_of_positions_and_codes_stay_without_a_mark() -> None:
             return self.head(self.codes((x @ self.codes.weight.t()).argmax(-1)))
 
     assert doubted(Tables(), randint(20, 2, 9)) == {}
+
+
+class OneHead(nn.Module):
+    """One head on channels: queries, keys and values of one weight, or queries of a weight of their own."""
+
+    def __init__(self, d: int, key: int, cut: bool) -> None:
+        super().__init__()
+        self.sizes = [key, key, d] if cut else [key, d]
+        self.query = nn.Conv1d(key, key, 3, padding=1, groups=key) if cut else nn.Conv1d(d, key, 1)
+        self.qkv = nn.Conv1d(d, sum(self.sizes), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *query, key, value = self.qkv(x).split(self.sizes, 1)
+        scores = self.query(query[0] if query else x).mT @ key
+        return value @ scores.softmax(-1).mT
+
+
+class Cascade(nn.Module):
+    """Heads one by one, each on a share of the channels and on what the head before gives (EfficientViT)."""
+
+    def __init__(self, d: int, key: int, cut: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(OneHead(d // 2, key, cut) for _ in range(2))
+        self.leave = nn.Conv1d(d, d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        first = self.heads[0](first)
+        second = self.heads[1](first + second)
+        return x + self.leave(torch.cat([first, second], 1).relu())
+
+
+def cascades(first: int, second: int, keys: tuple[int, int], cut: bool = True) -> nn.Module:
+    """Two stages of cascaded heads, of two widths."""
+    enter, between = nn.Conv1d(3, first, 1), nn.Conv1d(first, second, 2, 2)
+    stages = [Cascade(first, keys[0], cut), between, Cascade(second, keys[1], cut)]
+    return nn.Sequential(enter, *stages, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(second, 5))
+
+
+@pytest.mark.parametrize("key", [6, 16])  # 16 is also the size of values, in the first stage
+def test_keys_of_cascaded_heads_are_fixed_behind_a_depthwise_convolution(key: int) -> None:
+    analysis = mupass.analyze(cascades(32, 48, (key, key)), (randn(2, 3, 8),), base=24)
+    for name, parameter in cascades(16, 24, (key, key)).named_parameters():
+        assert analysis[name].base_shape == tuple(parameter.shape), name
+    # One model cannot tell for certain.
+    found = marked_of(analysis)
+    assert {name.split(".", 3)[-1] for name in found} == {"query.weight:0", "query.bias:0"}
+    assert all("fixed size of the queries and keys of one head" in reason for reason in found.values())
+
+
+def test_keys_of_cascaded_heads_in_one_proportion_to_several_widths_grow() -> None:
+    analysis = mupass.analyze(cascades(32, 48, (8, 12)), (randn(2, 3, 8),), base=24)
+    for name, parameter in cascades(16, 24, (4, 6)).named_parameters():
+        assert analysis[name].base_shape == tuple(parameter.shape), name
+    assert not marked_of(analysis)
+
+
+@pytest.mark.parametrize("keys", [(16, 16), (16, 24), (8, 12)])  # heads are made of 16 and of 24
+def test_keys_made_with_values_that_a_weight_reads_are_marked_where_one_size_stays(
+    keys: tuple[int, int],
+) -> None:
+    found = doubted(cascades(32, 48, keys, cut=False), randn(2, 3, 8))
+    asked = {name.split(".", 3)[-1] for name in found if "only scores contract it" in found[name]}
+    marked = {f"{name}:0" for name in ("query.weight", "query.bias", "qkv.weight", "qkv.bias")}
+    assert asked == (marked if keys == (16, 16) else set())
+    assert bool(found) == bool(asked)

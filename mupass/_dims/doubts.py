@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import chain, combinations
 from math import gcd, prod
 
-from mupass._dims.policies import mixed
+from mupass._dims.policies import compared, mixed, numbers_among
 from mupass._dims.verdicts import Verdicts
 from mupass._dims.wiring import Wiring
 
@@ -58,6 +58,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _repeated_sizes,
         _rounded,
         _unread,
+        _single_keys,
         _competing,
         _categorical,
         _mixing,
@@ -322,6 +323,20 @@ def _unread(wiring: Wiring) -> Found:
             # Queries, keys and values have one number of heads: none of them says that it grows.
             for width in sorted(filter(verdicts.is_firm, related)):
                 yield width, "it has the heads of queries and keys that are of another size per head"
+
+
+def _single_keys(wiring: Wiring) -> Found:
+    """Queries and keys of one head that are as long as no width around them, or as long as such ones."""
+    size = wiring.space.size
+    places: list[tuple[int, int, set[int]]] = []
+    for dim in filter(wiring.verdicts.is_firm, sorted(compared(wiring.verdicts) & wiring.fans)):
+        sources = set(map(size, wiring.grown_sources(dim)))
+        # k, v = kv(x).split([key, value]): the values are beside the keys
+        beside = {part for whole in wiring.wholes(dim) for part in wiring.parts(whole)} - {dim}
+        if sources:
+            places.append((dim, max(sources), sources.union(map(size, beside))))
+    for dim in numbers_among(wiring.space, places):
+        yield dim, "only scores contract it"
 
 
 def _other_heads(wiring: Wiring, dim: int) -> set[int]:

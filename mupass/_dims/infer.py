@@ -343,6 +343,7 @@ def decide(
     policies.settle_adapters(verdicts)
     policies.settle_inserted(verdicts)
     policies.settle_rests(verdicts)
+    policies.settle_keys(verdicts)
     unmade = policies.unmade(verdicts, made)
     policies.settle_fans(verdicts, unmade, made)
     policies.settle_unmade(verdicts, unmade)

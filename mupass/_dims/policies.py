@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from itertools import permutations
 
 from mupass._dims.facts import Facts, ParameterUse
@@ -66,6 +67,55 @@ def _settle_shared_keys(verdicts: Verdicts) -> None:
             if head in inner and is_key and not sizes.isdisjoint(inner):
                 reason = f"policy: fixed size per head, whose keys all heads share ({product.where})"
                 verdicts.settle(sizes, Verdict(False, reason, True))
+
+
+def compared(verdicts: Verdicts) -> set[int]:
+    """Return what products of activations contract and no weight, neither a part of it nor a whole."""
+    inner: set[int] = set()
+    for product in verdicts.facts.bilinear:
+        inner |= verdicts.space.find_all(product.inner)
+    return inner - verdicts.kin(verdicts.facts.fan_in)
+
+
+def numbers_among(space: Space, places: Sequence[tuple[int, int, set[int]]]) -> list[int]:
+    """Return the dimensions whose sizes look like numbers of their own, and not like the widths around them.
+
+    Args:
+        space: The solved constraints.
+        places: Dimension, the size of what it is made of, and other sizes around it.
+
+    Returns:
+        Those that are as long as nothing around them, and all others of the same size: what stays where the
+        widths differ follows none of them. None at all where sizes show one ratio to several widths.
+    """
+    pairs = {(space.size(dim), source) for dim, source, _ in places}
+    if len(pairs) > 1 and len({Fraction(*pair) for pair in pairs}) == 1:
+        return []
+    numbers = {space.size(dim) for dim, source, around in places if space.size(dim) not in {source, *around}}
+    return [dim for dim, _, _ in places if space.size(dim) in numbers]
+
+
+def settle_keys(verdicts: Verdicts) -> None:
+    """Policy: queries and keys of one head that are cut out of one width with the values are of fixed size.
+
+    A depthwise convolution on them makes no width of them. Not where they are as long as the values or as
+    what that width is made of, or in one proportion to it at several widths.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    sources: dict[int, set[int]] = defaultdict(set)  # what a weight makes -> sizes of what it reads
+    for fan_in, fan_out in facts.weights:
+        for dim in space.find_all(fan_out):
+            sources[dim].update(map(space.size, filter(verdicts.is_open, fan_in)))
+    keys, read = compared(verdicts) & space.find_all(facts.fan_out), verdicts.kin(facts.fan_in)
+    places: list[tuple[int, int, set[int]]] = []
+    for whole, parts in space.terms("sum"):
+        values = {space.size(part) for part in parts if part in read}
+        # q, k, v = qkv(x).split([key, key, value]), then scores depthwise(q) k^T
+        for key in sorted(keys.intersection(parts)):
+            if parts.count(key) == 2 and values and sources[whole]:
+                places.append((key, max(sources[whole]), values))
+    reason = "policy: fixed size of the queries and keys of one head, which scores alone contract"
+    verdicts.settle(numbers_among(space, places), Verdict(False, reason, True))
 
 
 def _rejoined(space: Space, dim: int) -> set[int]:
