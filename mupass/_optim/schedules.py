@@ -269,10 +269,9 @@ def _exact_family(optimizer: torch.optim.Optimizer) -> str:
     exact = [rows[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in rows]
     if not exact:
         return ""
-    row = OPTIMIZERS.get(exact[0])
+    adds_decay = exact[0] in OPTIMIZERS and OPTIMIZERS[exact[0]].normalizes_decay
     # RAdam(groups, decoupled_weight_decay=True)
-    decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-    if row is not None and row.normalizes_decay and decoupled:
+    if adds_decay and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
         return rows["AdamW"]
     return exact[0]
 
