@@ -40,11 +40,13 @@ class ConstantDamping(mupass.Shampoo):
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 COMMON = {"fallback_lr": FALLBACK_LR}
-RATES: dict[str, tuple[Make, float]] = {  # with the rate that the search starts from
+# All but the rate as each has it by default; with the rate that the search starts from.
+RATES: dict[str, tuple[Make, float]] = {
     "adamw": (lambda m, lr: torch.optim.AdamW(mupass.param_groups(m, lr)), 2**-8),
-    "muon": (lambda m, lr: mupass.Muon(m, lr, **COMMON), 2**-5),
-    "soap": (lambda m, lr: mupass.SOAP(m, lr, block_size=32, **COMMON), 2**-8),
-    "shampoo": (lambda m, lr: mupass.Shampoo(m, lr, root_every=5, block_size=512, **COMMON), 2**-7),
+    "muon": (mupass.Muon, 2**-6),
+    "soap": (mupass.SOAP, 2**-7),
+    "shampoo": (mupass.Shampoo, 2**-8),
+    "kfac": (mupass.KFAC, 2**-6),
 }
 SHAMPOO = {"root_every": 5, "block_size": 512, "graft": "none", **COMMON}
 DAMPINGS: dict[str, dict[str, tuple[Callable[[nn.Module, float, float], torch.optim.Optimizer], float]]] = {
@@ -153,7 +155,7 @@ def sweep(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", nargs="+", choices=["lr", "damping"], default=["lr", "damping"])
-    parser.add_argument("--optimizers", nargs="+", choices=[*RATES, "kfac"], default=[*RATES, "kfac"])
+    parser.add_argument("--optimizers", nargs="+", choices=[*RATES], default=[*RATES])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--base", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300)
