@@ -269,6 +269,28 @@ def test_grids_that_make_no_sense_are_refused(grid) -> None:
         mupass.sweep(mlp(), data(), grid, **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"grid": []}, "grid"),
+        ({"grid": {"damping": [0.1]}, "optimizer": "sgd"}, "takes no damping"),
+        ({"optimizer": "sophia"}, "unknown optimizer"),
+        ({"seeds": 0}, "seeds"),
+        ({"jobs": 0}, "jobs"),
+    ],
+)
+def test_what_is_wrong_is_told_before_any_model_is_made(wrong: dict, message: str) -> None:
+    class Untouched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model ran")
+
+    for study in (mupass.sweep, mupass.transfer):
+        with pytest.raises(mupass.StudyError, match=message):
+            study(Untouched(6, 3), data(), **{"grid": [0.1, 0.2], "progress": False, **wrong})
+    with pytest.raises(mupass.StudyError, match="unknown driver"):
+        mupass.transfer(Untouched(6, 3), data(), grid=[0.1, 0.2], driver="random")
+
+
 @pytest.mark.sample("sgd", "soap")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "soap", "muon", lambda model, lr: None])
 def test_hyperparameters_that_the_optimizer_does_not_take_are_refused(optimizer) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from mupass._errors import StudyError, check_choice
+from mupass._errors import StudyError
 from mupass._runs.store import Store
 from mupass._study.descent import descend
-from mupass._study.sweep import Grid, Study, all_seeds
+from mupass._study.sweep import Study, all_seeds
 from mupass._study.sweep_result import Sweep
 from mupass._study.trials import Point, Trial, mean
 
@@ -38,20 +38,18 @@ class Search:
     progress: bool
 
 
-def search(study: Study, grid: Grid, settings: Search) -> Sweep:
+def search(study: Study, points: Sequence[Point], settings: Search) -> Sweep:
     """Find hyperparameters of the first width of a study.
 
     Args:
         study: The study.
-        grid: Values by name; but for ``grid`` their smallest and largest are the bounds.
+        points: Those of the grid; but for ``grid`` their smallest and largest values are the bounds.
         settings: How to search.
 
     Raises:
-        StudyError: Unknown driver, Optuna is missing, or hypergradients cannot be had.
+        StudyError: Optuna is missing, or hypergradients cannot be had.
     """
     driver, store = settings.driver, settings.store
-    check_choice(StudyError, "driver", driver, DRIVERS)
-    points = study.points(grid)
     # Before any work: a store of another study is refused.
     study.claim(store)
     if driver == "grid":

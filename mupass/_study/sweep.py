@@ -120,10 +120,11 @@ def sweep(
     keywords = Keywords(sweep, options, StudyError)
     training = Training(loss, optimizer, steps, evaluate)
     copying, running = keywords.record(CopyOptions, base=base, dtype=dtype), keywords.record(Running)
-    study = Study.of(model, data, widths, training, copying)
+    # What is wrong is told before models are made, which may take minutes.
+    points = training.points(grid)
     check_counts(seeds=seeds)
     check_jobs(running.jobs)
-    points = study.points(grid)
+    study = Study.of(model, data, widths, training, copying)
     plan = []
     for index in range(len(study.copies.widths)):
         plan += all_seeds(index, points, seeds)
@@ -162,6 +163,19 @@ class Training:
     optimizer: str | Make
     steps: int
     evaluate: Evaluate | None
+
+    def points(self, grid: Grid) -> list[Point]:
+        """Return all points of a grid.
+
+        Args:
+            grid: See `sweep`.
+
+        Raises:
+            StudyError: It is empty, a value is not positive, or the optimizer takes no such hyperparameter.
+        """
+        points = points_of(grid)
+        check_names(recipe(self.optimizer), dict(points[0]))
+        return points
 
 
 @dataclass(frozen=True)
@@ -220,19 +234,6 @@ class Study:
         work = Work(copies, batches, loss, make, steps, evaluate, identity)
         name = training.optimizer if isinstance(training.optimizer, str) else called(make)
         return Study(copies, work, name, notes)
-
-    def points(self, grid: Grid) -> list[Point]:
-        """Return all points of a grid.
-
-        Args:
-            grid: See `sweep`.
-
-        Raises:
-            StudyError: It is empty, a value is not positive, or the optimizer takes no such hyperparameter.
-        """
-        points = points_of(grid)
-        check_names(self.work.make, dict(points[0]))
-        return points
 
     def claim(self, store: Store) -> None:
         """Refuse a store that holds this study with other weights or data.

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from mupass._analyze import analyze
-from mupass._errors import StudyError, each_matter_once
+from mupass._errors import StudyError, check_choice, each_matter_once
 from mupass._files import write_text
 from mupass._keywords import Keywords, takes
 from mupass._page import folded, listing
@@ -29,7 +29,7 @@ from mupass._runs.store import Store
 from mupass._runs.tabular import Tabular
 from mupass._scales.plan import plan_of
 from mupass._study.page import Page, write
-from mupass._study.search import Search, search
+from mupass._study.search import DRIVERS, Search, search
 from mupass._study.sweep import Grid, Running, Study, StudyKeywords, Training
 from mupass._study.sweep_result import Sweep, facts_of, figure, sections
 from mupass._transform import transform
@@ -197,9 +197,11 @@ def transfer(
     if copying.parameterization == "standard":
         raise StudyError("hyperparameters do not transfer under the standard parameterization; use mup")
     check_counts(seeds=seeds, trials=trials)
+    check_choice(StudyError, "driver", driver, DRIVERS)
+    training = Training(loss, optimizer, steps, evaluate)
+    points = training.points(grid)
     inputs = read_batches(data, 1)[0].inputs
     width = analyze(model, inputs, dims=copying.dims).width
-    training = Training(loss, optimizer, steps, evaluate)
     study = Study.of(model, data, [halved(width) if proxy is None else proxy], training, copying)
     proxy_width = study.copies.widths[0]
     full_width = width if target is None else target
@@ -210,7 +212,7 @@ def transfer(
         )
     with Store(running.store) as opened:
         settings = Search(driver, trials, seeds, opened, running.jobs, running.progress)
-        searched = replace(search(study, grid, settings), notes=notes)
+        searched = replace(search(study, points, settings), notes=notes)
     best = searched.best()
     if not searched.optimum(proxy_width, searched.names[0]).loss < math.inf:
         raise StudyError(
