@@ -332,7 +332,7 @@ def _single_keys(wiring: Wiring) -> Found:
     for dim in filter(wiring.verdicts.is_firm, sorted(compared(wiring.verdicts) & wiring.fans)):
         sources = set(map(size, wiring.grown_sources(dim)))
         # k, v = kv(x).split([key, value]): the values are beside the keys
-        beside = {part for whole in wiring.wholes(dim) for part in wiring.parts(whole)} - {dim}
+        beside = set().union(*map(wiring.parts, wiring.wholes(dim))) - {dim}
         if sources:
             places.append((dim, max(sources), sources.union(map(size, beside))))
     for dim in numbers_among(wiring.space, places):

@@ -238,12 +238,10 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
         return
     (other,) = made_for
     groups = _groups_of(optimizer)
+    if own == ADADELTA:
+        _tell_without_rule(name, groups)
+        return
     for root, plan in _planned_models():
-        if own == ADADELTA:
-            orders = [entry.scales.epsilon for entry in plan.for_optimizer("adam").entries]
-            if not _equal([1.0, *orders]) and not groups.keys().isdisjoint(root.parameters()):
-                warn([WITHOUT_RULE.format(name)])
-            continue
         text, difference = "the rate", _difference(root, plan.for_optimizer(own), groups)
         if difference is None:
             text, difference = "the weight decay", _other_decay(root, plan, groups, (other, own))
@@ -256,6 +254,15 @@ def _check_family(optimizer: torch.optim.Optimizer) -> None:
             )
             warn([text])
             return
+
+
+def _tell_without_rule(name: str, groups: Mapping[Tensor, Group]) -> None:
+    """Warn of an optimizer that has no row in the scale table, where a row would have width factors."""
+    for root, plan in _planned_models():
+        # Gradients have the orders that Adam's epsilon follows.
+        orders = [entry.scales.epsilon for entry in plan.for_optimizer("adam").entries]
+        if not _equal([1.0, *orders]) and not groups.keys().isdisjoint(root.parameters()):
+            warn([WITHOUT_RULE.format(name)])
 
 
 def _exact_family(optimizer: torch.optim.Optimizer) -> str:

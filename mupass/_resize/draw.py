@@ -75,19 +75,32 @@ class Draw:
         laws = own_init(drawn, geometries, self.init)
         if not own_code:
             self._warn_of_doubts(drawn, geometries, laws)
+        new_values.update(self._drawn(drawn, axes, laws, shapes, own_code))
+        for name, (direction, axis) in directions.items():
+            if direction in new_values:
+                new_values[name] = torch.norm_except_dim(new_values[direction], 2, axis)
+        return new_values
+
+    def _drawn(
+        self,
+        source: Mapping[str, Tensor],
+        axes: Mapping[str, Axes],
+        laws: Mapping[str, Init],
+        shapes: Mapping[str, Shape],
+        own_code: bool,
+    ) -> dict[str, Tensor]:
+        """Return the values of those parameters that follow a law, see `parameters`."""
+        new_values = {}
         # What no width changes comes first: one seed draws it alike at every width.
-        for name in sorted(drawn, key=lambda name: _grows(axes[name])):
+        for name in sorted(source, key=lambda name: _grows(axes[name])):
             # Values of unknown origin are left to the model's own constructor where there is one.
             if own_code and laws[name].doubtful:
                 continue
             try:
-                new_values[name] = self._values(name, drawn[name], axes[name], laws[name], shapes[name])
+                new_values[name] = self._values(name, source[name], axes[name], laws[name], shapes[name])
             except ResizeError:
                 if not own_code:
                     raise
-        for name, (direction, axis) in directions.items():
-            if direction in new_values:
-                new_values[name] = torch.norm_except_dim(new_values[direction], 2, axis)
         return new_values
 
     def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:

@@ -88,11 +88,7 @@ def resize(
     inferred = solve(model, args, kwargs, None, dims, strict=True)
     captured, solved = inferred.captured, inferred.solved
     sizes = NewSizes.of(solved, inferred.names, width, scale)
-    # A meta-device model has no home for values: the copy is made on the CPU.
-    if device is not None:
-        target_device = torch.device(device)
-    else:
-        target_device = torch.device("cpu") if home.type == "meta" else home
+    target_device = _target_device(home, device)
     target = target_of(model, captured, sizes, (args, kwargs), target_device)
     _warn_of_policies(model, sizes, target.shapes)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -117,20 +113,30 @@ def resize(
             tensors[name] = buffer.to(target_device)
         build = by_copy(model, attributes, tensors)
     resized = rebuild(build, attributes, target, type(model).__name__)
-    if attributes.doubts and not own_code:
-        roots = [
-            f"{path}.{name}".lstrip(".") + f" = {what}" for (path, name), what in attributes.doubts.items()
-        ]
-        warn(
-            [
-                "numbers that may be roots of a width or of data as long stay; set on the copy what is "
-                f"computed from the width: {_first(roots, ', ', '')}"
-            ]
-        )
+    if not own_code:
+        _warn_of_roots(attributes)
     if home.type == "meta" and not own_code:
         initialize(resized, seed)
     check_anew(resized, sizes, target.inputs, dims)
     return resized
+
+
+def _target_device(home: torch.device, wanted: torch.device | str | None) -> torch.device:
+    """Return the device of the copy; a meta-device model has no home for values."""
+    if wanted is not None:
+        return torch.device(wanted)
+    return torch.device("cpu") if home.type == "meta" else home
+
+
+def _warn_of_roots(attributes: Attributes) -> None:
+    """Name the numbers that were left as they are though they may be roots of a width."""
+    roots = [f"{path}.{name} = {what}".lstrip(".") for (path, name), what in attributes.doubts.items()]
+    if roots:
+        text = (
+            "numbers that may be roots of a width or of data as long stay; set on the copy what is computed "
+            f"from the width: {_first(roots, ', ', '')}"
+        )
+        warn([text])
 
 
 def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tuple[int, ...]]) -> None:

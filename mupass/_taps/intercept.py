@@ -108,25 +108,26 @@ class _Intercepted:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Run the function on plain tensors, and tap its output."""
+        kwargs = kwargs or {}
         # Dynamo cannot call this one here.
         if func is T.__rsub__:
             func = torch.rsub
         if func in DERIVATIVES:
-            return _differentiated(func, args, dict(kwargs or {}))
+            return _differentiated(func, args, dict(kwargs))
         with torch._C.DisableTorchFunctionSubclass():
-            if tables.has_tables(args, kwargs or {}, _copies):
-                output = tables.copied(func, args, kwargs or {}, _copies, _known)
+            if tables.has_tables(args, kwargs, _copies):
+                output = tables.copied(func, args, kwargs, _copies, _known)
                 if output is not None:
                     return output
-                args, kwargs = tables.joined(func, args, kwargs or {}, _copies)
+                args, kwargs = tables.joined(func, args, kwargs, _copies)
             # Fused attention and recurrences multiply by several weights inside of one call.
             # They are run in parts, so that each weight has an output of its own.
             if func is F.multi_head_attention_forward:
-                return _attention(args, dict(kwargs or {}))
+                return _attention(args, dict(kwargs))
             if func in recurrent.SEQUENCES or func in recurrent.CELLS:
-                return _recurrence(func, args, kwargs or {})
-            output = func(*args, **(kwargs or {}))
-            return _tapped(func, args, kwargs or {}, output)
+                return _recurrence(func, args, kwargs)
+            output = func(*args, **kwargs)
+            return _tapped(func, args, kwargs, output)
 
 
 class TappedView(_Intercepted, Tensor):
@@ -249,7 +250,8 @@ def _differentiated(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         args: Outputs, and the inputs of ``grad``, as torch hands them on.
         kwargs: The other arguments, the inputs of ``backward`` among them.
     """
-    inputs = kwargs.get("inputs") if func is torch.autograd.backward else args[1]
+    is_backward = func is torch.autograd.backward
+    inputs = kwargs.get("inputs") if is_backward else args[1]
     known = [value for value in (*args[0], *(inputs or ())) if isinstance(value, _Intercepted)]
     # Only what leads to parameters is run so. The others, and errors, are left to torch.
     with torch._C.DisableTorchFunctionSubclass():
@@ -258,19 +260,22 @@ def _differentiated(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     edge_of = {id(value): edge_to(value) for value in known}  # type: ignore[arg-type]
     outputs = tuple(edge_of.get(id(value), value) for value in args[0])
     edges = tuple(edge_of.get(id(value), value) for value in inputs or ())
-    if func is torch.autograd.backward:
+    if is_backward:
         return func(outputs, **{**kwargs, "inputs": edges if inputs is not None else None})
-    # Zeros cannot be made in the shape of an edge.
-    zeros = kwargs.get("materialize_grads")
-    if zeros:
-        kwargs.update(materialize_grads=False, allow_unused=True)
-    gradients = func(outputs, edges, **kwargs)
-    if not zeros:
-        return gradients
-    return tuple(
-        torch.zeros_like(value, requires_grad=kwargs["create_graph"]) if found is None else found
-        for value, found in zip(inputs or (), gradients, strict=True)
-    )
+    if kwargs.get("materialize_grads"):
+        return _with_zeros(outputs, edges, inputs or (), kwargs)
+    return func(outputs, edges, **kwargs)
+
+
+def _with_zeros(outputs: Args, edges: Args, inputs: Args, kwargs: dict[str, Any]) -> Args:
+    """Return gradients by edges, with zeros for what outputs do not depend on: edges have no shapes."""
+    options = {**kwargs, "materialize_grads": False, "allow_unused": True}
+    gradients = []
+    for value, found in zip(inputs, torch.autograd.grad(outputs, edges, **options), strict=True):
+        if found is None:
+            found = torch.zeros_like(value, requires_grad=kwargs["create_graph"])
+        gradients.append(found)
+    return tuple(gradients)
 
 
 def _taps(value: Any) -> dict[str, Tap] | None:

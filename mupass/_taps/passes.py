@@ -332,6 +332,7 @@ class Passes:
         """Mark the gradients of all taps that have summed something."""
         self._running = False
         self._marks = {}
+        smallest: Mark | None = None
         for place, tap in self.taps.items():
             if not tap.has_sums:
                 continue
@@ -343,7 +344,8 @@ class Passes:
                     marks.append(Mark(parameter, weakref.ref(gradient), gradient._version))
             if marks:
                 self._marks[place] = marks
-        marks = [mark for own_marks in self._marks.values() for mark in own_marks]
-        if marks and self._probes_to_look_at:
-            smallest = min(marks, key=lambda mark: mark.parameter.numel())
+            for mark in marks:
+                if smallest is None or mark.parameter.numel() < smallest.parameter.numel():
+                    smallest = mark
+        if smallest is not None and self._probes_to_look_at:
             self._probe = (smallest, local(smallest.parameter.grad).any())  # type: ignore[arg-type]

@@ -284,6 +284,10 @@ class TermsTap:
             watcher.enter()
         if not self._counts_outputs_of(module):
             return None
+        return self._with_taps(output, eager, watcher)
+
+    def _with_taps(self, output: Any, eager: bool, watcher: Watcher | None) -> Any:
+        """Return an output whose tensors go through the tap; None where it has none to count."""
         fields = _fields(output) if eager else None
         leaves, spec = tree_flatten(output if fields is None else fields)
         if watcher is not None:

@@ -52,18 +52,13 @@ class Curvature:
         readouts: Collection[str],
     ) -> None:
         self.loss, self.ranks, self.sides = loss, ranks, sides
-        self.taps: dict[Place, Tap] = {}
         parameters = dict(root.named_parameters())
+        self.taps: dict[Place, Tap] = {}
         weight: Tensor = next(iter(parameters.values()))
         for place, layer in cover.layers.items():
-            # Device and precision are those of the tapped parameter, or of a hooked module's first one.
-            if place.parameter:
-                weight = parameters[place.parameter]
-            else:
-                weight = next(root.get_submodule(place.module or "").parameters(recurse=False))
-            tap = _tap(root, place)
+            weight = _tapped_weight(root, parameters, place)
+            tap = self.taps[place] = _tap(root, place)
             tap.open(layer, weight.device, factor_dtype(weight), *sides)
-            self.taps[place] = tap
         # Taps that read one activation compute its factor once.
         self.together = cover.together
         for group in cover.together:
@@ -80,11 +75,7 @@ class Curvature:
         if self.taps and sides[1]:
             terms.open(weight.device, factor_dtype(weight), counts=loss.loss_terms is None)
         self.passes = Passes(self.taps, terms, _readers(cover, parameters))
-        # Taps of readouts, each once.
-        self._readouts: dict[Place, None] = {}
-        for block in cover.blocks:
-            if block.parameter in readouts:
-                self._readouts.update((place, None) for factor in block.b for place in factor.places)
+        self._readouts = _readout_taps(cover, readouts)
         self._hooked = [root.get_submodule(place.module) for place in self.taps if place.module is not None]
         for module in self._hooked:
             note_hook(module)
@@ -153,17 +144,12 @@ class Curvature:
         self.passes.drop_cleared()
         before = dict(self.passes.before)
         self.passes.restart()
-        sums: dict[Place, Sums] = {}
-        for place, tap in self.taps.items():
-            taken = tap.take()
-            if taken is not None:
-                sums[place] = taken
-        if self.ranks > 1:
-            sums = self._on_all_ranks(sums)
+        sums = self._take_sums()
         if not sums:
             self.terms.clear()
             return {}
         terms, squares = torch.ones(()), torch.zeros(())
+        # Read before the terms are taken, with which these are forgotten.
         reach, is_vector, elsewhere = self.terms.reach, self.terms.is_vector, self.terms.elsewhere
         if self.sides[1]:
             self._look_at_the_loss(scale)
@@ -172,10 +158,8 @@ class Curvature:
             sums, terms, squares, before = self._over_ranks(sums, terms, squares, before)
             if not float(terms):
                 raise _no_terms()
-        rows = [sums[place].rows.sum() for place in self._readouts if place in sums]
-        if is_vector and elsewhere is not None and rows:
-            flat = MORE * torch.stack(rows).sum() < _like(terms, rows[0])
-            self._doubt("flat_output", flat & (elsewhere == 0))
+        if is_vector and elsewhere is not None:
+            self._look_for_flat_output(sums, terms, elsewhere)
         # As what taps see, but without the clipping that came later.
         self.slope = squares * self._per_term(terms, scale, squares)
         if reach is not None and self.loss.target_scale is None and self.loss.mean:
@@ -188,6 +172,22 @@ class Curvature:
                 own_terms = terms - before[place].to(terms)
             self._average(raw, own_terms, scale, clipped)
         return sums
+
+    def _take_sums(self) -> dict[Place, Sums]:
+        """Return what taps have summed, on any rank."""
+        sums: dict[Place, Sums] = {}
+        for place, tap in self.taps.items():
+            taken = tap.take()
+            if taken is not None:
+                sums[place] = taken
+        return self._on_all_ranks(sums) if self.ranks > 1 else sums
+
+    def _look_for_flat_output(self, sums: Mapping[Place, Sums], terms: Tensor, elsewhere: Tensor) -> None:
+        """Count a vector of outputs with more entries, each taken for a term, than readouts have rows."""
+        rows = [sums[place].rows.sum() for place in self._readouts if place in sums]
+        if rows:
+            flat = MORE * torch.stack(rows).sum() < _like(terms, rows[0])
+            self._doubt("flat_output", flat & (elsewhere == 0))
 
     def _per_term(self, terms: Tensor, scale: Tensor | float, like: Tensor) -> Any:
         """Return what turns a sum of squared gradients of the loss into a mean over squares of its terms.
@@ -323,6 +323,23 @@ class Curvature:
         if left_out is not None:
             self._doubt("idle_loss_terms", left_out > MANY * counted)
         return counted, squares
+
+
+def _tapped_weight(root: nn.Module, parameters: Tensors, place: Place) -> Tensor:
+    """Return what tells the device and precision of a tap: its parameter, or the first of a hooked module."""
+    if place.parameter:
+        return parameters[place.parameter]
+    return next(root.get_submodule(place.module or "").parameters(recurse=False))
+
+
+def _readout_taps(cover: Cover, readouts: Collection[str]) -> list[Place]:
+    """Return the taps on the output side of readouts, each once."""
+    places: dict[Place, None] = {}
+    for block in cover.blocks:
+        if block.parameter in readouts:
+            for factor in block.b:
+                places.update(dict.fromkeys(factor.places))
+    return list(places)
 
 
 def _like(number: Tensor | float, like: Tensor) -> Tensor | float:
