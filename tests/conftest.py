@@ -2,8 +2,8 @@
 
 Each test is in one tier: ``long`` where it is marked so, ``slow`` where it is marked ``slow`` or ``zoo``, and
 otherwise the short one, which plain ``pytest`` runs. Of a test marked ``sample`` the short tier has a few
-cases and the slow tier the rest. All tests of one case of the zoo run on one worker, where they share its
-analyses (`zoo.analyses`).
+cases and the slow tier the rest. Of one marked ``thin`` the slow tier has each n-th case, the long tier the
+others. All tests of one case of the zoo run on one worker, where they share its analyses (`zoo.analyses`).
 """
 
 import random
@@ -18,7 +18,7 @@ from zoo.case import Case
 torch.set_num_threads(1)
 
 THE_REST = """\
-That was the short tier. The rest, which CI runs too (30 minutes on 2 cores): pytest -m slow
+That was the short tier. The rest, which CI runs too (20 to 25 minutes on 2 cores): pytest -m slow
 What needs other packages is skipped there without pip install -e ".[dev,ci]". By hand only: pytest -m long"""
 
 
@@ -69,6 +69,19 @@ def _left_out(items):
     return left_out
 
 
+def _thinned(items):
+    """Return the cases of tests marked ``thin`` that the slow tier leaves to the long one."""
+    tests = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("thin"):
+            tests[item.path, item.parent.name, item.originalname].append(item)
+    thinned = set()
+    for cases in tests.values():
+        (every,) = cases[0].get_closest_marker("thin").args
+        thinned.update(set(cases) - set(cases[::every]))
+    return thinned
+
+
 def _tier(item):
     """Tell the tier of a test by its markers."""
     marks = _marks(item)
@@ -102,10 +115,13 @@ def pytest_collection_modifyitems(config, items):
     tiers = {"short": [], "slow": [], "long": []}
     left_out = _left_out(items)
     for item in items:
-        tier = "slow" if item in left_out else _tier(item)
-        tiers[tier].append(item)
-        if tier == "slow":
-            item.add_marker(pytest.mark.slow)
+        tiers["slow" if item in left_out else _tier(item)].append(item)
+    thinned = _thinned(tiers["slow"])
+    for item in tiers["slow"]:
+        if item in thinned:
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+        item.add_marker(pytest.mark.long if item in thinned else pytest.mark.slow)
+    for item in items:
         if isinstance(case := _parameters(item).get("case"), Case):
             item.add_marker(pytest.mark.xdist_group(case.name))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

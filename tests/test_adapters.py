@@ -198,6 +198,7 @@ def slopes(build: Callable[[int], nn.Module], optimizer: str, **options: Any) ->
     return {name: slope(values) for name, values in sizes.items()}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.filterwarnings("ignore:mupass.* can take no parameter of this model")
 @pytest.mark.sample("lora-adam")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -68,6 +68,7 @@ def test_words_of_the_command_line_load_no_torch():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_imports_of_today():
     """Write it anew with ``python -m benchmarks.architecture``."""
     text = PAGE.read_text(encoding="utf-8")

@@ -49,6 +49,7 @@ def terms(out: Tensor) -> Tensor:
     return (out - 1).square().sum(1)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}], ids=str)
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", BAGS)

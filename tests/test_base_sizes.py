@@ -87,7 +87,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=6)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("width", [16, 64])
 def test_parts_that_no_weight_reads_follow_their_whole(name: str, width: int) -> None:
@@ -125,6 +125,7 @@ class Gated(nn.Module):
         return self.readout(gate.sigmoid() * value)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
 def test_the_width_of_a_recurrent_model_is_its_hidden_size(

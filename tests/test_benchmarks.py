@@ -38,6 +38,7 @@ def _warnings_and_guards():
 # Parity ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_case_is_exact(name: str) -> None:
     worst, falls = kfac_parity.of_mupass(kfac_parity.problem(BY_NAME[name]))
@@ -198,7 +199,7 @@ def test_runs_are_kept_and_taken_up_again(words: list[str], tmp_path: Path, caps
     assert "sgd" in printed and "2^-3.32" in printed and "!" not in printed.split("mean +-")[0]
 
 
-@pytest.mark.sample("adamw")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "adamw"])
 def test_every_optimizer_trains(words: list[str], optimizer: str, tmp_path: Path) -> None:
     assert to_target.main([*words, "--optimizers", optimizer, "--lrs", "0.002", "--seeds", "1"]) == 0

@@ -72,6 +72,7 @@ class Dropped(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "draw",
     [

@@ -22,6 +22,7 @@ from mupass._study.slopes import fit, student
 
 OPTIMIZERS = ["adam", "sgd", "shampoo", "kfac"]
 VOCAB, LENGTH = 30, 8
+WIDTHS = [64, 128, 256]
 
 
 def mlp(width: int = 64) -> nn.Module:
@@ -79,6 +80,7 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.sample("mlp-vectors-auto-adam")
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "soap", "muon"])
 @pytest.mark.parametrize(("build", "data", "init"), [(mlp, vectors, "auto"), (TinyLM, text, LAW)])
@@ -153,9 +155,10 @@ def swapped(layer: str):
     return make
 
 
+@pytest.mark.sample("4.weight-1")
 @pytest.mark.parametrize(("layer", "power"), [("0.weight", -1), ("4.weight", 1)])
 def test_a_wrong_fan_axis_is_named(layer: str, power: int) -> None:
-    found = mupass.coord_check(mlp(), vectors(), optimizer=swapped(layer))
+    found = mupass.coord_check(mlp, vectors(), widths=WIDTHS, optimizer=swapped(layer))
     assert found.first.site.parameter == layer and found.first.quantity in ("update", "aligned"), str(found)
     assert found.first.slope.power == pytest.approx(power, abs=0.15)
     assert "as if fan_in were fan_out" in found.blame
@@ -262,7 +265,7 @@ def test_a_constant_initialization_is_named() -> None:
         nn.init.normal_(model[2].weight, std=0.1)
         return model
 
-    found = mupass.coord_check(mlp(), vectors(), prepare=constant)
+    found = mupass.coord_check(mlp, vectors(), widths=WIDTHS, prepare=constant)
     assert found.first.site == Site("2", "linear", "2.weight") and found.first.quantity == "activation"
     assert found.first.slope.power == pytest.approx(0.5, abs=0.1)
     assert "initialization" in found.blame and "width^-0.5" in found.blame
@@ -291,10 +294,11 @@ def test_what_all_heads_share_may_move_less_along_the_gradient(optimizer: str) -
 
 def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_where_not() -> None:
     class Unit(nn.Module):
-        def __init__(self, seen: bool) -> None:
+        def __init__(self, seen: bool, width: int) -> None:
             super().__init__()
             self.seen = seen
-            self.enter, self.mid, self.head = nn.Linear(12, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+            self.enter, self.mid = nn.Linear(12, width), nn.Linear(width, width)
+            self.head = nn.Linear(width, 5)
             nn.init.zeros_(self.mid.bias)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -302,10 +306,11 @@ def test_a_normalization_to_unit_length_is_undone_where_it_is_seen_and_named_whe
             unit = F.normalize(x, dim=-1) if self.seen else x * x.square().sum(-1, keepdim=True).rsqrt()
             return self.head(torch.relu(self.mid(unit)))
 
+    settings = {"widths": WIDTHS, "steps": 1}
     for optimizer in ("adam", "sgd"):
-        found = mupass.coord_check(Unit(True), vectors(), optimizer=optimizer, steps=1)
+        found = mupass.coord_check(lambda w: Unit(True, w), vectors(), optimizer=optimizer, **settings)
         assert found.ok, str(found)
-    found = mupass.coord_check(Unit(False), vectors(), steps=1)
+    found = mupass.coord_check(lambda w: Unit(False, w), vectors(), **settings)
     assert found.first.site.parameter == "mid.weight"
     assert "normalization to unit length" in found.blame
 
@@ -426,7 +431,7 @@ def test_default_widths_are_powers_of_two_times_the_models() -> None:
 
 
 def test_reports(tmp_path: Path) -> None:
-    found = mupass.coord_check(mlp(), vectors(), steps=1, parameterization="standard")
+    found = mupass.coord_check(mlp, vectors(), widths=WIDTHS, steps=1, parameterization="standard")
     assert found.report() == str(found) and "FAIL" in str(found)
     assert found.modules()["0"] in ("ok", "FAIL") and found.modules()[OUTPUT]
     page = Path(found.report(tmp_path / "check.html")).read_text()
@@ -447,16 +452,16 @@ def test_what_cannot_be_checked_is_refused() -> None:
     x, y = vectors()
     model = mlp()
     for message, call in {
-        "at least 2 different widths": lambda: mupass.coord_check(model, (x, y), widths=[64]),
+        "at least 2 different widths": lambda: mupass.coord_check(mlp, (x, y), widths=[64]),
         "no batch": lambda: mupass.coord_check(model, []),
         "unknown optimizer 'sophia'": lambda: mupass.coord_check(model, (x, y), optimizer="sophia"),
         "at least 1": lambda: mupass.coord_check(model, (x, y), steps=0),
-        "class numbers": lambda: mupass.coord_check(model, (x, torch.randn(16, 5))),
+        "class numbers": lambda: mupass.coord_check(mlp, (x, torch.randn(16, 5)), widths=[32, 64]),
         "must be batches": lambda: mupass.coord_check(model, x),
         "a pair": lambda: mupass.coord_check(model, [x]),
         "widths= is needed": lambda: mupass.coord_check(mlp, (x, y)),
-        "smaller lr": lambda: mupass.coord_check(model, (x, y), optimizer="sgd", lr=1e200, widths=[32, 64]),
-        "lr zero": lambda: mupass.coord_check(model, (x, y), lr=0.0, widths=[32, 64]),
+        "smaller lr": lambda: mupass.coord_check(mlp, (x, y), optimizer="sgd", lr=1e200, widths=[32, 64]),
+        "lr zero": lambda: mupass.coord_check(mlp, (x, y), lr=0.0, widths=[32, 64]),
         "takes no lr; it takes rate": lambda: mupass.coord_check(
             model, (x, y), optimizer=lambda model, rate: None, lr=0.1
         ),
@@ -493,12 +498,12 @@ class ComplexNet(nn.Module):
 def test_complex_weights_are_measured(dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
     data = [(torch.randn(16, 8), torch.randn(16, 4))]
-    settings = {"loss": F.mse_loss, "widths": [64, 128, 256], "dtype": dtype}
-    checked = mupass.coord_check(ComplexNet(), data, **settings)
+    settings = {"loss": F.mse_loss, "widths": WIDTHS, "dtype": dtype}
+    checked = mupass.coord_check(ComplexNet, data, **settings)
     assert checked.ok, checked.verdict()
     places = {row.site.parameter for row in checked.rows if row.quantity == "aligned"}
     assert {"stem.weight", "mid.weight", "head.weight"} <= places
-    standard = mupass.coord_check(ComplexNet(), data, parameterization="standard", **settings)
+    standard = mupass.coord_check(ComplexNet, data, parameterization="standard", **settings)
     updates = [
         row for row in standard.rows if row.quantity == "update" and row.site.parameter == "mid.weight"
     ]

@@ -152,6 +152,7 @@ def test_the_number_of_graphs_follows_factor_every(every: int) -> None:
     assert counter.frame_count == (1 if every == 1 else 2)
 
 
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("make_optimizer", [mupass.Shampoo, kfac], ids=["shampoo", "kfac"])
 def test_the_optimizer_may_be_made_before_or_after_compiling(make_optimizer: Callable[..., Any]) -> None:
     nets = [make("mlp") for _ in range(2)]

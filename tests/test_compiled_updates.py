@@ -64,7 +64,8 @@ def skip_refused(name: str) -> None:
         pytest.skip("compiled AdaMuon is refused on a CPU before torch 2.11")
 
 
-@pytest.mark.sample("cnn-shampoo modes", "attention-soap", "cnn-adamuon")
+@pytest.mark.thin(2)
+@pytest.mark.sample("cnn-shampoo modes", "cnn-adamuon")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("model", ["cnn", "attention"])
 def test_one_graph_for_each_shape_whatever_the_schedule(
@@ -94,7 +95,7 @@ KFACS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample("cnn-ekfac", "attention-blocks")
+@pytest.mark.sample("cnn-ekfac")
 @pytest.mark.parametrize("name", KFACS)
 @pytest.mark.parametrize("model", ["cnn", "attention"])
 def test_kfac_has_one_graph_for_each_shape_whatever_the_schedule(

@@ -49,6 +49,7 @@ class Scaled(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     ("how", "value", "power", "instead"),
     [
@@ -123,6 +124,7 @@ class Attention(nn.Module):
         return self.head(y.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("how", ["fused", "inverse", "given", "scores", "query", "right"])
 def test_attention_is_warned_of_only_where_head_dim_grows(how: str) -> None:
     ids = randint(20, 2, 6)

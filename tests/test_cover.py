@@ -440,7 +440,7 @@ class Spelled(nn.Module):
         return self.out(torch.tanh(self.o(a.transpose(1, 2).flatten(2))))
 
 
-@pytest.mark.sample("self-eager", "cross-eager", "separate-eager")
+@pytest.mark.sample("self-eager", "separate-eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["self", "cross", "separate"])
 def test_packed_attention_is_its_plain_layers(kind: str, compiled: bool) -> None:

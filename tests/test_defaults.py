@@ -31,7 +31,7 @@ def images(tmp_path_factory) -> str:
 # Tasks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.sample(every=8)
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_a_task_is_the_same_by_seed_and_begins_at_chance(name: str, images: str) -> None:
     task = tasks.task(name, images)
@@ -225,6 +225,7 @@ def test_at_the_default_an_optimizer_is_given_the_model_alone(tmp_path: Path, mo
     assert defaults.main([*words, "--lr", "muon=0.01"]) == 0
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("optimizer", defaults.OPTIMIZERS)
 def test_every_optimizer_takes_part(optimizer: str, tmp_path: Path) -> None:
     # What an optimizer does not take has a rate of its own.

@@ -10,6 +10,7 @@ from math import log2
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import transformed
 from torch import Tensor, nn
 
 import mupass
@@ -152,7 +153,8 @@ def test_at_the_base_depth_nothing_changes() -> None:
     ],
 )
 def test_the_rows_of_depth(spec: str | OptimizerSpec, lr: float, damping_out: float) -> None:
-    plan = mupass.transform(Residual(8), torch.randn(4, 6), base=WIDTH, depth=2, optimizer=spec).mupass_plan
+    net = transformed(Residual, 8, inputs=torch.randn(4, 6), base=WIDTH, depth=2)
+    plan = net.mupass_plan.for_optimizer(spec)
     inside, outside = plan["up.3.weight"].scales, plan["head.weight"].scales
     assert (inside.lr, inside.damping_out) == pytest.approx((lr, damping_out))
     assert (outside.lr, outside.damping_out) == (1.0, 1.0)

@@ -270,6 +270,7 @@ def _sharded_worker(rank: int, port: int, name: str, path: Path) -> None:
             torch.save((want, through, resumed), path / "result.pt")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_equal_data_parallel_and_a_restarted_run_goes_on(name: str, tmp_path: Path) -> None:
@@ -370,6 +371,7 @@ def _mesh_worker(rank: int, port: int, names: Sequence[str], layout: str, path: 
 FIRST, OTHERS = ("kfac",), ("ekfac", "shampoo", "soap", "muon", "adamw")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [FIRST, OTHERS], ids=["kfac", "others"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -134,6 +134,7 @@ ORDINARY: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_models_raise_no_doubts(name: str) -> None:
     build, x = ORDINARY[name]

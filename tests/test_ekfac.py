@@ -36,7 +36,7 @@ FIXED = {
 }
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=6)
 @pytest.mark.parametrize("mode", ["trace", "absolute"])
 @pytest.mark.parametrize("name", CASES)
 def test_with_the_eigenvalues_products_for_moments_it_is_kfac(name: str, mode: str) -> None:
@@ -154,6 +154,7 @@ class Ran:
         return (u_b.mT @ self.gradients[piece] @ u_a).square().mean(0)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_step_divides_by_the_mean_squares_of_the_terms_gradients(name: str) -> None:
     case, sharing, parameter = EXACT[name]

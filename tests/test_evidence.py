@@ -106,7 +106,7 @@ def test_a_schedule_scales_all_rates_and_ends_at_zero() -> None:
         schedule.step()
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=6)
 @pytest.mark.parametrize("optimizer", evidence.OPTIMIZERS)
 def test_parameterizations_are_one_network_at_the_base_width(optimizer: str, tmp_path: Path) -> None:
     setup = Setup(steps=10, out=tmp_path / "log")
@@ -183,6 +183,7 @@ def test_the_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys)
     assert evidence.minutes_left(MUP, setup, {})[1] == 0
 
 
+@pytest.mark.slow
 def test_committed_lines_are_read() -> None:
     assert evidence_report.tables(Setup()).startswith("Commit ")
 
@@ -224,6 +225,7 @@ def test_pairs_of_images_need_both_images(tmp_path: Path) -> None:
 # Kernels ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kernels_are_those_of_a_wide_network() -> None:
     torch.manual_seed(0)
     width, x = 2048, torch.randn(4, 6)

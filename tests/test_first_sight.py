@@ -142,6 +142,7 @@ class Distance(nn.Module):
         return self.head(self.wide(h).relu())
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("form", ["plain", "residual"])
 @pytest.mark.parametrize(("source", "target"), [(24, 48), (48, 24)])
 def test_a_width_less_the_data_that_joins_it_keeps_that_difference(
@@ -289,6 +290,7 @@ class Configured(nn.Module):
         return self.head(self.inner(self.enter(x).relu()).relu()) * self.settings.multiplier
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(("given", "expected"), [({}, 32**-0.5), ({"multiplier": 64**-0.5}, 128**-0.5)])
 @pytest.mark.parametrize("kind", [Settings, Ordinary])
 def test_a_default_multiplier_is_no_root_of_a_width(
@@ -604,6 +606,7 @@ def test_a_group_norm_over_heads_gets_as_many_groups_as_there_are_heads(source: 
     torch.testing.assert_close(resized(x), want(x))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("case", ["deep_speech", "xdeepfm", "s4d", "tree_lstm"])
 def test_gates_halves_and_tables_raise_no_doubt(case: str) -> None:
     model, inputs = PLAIN[case].build(1).eval(), PLAIN[case].inputs()

@@ -152,6 +152,7 @@ def hooks(model: nn.Module) -> list[Any]:
     return [h for m in model.modules() for k, t in vars(m).items() if "_hooks" in k for h in t.values()]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_keys_and_class_stay_and_hooks_go(name: str) -> None:
     model, x = made(name)
@@ -187,7 +188,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.thin(2)
+@pytest.mark.sample(every=8)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["tied and deep", "two heads", "convolutions", "square"])
 def test_a_folded_model_trains_as_before(name: str, optimizer: str) -> None:
@@ -351,6 +353,7 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any], float | None]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_saves_and_loads_without_mupass(name: str, tmp_path: Any) -> None:

@@ -77,7 +77,7 @@ class Convolved(nn.Module):
         return self.out(torch.tanh(x)).flatten(2).mean(2)
 
 
-@pytest.mark.sample(*(f"{kind}-eager" for kind in KERNELS), "1d-compiled")
+@pytest.mark.sample(*(f"{kind}-eager" for kind in KERNELS))
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_functional_convolutions_are_the_modules(kind: str, compiled: bool) -> None:

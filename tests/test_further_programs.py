@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_operators_on_positions_leave_features_alone(name: str) -> None:
     assert not wrong(lambda k: Between(16 * k, FUNCTIONS[name]), (randn(2, 6, 5),))

@@ -184,7 +184,7 @@ def attempt(name: str, model: Any, arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@budget(450)
+@budget(250)
 @hypothesis.given(st.data())
 def test_no_bad_call_ends_in_a_raw_error(data: Any) -> None:
     name = data.draw(st.sampled_from(list(TARGETS)))
@@ -210,6 +210,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("given", list(GIVEN))
 @pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("coord_check", "sweep")])
 def test_what_is_no_model_is_refused_by_name(name: str, given: str) -> None:

@@ -87,7 +87,7 @@ def stepped(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     return model, {c.parameter: c.treatment for c in optimizer.coverage()}
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("name", [*SEEN, *UNSEEN])
 def test_what_stands_between_a_weight_and_its_operator_hides_nothing(name: str) -> None:
     assert geometry(build((SEEN | UNSEEN)[name])) == geometry(build(plain))
@@ -103,6 +103,7 @@ def test_kfac_steps_as_for_the_plain_weight(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", UNSEEN)
 def test_kfac_names_the_weights_that_it_does_not_see(name: str) -> None:
     model = build(UNSEEN[name])

@@ -123,6 +123,7 @@ def difference(name: str, key: str) -> float:
     return (up - down) / (2 * step)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.sample("clipped")
 @pytest.mark.parametrize("name", CASES)
 def test_both_modes_agree_with_finite_differences(name: str) -> None:

@@ -304,6 +304,7 @@ class OneEinsum(nn.Module):
         return self.head(torch.einsum(equation, *operands))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("how", ["two layers", "three layers", "gain", "gate", "chain"])
 def test_one_einsum_is_its_products_one_after_the_other(how: str) -> None:
     one, several = (mupass.analyze(OneEinsum(how, one), randn(4, 5)) for one in (True, False))

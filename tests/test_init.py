@@ -96,6 +96,7 @@ def test_wide_model_gets_the_std_of_the_base_model_times_the_rule(name: str, par
         assert std == pytest.approx(narrow.get_parameter(weight).std().item() * 4**-power, rel=0.06)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", LAWS)
 @pytest.mark.parametrize("parameterization", ["mup", "ntk", "mean_field"])
 def test_factors_are_exactly_one_at_the_base_width(name: str, parameterization: str) -> None:
@@ -333,6 +334,7 @@ def test_recurrent_layers_are_drawn_by_their_hidden_size() -> None:
     assert plan(model, IDS, base=32)["lstm.weight_ih_l0"].law != found["lstm.weight_ih_l0"].law
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("seed", range(20))
 def test_no_draw_of_a_default_model_is_misread(seed: int) -> None:
     torch.manual_seed(seed)

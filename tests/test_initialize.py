@@ -165,6 +165,7 @@ def test_a_second_call_and_layers_that_were_not_drawn_again_stay() -> None:
     torch.testing.assert_close(model[4].weight, fresh.weight * 8**-0.5)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -191,6 +192,7 @@ def test_layers_drawn_behind_a_transform_are_told_when_an_optimizer_is_made(plac
     assert raised(lambda: make(model)) == []
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("steps", [0, 1, 10, 200])
 def test_a_checkpoint_of_a_transformed_model_is_no_draw(steps: int) -> None:
     model = mupass.transform(mlp(256), X, base=32)
@@ -290,6 +292,7 @@ def train(model: nn.Module, name: str, lr: float, steps: int, x: Tensor = X, y: 
         optimizer.step()
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("width", [64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "lr", "steps"),
@@ -316,7 +319,8 @@ def _transformed(model: nn.Module) -> nn.Module:
     return mupass.transform(model, IMAGES, base=4, inplace=False)
 
 
-@pytest.mark.sample(*sorted(PLAIN)[::12])
+@pytest.mark.thin(3)
+@pytest.mark.sample(*sorted(PLAIN)[::24])
 @pytest.mark.parametrize("name", sorted(PLAIN))
 def test_no_initial_weights_of_the_zoo_look_trained(name: str) -> None:
     case = PLAIN[name]

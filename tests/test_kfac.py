@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import transformed
 from test_taps import BASE, CASES, DENSE, Case, dense_factors, normal, squares, terms_of
 from torch import Tensor, nn
 
@@ -262,6 +263,7 @@ def test_two_micro_batches_equal_one_batch(name: str) -> None:
         torch.testing.assert_close(got[n], want[n])
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "options", [{}, {"sharing": "reduce"}, {"block_size": 8}, {"damping_mode": "pi"}], ids=str
 )
@@ -648,12 +650,15 @@ def test_a_vanished_matrix_has_the_root_zero_only_without_damping() -> None:
 # Damping of few rows ---------------------------------------------------------------------------------------
 
 
-def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
-    """One step of an MLP on so many samples."""
+def mlp() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
-    model = nn.Sequential(*layers).double()
-    mupass.transform(model, torch.randn(2, 6).double(), base=16)
+    return nn.Sequential(*layers).double()
+
+
+def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
+    """One step of an MLP on so many samples."""
+    model = transformed(mlp, inputs=torch.randn(2, 6).double(), base=16)
     optimizer = mupass.KFAC(model, LR, damping, **{**PLAIN, **settings})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.randn(rows, 6).double()).square().mean().backward()
@@ -661,6 +666,7 @@ def updates_of(damping: float | None, rows: int, **settings: Any) -> Deltas:
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("ekfac", [False, True])
 @pytest.mark.parametrize(("rows", "factor"), [(8, 16.0), (128, 4.0), (160, 2.56), (256, 1.0), (1000, 1.0)])
 def test_default_damping_falls_with_the_rows_of_a_step(

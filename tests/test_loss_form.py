@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import transformed
 from torch import Tensor, nn
 
 import mupass
@@ -27,13 +27,8 @@ def plain_net() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, CLASSES))
 
 
-@cache
-def plan_of_net() -> mupass.Plan:
-    return mupass.transform(plain_net(), X).mupass_plan  # type: ignore[return-value]
-
-
 def net() -> nn.Module:
-    return mupass.transform(plain_net(), plan=plan_of_net())
+    return transformed(plain_net, inputs=X)
 
 
 def told(loss: Loss, steps: int = 4, **options: object) -> tuple[int, str]:
@@ -302,6 +297,7 @@ ENDS: dict[str, tuple[Loss, Callable[[Tensor, str], Tensor], int]] = {
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("end", ENDS)
 def test_a_sum_is_told_whatever_the_model_ends_with(end: str) -> None:
     at_the_end, loss, classes = ENDS[end]
@@ -309,6 +305,7 @@ def test_a_sum_is_told_whatever_the_model_ends_with(end: str) -> None:
     assert not stats(at_the_end, lambda y: loss(y, "mean"), classes)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("end", ENDS)
 def test_other_losses_behind_such_ends_are_not(end: str) -> None:
     at_the_end, _, classes = ENDS[end]
@@ -331,6 +328,7 @@ ELSEWHERE: dict[str, tuple[Tensor, Loss, Loss, int]] = {  # input, end, rows of 
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_a_loss_over_another_axis_is_told_as_its_terms_are_miscounted(where: str) -> None:
     x, end, rows, terms = ELSEWHERE[where]
@@ -353,6 +351,7 @@ FLAT: dict[str, tuple[Tensor, Loss, int]] = {  # input, end, classes: vectors of
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("how", FLAT)
 def test_logits_that_were_made_flat_are_told_as_their_terms_are_miscounted(how: str) -> None:
     x, end, classes = FLAT[how]

@@ -44,6 +44,7 @@ class Mixture(nn.Module):
         return self.head(F.relu(self.form(self.gate(self.route(h)), self.weight, h)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_number_of_experts_is_fixed_or_marked(form: str, gate: str) -> None:
@@ -148,6 +149,7 @@ class Texts(nn.Module):
         return self.head(torch.cat([F.relu(c(x)).squeeze(3).amax(2) for c in self.convs], 1))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("width", [16, 24, 64])
 def test_a_kernel_over_all_of_an_embedding_grows_with_it(width: int) -> None:
     ids = torch.zeros(2, 12, dtype=torch.long)

@@ -80,6 +80,7 @@ def data() -> list[tuple[Tensor, Tensor]]:
     return [(x, torch.randint(8, (32,), generator=generator))]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_a_normalized_readout_is_named(name: str) -> None:
     model = mupass.transform(Net(NORMALIZERS[name]), torch.randn(8, 20), base=32)
@@ -102,12 +103,15 @@ def test_an_output_that_is_said_to_grow_is_no_readout() -> None:
     assert not any(g.normalized for g in analysis.geometries)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.sample(every=8)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac", "shampoo"])
 @pytest.mark.parametrize("name", ["normalize", "layer norm", "batch norm", "rms by hand"])
 def test_the_check_fails_a_normalized_readout(name: str, optimizer: str) -> None:
-    model = Net(NORMALIZERS[name])
-    check = mupass.coord_check(model, data(), optimizer=optimizer, widths=(64, 128, 256), steps=1)
+    def build(width: int) -> nn.Module:
+        return Net(NORMALIZERS[name], width)
+
+    check = mupass.coord_check(build, data(), optimizer=optimizer, widths=(64, 128, 256), steps=1)
     assert not check.ok
     assert "divides what the readout c.weight puts out" in check.blame
 
@@ -115,7 +119,7 @@ def test_the_check_fails_a_normalized_readout(name: str, optimizer: str) -> None
 @pytest.mark.sample("kfac")
 @pytest.mark.parametrize("optimizer", ["adam", "kfac", "shampoo"])
 def test_the_check_fails_a_mask_behind_a_norm(optimizer: str) -> None:
-    check = mupass.coord_check(Masks(), data(), optimizer=optimizer, widths=(64, 128, 256), steps=1)
+    check = mupass.coord_check(Masks, data(), optimizer=optimizer, widths=(64, 128, 256), steps=1)
     assert not check.ok
     assert "mask.weight" in check.blame
 

@@ -59,6 +59,7 @@ def net(function: Function = torch.tanh, width: int = 64) -> nn.Sequential:
     )
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_that_gives_a_weight_a_mean_is_named(name: str) -> None:
     told = [str(w.message) for w in raised(lambda: mupass.transform(net(FUNCTIONS[name]), X, base=16))]

@@ -87,18 +87,18 @@ def test_a_made_up_row_in_plan_groups_and_report(row: OptimizerRow) -> None:
 
 def test_a_made_up_row_in_studies(row: OptimizerRow, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = {"lr": [0.05, 0.1], "floor": [1e-12]}
-    found = mupass.sweep(network(), batches(), grid, [32, 64], optimizer=row.name, steps=2)
+    found = mupass.sweep(network, batches(), grid, [32, 64], optimizer=row.name, steps=2)
     assert len(found.trials) == 4 and row.name in str(found)
     with pytest.raises(mupass.MupassError, match="the optimizer takes no momentum; it takes lr, floor"):
         mupass.sweep(network(), batches(), {"momentum": [0.9]}, [32], optimizer=row.name)
     with pytest.raises(mupass.MupassError, match="unknown optimizer 'made_up'; known: sgd, .*unit_gradient"):
         mupass.sweep(network(), batches(), [0.1], [32], optimizer="made_up")
     widths = [64, 128, 256]
-    right = mupass.coord_check(network(), batches(), widths=widths, optimizer=row.name, lr=0.05, steps=2)
+    right = mupass.coord_check(network, batches(), widths=widths, optimizer=row.name, lr=0.05, steps=2)
     assert right.ok, str(right)
     # The rates of SGD are others, and the check sees that updates follow the width.
     monkeypatch.setitem(OPTIMIZERS, row.name, replace(row, step=GRADIENT))
-    wrong = mupass.coord_check(network(), batches(), widths=widths, optimizer=row.name, lr=0.05, steps=2)
+    wrong = mupass.coord_check(network, batches(), widths=widths, optimizer=row.name, lr=0.05, steps=2)
     assert not wrong.ok and row.cause_if_growing in str(wrong)
 
 

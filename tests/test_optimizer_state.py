@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from plans import transformed
 from ranks import free_port, one_of_two
 from test_optim import OPTIONS, assert_equal, every, make, train
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ def trained(name: str, steps: int = 3) -> tuple[nn.Module, Any]:
     return net, optimizer
 
 
+@pytest.mark.sample(every=2)
 @every
 def test_torchs_functions_for_checkpoints_carry_all_of_it(cls: Any, options: dict[str, Any]) -> None:
     net = make()
@@ -68,6 +70,7 @@ def test_torchs_functions_for_checkpoints_carry_all_of_it(cls: Any, options: dic
     assert restored.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_everything_is_in_the_state_of_parameters(name: str) -> None:
     net, optimizer = trained(name)
@@ -90,11 +93,12 @@ class Ordered(nn.Module):
         return self.head(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(self.stem(x)))))))
 
 
+@pytest.mark.sample(every=2)
 @every
 def test_a_state_of_parameters_in_another_order_is_refused_or_taken_by_name(
     cls: Any, options: dict[str, Any]
 ) -> None:
-    nets = [mupass.transform(Ordered(order), torch.ones(4, 10), base=8) for order in ("ab", "ba", "ab")]
+    nets = [transformed(Ordered, order, inputs=torch.ones(4, 10), base=8) for order in ("ab", "ba", "ab")]
     nets[1].load_state_dict(nets[0].state_dict())
     optimizers = [cls(net, 0.01, **options) for net in nets]
 
@@ -120,6 +124,7 @@ def test_a_state_of_parameters_in_another_order_is_refused_or_taken_by_name(
         torch.testing.assert_close(p, nets[1].get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.sample(every=3)
 @every
 def test_a_state_for_a_model_without_values_is_refused(cls: Any, options: dict[str, Any]) -> None:
     net = mupass.transform(Ordered("ab"), torch.ones(4, 10), base=8)
@@ -152,7 +157,7 @@ def damages(entry: Entry) -> list[tuple[str, str, Callable[[Entry], Any]]]:
     return found
 
 
-@pytest.mark.sample("kfac", "soap")
+@pytest.mark.sample("kfac")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
     net, optimizer = trained(name)
@@ -351,6 +356,7 @@ def test_a_state_of_all_ranks_is_cut_to_the_part_of_each(saved_as: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.sample
 @pytest.mark.filterwarnings("ignore:.*skipped steps")
 @pytest.mark.parametrize("cut", [1, 5, 6, 7])
 @pytest.mark.parametrize("bad", [0, 5])

@@ -44,17 +44,24 @@ def saved(plan: mupass.Plan) -> mupass.Plan:
     return mupass.Plan.from_json(plan.to_json())
 
 
-def equals_its_own_plan(build: Callable[[int], nn.Module], inputs: Any, **options: Any) -> nn.Module:
-    """Compare a model of multiplier 4 by the plan of 2 with itself beside one of 1; return the first."""
+Build = Callable[[int], nn.Module]
 
-    def built(k: int) -> nn.Module:
+
+def beside_the_narrowest(build: Build, k: int, inputs: Any, **options: Any) -> nn.Module:
+    """Transform a model of multiplier k beside one of 1."""
+    models = []
+    for multiplier in (k, 1):
         torch.manual_seed(0)
-        return build(k).eval()
+        models.append(build(multiplier).eval())
+    return mupass.transform(models[0], inputs, base=models[1], **options)
 
-    small = mupass.transform(built(2), inputs, base=built(1), **options).mupass_plan
-    want = mupass.transform(built(4), inputs, base=built(1), **options)
+
+def equals_the_plan_of(small: nn.Module, build: Build, inputs: Any, **options: Any) -> nn.Module:
+    """Compare a model of multiplier 4 by the plan of 2 with itself beside one of 1; return the first."""
+    want = beside_the_narrowest(build, 4, inputs, **options)
     given = {"trained": True} if options.get("trained") else {}
-    found = mupass.transform(built(4), plan=saved(small), **given)
+    torch.manual_seed(0)
+    found = mupass.transform(build(4).eval(), plan=saved(small.mupass_plan), **given)
     check_equal(found, want)
     return found
 
@@ -92,7 +99,8 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], Tensor, dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
 def test_the_plan_of_a_narrow_model_is_that_of_the_wide_one(name: str) -> None:
     build, inputs, options = MODELS[name]
-    model = equals_its_own_plan(build, inputs, **options)
+    small = beside_the_narrowest(build, 2, inputs, **options)
+    model = equals_the_plan_of(small, build, inputs, **options)
     # The optimizers take it: what is fused is split where the wide model's matrices end.
     for make in (mupass.KFAC, mupass.Shampoo, mupass.Muon):
         optimizer = make(copy.deepcopy(model))
@@ -106,12 +114,13 @@ OTHERWISE = {"set_transformer", "mamba2_dual"}
 def equals_its_own_plan_where_it_can(case: Case) -> None:
     with third_party():
         try:
-            mupass.transform(case.build(2), case.inputs(), base=case.build(1))
+            small = beside_the_narrowest(case.build, 2, case.inputs())
         except mupass.TransformError:
             pytest.skip("it takes no multiplier")
-        equals_its_own_plan(case.build, case.inputs())
+        equals_the_plan_of(small, case.build, case.inputs())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in PLAIN.items() if n not in OTHERWISE])
 def test_the_zoo_by_plans_of_narrow_models(case: Case) -> None:

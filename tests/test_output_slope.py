@@ -158,6 +158,7 @@ def test_of_several_outputs_it_is_that_of_the_one_that_terms_are_counted_on(whol
     assert slope_of(optimizer) == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("told", [None, 12], ids=["counted", "told"])
 @pytest.mark.parametrize("way", ["whole", "two parts", "clipped", "scaled", "sum"])
 def test_how_the_gradient_is_made_changes_nothing(way: str, told: int | None) -> None:
@@ -338,6 +339,7 @@ def trained(scale: float, steps: int = 6, **options: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+@pytest.mark.sample
 @MULTIPLIED
 @pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"e_a": 0.5, "e_b": 0.5}], ids=str)
 @pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])

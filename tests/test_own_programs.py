@@ -239,6 +239,7 @@ class ByLambda(nn.Module):
         return self.leave(torch.relu(h + self.run(h)))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("how", ["closure", "default", "nested", "hook"])
 def test_functions_in_attributes_of_a_copy_run_the_modules_of_the_copy(how: str) -> None:
     x, model, wide = torch.randn(4, 5), ByLambda(16, how), ByLambda(32, how)

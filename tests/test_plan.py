@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,11 +42,16 @@ class TiedLM(nn.Module):
 IDS = torch.zeros(2, 8, dtype=torch.long)
 
 
+@cache
+def analysis(d: int) -> mupass.Analysis:
+    return mupass.analyze(TiedLM(d), IDS, base=16)
+
+
 def planned(d: int = 64, optimizer: str = "kfac", parameterization: str = "mup") -> tuple[TiedLM, Plan]:
+    found = analysis(d)
     torch.manual_seed(0)
     model = TiedLM(d)
-    analysis = mupass.analyze(model, IDS, base=16)
-    return model, make_plan(model, analysis, OptimizerSpec(optimizer), parameterization)
+    return model, make_plan(model, found, OptimizerSpec(optimizer), parameterization)
 
 
 def test_look_up_by_name_and_by_alias() -> None:

@@ -221,6 +221,7 @@ def of_sequence(name: str) -> Callable[[str], int]:
     return lambda weight: 1 if "weight_hr" in weight else GATES[SEQUENCES[name][0]]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_update_equals_the_dense_formula(name: str, sharing: str) -> None:
@@ -238,6 +239,7 @@ def test_update_of_cells_equals_the_dense_formula(compiled: bool) -> None:
     check_update(Cells, lambda name: GATES[{"l": "LSTM", "g": "GRU", "r": "RNN"}[name[0]]], "expand", run)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_written_steps_have_the_values_and_gradients_of_the_fused_layer(name: str) -> None:
     plain = made(lambda: Sequence(name))

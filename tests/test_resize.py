@@ -11,6 +11,7 @@ import mupass
 from benchmarks import resize_meta
 from mupass import ResizeError, resize
 from mupass._cli import main
+from mupass._resize.structure import _formulas, _table, recompute
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -384,3 +385,13 @@ def test_buffers_of_torch_rand_are_drawn_by_it_again() -> None:
     assert abs(share.square().mean() - 1 / 3) < 4 * math.sqrt(4 / 45 / 4096)
     with pytest.raises(mupass.ResizeError, match=r"buffer share grows .* unknown law"):
         mupass.resize(RandomGates(512, 3), 1024, example_inputs=torch.randn(4, 5))
+
+
+def test_tables_of_sinusoids_are_recomputed_and_drawn_matrices_not_tried() -> None:
+    old, new = (7, 12), (9, 20)
+    for kind in ("sin cos", "cos sin", "sin|cos", "cos|sin", "cos cos", "sin sin", "cos|cos", "sin|sin"):
+        for less in (0, 1):
+            table = _table(10000.0, less, kind)
+            torch.testing.assert_close(recompute(table(old), new), table(new), rtol=0, atol=0)
+    # Every table that is tried costs as much as the matrix is large.
+    assert len(list(_formulas(torch.randn(old)))) == 1

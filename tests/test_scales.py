@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -246,6 +247,16 @@ def test_foof_is_kfac_on_the_input_side() -> None:
 # One-step slopes -------------------------------------------------------------------------------
 
 
+def mlp(width: int) -> nn.Module:
+    layers = [nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)]
+    return nn.Sequential(*layers).double()
+
+
+@cache
+def analysis_of(width: int) -> mupass.Analysis:
+    return mupass.analyze(mlp(width), torch.randn(2, 20).double(), base=BASE)
+
+
 class Probe:
     """One first step of a tanh MLP of some width, seen layer by layer.
 
@@ -254,12 +265,11 @@ class Probe:
     """
 
     def __init__(self, width: int, seed: int, optimizer: str, parameterization: str):
+        analysis = analysis_of(width)
         torch.manual_seed(seed)
-        layers = [nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)]
-        self.model = nn.Sequential(*layers).double()
+        self.model = mlp(width)
         torch.manual_seed(1000 + seed)  # the same data at all widths
         x, y = torch.randn(BATCH, 20).double(), torch.randn(BATCH, 10).double()
-        analysis = mupass.analyze(self.model, x, base=BASE)
         self.plan: Plan = make_plan(self.model, analysis, OptimizerSpec(optimizer), parameterization)
         rescale(self.model, {entry.geometry.name: entry.init_factor for entry in self.plan.entries})
         self.inputs: dict[str, Tensor] = {}

@@ -6,11 +6,11 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from plans import transformed
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
@@ -25,13 +25,8 @@ def plain_mlp() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-@cache
-def plan_of_mlp(base: int) -> mupass.Plan:
-    return mupass.transform(plain_mlp(), X, base=base).mupass_plan  # type: ignore[return-value]
-
-
 def mlp(base: int = 32) -> nn.Module:
-    return mupass.transform(plain_mlp(), plan=plan_of_mlp(base))
+    return transformed(plain_mlp, inputs=X, base=base)
 
 
 def train(
@@ -83,6 +78,7 @@ ABSOLUTE: dict[str, tuple[Callable[[Any], Any], int]] = {  # and the step in whi
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("make", [adamw, sgd, muon])
 @pytest.mark.parametrize("name", MULTIPLY)
 def test_what_multiplies_is_silent(make: Make, name: str) -> None:

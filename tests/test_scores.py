@@ -231,6 +231,7 @@ def run_of(net: Net, compiled: bool) -> nn.Module:
     return torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
 
 
+@pytest.mark.sample(*(f"{kind}-False" for kind in list(REACHED)[::2]), "convolved, ahead-True")
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
 @pytest.mark.parametrize(
     ("kind", "compiled"),
@@ -258,6 +259,7 @@ def scaled_scores(net: Net) -> Net:
     return net
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
 @pytest.mark.parametrize(("kind", "compiled"), [*((kind, False) for kind in PACKED), ("packed", True)])
 def test_scores_inside_of_multihead_attention_are_multiplied(kind: str, compiled: bool) -> None:
@@ -300,6 +302,7 @@ def anew(kind: str, **options: Any) -> Net:
     return mupass.transform(build(make), batch()[0], base=build(make, BASE), **options)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("made", UNREACHED)
 def test_scores_that_no_module_reaches_are_named_and_left_alone(made: str) -> None:
     with pytest.warns(mupass.MupassWarning, match="head_dim grows, so logits must scale as 1/head_dim"):
@@ -342,6 +345,7 @@ def test_more_heads_of_one_size_have_no_factor() -> None:
 PLAIN: dict[str, Any] = {"momentum": 0.0, "step_bound": None, "kl_clip": None, "factor_decay": 0.0}
 
 
+@pytest.mark.sample("apart-kfac", "joint-ekfac", "packed-kfac", "packed-shampoo", "cross-kfac")
 @pytest.mark.filterwarnings("ignore::mupass.MupassWarning")
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
@@ -446,6 +450,7 @@ def test_saving_says_that_a_factor_is_live() -> None:
         transformed("apart").state_dict()
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("made", ["apart", "joint", "heads", "packed"])
 def test_a_plan_serves_an_instance_of_another_width(made: str) -> None:
     small = mupass.Plan.from_json(transformed(made).mupass_plan.to_json())

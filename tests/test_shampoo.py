@@ -146,6 +146,7 @@ def assert_close(found: Tensor, want: Tensor, note: str) -> None:
     assert (found - want).abs().max() < 1e-8 * want.abs().max(), note
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("mode", ["relative", "absolute", "trace"])
 @pytest.mark.parametrize("e", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("name", MODELS)
@@ -161,6 +162,7 @@ def test_update_equals_eigendecompositions(name: str, e: float, mode: str) -> No
             assert_close(move, want, parameter)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("size", [4, 5, 7])
 @pytest.mark.parametrize("e", [0.5, 1.0])
 @pytest.mark.parametrize("name", MODELS)
@@ -240,6 +242,7 @@ def test_one_side_takes_the_whole_power(name: str, sides: str) -> None:
             assert_close(move, -LR * (m_out / m_in) ** 0.5 * want, parameter)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("size", [5, 100])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("graft", ["none", "sgd", "adam", "rmsprop", "spectral"])

@@ -56,6 +56,7 @@ class Reference:
         self.bases[side] = new
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("every", "eigh_every"), [(1, 0), (3, 0), (6, 0), (1, 3), (2, 2)])
 @pytest.mark.parametrize("size", [3, 6, 100])
 @pytest.mark.parametrize("name", ["mlp", "einsum"])

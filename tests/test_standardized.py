@@ -115,6 +115,7 @@ def treatment(model: nn.Module, name: str, **options: Any) -> Any:
     return {covered.parameter: covered for covered in mupass.KFAC(model, **options).coverage()}[name]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("make", WAYS)
 def test_standardized_kernels_are_told_however_they_are_written(make: Any) -> None:
     net = mupass.transform(build(make), data()[0])
@@ -127,6 +128,7 @@ def test_standardized_kernels_are_told_however_they_are_written(make: Any) -> No
     assert optimizer.stats() == {"steps": 1}
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_other_kernels_fall_back_by_name(make: Any) -> None:
     covered = treatment(mupass.transform(build(make), data()[0]), "2.weight")
@@ -244,6 +246,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("make", [by_rsqrt, by_batch_norm])
 def test_one_step_is_steepest_among_those_that_keep_rows_standardized(

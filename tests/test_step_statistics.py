@@ -7,10 +7,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
+import plans
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,17 +116,13 @@ class Attention(nn.Module):
         return self.head(z + scores @ self.v(z))
 
 
-@cache
-def plan_of(build: Callable[[], nn.Module]) -> mupass.Plan:
-    """Return the plan of a model, made once for all tests."""
+def plain(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    net = mupass.transform(build().double(), torch.randn(SAMPLES, 5).double(), base=WIDTH)
-    return net.mupass_plan  # type: ignore[return-value]
+    return build().double()
 
 
 def transformed(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return mupass.transform(build().double(), plan=plan_of(build))
+    return plans.transformed(plain, build, inputs=torch.randn(SAMPLES, 5).double(), base=WIDTH)
 
 
 def kfac(net: nn.Module, **options: Any) -> mupass.KFAC:
@@ -261,6 +257,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], list[Callable[[Tensor, Tensor], 
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("name", STEPS)
 def test_every_update_is_that_of_its_own_step(name: str, scale: float) -> None:
@@ -342,6 +339,7 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("order", ["before the forward pass", "behind the forward pass"])
 @pytest.mark.parametrize(
     "options", [{}, {"ekfac": True}, {"loss_terms": SAMPLES}], ids=["kfac", "ekfac", "terms"]
@@ -917,7 +915,7 @@ class Masked(nn.Module):
         return self.head(self.encoder(z, mask=mask))
 
 
-@pytest.mark.sample
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("boolean", [False, True])
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_layers_with_a_mask_have_the_factors_of_the_exported_model(decoder: bool, boolean: bool) -> None:
@@ -1030,6 +1028,7 @@ class Context(nn.Module):
         return self.head(checkpoint(run, z, use_reentrant=self.how != "not reentrant"))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("how", ["not reentrant", "reentrant", "nested", "autocast"])
 def test_checkpointed_blocks_are_like_others(how: str) -> None:
     nets = []
@@ -1127,6 +1126,7 @@ class Sum(nn.Module):
         return self.head(z.mean(0) if self.operator == "baddbmm" else z)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (3.0, 1.0), (0.5, 0.25), (2.0, 0.5)])
 @pytest.mark.parametrize("operator", ["addmm", "baddbmm", "addbmm"])
 def test_numbers_inside_of_an_operator_are_in_the_factors(operator: str, alpha: float, beta: float) -> None:
@@ -1218,6 +1218,7 @@ class Physics(nn.Module):
         return torch.func.vmap(value)(x).flatten(1)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian"])
 def test_a_forward_pass_with_torch_func_is_analysed(name: str) -> None:
     net = Physics(getattr(torch.func, name))

@@ -49,7 +49,7 @@ def test_coord_check_takes_either() -> None:
 
 def test_coord_check_takes_batches_in_their_order() -> None:
     def powers(*batches: tuple[torch.Tensor, torch.Tensor]) -> list[dict[str, Any]]:
-        return mupass.coord_check(mlp(), list(batches), steps=3, seeds=2, widths=[32, 64]).records()
+        return mupass.coord_check(mlp, list(batches), steps=3, seeds=2, widths=[32, 64]).records()
 
     first, second = ((X.roll(shift, 1), X[:, :3].argmax(1)) for shift in range(2))
     # After the last one comes the first again.
@@ -144,8 +144,8 @@ def test_jobs_must_be_a_number_or_an_executor(jobs: Any) -> None:
 
 
 def test_results_are_tables(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    swept = sweep(mlp())
-    checked = mupass.coord_check(mlp(), DATA, steps=1, widths=[64, 128])
+    swept = sweep(mlp)
+    checked = mupass.coord_check(mlp, DATA, steps=1, widths=[64, 128])
     slopes = mupass.hypergradient(done(), DATA, {"lr": 0.1}, **SHORT)
     assert swept.records()[0] == {"width": 32, "lr": 0.01, "seed": 0, "loss": swept.trials[0].loss}
     for result, count in ((swept, len(swept.trials)), (checked, len(checked.rows)), (slopes, None)):
@@ -164,7 +164,7 @@ def test_results_are_tables(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_to_frame() -> None:
     pandas = pytest.importorskip("pandas")
-    swept = sweep(mlp())
+    swept = sweep(mlp)
     frame = swept.to_frame()
     assert isinstance(frame, pandas.DataFrame) and list(frame) == ["width", "lr", "seed", "loss"]
     assert frame.loss.tolist() == [t.loss for t in swept.trials]

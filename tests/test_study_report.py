@@ -40,9 +40,10 @@ class Checked(HTMLParser):
         self.text.append(data)
 
 
-def net() -> nn.Module:
+def net(width: int = 128) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 3))
+    layers = nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+    return nn.Sequential(*layers)
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -51,8 +52,8 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_a_page_of_all_studies(tmp_path: Path) -> None:
-    check = mupass.coord_check(net(), batches(), widths=[32, 64], steps=1, seeds=2)
-    found = mupass.sweep(net(), batches(), [0.01, 0.03], [32, 64], steps=2, progress=False)
+    check = mupass.coord_check(net, batches(), widths=[32, 64], steps=1, seeds=2)
+    found = mupass.sweep(net, batches(), [0.01, 0.03], [32, 64], steps=2, progress=False)
     ready = mupass.transfer(
         net(), batches(), grid={"lr": [0.1, 0.2]}, proxy=32, optimizer="shampoo", steps=2, progress=False
     )
@@ -84,7 +85,7 @@ def test_every_study_is_headed_by_its_case_and_sweeps_stand_side_by_side(tmp_pat
     for parameterization in ("mup", "standard"):
         sweeps.append(
             mupass.sweep(
-                net(), batches(), [0.01, 0.03], [32, 64], steps=2, progress=False, optimizer="adam",
+                net, batches(), [0.01, 0.03], [32, 64], steps=2, progress=False, optimizer="adam",
                 parameterization=parameterization,
             )
         )  # fmt: skip
@@ -98,7 +99,7 @@ def test_every_study_is_headed_by_its_case_and_sweeps_stand_side_by_side(tmp_pat
 def test_sweeps_of_different_things_are_not_laid_side_by_side() -> None:
     from mupass._study.sweep_result import comparable
 
-    rates = mupass.sweep(net(), batches(), [0.01, 0.03], [32], steps=1, progress=False)
+    rates = mupass.sweep(net, batches(), [0.01, 0.03], [32], steps=1, progress=False)
     losses = mupass.sweep(
         net(),
         batches(),

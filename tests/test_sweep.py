@@ -99,8 +99,8 @@ def test_all_points_of_a_grid() -> None:
 def test_a_sweep_under_mup_keeps_its_optimum_and_standard_does_not() -> None:
     lrs = [2.0**p for p in range(-11, 0)]
     settings = {"optimizer": "adam", "steps": 20, "widths": [32, 256], "progress": False}
-    mup = mupass.sweep(mlp(), data(), lrs, **settings)
-    standard = mupass.sweep(mlp(), data(), lrs, **settings, parameterization="standard")
+    mup = mupass.sweep(mlp, data(), lrs, **settings)
+    standard = mupass.sweep(mlp, data(), lrs, **settings, parameterization="standard")
     assert not mup.open_ends(), str(mup)
     assert abs(mup.moves()) < 1, str(mup)
     assert standard.moves() < -1.5, str(standard)
@@ -187,7 +187,7 @@ def test_a_killed_sweep_gives_the_same_table(tmp_path: Path, jobs: int) -> None:
 
 def test_a_larger_sweep_takes_over_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "runs.db"
-    first = mupass.sweep(mlp(), data(), [0.1, 0.3], store=store, **SMALL)
+    first = mupass.sweep(mlp, data(), [0.1, 0.3], store=store, **SMALL)
     calls, run = [], Work.run
 
     def counted(self: Work, job: Job) -> tuple[float, float]:
@@ -199,9 +199,9 @@ def test_a_larger_sweep_takes_over_what_is_known(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Work, "run", counted)
     settings = {**SMALL, "optimizer": plain}
-    mupass.sweep(mlp(), data(), [0.1, 0.3], store=store, **settings)
+    mupass.sweep(mlp, data(), [0.1, 0.3], store=store, **settings)
     assert len(calls) == 4  # another optimizer is another study
-    more = mupass.sweep(mlp(), data(), [0.1, 0.3, 0.5], store=store, **settings)
+    more = mupass.sweep(mlp, data(), [0.1, 0.3, 0.5], store=store, **settings)
     assert len(calls) == 6 and [t.loss for t in more.trials if t.point[0][1] < 0.5] == [
         t.loss for t in first.trials
     ]
@@ -239,18 +239,18 @@ def test_an_evaluation_takes_the_place_of_the_training_loss() -> None:
         assert not model.training
         return nn.functional.cross_entropy(model(held[0]), held[1]).item()
 
-    found = mupass.sweep(mlp(), data(), [0.1, 0.5], evaluate=validation, **SMALL)
+    found = mupass.sweep(mlp, data(), [0.1, 0.5], evaluate=validation, **SMALL)
     assert found.score.endswith("validation") and all(0 < t.loss < 3 for t in found.trials)
 
 
 def test_divergence_is_infinite_and_shown() -> None:
-    found = mupass.sweep(mlp(), data(), [0.1, 1e12], **SMALL)
+    found = mupass.sweep(mlp, data(), [0.1, 1e12], **SMALL)
     assert [math.isinf(t.loss) for t in found.trials] == [False, True] * 2
     assert "diverged" in str(found) and "2 diverged" in str(found)
 
 
 def test_reports(tmp_path: Path) -> None:
-    found = mupass.sweep(mlp(), data(), {"lr": [0.1, 0.3, 1.0], "momentum": [0.1, 0.5]}, **SMALL)
+    found = mupass.sweep(mlp, data(), {"lr": [0.1, 0.3, 1.0], "momentum": [0.1, 0.5]}, **SMALL)
     assert found.report() == str(found) and "momentum" in str(found)
     page = Path(found.report(tmp_path / "sweep.html")).read_text()
     assert page.startswith("<!doctype html>") and "src=" not in page and "NOT BRACKETED" in page
@@ -259,14 +259,14 @@ def test_reports(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_report_as_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = mupass.sweep(mlp(), data(), {"lr": [0.1, 0.3, 1.0], "momentum": [0.1, 0.5]}, **SMALL)
+    found = mupass.sweep(mlp, data(), {"lr": [0.1, 0.3, 1.0], "momentum": [0.1, 0.5]}, **SMALL)
     assert Path(found.report(tmp_path / "sweep.png")).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("grid", [[], {}, {"lr": []}, [0.0], [-1.0], [math.nan], {"lr": 0.1}, [True]])
 def test_grids_that_make_no_sense_are_refused(grid) -> None:
     with pytest.raises(mupass.StudyError, match="grid"):
-        mupass.sweep(mlp(), data(), grid, **SMALL)
+        mupass.sweep(mlp, data(), grid, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_hyperparameters_that_the_optimizer_does_not_take_are_refused(optimizer)
 def test_processes_without_loky_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "loky", None)
     with pytest.raises(mupass.StudyError, match="loky"):
-        mupass.sweep(mlp(), data(), [0.1], jobs=2, **SMALL)
+        mupass.sweep(mlp, data(), [0.1], jobs=2, **SMALL)
 
 
 SHARED = """

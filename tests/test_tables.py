@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import transformed
 from test_kfac import LR, PLAIN, RHO, damping, moved, power
 from torch import Tensor, nn
 
@@ -63,21 +64,16 @@ def terms(net: nn.Module, x: Tensor) -> Tensor:
     return (net(x) - 1).square().sum(1)
 
 
-PLANS: dict[tuple[type[nn.Module], str], mupass.Plan] = {}  # made once for all tests
+def make(cls: type[nn.Module], kind: str) -> Any:
+    torch.manual_seed(0)
+    return cls(kind).double()
 
 
 def step_of_table(
     cls: type[nn.Module], kind: str, x: Tensor, compiled: bool, options: dict[str, Any]
 ) -> tuple[Any, Tensor]:
     """Return a plain network with the weights before a step of K-FAC, and how its table moves in it."""
-
-    def make() -> Any:
-        torch.manual_seed(0)
-        return cls(kind).double()
-
-    if (cls, kind) not in PLANS:
-        PLANS[cls, kind] = mupass.transform(make(), x, base=BASE).mupass_plan
-    net, plain = mupass.transform(make(), plan=PLANS[cls, kind]), make()
+    net, plain = transformed(make, cls, kind, inputs=x, base=BASE), make(cls, kind)
     plain.load_state_dict(net.state_dict())
     optimizer = mupass.KFAC(net, LR, RHO, **OPTIONS, **options)
     treatments = {covered.parameter: covered.treatment for covered in optimizer.coverage()}
@@ -87,6 +83,7 @@ def step_of_table(
     return plain, moved(net, optimizer.step)["table"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", TABLES)
@@ -243,6 +240,8 @@ def by_features(kind: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, WIDTH)
 
 
+@pytest.mark.thin(2)
+@pytest.mark.sample
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"damping_mode": "absolute"}], ids=str)
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("kind", READINGS)

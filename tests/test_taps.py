@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import transformed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +41,7 @@ class Case:
 
     def net(self) -> nn.Module:
         """The model at `WIDTH`, transformed; captured once."""
-        return mupass.transform(self.plain(), plan=_plan(self))
+        return transformed(Case.plain, self, inputs=self.batch()[0], base=BASE)
 
     def plain(self, width: int = WIDTH) -> nn.Module:
         torch.manual_seed(0)
@@ -50,11 +50,6 @@ class Case:
     def batch(self, seed: int = 1) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         return self.x(), self.y()
-
-
-@cache
-def _plan(case: Case) -> mupass.Plan:
-    return mupass.transform(case.plain(), case.batch()[0], base=BASE).mupass_plan  # type: ignore[return-value]
 
 
 def squares(out: Tensor, y: Tensor) -> Tensor:
@@ -242,6 +237,7 @@ def covered(model: nn.Module, **options: Any) -> Cover:
     return cover(model, model.mupass_plan, Options(**options), names)  # type: ignore[arg-type]
 
 
+@pytest.mark.sample(every=2)
 @cases
 def test_raw_sums_are_those_of_the_definition(case: Case) -> None:
     net, plain = case.net(), case.plain()
@@ -263,6 +259,7 @@ def test_raw_sums_are_those_of_the_definition(case: Case) -> None:
             torch.testing.assert_close(a, a_want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.sample(every=3)
 @cases
 def test_open_taps_change_neither_output_nor_gradients(case: Case) -> None:
     net, plain = case.net(), case.plain()

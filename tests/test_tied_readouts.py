@@ -58,6 +58,7 @@ def by_hand(net: Tied, scale: float) -> Tensor:
     return bare(IDS) * scale + offset
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("how", WAYS)
 def test_the_multiplier_goes_on_what_the_readout_reads(how: str, mode: str) -> None:

@@ -122,6 +122,7 @@ def by_accelerate(net: nn.Module, make: Callable[[nn.Module], Any], folder: Path
 TRAINERS = {"lightning": by_lightning, "transformers": by_transformers, "accelerate": by_accelerate}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("library", TRAINERS)

@@ -102,6 +102,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(after["tensors"][name], tensor), name
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("parameterization", ["mup", "ntk", "mean_field", "standard"])
 def test_base_width_is_standard_to_the_bit(name: str, parameterization: str) -> None:

@@ -93,6 +93,7 @@ def raised(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
     return [w for w in found if issubclass(w.category, mupass.MupassWarning)]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def moved(
         return [(h @ c.T).square().mean().sqrt().log().item() for h, c in zip(inputs, changes, strict=True)]
 
 
-@pytest.mark.sample
+@pytest.mark.thin(2)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("optimizer", MAKERS)
 @pytest.mark.parametrize("form", FORMS)
@@ -133,9 +135,10 @@ def test_a_readout_of_unit_length_is_named() -> None:
     assert [w for w in analysis.warnings if w.startswith("2.weight: ") and "divides this weight" in w]
 
 
+@pytest.mark.sample("adam")
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_check_passes_a_weight_normed_readout(optimizer: str) -> None:
     x, y = torch.randn(32, 20), torch.randint(8, (32,))
-    model = build(parametrizations.weight_norm, 64)
-    check = mupass.coord_check(model, [(x, y)], optimizer=optimizer, widths=(64, 128, 256), steps=1)
+    normed = partial(build, parametrizations.weight_norm)
+    check = mupass.coord_check(normed, [(x, y)], optimizer=optimizer, widths=(64, 128, 256), steps=1)
     assert check.ok, check.verdict()

@@ -90,6 +90,7 @@ def test_numbers_that_the_code_writes_out_are_marked_by_the_class_that_does() ->
     assert "the code of Picture writes the number 24" in found["second.0.weight:0"]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(("source", "target"), [(32, 64), (32, 16)])
 def test_resize_warns_of_them_and_keeps_those_that_the_caller_fixes(source: int, target: int) -> None:
     with pytest.warns(mupass.MupassWarning, match=r"stem\.conv\.weight:0 .* writes the number 18"):

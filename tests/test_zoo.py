@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,12 @@ PLAIN = {**BLIND, **BLINDER, **DENSE, **SEQUENCE, **VISION, **MORE, **KINDS}
 # For the short tier; the weights of one case are computed, so names and order of its parameters stay.
 PARAMETRIZED = {"normalized_weights"}
 SOME = [name for name in list(PLAIN)[::8] if name not in PARAMETRIZED]
+# Cases with operators, or questions, that no quicker test of the short tier has.
+ALONE = {
+    *("char_lstm", "conformer", "fno", "glow", "implicit_quantile", "involution", "plane_field", "rwkv"),
+    *("set_transformer", "slot_attention", "spatial_transformer", "speech_pooling", "super_resolution"),
+    "vqvae",
+}
 
 
 def wrong(case: Case, analysis: mupass.Analysis, conventional: bool) -> list[str]:
@@ -42,7 +50,9 @@ def unmarked(case: Case, analysis: mupass.Analysis) -> list[str]:
     ]
 
 
-@pytest.mark.sample(*[f"{name}-train" for name in PLAIN], *[f"{name}-eval" for name in SOME])
+@pytest.mark.sample(
+    *[f"{name}-train" for name in {*list(PLAIN)[::5]} | ALONE], *[f"{name}-eval" for name in SOME[::2]]
+)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_one_model_tells_its_widths(case: Case, mode: str) -> None:
@@ -55,7 +65,7 @@ def one_model_tells(case: Case, mode: str) -> None:
     assert not unmarked(case, analysis)
 
 
-@pytest.mark.sample(*SOME)
+@pytest.mark.sample(*SOME[::2])
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_a_second_instance_settles_everything(case: Case) -> None:
     a_second_instance_settles(case)
@@ -107,12 +117,17 @@ def rename(model: nn.Module) -> None:
         module.__class__ = type(type(module).__name__, (type(module),), aliases)
 
 
-UNPARAMETRIZED = {n: c for n, c in PLAIN.items() if n not in PARAMETRIZED}
+def changes() -> Iterator[pytest.param]:
+    """Yield every case with each change; one of them, in turn, is run by the slow tier."""
+    names = [name for name in PLAIN if name not in PARAMETRIZED]
+    for number, name in enumerate(names):
+        for turn, change in enumerate((permute, rename)):
+            marks = () if turn == number % 2 else pytest.mark.long
+            yield pytest.param(PLAIN[name], change, id=f"{name}-{change.__name__}", marks=marks)
 
 
-@pytest.mark.sample(*[f"permute-{name}" for name in SOME], *[f"rename-{name}" for name in SOME])
-@pytest.mark.parametrize("case", UNPARAMETRIZED.values(), ids=UNPARAMETRIZED)
-@pytest.mark.parametrize("change", [permute, rename])
+@pytest.mark.sample(every=9)
+@pytest.mark.parametrize(("case", "change"), list(changes()))
 def test_order_and_names_do_not_matter(case: Case, change) -> None:
     model, inputs = case.build(1).eval(), case.inputs()
     order = [id(p) for p in model.parameters()]
@@ -147,12 +162,14 @@ def coincidence(
 REFERENCE = coincidence(24, 50, 9, 2, 3, 70)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_equal_sizes_do_not_confuse(size: int) -> None:
     assert coincidence(size, size, size, size, 2, size) == REFERENCE
     assert coincidence(size, size, size, size, size // 2, 2 * size) == REFERENCE
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("seed", range(8))
 def test_random_sizes_do_not_matter(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -177,7 +194,8 @@ def test_features_of_the_code_are_a_policy(features: int, grows: bool) -> None:
     assert geometry.ambiguous == (False, True)
 
 
-@pytest.mark.sample(*SOME)
+@pytest.mark.thin(2)
+@pytest.mark.sample(*SOME[1::2])
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_verdicts_do_not_depend_on_the_width_they_are_taken_at(case: Case) -> None:
     assert of_all(alone(case, 1, "eval")) == of_all(alone(case, 3, "eval"))

@@ -48,7 +48,8 @@ def _formulas(old: Tensor) -> Iterator[_Formula]:
         yield from _ramps(old.flatten().double())
     if old.dim() == 2:
         yield from _matrices(old)
-    if len(lengths) == 2 and lengths[1] > 2:
+    # The first position has angles of 0, whose sines are 0 and cosines 1: no drawn matrix starts so.
+    if len(lengths) == 2 and lengths[1] > 2 and ((old.squeeze()[0] == 0) | (old.squeeze()[0] == 1)).all():
         yield from _tables(old)
 
 
