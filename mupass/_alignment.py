@@ -67,7 +67,7 @@ class AlignmentProbe:
             Name of the layer -> exponents.
         """
         # Every module keeps its own mode: a part of the model may be in evaluation mode already.
-        training = {m: m.training for m in self.root.modules()}
+        training = {module: module.training for module in self.root.modules()}
         self.root.eval()
         try:
             inputs = self._inputs({}, args, kwargs)

@@ -225,7 +225,11 @@ def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analys
         *_attention_notes(solved, scores, reasons),
         *constant_notes(without_settled(named, scores), names.term, sizes.of_any),
         *_one_sided_notes(captured, solved, geometries),
-        *(_normalized_note(g) for g in geometries if g.normalized and g.name not in divided),
+        *(
+            _normalized_note(geometry)
+            for geometry in geometries
+            if geometry.normalized and geometry.name not in divided
+        ),
         *(_divided_note(name, operator) for name, operator in divided.items()),
     )
     # A recorded run saw one branch of the code. Where it met all parameters nothing asks for an answer.

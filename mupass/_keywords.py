@@ -34,7 +34,11 @@ def takes(keywords: type, *records: type[DataclassInstance]) -> Callable[[Functi
 
     def shown(function: Function) -> Function:
         described = signature(function)
-        parameters = [p for p in described.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        parameters = [
+            argument
+            for argument in described.parameters.values()
+            if argument.kind is not Parameter.VAR_KEYWORD
+        ]
         for name in keywords.__annotations__:
             field = field_of[name]
             parameters.append(

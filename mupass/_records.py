@@ -251,12 +251,12 @@ class Geometry:
     @property
     def fan_in(self) -> int:
         """Product of the fan_in axes (1 for vectors)."""
-        return prod(self.shape[i] for i in self.fan_in_axes)
+        return prod(self.shape[number] for number in self.fan_in_axes)
 
     @property
     def fan_out(self) -> int:
         """Product of the fan_out axes."""
-        return prod(self.shape[i] for i in self.fan_out_axes)
+        return prod(self.shape[number] for number in self.fan_out_axes)
 
     @property
     def grows_in(self) -> bool:
@@ -285,5 +285,5 @@ class Geometry:
 
     def _growth_of(self, axes: tuple[int, ...]) -> float:
         """Return the size of some axes together relative to their base size; 1 where that is zero."""
-        size = prod(self.shape[i] for i in axes)
-        return size / prod(self.base_shape[i] for i in axes) if size else 1.0
+        size = prod(self.shape[number] for number in axes)
+        return size / prod(self.base_shape[number] for number in axes) if size else 1.0

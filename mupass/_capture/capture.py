@@ -176,4 +176,4 @@ def _output_paths(program: Any, count: int) -> list[str]:
         paths, _ = tree_flatten_with_path(torch.utils._pytree.tree_unflatten(list(range(count)), spec))
         return [path_text(path) for path, _ in paths]
     except (ValueError, TypeError, AttributeError):  # structures that only their owner can rebuild
-        return [f"output {i}" for i in range(count)]
+        return [f"output {number}" for number in range(count)]

@@ -131,7 +131,9 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
             return value
         # ModelOutput of transformers and the like: every field by itself.
         if dataclasses.is_dataclass(value):
-            return {f.name: tree_map(plain, getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {
+                field.name: tree_map(plain, getattr(value, field.name)) for field in dataclasses.fields(value)
+            }
         attributes = getattr(value, "__dict__", {})
         return {name: entry for name, entry in attributes.items() if isinstance(entry, Tensor)} or None
 

@@ -33,7 +33,7 @@ def _inline(module: GraphModule, node: Node, at: int) -> None:
     # Contexts may be nested: no_grad inside of autocast.
     inline_contexts(inner)
     # Placeholders of the inner graph stand for the arguments behind it.
-    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
     copies: dict[Node, Any] = dict(zip(placeholders, node.args[at + 1 :], strict=True))
     with module.graph.inserting_before(node):
         for inner_node in inner.graph.nodes:
@@ -43,7 +43,7 @@ def _inline(module: GraphModule, node: Node, at: int) -> None:
                 name = f"inlined_{node.name}_{inner_node.name}"
                 setattr(module, name, getattr(inner, inner_node.target))
                 copies[inner_node].target = name
-        (results,) = next(n.args for n in inner.graph.nodes if n.op == "output")
+        (results,) = next(node.args for node in inner.graph.nodes if node.op == "output")
     # getitem(context(graph, ...), i): the i-th result of the graph
     for reader in list(node.users):
         if reader.target is operator.getitem:

@@ -94,7 +94,7 @@ def record(
         # Some operators have derivatives of second order only where gradients are enabled.
         with quiet(), settled_draws(), plain_outputs(model), torch.set_grad_enabled(not pre_dispatch):
             with attributes_kept(model), _callers(model, callers), _run_backwards(backward):
-                module = tracer(state, buffers, [leaves[i] for i in tensors])
+                module = tracer(state, buffers, [leaves[number] for number in tensors])
         return _Recording(module, callers, backward, not pre_dispatch)
 
     try:

@@ -83,10 +83,18 @@ class HyperGradient(Tabular):
     def records(self) -> list[dict[str, Any]]:
         """Return one record for each number of a group; in forward mode for each hyperparameter."""
         if not self.groups:
-            return [{"entry": n, "value": self.point[n], "gradient": g} for n, g in self.gradient.items()]
+            return [
+                {"entry": name, "value": self.point[name], "gradient": gradient}
+                for name, gradient in self.gradient.items()
+            ]
         return [
-            {"entry": g.entry, "value": g.value, "gradient": g.gradient, "parameters": " ".join(g.parameters)}
-            for g in self.groups
+            {
+                "entry": number.entry,
+                "value": number.value,
+                "gradient": number.gradient,
+                "parameters": " ".join(number.parameters),
+            }
+            for number in self.groups
         ]
 
     def _tables(self) -> list[str]:

@@ -37,6 +37,7 @@ class KFACRule(PlannedRule):
 
     def options(self, optimizer: KFAC) -> dict[str, tuple[bool, str, str]]:
         """Return the options that the rule does not follow, see `PlannedRule`."""
+        standardized = [block.parameter for block in optimizer._cover.blocks if block.standardized]
         return {
             "fisher='sampled'": (
                 optimizer.sampled,
@@ -49,9 +50,9 @@ class KFACRule(PlannedRule):
                 "use ekfac=False",
             ),
             "a standardized kernel": (
-                any(block.standardized for block in optimizer._cover.blocks),
+                bool(standardized),
                 "its direction depends on the present kernel, which the rule does not carry along",
-                f"pass exclude={[b.parameter for b in optimizer._cover.blocks if b.standardized]}",
+                f"pass exclude={standardized}",
             ),
         }
 

@@ -217,7 +217,7 @@ class PlannedOptimizer(BoundOptimizer):
         self._settings = frozenset().union(*self.param_groups)
         self._members: list[list[str]] = []
         for group in self.param_groups:
-            self._members.append([self.names[p] for p in group["params"]])
+            self._members.append([self.names[parameter] for parameter in group["params"]])
             for parameter in group["params"]:
                 self.state[parameter].update(self._first_state(parameter, group))
 

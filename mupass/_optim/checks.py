@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mupass._errors import OptimizerError, is_number, kind_of
+from mupass import _errors
+from mupass._errors import OptimizerError, is_number, is_whole, kind_of
+
+# check_choice(name, value, known) refuses what is none of the known words.
+check_choice = partial(_errors.check_choice, OptimizerError)
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
@@ -71,24 +76,8 @@ def check_period(name: str, value: Any) -> int:
     Raises:
         OptimizerError: It is not a positive whole number.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise OptimizerError(f"{name} must be a whole number of steps >= 1, not {value!r}")
-    return value
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
-    """Return a known word.
-
-    Args:
-        name: What to call it in the error.
-        value: The word.
-        known: Words allowed.
-
-    Raises:
-        OptimizerError: It is none of them.
-    """
-    if not isinstance(value, str) or value not in tuple(known):
-        raise OptimizerError(f"unknown {name} {value!r}; known: {', '.join(known)}")
     return value
 
 

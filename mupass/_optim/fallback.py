@@ -191,15 +191,17 @@ def averages(
         # The sum beta sum + (1 - beta) gradient has the weight w <- beta w + (1 - beta), and their quotient,
         # which is kept, moves towards the gradient by (1 - beta) / w.
         new_weight = ok.to(*kind) * (1 - beta)
-        own_weights = [weights[i] for i in numbers]
+        own_weights = [weights[number] for number in numbers]
         weight = torch.stack(own_weights)
         weight = weight + new_weight * (1 - weight)
         torch._foreach_copy_(own_weights, list(weight.unbind()))
         # A first step that does not count leaves a weight of zero.
         parts = new_weight / weight.clamp(min=1e-30)
-        own_means = [means[i] for i in numbers]
+        own_means = [means[number] for number in numbers]
         # The model may have changed its precision since the state was made.
-        own_gradients = [gradients[i].to(mean.dtype) for i, mean in zip(numbers, own_means, strict=True)]
+        own_gradients = [
+            gradients[number].to(mean.dtype) for number, mean in zip(numbers, own_means, strict=True)
+        ]
         torch._foreach_lerp_(own_means, own_gradients, list(parts.unbind()))
     return means
 

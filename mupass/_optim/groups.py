@@ -91,7 +91,7 @@ def param_groups(
     plan.check(root)
     tell_drawn_again(root, plan)
     tell_lost_multipliers(root)
-    if not any(p.requires_grad for p in root.parameters()):
+    if not any(parameter.requires_grad for parameter in root.parameters()):
         raise OptimizerError("every parameter of the model is frozen")
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     factors_of: dict[str, dict[int, float]] = {"weight_decay": {}, "eps": {}}

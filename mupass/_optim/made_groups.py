@@ -156,7 +156,7 @@ def told_of_fold(plan: Plan, owner: str, made: str) -> str:
         made: What was made before.
     """
     geometries = [entry.geometry for entry in plan.entries]
-    names = [g.name for g in geometries if g.folded != 1 or g.folded_in != 1]
+    names = [geometry.name for geometry in geometries if geometry.folded != 1 or geometry.folded_in != 1]
     if not names:
         return ""
     return (

@@ -387,13 +387,13 @@ def _check_members(optimizer: torch.optim.Optimizer, watch: RateWatch) -> None:
     """Warn where parameters of the model were replaced after the groups were made."""
     members = set(_groups_of(optimizer))
     # A tensor that the model does not use any more gets no gradient.
-    idle = frozenset(id(p) for p in members if p.grad is None)
+    idle = frozenset(id(parameter) for parameter in members if parameter.grad is None)
     if idle == watch.idle:
         return
     watch.idle = idle
     for root, plan in _planned_models():
         now = dict(root.named_parameters())
-        gone = {p for p in members if id(p) in idle}.difference(now.values())
+        gone = {parameter for parameter in members if id(parameter) in idle}.difference(now.values())
         made = made_for(root, members)
         # All of them may have been replaced, as by load_state_dict(assign=True).
         if not gone or (members.isdisjoint(now.values()) and not made):

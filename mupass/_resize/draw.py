@@ -143,7 +143,11 @@ class Draw:
     ) -> None:
         """Warn of values that look trained, and of those whose law is not clear."""
         told_by_init = told_laws(self.init, [geometry.name for geometry in geometries])
-        judged = [g for g in geometries if g.name in drawn and g.name not in told_by_init]
+        judged = [
+            geometry
+            for geometry in geometries
+            if geometry.name in drawn and geometry.name not in told_by_init
+        ]
         suspects = learned(drawn, judged)
         if suspects:
             warn(

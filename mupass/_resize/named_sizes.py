@@ -109,7 +109,11 @@ class _Consequences:
     def _of_factors(self, whole: int, members: Sequence[int], told: bool) -> Implied | None:
         open_factors = [factor for factor in members if self._is_open(factor)]
         # Fixed factors keep their size, given ones have their new one.
-        sizes = [self.given.get(f, self.space.size(f)) for f in members if f not in open_factors]
+        sizes = [
+            self.given.get(factor, self.space.size(factor))
+            for factor in members
+            if factor not in open_factors
+        ]
         product = math.prod(sizes)
         # All factors are known: so is the whole.
         if whole not in self.given and not open_factors and self._any_given(members):

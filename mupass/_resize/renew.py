@@ -200,8 +200,8 @@ class _Block:
 
     def put(self, new: Tensor, rows: Tensor) -> None:
         """Write new rows into their place."""
-        split = rows.reshape([self._new[i] for i in self._order])
-        restored = split.permute([self._order.index(i) for i in range(len(self._order))])
+        split = rows.reshape([self._new[number] for number in self._order])
+        restored = split.permute([self._order.index(number) for number in range(len(self._order))])
         new[self.here] = restored.reshape(new[self.here].shape)
 
 
@@ -229,19 +229,19 @@ def _patterned(free: Tensor) -> bool:
     if free.is_complex():  # real and imaginary parts are rows of their own
         free = torch.view_as_real(free).movedim(-1, 0).flatten(0, 1)
     # In double precision, since differences of neighbours are compared.
-    x = free.double()
-    for axis in range(1, x.dim()):
-        length = x.shape[axis]
+    doubles = free.double()
+    for axis in range(1, doubles.dim()):
+        length = doubles.shape[axis]
         if length < 2:
             continue
-        steps = x.diff(dim=axis)
+        steps = doubles.diff(dim=axis)
         # A ramp: eight draws that happen to be in order are met once in 20,000 times.
-        one_axis = len(x) * length == x.numel()
+        one_axis = len(doubles) * length == doubles.numel()
         monotone = (steps > 0).all(axis) | (steps < 0).all(axis)
         if length >= 8 and one_axis and monotone.any():
             return True
         # Correlation of neighbours: 0 +- 1/sqrt(pairs) for independent draws.
-        centred = x - x.mean(tuple(range(1, x.dim())), keepdim=True)
+        centred = doubles - doubles.mean(tuple(range(1, doubles.dim())), keepdim=True)
         total = centred.square().mean()
         pairs = steps.numel()
         likeness = (centred.narrow(axis, 0, length - 1) * centred.narrow(axis, 1, length - 1)).mean() / total
@@ -310,19 +310,19 @@ def _unit(
         shape: Of the draw.
         generator: Source of random numbers.
     """
-    n = values.numel()
-    x = (values - values.mean()) / values.std(correction=0)
+    count = values.numel()
+    standardized = (values - values.mean()) / values.std(correction=0)
     sample = torch.empty(shape, dtype=values.dtype)
     # Uniform on [-sqrt(3), sqrt(3)] has variance 1, and nothing lies beyond. The mean and the deviation of a
     # sample have errors, which would push its largest entries over that bound.
-    if scaled.abs().max() <= math.sqrt(3) * (1 + tolerance(n) / 2):
+    if scaled.abs().max() <= math.sqrt(3) * (1 + tolerance(count) / 2):
         return sample.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
-    # Third and fourth moments of n normal draws: 0 +- sqrt(6/n) and 3 +- sqrt(24/n).
-    skew, tails = x.pow(3).mean().abs(), (x.pow(4).mean() - 3).abs()
-    if skew <= SIGMAS * math.sqrt(6 / n) and tails <= SIGMAS * math.sqrt(24 / n):
+    # Third and fourth moments of n normal draws: 0 +- sqrt(6/count) and 3 +- sqrt(24/count).
+    skew, tails = standardized.pow(3).mean().abs(), (standardized.pow(4).mean() - 3).abs()
+    if skew <= SIGMAS * math.sqrt(6 / count) and tails <= SIGMAS * math.sqrt(24 / count):
         return sample.normal_(generator=generator)
     # An unknown law: entries are drawn from the present ones.
-    return x.flatten()[torch.randint(n, shape, generator=generator)]
+    return standardized.flatten()[torch.randint(count, shape, generator=generator)]
 
 
 def _orthogonal(old: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor | None:

@@ -62,7 +62,9 @@ def find_sites(captured: Capture) -> dict[str, tuple[Site, ...]]:
 def _sites(captured: Capture, placeholder: Node) -> list[Found]:
     """Return how every operator uses a parameter."""
     # In derivatives the weight is used forwards as well.
-    readings = [r for r in _readings(captured, placeholder) if r.reader not in captured.derivatives]
+    readings = [
+        reading for reading in _readings(captured, placeholder) if reading.reader not in captured.derivatives
+    ]
     found = [_site(reading) for reading in readings]
     # x * w + y * (1 - w): one use is that of a table, so all are.
     if any(site.kind == "table" for site, _ in found):

@@ -107,7 +107,8 @@ def _findings(
     samples, fixed = _measure(tensors, geometries, stated, draws)
     # Tensors whose law the caller states are no evidence for the law of others.
     findings = {
-        finding.sample.name: finding for finding in find_laws([s for s in samples if s.name not in stated])
+        finding.sample.name: finding
+        for finding in find_laws([sample for sample in samples if sample.name not in stated])
     }
     for sample in samples:
         if sample.name in stated:

@@ -56,7 +56,7 @@ class Scales:
     lr_powers: Powers
 
 
-SCALES = tuple(f.name for f in fields(Scales) if f.name != "lr_powers")
+SCALES = tuple(scale.name for scale in fields(Scales) if scale.name != "lr_powers")
 NONE = (0.0, 0.0)
 
 

@@ -212,6 +212,6 @@ def _use(use: Use) -> str:
 def _fan(g: Geometry, axes: Axes) -> str:
     if not axes:
         return "no such axis"
-    now = "*".join(str(g.shape[i]) for i in axes)
-    base = "*".join(f"{g.base_shape[i]:g}" for i in axes)
+    now = "*".join(str(g.shape[number]) for number in axes)
+    base = "*".join(f"{g.base_shape[number]:g}" for number in axes)
     return f"({now})/({base})" if len(axes) > 1 else f"{now}/{base}"

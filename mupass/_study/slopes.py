@@ -73,12 +73,12 @@ def student(freedom: int, confidence: float) -> float:
         freedom: Degrees of freedom, at least 1.
         confidence: Probability of the interval.
     """
-    p = (1 + confidence) / 2  # both tails count
+    quantile = (1 + confidence) / 2  # both tails count
     if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
+        return math.tan(math.pi * (quantile - 0.5))
     if freedom == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z = NormalDist().inv_cdf(p)
+        return (2 * quantile - 1) * math.sqrt(2 / (4 * quantile * (1 - quantile)))
+    z = NormalDist().inv_cdf(quantile)
     # Coefficients of 1/freedom, 1/freedom^2 and so on.
     terms = (
         (z**3 + z) / 4,

@@ -73,7 +73,7 @@ def ranks_of_a_batch(root: nn.Module) -> int:
     for name, parameter in root.named_parameters():
         if not is_sharded(parameter):
             continue
-        mesh, shards = parameter.device_mesh, [p for p in parameter.placements if p.is_shard()]  # type: ignore[attr-defined]
+        mesh, shards = parameter.device_mesh, [placed for placed in parameter.placements if placed.is_shard()]  # type: ignore[attr-defined]
         # FSDP2 shards along one axis of a mesh; behind it stands that of tensor parallelism.
         if shards and len(shards) > int(is_collected(root, name)):
             return int(mesh.size(mesh.ndim - 1))

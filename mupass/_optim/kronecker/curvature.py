@@ -463,7 +463,7 @@ def _trace(factor: Tensor) -> Tensor:
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Return the values of tensors of one entry, fetched together from the device of the last one."""
     device = tensors[-1].device
-    return torch.cat([t.reshape(1).to(device) for t in tensors]).tolist()  # type: ignore[no-any-return]
+    return torch.cat([tensor.reshape(1).to(device) for tensor in tensors]).tolist()  # type: ignore[no-any-return]
 
 
 def _readers(cover: Cover, parameters: Tensors) -> dict[Place, list[Tensor]]:
