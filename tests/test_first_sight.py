@@ -613,3 +613,106 @@ def test_gates_halves_and_tables_raise_no_doubt(case: str) -> None:
     marked = {g.name.split(".")[0] for g in mupass.analyze(model, inputs).geometries if any(g.ambiguous)}
     # Gates of recurrent layers are no heads, of a gated layer one half is made, tables may be narrower.
     assert marked.isdisjoint({"gru", "attention", "out", "table"})
+
+
+class ScoredTokens(nn.Module):
+    """Attention with a temperature a head: as many heads as each has entries, of which it takes the root."""
+
+    def __init__(self, heads: int, head_dim: int = 8) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.scale = heads, head_dim, head_dim**-0.5
+        self.temperature = nn.Parameter(torch.ones(1, heads, 1, 1))
+        self.qkv, self.out = nn.Linear(5, 3 * heads * head_dim), nn.Linear(heads * head_dim, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT * self.scale / self.temperature).softmax(-1)
+        out: Tensor = self.out((scores @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle:mupass.MupassWarning")
+def test_the_root_of_a_head_is_not_that_of_as_many_heads() -> None:
+    torch.manual_seed(0)
+    resized, truth = (
+        mupass.resize(ScoredTokens(8), scale=0.5, example_inputs=(randn(2, 6, 5),)),
+        ScoredTokens(4),
+    )
+    assert resized.temperature.shape == truth.temperature.shape and resized.scale == truth.scale
+    truth.load_state_dict(resized.state_dict())
+    torch.testing.assert_close(resized(randn(2, 6, 5)), truth(randn(2, 6, 5)))
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle:mupass.MupassWarning")
+def test_a_constructor_draws_what_too_few_entries_tell_of_nothing() -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = hf.UMT5ForConditionalGeneration(
+        hf.UMT5Config(
+            vocab_size=40, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_decoder_layers=1, num_heads=4,
+            use_cache=False, relative_attention_num_buckets=8,
+        )
+    )  # fmt: skip
+    table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    with torch.no_grad():  # 32 entries, drawn by 1/sqrt(32), as they may turn out
+        model.get_parameter(table).mul_(0.2 / model.get_parameter(table).std())
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    wide = mupass.resize(model, 64, example_inputs=inputs, seed=0).get_parameter(table)
+    # Its constructor draws it by 1/sqrt(64); 64 entries tell that to a third.
+    assert wide.shape == (8, 8) and wide.std().item() == pytest.approx(64**-0.5, rel=0.4)
+
+
+class Uneven(nn.Module):
+    """Channels that grow from block to block by a share of a number, rounded to whole ones (ReXNet)."""
+
+    def __init__(self, width: float, step: float) -> None:
+        super().__init__()
+        sizes = [round(width + i * step) for i in range(7)]
+        pairs = zip([3, *sizes], sizes, strict=False)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in pairs)
+        self.head = nn.Linear(sizes[-1], 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(("step", "marked"), [(19.2, True), (20.0, False)])
+def test_widths_that_share_no_factor_may_be_rounded(step: float, marked: bool) -> None:
+    # 32, 51, 70, 90, 109, 128, 147
+    analysis = mupass.analyze(Uneven(32, step), (randn(2, 3, 8, 8),))
+    reasons = [reason for g in analysis.geometries for reason in g.evidence if "share no factor" in reason]
+    assert bool(reasons) == marked
+
+
+class OneToken(nn.Module):
+    """An expert that gets the tokens above a threshold, one of them today."""
+
+    def __init__(self, d: int, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.enter, self.expert, self.head = nn.Linear(5, d), nn.Linear(d, d), nn.Linear(d, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        (chosen,) = torch.where(h.detach().mean(-1) > self.threshold)
+        if chosen.numel():
+            h = h.index_add(0, chosen, self.expert(h[None, chosen].reshape(-1, h.shape[-1])).relu())
+        logits: Tensor = self.head(h)
+        return logits
+
+
+def test_an_expert_of_one_token_may_get_more_at_another_width() -> None:
+    torch.manual_seed(0)
+    x = randn(12, 5)
+    model = OneToken(16, 0.0)
+    means = model.enter(x).detach().mean(-1).sort(descending=True).values
+    model.threshold = float(means[:2].mean())  # one token lies above it
+    wide = mupass.resize(model, scale=2, example_inputs=(x,), seed=3)
+    assert wide.expert.weight.shape == (32, 32)
+    assert int((wide.enter(x).mean(-1) > wide.threshold).sum()) != 1

@@ -212,6 +212,24 @@ class Tagged(nn.Module):
         return logits
 
 
+def test_a_flat_first_layer_of_few_entries_is_not_taken_for_normal_numbers() -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv1d(width, width, 3) for width in (32, 64)]
+    model = nn.Sequential(
+        nn.Conv1d(7, 32, 1),
+        nn.ReLU(),
+        convolutions[0],
+        nn.ReLU(),
+        nn.Conv1d(32, 64, 1),
+        nn.ReLU(),
+        convolutions[1],
+    )
+    for convolution in convolutions:
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    # 224 entries of U(+-1/sqrt(7)), whose std is within four errors of sqrt(2/32).
+    assert plan(model, torch.randn(2, 7, 9))["0.weight"].law == "fan_in, gain 0.577 (uniform)"
+
+
 def test_the_bound_of_a_flat_law_outvotes_a_std_that_others_share() -> None:
     torch.manual_seed(0)
     model = Tagged()
@@ -353,3 +371,18 @@ def test_a_bias_of_a_transposed_convolution_follows_the_fan_that_it_is_drawn_by(
     # As at width 16: torch draws biases from U(+-1/sqrt(out_channels * 9)).
     assert math.isclose(net[2].bias.std().item(), 1 / math.sqrt(3 * 16 * 9), rel_tol=0.2)
     assert torch.equal(net[4].bias, bias)
+
+
+@pytest.mark.parametrize(("std", "doubtful"), [(64**-0.5, True), (0.15, False)])
+def test_one_constant_that_is_the_root_of_a_width_is_in_doubt(std: float, doubtful: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(),
+        nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4),
+    )  # fmt: skip
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    found = plan(model, torch.randn(2, 8))
+    # T5 draws what reads 96 by 1/sqrt(64) too.
+    assert found["6.weight"].law.startswith("constant std") and found["6.weight"].doubtful == doubtful

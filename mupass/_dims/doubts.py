@@ -29,6 +29,8 @@ NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
 SHORT = 2  # steps of ordinary convolutions, whatever widths there are
 BROAD = 16  # a first layer far above all that read it
+ODD = 32  # smaller widths may be odd numbers of an author's own
+SEVERAL = 3  # widths that cannot be odd by chance
 STEM_OVER = 2  # the same for a first convolution: mobile networks keep its channels, or scale them
 
 
@@ -57,6 +59,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _broad_starts,
         _repeated_sizes,
         _rounded,
+        _uneven,
         _unread,
         _single_keys,
         _competing,
@@ -306,6 +309,17 @@ def _rounded(wiring: Wiring) -> Found:
                 reason = f"it is {own_size} of {own_source}, and all such places are {ratio} of their widths "
                 yield dim, f"{reason}only to multiples of {step}, so its builder may round it"
             return
+
+
+def _uneven(wiring: Wiring) -> Found:
+    """Widths of odd sizes that share no factor: a builder rounds them to whole numbers, at any width anew."""
+    space = wiring.space
+    atoms = [dim for dim in wiring.widths if not space.members_of(dim, "product", "sum")]
+    odd = sorted({space.size(dim) for dim in atoms if space.size(dim) > ODD and space.size(dim) % 2})
+    if len(odd) >= SEVERAL and gcd(*odd) == 1:
+        reason = f"{', '.join(map(str, odd[:SEVERAL]))} share no factor, so its builder may round widths"
+        for dim in sorted(filter(wiring.verdicts.is_firm, wiring.fans)):
+            yield dim, reason
 
 
 def _unread(wiring: Wiring) -> Found:

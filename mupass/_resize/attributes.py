@@ -13,6 +13,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -182,12 +184,24 @@ class Attributes:
         return value
 
     def _own_sizes(self, path: str, size: int) -> set[int]:
-        """Return the new sizes of those axes of a module's own parameters that have some size now."""
+        """Return the new sizes of those axes of a module's own parameters that have some size now.
+
+        Of a number of heads there is no root: it is of the size per head beside it, which may be as large.
+        """
         new_sizes: set[int] = set()
+        find = self.sizes.solved.engine.space.find
         for parameter, dims in self.sizes.solved.dims.items():
             if parameter.rpartition(".")[0] == path:
-                new_sizes.update(self.sizes.of_dim(dim) for dim in dims if self._size(dim) == size)
+                own = [dim for dim in dims if self._size(dim) == size and find(dim) not in self._heads]
+                new_sizes.update(map(self.sizes.of_dim, own))
         return new_sizes
+
+    @cached_property
+    def _heads(self) -> set[int]:
+        """Dimensions along which products of activations are batches."""
+        solved = self.sizes.solved
+        batches = [product.batch for product in solved.engine.facts.bilinear]
+        return solved.engine.space.find_all(chain.from_iterable(batches))
 
     def _is_data(self, path: str, size: int) -> bool:
         """Whether all that keeps some size in a module is data, and no size per head, which has roots too."""

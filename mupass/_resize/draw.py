@@ -21,6 +21,7 @@ from mupass._resize.renew import Segment, draw, pattern, segments
 from mupass._resize.sizes import NewSizes
 from mupass._roles.weight_norm import with_lengths
 from mupass._scales.init import Init, InitChoice, length_axis, own_init, told_laws
+from mupass._scales.laws import FEW
 from mupass._scales.learned import learned
 
 Shape = tuple[int, ...]
@@ -94,7 +95,9 @@ class Draw:
         # What no width changes comes first: one seed draws it alike at every width.
         for name in sorted(source, key=lambda name: _grows(axes[name])):
             # Values of unknown origin are left to the model's own constructor where there is one.
-            if own_code and laws[name].doubtful:
+            if own_code and (
+                laws[name].doubtful or self._is_few(name, source[name], laws[name], shapes[name])
+            ):
                 continue
             try:
                 new_values[name] = self._values(name, source[name], axes[name], laws[name], shapes[name])
@@ -102,6 +105,15 @@ class Draw:
                 if not own_code:
                     raise
         return new_values
+
+    def _is_few(self, name: str, values: Tensor, law: Init, shape: Shape) -> bool:
+        """Whether random entries that are to be drawn are too few to tell their scale, and nobody told it."""
+        is_drawn = law.std is not None and tuple(values.shape) != shape
+        return (
+            is_drawn
+            and values.numel() < FEW
+            and name not in told_laws(self.init, list(self.sizes.solved.dims))
+        )
 
     def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:
         """Return the values of one parameter that follow a law.

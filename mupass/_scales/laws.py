@@ -21,7 +21,7 @@ CANONICAL = {
 KINDS = tuple(CANONICAL)
 ROUNDING = 4e-3  # of half precision
 MANY = 1024  # entries of which the largest tells a bound to 2 %
-CERTAIN = 256  # entries that are not flat by chance
+CERTAIN = 192  # entries that are not flat by chance
 FEW = 64  # a tensor with fewer entries follows the others rather than speaking for a law
 
 
@@ -232,10 +232,11 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
         usual = [law for law in hypotheses if law.canonical]
+        roots = [] if best.canonical or best.kind != "constant" else _roots(best, usual, unexplained)
         for sample in filter(best.explains, unexplained):
             # A gain that others suggest, and that is off by more than this tensor's own error.
             others = [] if best.canonical or replace(best, slack=0.0).explains(sample) else usual
-            findings.append(_settled(sample, best, [*rivals, *others]))
+            findings.append(_settled(sample, best, [*rivals, *others], roots))
         unexplained = [sample for sample in unexplained if not best.explains(sample)]
     yield from findings
     for sample in unexplained:
@@ -259,13 +260,30 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
         yield from hypotheses
 
 
-def _settled(sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis]) -> Finding:
+def _roots(constant: _Hypothesis, usual: Sequence[_Hypothesis], samples: Sequence[Sample]) -> list[str]:
+    """Return the laws of a fan that grows by which most of what a fitted constant explains may be drawn.
+
+    ``std = d_model ** -0.5`` for all weights: those that read another width tell the law from LeCun's.
+    """
+    grown = [s for s in samples if constant.explains(s) and s.fans.m_in != 1 and s.count >= FEW]
+    kinds = []
+    for law in usual:
+        if law.kind != "constant" and 2 * sum(map(law.explains, grown)) > len(grown):
+            kinds.append(law.kind)
+    return kinds
+
+
+def _settled(
+    sample: Sample, law: _Hypothesis, rivals: Sequence[_Hypothesis], roots: Sequence[str] = ()
+) -> Finding:
     # A rival matters only where it would scale this tensor otherwise.
     others = {
         rival.kind
         for rival in rivals
         if rival.explains(sample) and sample.fans.ratio(rival.kind) != sample.fans.ratio(law.kind)
     }
+    if sample.fans.m_in != 1 or sample.fans.m_out != 1:
+        others.update(roots)
     note = f"ambiguous with {', '.join(sorted(others))}: {law.kind} taken" if others else ""
     return Finding(sample, law.kind, law.gain, note, bool(others))
 

@@ -127,6 +127,10 @@ def view(call: Call) -> Result:
     """Reshape; literal sizes in the code are remembered as hints."""
     source = call.values[0]
     axes = regroup(call, source.axes, call.shape)
+    # A single token of an expert, x[None, idx].reshape(-1, d): another time there are more.
+    counted = call.space.find_all(call.facts.counted)
+    if any(axis.size == 1 and call.space.find(axis.dim) in counted for axis in source.axes):
+        call.facts.counted.update(axis.dim for axis in axes if axis.size == 1)
     # view(b, -1, 64): the sizes as the code gives them, with -1 for what is left open.
     sizes = call.get("size") or call.get("shape") or call.get("sizes") or ()
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(axes) or -1 not in sizes:
