@@ -56,8 +56,10 @@ def test_bins_of_which_a_frozen_weight_takes_the_mean_are_fixed_and_marked() -> 
         assert not analysis[name].infinite[axis] and analysis[name].ambiguous[axis]
     assert analysis["again.weight"].infinite == (False, True)
     assert base_shapes(lambda k: Pitch(16 * k, True), (randn(2, 4, 9),)) == shapes(Pitch(16, True))
-    # What is trained may be any layer behind a softmax.
-    assert mupass.analyze(Pitch(32, frozen=False), randn(2, 4, 9))["mean.weight"].infinite == (False, True)
+    # What is trained may be any layer behind a softmax, if the code names no size of its own for it.
+    for bins, grows in ((6, False), (8, True)):
+        analysis = mupass.analyze(Pitch(32, False, bins), randn(2, 4, 9))
+        assert analysis["mean.weight"].infinite == (False, grows)
 
 
 class Discrete(nn.Module):

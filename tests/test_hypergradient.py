@@ -14,6 +14,7 @@ from test_sweep import data
 from torch import Tensor, nn
 
 import mupass
+from mupass._hyper.elementary_norms import Apart
 from mupass._hyper.roots import damped_root
 from mupass._runs.batches import cross_entropy, read_batches
 from mupass._runs.copies import Copies
@@ -202,6 +203,27 @@ def test_it_is_the_gradient_of_a_loop_written_by_hand(name: str) -> None:
     assert found.loss == pytest.approx(score.item(), rel=1e-12)
     for key, g in zip(number, wanted, strict=True):
         assert found.gradient[key] == pytest.approx(g.item(), rel=1e-9)
+
+
+def test_norms_in_elementary_operators_have_the_values_of_torch() -> None:
+    x, gain, shift = torch.randn(5, 6, 4), torch.rand(6) + 0.5, torch.randn(6)
+
+    def results() -> list[Tensor]:
+        mean, variance = torch.full((6,), 0.2), torch.full((6,), 1.5)
+        return [
+            F.batch_norm(x, mean, variance, gain, shift, training=True),
+            F.batch_norm(x, mean, variance, gain, shift),
+            F.instance_norm(x, mean, variance, gain, shift),
+            F.instance_norm(x, mean, variance, gain, shift, use_input_stats=False),
+            F.layer_norm(x.mT, (6,), gain, shift),
+            mean,
+            variance,
+        ]
+
+    expected = results()
+    with Apart():
+        found = results()
+    torch.testing.assert_close(found, expected)
 
 
 def test_every_group_has_its_own_derivative() -> None:

@@ -24,6 +24,15 @@ def mlp(width: int) -> nn.Module:
     )
 
 
+def test_normal_weights_are_drawn_anew_and_not_picked_from_the_old_ones() -> None:
+    model = mlp(32)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    grown = resize(model, 64, example_inputs=torch.randn(3, 20))
+    for parameter in grown.parameters():
+        assert len(parameter.unique()) > 0.98 * parameter.numel()
+
+
 def test_same_width_is_an_independent_copy_with_equal_output() -> None:
     torch.manual_seed(0)
     model, x = mlp(32), torch.randn(3, 20)

@@ -82,9 +82,16 @@ WRITTEN = {
 IMAGE = (randn(2, 3, 8, 8),)
 
 
-def test_numbers_that_the_code_writes_out_are_marked_by_the_class_that_does() -> None:
+def test_numbers_that_the_code_writes_out_are_fixed_and_marked_by_the_class_that_does() -> None:
     found = doubted(Picture(32), *IMAGE)
     assert set(found) == WRITTEN
+    fixed = {
+        f"{geometry.name}:{axis}"
+        for geometry in mupass.analyze(Picture(32), IMAGE).geometries
+        for axis, infinite in enumerate(geometry.infinite)
+        if not infinite
+    }
+    assert fixed >= WRITTEN
     assert "the code of Picture writes the number 18" in found["stem.conv.weight:0"]
     assert "the code of Inner writes the number 40" in found["inner.up.weight:0"]
     assert "the code of Picture writes the number 24" in found["second.0.weight:0"]
@@ -92,13 +99,27 @@ def test_numbers_that_the_code_writes_out_are_marked_by_the_class_that_does() ->
 
 @pytest.mark.sample(every=2)
 @pytest.mark.parametrize(("source", "target"), [(32, 64), (32, 16)])
-def test_resize_warns_of_them_and_keeps_those_that_the_caller_fixes(source: int, target: int) -> None:
-    with pytest.warns(mupass.MupassWarning, match=r"stem\.conv\.weight:0 .* writes the number 18"):
-        mupass.resize(Picture(source), target, example_inputs=IMAGE)
-    fixed = dict.fromkeys(WRITTEN, "finite")
-    resized, want = mupass.resize(Picture(source), target, example_inputs=IMAGE, dims=fixed), Picture(target)
+def test_resize_keeps_them_and_says_so_unless_the_caller_settles_them(source: int, target: int) -> None:
+    with pytest.warns(
+        mupass.MupassWarning, match=r"numbers of the code stay .*: stem\.conv\.weight:0 \(18\)"
+    ):
+        resized = mupass.resize(Picture(source), target, example_inputs=IMAGE)
+    want = Picture(target)
     want.load_state_dict(resized.state_dict())
     torch.testing.assert_close(resized.eval()(*IMAGE), want.eval()(*IMAGE))
+    # Warnings are errors here: what the caller settles is not asked about.
+    fixed = mupass.resize(
+        Picture(source), target, example_inputs=IMAGE, dims=dict.fromkeys(WRITTEN, "finite")
+    )
+    assert shapes_of(fixed) == shapes_of(want)
+    grown = mupass.resize(
+        Picture(source), target, example_inputs=IMAGE, dims=dict.fromkeys(WRITTEN, "infinite")
+    )
+    assert shapes_of(grown)["stem.conv.weight"][0] == 18 * target // source
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 class Numbers(nn.Module):

@@ -66,7 +66,6 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _categorical,
         _mixing,
         _mixed_weights,
-        _written,
     )
     for rule in rules:
         for dim, reason in list(rule(wiring)):
@@ -448,20 +447,6 @@ def _mixed_weights(wiring: Wiring) -> Found:
         for dim in filter(verdicts.is_firm, map(space.find, weight.made)):
             if space.size(dim) * STRAIGHT <= min(sizes):
                 yield dim, "each of its entries has a matrix between two wider ones, so it may count matrices"
-
-
-def _written(wiring: Wiring) -> Found:
-    """A number that the code writes out for a layer, where most widths follow an argument."""
-    verdicts, space = wiring.verdicts, wiring.space
-    written = _by_class(wiring, verdicts.facts.written)
-    # What is in doubt already is asked about anyway.
-    carried = list(filter(verdicts.is_firm, map(space.find, verdicts.facts.carried.values())))
-    numbers = [dim for dim in carried if dim in written]
-    # Where most of a model is numbers, they say nothing of what its author would widen.
-    if 2 * len(numbers) > len(carried):
-        return
-    for dim in sorted(set(numbers) & wiring.fans):
-        yield dim, f"the code of {written[dim]} writes the number {space.size(dim)}"
 
 
 def _several_axes(wiring: Wiring) -> Found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -323,15 +323,42 @@ def decide(
         The verdicts; `Verdicts.get` is None for dimensions that no parameter and no weight touches.
 
     """
-    verdicts, outputs, made = Verdicts(space, facts), tuple(outputs), tuple(made)
-    # The order is that of authority: the caller, the data, facts of the graph.
-    verdicts.impose({dim: Verdict(infinite, reason) for dim, (infinite, reason) in overrides.items()})
-    for dim, reason in inputs:
-        verdicts.settle([dim], Verdict(False, reason))
-    for dim, reason in facts.finite.items():
-        verdicts.settle([dim], Verdict(False, reason))
-    hidden = policies.settle_outputs(verdicts, outputs)
-    # Policies, then defaults. The order is a ranking: what is settled first is not asked again.
+    inputs, outputs, made = tuple(inputs), tuple(outputs), tuple(made)
+
+    def settled(numbers: Mapping[int, str]) -> Verdicts:
+        verdicts = Verdicts(space, facts)
+        # The order is that of authority: the caller, the data, facts of the graph.
+        verdicts.impose({dim: Verdict(infinite, reason) for dim, (infinite, reason) in overrides.items()})
+        for dim, reason in inputs:
+            verdicts.settle([dim], Verdict(False, reason))
+        for dim, reason in facts.finite.items():
+            verdicts.settle([dim], Verdict(False, reason))
+        hidden = policies.settle_outputs(verdicts, outputs)
+        _settle_rest(verdicts, made, numbers)
+        for dim, reason in hidden.items():
+            if verdicts.grows(dim):
+                verdicts.question(dim, f"{HIDDEN} ({reason})")
+        raise_doubts(verdicts, outputs)
+        return verdicts
+
+    numbers: dict[int, str] = {}
+    while True:
+        verdicts = settled(numbers)
+        # Which numbers of the code would grow undoubted is known at the end only; all is then settled anew.
+        found = policies.numbers_written(verdicts)
+        if found.keys() <= numbers.keys():
+            return verdicts
+        numbers |= found
+
+
+def _settle_rest(verdicts: Verdicts, made: Sequence[int], numbers: Mapping[int, str]) -> None:
+    """Decide by policies, then by defaults. The order is a ranking: what is settled first is not asked again.
+
+    Args:
+        verdicts: What the caller, the data and the graph settle.
+        made: Axes that parameters bring into the computation.
+        numbers: Result of `policies.numbers_written`.
+    """
     policies.settle_heads(verdicts)
     policies.settle_blocks(verdicts)
     policies.settle_groups(verdicts)
@@ -344,6 +371,7 @@ def decide(
     policies.settle_inserted(verdicts)
     policies.settle_rests(verdicts)
     policies.settle_keys(verdicts)
+    policies.settle_numbers(verdicts, numbers)
     unmade = policies.unmade(verdicts, made)
     policies.settle_fans(verdicts, unmade, made)
     policies.settle_unmade(verdicts, unmade)
@@ -353,11 +381,6 @@ def decide(
     policies.settle_scores(verdicts)
     policies.settle_products(verdicts)
     policies.settle_cuts(verdicts)
-    for dim, reason in hidden.items():
-        if verdicts.grows(dim):
-            verdicts.question(dim, f"{HIDDEN} ({reason})")
-    raise_doubts(verdicts, outputs)
-    return verdicts
 
 
 def _run(

@@ -14,7 +14,9 @@ from mupass._dims.facts import Facts, ParameterUse
 from mupass._dims.space import Space
 from mupass._dims.verdicts import Verdict, Verdicts
 
-CODE_FEATURES = "policy: features of the code"  # what the verdicts on fixed ones say first
+# What the verdicts on fixed ones say first.
+CODE_FEATURES = "policy: features of the code"
+CODE_NUMBER = "policy: a size of its own, since the code of"
 
 
 def settle_outputs(verdicts: Verdicts, outputs: Sequence[tuple[int, str]]) -> dict[int, str]:
@@ -116,6 +118,35 @@ def settle_keys(verdicts: Verdicts) -> None:
                 places.append((key, max(sources[whole]), values))
     reason = "policy: fixed size of the queries and keys of one head, which scores alone contract"
     verdicts.settle(numbers_among(space, places), Verdict(False, reason, True))
+
+
+def numbers_written(verdicts: Verdicts) -> dict[int, str]:
+    """Return the widths whose sizes the code writes out, where most follow an argument; each with the class.
+
+    Args:
+        verdicts: What all other policies and defaults decide; what is in doubt already is asked about anyway.
+    """
+    space, facts = verdicts.space, verdicts.facts
+    written = {space.find(dim): where for dim, where in facts.written.items()}
+    widths = list(filter(verdicts.is_firm, map(space.find, facts.carried.values())))
+    numbers = [dim for dim in widths if dim in written]
+    # Where most of a model is numbers, they say nothing of what its author would widen.
+    if 2 * len(numbers) > len(widths):
+        return {}
+    fans = space.find_all((*facts.fan_in, *facts.fan_out))
+    return {dim: written[dim] for dim in sorted(fans.intersection(numbers))}
+
+
+def settle_numbers(verdicts: Verdicts, numbers: Mapping[int, str]) -> None:
+    """Policy: a number that the code writes out for a layer stays, where most widths follow an argument.
+
+    Args:
+        verdicts: What is settled so far.
+        numbers: Result of `numbers_written`.
+    """
+    for dim, where in numbers.items():
+        reason = f"{CODE_NUMBER} {where} writes the number {verdicts.space.size(dim)}"
+        verdicts.settle([dim], Verdict(False, reason, True))
 
 
 def _rejoined(space: Space, dim: int) -> set[int]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from mupass._capture.graph import parameter_names
 from mupass._capture.inputs import as_call, find_inputs
 from mupass._dims.infer import ONE_ENTRY
-from mupass._dims.policies import CODE_FEATURES
+from mupass._dims.policies import CODE_FEATURES, CODE_NUMBER
 from mupass._dims.solve import solve
 from mupass._errors import ResizeError, warn
 from mupass._resize.attributes import Attributes, handled_dims
@@ -144,7 +144,7 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
     if not sizes.changes:
         return
     axes_of: dict[tuple[int, str], list[str]] = {}  # dimension and policy -> its axes of parameters
-    kept: list[str] = []  # axes that features of the code fix
+    kept: list[str] = []  # axes that features or numbers of the code fix
     single: list[str] = []  # axes of one entry that have several in other blocks, where they grow
     for name, parameter in model.named_parameters():
         for axis, before in enumerate(parameter.shape):
@@ -157,8 +157,9 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
             if verdict.policy and before != after:
                 matter = dim, verdict.why.removeprefix("policy: ")
                 axes_of.setdefault(matter, []).append(f"{name}:{axis} ({before} to {after})")
-            # Sinusoids of so many features, which the code may as well make as many as the width has units.
-            if verdict.why.startswith(CODE_FEATURES) and before == after:
+            # Sizes that the code writes out, and sinusoids of so many features, which it may as well make as
+            # many as the width has units.
+            if verdict.why.startswith((CODE_FEATURES, CODE_NUMBER)) and before == after:
                 kept.append(f"{name}:{axis} ({before})")
             if verdict.why.startswith(ONE_ENTRY):
                 single.append(f"{name}:{axis}")
@@ -172,7 +173,7 @@ def _warn_of_policies(model: nn.Module, sizes: NewSizes, shapes: Mapping[str, tu
     if kept:
         warn(
             [
-                "features of the code stay as many as they are, which one model cannot settle; say "
+                "features and numbers of the code stay as they are, which one model cannot settle; say "
                 f"dims={{'PARAMETER:AXIS': 'infinite'}} of those that grow: {_first(kept, ', ', '')}"
             ]
         )
