@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import chain, combinations
 from math import gcd, prod
 
-from mupass._dims.policies import compared, mixed, numbers_among
+from mupass._dims.policies import compared, mixed, numbers_among, numbers_written
 from mupass._dims.verdicts import Verdicts
 from mupass._dims.wiring import Wiring
 
@@ -66,6 +66,7 @@ def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None
         _categorical,
         _mixing,
         _mixed_weights,
+        _written,
     )
     for rule in rules:
         for dim, reason in list(rule(wiring)):
@@ -447,6 +448,12 @@ def _mixed_weights(wiring: Wiring) -> Found:
         for dim in filter(verdicts.is_firm, map(space.find, weight.made)):
             if space.size(dim) * STRAIGHT <= min(sizes):
                 yield dim, "each of its entries has a matrix between two wider ones, so it may count matrices"
+
+
+def _written(wiring: Wiring) -> Found:
+    """A number that the code writes out for a layer, and that other widths have as well."""
+    for dim, where in numbers_written(wiring.verdicts, shared=True).items():
+        yield dim, f"the code of {where} writes the number {wiring.space.size(dim)}"
 
 
 def _several_axes(wiring: Wiring) -> Found:

@@ -120,11 +120,13 @@ def settle_keys(verdicts: Verdicts) -> None:
     verdicts.settle(numbers_among(space, places), Verdict(False, reason, True))
 
 
-def numbers_written(verdicts: Verdicts) -> dict[int, str]:
+def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
     """Return the widths whose sizes the code writes out, where most follow an argument; each with the class.
 
     Args:
         verdicts: What all other policies and defaults decide; what is in doubt already is asked about anyway.
+        shared: Whether those are wanted whose size other widths have too, which may be written somewhere
+            that was not understood; else the others, which are numbers of their own.
     """
     space, facts = verdicts.space, verdicts.facts
     written = {space.find(dim): where for dim, where in facts.written.items()}
@@ -133,8 +135,10 @@ def numbers_written(verdicts: Verdicts) -> dict[int, str]:
     # Where most of a model is numbers, they say nothing of what its author would widen.
     if 2 * len(numbers) > len(widths):
         return {}
+    others = {space.size(dim) for dim in widths if dim not in written}
     fans = space.find_all((*facts.fan_in, *facts.fan_out))
-    return {dim: written[dim] for dim in sorted(fans.intersection(numbers))}
+    chosen = sorted(fans.intersection(numbers))
+    return {dim: written[dim] for dim in chosen if (space.size(dim) in others) == shared}
 
 
 def settle_numbers(verdicts: Verdicts, numbers: Mapping[int, str]) -> None:
