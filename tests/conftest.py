@@ -18,7 +18,7 @@ from zoo.case import Case
 torch.set_num_threads(1)
 
 THE_REST = """\
-That was the short tier. The rest, which CI runs too (20 to 25 minutes on 2 cores): pytest -m slow
+That was the short tier. The rest, which CI runs too (20 to 35 minutes on 2 cores): pytest -m slow
 What needs other packages is skipped there without pip install -e ".[dev,ci]". By hand only: pytest -m long"""
 
 
