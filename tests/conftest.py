@@ -49,14 +49,20 @@ def _sample(cases):
     return chosen
 
 
-def _left_out(items):
-    """Return the cases of tests marked ``sample`` that the short tier does without."""
+def _cases_of_tests(items, mark):
+    """Return the cases of every test that has a mark, test by test."""
     tests = defaultdict(list)
     for item in items:
-        if "sample" in _marks(item) and not _marks(item) & {"slow", "zoo", "long"}:
+        if item.get_closest_marker(mark):
             tests[item.path, item.parent.name, item.originalname].append(item)
+    return tests.values()
+
+
+def _left_out(items):
+    """Return the cases of tests marked ``sample`` that the short tier does without."""
     left_out = set()
-    for cases in tests.values():
+    short = [item for item in items if not _marks(item) & {"slow", "zoo", "long"}]
+    for cases in _cases_of_tests(short, "sample"):
         mark = cases[0].get_closest_marker("sample")
         names, every = set(mark.args), mark.kwargs.get("every")
         chosen = set(cases[::every]) if every else _sample(cases)
@@ -71,12 +77,8 @@ def _left_out(items):
 
 def _thinned(items):
     """Return the cases of tests marked ``thin`` that the slow tier leaves to the long one."""
-    tests = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("thin"):
-            tests[item.path, item.parent.name, item.originalname].append(item)
     thinned = set()
-    for cases in tests.values():
+    for cases in _cases_of_tests(items, "thin"):
         (every,) = cases[0].get_closest_marker("thin").args
         thinned.update(set(cases) - set(cases[::every]))
     return thinned

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from test_doubts import doubted
+from test_first_sight import shapes
 from torch import Tensor, nn
 from zoo.case import randn
 
@@ -111,15 +112,11 @@ def test_resize_keeps_them_and_says_so_unless_the_caller_settles_them(source: in
     fixed = mupass.resize(
         Picture(source), target, example_inputs=IMAGE, dims=dict.fromkeys(WRITTEN, "finite")
     )
-    assert shapes_of(fixed) == shapes_of(want)
+    assert shapes(fixed) == shapes(want)
     grown = mupass.resize(
         Picture(source), target, example_inputs=IMAGE, dims=dict.fromkeys(WRITTEN, "infinite")
     )
-    assert shapes_of(grown)["stem.conv.weight"][0] == 18 * target // source
-
-
-def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert shapes(grown)["stem.conv.weight"][0] == 18 * target // source
 
 
 class Numbers(nn.Module):

@@ -8,7 +8,7 @@ it marks it as settled by a policy, with the reason, so that the report asks and
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain, combinations
 from math import gcd, prod
@@ -29,9 +29,9 @@ NARROW = 8  # a bottleneck behind a nonlinearity
 WIDE = 4  # a last layer that widens before the readout
 SHORT = 2  # steps of ordinary convolutions, whatever widths there are
 BROAD = 16  # a first layer far above all that read it
+STEM_OVER = 2  # the same for a first convolution: mobile networks keep its channels, or scale them
 ODD = 32  # smaller widths may be odd numbers of an author's own
 SEVERAL = 3  # widths that cannot be odd by chance
-STEM_OVER = 2  # the same for a first convolution: mobile networks keep its channels, or scale them
 
 
 def raise_doubts(verdicts: Verdicts, outputs: Iterable[tuple[int, str]]) -> None:
@@ -161,21 +161,16 @@ def _as_many(wiring: Wiring) -> Found:
 
 def _combinations(wiring: Wiring) -> Found:
     """Products over another axis: of the leaves of a decision tree of four levels there are 2^4."""
-    multiplied = _by_class(wiring, wiring.verdicts.facts.multiplied)
+    multiplied = wiring.space.by_class(wiring.verdicts.facts.multiplied)
     for dim in filter(multiplied.__contains__, wiring.widths):
         yield dim, f"its entries are products ({multiplied[dim]}), so it may count cases"
 
 
 def _filters(wiring: Wiring) -> Found:
     """Filters that the code computes, each from numbers of its own: band-pass filters of two frequencies."""
-    filters = _by_class(wiring, wiring.verdicts.facts.filters)
+    filters = wiring.space.by_class(wiring.verdicts.facts.filters)
     for dim in filter(filters.__contains__, wiring.widths):
         yield dim, f"the code computes the weight that makes it ({filters[dim]}), so it may count filters"
-
-
-def _by_class(wiring: Wiring, found: Mapping[int, str]) -> dict[int, str]:
-    """Return what was found of dimensions, by the representatives of their classes."""
-    return {wiring.space.find(dim): where for dim, where in found.items()}
 
 
 def _narrow_ends(wiring: Wiring) -> Found:
@@ -394,7 +389,7 @@ def _talking_heads(wiring: Wiring, heads: int) -> set[int]:
 
 def _competing(wiring: Wiring) -> Found:
     """Memory slots or units: entries that compete in a softmax and that a weight then reads."""
-    competing = _by_class(wiring, wiring.verdicts.facts.alternatives)
+    competing = wiring.space.by_class(wiring.verdicts.facts.alternatives)
     for dim in wiring.widths:
         if dim in competing and wiring.source(dim) is not None:
             yield dim, competing[dim]

@@ -30,7 +30,7 @@ def settle_outputs(verdicts: Verdicts, outputs: Sequence[tuple[int, str]]) -> di
         elif verdicts.is_open(dim):
             read_again.setdefault(dim, description)
     # mean, deviation = y[..., :1], y[..., 1:]: parts of one entry settle nothing, and make up all of y
-    described = {verdicts.space.find(dim): description for dim, description in outputs}
+    described = verdicts.space.by_class(dict(outputs))
     for whole, parts in verdicts.space.terms("sum"):
         single = all(verdicts.space.size(part) == 1 and part in described for part in parts)
         if single and whole not in hidden:
@@ -129,7 +129,7 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
             that was not understood; else the others, which are numbers of their own.
     """
     space, facts = verdicts.space, verdicts.facts
-    written = {space.find(dim): where for dim, where in facts.written.items()}
+    written = space.by_class(facts.written)
     widths = list(filter(verdicts.is_firm, map(space.find, facts.carried.values())))
     numbers = [dim for dim in widths if dim in written]
     # Where most of a model is numbers, they say nothing of what its author would widen.

@@ -62,6 +62,10 @@ class Space:
         """Return the representatives of several dimensions."""
         return set(map(self.find, dims))
 
+    def by_class(self, found: Mapping[int, str]) -> dict[int, str]:
+        """Return what was found of dimensions, by their representatives."""
+        return {self.find(dim): what for dim, what in found.items()}
+
     def unify(self, first: int, second: int) -> None:
         """Make two dimensions one; sizes of 1 broadcast and stay apart from everything else."""
         pending = [(first, second)]

@@ -45,9 +45,8 @@ def check_flag(name: str, value: Any) -> bool:
     Raises:
         OptimizerError: It is something else: the text ``"no"`` would count as yes.
     """
-    if not isinstance(value, bool):
-        raise OptimizerError(f"{name} must be True or False, not {value!r}")
-    return value
+    _errors.check_flags(OptimizerError, **{name: value})
+    return bool(value)
 
 
 def check_betas(name: str, betas: Any) -> None:

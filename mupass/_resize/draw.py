@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -109,11 +110,12 @@ class Draw:
     def _is_few(self, name: str, values: Tensor, law: Init, shape: Shape) -> bool:
         """Whether random entries that are to be drawn are too few to tell their scale, and nobody told it."""
         is_drawn = law.std is not None and tuple(values.shape) != shape
-        return (
-            is_drawn
-            and values.numel() < FEW
-            and name not in told_laws(self.init, list(self.sizes.solved.dims))
-        )
+        return is_drawn and values.numel() < FEW and name not in self._told
+
+    @cached_property
+    def _told(self) -> dict[str, str]:
+        """Laws that the caller states, by parameter."""
+        return told_laws(self.init, list(self.sizes.solved.dims))
 
     def _values(self, name: str, values: Tensor, axes: Axes, law: Init, shape: Shape) -> Tensor:
         """Return the values of one parameter that follow a law.
@@ -142,11 +144,8 @@ class Draw:
         self, drawn: Mapping[str, Tensor], geometries: Sequence[Geometry], laws: Mapping[str, Init]
     ) -> None:
         """Warn of values that look trained, and of those whose law is not clear."""
-        told_by_init = told_laws(self.init, [geometry.name for geometry in geometries])
         judged = [
-            geometry
-            for geometry in geometries
-            if geometry.name in drawn and geometry.name not in told_by_init
+            geometry for geometry in geometries if geometry.name in drawn and geometry.name not in self._told
         ]
         suspects = learned(drawn, judged)
         if suspects:

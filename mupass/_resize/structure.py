@@ -48,9 +48,11 @@ def _formulas(old: Tensor) -> Iterator[_Formula]:
         yield from _ramps(old.flatten().double())
     if old.dim() == 2:
         yield from _matrices(old)
-    # The first position has angles of 0, whose sines are 0 and cosines 1: no drawn matrix starts so.
-    if len(lengths) == 2 and lengths[1] > 2 and ((old.squeeze()[0] == 0) | (old.squeeze()[0] == 1)).all():
-        yield from _tables(old)
+    if len(lengths) == 2 and lengths[1] > 2:
+        # The first position has angles of 0, whose sines are 0 and cosines 1: no drawn matrix starts so.
+        first = old.squeeze()[0]
+        if ((first == 0) | (first == 1)).all():
+            yield from _tables(old)
 
 
 class _Formula:

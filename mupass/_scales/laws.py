@@ -220,6 +220,7 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
 def _explained(samples: list[Sample]) -> Iterator[Finding]:
     """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
     hypotheses = list(_hypotheses(samples))
+    usual = [law for law in hypotheses if law.canonical]
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
@@ -231,12 +232,11 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
             break
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
-        usual = [law for law in hypotheses if law.canonical]
-        roots = [] if best.canonical or best.kind != "constant" else _roots(best, usual, unexplained)
+        roots = _roots(best, usual, unexplained)
         for sample in filter(best.explains, unexplained):
             # A gain that others suggest, and that is off by more than this tensor's own error.
-            others = [] if best.canonical or replace(best, slack=0.0).explains(sample) else usual
-            findings.append(_settled(sample, best, [*rivals, *others], roots))
+            is_near = best.canonical or replace(best, slack=0.0).explains(sample)
+            findings.append(_settled(sample, best, rivals if is_near else [*rivals, *usual], roots))
         unexplained = [sample for sample in unexplained if not best.explains(sample)]
     yield from findings
     for sample in unexplained:
@@ -260,12 +260,16 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
         yield from hypotheses
 
 
-def _roots(constant: _Hypothesis, usual: Sequence[_Hypothesis], samples: Sequence[Sample]) -> list[str]:
+def _roots(best: _Hypothesis, usual: Sequence[_Hypothesis], samples: Sequence[Sample]) -> list[str]:
     """Return the laws of a fan that grows by which most of what a fitted constant explains may be drawn.
 
     ``std = d_model ** -0.5`` for all weights: those that read another width tell the law from LeCun's.
     """
-    grown = [s for s in samples if constant.explains(s) and s.fans.m_in != 1 and s.count >= FEW]
+    if best.canonical or best.kind != "constant":
+        return []
+    grown = [
+        sample for sample in filter(best.explains, samples) if sample.fans.m_in != 1 and sample.count >= FEW
+    ]
     kinds = []
     for law in usual:
         if law.kind != "constant" and 2 * sum(map(law.explains, grown)) > len(grown):

@@ -125,24 +125,33 @@ def line_up(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
 )
 def view(call: Call) -> Result:
     """Reshape; literal sizes in the code are remembered as hints."""
-    source = call.values[0]
-    axes = regroup(call, source.axes, call.shape)
+    axes = regroup(call, call.values[0].axes, call.shape)
+    _keep_counted(call, axes)
+    _note_literals(call, axes)
+    return call.value(axes)
+
+
+def _keep_counted(call: Call, axes: Sequence[Axis]) -> None:
+    """A size that values tell stays one where it is 1 by chance, and so looks like an axis of its own."""
     # A single token of an expert, x[None, idx].reshape(-1, d): another time there are more.
     counted = call.space.find_all(call.facts.counted)
-    if any(axis.size == 1 and call.space.find(axis.dim) in counted for axis in source.axes):
+    if any(axis.size == 1 and call.space.find(axis.dim) in counted for axis in call.values[0].axes):
         call.facts.counted.update(axis.dim for axis in axes if axis.size == 1)
+
+
+def _note_literals(call: Call, axes: Sequence[Axis]) -> None:
+    """Record the sizes that the code gives beside one that it leaves open."""
     # view(b, -1, 64): the sizes as the code gives them, with -1 for what is left open.
     sizes = call.get("size") or call.get("shape") or call.get("sizes") or ()
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(axes) or -1 not in sizes:
-        return call.value(axes)
+        return
     open_place = sizes.index(-1)
-    for _, group in line_up([axis.size for axis in source.axes], call.shape):
+    for _, group in line_up([axis.size for axis in call.values[0].axes], call.shape):
         if open_place not in group:
             continue
         for position in group:
             if sizes[position] != -1:  # view(..., -1, 64): heads are left open, head_dim is written
                 call.literal(axes[position], "written as a number in a view whose other factor is left open")
-    return call.value(axes)
 
 
 @rule(
