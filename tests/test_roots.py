@@ -10,6 +10,7 @@ from mupass._optim.kronecker import factor_stack
 from mupass._optim.linalg.newton import largest_eigenvalues, newton_roots, root_index
 from mupass._optim.linalg.packed import (
     LOOKED_UP,
+    _places_of_entries,
     blend,
     pack,
     packed_diagonal,
@@ -161,6 +162,8 @@ def test_packed_matrices_are_the_whole_ones(n: int) -> None:
     packed = pack(whole)
     assert packed.shape == (2, packed_size(n)) and n * (n + 1) / 2 <= packed_size(n) <= n * n
     assert torch.equal(unpack(packed, n), whole)
+    # As compiled code finds them.
+    assert torch.equal(packed[:, _places_of_entries(n, packed.device)], whole)
     assert torch.equal(packed_diagonal(packed, n), whole.diagonal(dim1=-2, dim2=-1))
     weight = torch.tensor([0.25, 1.0], dtype=torch.float64)
     blend(packed, other, weight)

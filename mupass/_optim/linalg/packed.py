@@ -19,11 +19,15 @@ TILED, TILE = 256, 64
 FEW = 2**17
 
 
+def _band_height(n: int) -> int:
+    """Return the rows of a band: of a square tile on the diagonal, and of all columns left of it."""
+    return max(NARROWEST, ceil(n / BANDS))
+
+
 def _edges(n: int) -> list[tuple[int, int]]:
     """Return the first row of every band, and the row after its last."""
-    # A band has the rows of a square tile on the diagonal, and all columns left of it.
-    rows = max(NARROWEST, ceil(n / BANDS))
-    return [(start, min(start + rows, n)) for start in range(0, n, rows)]
+    height = _band_height(n)
+    return [(start, min(start + height, n)) for start in range(0, n, height)]
 
 
 def packed_size(n: int) -> int:
@@ -49,19 +53,33 @@ def bands(packed: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _looks_up(tensor: Tensor, n: int) -> bool:
-    """Whether entries are taken by a table of places; a compiled graph fuses copies of bands as well.
+    """Whether entries are taken by a table of places; a compiled graph computes places as it goes.
 
     Tables stay for later calls, so none is made of tensors without numbers.
     """
     return n <= LOOKED_UP and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
+def _places_of_entries(n: int, device: torch.device) -> Tensor:
+    """Return the place in the packed form of every entry of an ``n x n`` matrix, ``[n, n]``."""
+    height = _band_height(n)
+    numbers = torch.arange(n, device=device)
+    rows, columns = numbers[:, None], numbers[None, :]
+    # An entry right of its row's tile is kept as its mirror image.
+    kept = columns // height <= rows // height
+    rows, columns = torch.where(kept, rows, columns), torch.where(kept, columns, rows)
+    band = rows // height
+    start = band * height
+    # Bands above have 1, 2, ... tiles; only the last may have fewer rows.
+    above = height**2 * (band * (band + 1) // 2)
+    return above + (rows - start) * (start + height).clamp(max=n) + columns
+
+
 @cache
 def _places(n: int, device: torch.device) -> Tensor:
-    """Return the place in the packed form of every entry of an ``n x n`` matrix, row by row."""
+    """Return these places row by row, as a table that stays."""
     with torch.inference_mode(False):
-        numbers = torch.arange(packed_size(n), dtype=torch.int32, device=device)[None]
-        return _by_bands(numbers, n).flatten()
+        return _places_of_entries(n, device).flatten().to(torch.int32)
 
 
 @cache
@@ -88,10 +106,9 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     """
     if _looks_up(packed, n):
         return packed.index_select(1, _places(n, packed.device)).view(len(packed), n, n)
-    return _by_bands(packed, n)
-
-
-def _by_bands(packed: Tensor, n: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Copies of bands would be one condition each in the kernel, which takes minutes to compile.
+        return packed[:, _places_of_entries(n, packed.device)]
     matrices = packed.new_empty(len(packed), n, n)
     for start, end, band in bands(packed, n):
         matrices[:, start:end, :end] = band
