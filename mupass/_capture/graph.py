@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from mupass._errors import CaptureError, kind_of
+from mupass._errors import CaptureError, kind_of, some
 
 # Leaves of an output that torch.export takes as they are.
 KNOWN = (int, float, bool, str, complex, torch.dtype, torch.device)
@@ -144,6 +144,10 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+class LateParameterError(CaptureError):
+    """The forward pass makes parameters, which a capture would lose."""
+
+
 # The tables of a module itself, which captures leave as they are.
 TABLES = frozenset(vars(nn.Module()))
 
@@ -154,8 +158,13 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Attributes of its modules, and what is in their dicts and lists, are as before afterwards.
+
+    Raises:
+        LateParameterError: The pass made parameters.
     """
     kept = []
+    parts = [(module, set(module._parameters), set(module._modules)) for module in model.modules()]
+    names = {name for name, _ in model.named_parameters()}
     for module in model.modules():
         attributes = {name: value for name, value in vars(module).items() if name not in TABLES}
         # self.cache[device] = table writes into the very dict.
@@ -164,6 +173,12 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        late = [name for name, _ in model.named_parameters() if name not in names]
+        for module, own_parameters, own_modules in parts if late else ():
+            for name in module._parameters.keys() - own_parameters:
+                del module._parameters[name]
+            for name in module._modules.keys() - own_modules:
+                del module._modules[name]
         for module, attributes, containers in kept:
             for name in vars(module).keys() - TABLES - attributes.keys():
                 del vars(module)[name]
@@ -175,6 +190,11 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                     attributes[name].update(contents)
                 else:
                     attributes[name].extend(contents)
+        if late:
+            raise LateParameterError(
+                f"{some(late)}: the forward pass of {type(model).__name__} makes parameters when it runs for "
+                "the first time. Run the model once before"
+            )
 
 
 def path_text(path: Any) -> str:
