@@ -819,7 +819,7 @@ def test_a_state_with_layers_that_were_thawed_goes_on(cls: Any) -> None:
             again, resumed = start()
             again.load_state_dict(values(net), strict=False)
             if flat:
-                with pytest.raises(mupass.OptimizerError, match=r"fc\.(weight|bias), which was thawed.*flattened form"):
+                with pytest.raises(mupass.OptimizerError, match="which was thawed.*flattened form"):
                     set_optimizer_state_dict(again, resumed, saved, options=options)
                 break
             set_optimizer_state_dict(again, resumed, saved, options=options)

@@ -163,22 +163,15 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         LateParameterError: The pass made parameters.
     """
     kept = []
-    parts = [(module, set(module._parameters), set(module._modules)) for module in model.modules()]
-    names = {name for name, _ in model.named_parameters()}
     for module in model.modules():
         attributes = {name: value for name, value in vars(module).items() if name not in TABLES}
         # self.cache[device] = table writes into the very dict.
         containers = {name: copy.copy(v) for name, v in attributes.items() if type(v) in (dict, list)}
         kept.append((module, attributes, containers))
     try:
-        yield
+        with _parameters_kept(model):
+            yield
     finally:
-        late = [name for name, _ in model.named_parameters() if name not in names]
-        for module, own_parameters, own_modules in parts if late else ():
-            for name in module._parameters.keys() - own_parameters:
-                del module._parameters[name]
-            for name in module._modules.keys() - own_modules:
-                del module._modules[name]
         for module, attributes, containers in kept:
             for name in vars(module).keys() - TABLES - attributes.keys():
                 del vars(module)[name]
@@ -190,7 +183,27 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                     attributes[name].update(contents)
                 else:
                     attributes[name].extend(contents)
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Take back the parameters that a forward pass makes, and refuse it.
+
+    Raises:
+        LateParameterError: There are some.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    parts = [(module, set(module._parameters), set(module._modules)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        late = [name for name, _ in model.named_parameters() if name not in names]
         if late:
+            for module, own_parameters, own_modules in parts:
+                for name in module._parameters.keys() - own_parameters:
+                    del module._parameters[name]
+                for name in module._modules.keys() - own_modules:
+                    del module._modules[name]
             raise LateParameterError(
                 f"{some(late)}: the forward pass of {type(model).__name__} makes parameters when it runs for "
                 "the first time. Run the model once before"

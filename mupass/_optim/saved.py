@@ -104,28 +104,30 @@ def check_state(
             listed_keys.add(key)
             states[parameter] = saved["state"].get(key, {})
             own_state = optimizer.state[parameter]
-            if states[parameter] and not own_state:
-                own_state = _of_thawed(names[parameter], thawed.get(parameter))
-            _check_entry(names[parameter], states[parameter], own_state)
-            if not states[parameter] and names[parameter] in saved_group[THAWED]:
-                raise OptimizerError(
-                    f"the state of {names[parameter]}, which was thawed in the run that was saved, is lost: "
-                    "torch's flattened form (flatten_optimizer_state_dict=True) leaves it out; take the other"
+            if not own_state:
+                own_state = _of_thawed(
+                    names[parameter], states[parameter], saved_group, thawed.get(parameter)
                 )
+            _check_entry(names[parameter], states[parameter], own_state)
     stray = [key for key in saved["state"] if key not in listed_keys]
     if stray:
         raise OptimizerError(f"the state has entries of unknown parameters: {stray[0]!r}")
     return settings, states
 
 
-def _of_thawed(name: str, state: State | None) -> State:
-    """Return the state that a parameter would have which was trained in the run that was saved."""
-    if state is None:
+def _of_thawed(name: str, theirs: Any, group: Group, ours: State | None) -> State:
+    """Return the state that a parameter should have which was frozen at first; none where it still was."""
+    if theirs and ours is None:
         raise OptimizerError(
             f"{name} was trained in the run that was saved, and is frozen here: layers that were thawed then "
             "must be so before its state is loaded"
         )
-    return state
+    if not theirs and name in group[THAWED]:
+        raise OptimizerError(
+            f"the state of {name}, which was thawed in the run that was saved, is lost: torch's flattened "
+            "form (flatten_optimizer_state_dict=True) leaves it out; take the other"
+        )
+    return ours if theirs and ours else {}
 
 
 def _check_kind(where: str, group: Any, ours: str) -> None:
