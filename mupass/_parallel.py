@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mupass._errors import OptimizerError
 
@@ -45,6 +47,44 @@ def local(tensor: Tensor) -> Tensor:
         tensor: Sharded or not.
     """
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def shared_memory(parameters: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return two parameters that have an entry in one place in memory, or None.
+
+    Args:
+        parameters: By name, each of them once.
+    """
+    parts_of: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parameter in parameters.items():
+        part = local(parameter).detach()
+        if part.is_meta or isinstance(part, FakeTensor) or not part.numel():
+            continue
+        parts_of.setdefault(part.untyped_storage().data_ptr(), []).append((name, part))
+    for parts in parts_of.values():
+        # Parts of one buffer, as recurrent layers have them, mostly lie one behind the other.
+        ranges = sorted(_bytes_of(part) for _, part in parts)
+        if all(first[1] <= second[0] for first, second in pairwise(ranges)):
+            continue
+        size = parts[0][1].untyped_storage().nbytes()
+        owner = torch.full((size,), -1)
+        for number, (name, part) in enumerate(parts):
+            # The first byte of every entry, wherever the strides put it.
+            strides = [stride * part.element_size() for stride in part.stride()]
+            places = torch.arange(size).as_strided(part.shape, strides, _bytes_of(part)[0])
+            found = int(owner[places].max())
+            if found >= 0:
+                return parts[found][0], name
+            owner[places] = number
+    return None
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's first entry begins in its storage, and where its last one ends."""
+    size = tensor.element_size()
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * size
+    return start, start + (int(last) + 1) * size
 
 
 def whole(tensor: Tensor) -> Tensor:

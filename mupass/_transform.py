@@ -11,6 +11,7 @@ from mupass._analyze import analyze
 from mupass._capture.copying import deepcopy
 from mupass._errors import PlanError, TransformError, check_flags, is_number, kind_of, some, warn
 from mupass._optim.schedules import watch_models
+from mupass._parallel import shared_memory
 from mupass._records import Carrier, Geometry, ScoreScale
 from mupass._report import Analysis
 from mupass._rewrite import check_rewritable, hooks_restored_on_error, rewrite
@@ -342,7 +343,8 @@ def _refuse(model: nn.Module) -> None:
     """Refuse what cannot be transformed, before anything is captured.
 
     Raises:
-        TransformError: Not a module; compiled or wrapped; transformed already.
+        TransformError: Not a module; compiled or wrapped; transformed already; with parameters that share
+            their memory, and are not one.
     """
     if not isinstance(model, nn.Module):
         raise TransformError(f"transform takes a model (an nn.Module), not {kind_of(model)}")
@@ -358,6 +360,14 @@ def _refuse(model: nn.Module) -> None:
                 "model anew, or use model.mupass_plan.for_optimizer(...) for another optimizer. To put "
                 "adapters on its trained weights, take the plan off before: fold(model, keep_plan=False)"
             )
+    shared = shared_memory(dict(model.named_parameters()))
+    if shared:
+        first, second = shared
+        raise TransformError(
+            f"{first} and {second} are two parameters in one memory (weight.data, or the Parameter of a "
+            "detached weight, was assigned): each factor and each step would be taken twice. Tie them as one "
+            f"(model.{second} = model.{first}), or give one of them a clone()"
+        )
 
 
 def _refuse_settled(plan: object, given: Mapping[str, object], parameterization: str) -> None:

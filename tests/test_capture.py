@@ -168,6 +168,29 @@ def test_a_failing_model_is_named_with_its_error() -> None:
         mupass.analyze(nn.Linear(3, 4), randn(2, 5))
 
 
+@pytest.mark.parametrize("exported", [True, False])
+def test_parameters_that_the_forward_pass_makes_are_refused_by_name(exported: bool) -> None:
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.middle, self.head = nn.Linear(3, 8), None, nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.enter(x)
+            if not exported and h.sum() > 1e9:
+                return x
+            if self.middle is None:
+                self.middle = nn.Linear(8, 8)
+            return self.head(self.middle(h))
+
+    model = Late()
+    with pytest.raises(mupass.CaptureError, match=r"middle.weight, middle.bias: .*Run the model once before"):
+        mupass.transform(model, randn(4, 3))
+    assert model.middle is None and len(list(model.parameters())) == 4
+    model(randn(4, 3))
+    assert mupass.analyze(model, randn(4, 3))["middle.weight"].infinite == (True, True)
+
+
 def test_empty_batches_are_refused() -> None:
     with pytest.raises(mupass.InferenceError, match="size 0"):
         mupass.analyze(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.zeros(0, 3))

@@ -20,6 +20,7 @@ from test_zoo import PLAIN
 from torch import Tensor, nn
 
 import mupass
+from mupass._scales.drawn_again import drawn_again
 from mupass._scales.learned import learned, looks_trained
 from mupass._scales.own_draws import own_draws
 
@@ -190,6 +191,17 @@ def test_layers_drawn_behind_a_transform_are_told_when_an_optimizer_is_made(plac
         make(model)
     mupass.initialize(model)
     assert raised(lambda: make(model)) == []
+
+
+@pytest.mark.parametrize("base", [32, 48])
+def test_scaled_values_of_few_entries_are_told_of_no_draw(base: int) -> None:
+    """A readout of 256 entries that starts smaller by a root of 2, or less: chance makes it look larger."""
+    plan = mupass.transform(mlp(64), X, base=base).mupass_plan
+    for seed in range(60):
+        torch.manual_seed(seed)
+        model = mlp(64)
+        mupass.transform(model, plan=plan)
+        assert drawn_again(dict(model.named_parameters()), plan) == []
 
 
 @pytest.mark.sample(every=2)

@@ -221,6 +221,18 @@ def test_a_state_from_before_a_scheduler_takes_what_that_added_away(name: str) -
     assert schedule.get_last_lr() == [group["lr"] / 2 for group in saved["param_groups"]]
 
 
+@pytest.mark.parametrize("name", ["kfac", "muon"])
+def test_hooks_of_loading_are_called_as_torch_calls_them(name: str) -> None:
+    _, optimizer = trained(name)
+    saved, loaded = copy.deepcopy(optimizer.state_dict()), []
+    optimizer.register_load_state_dict_pre_hook(lambda own, state: {**state, "state": state["renamed"]})
+    optimizer.register_load_state_dict_post_hook(lambda own: loaded.append(own))
+    given = {"renamed": saved["state"], "param_groups": saved["param_groups"]}
+    optimizer.load_state_dict(given)
+    assert loaded == [optimizer] and given.keys() == {"renamed", "param_groups"}
+    assert same(optimizer.state_dict(), saved)
+
+
 @pytest.mark.parametrize("bad", [None, [], {}, {"state": {}}, {"state": [], "param_groups": []}], ids=repr)
 def test_what_is_no_state_is_refused(bad: Any) -> None:
     _, optimizer = trained("muon", 1)

@@ -294,3 +294,27 @@ def test_dropout_between_layers_draws_as_the_fused_layer_does() -> None:
         torch.manual_seed(3)
         outputs.append(net(torch.randn(LENGTH, 4, 3))[0])
     torch.testing.assert_close(*outputs)
+
+
+def test_a_gate_that_gets_no_gradient_is_told_by_its_number() -> None:
+    """Of the backward direction's first step the forget gate acts on a state of zeros."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(5, 8, batch_first=True, bidirectional=True), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    x = torch.randn(6, 4, 5)
+    net = mupass.transform(Last(), x, base=8)
+    optimizer = mupass.KFAC(net)
+    F.cross_entropy(net(x), torch.arange(6) % 3).backward()
+    before = net.lstm.weight_ih_l0_reverse.detach().clone()
+    told = "part 2 of 4 of the outputs of lstm.weight_(ih|hh)_l0_reverse receives no gradient"
+    with pytest.warns(mupass.MupassWarning, match=told) as found:
+        optimizer.step()
+    assert len(found) == 2
+    moved_gates = (net.lstm.weight_ih_l0_reverse != before).view(4, 8, 5).any(2).all(1)
+    assert moved_gates.tolist() == [True, False, True, True]

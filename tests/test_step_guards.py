@@ -15,8 +15,13 @@ from test_kfac import LR, RHO, Run, batch_factors, moved, power
 from test_optim import all_, assert_equal, batch, every, make, train, values
 from test_taps import CASES, DENSE, Case
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.utils import prune
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mupass
@@ -340,11 +345,44 @@ def test_a_thawed_layer_is_told_of_and_moves(cls: Any) -> None:
     assert [str(w.message).split()[1] for w in told] == ["fc.weight", "fc.bias"]
     found = {c.parameter: c for c in optimizer.coverage()}
     assert found["fc.weight"].treatment == "adamw" and "frozen" in found["fc.weight"].reason
-    lr = optimizer.param_groups[-1]["lr"] * optimizer.param_groups[-1]["mupass_scale"]
+    group = next(g for g in optimizer.param_groups if any(p is net.fc.bias for p in g["params"]))
+    lr = group["lr"] * group["mupass_scale"]
     # Adam's first step is its rate, after decay.
-    move = net.fc.bias.detach() - before["fc.bias"] * (1 - 0.1 * optimizer.param_groups[-1]["lr"])
+    move = net.fc.bias.detach() - before["fc.bias"] * (1 - 0.1 * group["lr"])
     assert torch.allclose(move.abs(), torch.full_like(move, lr), rtol=1e-3)
     train(net, optimizer, range(3, 5))
+
+
+SCHEDULES: dict[str, Any] = {
+    "lambda": lambda o: LambdaLR(o, lambda step: 0.5**step),
+    "cosine": lambda o: CosineAnnealingLR(o, 8),
+    "one cycle": lambda o: OneCycleLR(
+        o, [g["lr"] for g in o.param_groups], total_steps=9, cycle_momentum=False
+    ),
+    "plateau": lambda o: ReduceLROnPlateau(o, factor=0.5, patience=0, threshold=1e9),
+}
+
+
+@all_
+@pytest.mark.sample
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_scheduler_that_was_made_before_a_thaw_goes_on_and_sets_all_rates(cls: Any, kind: str) -> None:
+    net = make()
+    net.fc.requires_grad_(False)
+    optimizer = cls(net, 0.01)
+    first = [g["lr"] for g in optimizer.param_groups]
+    schedule = SCHEDULES[kind](optimizer)
+    for turn in range(4):
+        if turn == 2:
+            net.fc.requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which the test above expects
+            train(net, optimizer, range(turn, turn + 1))
+        schedule.step(1.0) if kind == "plateau" else schedule.step()
+    rates = [g["lr"] / rate for g, rate in zip(optimizer.param_groups, first, strict=True)]
+    assert rates == pytest.approx(rates[:1] * len(rates))
+    assert rates[0] != pytest.approx(1)
+    assert len(optimizer.coverage()) == len(list(net.parameters()))
 
 
 @all_
@@ -380,17 +418,21 @@ class Odd(nn.Module):
         self.inp, self.hid, self.out = nn.Linear(5, w), nn.Linear(w, w), nn.Linear(w, 3)
         self.spectrum = nn.Parameter(torch.randn(3, dtype=torch.complex64))
         self.none = nn.Parameter(torch.zeros(0, 5))
+        self.classes = nn.Linear(w, 0)  # a head for no classes
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.hid(torch.tanh(self.inp(x))))
         scale = (self.spectrum.real.sin() + self.spectrum.imag.cos()).sum()
-        return self.out(h) * scale + self.none.sum()
+        return self.out(h) * scale + self.none.sum() + self.classes(h).sum()
 
 
 @all_
 def test_complex_and_empty_parameters(cls: Any) -> None:
     x, y = torch.randn(6, 5), torch.randn(6, 3)
-    net = mupass.transform(Odd(8), x, base=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element")
+        odd = Odd(8)
+    net = mupass.transform(odd, x, base=4)
     optimizer = cls(net, 0.01, fallback_lr=0.02, weight_decay=0.1)
     found = {c.parameter: c for c in optimizer.coverage()}
     assert found["spectrum"].treatment == "adamw" and found["spectrum"].reason
@@ -769,7 +811,21 @@ def test_a_state_with_layers_that_were_thawed_goes_on(cls: Any) -> None:
         again.load_state_dict(weights, strict=False)
         resumed.load_state_dict(state)
         train(again, resumed, range(2, 4))
-    assert_equal(again, net)
+        assert_equal(again, net)
+        # By torch's functions for checkpoints; their flattened form has no place for it.
+        for flat in (False, True):
+            options = StateDictOptions(flatten_optimizer_state_dict=flat)
+            saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
+            again, resumed = start()
+            again.load_state_dict(values(net), strict=False)
+            if flat:
+                with pytest.raises(mupass.OptimizerError, match="which was thawed.*flattened form"):
+                    set_optimizer_state_dict(again, resumed, saved, options=options)
+                break
+            set_optimizer_state_dict(again, resumed, saved, options=options)
+            train(again, resumed, range(4, 6))
+            train(net, optimizer, range(4, 6))
+            assert_equal(again, net)
     frozen, optimizer = start()
     frozen.fc.requires_grad_(False)
     with pytest.raises(mupass.OptimizerError, match="must be so before its state is loaded"):

@@ -198,13 +198,18 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     other.execute("create table runs (key text, loss real)")
     other.commit()
     other.close()
-    held = (tmp_path / "other.db").read_bytes()
-    with pytest.raises(mupass.StudyError, match="not a store of this version"):
-        swept(tmp_path / "other.db")
-    connection = sqlite3.connect(tmp_path / "other.db")
-    assert connection.execute("select count(*) from runs").fetchone() == (0,)
-    connection.close()
-    assert len(held) > 0
+    foreign = sqlite3.connect(tmp_path / "foreign.db")
+    foreign.execute("create table notes (text text)")
+    foreign.commit()
+    foreign.close()
+    for name, message in (("other.db", "not a store of this version"), ("foreign.db", "has a table notes")):
+        held = (tmp_path / name).read_bytes()
+        with pytest.raises(mupass.StudyError, match=message):
+            swept(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == held
+    # SQLite takes an empty path for a file that goes away with its connection.
+    with pytest.raises(mupass.StudyError, match="store must be a path"):
+        swept("")  # type: ignore[arg-type]
 
 
 def test_a_complete_store_is_read_where_it_cannot_be_written(

@@ -264,6 +264,37 @@ def test_saved_plan_and_an_argument_that_it_settles(argument: dict[str, Any]) ->
         transform(seeded(mlp), plan=plan, **argument)  # type: ignore[arg-type]
 
 
+def test_two_parameters_in_one_memory_are_refused_by_name() -> None:
+    """A tie by ``.data`` is no tie: the readout's factor would shrink the embedding, without a word."""
+    ids = torch.randint(50, (2, 5))
+    ties: list[Callable[[TiedLM], None]] = [
+        lambda m: setattr(m.head.weight, "data", m.wte.weight.data),
+        lambda m: setattr(m.head, "weight", nn.Parameter(m.wte.weight.detach())),
+        lambda m: setattr(m.head, "weight", nn.Parameter(m.wte.weight.detach()[:, ::2].repeat(1, 2))),
+    ]
+    for number, tie in enumerate(ties):
+        model = TiedLM()
+        model.head.weight = nn.Parameter(torch.randn(50, 64))
+        tie(model)
+        before = model.wte.weight.detach().clone()
+        if number == 2:  # a copy
+            transform(model, ids, base=16)
+            assert torch.equal(model.wte.weight, before)
+            continue
+        with pytest.raises(
+            mupass.TransformError, match=r"wte.weight and head.weight are two.*model.head.weight ="
+        ):
+            transform(model, ids, base=16)
+        assert torch.equal(model.wte.weight, before)
+    # Parts of one buffer, beside each other, one behind the other or by turns.
+    for parts in (torch.randn(128, 64).chunk(2), torch.randn(64, 128).chunk(2, 1)):
+        model = mlp()
+        model[2].weight = nn.Parameter(parts[0])
+        model.insert(3, nn.Linear(64, 64))
+        model[3].weight = nn.Parameter(parts[1])
+        transform(model, torch.randn(2, 20), base=16)
+
+
 def test_second_transform_is_refused() -> None:
     model = transform(seeded(mlp), MODELS["mlp"][1], base=16)
     before = state(model)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from mupass._capture.draws import settled_draws
 from mupass._capture.graph import (
     Capture,
+    LateParameterError,
     attributes_kept,
     number_in,
     parameter_names,
@@ -61,6 +62,8 @@ def capture(
         captured = export(model, args, kwargs)
         if runs_vmap(captured.nodes):
             raise CaptureError("it runs vmap of torch.func")
+    except LateParameterError:
+        raise
     except Exception as error:  # whatever it is, a concrete run decides whether the model is at fault
         captured = record(model, args, kwargs, canonical, aliases, error)
     # Frozen parameters are in the graph as all others; optimizers ask for them by name.

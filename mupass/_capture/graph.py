@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from mupass._errors import CaptureError, kind_of
+from mupass._errors import CaptureError, kind_of, some
 
 # Leaves of an output that torch.export takes as they are.
 KNOWN = (int, float, bool, str, complex, torch.dtype, torch.device)
@@ -144,6 +144,10 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+class LateParameterError(CaptureError):
+    """The forward pass makes parameters, which a capture would lose."""
+
+
 # The tables of a module itself, which captures leave as they are.
 TABLES = frozenset(vars(nn.Module()))
 
@@ -154,6 +158,9 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Attributes of its modules, and what is in their dicts and lists, are as before afterwards.
+
+    Raises:
+        LateParameterError: The pass made parameters.
     """
     kept = []
     for module in model.modules():
@@ -162,7 +169,8 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         containers = {name: copy.copy(v) for name, v in attributes.items() if type(v) in (dict, list)}
         kept.append((module, attributes, containers))
     try:
-        yield
+        with _parameters_kept(model):
+            yield
     finally:
         for module, attributes, containers in kept:
             for name in vars(module).keys() - TABLES - attributes.keys():
@@ -175,6 +183,31 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                     attributes[name].update(contents)
                 else:
                     attributes[name].extend(contents)
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Take back the parameters that a forward pass makes, and refuse it.
+
+    Raises:
+        LateParameterError: There are some.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    parts = [(module, set(module._parameters), set(module._modules)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        late = [name for name, _ in model.named_parameters() if name not in names]
+        if late:
+            for module, own_parameters, own_modules in parts:
+                for name in module._parameters.keys() - own_parameters:
+                    del module._parameters[name]
+                for name in module._modules.keys() - own_modules:
+                    del module._modules[name]
+            raise LateParameterError(
+                f"{some(late)}: the forward pass of {type(model).__name__} makes parameters when it runs for "
+                "the first time. Run the model once before"
+            )
 
 
 def path_text(path: Any) -> str:

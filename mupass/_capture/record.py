@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 from mupass._capture.draws import settled_draws
 from mupass._capture.graph import (
     Capture,
+    LateParameterError,
     attributes_kept,
     fresh_copy,
     number_in,
@@ -99,6 +100,8 @@ def record(
 
     try:
         recorded = _above_or_below_transforms(recording)
+    except LateParameterError:
+        raise
     except Exception as error:
         within = ""
         if _raised_in_transforms(error):

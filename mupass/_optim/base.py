@@ -38,7 +38,7 @@ from mupass._optim.fallback import (
 from mupass._optim.made_groups import told_of_fold
 from mupass._optim.model_bound import BoundOptimizer, tell_left_out
 from mupass._optim.rounding import check_rounded, drawn_seed, mixed, to_bfloat16
-from mupass._optim.saved import NAMES, check_state, copy_state, saved_kind
+from mupass._optim.saved import NAMES, THAWED, check_state, copy_state, saved_kind
 from mupass._optim.training import BOUNDS, Training
 from mupass._optim.vocabulary import Group, State, Tensors
 from mupass._parallel import (
@@ -170,6 +170,10 @@ class PlannedOptimizer(BoundOptimizer):
             if reason:
                 self._unfit[name] = reason
 
+    def _all_names(self) -> dict[Tensor, str]:
+        """Return the names of all parameters, frozen ones behind the others."""
+        return {**self.names, **self._frozen}
+
     def _cover_parameters(self, treatments: Mapping[str, str], reasons: Mapping[str, str]) -> list[str]:
         """Write the table of coverage, and return the parameters that fall back.
 
@@ -211,15 +215,19 @@ class PlannedOptimizer(BoundOptimizer):
         }
         groups = self._groups(self.spec.name, treatments, {**defaults, "damping": damping})
         settings = self._fallback_settings(self._training.weight_decay)
-        groups += self._groups(self.fallback.name, fallen, settings)
+        # Frozen parameters have places from the start: a scheduler knows the groups that it was made with.
+        frozen = [name for parameter, name in self._frozen.items() if parameter.numel()]
+        groups += self._groups(self.fallback.name, [*fallen, *frozen], settings)
         super().__init__(groups, defaults)
         # What schedulers add later, such as initial_lr, may be missing in a state.
         self._settings = frozenset().union(*self.param_groups)
         self._members: list[list[str]] = []
         for group in self.param_groups:
-            self._members.append([self.names[parameter] for parameter in group["params"]])
+            self._members.append(list(group[NAMES]))
             for parameter in group["params"]:
-                self.state[parameter].update(self._first_state(parameter, group))
+                # A frozen one has an empty state, which torch's checkpoint functions ask for.
+                first_state = self._first_state(parameter, group) if parameter in self.names else {}
+                self.state[parameter].update(first_state)
 
     def _default_rate(self) -> float:
         """Return the learning rate at the base width where none is given: that of Adam."""
@@ -287,7 +295,7 @@ class PlannedOptimizer(BoundOptimizer):
             plan = plan.for_optimizer(algorithm)
         requested = set(names)
         groups: dict[Any, dict[str, Any]] = {}
-        for parameter, name in self.names.items():
+        for parameter, name in self._all_names().items():
             if name not in requested:
                 continue
             scales = plan[name].scales
@@ -307,7 +315,7 @@ class PlannedOptimizer(BoundOptimizer):
                 group["algorithm"] = algorithm
                 group["mupass_scale"], group["mupass_epsilon"] = scale, scales.epsilon
                 group["mupass_kind"] = saved_kind(type(self).__name__, str(self.spec), self.state_format)
-                group["mupass_steps"], group[NAMES] = 0, []
+                group["mupass_steps"], group[NAMES], group[THAWED] = 0, [], []
                 group.update(self._waiting())
                 if self._seed is not None:
                     group["mupass_seed"] = self._seed
@@ -428,7 +436,7 @@ class PlannedOptimizer(BoundOptimizer):
         # that is made in inference mode could not be changed outside of it.
         with without_autocast(self._device), torch.inference_mode(False), torch.no_grad():
             self._adopt_swapped()
-            self._adopt_thawed()
+            self._adopt_thawed([p for p in self._frozen if p.requires_grad and p.grad is not None])
             self._tell_replaced()
             self._check_groups()
             self._check_gradients()
@@ -626,21 +634,25 @@ class PlannedOptimizer(BoundOptimizer):
                     "make the optimizer anew"
                 )
             for parameter, name in zip(group["params"], members, strict=True):
-                if parameter not in self.names:
+                if parameter not in self.names and parameter not in self._frozen:
                     self._adopt(parameter, name)
 
     def _adopt(self, new: Tensor, name: str) -> None:
         """Let a new tensor take the place of a parameter, with its state."""
-        replaced = next(parameter for parameter, its_name in self.names.items() if its_name == name)
+        replaced = next(parameter for parameter, its_name in self._all_names().items() if its_name == name)
         if replaced.shape != new.shape:
             raise OptimizerError(
                 f"{name} was replaced in the optimizer's groups by a tensor of shape {tuple(new.shape)}, not "
                 f"{tuple(replaced.shape)}; make the optimizer anew"
             )
-        names: dict[Tensor, str] = {}  # in the same order
-        for parameter, its_name in self.names.items():
-            names[new if parameter is replaced else parameter] = its_name
-        self.names = names
+        if replaced in self._frozen:
+            del self._frozen[replaced]
+            self._frozen[new] = name
+        else:
+            names: dict[Tensor, str] = {}  # in the same order
+            for parameter, its_name in self.names.items():
+                names[new if parameter is replaced else parameter] = its_name
+            self.names = names
         state = self.state.pop(replaced, {})
         for key, value in state.items():
             # A dot is in the keys of what belongs to the preconditioner, which is views of its own tensors.
@@ -652,20 +664,16 @@ class PlannedOptimizer(BoundOptimizer):
     def _replaced(self, name: str, new: Tensor) -> None:
         """Take notice of a parameter that is another tensor now."""
 
-    def _adopt_thawed(self, wanted: int | None = None) -> None:
-        """Let the fallback train parameters that were frozen when the optimizer was made.
-
-        Args:
-            wanted: How many have to be thawed, whether they have gradients or not; None for those that have.
-        """
-        thawed = [(p, name) for p, name in self._frozen.items() if p.requires_grad]
-        if wanted is None:
-            thawed = [(p, name) for p, name in thawed if p.grad is not None]
-        elif len(thawed) != wanted:
-            return
-        for parameter, name in thawed:
-            del self._frozen[parameter]
-            self._add_to_fallback(parameter, name)
+    def _adopt_thawed(self, thawed: Iterable[Tensor]) -> None:
+        """Let the fallback train parameters that were frozen when the optimizer was made."""
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        for parameter in thawed:
+            name = self.names[parameter] = self._frozen.pop(parameter)
+            group = group_of[parameter]
+            group[THAWED] = [*group[THAWED], name]
+            self.state[parameter].update(self._first_state(parameter, group))
+            covered = Covered(name, self.fallback.name, "it was frozen when the optimizer was made")
+            self._coverage = Coverage([*self._coverage, covered])
             warnings.warn(
                 f"mupass.{type(self).__name__}: {name} was frozen when the optimizer was made; "
                 f"{self.fallback.name} trains it from now on. Make the optimizer anew to have it "
@@ -758,20 +766,6 @@ class PlannedOptimizer(BoundOptimizer):
         # A mask changes no width factor, and gradients are those of the parameter.
         return is_parametrized(module, key)
 
-    def _add_to_fallback(self, parameter: Tensor, name: str) -> None:
-        """Make a group of the fallback for a parameter that was frozen."""
-        self.names[parameter] = name
-        decay = next((group["weight_decay"] for group in self.param_groups), 0.0)
-        (group,) = self._groups(self.fallback.name, [name], self._fallback_settings(decay))
-        # For this group alone the refusal of further groups is lifted.
-        self._complete = False
-        self.add_param_group(group)
-        self._complete = True
-        self._members.append([name])
-        self.state[parameter].update(self._first_state(parameter, self.param_groups[-1]))
-        covered = Covered(name, self.fallback.name, "it was frozen when the optimizer was made")
-        self._coverage = Coverage([*self._coverage, covered])
-
     def _check_groups(self) -> None:
         """Refuse numbers, as a scheduler may have set them, that would destroy weights."""
         for number, group in enumerate(self.param_groups):
@@ -797,7 +791,8 @@ class PlannedOptimizer(BoundOptimizer):
         keeps_own = group["algorithm"] == self.spec.name and self.smooths
         if not keeps_own and group["algorithm"] != "sgd":
             return False
-        return any("momentum" not in self.state[parameter] for parameter in group["params"])
+        trained = [parameter for parameter in group["params"] if parameter in self.names]
+        return any("momentum" not in self.state[parameter] for parameter in trained)
 
     def _check_gradients(self) -> None:
         """Refuse gradients that no step can be taken with."""
@@ -918,16 +913,31 @@ class PlannedOptimizer(BoundOptimizer):
             OptimizerError: It is the state of another optimizer, of another version, or damaged. This
                 optimizer is then as it was.
         """
-        # Layers that were thawed in the run that was saved have groups of their own.
-        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-        if isinstance(groups, list) and len(groups) > len(self.param_groups):
-            self._adopt_thawed(len(groups) - len(self.param_groups))
+        # As torch does: a hook may give another state to be loaded.
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = before(self, state_dict)
+            state_dict = state_dict if given is None else given
         # All is checked before anything is copied.
-        copy_state(self, *check_state(self, self.names, self._settings, state_dict))
+        thawed = self._thawed_states()
+        settings, states = check_state(self, self._all_names(), thawed, self._settings, state_dict)
+        self._adopt_thawed([parameter for parameter in thawed if states[parameter]])
+        copy_state(self, settings, states)
         self._steps = self.param_groups[0]["mupass_steps"]
         self._watching = self.param_groups[0]["mupass_watching"]
         self._loaded()
         self._prepare_next()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _thawed_states(self) -> dict[Tensor, State]:
+        """Return the state that parameters would have which were frozen, and are no more."""
+        states: dict[Tensor, State] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._frozen and parameter.requires_grad:
+                    states[parameter] = self._first_state(parameter, group)
+        return states
 
     def _loaded(self) -> None:
         """Take notice that the state was written from outside."""

@@ -19,6 +19,7 @@ from mupass._parallel import is_sharded, local, sharded_like
 # Keys of groups that must not be negative, with what they must stay below.
 NUMBERS = {**BOUNDS, "mupass_seed": math.inf}
 NAMES = "mupass_names"  # of the parameters of a group, in order
+THAWED = "mupass_thawed"  # those of them that were frozen at first, and are trained
 FIXED = ("algorithm", "mupass_scale", "mupass_epsilon")
 # Averages that cannot be negative, by the end of their key.
 POSITIVE = (
@@ -49,13 +50,18 @@ def saved_kind(name: str, spec: str, version: int) -> str:
 
 
 def check_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], needed: Collection[str], saved: Any
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    thawed: Mapping[Tensor, State],
+    needed: Collection[str],
+    saved: Any,
 ) -> tuple[list[dict[str, Any]], dict[Tensor, State]]:
     """Return the settings of every group and the state of every parameter, after all was found to fit.
 
     Args:
         optimizer: The optimizer that is to take it over.
-        names: Of its parameters.
+        names: Of its parameters, frozen ones too.
+        thawed: State that those would have which were frozen, and are no more.
         needed: Settings of groups that a state must have, where this optimizer's group has them.
         saved: The state.
 
@@ -81,11 +87,11 @@ def check_state(
     if len(groups) != len(own_groups):
         raise OptimizerError(
             f"the state has {len(groups)} parameter groups; this {class_name} has {len(own_groups)}. "
-            "Layers that were thawed in the run that was saved must be so before its state is loaded, and "
-            "what sets rates (base width, block_size, overrides, decay) must be the same"
+            "Which layers are frozen, and what sets rates (base width, block_size, overrides, decay), must "
+            "be the same"
         )
     for parameter, name in names.items():
-        if parameter.is_meta:
+        if parameter.is_meta and optimizer.state[parameter]:
             raise OptimizerError(
                 f"{name} is on the meta device, where this {class_name} keeps no numbers that a state could "
                 "be copied into: give the model its values first, make the optimizer, then load the state"
@@ -97,11 +103,31 @@ def check_state(
         for key, parameter in zip(saved_group["params"], own_group["params"], strict=True):
             listed_keys.add(key)
             states[parameter] = saved["state"].get(key, {})
-            _check_entry(names[parameter], states[parameter], optimizer.state[parameter])
+            own_state = optimizer.state[parameter]
+            if not own_state:
+                own_state = _of_thawed(
+                    names[parameter], states[parameter], saved_group, thawed.get(parameter)
+                )
+            _check_entry(names[parameter], states[parameter], own_state)
     stray = [key for key in saved["state"] if key not in listed_keys]
     if stray:
         raise OptimizerError(f"the state has entries of unknown parameters: {stray[0]!r}")
     return settings, states
+
+
+def _of_thawed(name: str, theirs: Any, group: Group, ours: State | None) -> State:
+    """Return the state that a parameter should have which was frozen at first; none where it still was."""
+    if theirs and ours is None:
+        raise OptimizerError(
+            f"{name} was trained in the run that was saved, and is frozen here: layers that were thawed then "
+            "must be so before its state is loaded"
+        )
+    if not theirs and name in group[THAWED]:
+        raise OptimizerError(
+            f"the state of {name}, which was thawed in the run that was saved, is lost: torch's flattened "
+            "form (flatten_optimizer_state_dict=True) leaves it out; take the other"
+        )
+    return ours if theirs and ours else {}
 
 
 def _check_kind(where: str, group: Any, ours: str) -> None:
@@ -141,6 +167,8 @@ def _check_names(where: str, theirs: Group, ours: Group) -> None:
     own_names, saved_names = ours[NAMES], theirs[NAMES]
     if not isinstance(saved_names, (list, tuple)) or len(saved_names) != len(own_names):
         raise OptimizerError(f"{where} of the state is damaged: {NAMES} is {saved_names!r}")
+    if not isinstance(theirs[THAWED], (list, tuple)):
+        raise OptimizerError(f"{where} of the state is damaged: {THAWED} is {theirs[THAWED]!r}")
     for key, saved_name, name in zip(theirs["params"], saved_names, own_names, strict=True):
         # torch's functions for checkpoints have matched what they give names as keys.
         found = saved_name if isinstance(key, int) else key if key in own_names else name

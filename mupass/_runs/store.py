@@ -53,7 +53,8 @@ class Store:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        if path is not None and not isinstance(path, (str, PathLike)):
+        # SQLite takes an empty path for a file that goes away.
+        if path is not None and (not isinstance(path, (str, PathLike)) or not str(path)):
             raise StudyError(f"store must be a path, or None to keep results in memory, not {path!r}")
         self.kept = path is not None
         self.path = str(path) if self.kept else ":memory:"
@@ -64,7 +65,10 @@ class Store:
             raise StudyError(f"store {self.path}: the folder {folder} does not exist")
         self.connection = self._opened()
         try:
-            self._check()
+            self._check(self.connection, complete=True)
+        except sqlite3.Error as error:
+            self.connection.close()
+            raise StudyError(f"store {self.path} can be neither written nor read: {error}") from error
         except BaseException:
             self.connection.close()
             raise
@@ -79,12 +83,16 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=60)
         except (sqlite3.Error, ValueError) as error:
             raise StudyError(f"store {self.path} cannot be opened: {error}") from error
-        # Tables are made where they are missing: an older file may have some.
+        # Tables are made where they are missing: an older file may have some. Another program's gets none.
         try:
+            self._check(connection, complete=False)
             for table in TABLES:
                 connection.execute(table)
             connection.commit()
             return connection
+        except StudyError:
+            connection.close()
+            raise
         # A read-only file or folder: what is there can still be looked up.
         except sqlite3.OperationalError as error:
             connection.close()
@@ -99,18 +107,27 @@ class Store:
         except sqlite3.Error as error:
             raise StudyError(f"store {self.path} can be neither written nor read: {error}") from error
 
-    def _check(self) -> None:
-        """Refuse a database with other tables.
+    def _check(self, connection: sqlite3.Connection, complete: bool) -> None:
+        """Refuse a database with other tables, before anything is written into it.
+
+        Args:
+            connection: To the file.
+            complete: Whether tables must be there.
 
         Raises:
-            StudyError: Columns are missing, or others are there.
+            StudyError: Tables or columns are missing, or others are there.
         """
+        tables = connection.execute("select name from sqlite_master where type = 'table'").fetchall()
+        foreign = [name for (name,) in tables if name not in COLUMNS and not name.startswith("sqlite_")]
+        if foreign:
+            raise StudyError(f"{self.path} is not a store of mupass: it has a table {foreign[0]}")
         for table, columns in COLUMNS.items():
             # Column names are the version of the file.
-            present_columns = tuple(row[1] for row in self._ask(f"pragma table_info({table})").fetchall())
-            # A file of before there were claims, on a read-only disk.
-            older = table == "claims" and not present_columns
-            if present_columns != columns and not older:
+            rows = connection.execute(f"pragma table_info({table})").fetchall()
+            present_columns = tuple(row[1] for row in rows)
+            # A new file, or one of before there were claims, on a read-only disk.
+            absent = not present_columns and (table == "claims" or not complete)
+            if present_columns != columns and not absent:
                 raise StudyError(
                     f"{self.path} is not a store of this version of mupass: its table {table} has the "
                     f"columns ({', '.join(present_columns)}), not ({', '.join(columns)}); use another file"

@@ -273,6 +273,9 @@ def _role_faults(geometry: Geometry) -> Iterator[str]:
 
 def _site_faults(geometry: Geometry) -> Iterator[str]:
     """Yield what a preconditioner could not work with in the sites of a parameter."""
+    # Nothing works with a parameter without entries, whose use has no axes to be found.
+    if 0 in geometry.shape:
+        return
     # A view may have dropped axes of one entry, as w.squeeze(1) of a depthwise kernel.
     single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
     contracted = [set(use.fan_in) - single for use in geometry.uses]

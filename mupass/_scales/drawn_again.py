@@ -61,10 +61,11 @@ def drawn_again(parameters: Values, plan: Plan) -> list[str]:
             continue
         if not LEAST <= max(entry.init_factor, 1 / entry.init_factor) ** 2:
             continue
-        # In units of what the law gave before the factor.
-        square = _mean_square(values) * entry.init_factor**2 / _variance(entry)
-        # The squares of normal entries vary by 2; those of flat ones by less.
-        if abs(square - 1) > TOLERANCE + DEVIATIONS * sqrt(2 / values.numel()):
+        # In units of what the law gave after the factor, and before it.
+        square = _mean_square(values) / _variance(entry)
+        if _may_be_one(square, values.numel()) or not _may_be_one(
+            square * entry.init_factor**2, values.numel()
+        ):
             continue
         # Shards are not gathered to look for marks of training.
         if is_sharded(values) or looks_trained(values, entry.geometry) is False:
@@ -106,6 +107,12 @@ def _mean_square(values: Tensor) -> float:
     if values.is_complex():
         values = torch.view_as_real(values)
     return whole(values.float().square().mean()).item()
+
+
+def _may_be_one(square: float, entries: int) -> bool:
+    """Return whether chance explains a mean square, in units of its expectation."""
+    # The squares of normal entries vary by 2; those of flat ones by less.
+    return abs(square - 1) <= TOLERANCE + DEVIATIONS * sqrt(2 / entries)
 
 
 def _owner(name: str) -> str:

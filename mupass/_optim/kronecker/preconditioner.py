@@ -338,17 +338,23 @@ class Kronecker:
 
     def _vanished(self, incidents: list[tuple[str, str]], counts: list[Tensor]) -> None:
         """Add factors B that were zero in every observation."""
+        # Under pi-damping a bias has a copy of its weight's factor: it is named once.
         named: set[tuple[Factor, int]] = set()
+        numbers_of: dict[str, list[Tensor]] = {}
         for factor_stack in self.banks["b"]:
             numbers = torch.split(_taken(factor_stack.vanished), 1)
             for (name, group), number in zip(factor_stack.keys, numbers, strict=True):
                 slot = self.slots[name]
-                # Under pi-damping a bias has a copy of its weight's factor: it is named once.
-                if (slot.factor, group) in named:
-                    continue
-                named.add((slot.factor, group))
-                place = f"{slot.block.parameter} receives no gradient (is the readout zero?); its update is 0"
-                incidents.append(("zero_traces", place))
+                if (slot.factor, group) not in named:
+                    named.add((slot.factor, group))
+                    numbers_of.setdefault(slot.block.parameter, []).append(number)
+        for parameter, parts in numbers_of.items():
+            for place, number in enumerate(parts, 1):
+                text = f"{parameter} receives no gradient (is the readout zero?); its update is 0"
+                if len(parts) > 1:  # as the gates of a recurrent layer
+                    part = f"part {place} of {len(parts)} of the outputs of {parameter}"
+                    text = f"{part} receives no gradient; the update of these rows is 0"
+                incidents.append(("zero_traces", text))
                 counts.append(number)
 
     def due(self, step: int, period: int, spare: bool) -> dict[int, list[int]]:
