@@ -22,7 +22,7 @@ from mupass._dims.scaled import Scaled
 from mupass._dims.second_instance import Second, disagreements
 from mupass._dims.solve import solve
 from mupass._errors import InferenceError, is_number
-from mupass._records import Axes, Geometry, ScoreScale, Shape
+from mupass._records import Axes, Geometry, ScoreScale, Shape, Site
 from mupass._report import Analysis
 from mupass._roles.branches import find_branches
 from mupass._roles.carriers import readout_carriers
@@ -37,6 +37,7 @@ from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.scores import find_scores, settled_places, without_settled
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
+from mupass._scales.checks import MATRICES
 
 Base = int | float | Mapping[str, float] | nn.Module | str | PathLike[str] | BaseShapes | None
 BASE = 256  # of wider models, unless stated
@@ -177,8 +178,23 @@ class _Inferred:
                     # Of a readout both may be found; the division of its output comes first.
                     if geometry.role == "output":
                         normalized = normalized or operator
-            geometries.append(replace(geometry, sites=sites.get(name, ()), normalized=normalized))
+            own_sites = tuple(_as_used(site, geometry) for site in sites.get(name, ()))
+            geometries.append(replace(geometry, sites=own_sites, normalized=normalized))
         return with_lengths(geometries, captured), divided
+
+
+def _as_used(site: Site, geometry: Geometry) -> Site:
+    """Return a site, without its form where no use of the parameter contracts the same axes.
+
+    Of two parameters that are multiplied, as the shares and the matrices of ``shares @ basis``, the inference
+    takes one for the weight.
+    """
+    single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
+    in_axes = set(site.in_axes) - single
+    if site.kind not in MATRICES or any(set(use.fan_in) - single == in_axes for use in geometry.uses):
+        return site
+    reason = f"{site.operator} multiplies it with another parameter, which is taken for the weight"
+    return Site("", site.operator, site.module, sources=site.sources, reason=reason)
 
 
 def _assemble(inferred: _Inferred, base: Base, notes: tuple[str, ...]) -> Analysis:

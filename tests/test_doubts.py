@@ -249,15 +249,15 @@ def test_a_widening_last_layer_and_a_wide_side_network_are_marked() -> None:
 
 def test_one_size_at_places_of_different_width_is_marked() -> None:
     class Stage(nn.Module):
-        def __init__(self, d: int, out: int) -> None:
+        def __init__(self, d: int, out: int, inner: int) -> None:
             super().__init__()
-            self.down, self.up = nn.Linear(d, 40), nn.Linear(40, out)
+            self.down, self.up = nn.Linear(d, inner), nn.Linear(inner, out)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.up(self.down(x).relu())
 
     def net(first: int, second: int) -> nn.Module:
-        stages = [Stage(first, second), nn.ReLU(), Stage(second, 2 * second), nn.ReLU()]
+        stages = [Stage(first, second, 40), nn.ReLU(), Stage(second, 2 * second, 40), nn.ReLU()]
         return nn.Sequential(nn.Linear(5, first), nn.ReLU(), *stages, nn.Linear(2 * second, 3))
 
     found = doubted(net(32, 64), randn(2, 5))

@@ -103,6 +103,10 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     canonical, aliases = parameter_names(model)
     with quiet(), settled_draws(), attributes_kept(model), plain_outputs(model), right_lstm_states():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+    # A buffer of a module that is kept at several places has its first name, as a parameter has.
+    first_names = {id(buffer): name for name, buffer in model.named_buffers()}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        canonical[name] = first_names[id(buffer)]
     return _from_export(program, canonical, aliases)
 
 
@@ -116,7 +120,7 @@ def _from_export(
         # Placeholders of all names of a tied parameter stand for its first name.
         parameters[placeholders[name]] = canonical[parameter]
     for name, buffer in signature.inputs_to_buffers.items():
-        buffers[placeholders[name]] = buffer
+        buffers[placeholders[name]] = canonical.get(buffer, buffer)
     # Inputs that are no tensors are constants, which have no placeholder.
     tensors = [name for name in signature.user_inputs if isinstance(name, str) and name in placeholders]
     inputs = {placeholders[name]: name for name in tensors}

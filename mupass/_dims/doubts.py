@@ -13,14 +13,21 @@ from fractions import Fraction
 from itertools import chain, combinations
 from math import gcd, prod
 
-from mupass._dims.policies import compared, mixed, numbers_among, numbers_written
+from mupass._dims.policies import (
+    DOUBTED,
+    FAR_WIDER,
+    REPEATED,
+    compared,
+    mixed,
+    numbers_among,
+    numbers_written,
+)
 from mupass._dims.verdicts import Verdicts
 from mupass._dims.wiring import Wiring
 
 Found = Iterator[tuple[int, str]]  # dimension, what speaks against it
 
-# These start the reasons of what may not grow at all.
-DOUBTED = "policy: a width like the others, though"
+# Starts the reasons of hidden states, which may not grow at all either.
 HIDDEN = "policy: hidden state, since weights read it again"
 STRAIGHT = 1.25  # a linear bottleneck is one when it is narrower than its neighbours by this factor
 TABLE = 1.5  # the same for the rows of a lookup table
@@ -229,7 +236,7 @@ def _broad_starts(wiring: Wiring) -> Found:
         if wiring.source(dim) != 0 or not results:
             continue
         if wiring.space.size(dim) >= BROAD * max(results):
-            yield dim, f"it is far wider than what is made of it ({_of(0, results)})"
+            yield dim, f"{FAR_WIDER} ({_of(0, results)})"
         elif wiring.by_kernel(dim) and wiring.space.size(dim) >= STEM_OVER * max(results):
             # Generators start wide too, but what they make only gets narrower.
             made = wiring.grown_results(dim)
@@ -263,7 +270,7 @@ def _repeated_sizes(wiring: Wiring) -> Found:
             if any(_proportional(around, other) for other in differing):
                 holder = holders.get(dim, dim)
                 for repeated in filter(wiring.verdicts.is_firm, (dim, holder, *_made_beside(wiring, holder))):
-                    yield repeated, f"it is {size} at several places whose widths differ"
+                    yield repeated, f"it is {size} {REPEATED}"
 
 
 def _made_beside(wiring: Wiring, dim: int) -> list[int]:

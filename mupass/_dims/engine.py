@@ -7,6 +7,7 @@ parameters, seeds of finiteness, evidence of width.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
@@ -84,11 +85,24 @@ class Engine:
         for whole, parts in self.space.terms("sum"):
             if whole in read_by_weights:
                 read_by_weights.update(parts)
+        factors: set[int] = set()
+        for whole, members in self.space.terms("product"):
+            if whole in read_by_weights:
+                factors.update(members)
+        positions: dict[int, set[int]] = defaultdict(set)
+        for dim, index, _ in self.facts.picks:
+            positions[self.space.find(dim)].add(index)
+        # What lies between single positions is cut out: key, strength = x[:, :d], x[:, d].
+        for dim, indices in positions.items():
+            if not (read_by_weights | factors).isdisjoint(self.space.between(dim, indices)):
+                for index in indices:
+                    self.space.part(dim, index, index + 1)
+                positions[dim] = set()
         for dim, index, where in self.facts.picks:
             # The other positions are read as features, so that the one taken is a part like them.
             if self.space.others(dim, index) in read_by_weights:
                 self.space.part(dim, index, index + 1)
-            else:
+            elif positions[self.space.find(dim)]:
                 self.facts.finite.setdefault(dim, f"{PICKED} ({where})")
                 self.facts.enumerated.setdefault(dim, PICKED)
 

@@ -17,6 +17,10 @@ from mupass._dims.verdicts import Verdict, Verdicts
 # What the verdicts on fixed ones say first.
 CODE_FEATURES = "policy: features of the code"
 CODE_NUMBER = "policy: a size of its own, since the code of"
+# What the reasons of widths say first that may not grow at all, and of those that their sizes speak against.
+DOUBTED = "policy: a width like the others, though"
+REPEATED = "at several places whose widths differ"
+FAR_WIDER = "it is far wider than what is made of it"
 
 
 def settle_outputs(verdicts: Verdicts, outputs: Sequence[tuple[int, str]]) -> dict[int, str]:
@@ -62,6 +66,9 @@ def _settle_shared_keys(verdicts: Verdicts) -> None:
             for head, size_per_head in (members, members[::-1]):
                 queries.append((head, _rejoined(space, size_per_head)))
     for product in facts.bilinear:
+        # Keys have positions of their own. What meets x[b, e] alone is a matrix w[b, e, o] that data picked.
+        if len(product.inner) < 3:
+            continue
         inner = space.find_all(filter(verdicts.is_open, product.inner))
         # scores[b, l, h, s] = sum_e q[b, l, h, e] k[b, s, e], of which no weight reads e
         for head, sizes in queries:
@@ -124,7 +131,8 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
     """Return the widths whose sizes the code writes out, where most follow an argument; each with the class.
 
     Args:
-        verdicts: What all other policies and defaults decide; what is in doubt already is asked about anyway.
+        verdicts: What all other policies and defaults decide. What is in doubt already is asked about anyway,
+            but that a size repeats or is far above its surroundings speaks for a number, too.
         shared: Whether those are wanted whose size other widths have too, which may be written somewhere
             that was not understood; else the others, which are numbers of their own.
     """
@@ -132,6 +140,10 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
     written = space.by_class(facts.written)
     widths = list(filter(verdicts.is_firm, map(space.find, facts.carried.values())))
     numbers = [dim for dim in widths if dim in written]
+    if not shared:
+        doubted = [dim for dim in map(space.find, facts.carried.values()) if _is_odd(verdicts, dim)]
+        widths += doubted
+        numbers += [dim for dim in doubted if dim in written]
     # Where most of a model is numbers, they say nothing of what its author would widen.
     if 2 * len(numbers) > len(widths):
         return {}
@@ -139,6 +151,14 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
     fans = space.find_all((*facts.fan_in, *facts.fan_out))
     chosen = sorted(fans.intersection(numbers))
     return {dim: written[dim] for dim in chosen if (space.size(dim) in others) == shared}
+
+
+def _is_odd(verdicts: Verdicts, dim: int) -> bool:
+    """Whether a dimension grows, though its size is not that of a width where it stands."""
+    verdict = verdicts.get(dim)
+    return (
+        verdict is not None and verdict.infinite and any(why in verdict.why for why in (REPEATED, FAR_WIDER))
+    )
 
 
 def settle_numbers(verdicts: Verdicts, numbers: Mapping[int, str]) -> None:

@@ -150,6 +150,17 @@ class Space:
             return None
         return self.find(part)
 
+    def between(self, whole: int, positions: Iterable[int]) -> set[int]:
+        """Return the slices of a dimension where they and single positions make up all of it, else none."""
+        spans = self._slices.get(self.find(whole), {})
+        ordered = sorted([*spans, *[(position, position + 1) for position in positions]])
+        covered = 0
+        for start, stop in ordered:
+            if start != covered:
+                return set()
+            covered = stop
+        return self.find_all(spans.values()) if covered == self._sizes[whole] else set()
+
     def derive(self, source: int, size: int) -> int:
         """Return a dimension of another size that grows exactly when ``source`` grows."""
         if size == self._sizes[source] == 1:

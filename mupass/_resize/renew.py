@@ -22,6 +22,8 @@ from mupass._scales.init import Init
 from mupass._scales.laws import tolerance
 
 SIGMAS = 6  # a wrong alarm about once in 10^9 tensors
+FEW_NUMBERS = 8  # fewer tell no law of a whole tensor
+UNIT_LENGTH = 1e-4  # error of the length of a direction
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def draw(
     """
     old = old.detach().cpu()
     result = torch.empty(_new_shape(axes), dtype=old.dtype)
+    if init is None:
+        drawn_whole = _drawn_whole(old, result.shape, generator)
+        if drawn_whole is not None:
+            return drawn_whole
     for block in _blocks(axes):
         target_block = result[block.here]
         if init is not None:
@@ -283,6 +289,55 @@ def _drawn(
     shape = (len(source), count)
     unit = _unit(source, (source - mean) / std, shape, generator)
     return ((mean + std * unit) * factor).to(values.dtype)
+
+
+def _drawn_whole(old: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor | None:
+    """Draw a buffer whose entries are not independent: a direction, or the noise of a noisy layer.
+
+    Args:
+        old: Present values.
+        shape: Of the new ones.
+        generator: Source of random numbers.
+
+    Returns:
+        The new values, or None where the old ones are of no such law.
+    """
+    if not old.is_floating_point() or old.numel() < FEW_NUMBERS or old.dim() > 2:
+        return None
+    # u of spectral_norm: a normal vector over its length.
+    if old.dim() == 1 and abs(old.norm().item() - 1) < UNIT_LENGTH and not _patterned(old[None]):
+        direction = torch.randn(tuple(shape), generator=generator, dtype=old.dtype)
+        return direction / direction.norm()
+    # noise = outer(f(a), f(b)) and f(a), with f(x) = sign(x) sqrt(|x|) of normal numbers: NoisyNet
+    sides = _sides(old)
+    if sides is None or not all(map(_is_root_noise, sides)):
+        return None
+    noise = torch.ones((), dtype=old.dtype)
+    for size in shape:
+        normal = torch.randn(size, generator=generator, dtype=old.dtype)
+        noise = noise[..., None] * (normal.sign() * normal.abs().sqrt())
+    return noise
+
+
+def _sides(old: Tensor) -> list[Tensor] | None:
+    """Return a vector, or the two of one deviation whose outer product a matrix is; None where it is none."""
+    if old.dim() == 1:
+        return [old]
+    row, column = divmod(int(old.abs().argmax()), old.shape[1])
+    left, right = old[:, column], old[row] / old[row, column]
+    if min(old.shape) < FEW_NUMBERS or not torch.allclose(
+        torch.outer(left, right), old, rtol=1e-4, atol=1e-6
+    ):
+        return None
+    balance = (left.std() / right.std()).sqrt()
+    return [left / balance, right * balance]
+
+
+def _is_root_noise(values: Tensor) -> bool:
+    """Whether the squares of values, with their signs, may be standard normal numbers."""
+    normal = values.sign() * values.square()
+    centred = normal.mean().abs() <= SIGMAS * normal.std() / math.sqrt(normal.numel())
+    return bool(centred) and _has_deviation(normal.std(correction=0), 1, normal.numel())
 
 
 def _in_unit_interval(values: Tensor, mean: Tensor, std: Tensor) -> bool:
