@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mupass
@@ -403,3 +404,51 @@ def test_tables_of_sinusoids_are_recomputed_and_drawn_matrices_not_tried() -> No
             torch.testing.assert_close(recompute(table(old), new), table(new), rtol=0, atol=0)
     # Every table that is tried costs as much as the matrix is large.
     assert len(list(_formulas(torch.randn(old)))) == 1
+
+
+class Queues(nn.Module):
+    """Experts that take no more than ``size`` tokens of a sequence; those that nobody chose are passed by."""
+
+    def __init__(self, width: int, size: int, loop: bool) -> None:
+        super().__init__()
+        self.size, self.loop = size, loop
+        self.embed, self.gate = nn.Linear(6, width), nn.Linear(width, 4)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        chosen = F.one_hot(self.gate(hidden).argmax(-1), 4)
+        chosen = chosen * (chosen.cumsum(-2) <= self.size)
+        out = torch.zeros_like(hidden)
+        if self.loop:
+            for expert in chosen.sum((0, 1)).nonzero():
+                places = torch.where(chosen[..., int(expert)] > 0)
+                out = out.index_put(places, self.experts[int(expert)](hidden[places]))
+        else:
+            for number, expert in enumerate(self.experts):
+                out = out + expert(hidden) * chosen[..., number, None]
+        return self.head(hidden + out)
+
+
+def test_a_limit_of_tokens_as_large_as_the_width_stays() -> None:
+    x = torch.randn(2, 5, 6)
+    copy, native = resize(Queues(8, 8, loop=False), 16, example_inputs=x), Queues(16, 8, loop=False)
+    assert copy.size == 8
+    native.load_state_dict(copy.state_dict())
+    assert torch.equal(copy(x), native(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.export cannot capture")
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle")  # of an expert that nobody chose
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_that_values_choose_are_resized(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(2, 5, 6)
+    for width, new in ((32, 16), (16, 32)):
+        # As many experts are hit as values say, which the copy draws anew.
+        copy, native = resize(Queues(width, width, True), new, example_inputs=x), Queues(new, width, True)
+        assert copy.size == width
+        native.load_state_dict(copy.state_dict())
+        assert torch.equal(copy(x), native(x))

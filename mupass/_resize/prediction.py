@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from mupass._capture.record import record
 from mupass._dims.facts import Value
 from mupass._dims.graph import computing, operator_name, shape_of
 from mupass._errors import CaptureError
+from mupass._resize.counts import SamePlaces, counts_no_width, grows, limits
 from mupass._resize.sizes import NewSizes
 
 # Operators whose further results have sizes that depend on the device.
@@ -58,6 +60,8 @@ class Target:
         owners: Module of every operator.
         inputs: Positional and keyword inputs, on the new model's device.
         exported: Whether torch.export captured the source.
+        limits: Of every operator the numbers that it holds counts of no width against.
+        places: Of a recorded source, what its run found; None where no values tell a size.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -65,6 +69,8 @@ class Target:
     owners: list[str]
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     exported: bool
+    limits: list[list[int]]
+    places: SamePlaces | None = None
 
     def failure(self, candidate: nn.Module) -> Failure | None:
         """Run a candidate and compare shapes; None when all are as predicted.
@@ -98,8 +104,8 @@ class Target:
         args, kwargs = self.inputs
         if self.exported:
             return export(candidate, args, kwargs)
-        reason = CaptureError("recorded as the source was")
-        return record(candidate, args, kwargs, *parameter_names(candidate), reason)
+        with self.places or nullcontext():
+            return _recorded(candidate, args, kwargs)
 
     def _progress(self, candidate: nn.Module) -> tuple[int, int]:
         """Return how many operators the last complete module ends with, and how many ran in all."""
@@ -135,12 +141,14 @@ class Target:
         nodes, count = computing(again.nodes), len(self.shapes)
         for index, (node, expected_shapes) in enumerate(zip(nodes, self.operators, strict=False)):
             actual_shapes = [shape_of(tensor) for tensor in _tensors(node)]
+            wrong = ""
             if not _fit(actual_shapes, expected_shapes):
+                wrong = f"gives {actual_shapes}, not {expected_shapes}"
+            elif self.limits[index] not in ([], limits(node)):
+                wrong = f"holds counts against {limits(node)}, not {self.limits[index]}"
+            if wrong:
                 module_path = again.owners.get(node, "")
-                message = (
-                    f"{operator_name(node.target)} in {module_path or 'the root module'} gives "
-                    f"{actual_shapes}, not {expected_shapes}"
-                )
+                message = f"{operator_name(node.target)} in {module_path or 'the root module'} {wrong}"
                 return Failure(count, True, index, module_path, message)
         if len(nodes) != len(self.operators):
             message = f"it runs {len(nodes)} operators instead of {len(self.operators)} at the new width"
@@ -186,7 +194,26 @@ def target_of(
         predicted.append([tuple(sizes.predicted(axis.dim) for axis in value.axes) for value in values])
     owners = [captured.owners.get(node, "") for node in nodes]
     moved_inputs = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, inputs)
-    return Target(shapes, predicted, owners, moved_inputs, captured.method == "export")
+
+    def has_width(node: Node) -> bool:
+        return grows(env.get(node), sizes.solved.verdicts.grows)
+
+    # Limits of counts stay, though they may equal a width: no shape shows them.
+    kept = []
+    for node in nodes:
+        numbers = limits(node)
+        kept.append(numbers if numbers and counts_no_width(node, has_width) else [])
+    exported, places = captured.method == "export", None
+    if not exported and sizes.solved.engine.facts.counted:
+        places = SamePlaces()
+        with quiet(), places:
+            _recorded(model, *inputs)
+    return Target(shapes, predicted, owners, moved_inputs, exported, kept, places)
+
+
+def _recorded(model: nn.Module, args: Any, kwargs: Any) -> Capture:
+    reason = CaptureError("recorded as the source was")
+    return record(model, args, kwargs, *parameter_names(model), reason)
 
 
 def _tensors(node: Node) -> list[Tensor]:
