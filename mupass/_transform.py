@@ -71,7 +71,9 @@ def transform(
         parameterization: ``mup``, ``standard`` (nothing is scaled), ``ntk`` or ``mean_field``.
         dims: Verdicts that you settle, such as ``{"d_head": "finite"}``.
         init: ``"auto"`` reads the initialization law off the values; or ``"fan_in"``, ``"fan_out"``,
-            ``"fan_avg"``, ``"constant"``, or ``{name pattern: law}``.
+            ``"fan_avg"``, ``"constant"`` (rarer ones are ``"fan_in_squared"``, for ``std = gain / fan_in``,
+            ``"fan_out_squared"``, ``"fan_product"``, ``"fan_in_root"`` and ``"fan_stack"``), or
+            ``{name pattern: law}``.
         inplace: Rewrite this very module (default), or a deep copy and leave this one alone.
         depth: Number of residual branches ``x + f(x)`` at which hyperparameters mean what they say (two for
             each layer of a transformer). The model's own are counted in its graph; with L times as many each

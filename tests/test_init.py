@@ -373,7 +373,7 @@ def test_a_bias_of_a_transposed_convolution_follows_the_fan_that_it_is_drawn_by(
     assert torch.equal(net[4].bias, bias)
 
 
-@pytest.mark.parametrize(("std", "doubtful"), [(64**-0.5, True), (0.15, False)])
+@pytest.mark.parametrize(("std", "doubtful"), [(64**-0.5, True), (0.0125**0.5, True), (0.15, False)])
 def test_one_constant_that_is_the_root_of_a_width_is_in_doubt(std: float, doubtful: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -384,5 +384,50 @@ def test_one_constant_that_is_the_root_of_a_width_is_in_doubt(std: float, doubtf
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
     found = plan(model, torch.randn(2, 8))
-    # T5 draws what reads 96 by 1/sqrt(64) too.
+    # T5 draws what reads 96 by 1/sqrt(64) too, others by sqrt(4 / (5 * 64)).
     assert found["6.weight"].law.startswith("constant std") and found["6.weight"].doubtful == doubtful
+
+
+class RareLaws(nn.Module):
+    """Weights that follow laws of their own: a Fourier layer, experts, a vector, TabNet's layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, width)
+        self.spectrum = nn.Parameter(torch.rand(width, width, 4, dtype=torch.cfloat) / width**2)
+        self.shift = nn.Parameter(torch.rand(width) / width)
+        self.up = nn.Parameter(torch.empty(4, width, 2 * width))
+        self.down = nn.Parameter(torch.empty(4, 2 * width, width))
+        self.wide, self.narrow = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.head = nn.Linear(width, 3)
+        for stack in (self.up, self.down):
+            nn.init.kaiming_uniform_(stack, a=math.sqrt(5))
+        for layer in (self.wide, self.narrow):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = torch.fft.rfft(self.embed(x).transpose(1, 2))
+        hidden = torch.fft.irfft(torch.einsum("bix,iox->box", waves, self.spectrum)).transpose(1, 2)
+        hidden = torch.relu(hidden + self.shift)
+        experts = torch.einsum(
+            "btei,eio->bteo", torch.relu(torch.einsum("bti,eio->bteo", hidden, self.up)), self.down
+        )
+        return self.head(self.narrow(torch.relu(self.wide(hidden + experts.mean(2)))))
+
+
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle")
+@pytest.mark.parametrize(
+    ("width", "new"), [(32, 64), pytest.param(64, 32, marks=pytest.mark.slow)], ids=["wider", "narrower"]
+)
+def test_rare_laws_are_those_of_the_model_at_another_width(width: int, new: int) -> None:
+    torch.manual_seed(0)
+    model, native, x = RareLaws(width), RareLaws(new), torch.randn(2, 6, 6)
+    copy = mupass.resize(model, new, example_inputs=x, seed=0)
+    for name, parameter in native.named_parameters():
+        drawn = copy.get_parameter(name)
+        sizes = [p.detach().abs().square().mean().sqrt().item() for p in (drawn, parameter)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.02 + 2 / math.sqrt(parameter.numel())), name
+    # A plan at the other width as base asks for the same sizes, where nothing is scaled by width.
+    laws = plan(model, x, base=new, parameterization="mean_field")
+    for name, law in (("spectrum", "fan_product"), ("up", "fan_stack"), ("wide.weight", "fan_in_root")):
+        assert laws[name].law.startswith(law) and not laws[name].doubtful

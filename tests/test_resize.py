@@ -452,3 +452,22 @@ def test_experts_that_values_choose_are_resized(seed: int) -> None:
         assert copy.size == width
         native.load_state_dict(copy.state_dict())
         assert torch.equal(copy(x), native(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:sizes that one model cannot settle")
+def test_a_deviation_that_a_configuration_computes_from_the_width_follows_it() -> None:
+    hf = pytest.importorskip("transformers")
+
+    def llama(width: int) -> nn.Module:
+        sizes = dict(hidden_size=width, intermediate_size=3 * width, num_attention_heads=width // 16)
+        deviation = (2 / (5 * width)) ** 0.5
+        config = hf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=96, initializer_range=deviation)
+        return hf.LlamaForCausalLM(config)
+
+    copy = resize(llama(64), 128, example_inputs={"input_ids": torch.randint(96, (2, 8)), "use_cache": False})
+    for name, parameter in llama(128).named_parameters():
+        if parameter.dim() > 1:
+            assert copy.get_parameter(name).std().item() == pytest.approx(parameter.std().item(), rel=0.1), (
+                name
+            )

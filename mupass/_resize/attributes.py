@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -35,6 +36,8 @@ SIZE_NAMES = re.compile(
     r"^d$|^c$|^h$|^d_|_d$|^n_head"
 )
 SCALE_NAMES = re.compile(r"scal|sqrt|norm_factor|inv_norm|mult|temperature")
+DRAW_NAMES = re.compile(r"init|std")
+SIMPLE = 20  # largest number in the square of a gain
 # Tables of torch itself, in which no number is a width.
 MODULE_TABLES = ("training", "_parameters", "_buffers", "_modules", "_flat_weights")
 
@@ -166,6 +169,8 @@ class Attributes:
 
     def _root(self, path: str, name: str, value: float) -> float:
         """Return the new value of a number such as sqrt(d_model); no shape tells, so there is only one."""
+        if DRAW_NAMES.search(name) and round(value, 6) != value:
+            return self._deviation(path, value)
         # sqrt(d_model), or one over it, of a dimension that gets another size.
         for size, new_sizes in self._table(path).items():
             changed = _other_sizes(new_sizes, size)
@@ -181,6 +186,16 @@ class Attributes:
                     if own_sizes != {size} and SCALE_NAMES.search(name) and self._is_data(path, size):
                         self.doubts.setdefault((path, name), f"{value:.6g} (the root of {size})")
                     return value
+        return value
+
+    def _deviation(self, path: str, value: float) -> float:
+        """Return the new value of a deviation such as sqrt(2 / (5 d_model)), by which weights are drawn."""
+        for size, new_sizes in self._table(path).items():
+            square = value**2 * size
+            simple = Fraction(square).limit_denominator(SIMPLE)
+            is_gain = 0 < simple.numerator <= SIMPLE and math.isclose(square, simple, rel_tol=1e-12)
+            if is_gain and self.sizes.factor * size in _other_sizes(new_sizes, size):
+                return value / math.sqrt(self.sizes.factor)
         return value
 
     def _own_sizes(self, path: str, size: int) -> set[int]:

@@ -20,6 +20,8 @@ from mupass._scales.laws import KINDS, Fans, Finding, Sample, find_laws, toleran
 from mupass._scales.own_draws import Draw
 from mupass._scales.scales import init_powers, init_scale
 
+POSITIVE = 32  # entries that are not all positive by chance
+
 InitChoice = str | Mapping[str, str]
 Values = Mapping[str, torch.Tensor]  # of parameters by name
 
@@ -54,9 +56,9 @@ def plan_init(
         tensors: Parameters by name, with the user's initial values.
         geometries: Their geometry.
         parameterization: Key of `mupass._scales.scales.PARAMETERIZATIONS`.
-        init: ``"auto"`` reads each law off the values. ``"fan_in"``, ``"fan_out"``, ``"fan_avg"`` or
-            ``"constant"`` states it for all parameters, ``{pattern: law}`` for those whose name matches
-            a shell pattern; a later pattern wins.
+        init: ``"auto"`` reads each law off the values. ``"fan_in"``, ``"fan_out"``, ``"fan_avg"``,
+            ``"constant"`` or another one of `mupass._scales.laws.FANS` states it for all parameters,
+            ``{pattern: law}`` for those whose name matches a shell pattern; a later pattern wins.
         draws: What the model's own code would draw for tensors without values.
 
     Returns:
@@ -127,6 +129,10 @@ def own_fans(geometry: Geometry) -> Fans:
     is_convolution = any(use.kind.startswith("conv") for use in geometry.uses) and len(geometry.shape) > 2
     fan_out = geometry.fan_out * prod(geometry.shape[2:]) if is_convolution else geometry.fan_out
     average = _average_fan(geometry.shape)
+    # Kaiming's law takes all axes but the first for fan_in, though the first one may count matrices.
+    stack = prod(geometry.shape[1:]) if len(geometry.shape) > 2 else 0
+    if stack in (geometry.fan_in, fan_out):
+        stack = 0
     # A bias that grows has a fan_out to refer to; one of fixed length has no fan at all.
     return Fans(
         geometry.fan_in if geometry.fan_in_axes else None,
@@ -135,6 +141,8 @@ def own_fans(geometry: Geometry) -> Fans:
         geometry.m_out,
         average=average or None,
         m_average=average / _average_fan(geometry.base_shape) if average else 1.0,
+        stack=stack or None,
+        m_stack=stack / prod(geometry.base_shape[1:]) if stack else 1.0,
     )
 
 
@@ -275,10 +283,11 @@ def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
         return _fixed(smallest)
     # Of a single draw its size is all there is to see.
     std = abs(smallest) / sqrt(3) if single_draw else values.std(correction=0).item()
-    # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s.
-    bound = max(largest, -smallest)
+    # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s: from their mean.
+    positive = smallest >= 0 and len(values) >= POSITIVE
+    bound = largest / 2 if positive else max(largest, -smallest)
     uniform = bound <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
-    return replace(empty, std=std, uniform=uniform, bound=bound)
+    return replace(empty, std=std, uniform=uniform, bound=bound, from_zero=positive and uniform)
 
 
 def _fixed(value: float) -> Init:

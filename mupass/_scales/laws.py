@@ -7,9 +7,10 @@ really use, wins, and what it explains is set aside before the next law is sough
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import hypot, sqrt
+from math import hypot, prod, sqrt
 
 DEFAULT_GAIN = 1 / sqrt(3)  # U(+-1/sqrt(fan_in)): nn.Linear, nn.Conv, recurrent layers, and their biases
+UNIT_GAIN = 1 / sqrt(12)  # U(0, 1): torch.rand
 
 # Law -> gains that PyTorch and common code produce. The order settles ties.
 CANONICAL = {
@@ -18,7 +19,30 @@ CANONICAL = {
     "fan_out": (DEFAULT_GAIN, 1.0, sqrt(2)),  # default of transposed convolutions; Kaiming mode="fan_out"
     "fan_avg": (1.0, sqrt(2)),  # Xavier, Xavier with ReLU gain
 }
-KINDS = tuple(CANONICAL)
+# Laws that code has here and there: they must explain more than those above, and differing sizes or a bound.
+RARE = {
+    "fan_stack": (DEFAULT_GAIN, 1.0, sqrt(2)),  # nn.init's Kaiming of a stack [experts, in, out]: in * out
+    "fan_in_root": (1.0, sqrt(2)),  # fan_in ** -0.25: TabNet
+    "fan_in": (UNIT_GAIN,),
+    "constant": (UNIT_GAIN,),
+    "fan_in_squared": (1.0, UNIT_GAIN),  # randn(fan_in, n) / fan_in
+    "fan_out_squared": (1.0, UNIT_GAIN),  # of a vector: rand(n) / n
+    "fan_product": (1.0, UNIT_GAIN),  # rand(fan_in, fan_out) / (fan_in * fan_out): Fourier neural operators
+}
+# Law -> fans whose product, to a power, divides the variance.
+FANS: dict[str, tuple[tuple[str, ...], float]] = {
+    "fan_in": (("fan_in",), 1),
+    "constant": ((), 1),
+    "fan_out": (("fan_out",), 1),
+    "fan_avg": (("average",), 1),
+    "fan_stack": (("stack",), 1),
+    "fan_in_root": (("fan_in",), 0.5),
+    "fan_in_squared": (("fan_in",), 2),
+    "fan_out_squared": (("fan_out",), 2),
+    "fan_product": (("fan_in", "fan_out"), 2),
+}
+KINDS = tuple(FANS)
+SMALL_GAINS = (sqrt(2 / 5), sqrt(4 / 5))  # one constant for all weights: sqrt(2 / (5 d_model))
 ROUNDING = 4e-3  # of half precision
 MANY = 1024  # entries of which the largest tells a bound to 2 %
 CERTAIN = 192  # entries that are not flat by chance
@@ -43,6 +67,8 @@ class Fans:
         average: Mean of both fans as `torch.nn.init` counts them, by the first two axes, whatever these are;
             None for a vector.
         m_average: The same relative to the base width.
+        stack: What `torch.nn.init` takes for the fan_in of a stack of matrices; None for all else.
+        m_stack: The same relative to the base width.
     """
 
     fan_in: int | None
@@ -52,23 +78,33 @@ class Fans:
     partner: str | None = None
     average: float | None = None
     m_average: float = 1.0
+    stack: float | None = None
+    m_stack: float = 1.0
 
     def denominator(self, kind: str) -> float | None:
         """Return ``gain**2 / variance`` under a law, or None if the law cannot be stated."""
-        if kind == "constant":
-            return 1.0
-        return {"fan_in": self.fan_in, "fan_out": self.fan_out, "fan_avg": self.average}[kind]
+        names, power = FANS[kind]
+        sizes = [getattr(self, name) for name in names]
+        return None if None in sizes else prod(sizes, start=1.0) ** power
 
     def ratio(self, kind: str) -> float:
         """Return the variance at the base width relative to the variance now, under a law."""
-        return {"fan_in": self.m_in, "fan_out": self.m_out, "fan_avg": self.m_average}.get(kind, 1.0)
+        growth = {
+            "fan_in": self.m_in,
+            "fan_out": self.m_out,
+            "average": self.m_average,
+            "stack": self.m_stack,
+        }
+        names, power = FANS[kind]
+        return prod([growth[name] for name in names], start=1.0) ** power
 
 
 @dataclass(frozen=True)
 class Sample:
     """Statistics of one tensor: number of entries, std (None on the meta device), flat distribution.
 
-    The ``bound`` is the largest of its entries by size, where it was measured.
+    The ``bound`` is the largest of its entries by size, where it was measured; half of it for entries that
+    are flat from zero on.
 
     A tensor that the forward pass does not read has no fans, so it ``speaks`` for no law. What a tensor
     without values will hold may be ``promised`` by the model's own code.
@@ -82,6 +118,7 @@ class Sample:
     speaks: bool = True
     promised: bool = False
     bound: float = 0.0
+    from_zero: bool = False
 
     def gain(self, kind: str) -> float | None:
         """Return the gain that the law needs to give this tensor's std."""
@@ -102,7 +139,8 @@ class Sample:
     @property
     def drawn_exactly(self) -> bool:
         """Whether its largest entry is the bound of PyTorch's default, ``1/sqrt(fan_in)``."""
-        return self.uniform and self.count >= MANY and self.reaches("fan_in", DEFAULT_GAIN)
+        flat = self.uniform and self.count >= MANY and not self.from_zero
+        return flat and self.reaches("fan_in", DEFAULT_GAIN)
 
     def reaches(self, kind: str, gain: float) -> bool:
         """Tell whether the largest entry is the bound of a flat law.
@@ -159,12 +197,16 @@ class _Hypothesis:
     gain: float
     canonical: bool
     slack: float  # error of the gain itself, when it was measured
+    rare: bool = False
 
     def explains(self, sample: Sample) -> bool:
         gain = sample.gain(self.kind)
         # A gain of 1/sqrt(3) makes the bound of a flat law 1/sqrt(fan); no one draws normal numbers so.
         if self.canonical and self.gain == DEFAULT_GAIN and not sample.uniform and sample.count >= FEW:
             return False
+        # torch.rand has a gain of its own, and a bound by which it is told.
+        if self.canonical and (self.gain == UNIT_GAIN or sample.from_zero):
+            return self.gain == UNIT_GAIN and sample.from_zero and sample.reaches(self.kind, self.gain)
         # The bound of a flat law says more than a std that others happen to have.
         if not self.canonical and sample.drawn_exactly:
             return False
@@ -179,10 +221,13 @@ class _Hypothesis:
         explained = [sample for sample in samples if self.explains(sample)]
         # A tensor of few entries breaks ties and outvotes none.
         weight = sum(1 if sample.count >= FEW else 0.01 for sample in explained)
-        if self.canonical:
+        if self.canonical and not self.rare:
             return weight, True
-        # Tensors of one shape agree on every law, so they are evidence for none.
+        # Tensors of one shape agree on every law, so they are evidence for none. The bound of a flat one is.
         shapes = {(sample.fans.fan_in, sample.fans.fan_out) for sample in explained}
+        if self.rare:
+            bound_told = any(sample.flat or sample.from_zero for sample in explained)
+            return (weight if len(shapes) > 1 or bound_told else 0.0), False
         return (weight - 1 if len(shapes) > 1 else 0.0), False
 
 
@@ -220,7 +265,7 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
 def _explained(samples: list[Sample]) -> Iterator[Finding]:
     """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
     hypotheses = list(_hypotheses(samples))
-    usual = [law for law in hypotheses if law.canonical]
+    usual = [law for law in hypotheses if law.canonical and not law.rare]
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
@@ -247,6 +292,8 @@ def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
     # Gains that people use come first, then those that the tensors themselves suggest.
     for kind, gains in CANONICAL.items():
         yield from (_Hypothesis(kind, gain, True, 0.0) for gain in gains)
+    for kind, gains in RARE.items():
+        yield from (_Hypothesis(kind, gain, True, 0.0, rare=True) for gain in gains)
     for kind in CANONICAL:
         hypotheses: list[_Hypothesis] = []
         for sample in sorted(samples, key=lambda s: -s.count):
@@ -271,7 +318,8 @@ def _roots(best: _Hypothesis, usual: Sequence[_Hypothesis], samples: Sequence[Sa
         sample for sample in filter(best.explains, samples) if sample.fans.m_in != 1 and sample.count >= FEW
     ]
     kinds = []
-    for law in usual:
+    small = [_Hypothesis("fan_in", gain, True, 0.0) for gain in SMALL_GAINS]
+    for law in (*usual, *small):
         if law.kind != "constant" and 2 * sum(map(law.explains, grown)) > len(grown):
             kinds.append(law.kind)
     return kinds
@@ -295,7 +343,7 @@ def _settled(
 def _majority(found: Sequence[Finding]) -> str:
     """Return the law of most weights whose fan_in grows; fan_in if none is ahead."""
     kinds = [finding.kind for finding in found if finding.sample.fans.m_in != 1]
-    return max(KINDS, key=kinds.count)  # the first of equals, fan_in
+    return max(CANONICAL, key=kinds.count)  # the first of equals, fan_in
 
 
 def _unsettled(sample: Sample, majority: str) -> Finding:
@@ -304,7 +352,7 @@ def _unsettled(sample: Sample, majority: str) -> Finding:
     # Where all laws give one ratio there is nothing to doubt.
     ratios = {
         sample.fans.ratio(other_kind)
-        for other_kind in KINDS
+        for other_kind in CANONICAL
         if sample.fans.denominator(other_kind) is not None
     }
     doubtful = len(ratios) > 1 and sample.fans.fan_in is not None  # vectors are drawn without looking at fans
