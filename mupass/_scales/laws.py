@@ -199,6 +199,11 @@ class _Hypothesis:
     slack: float  # error of the gain itself, when it was measured
     rare: bool = False
 
+    @property
+    def usual(self) -> bool:
+        """Whether people use it often."""
+        return self.canonical and not self.rare
+
     def explains(self, sample: Sample) -> bool:
         gain = sample.gain(self.kind)
         # A gain of 1/sqrt(3) makes the bound of a flat law 1/sqrt(fan); no one draws normal numbers so.
@@ -221,7 +226,7 @@ class _Hypothesis:
         explained = [sample for sample in samples if self.explains(sample)]
         # A tensor of few entries breaks ties and outvotes none.
         weight = sum(1 if sample.count >= FEW else 0.01 for sample in explained)
-        if self.canonical and not self.rare:
+        if self.usual:
             return weight, True
         # Tensors of one shape agree on every law, so they are evidence for none. The bound of a flat one is.
         shapes = {(sample.fans.fan_in, sample.fans.fan_out) for sample in explained}
@@ -265,7 +270,7 @@ def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
 def _explained(samples: list[Sample]) -> Iterator[Finding]:
     """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
     hypotheses = list(_hypotheses(samples))
-    usual = [law for law in hypotheses if law.canonical and not law.rare]
+    usual = [law for law in hypotheses if law.usual]
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
