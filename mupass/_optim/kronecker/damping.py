@@ -9,7 +9,7 @@ from torch import Tensor
 
 RELATIVE = ("trace", "eigen")
 MODES = (*RELATIVE, "absolute", "pi")
-# Rows of a step from which relative damping is what it says at the base width; and by how much it grows at most.
+# Rows of a step from which relative damping is what it says at the base width; by how much it grows at most.
 ROWS, MOST = 256, 16.0
 # The power of that growth which a direction is multiplied by, for each side.
 LENGTHENING = 1 / 8
