@@ -67,10 +67,10 @@ class Gained(nn.Module):
 class Bottleneck(nn.Module):
     """A narrow network behind a frozen layer that adds to what this makes (Houlsby et al.)."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(base.out_features, RANK), nn.Linear(RANK, base.out_features)
+        self.down, self.up = nn.Linear(base.out_features, rank), nn.Linear(rank, base.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.base(x)
@@ -269,6 +269,7 @@ def test_a_new_readout_on_a_frozen_model_has_a_width() -> None:
 
 
 def test_a_bottleneck_that_is_trained_with_the_rest_stays_a_width() -> None:
+    """Where its size is an argument; one that the code writes out is a number of the author's own."""
     model = Net(128, Bottleneck).requires_grad_(True)
     assert roles(model)["up.down.weight"] == "hidden"
 

@@ -21,6 +21,7 @@ from mupass._scales.own_draws import Draw
 from mupass._scales.scales import init_powers, init_scale
 
 POSITIVE = 32  # entries that are not all positive by chance
+DEVIATIONS = 3  # of the mean of so many draws, which chance may bring
 
 InitChoice = str | Mapping[str, str]
 Values = Mapping[str, torch.Tensor]  # of parameters by name
@@ -283,8 +284,10 @@ def _as_held(empty: Sample, tensor: torch.Tensor, lent: bool) -> Sample | Init:
         return _fixed(smallest)
     # Of a single draw its size is all there is to see.
     std = abs(smallest) / sqrt(3) if single_draw else values.std(correction=0).item()
+    # Flat from zero on, as torch.rand draws: the mean is half of the largest. That of squares is a third.
+    off = abs(values.mean().item() - largest / 2)
+    positive = smallest >= 0 and len(values) >= POSITIVE and off <= DEVIATIONS * std / sqrt(len(values))
     # The largest of n draws from a flat law of standard deviation s stays below sqrt(3) s: from their mean.
-    positive = smallest >= 0 and len(values) >= POSITIVE
     bound = largest / 2 if positive else max(largest, -smallest)
     uniform = bound <= sqrt(3) * std * (1 + tolerance(len(values)) / 2)
     return replace(empty, std=std, uniform=uniform, bound=bound, from_zero=positive and uniform)
