@@ -5,7 +5,7 @@ thing), so all tensors are judged together: the law that explains most of them, 
 really use, wins, and what it explains is set aside before the next law is sought.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, prod, sqrt
 
@@ -19,7 +19,7 @@ CANONICAL = {
     "fan_out": (DEFAULT_GAIN, 1.0, sqrt(2)),  # default of transposed convolutions; Kaiming mode="fan_out"
     "fan_avg": (1.0, sqrt(2)),  # Xavier, Xavier with ReLU gain
 }
-# Laws that code has here and there: they must explain more than those above, and differing sizes or a bound.
+# Laws that code has here and there: for what none of those above explains, at differing sizes or by a bound.
 RARE = {
     "fan_stack": (DEFAULT_GAIN, 1.0, sqrt(2)),  # nn.init's Kaiming of a stack [experts, in, out]: in * out
     "fan_in_root": (1.0, sqrt(2)),  # fan_in ** -0.25: TabNet
@@ -221,19 +221,24 @@ class _Hypothesis:
         # both are independent.
         return gain is not None and abs(gain / self.gain - 1) <= hypot(tolerance(sample.count), self.slack)
 
-    def rank(self, samples: Sequence[Sample]) -> tuple[float, bool]:
+    def rank(self, explained: Collection[Sample]) -> tuple[float, bool]:
         """Return how many tensors it explains (one less if the gain was fitted), and if people use it."""
-        explained = [sample for sample in samples if self.explains(sample)]
         # A tensor of few entries breaks ties and outvotes none.
         weight = sum(1 if sample.count >= FEW else 0.01 for sample in explained)
         if self.usual:
             return weight, True
-        # Tensors of one shape agree on every law, so they are evidence for none. The bound of a flat one is.
-        shapes = {(sample.fans.fan_in, sample.fans.fan_out) for sample in explained}
+        # Tensors of one shape agree on every law, so they are evidence for none.
         if self.rare:
+            large = [sample for sample in explained if sample.count >= FEW]
+            # The bound of a flat one is evidence.
             bound_told = any(sample.flat or sample.from_zero for sample in explained)
-            return (weight if len(shapes) > 1 or bound_told else 0.0), False
-        return (weight - 1 if len(shapes) > 1 else 0.0), False
+            return (weight if bound_told or len(_shapes(large)) > 1 else 0.0), False
+        return (weight - 1 if len(_shapes(explained)) > 1 else 0.0), False
+
+
+def _shapes(samples: Collection[Sample]) -> set[tuple[int | None, int | None]]:
+    """Return the pairs of fans that there are."""
+    return {(sample.fans.fan_in, sample.fans.fan_out) for sample in samples}
 
 
 def find_laws(samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -271,23 +276,29 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     """Yield the laws of tensors with values and fans of their own, the law of most of them first."""
     hypotheses = list(_hypotheses(samples))
     usual = [law for law in hypotheses if law.usual]
+    # Rare laws are for these alone: what a usual one explains follows another by chance.
+    odd = {sample for sample in samples if not any(law.explains(sample) for law in usual)}
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
         # The law that weights of growing fan_in have followed so far is the likelier one among equals.
         leading = _majority(findings) if findings else None
-        ranks = {law: (*law.rank(unexplained), law.kind == leading) for law in hypotheses}
+        explained: dict[_Hypothesis, set[Sample]] = {}
+        for law in hypotheses:
+            candidates = odd.intersection(unexplained) if law.rare else unexplained
+            explained[law] = set(filter(law.explains, candidates))
+        ranks = {law: (*law.rank(explained[law]), law.kind == leading) for law in hypotheses}
         best = max(hypotheses, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
         if ranks[best][0] <= 0:
             break
         # Laws that explain as many tensors as the best one.
         rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
         roots = _roots(best, usual, unexplained)
-        for sample in filter(best.explains, unexplained):
+        for sample in [sample for sample in unexplained if sample in explained[best]]:
             # A gain that others suggest, and that is off by more than this tensor's own error.
             is_near = best.canonical or replace(best, slack=0.0).explains(sample)
             findings.append(_settled(sample, best, rivals if is_near else [*rivals, *usual], roots))
-        unexplained = [sample for sample in unexplained if not best.explains(sample)]
+        unexplained = [sample for sample in unexplained if sample not in explained[best]]
     yield from findings
     for sample in unexplained:
         yield _unsettled(sample, _majority(findings))
