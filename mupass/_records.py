@@ -276,18 +276,14 @@ class Geometry:
     @property
     def m_in(self) -> float:
         """Width multiplier fan_in / base fan_in; 1 where fan_in is finite, or zero."""
-        return self.growth_of(self.fan_in_axes)
+        return self._growth_of(self.fan_in_axes)
 
     @property
     def m_out(self) -> float:
         """Width multiplier fan_out / base fan_out; 1 where fan_out is finite, or zero."""
-        return self.growth_of(self.fan_out_axes)
+        return self._growth_of(self.fan_out_axes)
 
-    def growth_of(self, axes: tuple[int, ...]) -> float:
-        """Return the size of some axes together relative to their base size; 1 where that is zero.
-
-        Args:
-            axes: Numbers of the axes.
-        """
+    def _growth_of(self, axes: tuple[int, ...]) -> float:
+        """Return the size of some axes together relative to their base size; 1 where that is zero."""
         size = prod(self.shape[number] for number in axes)
         return size / prod(self.base_shape[number] for number in axes) if size else 1.0

@@ -142,11 +142,10 @@ class KFAC(PlannedOptimizer):
         model: A transformed model, compiled or wrapped or not.
         lr: Learning rate at the base width.
         damping: Damping; by default relative to the trace of each factor, so it means the same at all widths.
-            None is 1e-3, and on sides that grow with width 1e-3 times ``width / base width (256 / rows)^2``,
-            where that is above 1 and up to 16, with the rows that a layer sees in a step (samples, or their
-            positions), tables apart. Directions are then longer, by the eighth root of that for each such
-            side. A number is taken as it is, as those of ``overrides`` are. In the absolute modes None is
-            1e-3.
+            None is 1e-3, and on sides that grow with width ``1e-3 (256 / rows)^2``, up to 1.6e-2, in layers
+            that see fewer than 256 rows in a step (samples, or their positions), tables apart. Directions
+            are then longer, by ``(256 / rows)^(1/4)`` for each such side. A number is taken as it is,
+            as those of ``overrides`` are. In the absolute modes None is 1e-3.
         e_a: Power of A; 0 leaves the input side out (and does not collect it).
         e_b: Power of B; ``e_a=1, e_b=0`` is FOOF.
         momentum: Weight of the past in the average of gradients.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 RELATIVE = ("trace", "eigen")
 MODES = (*RELATIVE, "absolute", "pi")
-# Rows of a step from which relative damping is what it says at the base width; by how much it grows at most.
+# Rows of a step from which relative damping is what it says, and by how much it grows at most below.
 ROWS, MOST = 256, 16.0
 # The power of that growth which a direction is multiplied by, for each side.
 LENGTHENING = 1 / 8
@@ -41,21 +41,19 @@ class Sides:
     damping_b: Tensor
 
 
-def few_rows(rows: Tensor, wider: Tensor) -> Tensor:
+def few_rows(rows: Tensor) -> Tensor:
     """Return what relative damping is multiplied by where a step sees few rows of a factor.
 
     A mean over n rows knows about n directions. In the others, gradient and factor are noise, which the
-    inverse of small eigenvalues blows up. Ridge regression with a prior of Theta(1) on the distance of a
-    weight from its optimum has a damping of 1/n, for the product of both factors. A damping of d of the trace
-    leaves at most 1/d directions in, and a factor narrower than that has all of its own, so that noise grows
-    with the width up to there: damping grows along. The powers, 2 and 1, and the two numbers are picked by
-    benchmarks. Sides of fixed size have few directions, and stay as they are.
+    inverse of small eigenvalues blows up, the more so the wider the layer. Ridge regression with a prior of
+    Theta(1) on the distance of a weight from its optimum has a damping of 1/n, for the product of both
+    factors. The power, 2, and the two numbers are picked by benchmarks. Sides of fixed size have few
+    directions, and stay as they are.
 
     Args:
         rows: Numbers of rows of the last observation: samples, or their positions.
-        wider: By what the sides have grown since the base width; 0 for those whose damping stays.
     """
-    return (wider * (ROWS / rows.clamp(min=1)).square()).clamp(1.0, MOST)
+    return (ROWS / rows.clamp(min=1)).square().clamp(1.0, MOST)
 
 
 def lengthening(grown_a: Tensor, grown_b: Tensor) -> Tensor:

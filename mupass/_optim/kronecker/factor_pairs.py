@@ -34,8 +34,7 @@ class Pair:
         outputs: Size of the output side.
         blocks: Number of blocks on the diagonals of A and B.
         growth: By what these numbers have grown since the base width.
-        wider: By what the sides of A and of B have grown since the base width, where their damping grows
-            with that and with few rows in a step, see `few_rows`; else 0.
+        by_rows: Whether the damping of A, and of B, grows where a step has few rows, see `few_rows`.
     """
 
     block: Block
@@ -47,7 +46,7 @@ class Pair:
     outputs: int
     blocks: tuple[int, int] = (1, 1)
     growth: tuple[float, float] = (1.0, 1.0)
-    wider: tuple[float, float] = (0.0, 0.0)
+    by_rows: tuple[bool, bool] = (False, False)
 
     @property
     def repeats(self) -> int:
@@ -107,8 +106,8 @@ class Lineup:
         dim_b: Sizes of the output sides.
         scale_a: Width factors of absolute damping of A.
         scale_b: Width factors of absolute damping of B.
-        wider_a: By what the sides of A have grown, see `Pair`.
-        wider_b: The same for B.
+        by_rows_a: Whether damping of A grows where a step has few rows.
+        by_rows_b: The same for B.
         looks_at_rows: Whether any damping does.
     """
 
@@ -121,8 +120,8 @@ class Lineup:
     dim_b: Tensor
     scale_a: Tensor
     scale_b: Tensor
-    wider_a: Tensor
-    wider_b: Tensor
+    by_rows_a: Tensor
+    by_rows_b: Tensor
     looks_at_rows: bool
 
     def sides(
@@ -173,7 +172,7 @@ class Lineup:
             first = end
 
     def grown(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return by how much the dampings of A and of B have grown, by few rows in a step and by the width.
+        """Return by how much the dampings of A and of B have grown because a step has few rows.
 
         Args:
             rows: In how many rows each of the slots was observed.
@@ -181,8 +180,8 @@ class Lineup:
         # Both factors of a pair are of the same rows; one of the two may be missing.
         rows_a = torch.where(self.at_a >= 0, rows[self.at_a], 0.0)
         rows_b = torch.where(self.at_b >= 0, rows[self.at_b], 0.0)
-        most_rows = torch.maximum(rows_a, rows_b)
-        return few_rows(most_rows, self.wider_a), few_rows(most_rows, self.wider_b)
+        grown = few_rows(torch.maximum(rows_a, rows_b))
+        return torch.where(self.by_rows_a, grown, 1.0), torch.where(self.by_rows_b, grown, 1.0)
 
 
 def line_up(
@@ -224,7 +223,7 @@ def _line_up_alike(
 ) -> Lineup:
     """Line up pairs of one precision and device, whose banks have the given numbers and slots."""
     at_a, at_b, dims_a, dims_b, scales_a, scales_b = [], [], [], [], [], []
-    wider_a, wider_b = [], []
+    by_rows_a, by_rows_b = [], []
     for pair in pairs:
         scale = scales[pair.block.parameter]
         for in_a, in_b in pair.rows():
@@ -235,8 +234,8 @@ def _line_up_alike(
             # A block's trace is smaller by the number of blocks.
             scales_a.append(scale.damping_in / pair.growth[0])
             scales_b.append(scale.damping_out / pair.growth[1])
-            wider_a.append(pair.wider[0])
-            wider_b.append(pair.wider[1])
+            by_rows_a.append(pair.by_rows[0])
+            by_rows_b.append(pair.by_rows[1])
     row_of = dict.fromkeys(range(len(slots)), 0)
     for row, slot in enumerate(at_a + at_b):
         row_of[slot] = row
@@ -250,9 +249,9 @@ def _line_up_alike(
         dim_b=like.new_tensor(dims_b),
         scale_a=like.new_tensor(scales_a),
         scale_b=like.new_tensor(scales_b),
-        wider_a=like.new_tensor(wider_a),
-        wider_b=like.new_tensor(wider_b),
-        looks_at_rows=any(wider_a) or any(wider_b),
+        by_rows_a=torch.tensor(by_rows_a, device=like.device),
+        by_rows_b=torch.tensor(by_rows_b, device=like.device),
+        looks_at_rows=any(by_rows_a) or any(by_rows_b),
     )
 
 

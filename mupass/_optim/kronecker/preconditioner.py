@@ -20,7 +20,6 @@ from mupass._optim.kronecker.settings import Roots
 from mupass._optim.kronecker.update import Average, Compiled, Root, tangent, times, update
 from mupass._optim.vocabulary import MatrixTensors, State, Tensors
 from mupass._parallel import deal, largest_over_ranks
-from mupass._records import Geometry
 from mupass._roles.standardized import standardized
 from mupass._scales.plan import Entry
 from mupass._taps.blocks import Block, Cover, Factor
@@ -164,7 +163,7 @@ class Kronecker:
     def _pairs(self, block: Block, cover: Cover, entry: Entry) -> list[Pair]:
         """Name the slots of a block's matrices."""
         pairs = []
-        wider = self._widening(block, cover, entry.geometry)
+        by_rows = self._looks_at_rows(block, cover, entry)
         # The matrices without their numbers: only shapes are needed here.
         stacks = block.matrices.split(torch.empty(block.matrices.shape, device="meta"))
         for piece, stack in enumerate(stacks):
@@ -175,26 +174,24 @@ class Kronecker:
                     names[side] = self._slot(side, block, factors[piece], piece, cover)
             groups, outputs, inputs = stack.shape
             slots = names.get("a"), names.get("b")
-            pair = Pair(block, piece, *slots, groups, inputs, outputs, wider=wider)
+            pair = Pair(block, piece, *slots, groups, inputs, outputs, by_rows=by_rows)
             shapes = [self.slots[names[side]].shape if side in names else () for side in "ab"]
             pairs.append(in_blocks(pair, shapes, self.roots.block_size or 0, entry.geometry))
         return pairs
 
-    def _widening(self, block: Block, cover: Cover, geometry: Geometry) -> tuple[float, float]:
-        """Return by what the sides of a block's A and B have grown; 0 for those whose damping stays."""
+    def _looks_at_rows(self, block: Block, cover: Cover, entry: Entry) -> tuple[bool, bool]:
+        """Return whether the damping of a block's A, and of its B, grows where a step has few rows."""
         if block.parameter not in self._by_rows:
-            return 0.0, 0.0
+            return False, False
         for factor in block.factors:
             # A look-up of positions is one for all samples, so its rows say little.
             if any(cover.layers[place].kind in ("embedding", "table") for place in factor.places):
-                return 0.0, 0.0
+                return False, False
         # A single number, which has no axis, is taken as a vector.
-        infinite, matrices = geometry.infinite or (False,), block.matrices
-        wider = [0.0, 0.0]
-        for side, axes in enumerate((matrices.in_axes, matrices.out_axes)):
-            if any(infinite[axis] for axis in axes):
-                wider[side] = geometry.growth_of(axes)
-        return wider[0], wider[1]
+        infinite, matrices = entry.geometry.infinite or (False,), block.matrices
+        grows_a = any(infinite[axis] for axis in matrices.in_axes)
+        grows_b = any(infinite[axis] for axis in matrices.out_axes)
+        return grows_a, grows_b
 
     def _slot(self, side: str, block: Block, factor: Factor, piece: int, cover: Cover) -> str:
         """Return the name of the slot of one factor, which is new or that of an earlier block."""
@@ -464,7 +461,7 @@ class Kronecker:
                 continue
             longer = lengthening(*lineup.grown(self._rows(lineup)))
             for pair, numbers in lineup.by_pair(longer):
-                if any(pair.wider):
+                if any(pair.by_rows):
                     found[pair.name] = numbers
         return found
 
@@ -596,7 +593,7 @@ class Kronecker:
         banks = [id(self.at[slot][0]) if slot else 0 for slot in (pair.a, pair.b)]
         vector = not pair.block.a
         shape = (tuple(stack.shape), stack.dtype, stack.device)
-        kinds = (vector, pair.block.standardized, any(pair.wider), self._multiplies(pair))
+        kinds = (vector, pair.block.standardized, any(pair.by_rows), self._multiplies(pair))
         return (*shape, *banks, *kinds, pair.blocks, pair.growth)
 
     def _apply(
