@@ -5,7 +5,7 @@ thing), so all tensors are judged together: the law that explains most of them, 
 really use, wins, and what it explains is set aside before the next law is sought.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, prod, sqrt
 
@@ -277,24 +277,17 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     hypotheses = list(_hypotheses(samples))
     usual = [law for law in hypotheses if law.usual]
     # Rare laws are for these alone: what a usual one explains follows another by chance.
-    odd = {sample for sample in samples if not any(law.explains(sample) for law in usual)}
+    odd = [sample for sample in samples if not any(law.explains(sample) for law in usual)]
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
+        explained = {law: _of_law(law, unexplained, odd) for law in hypotheses}
         # The law that weights of growing fan_in have followed so far is the likelier one among equals.
-        leading = _majority(findings) if findings else None
-        explained: dict[_Hypothesis, set[Sample]] = {}
-        for law in hypotheses:
-            candidates = odd.intersection(unexplained) if law.rare else unexplained
-            explained[law] = set(filter(law.explains, candidates))
-        ranks = {law: (*law.rank(explained[law]), law.kind == leading) for law in hypotheses}
-        best = max(hypotheses, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
-        if ranks[best][0] <= 0:
+        best, rivals = _best_of(explained, _majority(findings) if findings else None)
+        if best is None:
             break
-        # Laws that explain as many tensors as the best one.
-        rivals = [law for law in hypotheses if ranks[law] == ranks[best] and law.kind != best.kind]
         roots = _roots(best, usual, unexplained)
-        for sample in [sample for sample in unexplained if sample in explained[best]]:
+        for sample in explained[best]:
             # A gain that others suggest, and that is off by more than this tensor's own error.
             is_near = best.canonical or replace(best, slack=0.0).explains(sample)
             findings.append(_settled(sample, best, rivals if is_near else [*rivals, *usual], roots))
@@ -302,6 +295,22 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     yield from findings
     for sample in unexplained:
         yield _unsettled(sample, _majority(findings))
+
+
+def _best_of(
+    explained: Mapping[_Hypothesis, Sequence[Sample]], leading: str | None
+) -> tuple[_Hypothesis | None, list[_Hypothesis]]:
+    """Return the law that explains most, if any does, and the laws of other kinds that explain as much."""
+    ranks = {law: (*law.rank(samples), law.kind == leading) for law, samples in explained.items()}
+    best = max(ranks, key=lambda law: ranks[law])  # the first of equals: order of CANONICAL
+    if ranks[best][0] <= 0:
+        return None, []
+    return best, [law for law in ranks if ranks[law] == ranks[best] and law.kind != best.kind]
+
+
+def _of_law(law: _Hypothesis, samples: Sequence[Sample], odd: Sequence[Sample]) -> list[Sample]:
+    """Return what a law explains; a rare one only among the odd ones, that no usual law explains."""
+    return [sample for sample in samples if law.explains(sample) and (not law.rare or sample in odd)]
 
 
 def _hypotheses(samples: Sequence[Sample]) -> Iterator[_Hypothesis]:
