@@ -37,7 +37,7 @@ from mupass._roles.roles import main_use, readout_uses, role_of, separate
 from mupass._roles.scores import find_scores, settled_places, without_settled
 from mupass._roles.sites import find_sites
 from mupass._roles.weight_norm import self_divided, with_lengths
-from mupass._scales.checks import MATRICES
+from mupass._scales.checks import MATRICES, as_used
 
 Base = int | float | Mapping[str, float] | nn.Module | str | PathLike[str] | BaseShapes | None
 BASE = 256  # of wider models, unless stated
@@ -178,20 +178,18 @@ class _Inferred:
                     # Of a readout both may be found; the division of its output comes first.
                     if geometry.role == "output":
                         normalized = normalized or operator
-            own_sites = tuple(_as_used(site, geometry) for site in sites.get(name, ()))
+            own_sites = tuple(_with_form(site, geometry) for site in sites.get(name, ()))
             geometries.append(replace(geometry, sites=own_sites, normalized=normalized))
         return with_lengths(geometries, captured), divided
 
 
-def _as_used(site: Site, geometry: Geometry) -> Site:
+def _with_form(site: Site, geometry: Geometry) -> Site:
     """Return a site, without its form where no use of the parameter contracts the same axes.
 
     Of two parameters that are multiplied, as the shares and the matrices of ``shares @ basis``, the inference
     takes one for the weight.
     """
-    single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
-    in_axes = set(site.in_axes) - single
-    if site.kind not in MATRICES or any(set(use.fan_in) - single == in_axes for use in geometry.uses):
+    if site.kind not in MATRICES or as_used(site, geometry):
         return site
     reason = f"{site.operator} multiplies it with another parameter, which is taken for the weight"
     return Site("", site.operator, site.module, sources=site.sources, reason=reason)

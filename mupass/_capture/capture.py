@@ -17,6 +17,7 @@ from mupass._capture.graph import (
     Capture,
     LateParameterError,
     attributes_kept,
+    first_names,
     number_in,
     parameter_names,
     path_text,
@@ -104,9 +105,7 @@ def export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     with quiet(), settled_draws(), attributes_kept(model), plain_outputs(model), right_lstm_states():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     # A buffer of a module that is kept at several places has its first name, as a parameter has.
-    first_names = {id(buffer): name for name, buffer in model.named_buffers()}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        canonical[name] = first_names[id(buffer)]
+    canonical |= first_names(model.named_buffers(remove_duplicate=False))
     return _from_export(program, canonical, aliases)
 
 

@@ -71,6 +71,16 @@ class Capture:
         return {node for node, name in self.parameters.items() if name not in self.frozen}
 
 
+def first_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return every name -> the first name of its tensor: two names of one tensor are one parameter or buffer.
+
+    Args:
+        named: Names with tensors, each as often as it has names.
+    """
+    first_name_of: dict[int, str] = {}
+    return {name: first_name_of.setdefault(id(tensor), name) for name, tensor in named}
+
+
 def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Return every parameter name -> its first name, and the first names' further names.
 
@@ -82,16 +92,13 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[str, tuple[s
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a model (an nn.Module) is needed, not {kind_of(model)}")
-    first_name_of: dict[int, str] = {}
-    canonical: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise CaptureError(
                 f"{name} has no shape yet (a lazy module); "
                 "run the model once on example inputs, then call mupass"
             )
-        # Two names of one tensor are one parameter: the first name stands for both.
-        canonical[name] = first_name_of.setdefault(id(parameter), name)
+    canonical = first_names(model.named_parameters(remove_duplicate=False))
     if not canonical:
         raise CaptureError(f"{type(model).__name__} has no parameters, so there is nothing to scale")
     aliases: dict[str, tuple[str, ...]] = {}

@@ -8,7 +8,7 @@ parameters, seeds of finiteness, evidence of width.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence, Set
 from typing import Any
 
 import torch
@@ -85,26 +85,34 @@ class Engine:
         for whole, parts in self.space.terms("sum"):
             if whole in read_by_weights:
                 read_by_weights.update(parts)
-        factors: set[int] = set()
-        for whole, members in self.space.terms("product"):
-            if whole in read_by_weights:
-                factors.update(members)
-        positions: dict[int, set[int]] = defaultdict(set)
-        for dim, index, _ in self.facts.picks:
-            positions[self.space.find(dim)].add(index)
-        # What lies between single positions is cut out: key, strength = x[:, :d], x[:, d].
-        for dim, indices in positions.items():
-            if not (read_by_weights | factors).isdisjoint(self.space.between(dim, indices)):
-                for index in indices:
-                    self.space.part(dim, index, index + 1)
-                positions[dim] = set()
+        cut = self._cut_between_positions(read_by_weights)
         for dim, index, where in self.facts.picks:
             # The other positions are read as features, so that the one taken is a part like them.
             if self.space.others(dim, index) in read_by_weights:
                 self.space.part(dim, index, index + 1)
-            elif positions[self.space.find(dim)]:
+            elif self.space.find(dim) not in cut:
                 self.facts.finite.setdefault(dim, f"{PICKED} ({where})")
                 self.facts.enumerated.setdefault(dim, PICKED)
+
+    def _cut_between_positions(self, read_by_weights: Set[int]) -> set[int]:
+        """Cut dimensions at the positions taken alone, where weights read what lies between; return these.
+
+        As ``key, strength = x[:, :d], x[:, d]``: the slices and the positions make up all of x.
+        """
+        read = set(read_by_weights)
+        for whole, members in self.space.terms("product"):
+            if whole in read_by_weights:
+                read.update(members)
+        positions: dict[int, set[int]] = defaultdict(set)
+        for dim, index, _ in self.facts.picks:
+            positions[self.space.find(dim)].add(index)
+        cut: set[int] = set()
+        for dim, indices in positions.items():
+            if not read.isdisjoint(self.space.between(dim, indices)):
+                cut.add(dim)
+                for index in indices:
+                    self.space.part(dim, index, index + 1)
+        return cut
 
     def _interpret(self, nodes: Iterable[Node]) -> None:
         for node in nodes:

@@ -138,12 +138,11 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
     """
     space, facts = verdicts.space, verdicts.facts
     written = space.by_class(facts.written)
-    widths = list(filter(verdicts.is_firm, map(space.find, facts.carried.values())))
-    numbers = [dim for dim in widths if dim in written]
+    carried = list(map(space.find, facts.carried.values()))
+    widths = list(filter(verdicts.is_firm, carried))
     if not shared:
-        doubted = [dim for dim in map(space.find, facts.carried.values()) if _is_odd(verdicts, dim)]
-        widths += doubted
-        numbers += [dim for dim in doubted if dim in written]
+        widths += [dim for dim in carried if _is_odd(verdicts, dim)]
+    numbers = [dim for dim in widths if dim in written]
     # Where most of a model is numbers, they say nothing of what its author would widen.
     if 2 * len(numbers) > len(widths):
         return {}
@@ -156,9 +155,9 @@ def numbers_written(verdicts: Verdicts, shared: bool = False) -> dict[int, str]:
 def _is_odd(verdicts: Verdicts, dim: int) -> bool:
     """Whether a dimension grows, though its size is not that of a width where it stands."""
     verdict = verdicts.get(dim)
-    return (
-        verdict is not None and verdict.infinite and any(why in verdict.why for why in (REPEATED, FAR_WIDER))
-    )
+    if verdict is None or not verdict.infinite:
+        return False
+    return REPEATED in verdict.why or FAR_WIDER in verdict.why
 
 
 def settle_numbers(verdicts: Verdicts, numbers: Mapping[int, str]) -> None:

@@ -666,10 +666,9 @@ class PlannedOptimizer(BoundOptimizer):
 
     def _adopt_thawed(self, thawed: Iterable[Tensor]) -> None:
         """Let the fallback train parameters that were frozen when the optimizer was made."""
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for parameter in thawed:
             name = self.names[parameter] = self._frozen.pop(parameter)
-            group = group_of[parameter]
+            group = self._group_with(name)
             group[THAWED] = [*group[THAWED], name]
             self.state[parameter].update(self._first_state(parameter, group))
             covered = Covered(name, self.fallback.name, "it was frozen when the optimizer was made")
@@ -681,6 +680,10 @@ class PlannedOptimizer(BoundOptimizer):
                 MupassWarning,
                 stacklevel=4,
             )
+
+    def _group_with(self, name: str) -> dict[str, Any]:
+        """Return the group that a parameter is in."""
+        return next(group for group in self.param_groups if name in group[NAMES])
 
     def _tell_replaced(self) -> None:
         """Warn of parameters that came into the model after the optimizer was made: it does not move them.

@@ -56,8 +56,10 @@ def grows(value: Any, is_width: Callable[[int], bool]) -> bool:
         value: The result.
         is_width: Whether a dimension grows.
     """
-    values = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Value)]
-    return any(is_width(axis.dim) for found in values for axis in found.axes)
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Value) and any(is_width(axis.dim) for axis in leaf.axes):
+            return True
+    return False
 
 
 def _is_whole(node: Any) -> bool:

@@ -64,14 +64,6 @@ class Store:
         if self.kept and not folder.is_dir():
             raise StudyError(f"store {self.path}: the folder {folder} does not exist")
         self.connection = self._opened()
-        try:
-            self._check(self.connection, complete=True)
-        except sqlite3.Error as error:
-            self.connection.close()
-            raise StudyError(f"store {self.path} can be neither written nor read: {error}") from error
-        except BaseException:
-            self.connection.close()
-            raise
 
     def _opened(self) -> sqlite3.Connection:
         """Open the file and make its tables; a file that cannot be written is opened to be read.
@@ -103,7 +95,15 @@ class Store:
             raise StudyError(f"{self.path} is not a store of mupass: {error}") from error
         # immutable: SQLite needs no journal beside a file that nobody writes.
         try:
-            return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+            connection = sqlite3.connect(
+                f"{Path(self.path).absolute().as_uri()}?mode=ro&immutable=1", uri=True
+            )
+            try:
+                self._check(connection, complete=True)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
         except sqlite3.Error as error:
             raise StudyError(f"store {self.path} can be neither written nor read: {error}") from error
 

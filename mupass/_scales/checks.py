@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mupass._errors import PlanError, is_number
-from mupass._records import Geometry, ScoreScale
+from mupass._records import Geometry, ScoreScale, Site
 from mupass._scales.entry import Entry
 from mupass._scales.parameterizations import row
 
@@ -276,9 +276,6 @@ def _site_faults(geometry: Geometry) -> Iterator[str]:
     # Nothing works with a parameter without entries, whose use has no axes to be found.
     if 0 in geometry.shape:
         return
-    # A view may have dropped axes of one entry, as w.squeeze(1) of a depthwise kernel.
-    single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
-    contracted = [set(use.fan_in) - single for use in geometry.uses]
     if geometry.uses and not geometry.sites:
         yield f"a parameter that has {len(geometry.uses)} uses and no site of any kind"
     for site in geometry.sites:
@@ -294,8 +291,20 @@ def _site_faults(geometry: Geometry) -> Iterator[str]:
         if site.kind in NAMED and NAMED[site.kind] not in site.operator:
             yield f"site {site.kind} is no form of {site.operator}"
         # Sites and uses are two readings of the same operators.
-        if set(site.in_axes) - single not in contracted:
+        if not as_used(site, geometry):
             yield f"no use of it contracts the axes {site.in_axes} of site {site.kind}"
+
+
+def as_used(site: Site, geometry: Geometry) -> bool:
+    """Return whether some use of a parameter contracts the axes that a site does.
+
+    Args:
+        site: A site of the parameter, of a matrix.
+        geometry: The parameter.
+    """
+    # A view may have dropped axes of one entry, as w.squeeze(1) of a depthwise kernel.
+    single = {axis for axis, size in enumerate(geometry.shape) if size == 1}
+    return any(set(use.fan_in) - single == set(site.in_axes) - single for use in geometry.uses)
 
 
 def _all_axis_faults(geometry: Geometry) -> Iterator[str]:

@@ -62,10 +62,9 @@ def drawn_again(parameters: Values, plan: Plan) -> list[str]:
         if not LEAST <= max(entry.init_factor, 1 / entry.init_factor) ** 2:
             continue
         # In units of what the law gave after the factor, and before it.
-        square = _mean_square(values) / _variance(entry)
-        if _may_be_one(square, values.numel()) or not _may_be_one(
-            square * entry.init_factor**2, values.numel()
-        ):
+        after = _mean_square(values) / _variance(entry)
+        before = after * entry.init_factor**2
+        if _may_be_one(after, values.numel()) or not _may_be_one(before, values.numel()):
             continue
         # Shards are not gathered to look for marks of training.
         if is_sharded(values) or looks_trained(values, entry.geometry) is False:

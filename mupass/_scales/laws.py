@@ -5,7 +5,7 @@ thing), so all tensors are judged together: the law that explains most of them, 
 really use, wins, and what it explains is set aside before the next law is sought.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import hypot, prod, sqrt
 
@@ -205,20 +205,27 @@ class _Hypothesis:
         return self.canonical and not self.rare
 
     def explains(self, sample: Sample) -> bool:
-        gain = sample.gain(self.kind)
-        # A gain of 1/sqrt(3) makes the bound of a flat law 1/sqrt(fan); no one draws normal numbers so.
-        if self.canonical and self.gain == DEFAULT_GAIN and not sample.uniform and sample.count >= FEW:
-            return False
+        """Whether the values of a tensor may be drawn by the law."""
+        if not self.canonical:
+            # The bound of a flat law says more than a std that others happen to have.
+            return not sample.drawn_exactly and self._gives_std(sample)
         # torch.rand has a gain of its own, and a bound by which it is told.
-        if self.canonical and (self.gain == UNIT_GAIN or sample.from_zero):
+        if self.gain == UNIT_GAIN or sample.from_zero:
             return self.gain == UNIT_GAIN and sample.from_zero and sample.reaches(self.kind, self.gain)
-        # The bound of a flat law says more than a std that others happen to have.
-        if not self.canonical and sample.drawn_exactly:
+        # A gain of 1/sqrt(3) makes the bound of a flat law 1/sqrt(fan); no one draws normal numbers so.
+        if self.gain == DEFAULT_GAIN and not sample.uniform and sample.count >= FEW:
             return False
-        if self.canonical and sample.flat and not sample.reaches(self.kind, self.gain):
+        if sample.flat and not sample.reaches(self.kind, self.gain):
             return False
-        # Within four standard errors of a standard deviation measured on so many entries, and of the gain:
-        # both are independent.
+        return self._gives_std(sample)
+
+    def _gives_std(self, sample: Sample) -> bool:
+        """Whether the standard deviation of a tensor is that of the law, but for chance.
+
+        Within four standard errors of a standard deviation measured on so many entries, and of the gain: both
+        are independent.
+        """
+        gain = sample.gain(self.kind)
         return gain is not None and abs(gain / self.gain - 1) <= hypot(tolerance(sample.count), self.slack)
 
     def rank(self, explained: Collection[Sample]) -> tuple[float, bool]:
@@ -277,7 +284,7 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
     hypotheses = list(_hypotheses(samples))
     usual = [law for law in hypotheses if law.usual]
     # Rare laws are for these alone: what a usual one explains follows another by chance.
-    odd = [sample for sample in samples if not any(law.explains(sample) for law in usual)]
+    odd = {sample for sample in samples if not any(law.explains(sample) for law in usual)}
     findings: list[Finding] = []
     unexplained = samples
     while unexplained:
@@ -291,7 +298,8 @@ def _explained(samples: list[Sample]) -> Iterator[Finding]:
             # A gain that others suggest, and that is off by more than this tensor's own error.
             is_near = best.canonical or replace(best, slack=0.0).explains(sample)
             findings.append(_settled(sample, best, rivals if is_near else [*rivals, *usual], roots))
-        unexplained = [sample for sample in unexplained if sample not in explained[best]]
+        settled = set(explained[best])
+        unexplained = [sample for sample in unexplained if sample not in settled]
     yield from findings
     for sample in unexplained:
         yield _unsettled(sample, _majority(findings))
@@ -308,7 +316,7 @@ def _best_of(
     return best, [law for law in ranks if ranks[law] == ranks[best] and law.kind != best.kind]
 
 
-def _of_law(law: _Hypothesis, samples: Sequence[Sample], odd: Sequence[Sample]) -> list[Sample]:
+def _of_law(law: _Hypothesis, samples: Sequence[Sample], odd: Set[Sample]) -> list[Sample]:
     """Return what a law explains; a rare one only among the odd ones, that no usual law explains."""
     return [sample for sample in samples if law.explains(sample) and (not law.rare or sample in odd)]
 
