@@ -427,6 +427,23 @@ class Odd(nn.Module):
 
 
 @all_
+def test_thawed_parameters_without_entries_are_left_alone(cls: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element")
+        odd = Odd(8)
+    odd.classes.requires_grad_(False)
+    net = mupass.transform(odd, torch.randn(6, 5), base=8)
+    optimizer = cls(net, 0.01)
+    net.classes.requires_grad_(True)
+    before = values(net)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.mse_loss(net(torch.randn(6, 5)), torch.randn(6, 3)).backward()
+        optimizer.step()
+    assert net.classes.weight.grad is not None and (values(net)["hid.weight"] != before["hid.weight"]).any()
+
+
+@all_
 def test_complex_and_empty_parameters(cls: Any) -> None:
     x, y = torch.randn(6, 5), torch.randn(6, 3)
     with warnings.catch_warnings():

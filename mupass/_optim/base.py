@@ -436,7 +436,9 @@ class PlannedOptimizer(BoundOptimizer):
         # that is made in inference mode could not be changed outside of it.
         with without_autocast(self._device), torch.inference_mode(False), torch.no_grad():
             self._adopt_swapped()
-            self._adopt_thawed([p for p in self._frozen if p.requires_grad and p.grad is not None])
+            # What has no entries is in no group.
+            thawed = [p for p in self._frozen if p.requires_grad and p.grad is not None and p.numel()]
+            self._adopt_thawed(thawed)
             self._tell_replaced()
             self._check_groups()
             self._check_gradients()
